@@ -1,0 +1,70 @@
+"""The command line: one module a command, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from importlib.metadata import version
+
+import click
+
+from wsi_pipeline.errors import WsiPipelineError
+
+COMMANDS = {
+    "segment": "Segment slides: masks, QuPath polygons, reports.",
+    "tile": "Write slides as zarr patch grids.",
+    "info": "Show what a slide file says about itself.",
+    "check-geojson": "Would QuPath import this GeoJSON? Say why not, and mend it.",
+    "train": "Train a network by a recipe and write a bundle.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported only when called, so that --help is quick."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"wsi_pipeline.cli.{cmd_name.replace('-', '_')}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+)
+@click.version_option(version("wsi-pipeline"), prog_name="wsi-pipeline")
+@click.option("-v", "--verbose", count=True, help="Say more; twice for every block.")
+@click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors, no progress bar.")
+@click.pass_context
+def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
+    """Folders of whole-slide images in, full-resolution masks and QuPath polygons out.
+
+    For research. Not a medical device.
+    """
+    ctx.obj = {"quiet": quiet}
+    level = logging.WARNING - 10 * min(verbose, 2)
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main() -> None:
+    """Run the command line; a package error ends with its message and exit code 1."""
+    try:
+        group.main(standalone_mode=True)
+    except WsiPipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)

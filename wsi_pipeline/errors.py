@@ -1,0 +1,31 @@
+"""The errors a caller may want to treat differently; the message says what to do."""
+
+from __future__ import annotations
+
+
+class WsiPipelineError(Exception):
+    """Anything this package refuses, with a message meant for the user."""
+
+
+class SourceError(WsiPipelineError, OSError):
+    """A slide, image or stored grid that cannot be opened or read."""
+
+
+class MissingMppError(SourceError):
+    """A slide that does not say how many micrometres a pixel has."""
+
+
+class BundleError(WsiPipelineError, ValueError):
+    """A model bundle, or its weights, that does not hold what it must."""
+
+
+class StoreError(WsiPipelineError, OSError):
+    """An output folder or patch grid that cannot be used as asked."""
+
+
+class AnnotationError(WsiPipelineError, ValueError):
+    """A GeoJSON or mask file that cannot be used as annotations."""
+
+
+class RecipeError(WsiPipelineError, ValueError):
+    """A training recipe that does not hold what it must."""

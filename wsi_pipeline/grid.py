@@ -1,0 +1,149 @@
+"""Integer geometry of patches and blocks in any number of dimensions; knows no file.
+
+All coordinates are in array order, (y, x) or (z, y, x). A patch grid counts in *grid pixels*: the
+pixels of the source at the resolution the network wants. Blocks count in pixels of the mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """A rectangle of a slide in level-0 pixels, x to the right and y down.
+
+    Attributes:
+        x: left edge.
+        y: top edge.
+        width: extent along x.
+        height: extent along y.
+    """
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+def axis_origins(length: int, patch_size: int, stride: int) -> npt.NDArray[np.int64]:
+    """Place patches along one axis so that every pixel is covered; return their origins.
+
+    The last patch is moved back to end at the edge. An axis shorter than a patch gets one patch
+    at 0, which reaches beyond the source; sources pad there.
+
+    Args:
+        length: pixels along the axis, at least 1.
+        patch_size: pixels of a patch.
+        stride: pixels between origins, 1 to `patch_size`.
+
+    Example:
+        >>> axis_origins(1000, 512, 384)
+        array([  0, 384, 488])
+        >>> axis_origins(300, 512, 384)
+        array([0])
+    """
+    last = max(length - patch_size, 0)
+    return np.append(np.arange(0, last, stride, dtype=np.int64), np.int64(last))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PatchGrid:
+    """All patches of a source, row-major.
+
+    Attributes:
+        shape: grid pixels of the whole source.
+        patch_size: pixels of a patch.
+        stride: pixels between neighbouring origins.
+        origins: (n, d) int64, each patch's first corner in grid pixels.
+    """
+
+    shape: Shape
+    patch_size: Shape
+    stride: Shape
+    origins: npt.NDArray[np.int64]
+
+    @classmethod
+    def cover(cls, shape: Shape, patch_size: Shape, overlap: Shape) -> Self:
+        """Lay patches over the whole source, ragged edges covered; return the grid.
+
+        Raises:
+            ValueError: sizes of unequal length, or an overlap not below the patch size.
+        """
+        if not len(shape) == len(patch_size) == len(overlap):
+            raise ValueError(f"shape {shape}, patch {patch_size}, overlap {overlap}: unequal axes")
+        if any(not 0 <= o < p for o, p in zip(overlap, patch_size, strict=True)):
+            raise ValueError(
+                f"overlap {overlap} px must be at least 0 and below the patch size {patch_size} px"
+            )
+        stride = tuple(p - o for p, o in zip(patch_size, overlap, strict=True))
+        axes = [axis_origins(*a) for a in zip(shape, patch_size, stride, strict=True)]
+        origins = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(shape))
+        return cls(shape=shape, patch_size=patch_size, stride=stride, origins=origins)
+
+    def __len__(self) -> int:
+        return len(self.origins)
+
+    def keep(self, selected: npt.NDArray[np.bool_]) -> PatchGrid:
+        """Return the grid with only the selected patches; `selected` is (n,) bool."""
+        return replace(self, origins=self.origins[selected])
+
+    def touching(self, start: Shape, stop: Shape) -> npt.NDArray[np.int64]:
+        """Return the indices, ascending, of patches that share a pixel with [start, stop)."""
+        ends = self.origins + np.array(self.patch_size)
+        hit = np.all((self.origins < np.array(stop)) & (ends > np.array(start)), axis=1)
+        return np.flatnonzero(hit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One unit of work: a rectangle of the mask that nobody else writes.
+
+    Attributes:
+        index: row and column among the blocks.
+        start: first pixel.
+        stop: one past the last pixel.
+    """
+
+    index: Shape
+    start: Shape
+    stop: Shape
+
+    @property
+    def name(self) -> str:
+        """Return the block's name in the ledger, sorting row-major."""
+        return "_".join(f"{i:05d}" for i in self.index)
+
+    @property
+    def shape(self) -> Shape:
+        """Return the block's size in mask pixels."""
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Return the slices of the mask that the block owns."""
+        return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+
+def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:
+    """Yield disjoint blocks that together fill `shape`, row-major; the last of an axis is ragged.
+
+    Example:
+        >>> [b.stop for b in iter_blocks((5, 4), (4, 4))]
+        [(4, 4), (5, 4)]
+    """
+    counts = [-(-n // b) for n, b in zip(shape, block_size, strict=True)]
+    for index in itertools.product(*map(range, counts)):
+        start = tuple(i * b for i, b in zip(index, block_size, strict=True))
+        stop = tuple(
+            min(a + b, n) for a, b, n in zip(start, block_size, shape, strict=True)
+        )
+        yield Block(index=index, start=start, stop=stop)

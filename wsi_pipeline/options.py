@@ -1,0 +1,89 @@
+"""The choices and defaults of a run; the command line and the library take them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Blend = Literal["gaussian", "constant", "crop"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Output = Literal["zarr", "tiff", "geojson", "overlay"]
+Frame = Literal["qupath", "openslide"]
+Ngff = Literal["0.4", "0.5"]
+TiffKind = Literal["ome", "asap"]
+
+MPP_TOLERANCE = 0.02
+"""A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """Where on the slide to predict.
+
+    Attributes:
+        mpp: the slide's µm per pixel at level 0 where the file does not say; None = as the file says.
+        tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
+        roi: GeoJSON polygons in level-0 pixels to which the mask is limited.
+    """
+
+    mpp: float | None = None
+    tissue: Literal["auto", "none"] | Path = "auto"
+    roi: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """How patches are predicted and blended; what changes the mask.
+
+    Attributes:
+        overlap: px between neighbouring patches at the model's resolution; None = the bundle's.
+        blend: weights of overlapping predictions.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: "auto" picks the fastest that the device has.
+        batch_size: patches in one forward pass; None = chosen for the device.
+        block_size: side of a block in mask pixels, a multiple of the mask's chunk (1,024).
+        mask_mpp: µm per pixel of the mask; None = the slide's level 0.
+    """
+
+    overlap: int | None = None
+    blend: Blend = "gaussian"
+    device: str = "auto"
+    precision: Precision = "auto"
+    batch_size: int | None = None
+    block_size: int = 4096
+    mask_mpp: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What is written from a finished mask, and how.
+
+    Attributes:
+        outputs: which files to write.
+        ngff: version of the OME-Zarr mask.
+        tiff: "ome" for QuPath; "asap" writes ASAP's kind beside it.
+        simplify_um: root of the largest triangle that simplification may cut off, in µm; 0 = exact.
+        min_area_um2: regions and holes below this area get no polygon, in µm².
+        frame: origin of polygons and TIFF where the slide has bounds.
+    """
+
+    outputs: tuple[Output, ...] = ("zarr", "tiff", "geojson", "overlay")
+    ngff: Ngff = "0.4"
+    tiff: TiffKind = "ome"
+    simplify_um: float = 1.0
+    min_area_um2: float = 100.0
+    frame: Frame = "qupath"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """Where blocks run.
+
+    Attributes:
+        workers: dask workers of the in-process cluster; ignored with `scheduler`.
+        scheduler: address or scheduler file of a running dask scheduler; None = in-process.
+    """
+
+    workers: int = 1
+    scheduler: str | None = None
