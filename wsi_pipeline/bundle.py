@@ -134,12 +134,17 @@ def _parse(table: dict[str, Any], path: Path) -> Bundle:
         network=str(table["network"]),
         weights_path=_weights(table.get("weights"), path.parent),
         network_options=dict(table.get("network_options", {})),
-        input=InputSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}),
+        input=_input_spec(spec),
         activation=activation,
         classes=tuple(_class_info(entry, i, path) for i, entry in enumerate(output["classes"])),
     )
     _check(bundle, path)
     return bundle
+
+
+def _input_spec(table: Mapping[str, Any]) -> InputSpec:
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
+    return InputSpec(**values)
 
 
 def _class_info(entry: dict[str, Any], index: int, path: Path) -> ClassInfo:

@@ -143,7 +143,5 @@ def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:
     counts = [-(-n // b) for n, b in zip(shape, block_size, strict=True)]
     for index in itertools.product(*map(range, counts)):
         start = tuple(i * b for i, b in zip(index, block_size, strict=True))
-        stop = tuple(
-            min(a + b, n) for a, b, n in zip(start, block_size, shape, strict=True)
-        )
+        stop = tuple(min(a + b, n) for a, b, n in zip(start, block_size, shape, strict=True))
         yield Block(index=index, start=start, stop=stop)

@@ -1,0 +1,298 @@
+"""What lies on disk between the steps: stored patch grids, and a run's ledger of finished blocks.
+
+A patch grid is a zarr group (contract 4.4 of the docs' `patch-grid.md`); `tile` writes one with
+pixels, every run keeps one without. The ledger is a folder with one file for every finished block,
+written whole after the block's mask, so that a run killed anywhere goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from zarr.errors import BaseZarrError
+
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.grid import Block, PatchGrid, Region
+
+FORMAT = "wsi_pipeline/patch-grid"
+VERSION = 1
+PIXEL_CHUNK = 1024
+"""Side of a chunk of stored pixels, in grid pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridInfo:
+    """Geometry of a stored patch grid: how its pixels lie on the slide.
+
+    Attributes:
+        source_name: file name of the slide.
+        fingerprint: of the slide's content.
+        size: (width, height) of the slide at level 0.
+        mpp: (x, y) µm per level-0 pixel.
+        bounds: of the slide's content in level-0 pixels, where the file says.
+        grid_mpp: µm per grid pixel that was asked for.
+        downsample: (y, x) level-0 pixels per grid pixel, exact.
+        shape: (y, x) grid pixels of the whole slide.
+        patch_size: (y, x) grid pixels.
+        stride: (y, x) grid pixels between origins.
+    """
+
+    source_name: str
+    fingerprint: str
+    size: tuple[int, int]
+    mpp: tuple[float, float]
+    bounds: Region | None
+    grid_mpp: float
+    downsample: tuple[float, float]
+    shape: tuple[int, int]
+    patch_size: tuple[int, int]
+    stride: tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredGrid:
+    """An opened patch grid.
+
+    Attributes:
+        info: its geometry.
+        patches: (n, 2) int64 origins (y, x) in grid pixels, row-major.
+        tissue: bool (h, w) at thumbnail scale.
+        thumbnail: uint8 (h, w, 3), of the same size as `tissue`.
+        tissue_downsample: (y, x) level-0 pixels per pixel of both.
+        pixels: zarr array uint8 (*shape, 3), white where no kept patch lies; None without.
+    """
+
+    info: GridInfo
+    patches: npt.NDArray[np.int64]
+    tissue: npt.NDArray[np.bool_]
+    thumbnail: npt.NDArray[np.uint8]
+    tissue_downsample: tuple[float, float]
+    pixels: zarr.Array[Any] | None
+
+    @property
+    def grid(self) -> PatchGrid:
+        """Return the patches as a grid."""
+        info = self.info
+        return PatchGrid(
+            shape=info.shape, patch_size=info.patch_size, stride=info.stride, origins=self.patches
+        )
+
+
+def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> StoredGrid:
+    """Create a patch grid on disk, its pixels still white; return it opened.
+
+    Args:
+        path: folder to create; replaced where it exists.
+        stored: what to write; its `pixels` are ignored.
+        with_pixels: whether to make room for pixels.
+    """
+    group = zarr.open_group(path, mode="w")
+    info = asdict(stored.info)
+    group.attrs.update({"format": FORMAT, "version": VERSION, **info})
+    group.create_array("patches", data=stored.patches)
+    for name in ("tissue", "thumbnail"):
+        array = group.create_array(name, data=getattr(stored, name))
+        array.attrs["downsample"] = list(stored.tissue_downsample)
+    if with_pixels:
+        group.create_array(
+            "pixels",
+            shape=(*stored.info.shape, 3),
+            chunks=(PIXEL_CHUNK, PIXEL_CHUNK, 3),
+            dtype=np.uint8,
+            fill_value=255,
+        )
+    return open_patch_grid(path, mode="r+")
+
+
+def is_patch_grid(path: Path) -> bool:
+    """Return whether a folder looks like a patch grid, without reading it."""
+    try:
+        meta = json.loads((path / "zarr.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    attributes = meta.get("attributes", {}) if isinstance(meta, dict) else {}
+    return isinstance(attributes, dict) and attributes.get("format") == FORMAT
+
+
+def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
+    """Open a patch grid; return it with its pixels left on disk.
+
+    Raises:
+        StoreError: not a patch grid, a damaged one, or one of a newer version.
+    """
+    if not is_patch_grid(path):
+        raise StoreError(f"{path} is not a patch grid; expected a folder that `tile` wrote")
+    try:
+        group = zarr.open_group(path, mode=mode)  # type: ignore[arg-type]
+        attrs = dict(group.attrs)
+        if attrs["version"] != VERSION:
+            raise StoreError(
+                f"{path} is a patch grid of version {attrs['version']}; this program reads "
+                f"{VERSION}: write it again with `tile --overwrite`"
+            )
+        tissue: Any = group["tissue"]
+        patches: Any = group["patches"]
+        thumbnail: Any = group["thumbnail"]
+        y, x = tissue.attrs["downsample"]
+        return StoredGrid(
+            info=_grid_info(attrs),
+            patches=np.asarray(patches[:], dtype=np.int64),
+            tissue=np.asarray(tissue[:], dtype=bool),
+            thumbnail=np.asarray(thumbnail[:], dtype=np.uint8),
+            tissue_downsample=(float(y), float(x)),
+            pixels=group.get("pixels"),  # type: ignore[arg-type]
+        )
+    except (KeyError, TypeError, ValueError, BaseZarrError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"the patch grid {path} is damaged ({error}); write it again") from error
+
+
+def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
+    bounds = attrs["bounds"]
+    return GridInfo(
+        source_name=str(attrs["source_name"]),
+        fingerprint=str(attrs["fingerprint"]),
+        grid_mpp=float(attrs["grid_mpp"]),
+        bounds=None if bounds is None else Region(**bounds),
+        **{name: _pair(attrs[name], float) for name in ("mpp", "downsample")},
+        **{name: _pair(attrs[name], int) for name in ("size", "shape", "patch_size", "stride")},
+    )
+
+
+def _pair(value: Any, kind: type) -> Any:
+    first, second = value
+    return (kind(first), kind(second))
+
+
+@contextmanager
+def written_beside(target: Path) -> Iterator[Path]:
+    """Yield a path beside `target` that takes its place once the body has ended well."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStore:
+    """A run's working folder, kept beside its outputs so that they can be written again.
+
+    Attributes:
+        folder: the run's folder.
+    """
+
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        """Return the working folder."""
+        return self.folder / ".store"
+
+    @property
+    def grid_path(self) -> Path:
+        """Return the patch grid's folder."""
+        return self.path / "grid.zarr"
+
+    @property
+    def mask_path(self) -> Path:
+        """Return where the mask grows until it is whole."""
+        return self.path / "mask.ome.zarr"
+
+    @property
+    def finished_mask_path(self) -> Path:
+        """Return where the whole mask lies."""
+        return self.folder / "mask.ome.zarr"
+
+    def _block_path(self, block: Block) -> Path:
+        return self.path / "blocks" / f"{block.name}.npz"
+
+    def pending(self, blocks: Iterable[Block]) -> list[Block]:
+        """Return the blocks that the ledger does not hold."""
+        return [block for block in blocks if not self._block_path(block).is_file()]
+
+    def finish_block(self, block: Block, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Enter a block in the ledger, with what later steps want to know of it.
+
+        To be called after the block's mask is written: a block in the ledger is never done again.
+        """
+        with written_beside(self._block_path(block)) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **dict(arrays))
+
+    def load_block(self, block: Block) -> dict[str, npt.NDArray[Any]]:
+        """Return what `finish_block` was given.
+
+        Raises:
+            StoreError: the file is damaged.
+        """
+        path = self._block_path(block)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"{path} is damaged ({error}); run again with --overwrite") from error
+
+
+def run_key(parts: Mapping[str, Any]) -> str:
+    """Return a digest of everything that the mask depends on.
+
+    Example:
+        >>> run_key({"a": 1, "b": 2}) == run_key({"b": 2, "a": 1})
+        True
+    """
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool) -> RunStore:
+    """Open a run's working folder, emptied unless it belongs to the same run; return it.
+
+    Outputs of an earlier run beside it stay until new ones take their place.
+
+    Args:
+        folder: the run's folder; created.
+        fingerprint: of the slide.
+        key: digest of slide, model and settings, from `run_key`.
+        overwrite: throw away what is there.
+
+    Raises:
+        StoreError: the folder holds another slide's run, or cannot be written.
+    """
+    store = RunStore(folder=folder)
+    wanted = {"fingerprint": fingerprint, "key": key}
+    key_path = store.path / "key.json"
+    try:
+        found = json.loads(key_path.read_text("utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if found and not overwrite and found.get("fingerprint") != fingerprint:
+        raise StoreError(
+            f"{folder} holds the run of another slide; choose another --output, or --overwrite"
+        )
+    try:
+        if overwrite or found != wanted:
+            shutil.rmtree(store.path, ignore_errors=True)
+        (store.path / "blocks").mkdir(parents=True, exist_ok=True)
+        with written_beside(key_path) as partial:
+            partial.write_text(json.dumps(wanted), "utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
+    return store
