@@ -1,0 +1,90 @@
+"""Fixtures that every test may use: the real data where there is some, and synthetic slides."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SLIDE_SIZE = (1931, 1487)
+"""Width and height of `slide_path`: multiples of nothing."""
+SLIDE_MPP = 0.25
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a file that belongs to no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of real data; its files are never copied into the repository."""
+    path = Path(os.environ.get("WSI_PIPELINE_TEST_DATA") or ROOT.parent / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip(f"no real data: WSI_PIPELINE_TEST_DATA is not set and {path} does not exist")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cmu_path(data_dir: Path) -> Path:
+    """Return the real H&E slide: Aperio SVS, 2220 × 2967, one level, 0.499 µm/px."""
+    path = data_dir / "wsi" / "svs" / "CMU-1-Small-Region.svs"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} in the real data")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_slide() -> Callable[..., Path]:
+    """Return `make_slide(path, pixels, mpp, *, levels, compression, tile)`, which writes a TIFF."""
+    write: Callable[..., Path] = _load(ROOT / "benchmarks" / "make_slide.py").write_slide
+    return write
+
+
+@pytest.fixture(scope="session")
+def make_big_slide() -> Callable[..., Path]:
+    """Return `make_big_slide(path, (w, h), mpp, *, levels)`: JPEG, half of it tissue, quick."""
+    write: Callable[..., Path] = _load(ROOT / "benchmarks" / "make_slide.py").write_big_slide
+    return write
+
+
+@pytest.fixture(scope="session")
+def slide_pixels() -> npt.NDArray[np.uint8]:
+    """Return level 0 of `slide_path`, uint8 (h, w, 3): shapes in the colours of H&E on white."""
+    width, height = SLIDE_SIZE
+    y, x = np.ogrid[:height, :width]
+    pixels = np.full((height, width, 3), (245, 243, 246), dtype=np.int16)
+    shapes = [  # painted in this order
+        ((x - 700) ** 2 / 560**2 + (y - 760) ** 2 / 590**2 < 1, (228, 168, 200)),  # stroma
+        ((x - 560) ** 2 / 260**2 + (y - 620) ** 2 / 310**2 < 1, (150, 92, 160)),  # tumour
+        ((x - 520) ** 2 + (y - 600) ** 2 < 90**2, (244, 240, 244)),  # a hole in it
+        ((abs(x - 930) < 130) & (abs(y - 1030) < 95), (190, 60, 90)),  # blood
+        ((abs(x - 1600) < 187) & (abs(y - 400 - (x - 1600) // 3) < 211), (205, 140, 185)),
+    ]
+    for inside, colour in shapes:
+        pixels[inside] = colour
+    noise = np.random.default_rng(0).integers(-6, 7, size=(height, width, 1))
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def slide_path(
+    tmp_path_factory: pytest.TempPathFactory,
+    slide_pixels: npt.NDArray[np.uint8],
+    make_slide: Callable[..., Path],
+) -> Path:
+    """Return a lossless tiled TIFF of two levels, 1931 × 1487, 0.25 µm/px by resolution tags."""
+    path = tmp_path_factory.mktemp("slide") / "synthetic slide.tif"
+    return make_slide(path, slide_pixels, SLIDE_MPP, levels=(1, 4))
