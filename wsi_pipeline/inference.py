@@ -1,0 +1,129 @@
+"""Run a network over patches of a region: batches on the device in, probabilities out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.networks import build
+from wsi_pipeline.options import Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" takes the first GPU, else the CPU.
+
+    Raises:
+        BundleError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BundleError(f"--device {name}: this machine shows no CUDA GPU; use --device cpu")
+    return torch.device(name)
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the number format to compute in; "auto" is bf16 where the hardware has it."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+class Predictor:
+    """A network on its device, ready to predict patches.
+
+    Args:
+        bundle: the model.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: number format of the forward pass.
+        batch_size: patches in one forward pass; None = chosen for the device.
+        threads: of the CPU for one forward pass; None = all.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        network = build(bundle)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(precision, self.device)
+        self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
+        self._bundle = bundle
+        self._module = network.module.to(self.device)
+        self._static_batch = network.batch_size
+        self._threads = threads or os.cpu_count() or 1
+        self._batch = self._static_batch or batch_size or (32 if self.device.type == "cuda" else 4)
+        mean = torch.tensor(bundle.input.mean, device=self.device).reshape(-1, 1, 1)
+        std = torch.tensor(bundle.input.std, device=self.device).reshape(-1, 1, 1)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    def predict(
+        self, pixels: npt.NDArray[np.uint8], origins: npt.NDArray[np.int64]
+    ) -> Iterator[torch.Tensor]:
+        """Predict patches of a region; yield the probabilities of each in turn.
+
+        Args:
+            pixels: uint8 (h, w, C), holding all the patches.
+            origins: (n, 2) first corners (y, x) within `pixels`.
+
+        Yields:
+            float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
+
+        Raises:
+            BundleError: the network fails, or answers in another shape than the bundle says.
+        """
+        # OpenMP keeps this per calling thread, and dask calls from several
+        torch.set_num_threads(self._threads)
+        region = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)  # (C, h, w), a view
+        height, width = self._bundle.input.patch_size
+        for first in range(0, len(origins), self._batch):
+            batch = torch.stack(
+                [
+                    region[:, y : y + height, x : x + width]
+                    for y, x in origins[first : first + self._batch]
+                ]
+            )
+            yield from self._forward(batch)
+
+    @torch.inference_mode()
+    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
+        count = len(batch)
+        inputs = batch.float() * self._scale + self._shift  # (N, C, *patch)
+        if self._static_batch:
+            inputs = torch.cat([inputs, inputs.new_zeros(self._batch - count, *inputs.shape[1:])])
+        enabled = self.dtype is not torch.float32
+        try:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+                output = self._module(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise BundleError(
+                f"{self._bundle.name} failed on a batch {tuple(inputs.shape)}: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        logits: torch.Tensor = output["mask"] if isinstance(output, dict) else output
+        expected = (len(inputs), self.channels, *self._bundle.input.patch_size)
+        if tuple(logits.shape) != expected:
+            raise BundleError(
+                f"{self._bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
+                f"makes it {expected}"
+            )
+        logits = logits[:count].float()
+        return logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)

@@ -1,0 +1,134 @@
+"""Run blocks on dask workers: an in-process cluster by default, or a scheduler that runs already.
+
+Nothing here knows what a block does. A run hands over an *opener*, a picklable callable without
+arguments that each worker calls once and that returns the work: a callable of one block.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol, TypeVar
+
+import dask
+from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+
+from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.grid import Block
+from wsi_pipeline.options import ScheduleOptions
+
+THREADS = 2
+"""Blocks that a worker has in hand: while one computes, the other reads or writes."""
+
+Result = TypeVar("Result", covariant=True)
+
+
+class Work(Protocol[Result]):
+    """What a worker does with a block, and how it lets go of what it holds."""
+
+    def __call__(self, block: Block) -> Result:
+        """Do one block; return what the caller wants to know."""
+
+    def close(self) -> None:
+        """Let go of files and memory."""
+
+
+class _OpenWork(WorkerPlugin):
+    """Opens the work on each worker, also on one that joins later, and closes it at the end."""
+
+    def __init__(self, name: str, opener: Callable[[], Work[Any]]) -> None:
+        self.name = name
+        self._opener = opener
+
+    def setup(self, worker: Worker) -> None:
+        # not on self: workers of an in-process cluster share the plugin object
+        setattr(worker, self.name, self._opener())
+
+    def teardown(self, worker: Worker) -> None:
+        if work := worker.__dict__.pop(self.name, None):
+            work.close()
+
+
+def _run_block(name: str, block: Block) -> Any:
+    # an error goes home as a value, since dask would print its traceback on the way
+    try:
+        return getattr(get_worker(), name)(block)
+    except Exception as error:
+        return error
+
+
+@contextmanager
+def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
+    """Yield a dask client of the cluster that the options ask for.
+
+    Raises:
+        WsiPipelineError: the scheduler does not answer.
+    """
+    logging.getLogger("distributed").setLevel(logging.ERROR)
+    if options.scheduler is not None:
+        with _connect(options.scheduler) as client:
+            yield client
+        return
+    with (
+        dask.config.set({"distributed.admin.tick.limit": "1h"}),  # torch may hold the GIL
+        LocalCluster(
+            n_workers=options.workers,
+            threads_per_worker=THREADS,
+            processes=False,
+            dashboard_address=None,
+            memory_limit=0,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _connect(address: str) -> Client:
+    by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
+    try:
+        return Client(**by_file, timeout="30s")
+    except (OSError, ValueError) as error:
+        raise WsiPipelineError(
+            f"no dask scheduler answers at {address}: {error}; is it running?"
+        ) from error
+
+
+def run_blocks(
+    client: Client, blocks: Iterable[Block], opener: Callable[[], Work[Result]]
+) -> Iterator[Result]:
+    """Do every block on some worker; yield the results as they come.
+
+    A few blocks per thread are in flight at once, so the number of blocks costs no memory. A block
+    whose worker dies is done again elsewhere.
+
+    Args:
+        client: of the cluster.
+        blocks: what to do, in the order to start them.
+        opener: see the module.
+
+    Raises:
+        Exception: what the work raised for a block; the blocks in flight are cancelled.
+    """
+    name = f"work_{uuid.uuid4().hex}"
+    client.register_plugin(_OpenWork(name, opener), name=name)
+    waiting = iter(blocks)
+    in_flight = 2 * max(sum(client.nthreads().values()), 1)
+
+    def submit(count: int) -> list[Any]:
+        batch = list(islice(waiting, count))
+        return client.map(_run_block, [name] * len(batch), batch, pure=False) if batch else []
+
+    futures = as_completed(submit(in_flight))
+    try:
+        for future in futures:
+            result = future.result()
+            if isinstance(result, Exception):
+                raise result
+            futures.update(submit(1))
+            yield result
+    finally:
+        client.cancel(list(futures.futures))
+        client.unregister_worker_plugin(name)
