@@ -1,0 +1,15 @@
+"""GeoJSON in: read it, check it against QuPath's rules, mend it, burn it into an array."""
+
+from __future__ import annotations
+
+from wsi_pipeline.annotations.geometry import mend_polygon, survives_float32
+from wsi_pipeline.annotations.raster import rasterise
+from wsi_pipeline.annotations.read import Annotation, read_polygons
+
+__all__ = [
+    "Annotation",
+    "mend_polygon",
+    "rasterise",
+    "read_polygons",
+    "survives_float32",
+]

@@ -1,0 +1,119 @@
+"""Polygons for regions of interest, tissue and truth, out of whatever GeoJSON people have."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shapely import Polygon
+from shapely.affinity import translate
+
+from wsi_pipeline.annotations.document import (
+    iter_nested,
+    parse_document,
+    properties_of,
+    read_bytes,
+)
+from wsi_pipeline.annotations.geometry import mend_polygon
+from wsi_pipeline.annotations.shapes import AREAL_TYPES, build_polygons
+from wsi_pipeline.errors import AnnotationError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """One area drawn or exported by somebody.
+
+    Attributes:
+        polygon: valid, with an area, in level-0 pixels, (x, y).
+        class_name: the class it is given, or None.
+    """
+
+    polygon: Polygon
+    class_name: str | None
+
+
+def read_polygons(
+    path: str | Path, *, offset: tuple[float, float] = (0.0, 0.0)
+) -> list[Annotation]:
+    """Read the areas of a GeoJSON file, a MultiPolygon as one area a part; return them.
+
+    Takes QuPath's dialects of all ages and those of other programs. Points and lines are left out,
+    self-crossing outlines are mended; the log says so.
+
+    Args:
+        path: `.geojson` or `.json`, gzipped or not.
+        offset: (x, y) added to every position: the slide's bounds where the file is in the frame
+            of a QuPath that crops to them.
+
+    Raises:
+        AnnotationError: the file cannot be read, or holds no GeoJSON.
+    """
+    path = Path(path)
+    try:
+        document = parse_document(read_bytes(path))
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+    if document.losses and not document.features:
+        raise AnnotationError(
+            f"{path}: expected a GeoJSON FeatureCollection, Feature or geometry. "
+            f"{' '.join(document.losses)}"
+        )
+    found: list[Annotation] = []
+    for index, feature in iter_nested(document.features):
+        try:
+            found += _areas(feature, where=f"{path}, feature {index}")
+        except AnnotationError as error:
+            raise AnnotationError(f"{path}, feature {index}: {error}") from error
+    _log_left_out(document.features, path)
+    return [_shifted(annotation, offset) for annotation in found]
+
+
+def _areas(feature: object, *, where: str) -> list[Annotation]:
+    geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+    class_name = class_name_of(properties_of(feature))
+    areas = []
+    for polygon in build_polygons(geometry):
+        parts = [polygon] if polygon.is_valid else mend_polygon(polygon)
+        if parts != [polygon]:
+            logger.warning("%s: mended an outline that crosses or touches itself", where)
+        areas += [Annotation(polygon=part, class_name=class_name) for part in parts]
+    return areas
+
+
+def class_name_of(properties: Mapping[str, object]) -> str | None:
+    """Return the class that properties name, in QuPath's words or those of other programs."""
+    classification = properties.get("classification")
+    if isinstance(classification, Mapping):
+        names = classification.get("names")
+        derived = ": ".join(map(str, names)) if isinstance(names, list) else None
+        candidates = [classification.get("name"), derived]
+    else:
+        # The Digital Slide Archive has a label, bare or in an object, and a group.
+        label = properties.get("label")
+        label = label.get("value") if isinstance(label, Mapping) else label
+        candidates = [classification, label, properties.get("group")]
+    names_given = (name.strip() for name in candidates if isinstance(name, str))
+    return next((name for name in names_given if name), None)
+
+
+def _shifted(annotation: Annotation, offset: tuple[float, float]) -> Annotation:
+    if offset == (0.0, 0.0):
+        return annotation
+    return replace(annotation, polygon=translate(annotation.polygon, *offset))
+
+
+def _log_left_out(features: Iterable[object], path: Path) -> None:
+    kinds: Counter[str] = Counter()
+    for _, feature in iter_nested(features):
+        geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+        kind = geometry.get("type") if isinstance(geometry, Mapping) else "feature without geometry"
+        if kind not in (*AREAL_TYPES, "GeometryCollection"):
+            kinds[str(kind)] += 1
+    if kinds:
+        what = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        logger.warning("%s: left out %s, which have no area", path, what)

@@ -1,0 +1,168 @@
+"""GeoJSON geometries turned into shapely ones: by QuPath's rules, or as kindly as possible."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+from shapely import LineString, MultiLineString, MultiPoint, MultiPolygon, Point, Polygon
+from shapely.geometry.base import BaseGeometry
+
+from wsi_pipeline.errors import AnnotationError
+
+Positions = npt.NDArray[np.float64]
+AREAL_TYPES = ("Polygon", "MultiPolygon")
+
+JAVA_NUMBER = re.compile(
+    r"\s*[+-]?(NaN|Infinity|(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?[fFdD]?)\s*", re.ASCII
+)
+"""What Java reads as a number where the JSON has a string."""
+
+
+def build(geometry: object) -> BaseGeometry:
+    """Turn a GeoJSON geometry into a shapely one by QuPath's rules; return it, valid or not.
+
+    Raises:
+        AnnotationError: QuPath would refuse it before looking at its shape; the message is a
+            sentence.
+    """
+    if not isinstance(geometry, Mapping):
+        raise AnnotationError("The feature has no geometry.")
+    kind = geometry.get("type")
+    if kind == "GeometryCollection":
+        raise AnnotationError("QuPath 0.6 and later take no GeometryCollection.")
+    if not isinstance(kind, str) or kind not in _BUILDERS:
+        raise AnnotationError(f"{kind!r} is no type of a geometry.")
+    coordinates = geometry.get("coordinates")
+    if not isinstance(coordinates, list):
+        raise AnnotationError(f"The {kind} has no list of coordinates.")
+    return _BUILDERS[kind](coordinates)
+
+
+def build_polygons(geometry: object) -> list[Polygon]:
+    """Return the polygons of a geometry, valid or not, with open rings closed.
+
+    Other types give none; a GeometryCollection gives those of its members.
+
+    Raises:
+        AnnotationError: its coordinates are no numbers, or not nested as its type wants.
+    """
+    if not isinstance(geometry, Mapping):
+        return []
+    members = geometry.get("geometries")
+    if geometry.get("type") == "GeometryCollection" and isinstance(members, list):
+        return [polygon for member in members for polygon in build_polygons(member)]
+    if geometry.get("type") not in AREAL_TYPES:
+        return []
+    coordinates = geometry.get("coordinates")
+    single = geometry["type"] == "Polygon"
+    parts = [coordinates] if single else _list(coordinates, "MultiPolygon")
+    return [part for part in map(_closed_polygon, parts) if not part.is_empty]
+
+
+def _closed_polygon(part: object) -> Polygon:
+    rings = [positions(ring) for ring in _list(part, "Polygon")]
+    shell, *holes = rings or [np.empty((0, 2))]
+    if len(shell) < 3:
+        return Polygon()
+    return Polygon(shell, [hole for hole in holes if len(hole) >= 3])
+
+
+def positions(value: object) -> Positions:
+    """Return the positions of a line, ring or MultiPoint as (n, 2) float64, all finite.
+
+    Raises:
+        AnnotationError: something else; the message is a sentence.
+    """
+    items = _list(value, "line of positions")
+    try:
+        xy = np.array(items, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):  # ragged, or not all of them numbers
+        xy = np.array([_position(item) for item in items])
+    if len(xy) == 0:
+        return np.empty((0, 2))
+    if xy.ndim != 2 or xy.shape[1] < 2:
+        raise AnnotationError("A position is no list of two numbers.")
+    # QuPath reads a third number of a position, and forgets it.
+    xy = xy[:, :2]
+    with np.errstate(over="ignore"):
+        if not np.isfinite(xy.astype(np.float32)).all():
+            raise AnnotationError("A coordinate is NaN or beyond float32.")
+    return xy
+
+
+def _position(item: object) -> tuple[float, float]:
+    """Return one position; a string with a number in it is one to QuPath too."""
+    if not isinstance(item, list) or len(item) < 2:
+        raise AnnotationError("A position is no list of two numbers.")
+    x, y = (_number(part) for part in item[:2])
+    return x, y
+
+
+def _number(value: object) -> float:
+    if isinstance(value, str) and JAVA_NUMBER.fullmatch(value):
+        return float(value.strip().rstrip("fFdD"))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf")
+    raise AnnotationError(f"A coordinate is {str(value)[:20]!r}, which is no number.")
+
+
+def _list(value: object, what: str) -> list[object]:
+    if not isinstance(value, list):
+        raise AnnotationError(f"Where a {what} should be there is no list.")
+    return value
+
+
+def _point(coordinates: list[object]) -> BaseGeometry:
+    return Point(positions([coordinates])[0])
+
+
+def _multi_point(coordinates: list[object]) -> BaseGeometry:
+    return MultiPoint(positions(coordinates))
+
+
+def _line(coordinates: object) -> LineString:
+    xy = positions(coordinates)
+    if len(xy) == 1:
+        raise AnnotationError("A line has only one position.")
+    return LineString(xy)
+
+
+def _multi_line(coordinates: list[object]) -> BaseGeometry:
+    return MultiLineString([_line(line) for line in coordinates])
+
+
+def _polygon(coordinates: object) -> Polygon:
+    rings = [_ring(ring) for ring in _list(coordinates, "Polygon")]
+    shell, *holes = rings or [np.empty((0, 2))]
+    if len(shell) == 0 and any(map(len, holes)):
+        raise AnnotationError("The polygon has holes in an empty shell.")
+    return Polygon(shell, [hole for hole in holes if len(hole)])
+
+
+def _ring(value: object) -> Positions:
+    xy = positions(value)
+    if len(xy) and (xy[0] != xy[-1]).any():
+        raise AnnotationError("A ring is not closed: its last position differs from its first.")
+    if len(xy) in (1, 2):
+        raise AnnotationError(f"A ring has only {len(xy)} positions.")
+    return xy
+
+
+def _multi_polygon(coordinates: list[object]) -> BaseGeometry:
+    return MultiPolygon([_polygon(part) for part in coordinates])
+
+
+_BUILDERS: Mapping[str, Callable[[list[object]], BaseGeometry]] = {
+    "Point": _point,
+    "MultiPoint": _multi_point,
+    "LineString": _line,
+    "MultiLineString": _multi_line,
+    "Polygon": _polygon,
+    "MultiPolygon": _multi_polygon,
+}
