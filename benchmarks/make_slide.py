@@ -1,4 +1,4 @@
-"""Write synthetic slides: any array as a pyramidal TIFF, or a JPEG slide of any size in little memory.
+"""Write synthetic slides: any array as a TIFF pyramid, or a JPEG slide of any size.
 
 python benchmarks/make_slide.py big.tif --size 16384 16384 --mpp 0.25
 """

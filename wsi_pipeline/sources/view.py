@@ -1,0 +1,298 @@
+"""A slide, and how it looks at any resolution: one global phase, whatever way it is cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from PIL import Image
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.grid import Region
+from wsi_pipeline.sources.slide import WHITE, Backend, Downsamples, Pixels, Sizes
+
+WHOLE_TOLERANCE = 1e-3
+"""A ratio this close to a whole number is taken as whole: µm per pixel are not known better."""
+
+STEPS = 4096
+"""Other ratios are multiples of 1/4096, and levels are read in pieces of at most 4,096 px.
+
+So every coordinate fits the 24 bits that Pillow's `resize` computes with: it is exact, and the same
+pixel comes out whatever piece it was computed in.
+"""
+
+FINEST = 1 / 64
+"""No view is finer than this many level pixels per pixel."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlideView:
+    """A slide at one resolution, computed where it is read.
+
+    Pixel (i, j) covers level-0 pixels [i·fy, (i+1)·fy) × [j·fx, (j+1)·fx), origins at the top left.
+
+    Attributes:
+        shape: (height, width) in pixels of the view; the last row and column may cover the edge.
+        downsample: (fy, fx) level-0 pixels per pixel of the view, exact.
+        level: the stored level it is computed from.
+        ratio: (y, x) pixels of that level per pixel of the view: whole, or a multiple of 1/4096.
+        backend: what reads the level.
+    """
+
+    shape: tuple[int, int]
+    downsample: tuple[float, float]
+    level: int
+    ratio: tuple[float, float]
+    backend: Backend
+
+    def read(self, origin: tuple[int, int], shape: tuple[int, int]) -> Pixels:
+        """Read a rectangle; return uint8 (h, w, 3), white outside the slide.
+
+        Several threads may read at once. Memory is bounded by the result and about 50 MB.
+
+        Args:
+            origin: (y, x) of the first pixel in the view; may lie outside.
+            shape: (h, w) in pixels of the view.
+
+        Raises:
+            SourceError: the file cannot be read there.
+        """
+        pixels = np.full((*shape, 3), WHITE, dtype=np.uint8)
+        rows, columns = (
+            list(_pieces(start, start + length, full, _step(ratio)))
+            for start, length, full, ratio in zip(
+                origin, shape, self.shape, self.ratio, strict=True
+            )
+        )
+        for y0, y1 in rows:
+            for x0, x1 in columns:
+                target = pixels[y0 - origin[0] : y1 - origin[0], x0 - origin[1] : x1 - origin[1]]
+                target[:] = self._compute(y0, x0, y1, x1)
+        return pixels
+
+    def _compute(self, y0: int, x0: int, y1: int, x1: int) -> Pixels:
+        """Return the pixels [y0, y1) × [x0, x1), which lie inside the view."""
+        ry, rx = self.ratio
+        if ry.is_integer() and rx.is_integer():
+            ny, nx = int(ry), int(rx)
+            stored = self._read_level(y0 * ny, x0 * nx, y1 * ny, x1 * nx)
+            if (ny, nx) == (1, 1):
+                return stored
+            return np.asarray(Image.fromarray(stored).reduce((nx, ny)))
+        # Pillow's filter reaches over the box into the margin, so that a cut leaves no trace
+        my, mx = _margin(ry), _margin(rx)
+        top, left = math.floor(y0 * ry) - my, math.floor(x0 * rx) - mx
+        bottom, right = math.ceil(y1 * ry) + my, math.ceil(x1 * rx) + mx
+        stored = self._read_level(top, left, bottom, right)
+        box = (x0 * rx - left, y0 * ry - top, x1 * rx - left, y1 * ry - top)
+        image = Image.fromarray(stored)
+        return np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box))
+
+    def _read_level(self, top: int, left: int, bottom: int, right: int) -> Pixels:
+        """Return a rectangle of the level, its last pixels repeated beyond its edges."""
+        width, height = self.backend.level_sizes[self.level]
+        y0, y1 = _clip(top, bottom, height)
+        x0, x1 = _clip(left, right, width)
+        pixels = self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
+        before = max(0, y0 - top), max(0, x0 - left)
+        after = bottom - top - before[0] - (y1 - y0), right - left - before[1] - (x1 - x0)
+        if not any((*before, *after)):
+            return pixels
+        return np.pad(pixels, ((before[0], after[0]), (before[1], after[1]), (0, 0)), mode="edge")
+
+
+def _step(ratio: float) -> int:
+    """Return how many pixels of a view fit a piece of the level."""
+    if ratio.is_integer():
+        return max(1, STEPS // int(ratio))
+    return min(STEPS, int((STEPS - 2 * _margin(ratio) - 2) / ratio))
+
+
+def _margin(ratio: float) -> int:
+    """Return how many pixels of the level Pillow's bilinear filter may want beyond a box."""
+    return math.ceil(max(ratio, 1)) + 1
+
+
+def _pieces(start: int, stop: int, length: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts of [start, stop) inside [0, length), cut at the multiples of `step`.
+
+    Example:
+        >>> list(_pieces(-3, 9, 8, 4))
+        [(0, 4), (4, 8)]
+    """
+    start, stop = max(start, 0), min(stop, length)
+    while start < stop:
+        end = min(stop, (start // step + 1) * step)
+        yield start, end
+        start = end
+
+
+def _clip(start: int, stop: int, length: int) -> tuple[int, int]:
+    """Return the part of [start, stop) inside [0, length), or the pixel nearest to it.
+
+    Example:
+        >>> _clip(-2, 5, 4), _clip(4, 6, 4)
+        ((0, 4), (3, 4))
+    """
+    first = min(max(start, 0), length - 1)
+    return first, max(min(stop, length), first + 1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Slide:
+    """An opened slide; close it, or use it in a `with`.
+
+    Attributes:
+        path: of the file, or of the patch grid's folder.
+        mpp: (x, y) µm per level-0 pixel.
+        mpp_source: where `mpp` comes from.
+        fingerprint: hex digest of the content, whatever the file's name and date.
+        stored_mpp: µm per stored pixel where the source is a patch grid, which knows no finer one.
+        pixels: what reads the file.
+    """
+
+    path: Path
+    mpp: tuple[float, float]
+    mpp_source: str
+    fingerprint: str
+    stored_mpp: float | None = None
+    pixels: Backend
+
+    @property
+    def backend(self) -> str:
+        """Return the name of the library that reads the file."""
+        return self.pixels.name
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (width, height) of level 0."""
+        return self.pixels.size
+
+    @property
+    def level_sizes(self) -> Sizes:
+        """Return (width, height) of each stored level."""
+        return self.pixels.level_sizes
+
+    @property
+    def level_downsamples(self) -> Downsamples:
+        """Return (x, y) level-0 pixels per pixel of each stored level."""
+        return self.pixels.level_downsamples
+
+    @property
+    def properties(self) -> Mapping[str, str]:
+        """Return what the file says about itself, in the libraries' words."""
+        return self.pixels.properties
+
+    @property
+    def bounds(self) -> Region | None:
+        """Return the scanned part in level-0 pixels, where the file gives all of it as integers."""
+        names = [f"openslide.bounds-{name}" for name in ("x", "y", "width", "height")]
+        try:
+            x, y, width, height = (int(self.properties[name]) for name in names)
+        except (KeyError, ValueError):
+            return None
+        return Region(x=x, y=y, width=width, height=height)
+
+    def at(self, mpp: float, *, tolerance: float = 0.0) -> SlideView:
+        """Look at the slide at a resolution; return the view.
+
+        It is computed from the coarsest stored level that is fine enough: by the mean of n × n
+        pixels where the ratio to that level is whole or nearly so, else by a triangle filter.
+
+        Args:
+            mpp: µm per pixel, along both axes.
+            tolerance: relative deviation from `mpp` up to which a whole ratio is preferred.
+
+        Raises:
+            SourceError: a patch grid that was stored coarser than `mpp`.
+        """
+        if not 0 < mpp < math.inf:
+            raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
+        tolerance = max(tolerance, WHOLE_TOLERANCE)
+        wanted = (mpp / self.mpp[1], mpp / self.mpp[0])  # y, x: arrays are rows first
+        level = self._level_for(wanted, tolerance)
+        dx, dy = self.level_downsamples[level]
+        if self.stored_mpp is not None and math.isclose(mpp, self.stored_mpp, rel_tol=1e-6):
+            ratio = (1.0, 1.0)
+        else:
+            ratio = (_ratio(wanted[0] / dy, tolerance), _ratio(wanted[1] / dx, tolerance))
+        if min(ratio) < (FINEST if self.stored_mpp is None else 1):
+            raise SourceError(self._too_coarse(mpp))
+        return self._view(level, ratio)
+
+    def read(self, region: Region, mpp: float) -> Pixels:
+        """Read a region at a resolution; return uint8 (h, w, 3), the whole pixels that cover it."""
+        view = self.at(mpp)
+        fy, fx = view.downsample
+        y0, x0 = math.floor(region.y / fy), math.floor(region.x / fx)
+        y1 = math.ceil((region.y + region.height) / fy)
+        x1 = math.ceil((region.x + region.width) / fx)
+        return view.read((y0, x0), (y1 - y0, x1 - x0))
+
+    def thumbnail(self, max_side: int) -> tuple[Pixels, tuple[float, float]]:
+        """Shrink the slide; return uint8 (h, w, 3), and (fy, fx) level-0 pixels per pixel of it.
+
+        Args:
+            max_side: px that neither side exceeds.
+        """
+        factor = max(self.size) / max_side
+        level = self._level_for((factor, factor), 0.0)
+        whole = max(1, math.ceil(factor / min(self.level_downsamples[level])))
+        view = self._view(level, (float(whole), float(whole)))
+        return view.read((0, 0), view.shape), view.downsample
+
+    def close(self) -> None:
+        """Give the file back."""
+        self.pixels.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _level_for(self, wanted: tuple[float, float], tolerance: float) -> int:
+        """Return the coarsest level that is not coarser than `wanted` (y, x)."""
+        fine = [
+            level
+            for level, (dx, dy) in enumerate(self.level_downsamples)
+            if dy <= wanted[0] * (1 + tolerance) and dx <= wanted[1] * (1 + tolerance)
+        ]
+        return max(fine, key=lambda level: sum(self.level_downsamples[level]), default=0)
+
+    def _view(self, level: int, ratio: tuple[float, float]) -> SlideView:
+        dx, dy = self.level_downsamples[level]
+        width, height = self.size
+        fy, fx = ratio[0] * dy, ratio[1] * dx
+        return SlideView(
+            shape=(math.ceil(height / fy), math.ceil(width / fx)),
+            downsample=(fy, fx),
+            level=level,
+            ratio=ratio,
+            backend=self.pixels,
+        )
+
+    def _too_coarse(self, mpp: float) -> str:
+        if self.stored_mpp is None:
+            return f"{self.path}: {mpp:g} µm/px is far finer than its {self.mpp[0]:g} µm/px"
+        return (
+            f"{self.path}: stored at {self.stored_mpp:g} µm/px, {mpp:g} is asked for; "
+            f"tile the slide again with --mpp {mpp:g}"
+        )
+
+
+def _ratio(exact: float, tolerance: float) -> float:
+    """Return a whole ratio within `tolerance` of the exact one, else a multiple of 1/4096.
+
+    Example:
+        >>> _ratio(2.0004, 0.001), _ratio(2.06, 0.001), _ratio(2.03, 0.02)
+        (2.0, 2.06005859375, 2.0)
+    """
+    whole = round(exact)
+    if whole >= 1 and abs(exact / whole - 1) <= tolerance:
+        return float(whole)
+    return round(exact * STEPS) / STEPS
