@@ -79,38 +79,50 @@ def survives_float32(polygon: Polygon | MultiPolygon) -> bool:
 def _is_coarse(xy: npt.NDArray[np.float64]) -> bool:
     """Return whether no vertex can lie within 0.01 px of an edge that is not its own.
 
-    So it is for whole pixels without long oblique edges, and snapping is spared. The step from one ring to the next is
-    judged as an edge too, which can only send a polygon to the full test.
+    So it is for whole pixels without long oblique edges; snapping would double the cost of the
+    test. The step from one ring to the next counts as an edge, which can only cost time.
     """
     step = np.abs(np.diff(xy, axis=0))
     oblique = step.min(axis=1) > 0
     return bool((xy == np.rint(xy)).all() and (step[oblique] < _SAFE_EDGE_PX / 2).all())
 
 
+def moved_by_qupath(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Return which positions of (n, 2) are written finer than QuPath keeps them; (n,) bool.
+
+    That is more than two decimals, or a place so far out that float32 misses it by more than
+    0.02 px.
+    """
+    kept = xy.astype(np.float32).astype(np.float64).round(2)
+    finer = np.abs(xy - xy.round(2)) > 1e-6
+    return np.asarray((finer | (np.abs(kept - xy) > 0.020001)).any(axis=1))
+
+
 def mend_polygon(polygon: Polygon | MultiPolygon) -> list[Polygon]:
     """Turn a polygon that QuPath would refuse or change into polygons it keeps; return them.
 
-    Coordinates come out with at most two decimals; every part passes `survives_float32`.
-    Nothing is returned where no area is left. A polygon that is good already comes back alone
-    and unchanged but for the rounding.
+    Coordinates come out with at most two decimals, or as quarters or whole pixels where float32
+    holds no more. Every part passes `survives_float32`, and parts do not overlap. Nothing is
+    returned where no area is left.
     """
     if not np.isfinite(shapely.get_coordinates(as_float32(polygon))).all():
         return []
+    parts: list[Polygon] = []
     for grid in _MENDING_GRIDS_PX:
-        parts = _snap(polygon, grid)
-        if all(survives_float32(part) for part in parts):
+        try:
+            snapped = shapely.set_precision(_make_valid(polygon), grid)
+        except GEOSException:
+            continue
+        parts = [_drop_specks(part) for part in polygons_of(snapped)]
+        parts = [part for part in parts if part.area >= MIN_AREA_PX2]
+        if all(map(_is_good, parts)) and (len(parts) < 2 or _is_good(MultiPolygon(parts))):
             return parts
-    return [part for part in parts if survives_float32(part)]
+    return [part for part in parts if _is_good(part)]
 
 
-def _snap(polygon: Polygon | MultiPolygon, grid: float) -> list[Polygon]:
-    """Make valid, snap to a grid and drop what has no area; return the parts."""
-    try:
-        snapped = shapely.set_precision(_make_valid(polygon), grid)
-    except GEOSException:
-        return []
-    parts = (_drop_specks(part) for part in polygons_of(snapped))
-    return [part for part in parts if part.area >= MIN_AREA_PX2]
+def _is_good(polygon: Polygon | MultiPolygon) -> bool:
+    moved = moved_by_qupath(shapely.get_coordinates(polygon))
+    return not moved.any() and survives_float32(polygon)
 
 
 def _make_valid(polygon: Polygon | MultiPolygon) -> BaseGeometry:
