@@ -87,10 +87,14 @@ class SlideView:
         my, mx = _margin(ry), _margin(rx)
         top, left = math.floor(y0 * ry) - my, math.floor(x0 * rx) - mx
         bottom, right = math.ceil(y1 * ry) + my, math.ceil(x1 * rx) + mx
-        stored = self._read_level(top, left, bottom, right)
-        box = (x0 * rx - left, y0 * ry - top, x1 * rx - left, y1 * ry - top)
-        image = Image.fromarray(stored)
-        return np.asarray(image.resize((x1 - x0, y1 - y0), Image.Resampling.BILINEAR, box=box))
+        image = Image.fromarray(self._read_level(top, left, bottom, right))
+        # one axis after the other: left to itself Pillow orders them by the shape of the piece,
+        # and each pass rounds
+        bilinear = Image.Resampling.BILINEAR
+        box = (x0 * rx - left, 0, x1 * rx - left, image.height)
+        image = image.resize((x1 - x0, image.height), bilinear, box=box)
+        box = (0, y0 * ry - top, image.width, y1 * ry - top)
+        return np.asarray(image.resize((image.width, y1 - y0), bilinear, box=box))
 
     def _read_level(self, top: int, left: int, bottom: int, right: int) -> Pixels:
         """Return a rectangle of the level, its last pixels repeated beyond its edges."""
