@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -127,3 +131,84 @@ class Predictor:
             )
         logits = logits[:count].float()
         return logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
+
+
+class PatchCache:
+    """Predictions of patches that several blocks need, so that a worker makes each once.
+
+    Args:
+        max_bytes: of finished predictions to keep; the oldest go first.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._futures: dict[int, Future[torch.Tensor]] = {}
+        self._bytes = 0
+
+    @contextmanager
+    def claim(
+        self, patches: npt.NDArray[np.int64], *, keep: npt.NDArray[np.bool_]
+    ) -> Iterator[Claim]:
+        """Yield what one block has to predict itself and what it gets from others.
+
+        Claims are made whole and in turn, so a block waits for earlier ones only and none waits
+        in a circle. If the body fails, those who wait for it get its error.
+
+        Args:
+            patches: indices, ascending, of all that the block needs.
+            keep: for each, whether another block may need it too.
+        """
+        with self._lock:
+            futures = {int(p): self._futures.get(int(p)) for p in patches}
+            mine = [p for p, future in futures.items() if future is None]
+            held = {int(p) for p in patches[keep]}.intersection(mine)
+            made: dict[int, Future[torch.Tensor]] = {p: Future() for p in held}
+            self._futures.update(made)
+        others = {p: future for p, future in futures.items() if future is not None}
+        try:
+            yield Claim(mine=np.array(mine, np.int64), made=made, others=others)
+        except BaseException as error:
+            for future in made.values():
+                if not future.done():
+                    future.set_exception(error)
+            raise
+        finally:
+            self._settle(made)
+
+    def _settle(self, made: dict[int, Future[torch.Tensor]]) -> None:
+        with self._lock:
+            for patch, future in made.items():
+                if not future.done() or future.exception() is not None:
+                    del self._futures[patch]
+                else:
+                    self._bytes += future.result().nbytes
+            for patch, future in list(self._futures.items()):
+                if self._bytes <= self._max_bytes:
+                    break
+                if future.done():
+                    self._bytes -= self._futures.pop(patch).result().nbytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Claim:
+    """What a block predicts itself and what it gets from others.
+
+    Attributes:
+        mine: (n,) indices of the patches to predict, ascending.
+        made: those of them that others may wait for.
+        others: patches that another block predicts or has predicted.
+    """
+
+    mine: npt.NDArray[np.int64]
+    made: Mapping[int, Future[torch.Tensor]]
+    others: Mapping[int, Future[torch.Tensor]]
+
+    def result(self, patch: int, fresh: Iterator[torch.Tensor]) -> torch.Tensor:
+        """Return the prediction of a patch; `fresh` yields those of `mine` in order."""
+        if (future := self.others.get(patch)) is not None:
+            return future.result()
+        prediction = next(fresh)
+        if (future := self.made.get(patch)) is not None:
+            future.set_result(prediction)
+        return prediction

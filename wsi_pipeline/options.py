@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -22,14 +22,16 @@ class SelectOptions:
     """Where on the slide to predict.
 
     Attributes:
-        mpp: the slide's µm per pixel at level 0 where the file does not say; None = as the file says.
+        mpp: the slide's µm per pixel at level 0 where the file does not say; else None.
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
-        roi: GeoJSON polygons in level-0 pixels to which the mask is limited.
+        roi: GeoJSON polygons to which the mask is limited.
+        frame: origin of GeoJSON that is read, where the slide has bounds.
     """
 
     mpp: float | None = None
     tissue: Literal["auto", "none"] | Path = "auto"
     roi: Path | None = None
+    frame: Frame = "qupath"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +89,35 @@ class ScheduleOptions:
 
     workers: int = 1
     scheduler: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All options that a run's outputs depend on.
+
+    Attributes:
+        select: where to look.
+        predict: how.
+        export: what to write.
+    """
+
+    select: SelectOptions = field(default_factory=SelectOptions)
+    predict: PredictOptions = field(default_factory=PredictOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
+
+
+def as_plain(options: Any) -> dict[str, Any]:
+    """Return a dataclass of options as JSON holds it.
+
+    Example:
+        >>> as_plain(SelectOptions(tissue=Path("t.png")))
+        {'mpp': None, 'tissue': 't.png', 'roi': None, 'frame': 'qupath'}
+    """
+    return {
+        key: list(value)
+        if isinstance(value, tuple)
+        else str(value)
+        if isinstance(value, Path)
+        else value
+        for key, value in asdict(options).items()
+    }

@@ -229,6 +229,15 @@ class RunStore:
         """Return the blocks that the ledger does not hold."""
         return [block for block in blocks if not self._block_path(block).is_file()]
 
+    def has_blocks(self) -> bool:
+        """Return whether the ledger holds any block."""
+        return any((self.path / "blocks").glob("[0-9]*.npz"))
+
+    def forget_blocks(self) -> None:
+        """Empty the ledger."""
+        for path in (self.path / "blocks").iterdir():
+            path.unlink()
+
     def finish_block(self, block: Block, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Enter a block in the ledger, with what later steps want to know of it.
 

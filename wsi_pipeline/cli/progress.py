@@ -1,0 +1,49 @@
+"""A progress bar with a rate and a remaining time, on stderr."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from tqdm import tqdm
+
+
+class Bars:
+    """One bar at a time, a new one for each slide.
+
+    Args:
+        quiet: draw nothing.
+        unit: what is counted.
+    """
+
+    def __init__(self, *, quiet: bool, unit: str) -> None:
+        self._quiet, self._unit = quiet, unit
+        self._name = ""
+        self._bar: tqdm[None] | None = None
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        """Show how far `name` is."""
+        if self._bar is None or name != self._name:
+            self.close()
+            self._name = name
+            self._bar = tqdm(
+                desc=name, total=total, initial=done, unit=f" {self._unit}", disable=self._quiet
+            )
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,255 @@
+"""`wsi-pipeline segment`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from wsi_pipeline.cli.options import (
+    inputs_argument,
+    output_option,
+    overwrite_option,
+    select_options,
+)
+from wsi_pipeline.options import (
+    Blend,
+    ExportOptions,
+    Ngff,
+    Output,
+    Precision,
+    PredictOptions,
+    ScheduleOptions,
+    SelectOptions,
+    Settings,
+    TiffKind,
+)
+
+PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
+
+
+class Shard(click.ParamType):
+    """`I/N`: the I-th of N equal shares, counted from 1."""
+
+    name = "I/N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """Return (i, n)."""
+        try:
+            index, count = (int(part) for part in str(value).split("/"))
+        except ValueError:
+            self.fail(f"{value!r} is not of the form I/N, such as 2/8", param, ctx)
+        if not 1 <= index <= count:
+            self.fail(f"{value!r}: I must lie between 1 and N", param, ctx)
+        return index, count
+
+
+class Outputs(click.ParamType):
+    """A comma-separated list of outputs."""
+
+    name = ",".join(get_args(Output))
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Output, ...]:
+        """Return the outputs, each once."""
+        names = value if isinstance(value, tuple) else tuple(str(value).split(","))
+        for name in names:
+            if name not in get_args(Output):
+                self.fail(f"{name!r} is none of {', '.join(get_args(Output))}", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+@click.command()
+@inputs_argument
+@click.option("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
+@output_option
+@select_options()
+@click.option(
+    "--overlap", type=click.IntRange(min=0), help="px between patches  [default: the bundle's]"
+)
+@click.option(
+    "--blend",
+    type=click.Choice(get_args(Blend)),
+    default=PREDICT.blend,
+    help="How overlapping predictions combine.",
+)
+@click.option("--device", default=PREDICT.device, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    default=PREDICT.precision,
+    help="Number format of the forward pass; auto takes the fastest that the device has.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Patches in a forward pass  [default: by device]",
+)
+@click.option(
+    "--block-size",
+    type=click.IntRange(min=1024),
+    default=PREDICT.block_size,
+    help="Side of a unit of work, px of the mask.",
+)
+@click.option(
+    "--mask-mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
+)
+@click.option(
+    "--outputs",
+    type=Outputs(),
+    default=EXPORT.outputs,
+    show_default=",".join(EXPORT.outputs),
+    help="What to write.",
+)
+@click.option(
+    "--ngff", type=click.Choice(get_args(Ngff)), default=EXPORT.ngff, help="OME-Zarr version."
+)
+@click.option(
+    "--tiff",
+    type=click.Choice(get_args(TiffKind)),
+    default=EXPORT.tiff,
+    help="asap writes ASAP's kind beside the OME-TIFF.",
+)
+@click.option(
+    "--simplify",
+    type=click.FloatRange(min=0),
+    default=EXPORT.simplify_um,
+    help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
+)
+@click.option(
+    "--min-area",
+    type=click.FloatRange(min=0),
+    default=EXPORT.min_area_um2,
+    help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    default=SCHEDULE.workers,
+    help="Workers of the in-process cluster.",
+)
+@click.option("--scheduler", help="Address or scheduler file of a running dask scheduler.")
+@click.option("--shard", type=Shard(), help="Do only the I-th of N shares of the slides.")
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.pass_context
+def command(
+    ctx: click.Context, inputs: tuple[str, ...], model: str, output: Path, **options: Any
+) -> None:
+    """Segment slides: masks at full resolution, QuPath polygons, overviews and a report.
+
+    INPUT: files, folders (searched recursively), patterns, or a .txt file with one path a line.
+    Running the same command again goes on where it stopped.
+    """
+    from wsi_pipeline.bundle import load_bundle
+    from wsi_pipeline.inputs import find_slides, plan_jobs
+
+    settings = _settings(options)
+    bundle = load_bundle(model)
+    jobs = plan_jobs(find_slides(list(inputs), output=output), output)
+    if options["shard"]:
+        index, count = options["shard"]
+        jobs = jobs[index - 1 :: count]
+    if not jobs:
+        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
+    if options["dry_run"]:
+        _dry_run(jobs, bundle, settings)
+        return
+    schedule = ScheduleOptions(workers=options["workers"], scheduler=options["scheduler"])
+    failed = _run(jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"])
+    if failed:
+        ctx.exit(1)
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    return Settings(
+        select=SelectOptions(
+            mpp=options["mpp"],
+            tissue=options["tissue"],
+            roi=options["roi"],
+            frame=options["frame"],
+        ),
+        predict=PredictOptions(
+            **{
+                name: options[name]
+                for name in (
+                    "overlap", "blend", "device", "precision",
+                    "batch_size", "block_size", "mask_mpp",
+                )
+            }
+        ),
+        export=ExportOptions(
+            outputs=options["outputs"],
+            ngff=options["ngff"],
+            tiff=options["tiff"],
+            simplify_um=options["simplify"],
+            min_area_um2=options["min_area"],
+            frame=options["frame"],
+        ),
+    )  # fmt: skip
+
+
+def _run(
+    jobs: list[Any],
+    bundle: Any,
+    output: Path,
+    settings: Settings,
+    schedule: ScheduleOptions,
+    overwrite: bool,
+    quiet: bool,
+) -> int:
+    """Segment the slides, say how each ended, write summary and report; return how many failed."""
+    from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.pipeline import segment_all
+    from wsi_pipeline.report import write_report, write_summary
+    from wsi_pipeline.schedule import open_cluster
+
+    threads = max((os.cpu_count() or 1) // schedule.workers, 1) if not schedule.scheduler else None
+    runs: dict[Path, Any] = {}
+    with open_cluster(schedule) as client, Bars(quiet=quiet, unit="patches") as bars:
+        for job, run in segment_all(
+            jobs,
+            bundle,
+            client=client,
+            settings=settings,
+            threads=threads,
+            overwrite=overwrite,
+            progress=lambda job, done, total: bars(job.path.name, done, total),
+        ):
+            bars.close()
+            runs[job.folder] = run
+            if run.status == "failed":
+                click.echo(f"failed: {job.path}: {run.reason}", err=True)
+            elif not quiet:
+                areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
+                click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
+            for warning in run.warnings:
+                click.echo(f"warning: {job.path.name}: {warning}", err=True)
+    write_summary(output, runs)
+    write_report(output, runs)
+    return sum(run.status == "failed" for run in runs.values())
+
+
+def _dry_run(jobs: list[Any], bundle: Any, settings: Settings) -> None:
+    """Say for each slide what a run would do."""
+    from wsi_pipeline.errors import WsiPipelineError
+    from wsi_pipeline.export.ome_zarr import count_files
+    from wsi_pipeline.pipeline import survey
+    from wsi_pipeline.sources import open_source
+
+    for job in jobs:
+        try:
+            with open_source(job.path, mpp=settings.select.mpp) as slide:
+                stored = survey(slide, bundle, settings)
+        except WsiPipelineError as error:
+            click.echo(f"{job.path}\twould fail: {error}")
+            continue
+        width, height = slide.size
+        files = count_files((height, width), settings.export.ngff)
+        click.echo(
+            f"{job.path}\t{len(stored.patches)} patches\t{width} × {height} px mask\t"
+            f"at most {files} files in mask.ome.zarr\t→ {job.folder}"
+        )

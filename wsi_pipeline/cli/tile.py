@@ -1,0 +1,98 @@
+"""`wsi-pipeline tile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from wsi_pipeline.cli.options import (
+    inputs_argument,
+    output_option,
+    overwrite_option,
+    select_options,
+)
+from wsi_pipeline.options import Frame, SelectOptions
+
+
+@click.command()
+@inputs_argument
+@click.option(
+    "--mpp",
+    "target_mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    required=True,
+    help="Resolution to store, µm per pixel.",
+)
+@click.option("--patch-size", type=click.IntRange(min=1), default=512, help="Side of a patch, px.")
+@click.option(
+    "--overlap", type=click.IntRange(min=0), default=0, help="px between neighbouring patches."
+)
+@output_option
+@select_options("--slide-mpp")
+@overwrite_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    inputs: tuple[str, ...],
+    target_mpp: float,
+    patch_size: int,
+    overlap: int,
+    output: Path,
+    mpp: float | None,
+    tissue: str,
+    roi: Path | None,
+    frame: Frame,
+    overwrite: bool,
+) -> None:
+    """Write slides as zarr patch grids, OUTPUT/<slide>.zarr, that `segment` and training read.
+
+    A grid that is there already is kept, unless --overwrite is given.
+    """
+    from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.errors import MissingMppError, WsiPipelineError
+    from wsi_pipeline.inputs import find_slides, plan_jobs
+    from wsi_pipeline.pipeline import tile
+    from wsi_pipeline.store import is_patch_grid
+
+    if overlap >= patch_size:
+        raise click.UsageError(f"--overlap {overlap} must be below --patch-size {patch_size}")
+    slides = find_slides(list(inputs), output=output)
+    if not slides:
+        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
+    select = SelectOptions(
+        mpp=mpp,
+        tissue=tissue,  # type: ignore[arg-type]  # checked by its click type
+        roi=roi,
+        frame=frame,
+    )
+    failed = 0
+    with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
+        for job in plan_jobs(slides, output):
+            target = job.folder.with_name(f"{job.folder.name}.zarr")
+            if is_patch_grid(target) and not overwrite:
+                click.echo(f"{target} is there already; --overwrite writes it anew", err=True)
+                continue
+            try:
+                stored = tile(
+                    job.path,
+                    target,
+                    mpp=target_mpp,
+                    patch_size=patch_size,
+                    overlap=overlap,
+                    select=select,
+                    progress=lambda done, total, job=job: bars(job.path.name, done, total),
+                )
+            except WsiPipelineError as error:
+                reason = str(error)
+                if isinstance(error, MissingMppError):
+                    reason = reason.replace("--mpp", "--slide-mpp")
+                click.echo(f"failed: {job.path}: {reason}", err=True)
+                failed += 1
+                continue
+            bars.close()
+            click.echo(
+                f"done: {job.path.name} → {target} ({len(stored.patches)} patches)", err=True
+            )
+    if failed:
+        ctx.exit(1)

@@ -1,0 +1,364 @@
+"""The main job, top to bottom: a slide and a bundle in, a run's folder out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from wsi_pipeline.blocks import Plan, SegmentBlocks
+from wsi_pipeline.bundle import Bundle, sha256_of
+from wsi_pipeline.errors import BundleError, SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.inputs import Job
+from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
+from wsi_pipeline.outputs import FILES, versions, write_outputs
+from wsi_pipeline.report import Run, load_run, write_run_json
+from wsi_pipeline.schedule import run_blocks
+from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.store import (
+    PIXEL_CHUNK,
+    RunStore,
+    StoredGrid,
+    open_patch_grid,
+    open_run_store,
+    run_key,
+    write_patch_grid,
+    written_beside,
+)
+from wsi_pipeline.survey import frame_offset, plan_grid
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with patches done and patches in all."""
+
+DEFAULTS = Settings()
+
+
+def segment(
+    job: Job,
+    bundle: Bundle,
+    *,
+    client: Client,
+    settings: Settings = DEFAULTS,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Segment one slide and write its run's folder; return the run.
+
+    What an earlier run of the same slide, model and settings has done is not done again.
+
+    Args:
+        job: the slide and the folder.
+        bundle: the model.
+        client: of the dask cluster that does the blocks.
+        settings: options.
+        threads: of the CPU for one worker's forward pass; None = all.
+        overwrite: start anew whatever the folder holds.
+        progress: told of patches done.
+
+    Raises:
+        WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
+    """
+    begun = time.perf_counter()
+    with open_source(job.path, mpp=settings.select.mpp) as slide:
+        _check_modality(bundle)
+        key = run_key(_identity(slide, bundle, settings))
+        if not overwrite and (run := _finished(job.folder, key, settings.export)):
+            logger.info("%s is done already", job.folder)
+            return run
+        store = open_run_store(
+            job.folder, fingerprint=slide.fingerprint, key=key, overwrite=overwrite
+        )
+        stored = _kept_survey(store, slide, bundle, settings)
+        plan = _plan(slide, bundle, store, stored, settings, threads)
+        _ensure_mask(plan, bundle, slide, settings.export)
+        logger.info(
+            "%s: %d patches of %d², %g µm/px", job.path.name, len(plan.grid),
+            plan.grid.patch_size[0], stored.info.grid_mpp,
+        )  # fmt: skip
+        blocks = _do_blocks(plan, client, progress)
+        run = write_outputs(slide, bundle, plan, stored, blocks, settings, key)
+    run = replace(run, seconds={**run.seconds, "total": round(time.perf_counter() - begun, 3)})
+    write_run_json(job.folder / "run.json", run)
+    return run
+
+
+def segment_all(
+    jobs: list[Job],
+    bundle: Bundle,
+    *,
+    client: Client,
+    settings: Settings = DEFAULTS,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Job, int, int], None] | None = None,
+) -> Iterator[tuple[Job, Run]]:
+    """Segment slides one after the other; yield each with its run, failed ones too.
+
+    Args:
+        jobs: slides and their folders.
+        bundle: the model.
+        client: of the dask cluster.
+        settings: options.
+        threads: of the CPU for one worker's forward pass.
+        overwrite: start anew whatever the folders hold.
+        progress: told of the job and its patches done.
+    """
+    for job in jobs:
+        try:
+            run = segment(
+                job,
+                bundle,
+                client=client,
+                settings=settings,
+                threads=threads,
+                overwrite=overwrite,
+                progress=partial(progress, job) if progress else None,
+            )
+        except Exception as error:
+            # one bad slide must not end the night; what is not ours is a defect: keep its traceback
+            expected = isinstance(error, WsiPipelineError)
+            logger.log(
+                logging.DEBUG if expected else logging.ERROR, "%s failed", job.path, exc_info=True
+            )
+            run = _failed(job, bundle, settings, error)
+        yield job, run
+
+
+def tile(
+    path: Path,
+    target: Path,
+    *,
+    mpp: float,
+    patch_size: int,
+    overlap: int,
+    select: SelectOptions,
+    progress: Progress | None = None,
+) -> StoredGrid:
+    """Write a slide as a zarr patch grid with its pixels, in bounded memory; return it opened.
+
+    Args:
+        path: of the slide.
+        target: folder of the grid, which appears whole or not at all.
+        mpp: µm per grid pixel.
+        patch_size: side of a patch in grid pixels.
+        overlap: grid pixels between neighbouring patches.
+        select: where to look.
+        progress: told of blocks of pixels done.
+
+    Raises:
+        WsiPipelineError: the slide or the target cannot be used.
+    """
+    with open_source(path, mpp=select.mpp) as slide:
+        stored = plan_grid(
+            slide,
+            mpp=mpp,
+            patch_size=(patch_size, patch_size),
+            overlap=(overlap, overlap),
+            select=select,
+        )
+        view = slide.at(mpp, tolerance=MPP_TOLERANCE)
+        grid = stored.grid
+        every = iter_blocks(grid.shape, (PIXEL_CHUNK, PIXEL_CHUNK))
+        blocks = [b for b in every if len(grid.touching(b.start, b.stop))]
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with written_beside(target) as partial:
+                pixels = write_patch_grid(partial, stored, with_pixels=True).pixels
+                assert pixels is not None
+                for done, block in enumerate(blocks, start=1):
+                    y, x = block.start
+                    height, width = block.shape
+                    pixels[block.slices] = view.read((y, x), (height, width))
+                    if progress:
+                        progress(done, len(blocks))
+        except OSError as error:
+            if isinstance(error, SourceError):
+                raise
+            raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
+    return open_patch_grid(target)
+
+
+def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
+    """Find out where on a slide a model is to look; return the patch grid, without pixels.
+
+    Args:
+        slide: opened.
+        bundle: the model.
+        settings: options.
+
+    Raises:
+        SourceError: the slide cannot be read, or does not fit the model.
+        AnnotationError: the tissue or ROI file cannot be used.
+    """
+    overlap = settings.predict.overlap
+    patch_size = bundle.input.patch_size
+    return plan_grid(
+        slide,
+        mpp=bundle.input.mpp,
+        patch_size=(patch_size[0], patch_size[1]),
+        overlap=(bundle.input.overlap[0], bundle.input.overlap[1])
+        if overlap is None
+        else (overlap, overlap),
+        select=settings.select,
+    )
+
+
+def _check_modality(bundle: Bundle) -> None:
+    if bundle.modality != "slide":
+        raise BundleError(
+            f"{bundle.name} is for a {bundle.modality}; segment takes bundles for slides"
+        )
+
+
+def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any]:
+    """Return everything that the mask depends on."""
+    select, predict = settings.select, settings.predict
+    files = {
+        name: sha256_of(path)
+        for name, path in (("tissue", select.tissue), ("roi", select.roi))
+        if isinstance(path, Path) and path.is_file()
+    }
+    return {
+        "slide": slide.fingerprint,
+        "mpp": slide.mpp,
+        "model": sha256_of(bundle.path / "model.toml"),
+        "weights": bundle.weights_sha256,
+        "select": asdict(select),
+        "files": files,
+        "predict": {k: v for k, v in asdict(predict).items() if k not in ("device", "batch_size")},
+        "ngff": settings.export.ngff,
+        "version": version("wsi-pipeline"),
+    }
+
+
+def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
+    """Return the run that a folder holds, if it is whole and was made the same way."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    run = load_run(path)
+    same = run.status == "done" and run.settings.get("key") == key
+    if not all((folder / FILES[output]).exists() for output in export.outputs):
+        return None
+    return run if same and run.settings.get("export") == as_plain(export) else None
+
+
+def _kept_survey(store: RunStore, slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
+    """Return the run's patch grid, found once and then read from its store."""
+    try:
+        return open_patch_grid(store.grid_path)
+    except StoreError:
+        with written_beside(store.grid_path) as partial:
+            write_patch_grid(partial, survey(slide, bundle, settings), with_pixels=False)
+        return open_patch_grid(store.grid_path)
+
+
+def _plan(
+    slide: Slide,
+    bundle: Bundle,
+    store: RunStore,
+    stored: StoredGrid,
+    settings: Settings,
+    threads: int | None,
+) -> Plan:
+    width, height = slide.size
+    downsample, shape = (1.0, 1.0), (height, width)
+    if (mask_mpp := settings.predict.mask_mpp) is not None:
+        view = slide.at(mask_mpp, tolerance=MPP_TOLERANCE)
+        downsample, shape = view.downsample, view.shape
+    return Plan(
+        slide_path=slide.path.absolute(),
+        slide_mpp=settings.select.mpp,
+        bundle_path=bundle.path.absolute(),
+        store=store,
+        grid=stored.grid,
+        grid_mpp=stored.info.grid_mpp,
+        downsample=stored.info.downsample,
+        mask_shape=shape,
+        mask_downsample=downsample,
+        mask_mpp=(downsample[1] * slide.mpp[0], downsample[0] * slide.mpp[1]),
+        predict=settings.predict,
+        roi=settings.select.roi,
+        roi_offset=frame_offset(slide, settings.select.frame),
+        threads=threads or os.cpu_count() or 1,
+    )
+
+
+def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
+    """Create the mask unless an interrupted run has begun one."""
+    unit = ome_zarr.SHARD if export.ngff == "0.5" else ome_zarr.CHUNK
+    if plan.predict.block_size % unit:
+        raise StoreError(
+            f"--block-size {plan.predict.block_size} is not a multiple of {unit}, the mask's chunk"
+        )
+    path = plan.store.mask_path
+    if path.is_dir() or (plan.store.has_blocks() and plan.store.finished_mask_path.is_dir()):
+        return
+    plan.store.forget_blocks()
+    with written_beside(path) as partial:
+        ome_zarr.create_mask(
+            partial,
+            plan.mask_shape,
+            classes=bundle.classes,
+            mask_mpp=plan.mask_mpp,
+            ngff=export.ngff,
+            name=slide.path.stem,
+        )
+
+
+def _do_blocks(plan: Plan, client: Client, progress: Progress | None) -> list[Block]:
+    """Do the blocks that are left; return all that hold anything."""
+    blocks = plan.blocks()
+    pending = plan.store.pending(blocks)
+    done = len(plan.grid) - _patches_touching(plan, pending)
+    if progress:
+        progress(done, len(plan.grid))
+    for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
+        done = min(done + fresh, len(plan.grid))
+        if progress:
+            progress(done, len(plan.grid))
+    return blocks
+
+
+def _patches_touching(plan: Plan, blocks: list[Block]) -> int:
+    touched = [plan.grid.touching(*plan.box(block)) for block in blocks]
+    return len(np.unique(np.concatenate(touched))) if touched else 0
+
+
+def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> Run:
+    """Return the run of a slide that failed, written down unless its folder holds a good run."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if not isinstance(error, WsiPipelineError):
+        reason = f"{type(error).__name__}: {reason}"
+    run = Run(
+        status="failed",
+        reason=reason,
+        slide={"name": job.path.name, "path": str(job.path)},
+        model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
+        settings={n: as_plain(getattr(settings, n)) for n in ("select", "predict", "export")},
+        versions=versions(),
+    )
+    path = job.folder / "run.json"
+    try:
+        if not path.is_file() or load_run(path).status == "failed":
+            job.folder.mkdir(parents=True, exist_ok=True)
+            write_run_json(path, run)
+    except OSError:
+        logger.debug("cannot write %s", path, exc_info=True)
+    return run
