@@ -112,6 +112,19 @@ def load_bundle(location: str | Path) -> Bundle:
         raise BundleError(
             f"no bundle at {location}: expected a folder with a model.toml ({error.strerror})"
         ) from error
+    return parse_bundle(table, path)
+
+
+def parse_bundle(table: dict[str, Any], path: Path) -> Bundle:
+    """Check the content of a `model.toml`; return the bundle.
+
+    Args:
+        table: the parsed TOML.
+        path: of the file, in the bundle's folder.
+
+    Raises:
+        BundleError: something is missing or contradicts itself.
+    """
     try:
         return _parse(table, path)
     except (KeyError, TypeError, ValueError) as error:

@@ -1,0 +1,70 @@
+"""Programs from elsewhere: TorchScript and torch.export files in a bundle's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import BundleError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network ready to be called.
+
+    Attributes:
+        module: maps (N, C, *patch) float32 to logits.
+        batch_size: the only N that it takes; None = any.
+    """
+
+    module: nn.Module
+    batch_size: int | None
+
+
+def load_foreign(bundle: Bundle) -> Network:
+    """Load the program of a bundle; return it on the CPU.
+
+    Raises:
+        BundleError: no program, or not one of the kind that the bundle says.
+    """
+    path = bundle.weights_path
+    if path is None:
+        raise BundleError(f"the bundle {bundle.path} names no program; set weights in model.toml")
+    load = _load_exported if bundle.network == "exported" else _load_torchscript
+    try:
+        return load(path)
+    except BundleError:
+        raise
+    except Exception as error:  # torch's loaders raise whatever the file makes them
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise BundleError(f"cannot load {path} as {bundle.network}: {reason}") from error
+
+
+def _load_torchscript(path: Path) -> Network:
+    module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+    return Network(module=module.eval(), batch_size=None)
+
+
+def _load_exported(path: Path) -> Network:
+    program = torch.export.load(path)
+    return Network(module=program.module(), batch_size=_static_batch(program))
+
+
+def _static_batch(program: ExportedProgram) -> int | None:
+    """Return the batch size that an exported program insists on, or None where it takes any."""
+    names = {
+        s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
+    }
+    inputs = [
+        n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name in names
+    ]
+    if len(inputs) != 1:
+        raise BundleError(f"an exported program takes one input, this one takes {len(inputs)}")
+    first = inputs[0].shape[0]
+    return first if isinstance(first, int) else None

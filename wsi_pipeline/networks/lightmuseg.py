@@ -1,0 +1,203 @@
+"""LightMuSeg: MobileNetV2 encoder, multiscale feature fusion, feature refinement.
+
+Zaka-Ud-Din Muhammad, Vincenzo Della Mea: "Lightweight multiscale feature refinement network for
+breast cancer histopathology segmentation", Informatics in Medicine Unlocked 63, 101754, 2026,
+https://doi.org/10.1016/j.imu.2026.101754. Names follow the authors' checkpoints. Our reading: the
+spatial attention, whose module is not public, is CBAM's; the deep-supervision heads, which the
+authors' plain network builds and never calls, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wsi_pipeline.networks.encoders import mobilenet_v2_features
+
+TAPS = (2, 4, 7, 14, 18)
+"""Stage of the encoder before which each tap is taken, from 1/2 to 1/32 of the input."""
+CHANNELS = (16, 24, 32, 96, 320)
+"""Of each tap."""
+FOLD_BELOW = 128
+"""Channels below which one composed 5×5 convolution is cheaper than its three parts."""
+
+
+class SpatialAttention(nn.Module):
+    """Weigh positions by a 7×7 convolution of the channels' mean and maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+        self.register_load_state_dict_pre_hook(_adopt_attention)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` times its attention, (N, C, H, W)."""
+        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
+        return x * torch.sigmoid(self.conv(pooled))
+
+
+class MSFFM(nn.Module):
+    """Multiscale feature fusion: three kernel sizes, channel attention, spatial attention.
+
+    Args:
+        channels: in and out.
+        reduction: of the channel attention's bottleneck.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 4) -> None:
+        super().__init__()
+        self.scale1 = nn.Conv2d(channels, channels, 1)
+        self.scale2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.scale3 = nn.Conv2d(channels, channels, 5, padding=2)
+        self.reduce_channel = nn.Conv2d(3 * channels, channels, 1)
+        self.fc1 = nn.Conv2d(channels, channels // reduction, 1)
+        self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
+        self.spatialatt = SpatialAttention()
+        self.fusion_conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the fused features, (N, C, H, W)."""
+        fused = self._multiscale(x)
+        squeezed = functional.relu(self.fc1(fused.mean((2, 3), keepdim=True)))
+        fused = fused * torch.sigmoid(self.fc2(squeezed))
+        out: Tensor = self.fusion_conv(self.spatialatt(fused))
+        return out
+
+    def _multiscale(self, x: Tensor) -> Tensor:
+        if x.shape[1] < FOLD_BELOW:
+            weight, bias = self.composed()
+            return functional.conv2d(x, weight, bias, padding=2)
+        scales = torch.cat([self.scale1(x), self.scale2(x), self.scale3(x)], dim=1)
+        out: Tensor = self.reduce_channel(scales)
+        return out
+
+    def composed(self) -> tuple[Tensor, Tensor]:
+        """Return weight and bias of the one 5×5 convolution that equals the multiscale step.
+
+        All four convolutions are linear with nothing between them, so this is exact.
+        """
+        scales = (self.scale1, self.scale2, self.scale3)
+        kernels = torch.cat(
+            [functional.pad(s.weight, [2 - s.kernel_size[0] // 2] * 4) for s in scales]
+        )
+        biases = torch.cat([s.get_parameter("bias") for s in scales])
+        mix = self.reduce_channel.weight[:, :, 0, 0]  # (C, 3C)
+        weight = torch.einsum("oi,icyx->ocyx", mix, kernels)
+        return weight, mix @ biases + self.reduce_channel.get_parameter("bias")
+
+
+class FRFM(nn.Module):
+    """Feature refinement: skip and decoder features under one channel attention.
+
+    Args:
+        channels: of each of the two inputs, and out.
+        reduction: of the channel attention's bottleneck.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 4) -> None:
+        super().__init__()
+        self.channel_fc = nn.Sequential(
+            nn.Linear(channels, channels // reduction, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels // reduction, channels, bias=False),
+            nn.Sigmoid(),
+        )
+        self.spatial_fusion = nn.Conv2d(2 * channels, channels, 1, bias=False)
+
+    def forward(self, skip: Tensor, decoded: Tensor) -> Tensor:
+        """Return the refined features, (N, C, H, W)."""
+        weight = self.channel_fc((skip + decoded).mean((2, 3)))[:, :, None, None]
+        out: Tensor = self.spatial_fusion(torch.cat([weight * skip, weight * decoded], dim=1))
+        return out
+
+
+class LightMuSeg(nn.Module):
+    """LightMuSeg; 7,052,236 parameters and 145 for every class.
+
+    Global pooling and aligned-corner upsampling make each output pixel depend on the whole patch:
+    predict with patches of the size that the weights were trained for.
+
+    Args:
+        classes: logit maps of the output; 1 for tumour or not.
+        channels: of the input.
+    """
+
+    size_multiple: ClassVar[int] = 32
+    """Both sides of a patch are multiples of this."""
+    unused: ClassVar[tuple[str, ...]] = ("encoder.18.", "sideout")
+    """Tensors of the authors' checkpoints that nothing calls; weight files may lack them."""
+
+    def __init__(self, *, classes: int = 1, channels: int = 3) -> None:
+        super().__init__()
+        self.encoder = mobilenet_v2_features(channels)
+        c1, c2, c3, c4, c5 = CHANNELS
+        self.mltslayer1, self.mltslayer2, self.mltslayer3 = MSFFM(c1), MSFFM(c2), MSFFM(c3)
+        self.mltslayer4, self.mltslayer5 = MSFFM(c4), MSFFM(c5)
+        self.s5_up_conv, self.s4_up_conv = _up(c5, c4), _up(c4, c3)
+        self.s3_up_conv, self.s2_up_conv = _up(c3, c2), _up(c2, c1)
+        self.lca45, self.lca34, self.lca23, self.lca12 = FRFM(c4), FRFM(c3), FRFM(c2), FRFM(c1)
+        self._init_decoder()
+        self.last_conv = nn.Conv2d(c1, classes, 3, padding=1)
+
+    def _init_decoder(self) -> None:
+        # the gates, about 1/2 each, take from the skips what this gain gives: they start at unit
+        # scale, as what comes up from below does behind its batch norm
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W)."""
+        multiple = self.size_multiple
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            size = f"{x.shape[2]} × {x.shape[3]}"
+            raise ValueError(f"a patch of {size} px: LightMuSeg takes multiples of {multiple}")
+        s1, s2, s3, s4, s5 = self._taps(x)
+        d4 = self.lca45(self.mltslayer4(s4), self.s5_up_conv(self.mltslayer5(s5)))  # 96, H/16
+        d3 = self.lca34(self.mltslayer3(s3), self.s4_up_conv(d4))  # 32, H/8
+        d2 = self.lca23(self.mltslayer2(s2), self.s3_up_conv(d3))  # 24, H/4
+        d1 = self.lca12(self.mltslayer1(s1), self.s2_up_conv(d2))  # 16, H/2
+        logits: Tensor = self.last_conv(d1)
+        return functional.interpolate(logits, scale_factor=2.0, mode="bilinear")
+
+    def _taps(self, x: Tensor) -> list[Tensor]:
+        taps = []
+        for start, stop in pairwise((0, *TAPS)):
+            x = self.encoder[start:stop](x)
+            taps.append(x)
+        return taps
+
+
+def _up(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+        nn.Conv2d(inputs, outputs, 3, padding=1),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def _adopt_attention(
+    module: nn.Module, state: MutableMapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """Take the attention's convolution under whatever name, size and bias a checkpoint has it.
+
+    The authors' module is not public: its weight is known by its shape, (1, 2, k, k), alone.
+    """
+    names = [n for n in state if n.startswith(prefix)]
+    for name in names:
+        tensor = state.pop(name)
+        kind = "weight" if tensor.ndim == 4 and tensor.shape[:2] == (1, 2) else "bias"
+        if kind == "bias" and tensor.shape != (1,):
+            state[name] = tensor  # left where it was, it is refused by name
+            continue
+        state[f"{prefix}conv.{kind}"] = tensor
+    if (weight := state.get(f"{prefix}conv.weight")) is None:
+        return
+    size, has_bias = weight.shape[-1], f"{prefix}conv.bias" in state
+    module.conv = nn.Conv2d(2, 1, size, padding=size // 2, bias=has_bias)
