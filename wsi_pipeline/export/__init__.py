@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from wsi_pipeline.grid import Shape
+
+SMALLEST_LEVEL = 1024
+"""Reduced levels are added to a mask until its longer side is at most this many pixels."""
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Give the path to write to; rename it to `path` at the end, or remove it after an error.
+def level_shapes(shape: Shape) -> list[Shape]:
+    """Halve a size, rounding up, until it is small; return the sizes of all levels.
 
-    So a file with its own name is always a finished one.
+    Example:
+        >>> level_shapes((5000, 300))
+        [(5000, 300), (2500, 150), (1250, 75), (625, 38)]
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    shapes = [shape]
+    while max(shapes[-1]) > SMALLEST_LEVEL:
+        shapes.append(tuple(-(-n // 2) for n in shapes[-1]))
+    return shapes

@@ -18,6 +18,7 @@ from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
 from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export import level_shapes
 from wsi_pipeline.grid import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
 
@@ -25,8 +26,6 @@ CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""
 SHARD = 4096
 """Side of a shard of NGFF 0.5: 16 chunks in one file, written by one writer at a time."""
-SMALLEST_LEVEL = 1024
-"""Levels are added until the longer side is at most this many pixels."""
 AXES = ("y", "x")
 
 MaskArray: TypeAlias = "zarr.Array[Any]"
@@ -81,19 +80,6 @@ def read_mask(path: Path, shape: Shape) -> Mask:
         (np.arange(n) * 2 + 1) * size // (2 * n) for n, size in zip(shape, small.shape, strict=True)
     )
     return small[np.ix_(rows, columns)]
-
-
-def level_shapes(shape: Shape) -> list[Shape]:
-    """Halve a size, rounding up, until it is small; return the sizes of all levels.
-
-    Example:
-        >>> level_shapes((5000, 300))
-        [(5000, 300), (2500, 150), (1250, 75), (625, 38)]
-    """
-    shapes = [shape]
-    while max(shapes[-1]) > SMALLEST_LEVEL:
-        shapes.append(tuple(-(-n // 2) for n in shapes[-1]))
-    return shapes
 
 
 def count_files(shape: Shape, ngff: Ngff) -> int:

@@ -1,0 +1,195 @@
+"""The mask as pyramidal TIFF: OME-TIFF for QuPath and Fiji, a plain one for ASAP and OpenSlide.
+
+https://docs.openmicroscopy.org/ome-model/latest/ome-tiff/specification.html
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+from tifffile import COMPRESSION, RESUNIT, TiffWriter
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export import level_shapes
+from wsi_pipeline.store import written_beside
+
+TILE = 512
+"""Side of a tile, as QuPath itself writes."""
+BLOCK = 2048
+"""Side of what a thread reads and compresses in one go; only the compressed tiles are kept."""
+THREADS = 4
+
+Crop = tuple[int, int, int, int]
+"""(y, x, height, width) in mask pixels."""
+
+
+class MaskLike(Protocol):
+    """A mask to slice: a zarr or numpy array, uint8 (y, x)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (y, x)."""
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """Return the pixels of two slices with steps."""
+
+
+def write_ome_tiff(
+    path: Path,
+    mask: MaskLike,
+    *,
+    classes: Sequence[ClassInfo],
+    mask_mpp: tuple[float, float],
+    crop: Crop | None = None,
+    name: str,
+) -> None:
+    """Write the mask, or a crop of it, as OME-TIFF with reduced levels in SubIFDs.
+
+    Memory does not grow with the mask. Pixel (i, j) of level n is pixel (i·2ⁿ, j·2ⁿ) of the crop,
+    so no level holds a value that level 0 lacks. The classes' colours are a TIFF colour table:
+    pixels stay class indices in QuPath, Bio-Formats, tifffile and GDAL.
+
+    Args:
+        path: file to write; appears when it is complete.
+        mask: class index of each pixel.
+        classes: in the mask's order; 0 is the background.
+        mask_mpp: (x, y) µm per mask pixel.
+        crop: the part to write, such as the slide's bounds; None = all.
+        name: of the image, as viewers show it.
+    """
+    height, width = mask.shape
+    window = crop or (0, 0, height, width)
+    n_levels = len(level_shapes(window[2:]))
+    first = {"subifds": n_levels - 1, "metadata": _ome_metadata(classes, mask_mpp, name)}
+    with written_beside(path) as beside, TiffWriter(beside, bigtiff=True, ome=True) as tiff:
+        for level in range(n_levels):
+            options = {"colormap": _colormap(classes)} | (first if level == 0 else {})
+            _write_level(tiff, mask, window, level, mask_mpp, **options)
+
+
+def write_asap_tiff(path: Path, mask: MaskLike, *, mask_mpp: tuple[float, float]) -> None:
+    """Write the whole mask as ASAP and OpenSlide want it: levels as pages, no XML, no colours.
+
+    ASAP scales an overlay by its width, so the mask must not be cropped.
+
+    Args:
+        path: file to write; appears when it is complete.
+        mask: class index of each pixel.
+        mask_mpp: (x, y) µm per mask pixel.
+    """
+    height, width = mask.shape
+    with written_beside(path) as beside, TiffWriter(beside, bigtiff=True) as tiff:
+        for level in range(len(level_shapes(mask.shape))):
+            _write_level(tiff, mask, (0, 0, height, width), level, mask_mpp, metadata=None)
+
+
+def _write_level(
+    tiff: TiffWriter,
+    mask: MaskLike,
+    window: Crop,
+    level: int,
+    mask_mpp: tuple[float, float],
+    **options: Any,
+) -> None:
+    """Stream one level of the pyramid into the file."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        tiff.write(
+            _encoded_tiles(mask, window, 2**level, pool),
+            shape=level_shapes(window[2:])[level],
+            dtype=np.uint8,
+            tile=(TILE, TILE),
+            compression=COMPRESSION.ADOBE_DEFLATE,
+            subfiletype=1 if level else 0,  # 1: a reduced version of another page
+            resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),  # µm/px to px/cm
+            resolutionunit=RESUNIT.CENTIMETER,
+            **options,
+        )
+
+
+def _encoded_tiles(
+    mask: MaskLike, window: Crop, step: int, pool: ThreadPoolExecutor
+) -> Iterator[bytes]:
+    """Yield the compressed tiles of a level, row-major, having read it in larger blocks."""
+    height, width = (-(-n // step) for n in window[2:])
+    encode = partial(_encode_block, mask, window, step)
+    for top in range(0, height, BLOCK):
+        blocks = list(pool.map(encode, itertools.repeat(top), range(0, width, BLOCK)))
+        for row in zip(*blocks, strict=True):
+            yield from itertools.chain.from_iterable(row)
+
+
+def _encode_block(
+    mask: MaskLike, window: Crop, step: int, top: int, left: int
+) -> list[list[bytes]]:
+    """Read a block of a level; return its rows of compressed tiles."""
+    y, x, height, width = window
+    pixels = np.asarray(
+        mask[
+            y + top * step : y + min((top + BLOCK) * step, height) : step,
+            x + left * step : x + min((left + BLOCK) * step, width) : step,
+        ]
+    )
+    n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
+    if not pixels.any():
+        return [[_background()] * n_columns] * n_rows
+    padded = np.zeros((n_rows * TILE, n_columns * TILE), np.uint8)
+    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
+    rows = padded.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
+    return [[_encode(tile) for tile in row] for row in rows]
+
+
+def _encode(tile: npt.NDArray[np.uint8]) -> bytes:
+    return _deflate(tile) if tile.any() else _background()
+
+
+@cache
+def _background() -> bytes:
+    return _deflate(np.zeros((TILE, TILE), np.uint8))
+
+
+def _deflate(tile: npt.NDArray[np.uint8]) -> bytes:
+    # libdeflate 6: a third smaller on masks than its levels 1 to 4, and as quick
+    return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=6))
+
+
+def _colormap(classes: Sequence[ClassInfo]) -> npt.NDArray[np.uint16]:
+    """Return TIFF's table of colours, (3, 256): classes in theirs, the rest black."""
+    table = np.zeros((256, 3), np.uint16)
+    table[: len(classes)] = [c.color or (0, 0, 0) for c in classes]
+    return table.T * np.uint16(257)  # 255 becomes 65,535
+
+
+def _ome_metadata(
+    classes: Sequence[ClassInfo], mask_mpp: tuple[float, float], name: str
+) -> dict[str, Any]:
+    """Return what goes into the OME-XML; a channel has one colour, the first class's."""
+    name = _printable(name)
+    meaning = _printable(", ".join(f"{i} = {c.name}" for i, c in enumerate(classes)))
+    red, green, blue = classes[1].color or (255, 255, 255)
+    rgba = np.uint32(red << 24 | green << 16 | blue << 8 | 255)
+    return {
+        "axes": "YX",
+        # tifffile's own would hold the time and the machine's network address
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {meaning} {mask_mpp}")),
+        "Name": name,
+        "Description": meaning,
+        "PhysicalSizeX": mask_mpp[0],
+        "PhysicalSizeXUnit": "µm",
+        "PhysicalSizeY": mask_mpp[1],
+        "PhysicalSizeYUnit": "µm",
+        "Channel": {"Name": [meaning], "Color": [int(rgba.view(np.int32))]},
+    }
+
+
+def _printable(text: str) -> str:
+    """Return the text without what XML does not allow: control characters, undecodable bytes."""
+    return "".join(c for c in text if c.isprintable())
