@@ -43,17 +43,13 @@ def best_mpp(readings: list[MppReading]) -> MppReading | None:
     return next((reading for reading in readings if not reading.doubt), None)
 
 
-def contradictions(readings: list[MppReading]) -> list[MppReading]:
-    """Return the believable readings that differ from the best one by more than 1 %."""
-    best = best_mpp(readings)
+def contradictions(readings: list[MppReading], mpp: tuple[float, float]) -> list[MppReading]:
+    """Return the believable readings that differ by more than 1 % from (x, y) µm per pixel."""
     return [
-        other
-        for other in readings
-        if best is not None
-        and not other.doubt
-        and not all(
-            math.isclose(a, b, rel_tol=0.01) for a, b in zip(best.mpp, other.mpp, strict=True)
-        )
+        reading
+        for reading in readings
+        if not reading.doubt
+        and not all(math.isclose(a, b, rel_tol=0.01) for a, b in zip(reading.mpp, mpp, strict=True))
     ]
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -88,17 +89,26 @@ def open_slide_file(path: Path) -> Backend:
         tiff, reason = _attempt(TiffBackend, path)
         if isinstance(tiff, TiffBackend):
             return tiff if reference is None else _better(tiff, reference)
-        refusal = reason if reference is None else refusal
+        refusal = reason
     if reference is not None:
         return reference
-    found = "a TIFF that no reader opens" if is_tiff else f"not a slide (it starts {head[:4]!r})"
-    raise SourceError(f"{path}: {found}: {refusal}; check the file against its original")
+    raise SourceError(f"{path}: {_what_is_wrong(path, head, refusal)}")
+
+
+def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
+    """Return what a file that no reader opens seems to be, and what to do."""
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        return f"its folder {path.stem} is not there; put it beside the .mrxs file"
+    found = "a TIFF that no reader opens" if head[:4] in TIFF_MAGIC else "not a slide"
+    return f"{found}, {refusal or f'it starts {head[:4]!r}'}; check the file against its original"
 
 
 def _attempt(kind: type[Backend], path: Path) -> tuple[Backend | None, str]:
     """Return the opened backend, or None and the reason."""
     try:
         return kind(path), ""  # type: ignore[call-arg]
+    except openslide.OpenSlideUnsupportedFormatError:
+        return None, ""
     except Exception as error:  # both libraries raise anything on a damaged file
         log.debug("%s does not open %s", kind.name, path, exc_info=True)
         return None, one_line(error)
@@ -129,7 +139,13 @@ def _read_head(path: Path) -> bytes:
 
 
 def _check_whole(path: Path) -> None:
-    """Refuse a TIFF whose tiles lie beyond the end of the file."""
+    """Refuse a TIFF that goes on beyond the end of the file."""
+    found = path.stat().st_size
+    if not _has_all_directories(path):
+        raise SourceError(
+            f"{path}: truncated: a directory lies beyond the {found:,} bytes found; "
+            "copy the slide again"
+        )
     try:
         with tifffile.TiffFile(path) as file:
             pages = [level.pages[0] for level in file.series[0].levels]
@@ -137,11 +153,36 @@ def _check_whole(path: Path) -> None:
     except Exception:  # not for this check to judge: opening it says why
         log.debug("cannot list the tiles of %s", path, exc_info=True)
         return
-    found = path.stat().st_size
     if expected > found:
         raise SourceError(
             f"{path}: truncated: {expected:,} bytes expected, {found:,} found; copy the slide again"
         )
+
+
+def _has_all_directories(path: Path) -> bool:
+    """Return whether the chain of a TIFF's directories stays inside the file."""
+    with path.open("rb") as file:
+        order = "<" if file.read(2) == b"II" else ">"
+        is_big = file.read(2) in (b"+\0", b"\0+")
+        if not is_big and path.stat().st_size >= 1 << 32:
+            return True  # NDPI stretches the format in its own way
+        file.seek(8 if is_big else 4)
+        pointer, count, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+        seen = {0}
+        try:
+            while (offset := _unpack(file, order + pointer)) not in seen:
+                seen.add(offset)
+                file.seek(offset)
+                file.seek(_unpack(file, order + count) * entry_size, os.SEEK_CUR)
+        except (struct.error, OSError, OverflowError):
+            return False
+    return True
+
+
+def _unpack(file: BinaryIO, kind: str) -> int:
+    """Return the next number of a file."""
+    (value,) = struct.unpack(kind, file.read(struct.calcsize(kind)))
+    return int(value)
 
 
 def _data_end(page: Any) -> int:
@@ -210,6 +251,7 @@ class TiffBackend:
         self._path = path
         self._slide = tiffslide.TiffSlide(path)
         try:
+            _check_vendor(self._slide.ts_tifffile)
             properties = self._slide.properties
             self._pages = _pages(self._slide)
         except Exception:
@@ -291,6 +333,14 @@ class TiffBackend:
         if len(data) < count:
             raise EOFError(f"the file ends within tile {index}")
         return data
+
+
+def _check_vendor(file: tifffile.TiffFile) -> None:
+    """Refuse a TIFF whose pieces only OpenSlide puts together right."""
+    kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
+    for kind, found in (kinds | {"Philips TIFF": file.is_philips}).items():
+        if found:
+            raise SourceError(f"{kind} that OpenSlide does not open")
 
 
 def _pages(slide: tiffslide.TiffSlide) -> list[Any]:

@@ -91,10 +91,10 @@ class SlideView:
         # one axis after the other: left to itself Pillow orders them by the shape of the piece,
         # and each pass rounds
         bilinear = Image.Resampling.BILINEAR
-        box = (x0 * rx - left, 0, x1 * rx - left, image.height)
-        image = image.resize((x1 - x0, image.height), bilinear, box=box)
-        box = (0, y0 * ry - top, image.width, y1 * ry - top)
-        return np.asarray(image.resize((image.width, y1 - y0), bilinear, box=box))
+        columns = (x0 * rx - left, 0, x1 * rx - left, image.height)
+        image = image.resize((x1 - x0, image.height), bilinear, box=columns)
+        rows = (0, y0 * ry - top, image.width, y1 * ry - top)
+        return np.asarray(image.resize((image.width, y1 - y0), bilinear, box=rows))
 
     def _read_level(self, top: int, left: int, bottom: int, right: int) -> Pixels:
         """Return a rectangle of the level, its last pixels repeated beyond its edges."""

@@ -1,0 +1,707 @@
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import openslide
+import pytest
+import tifffile
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from wsi_pipeline.errors import MissingMppError, SourceError
+from wsi_pipeline.grid import Region
+from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.sources.mpp import best_mpp, contradictions, read_mpp
+from wsi_pipeline.sources.slide import OpenSlideBackend, TiffBackend, snap_downsamples
+from wsi_pipeline.sources.view import SlideView
+
+Pixels = npt.NDArray[np.uint8]
+MakeSlide = Callable[..., Path]
+
+quick = settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+class ArrayBackend:
+    """Levels held in memory, for geometry that no file has."""
+
+    name = "array"
+
+    def __init__(self, size: tuple[int, int], levels: list[Pixels], downsamples: list[float]):
+        self.size = size
+        self.levels = levels
+        self.level_sizes = tuple((p.shape[1], p.shape[0]) for p in levels)
+        self.level_downsamples = tuple((d, d) for d in downsamples)
+        self.properties: dict[str, str] = {}
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        full_width, full_height = self.level_sizes[level]
+        assert 0 <= x < x + width <= full_width
+        assert 0 <= y < y + height <= full_height
+        return self.levels[level][y : y + height, x : x + width]
+
+    def close(self) -> None:
+        pass
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def array_slide(pixels: Pixels, mpp: tuple[float, float] = (0.25, 0.25)) -> Slide:
+    height, width = pixels.shape[:2]
+    backend = ArrayBackend((width, height), [pixels], [1.0])
+    return Slide(path=Path("a"), mpp=mpp, mpp_source="test", fingerprint="", pixels=backend)
+
+
+@pytest.fixture(scope="module", params=["tiffslide", "openslide"])
+def slide(request: pytest.FixtureRequest, slide_path: Path) -> Iterator[Slide]:
+    """Return the synthetic slide, read by one library and by the other."""
+    with open_source(slide_path) as opened:
+        assert opened.backend == "tiffslide"
+        if request.param == "openslide":
+            opened.pixels.close()
+            opened = replace(opened, pixels=OpenSlideBackend(slide_path))
+            assert opened.backend == "openslide"
+        yield opened
+
+
+def padded(pixels: Pixels, height: int, width: int) -> Pixels:
+    """Repeat the last row and column until the array has the wanted size."""
+    h, w = pixels.shape[:2]
+    return np.pad(pixels, ((0, height - h), (0, width - w), (0, 0)), mode="edge")
+
+
+def triangle_weights(n_out: int, n_in: int, ratio: float) -> npt.NDArray[np.float64]:
+    """Return (n_out, n_in) weights of a triangle filter of ±max(ratio, 1) about pixel centres."""
+    reach = max(ratio, 1.0)
+    centre = (np.arange(n_out) + 0.5) * ratio
+    first, last = math.floor(-reach) - 1, math.ceil(n_out * ratio + reach) + 1
+    at = np.arange(first, last)
+    weights = np.clip(1 - abs(at + 0.5 - centre[:, None]) / reach, 0, None)
+    weights /= weights.sum(axis=1, keepdims=True)
+    folded = np.zeros((n_out, n_in))
+    np.add.at(folded.T, np.clip(at, 0, n_in - 1), weights.T)  # beyond the edge: the last pixel
+    return folded
+
+
+# --- what a view shows -------------------------------------------------------------------------
+
+
+def test_level_0_is_the_stored_pixels(slide: Slide, slide_pixels: Pixels) -> None:
+    view = slide.at(0.25)
+    assert view.shape == slide_pixels.shape[:2]
+    assert view.downsample == (1.0, 1.0)
+    np.testing.assert_array_equal(view.read((0, 0), view.shape), slide_pixels)
+
+
+def test_a_stored_level_is_shown_as_stored(
+    slide: Slide, slide_path: Path, slide_pixels: Pixels
+) -> None:
+    view = slide.at(1.0)
+    stored = tifffile.imread(slide_path, key=1)
+    assert stored.shape == (371, 482, 3)  # truncated from 371.75 and 482.75
+    assert view.shape == (372, 483)
+    assert view.downsample == (4.0, 4.0)
+    np.testing.assert_array_equal(view.read((0, 0), view.shape), padded(stored, 372, 483))
+
+
+@pytest.mark.parametrize("ratio", [2, 3, 7, 40])
+def test_a_whole_ratio_is_the_mean_of_squares(ratio: int) -> None:
+    pixels = noise(211, 347)
+    view = array_slide(pixels).at(0.25 * ratio)
+    height, width = -(-211 // ratio), -(-347 // ratio)
+    assert view.shape == (height, width)
+    squares = padded(pixels, height * ratio, width * ratio)
+    mean = squares.reshape(height, ratio, width, ratio, 3).mean(axis=(1, 3))
+    # Pillow rounds sums in whole numbers: half of ratio² is cut to one
+    assert abs(view.read((0, 0), view.shape) - mean).max() <= 0.51 + 0.5 / ratio**2
+
+
+@pytest.mark.parametrize("mpp", [0.13, 0.2, 0.33, 0.6, 1.1, 5.3])
+def test_other_ratios_are_a_triangle_filter_about_pixel_centres(mpp: float) -> None:
+    pixels = noise(211, 347)
+    view = array_slide(pixels).at(mpp)
+    assert view.downsample[0] == pytest.approx(mpp / 0.25, abs=1 / 8192)
+    rows = triangle_weights(view.shape[0], 211, view.downsample[0])
+    columns = triangle_weights(view.shape[1], 347, view.downsample[1])
+    expected = np.einsum("yh,hwc,xw->yxc", rows, pixels.astype(float), columns, optimize=True)
+    # each of the two passes rounds to whole grey values, with weights of 22 bits
+    assert abs(view.read((0, 0), view.shape) - expected).max() <= 1.1
+
+
+def test_a_gradient_keeps_its_place_at_every_resolution() -> None:
+    ramp = np.repeat(np.linspace(0, 250, 2001)[None, :, None], 40, axis=0).repeat(3, axis=2)
+    slide = array_slide(np.round(ramp).astype(np.uint8))
+    for mpp in (0.25, 0.4, 0.5, 0.77, 1.0, 3.1, 10.0):
+        view = slide.at(mpp)
+        row = view.read((0, 0), (1, view.shape[1]))[0, 2:-2, 0]
+        centres = (np.arange(view.shape[1]) + 0.5)[2:-2] * view.downsample[1] - 0.5
+        assert abs(row - centres * 250 / 2000).max() < 1.1
+
+
+@given(
+    mpp=st.sampled_from([0.25, 0.5, 0.75, 1.0, 2.0, 10.0, 0.2, 0.13, 0.3, 0.77, 1.3, 3.33]),
+    uneven=st.booleans(),
+    where=st.tuples(*[st.floats(-0.1, 1.05)] * 2),
+    shape=st.tuples(*[st.integers(1, 300)] * 2),
+)
+@quick
+def test_any_way_of_cutting_gives_the_same_pixels(
+    slide: Slide,
+    whole_views: dict[tuple[str, float, bool], tuple[SlideView, Pixels]],
+    mpp: float,
+    uneven: bool,
+    where: tuple[float, float],
+    shape: tuple[int, int],
+) -> None:
+    key = (slide.backend, mpp, uneven)
+    if key not in whole_views:
+        view = (replace(slide, mpp=(0.25, 0.31)) if uneven else slide).at(mpp)
+        whole_views[key] = (view, view.read((0, 0), view.shape))
+    view, whole = whole_views[key]
+    origin = tuple(int(part * n) for part, n in zip(where, view.shape, strict=True))
+    expected = np.full((*shape, 3), 255, dtype=np.uint8)
+    start = [max(0, o) for o in origin]
+    stop = [min(o + s, n) for o, s, n in zip(origin, shape, view.shape, strict=True)]
+    if start[0] < stop[0] and start[1] < stop[1]:
+        expected[
+            start[0] - origin[0] : stop[0] - origin[0], start[1] - origin[1] : stop[1] - origin[1]
+        ] = whole[start[0] : stop[0], start[1] : stop[1]]
+    np.testing.assert_array_equal(view.read((origin[0], origin[1]), shape), expected)
+
+
+@pytest.fixture(scope="module")
+def whole_views() -> dict[tuple[str, float, bool], tuple[SlideView, Pixels]]:
+    return {}
+
+
+@given(ratio=st.floats(0.3, 60), x=st.integers(0, 90_000), width=st.integers(1, 40))
+@quick
+def test_pixels_far_from_the_origin_are_computed_as_exactly(
+    ratio: float, x: int, width: int
+) -> None:
+    # a slide of 100,000 columns that repeats every 1,000
+    tile = noise(3, 1000, seed=1)
+
+    class Repeating(ArrayBackend):
+        def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+            return tile[y : y + height, np.arange(x, x + width) % 1000]
+
+    backend = Repeating((100_000, 3), [np.empty((3, 100_000, 3), dtype=np.uint8)], [1.0])
+    slide = Slide(path=Path("a"), mpp=(1, 1), mpp_source="", fingerprint="", pixels=backend)
+    view = slide.at(ratio)
+    x = min(x, view.shape[1] - 1)
+    wide = view.read((0, max(0, x - 5000)), (1, 5000 + width))
+    np.testing.assert_array_equal(view.read((0, x), (1, width)), wide[:, min(x, 5000) :][:, :width])
+
+
+def test_outside_is_white(slide: Slide) -> None:
+    assert (slide.at(0.5).read((-50, -30), (40, 20)) == 255).all()
+    assert (slide.at(0.3).read((10**6, 10**6), (4, 5)) == 255).all()
+
+
+def test_a_region_is_covered_by_whole_pixels(slide: Slide) -> None:
+    found = slide.read(Region(x=101, y=203, width=10, height=7), 0.5)
+    np.testing.assert_array_equal(found, slide.at(0.5).read((101, 50), (4, 6)))
+
+
+def test_a_thumbnail_is_no_larger_than_asked(slide: Slide, slide_pixels: Pixels) -> None:
+    thumbnail, (fy, fx) = slide.thumbnail(100)
+    assert fy == fx == 20.0
+    assert thumbnail.shape == (75, 97, 3)
+    mean = padded(slide_pixels, 1500, 1940).reshape(75, 20, 97, 20, 3).mean(axis=(1, 3))
+    # computed from the level of 4, whose pixels are rounded and whose last ones are cut off
+    assert abs(thumbnail[:-1, :-1] - mean[:-1, :-1]).max() <= 1.01
+    small, downsample = slide.thumbnail(5000)
+    assert downsample == (1.0, 1.0)
+    np.testing.assert_array_equal(small, slide_pixels)
+
+
+def test_threads_may_read_at_once(slide: Slide) -> None:
+    view = slide.at(0.3)
+    origins = [(y, x) for y in range(0, 1200, 150) for x in range(0, 1500, 150)]
+    whole = view.read((0, 0), view.shape)
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda origin: view.read(origin, (150, 150)), origins))
+    for (y, x), pixels in zip(origins, found, strict=True):
+        inside = whole[y : y + 150, x : x + 150]
+        np.testing.assert_array_equal(pixels[: inside.shape[0], : inside.shape[1]], inside)
+
+
+def test_mpp_within_the_tolerance_takes_the_whole_ratio(slide: Slide) -> None:
+    assert slide.at(0.5002).downsample == (2.0, 2.0)
+    assert slide.at(0.508, tolerance=0.02).downsample == (2.0, 2.0)
+    assert slide.at(0.508).downsample == pytest.approx((2.032, 2.032), abs=1e-4)
+    assert slide.at(0.99, tolerance=0.02).level == 1
+    assert slide.at(0.99).level == 0
+
+
+@pytest.mark.parametrize("mpp", [0, -1, math.nan, math.inf])
+def test_a_senseless_mpp_is_refused(slide: Slide, slide_path: Path, mpp: float) -> None:
+    with pytest.raises(ValueError, match="mpp is"):
+        slide.at(mpp)
+    with pytest.raises(ValueError, match="mpp is"):
+        open_source(slide_path, mpp=mpp)
+
+
+def test_a_view_far_finer_than_the_slide_is_refused(slide: Slide) -> None:
+    with pytest.raises(SourceError, match="far finer"):
+        slide.at(0.25 / 100)
+
+
+@given(
+    size=st.tuples(*[st.integers(2000, 200_000)] * 2),
+    factor=st.sampled_from([2, 3, 4, 5, 8, 16, 32, 64, 128, 256, 512, 1024]),
+    rounding=st.sampled_from([math.floor, round, math.ceil]),
+)
+def test_truncated_levels_keep_their_whole_downsample(
+    size: tuple[int, int], factor: int, rounding: Callable[[float], int]
+) -> None:
+    level = (max(1, rounding(size[0] / factor)), max(1, rounding(size[1] / factor)))
+    if factor & (factor - 1) == 0 or min(level) > 150:  # tiny levels may be many things
+        assert snap_downsamples(size, [level]) == ((factor, factor),)
+
+
+# --- the libraries -----------------------------------------------------------------------------
+
+
+def test_the_real_slide_equals_openslide(cmu_path: Path) -> None:
+    reference = openslide.OpenSlide(cmu_path)
+    with open_source(cmu_path) as slide:
+        assert slide.backend == "tiffslide"
+        assert slide.size == reference.dimensions == (2220, 2967)
+        assert slide.mpp == (0.499, 0.499)
+        assert slide.mpp_source == "aperio.MPP"
+        assert slide.bounds is None
+        found = slide.at(0.499).read((0, 0), (2967, 2220))
+    expected = np.asarray(reference.read_region((0, 0), 0, reference.dimensions))[..., :3]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_both_libraries_agree_on_every_level(make_big_slide: MakeSlide, tmp_path: Path) -> None:
+    path = make_big_slide(tmp_path / "jpeg.tif", (3001, 2003))
+    tiff, reference = TiffBackend(path), OpenSlideBackend(path)
+    assert tiff.level_sizes == reference.level_sizes == ((3001, 2003), (750, 500), (187, 125))
+    assert tiff.level_downsamples == reference.level_downsamples
+    width, height = tiff.size
+    np.testing.assert_array_equal(
+        tiff.read_level(0, 0, 0, width, height), reference.read_level(0, 0, 0, width, height)
+    )
+    for level, (width, height) in enumerate(tiff.level_sizes[1:], 1):
+        # OpenSlide interpolates where a level's size was truncated
+        found = tiff.read_level(level, 0, 0, width, height).astype(int)
+        assert abs(found - reference.read_level(level, 0, 0, width, height)).mean() < 3
+    tiff.close()
+    reference.close()
+
+
+@given(
+    where=st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
+    shape=st.tuples(*[st.integers(1, 900)] * 2),
+)
+@quick
+def test_openslide_levels_off_the_grid_do_not_depend_on_the_cut(
+    odd_level: tuple[OpenSlideBackend, Pixels], where: tuple[float, float], shape: tuple[int, int]
+) -> None:
+    backend, whole = odd_level
+    x, y = (int(part * n) for part, n in zip(where, backend.level_sizes[1], strict=True))
+    expected = whole[y : y + shape[0], x : x + shape[1]]
+    height, width = expected.shape[:2]
+    np.testing.assert_array_equal(backend.read_level(1, x, y, width, height), expected)
+
+
+@pytest.fixture(scope="module")
+def odd_level(
+    make_slide: MakeSlide, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[OpenSlideBackend, Pixels]:
+    path = tmp_path_factory.mktemp("odd") / "odd.tif"
+    backend = OpenSlideBackend(make_slide(path, noise(2603, 3005), 0.25, levels=(1, 2)))
+    assert not openslide.OpenSlide(path).level_downsamples[1].is_integer()
+    width, height = backend.level_sizes[1]
+    return backend, backend.read_level(1, 0, 0, width, height)
+
+
+@pytest.mark.parametrize(
+    ("compression", "tile"),
+    [(None, 256), ("deflate", None), ("lzw", 128), ("zstd", 512), (None, None)],
+)
+def test_lossless_tiffs_are_read_exactly(
+    make_slide: MakeSlide, tmp_path: Path, compression: str | None, tile: int | None
+) -> None:
+    pixels = noise(701, 903)
+    path = make_slide(tmp_path / "a.tif", pixels, 0.5, compression=compression, tile=tile)
+    with open_source(path) as slide:
+        view = slide.at(0.5)
+        np.testing.assert_array_equal(view.read((0, 0), view.shape), pixels)
+        np.testing.assert_array_equal(view.read((100, 333), (301, 77)), pixels[100:401, 333:410])
+
+
+def test_grey_is_shown_as_grey_and_transparent_as_white(tmp_path: Path) -> None:
+    grey, path = noise(300, 400)[..., 0], tmp_path / "a.tif"
+    tifffile.imwrite(path, grey, tile=(128, 128), photometric="minisblack")
+    with open_source(path, mpp=1) as slide:
+        np.testing.assert_array_equal(slide.at(1).read((0, 0), (300, 400))[..., 1], grey)
+    rgba = np.dstack([noise(300, 400), np.full((300, 400), 255, np.uint8)])
+    rgba[:100, :, 3] = 0
+    rgba[100:200, :, 3] = 128
+    tifffile.imwrite(path, rgba, tile=(128, 128), photometric="rgb", extrasamples=["unassalpha"])
+    with open_source(path, mpp=1) as slide:
+        found = slide.at(1).read((0, 0), (300, 400))
+    assert (found[:100] == 255).all()
+    half = rgba[100:200, :, :3] * (128 / 255) + 255 * (127 / 255)
+    assert abs(found[100:200] - half).max() <= 1
+    np.testing.assert_array_equal(found[200:], rgba[200:, :, :3])
+
+
+def test_tiles_that_were_left_out_are_white(tmp_path: Path) -> None:
+    path, pixels = tmp_path / "sparse.tif", noise(512, 512)
+    tiles = [pixels[:256, :256].tobytes(), b"", b"", pixels[256:, 256:].tobytes()]
+    tifffile.imwrite(
+        path, iter(tiles), shape=(512, 512, 3), dtype=np.uint8, tile=(256, 256), photometric="rgb"
+    )
+    expected = pixels.copy()
+    expected[:256, 256:] = expected[256:, :256] = 255
+    with open_source(path, mpp=1) as slide:
+        np.testing.assert_array_equal(slide.at(1).read((0, 0), (512, 512)), expected)
+    reference = OpenSlideBackend(path)
+    np.testing.assert_array_equal(reference.read_level(0, 0, 0, 512, 512), expected)
+    reference.close()
+
+
+def test_a_tiff_that_the_libraries_see_differently_is_left_to_openslide(data_dir: Path) -> None:
+    path = data_dir / "wsi" / "large_image" / "test_orient6.tif"  # has an Orientation tag
+    with open_source(path, mpp=1) as slide:
+        assert slide.backend == "openslide"
+
+
+@pytest.mark.parametrize("name", ["two samples", "16 bit", "palette"])
+def test_pixels_that_are_not_8_bit_rgb_are_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.tif"
+    if name == "palette":
+        colours = np.zeros((3, 256), dtype=np.uint16)
+        tifffile.imwrite(path, noise(64, 64)[..., 0], photometric="palette", colormap=colours)
+    else:
+        pixels = noise(64, 64)[..., :2] if name == "two samples" else noise(64, 64) * np.uint16(7)
+        tifffile.imwrite(path, pixels, photometric="rgb" if name == "16 bit" else "minisblack")
+    with pytest.raises(SourceError, match=r"expected 8-bit RGB|not supported"):
+        open_source(path, mpp=1)
+
+
+def test_names_with_blanks_and_other_alphabets(slide_path: Path, tmp_path: Path) -> None:
+    path = shutil.copy(slide_path, tmp_path / "Schnitt № 7 – größer 切片.tif")
+    with open_source(path) as slide:
+        assert slide.size == (1931, 1487)
+
+
+def test_bounds_of_a_real_mrxs(data_dir: Path) -> None:
+    path = data_dir / "wsi" / "mrxs_partial" / "Mirax2-Fluorescence-2.mrxs"
+    with open_source(path) as slide:
+        assert slide.backend == "openslide"
+        assert slide.bounds == Region(x=9153, y=102664, width=10439, height=7641)
+        # level 2 and coarser are there, the files of levels 0 and 1 are not
+        view = slide.at(0.3225 * 8)
+        origin = (102664 // 8, 9153 // 8)
+        whole = view.read(origin, (955, 1304))
+        assert len(np.unique(whole)) > 20
+        np.testing.assert_array_equal(
+            view.read((origin[0] + 111, origin[1] + 222), (333, 444)), whole[111:444, 222:666]
+        )
+        with pytest.raises(SourceError, match=r"level 0 cannot be read at x 9\d+") as error:
+            slide.at(0.3225).read((103000, 9200), (256, 256))
+        assert "\n" not in str(error.value)
+        np.testing.assert_array_equal(view.read(origin, (100, 100)), whole[:100, :100])
+
+
+@pytest.mark.parametrize("missing", ["x", "y", "width", "height"])
+@pytest.mark.parametrize("value", [None, "12.5", ""])
+def test_bounds_need_four_integers(missing: str, value: str | None) -> None:
+    slide = array_slide(noise(10, 10))
+    properties = {f"openslide.bounds-{n}": str(i) for i, n in enumerate("xy", 3)}
+    properties |= {"openslide.bounds-width": "5", "openslide.bounds-height": "6"}
+    slide.pixels.properties = properties
+    assert slide.bounds == Region(x=3, y=4, width=5, height=6)
+    properties.pop(f"openslide.bounds-{missing}")
+    if value is not None:
+        properties[f"openslide.bounds-{missing}"] = value
+    assert slide.bounds is None
+
+
+# --- µm per pixel ------------------------------------------------------------------------------
+
+
+def tags(x: float, y: float, unit: str = "centimeter") -> dict[str, str]:
+    return {
+        "tiff.XResolution": str(x),
+        "tiff.YResolution": str(y),
+        "tiff.ResolutionUnit": unit,
+    }
+
+
+@pytest.mark.parametrize(
+    ("properties", "mpp", "source"),
+    [
+        (tags(40000, 20000), (0.25, 0.5), "TIFF resolution tags"),
+        (tags(50800, 50800, "inch"), (0.5, 0.5), "TIFF resolution tags"),
+        ({"aperio.MPP": "0.4990"} | tags(40000, 40000), (0.499, 0.499), "aperio.MPP"),
+        (
+            {"openslide.vendor": "mirax", "openslide.mpp-x": "0.3", "openslide.mpp-y": "0.31"},
+            (0.3, 0.31),
+            "openslide.mpp",
+        ),
+        ({"aperio.MPP": "0"} | tags(40000, 40000), (0.25, 0.25), "TIFF resolution tags"),
+    ],
+)
+def test_mpp_is_taken_from_the_best_source(
+    properties: dict[str, str], mpp: tuple[float, float], source: str
+) -> None:
+    best = best_mpp(read_mpp(properties))
+    assert best is not None
+    assert best.mpp == pytest.approx(mpp)
+    assert best.source == source
+
+
+@pytest.mark.parametrize("dpi", [72, 96, 150, 300, 600])
+@pytest.mark.parametrize("unit", ["inch", "centimeter"])
+def test_resolutions_that_programs_invent_are_not_believed(dpi: int, unit: str) -> None:
+    value = dpi if unit == "inch" else dpi / 2.54
+    readings = read_mpp(tags(value, value, unit))
+    assert best_mpp(readings) is None
+    assert readings[0].doubt
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {},
+        tags(0, 0),
+        tags(math.nan, 1),
+        tags(1e9, 1e9),
+        tags(4, 4, "none"),
+        {"aperio.MPP": "much"},
+        {"aperio.MPP": "-0.5"},
+        {"openslide.vendor": "generic-tiff", "openslide.mpp-x": "352", "openslide.mpp-y": "352"},
+    ],
+)
+def test_nothing_is_made_of_senseless_readings(properties: dict[str, str]) -> None:
+    assert best_mpp(read_mpp(properties)) is None
+
+
+def test_sources_that_contradict_each_other_are_found() -> None:
+    readings = read_mpp({"aperio.MPP": "0.5"} | tags(40000, 40000))
+    assert [r.source for r in contradictions(readings, (0.5, 0.5))] == ["TIFF resolution tags"]
+    assert contradictions(read_mpp({"aperio.MPP": "0.25"} | tags(40100, 40000)), (0.25, 0.25)) == []
+
+
+def test_a_slide_without_mpp_is_refused_in_one_sentence(
+    make_slide: MakeSlide, tmp_path: Path
+) -> None:
+    path = make_slide(tmp_path / "a.tif", noise(300, 300), None)
+    with pytest.raises(MissingMppError, match="--mpp") as error:
+        open_source(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    with open_source(path, mpp=0.4) as slide:
+        assert slide.mpp == (0.4, 0.4)
+        assert slide.mpp_source == "--mpp"
+
+
+def test_an_explicit_mpp_wins(slide_path: Path) -> None:
+    with open_source(slide_path) as slide:
+        assert slide.mpp == pytest.approx((0.25, 0.25))
+        assert slide.mpp_source == "TIFF resolution tags"
+    with open_source(slide_path, mpp=0.5) as slide:
+        assert slide.mpp == (0.5, 0.5)
+        assert slide.at(1.0).downsample == (2.0, 2.0)
+
+
+# --- fingerprints ------------------------------------------------------------------------------
+
+
+def fingerprint(path: Path) -> str:
+    with open_source(path) as slide:
+        return slide.fingerprint
+
+
+def test_a_fingerprint_knows_the_content_only(slide_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "other name.tiff"
+    shutil.copy(slide_path, copy)
+    os.utime(copy, (1, 1))
+    assert fingerprint(copy) == fingerprint(slide_path)
+    assert len(fingerprint(copy)) == 64
+
+
+@pytest.mark.parametrize("where", [0.5, 0.98])
+def test_a_changed_byte_changes_the_fingerprint(
+    slide_path: Path, tmp_path: Path, where: float
+) -> None:
+    data = bytearray(slide_path.read_bytes())
+    data[int(len(data) * where)] ^= 1
+    copy = tmp_path / "a.tif"
+    copy.write_bytes(data)
+    assert fingerprint(copy) != fingerprint(slide_path)
+
+
+def test_files_beside_the_slide_take_part_in_the_fingerprint(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    source = data_dir / "wsi" / "mrxs_partial"
+    shutil.copytree(source, tmp_path / "copy")
+    path = tmp_path / "copy" / "Mirax2-Fluorescence-2.mrxs"
+    before = fingerprint(source / path.name)
+    assert fingerprint(path) == before
+    (tmp_path / "copy" / "Mirax2-Fluorescence-2").chmod(0o755)
+    (tmp_path / "copy" / "Mirax2-Fluorescence-2" / "Data0005.dat").write_bytes(b"found again")
+    assert fingerprint(path) != before
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(SourceError) as error:
+        open_source(path, mpp=0.5)
+    message = str(error.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    return message
+
+
+def test_files_that_are_no_slides(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    assert "no such file" in refusal(path)
+    path.write_bytes(b"")
+    assert "empty" in refusal(path)
+    path.write_bytes(np.random.default_rng(3).bytes(5000))
+    assert "not a slide" in refusal(path)
+    assert "a folder" in refusal(tmp_path)
+    (tmp_path / "b.mrxs").write_bytes(b"\xff\xd8\xff\xe0")
+    assert "its folder b is not there" in refusal(tmp_path / "b.mrxs")
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
+def test_a_file_that_may_not_be_read(slide_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    shutil.copy(slide_path, path)
+    path.chmod(0)
+    assert "cannot be read" in refusal(path)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.1, 0.5, 0.9, 0.99, 0.9999])
+def test_a_truncated_tiff_is_named_as_such(slide_path: Path, tmp_path: Path, part: float) -> None:
+    data, path = slide_path.read_bytes(), tmp_path / "a.tif"
+    path.write_bytes(data[: int(len(data) * part)])
+    assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("part", [0.001, 0.3, 0.5, 0.8, 0.95])
+def test_a_truncated_svs_is_named_as_such(cmu_path: Path, tmp_path: Path, part: float) -> None:
+    data, path = cmu_path.read_bytes(), tmp_path / "a.svs"
+    path.write_bytes(data[: int(len(data) * part)])
+    assert "truncated" in refusal(path)
+
+
+@pytest.mark.parametrize("library", ["tiffslide", "openslide"])
+def test_a_damaged_tile_is_named_and_the_rest_still_read(
+    make_big_slide: MakeSlide, tmp_path: Path, library: str
+) -> None:
+    path = make_big_slide(tmp_path / "a.tif", (1500, 1100), levels=(1,))
+    with tifffile.TiffFile(path) as file:
+        page = file.pages.first
+        offset, count = page.dataoffsets[8], page.databytecounts[8]  # tile (1, 2) of 6 columns
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = bytes(count)
+    path.write_bytes(data)
+    with open_source(path) as slide:
+        if library == "openslide":
+            slide.pixels.close()
+            slide = replace(slide, pixels=OpenSlideBackend(path))
+        view = slide.at(0.25)
+        good = view.read((0, 0), (256, 1500))
+        with pytest.raises(SourceError, match="level 0 cannot be read at x 500, y 250") as error:
+            view.read((250, 500), (300, 300))
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        np.testing.assert_array_equal(view.read((0, 0), (256, 1500)), good)
+        slide.close()
+
+
+def real_files() -> list[Path]:
+    root = os.environ.get("WSI_PIPELINE_TEST_DATA") or Path(__file__).parents[2] / "shared/data"
+    folders = [Path(root) / name for name in ("malformed", "wsi")]
+    return sorted(path for f in folders for path in f.rglob("*") if path.suffix != ".dat")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("path", real_files(), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_real_file_is_opened_or_refused_in_one_line(path: Path) -> None:
+    refused = ""
+    try:
+        with open_source(path, mpp=0.5) as slide:
+            thumbnail, _ = slide.thumbnail(256)
+    except SourceError as error:
+        refused = str(error)
+    if refused:
+        assert "\n" not in refused
+        assert str(path) in refused
+    else:
+        assert "malformed" not in path.parts
+        assert max(thumbnail.shape) <= 256
+
+
+OPENED = {
+    "dicom/multiframe_camelyon_challenge_image.dcm": "openslide",
+    "dicom_highdicom/sm_image.dcm": "openslide",
+    "dicom_panimg/full_no_bot.dcm": "openslide",
+    "large_image/grey10kx5k.tif": "tiffslide",
+    "large_image/yb10kx5k.zstd.tiff": "tiffslide",
+    "mrxs_partial/Mirax2-Fluorescence-2.mrxs": "openslide",
+    "ndpi/test3-DAPI-2-_387_.ndpi": "openslide",
+    "panimg_tiff/no_dzi.tif": "tiffslide",
+    "panimg_tiff/valid_tiff.tif": "tiffslide",
+    "svs/CMU-1-Small-Region.svs": "tiffslide",
+}
+
+
+@pytest.mark.parametrize(("name", "backend"), OPENED.items())
+def test_real_slides_of_many_formats_open(data_dir: Path, name: str, backend: str) -> None:
+    with open_source(data_dir / "wsi" / name, mpp=0.5) as slide:
+        assert slide.backend == backend
+        width, height = slide.size
+        np.testing.assert_array_equal(
+            slide.at(0.5 * max(1, min(width, height) // 100)).read((0, 0), (50, 50)).shape,
+            (50, 50, 3),
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
+def test_a_flat_slide_has_its_thumbnail_in_little_memory(
+    make_big_slide: MakeSlide, tmp_path: Path
+) -> None:
+    path = make_big_slide(tmp_path / "flat.tif", (12_288, 12_288), levels=(1,))  # 450 MB of RGB
+    program = (
+        "import resource, sys\n"
+        "from wsi_pipeline.sources import open_source\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "slide = open_source(sys.argv[1])\n"
+        "before = peak()\n"
+        "slide.thumbnail(1024)\n"
+        "print(peak() - before)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
+    used = int(ran.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert used < 200e6
