@@ -105,7 +105,7 @@ def _tissue(
         tissue = np.logical_and(tissue, rasterise(grown, shape, downsample=downsample))
     if not tissue.any():
         logger.warning("%s: no tissue found; --tissue none looks everywhere", slide.path.name)
-    return tissue
+    return np.asarray(tissue)
 
 
 def frame_offset(slide: Slide, frame: Frame) -> tuple[int, int]:

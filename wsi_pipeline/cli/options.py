@@ -13,7 +13,7 @@ from wsi_pipeline.options import Frame, SelectOptions
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class TissueChoice(click.ParamType):
+class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
     """`auto`, `none` or a file."""
 
     name = "auto|none|FILE"

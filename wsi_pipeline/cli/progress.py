@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -19,7 +19,7 @@ class Bars:
     def __init__(self, *, quiet: bool, unit: str) -> None:
         self._quiet, self._unit = quiet, unit
         self._name = ""
-        self._bar: tqdm[None] | None = None
+        self._bar: Any = None
 
     def __call__(self, name: str, done: int, total: int) -> None:
         """Show how far `name` is."""

@@ -30,7 +30,7 @@ from wsi_pipeline.options import (
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
 
 
-class Shard(click.ParamType):
+class Shard(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
     """`I/N`: the I-th of N equal shares, counted from 1."""
 
     name = "I/N"
@@ -46,14 +46,14 @@ class Shard(click.ParamType):
         return index, count
 
 
-class Outputs(click.ParamType):
+class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
     """A comma-separated list of outputs."""
 
     name = ",".join(get_args(Output))
 
     def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Output, ...]:
         """Return the outputs, each once."""
-        names = value if isinstance(value, tuple) else tuple(str(value).split(","))
+        names: Any = value if isinstance(value, tuple) else str(value).split(",")
         for name in names:
             if name not in get_args(Output):
                 self.fail(f"{name!r} is none of {', '.join(get_args(Output))}", param, ctx)
@@ -137,7 +137,7 @@ class Outputs(click.ParamType):
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context
 def command(
-    ctx: click.Context, inputs: tuple[str, ...], model: str, output: Path, **options: Any
+    ctx: click.Context, /, inputs: tuple[str, ...], model: str, output: Path, **options: Any
 ) -> None:
     """Segment slides: masks at full resolution, QuPath polygons, overviews and a report.
 

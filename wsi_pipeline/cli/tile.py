@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -81,7 +82,7 @@ def command(
                     patch_size=patch_size,
                     overlap=overlap,
                     select=select,
-                    progress=lambda done, total, job=job: bars(job.path.name, done, total),
+                    progress=partial(bars, job.path.name),
                 )
             except WsiPipelineError as error:
                 reason = str(error)
@@ -91,8 +92,6 @@ def command(
                 failed += 1
                 continue
             bars.close()
-            click.echo(
-                f"done: {job.path.name} → {target} ({len(stored.patches)} patches)", err=True
-            )
+            click.echo(f"done: {target} ({len(stored.patches)} patches)", err=True)
     if failed:
         ctx.exit(1)

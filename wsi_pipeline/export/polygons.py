@@ -1,13 +1,13 @@
 """Trace the regions of a mask on pixel edges, block by block, and join them exactly.
 
-A region is a 4-connected set of pixels of one class. Its outline is held as *corners*: the vertices
-where the mixed second difference of its indicator I,
+A region is a 4-connected set of pixels of one class. Its outline is held as *vertices*, each with
+its quadrants: which of the four pixels around it belong to the region. Quadrants of pieces of one
+region simply add up, so what the cut at a block's border made cancels, and no polygon is ever
+united, buffered or snapped. A vertex is a corner where the mixed second difference
 
-    d(y, x) = I(above left) - I(above right) - I(below left) + I(below right),
+    d = above left - above right - below left + below right
 
-is not zero. d is linear in I, so the corners of a region that lies in many blocks are the sum of
-the corners of its pieces: what the cut at a block's border made cancels, and no polygon is ever
-united, buffered or snapped. Rings follow from the corners by pairing them along rows and columns.
+of the region's indicator is not zero. Pairing corners along rows and columns gives the rings.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from scipy.sparse.csgraph import connected_components
 Ints = npt.NDArray[np.int64]
 AnyInts = npt.NDArray[np.signedinteger[Any]]
 
+ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT = 1, 2, 4, 8
+ABOVE, BELOW, INSIDE = ABOVE_LEFT | ABOVE_RIGHT, BELOW_LEFT | BELOW_RIGHT, 15
+DIFFERENCE = np.array([(q & 1) - (q >> 1 & 1) - (q >> 2 & 1) + (q >> 3 & 1) for q in range(16)])
+"""The mixed second difference for each set of quadrants."""
+
 PROBABILITY_ONE = 65535
 """Probabilities are summed as whole multiples of 1/65535, so that no order of adding matters."""
 
@@ -39,7 +44,8 @@ class Pieces:
         pixels: (n,) its number of pixels.
         probability: (n,) sum over its pixels of the probability of its class, in 1/65535.
         first: (n, 2) its first pixel in row-major order, (y, x) in mask pixels.
-        corners: (m, 4) int32 label, y, x, d of every corner, y and x in mask pixels.
+        vertices: (m, 4) int32 label, y, x, quadrants; y and x in mask pixels. All corners, and
+            all vertices on the block's border.
         top: labels of the block's first row; 0 = background.
         bottom: of its last row.
         left: of its first column.
@@ -50,7 +56,7 @@ class Pieces:
     pixels: Ints
     probability: Ints
     first: Ints
-    corners: npt.NDArray[np.int32]
+    vertices: npt.NDArray[np.int32]
     top: npt.NDArray[np.int32]
     bottom: npt.NDArray[np.int32]
     left: npt.NDArray[np.int32]
@@ -94,7 +100,7 @@ def trace(
         pixels=pixels[1:],
         probability=probabilities[1:],
         first=np.stack(np.divmod(first, mask.shape[1]), axis=1) + np.array(origin),
-        corners=_corners(labels, origin),
+        vertices=_vertices(labels, origin),
         top=labels[0].copy(),
         bottom=labels[-1].copy(),
         left=labels[:, 0].copy(),
@@ -102,39 +108,30 @@ def trace(
     )
 
 
-def _corners(labels: npt.NDArray[np.int32], origin: tuple[int, int]) -> npt.NDArray[np.int32]:
+def _vertices(labels: npt.NDArray[np.int32], origin: tuple[int, int]) -> npt.NDArray[np.int32]:
     padded = np.pad(labels, 1)
-    above_left, above_right = padded[:-1, :-1], padded[:-1, 1:]
-    below_left, below_right = padded[1:, :-1], padded[1:, 1:]
-    straight = (above_left == above_right) & (below_left == below_right)
-    straight |= (above_left == below_left) & (above_right == below_right)
-    y, x = np.nonzero(~straight)
-    parts = []
-    for neighbours, sign in (
-        (above_left, 1),
-        (above_right, -1),
-        (below_left, -1),
-        (below_right, 1),
-    ):
-        label = neighbours[y, x]
-        at = np.flatnonzero(label)
-        parts.append((label[at], y[at], x[at], np.full(len(at), sign)))
-    label, y, x, d = (np.concatenate(column) for column in zip(*parts, strict=True))
-    corners = np.stack(_add_up(label, y + origin[0], x + origin[1], d), axis=1)
-    return corners.astype(np.int32)
+    around = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
+    above_left, above_right, below_left, below_right = around
+    wanted = (above_left != above_right) | (below_left != below_right)
+    wanted &= (above_left != below_left) | (above_right != below_right)
+    # across the border there may be a corner of another region, which this block cannot see
+    wanted[0] = wanted[-1] = wanted[:, 0] = wanted[:, -1] = True
+    y, x = np.nonzero(wanted)
+    label = np.concatenate([neighbour[y, x] for neighbour in around])
+    quadrant = np.repeat([ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT], len(y))
+    inside = label > 0
+    y, x = np.tile(y, 4)[inside] + origin[0], np.tile(x, 4)[inside] + origin[1]
+    return np.stack(_add_up(label[inside], y, x, quadrant[inside]), axis=1).astype(np.int32)
 
 
-def _add_up(label: AnyInts, y: AnyInts, x: AnyInts, d: AnyInts) -> tuple[Ints, Ints, Ints, Ints]:
-    """Add the d of equal vertices and drop zeros; return them sorted by label, y, x."""
+def _add_up(label: AnyInts, y: AnyInts, x: AnyInts, quadrants: AnyInts) -> tuple[Ints, ...]:
+    """Add the quadrants of equal vertices; return the columns sorted by label, y, x."""
     order = np.lexsort((x, y, label))
-    label, y, x, d = label[order], y[order], x[order], d[order]
-    if len(label) == 0:
-        return label, y, x, d
+    label, y, x, quadrants = label[order], y[order], x[order], quadrants[order]
     new = (np.diff(label) != 0) | (np.diff(y) != 0) | (np.diff(x) != 0)
-    starts = np.concatenate([[0], np.flatnonzero(new) + 1])
-    total = np.add.reduceat(d, starts)
-    kept = starts[total != 0]
-    return label[kept], y[kept], x[kept], total[total != 0]
+    starts = np.concatenate([[0], np.flatnonzero(new) + 1])[: len(label)]
+    total = np.add.reduceat(quadrants, starts) if len(label) else quadrants
+    return label[starts], y[starts], x[starts], total
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -146,14 +143,14 @@ class Regions:
         pixels: (n,) number of mask pixels.
         probability: (n,) mean probability of the class over the region, in [0, 1].
         first: (n, 2) first pixel in row-major order, (y, x) in mask pixels.
-        corners: (m, 4) int32 region, y, x, d; the pieces' corners, not yet added up.
+        vertices: (m, 4) int32 region, y, x, quadrants; those of the pieces, not yet added up.
     """
 
     value: Ints
     pixels: Ints
     probability: npt.NDArray[np.float64]
     first: Ints
-    corners: npt.NDArray[np.int32]
+    vertices: npt.NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.value)
@@ -162,14 +159,14 @@ class Regions:
         """Return the regions of at least so many pixels, their order kept."""
         keep = self.pixels >= pixels
         renumber = np.cumsum(keep) - 1
-        corners = self.corners[keep[self.corners[:, 0]]]
-        corners[:, 0] = renumber[corners[:, 0]]
+        vertices = self.vertices[keep[self.vertices[:, 0]]]
+        vertices[:, 0] = renumber[vertices[:, 0]]
         return Regions(
             value=self.value[keep],
             pixels=self.pixels[keep],
             probability=self.probability[keep],
             first=self.first[keep],
-            corners=corners,
+            vertices=vertices,
         )
 
 
@@ -201,13 +198,13 @@ def join(blocks: Iterable[tuple[tuple[int, ...], Pieces]]) -> Regions:
         )
         for n in ("pixels", "probability")
     ]
-    corners = _gather([_renumbered(p, offsets[i], region) for i, p in pieces.items()], (0, 4))
+    vertices = _gather([_renumbered(p, offsets[i], region) for i, p in pieces.items()], (0, 4))
     return Regions(
         value=value[heads].astype(np.int64),
         pixels=sums[0].astype(np.int64),
         probability=sums[1] / np.maximum(sums[0], 1) / PROBABILITY_ONE,
         first=first[heads],
-        corners=corners.astype(np.int32),
+        vertices=vertices.astype(np.int32),
     )
 
 
@@ -216,9 +213,9 @@ def _gather(arrays: list[npt.NDArray[Any]], empty: tuple[int, ...]) -> npt.NDArr
 
 
 def _renumbered(pieces: Pieces, offset: int, region: Ints) -> npt.NDArray[np.int32]:
-    corners = pieces.corners.copy()
-    corners[:, 0] = region[corners[:, 0] - 1 + offset]
-    return corners
+    vertices = pieces.vertices.copy()
+    vertices[:, 0] = region[vertices[:, 0] - 1 + offset]
+    return vertices
 
 
 def _links(
@@ -244,39 +241,147 @@ def _links(
     return _gather(found, (0, 2))
 
 
-def polygons(regions: Regions) -> npt.NDArray[np.object_]:
+def polygons(regions: Regions, *, with_nodes: bool = False) -> npt.NDArray[np.object_]:
     """Build the exact outline of each region; return shapely polygons in mask pixels, (x, y).
 
     Pixel (y, x) covers [x, x + 1] × [y, y + 1]. Shells have positive signed area and start at the
     topmost, then leftmost corner; holes have negative area and follow in that order too. Rings
     touch at points at the most, and none touches itself.
+
+    Args:
+        regions: what to outline.
+        with_nodes: add a vertex where the corner of another region lies on a straight edge, so
+            that neighbours share all vertices of their common border.
     """
     if len(regions) == 0:
         return np.zeros(0, object)
-    region, y, x, d = _add_up(*regions.corners.T.astype(np.int64))
-    twice = np.repeat(np.arange(len(d)), np.abs(d))  # a vertex where two pixels meet diagonally
-    region, y, x, d = region[twice], y[twice], x[twice], d[twice]
-    second = np.diff(twice, prepend=-1) == 0
-    # Rows of corners pair up to horizontal edges, columns to vertical ones. Where both rings pass
-    # one vertex, the order within the column is such that what is outside the region is parted.
-    columns = np.lexsort((np.where(d < 0, second, ~second), y, x, region))
-    partner = np.empty_like(columns)
-    partner[columns[0::2]], partner[columns[1::2]] = columns[1::2], columns[0::2]
+    region, y, x, quadrants = _add_up(*regions.vertices.T.astype(np.int64))
+    d = DIFFERENCE[quadrants]
+    twice = np.repeat(np.arange(len(d)), np.abs(d))  # where two pixels meet diagonally: two corners
+    rings = _link(region[twice], y[twice], x[twice], d[twice], np.diff(twice, prepend=-1) == 0)
+    parts = [rings.corners()]
+    if with_nodes:
+        place = y * (x.max() + 1) + x
+        node = (d == 0) & (quadrants != INSIDE) & np.isin(place, place[d != 0])
+        level = node & ((quadrants == ABOVE) | (quadrants == BELOW))
+        parts.append(rings.place_on_rows(region[level], y[level], x[level]))
+        node &= ~level
+        parts.append(rings.place_on_columns(region[node], y[node], x[node]))
+    ring, step, along, vy, vx = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((along, step, ring))
+    return _as_polygons(ring[order], vy[order], vx[order], rings.region, len(regions))
+
+
+def _as_polygons(
+    ring: Ints, y: Ints, x: Ints, region_of: Ints, count: int
+) -> npt.NDArray[np.object_]:
+    """Return the polygons of vertices in ring order; rings are sorted by region, shells first."""
+    heads = np.flatnonzero(np.diff(ring, prepend=-1))
+    offsets = np.concatenate([[0], np.cumsum(np.diff(heads, append=len(ring)) + 1)])
+    closed = np.insert(np.arange(len(ring)), np.append(heads[1:], len(ring)), heads)
+    coordinates = np.stack([x[closed], y[closed]], axis=1).astype(np.float64)
+    owners = region_of[ring[heads]]
+    rings_before = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=count))])
+    built: npt.NDArray[np.object_] = shapely.from_ragged_array(
+        shapely.GeometryType.POLYGON, coordinates, (offsets, rings_before)
+    )
+    return built
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rings:
+    """Corners linked to rings. Edge j runs along a row between the corners 2j (left) and 2j + 1.
+
+    Rings are walked with the region on the right hand, as y points down. A ring's number is its
+    topmost, then leftmost edge.
+
+    Attributes:
+        y: of each corner.
+        x: of each corner.
+        rows: sort key of each edge's left corner by region, y, x.
+        columns: (n, 2) corners at the upper and lower end of each edge along a column.
+        column_keys: sort key of each of them by region, x, y.
+        extent: of x and of y, which the keys were made with.
+        start: corner at which each edge begins.
+        end: corner at which it ends.
+        ring: of each edge.
+        position: of each edge in its ring.
+        region: of each edge.
+    """
+
+    y: Ints
+    x: Ints
+    rows: Ints
+    columns: Ints
+    column_keys: Ints
+    extent: tuple[int, int]
+    start: Ints
+    end: Ints
+    ring: Ints
+    position: Ints
+    region: Ints
+
+    def _at(self, edge: Ints, phase: int, along: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+        return self.ring[edge], 4 * self.position[edge] + phase, along, y, x
+
+    def corners(self) -> tuple[Ints, ...]:
+        """Return ring, step, order within the step, y and x of all corners."""
+        edge = np.arange(len(self.start))
+        ends = np.concatenate([self.start, self.end])
+        phase = np.repeat([0, 2], len(edge))
+        both = np.concatenate([edge, edge])
+        step = 4 * self.position[both] + phase
+        return self.ring[both], step, np.zeros_like(both), self.y[ends], self.x[ends]
+
+    def place_on_rows(self, region: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+        """Return the same of vertices that lie within edges along rows."""
+        key = (region * self.extent[1] + y) * self.extent[0] + x
+        edge = np.searchsorted(self.rows, key) - 1
+        along = np.where(self.start[edge] < self.end[edge], x, -x)
+        return self._at(edge, 1, along, y, x)
+
+    def place_on_columns(self, region: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+        """Return the same of vertices that lie within edges along columns."""
+        key = (region * self.extent[0] + x) * self.extent[1] + y
+        upper, lower = self.columns[np.searchsorted(self.column_keys, key) - 1].T
+        downward = self.end[upper // 2] == upper
+        edge = np.where(downward, upper, lower) // 2
+        return self._at(edge, 3, np.where(downward, y, -y), y, x)
+
+
+def _link(region: Ints, y: Ints, x: Ints, d: Ints, second: npt.NDArray[np.bool_]) -> _Rings:
+    """Pair corners, sorted by region, y, x, along rows and columns; return the rings.
+
+    Args:
+        region: of each corner.
+        y: of each corner.
+        x: of each corner.
+        d: of each corner.
+        second: whether a corner is the second at its vertex.
+    """
+    # Where two corners share a vertex, their order within the column is such that what lies
+    # outside the region is parted: the region itself is connected elsewhere.
+    columns = np.lexsort((np.where(d < 0, second, ~second), y, x, region)).reshape(-1, 2)
+    partner = np.empty(len(d), np.int64)
+    partner[columns[:, 0]], partner[columns[:, 1]] = columns[:, 1], columns[:, 0]
     left = np.arange(0, len(d), 2)
     rightward = d[left] > 0  # the region lies below this edge
     start, end = left + ~rightward, left + rightward
     ring, position = _order_cycles(partner[end] // 2)
-    edges = np.lexsort((position, ring))
-    vertices = np.stack([start[edges], end[edges]], axis=1).ravel()
-    heads = np.flatnonzero(np.diff(ring[edges], prepend=-1))  # first edge of each ring
-    sizes = 2 * np.diff(heads, append=len(edges)) + 1  # vertices with the closing one
-    offsets = np.concatenate([[0], np.cumsum(sizes)])
-    vertices = np.insert(vertices, np.append(2 * heads[1:], len(vertices)), vertices[2 * heads])
-    coordinates = np.stack([x[vertices], y[vertices]], axis=1).astype(np.float64)
-    owners = region[start[edges[heads]]]
-    per_region = np.concatenate([[0], np.cumsum(np.bincount(owners, minlength=len(regions)))])
-    return shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON, coordinates, (offsets, per_region)
+    nx, ny = int(x.max()) + 1, int(y.max()) + 1
+    upper = columns[:, 0]
+    return _Rings(
+        y=y,
+        x=x,
+        rows=(region[left] * ny + y[left]) * nx + x[left],
+        columns=columns,
+        column_keys=(region[upper] * nx + x[upper]) * ny + y[upper],
+        extent=(nx, ny),
+        start=start,
+        end=end,
+        ring=ring,
+        position=position,
+        region=region[left],
     )
 
 
@@ -322,7 +427,7 @@ def outlines(regions: Regions, *, tolerance: float, min_hole: float) -> npt.NDAr
         tolerance: root of the largest triangle to cut off, in mask pixels; 0 = exact.
         min_hole: holes below this area are filled, in mask pixels.
     """
-    shapes = polygons(regions)
+    shapes = polygons(regions, with_nodes=tolerance > 0)
     if min_hole > 0 and len(shapes):
         shapes = _without_small_holes(shapes, min_hole)
     if tolerance > 0 and len(shapes):
