@@ -19,11 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wsi_pipeline.errors import MissingMppError, SourceError
-from wsi_pipeline.grid import Region
+from wsi_pipeline.grid import PatchGrid, Region
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.mpp import best_mpp, contradictions, read_mpp
 from wsi_pipeline.sources.slide import OpenSlideBackend, TiffBackend, snap_downsamples
 from wsi_pipeline.sources.view import SlideView
+from wsi_pipeline.store import GridInfo, StoredGrid, write_patch_grid
 
 Pixels = npt.NDArray[np.uint8]
 MakeSlide = Callable[..., Path]
@@ -705,3 +706,91 @@ def test_a_flat_slide_has_its_thumbnail_in_little_memory(
     )
     used = int(ran.stdout) * (1 if sys.platform == "darwin" else 1024)
     assert used < 200e6
+
+
+# --- stored patch grids ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grid_path(slide_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the synthetic slide as a patch grid of 0.6 µm/px, whose ratio is not whole."""
+    path = tmp_path_factory.mktemp("grid") / "slide.zarr"
+    with open_source(slide_path) as slide:
+        view = slide.at(0.6)
+        grid = PatchGrid.cover(view.shape, (128, 128), (32, 32))
+        thumbnail, downsample = slide.thumbnail(200)
+        stored = StoredGrid(
+            info=GridInfo(
+                source_name=slide_path.name,
+                fingerprint=slide.fingerprint,
+                size=slide.size,
+                mpp=slide.mpp,
+                bounds=Region(x=1, y=2, width=300, height=400),
+                grid_mpp=0.6,
+                downsample=view.downsample,
+                shape=view.shape,
+                patch_size=(128, 128),
+                stride=(96, 96),
+            ),
+            patches=grid.origins,
+            tissue=np.ones(thumbnail.shape[:2], dtype=bool),
+            thumbnail=thumbnail,
+            tissue_downsample=downsample,
+            pixels=None,
+        )
+        written = write_patch_grid(path, stored, with_pixels=True)
+        assert written.pixels is not None
+        written.pixels[:500] = view.read((0, 0), (500, view.shape[1]))
+        write_patch_grid(path.with_name("empty.zarr"), stored, with_pixels=False)
+    return path
+
+
+def test_a_stored_grid_is_read_like_the_slide_it_came_from(
+    grid_path: Path, slide_path: Path
+) -> None:
+    with open_source(grid_path) as stored, open_source(slide_path) as slide:
+        assert stored.backend == "patch grid"
+        assert (stored.size, stored.fingerprint) == (slide.size, slide.fingerprint)
+        assert stored.mpp == slide.mpp
+        assert stored.mpp_source == "patch-grid.mpp"
+        assert stored.bounds == Region(x=1, y=2, width=300, height=400)
+        view, original = stored.at(0.6), slide.at(0.6)
+        assert (view.shape, view.downsample) == (original.shape, original.downsample)
+        found = view.read((333, -20), (400, 500))
+        np.testing.assert_array_equal(found[:167], original.read((333, -20), (167, 500)))
+        assert (found[167:] == 255).all()  # nothing was stored there
+
+
+def test_a_stored_grid_is_shrunk_but_never_blown_up(grid_path: Path) -> None:
+    with open_source(grid_path) as stored:
+        full = stored.at(0.6)
+        half = stored.at(1.2)
+        fy, fx = full.downsample
+        assert half.downsample == (2 * fy, 2 * fx)
+        pixels = full.read((0, 0), (200, 300)).reshape(100, 2, 150, 2, 3).mean(axis=(1, 3))
+        assert abs(half.read((0, 0), (100, 150)) - pixels).max() <= 0.51
+        with pytest.raises(SourceError, match=r"stored at 0\.6 µm/px.*--mpp 0\.5"):
+            stored.at(0.5)
+        thumbnail, downsample = stored.thumbnail(100)
+        assert max(thumbnail.shape) <= 100
+        assert downsample[0] * thumbnail.shape[0] >= stored.size[1]
+
+
+def test_a_grid_without_pixels_is_no_source(grid_path: Path) -> None:
+    assert "without pixels" in refusal(grid_path.with_name("empty.zarr"))
+
+
+def test_a_damaged_grid_is_refused(grid_path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(grid_path, copy)
+    shutil.rmtree(copy / "patches")
+    refusal(copy)
+    shutil.copytree(grid_path / "patches", copy / "patches")
+    chunk = next(path for path in (copy / "pixels" / "c").rglob("0") if path.is_file())
+    chunk.write_bytes(b"no chunk")
+    with (
+        open_source(copy) as stored,
+        pytest.raises(SourceError, match="cannot be read at") as error,
+    ):
+        stored.at(0.6).read((0, 0), (100, 100))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from click.testing import CliRunner
+
+from wsi_pipeline.cli import group
+
+
+def info(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(group, ["info", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def facts(*arguments: str | Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(info(*arguments, "--json"))
+    return found
+
+
+def test_a_slide_is_described(slide_path: Path) -> None:
+    found = facts(slide_path)
+    assert found["size"] == [1931, 1487]
+    assert found["levels"][1] == {"size": [482, 371], "downsample": [4.0, 4.0]}
+    assert found["mpp"] == pytest.approx([0.25, 0.25])
+    assert found["mpp_source"] == "TIFF resolution tags"
+    assert found["contradictions"] == []
+    assert found["bounds"] is None
+    assert found["compression"] == "DEFLATE"
+    assert found["backend"] == "tiffslide"
+    assert len(found["fingerprint"]) == 64
+    text = info(slide_path)
+    assert "1931 × 1487 px, 0.48 × 0.37 mm" in text
+    assert "0.25 × 0.25, from TIFF resolution tags" in text
+    assert "level 1      482 × 371 px, downsample 4" in text
+
+
+def test_a_slide_without_mpp_is_still_described(
+    make_slide: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_slide(tmp_path / "a.tif", np.zeros((400, 300, 3), dtype=np.uint8), None)
+    found = facts(path)
+    assert found["mpp"] is None
+    assert found["size"] == [300, 400]
+    assert "--mpp" in info(path)
+    assert facts(path, "--mpp", "0.3")["mpp"] == [0.3, 0.3]
+
+
+def test_resolutions_that_are_not_believed_are_shown(
+    make_slide: Callable[..., Path], tmp_path: Path
+) -> None:
+    pixels = np.zeros((400, 300, 3), dtype=np.uint8)
+    path = make_slide(tmp_path / "a.tif", pixels, 25400 / 72)
+    assert facts(path)["mpp"] is None
+    assert "72 dpi" in info(path)
+
+
+def test_contradictions_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    description = "Aperio Image Library v1.0\r\n300x400 [0,0 300x400]|AppMag = 20|MPP = 0.5"
+    tifffile.imwrite(
+        path,
+        np.zeros((400, 300, 3), dtype=np.uint8),
+        tile=(128, 128),
+        photometric="rgb",
+        description=description,
+        metadata=None,
+        resolution=(40000, 40000),
+        resolutionunit="CENTIMETER",
+    )
+    found = facts(path)
+    assert found["mpp"] == [0.5, 0.5]
+    assert found["mpp_source"] == "aperio.MPP"
+    assert found["contradictions"] == ["TIFF resolution tags"]
+    assert "but          TIFF resolution tags: 0.25 × 0.25" in info(path)
+
+
+def test_bounds_of_a_real_mrxs_are_shown(data_dir: Path) -> None:
+    path = data_dir / "wsi" / "mrxs_partial" / "Mirax2-Fluorescence-2.mrxs"
+    bounds = {"x": 9153, "y": 102664, "width": 10439, "height": 7641}
+    assert facts(path)["bounds"] == bounds
+    assert "10439 × 7641 px at x 9153, y 102664" in info(path)
+
+
+def test_a_bad_file_ends_in_one_line_and_exit_code_1(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    path.write_bytes(b"")
+    command = [sys.executable, "-m", "wsi_pipeline", "info", str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert ran.stderr.count("\n") == 1
+    assert str(path) in ran.stderr
+    assert CliRunner().invoke(group, ["info", str(path), "--mpp", "0"]).exit_code == 2
