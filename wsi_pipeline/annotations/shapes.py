@@ -49,17 +49,20 @@ def build_polygons(geometry: object) -> list[Polygon]:
     Raises:
         AnnotationError: its coordinates are no numbers, or not nested as its type wants.
     """
-    if not isinstance(geometry, Mapping):
-        return []
-    members = geometry.get("geometries")
-    if geometry.get("type") == "GeometryCollection" and isinstance(members, list):
-        return [polygon for member in members for polygon in build_polygons(member)]
-    if geometry.get("type") not in AREAL_TYPES:
-        return []
-    coordinates = geometry.get("coordinates")
-    single = geometry["type"] == "Polygon"
-    parts = [coordinates] if single else _list(coordinates, "MultiPolygon")
-    return [part for part in map(_closed_polygon, parts) if not part.is_empty]
+    parts: list[object] = []
+    waiting = [geometry]
+    while waiting:
+        item = waiting.pop()
+        if not isinstance(item, Mapping):
+            continue
+        kind = item.get("type")
+        if kind == "Polygon":
+            parts.append(item.get("coordinates"))
+        elif kind == "MultiPolygon":
+            parts.extend(_list(item.get("coordinates"), "MultiPolygon"))
+        elif kind == "GeometryCollection":
+            waiting.extend(reversed(_list(item.get("geometries"), "geometry")))
+    return [polygon for polygon in map(_closed_polygon, parts) if not polygon.is_empty]
 
 
 def _closed_polygon(part: object) -> Polygon:
