@@ -1,0 +1,140 @@
+"""The thumbnail with the mask over it, as a picture for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.store import written_beside
+
+FILL = 0.3
+"""Opacity of a class inside its outline: the tissue must stay visible."""
+TISSUE_COLOR = (70, 70, 90)
+TEXT_COLOR = (40, 40, 40)
+FONT_SIZE = 15  # px
+MARGIN = 10  # px, around and between the legend's entries
+
+Picture = npt.NDArray[np.uint8]
+Color = tuple[int, int, int]
+BoolMask = npt.NDArray[np.bool_]
+
+
+def write_overlay(
+    path: Path,
+    thumbnail: Picture,
+    mask: npt.NDArray[np.uint8],
+    *,
+    classes: Sequence[ClassInfo],
+    tissue: BoolMask | None = None,
+) -> None:
+    """Write a PNG of the thumbnail under translucent, outlined classes, with a legend below.
+
+    The legend's shares are of the tissue (of the picture where no tissue is given) and as coarse
+    as the thumbnail; exact areas are in the run's report.
+
+    Args:
+        path: file to write; appears when it is complete.
+        thumbnail: (h, w, 3) uint8.
+        mask: (h, w) uint8 class index, sampled to the thumbnail's size.
+        classes: in the mask's order; 0 is the background.
+        tissue: bool, of any size; drawn as a thin line where given.
+    """
+    if tissue is not None:
+        tissue = _resample(tissue, mask.shape)
+    picture = _draw(thumbnail, mask, classes, tissue)
+    legend = _legend(_entries(mask, classes, tissue), picture.shape[1])
+    with written_beside(path) as beside:
+        Image.fromarray(np.vstack([picture, legend])).save(beside, format="PNG")
+
+
+def _draw(
+    thumbnail: Picture,
+    mask: npt.NDArray[np.uint8],
+    classes: Sequence[ClassInfo],
+    tissue: BoolMask | None,
+) -> Picture:
+    """Return the thumbnail with fills, outlines and the line around the tissue."""
+    width = max(1, round(max(mask.shape) / 1200))  # px of an outline
+    colors = np.array([c.color or (0, 0, 0) for c in classes], dtype=np.float32)
+    inside = mask > 0
+    picture = thumbnail.copy()
+    mixed = (1 - FILL) * thumbnail[inside] + FILL * colors[mask[inside]]
+    picture[inside] = np.round(mixed).astype(np.uint8)
+    if tissue is not None:
+        picture[tissue & _outline(tissue, 1)] = TISSUE_COLOR
+    edge = inside & _outline(mask, width)
+    picture[edge] = colors[mask[edge]].astype(np.uint8)
+    return picture
+
+
+def _outline(labels: npt.NDArray[np.uint8] | BoolMask, width: int) -> BoolMask:
+    """Return the pixels within `width` of one of another value, along rows and columns.
+
+    Example:
+        >>> _outline(np.array([[0, 0, 1, 1, 1, 0]], np.uint8), 1).astype(int)
+        array([[0, 1, 1, 0, 1, 1]])
+    """
+    edge = np.zeros(labels.shape, bool)
+    for step in range(1, width + 1):
+        for axis in (0, 1):
+            near, far = (np.moveaxis(a, axis, 0) for a in (edge, labels))
+            differs = far[step:] != far[:-step]
+            near[step:] |= differs
+            near[:-step] |= differs
+    return edge
+
+
+def _resample(tissue: BoolMask, shape: tuple[int, ...]) -> BoolMask:
+    """Return the tissue at another shape, nearest."""
+    rows, columns = (np.arange(n) * m // n for n, m in zip(shape, tissue.shape, strict=True))
+    return tissue[np.ix_(rows, columns)]
+
+
+def _entries(
+    mask: npt.NDArray[np.uint8], classes: Sequence[ClassInfo], tissue: BoolMask | None
+) -> list[tuple[Color, str]]:
+    """Return colour and text of the legend's entries."""
+    counts = np.bincount(mask.ravel() if tissue is None else mask[tissue], minlength=len(classes))
+    of = "picture" if tissue is None else "tissue"
+    shares = 100 * counts / max(counts.sum(), 1)
+    entries = [
+        (c.color or (0, 0, 0), f"{c.name}: {share:.1f} % of the {of}")
+        for c, share in zip(classes[1:], shares[1:], strict=True)
+    ]
+    return entries if tissue is None else [*entries, (TISSUE_COLOR, "edge of the tissue")]
+
+
+def _legend(entries: Sequence[tuple[Color, str]], width: int) -> Picture:
+    """Return a white strip with swatches and texts, as many lines as they need."""
+    font = _font()
+    line = FONT_SIZE + MARGIN
+    places, x, y = [], MARGIN, MARGIN
+    for _, text in entries:
+        needed = FONT_SIZE + 6 + round(font.getlength(text))
+        if x > MARGIN and x + needed + MARGIN > width:
+            x, y = MARGIN, y + line
+        places.append((x, y))
+        x += needed + 2 * MARGIN
+    strip = Image.new("RGB", (width, y + line), "white")
+    draw = ImageDraw.Draw(strip)
+    for (color, text), (x, y) in zip(entries, places, strict=True):
+        draw.rectangle((x, y, x + FONT_SIZE - 1, y + FONT_SIZE - 1), fill=color)
+        draw.text((x + FONT_SIZE + 6, y + FONT_SIZE // 2), text, TEXT_COLOR, font, anchor="lm")
+    return np.asarray(strip)
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font with accents and Greek where the system has one; Pillow's own has neither."""
+    for name in ("DejaVuSans.ttf", "Arial.ttf", "arial.ttf"):
+        try:
+            return ImageFont.truetype(name, FONT_SIZE)
+        except OSError:
+            continue
+    return ImageFont.load_default(FONT_SIZE)
