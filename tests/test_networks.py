@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from wsi_pipeline.bundle import Bundle, ClassInfo, InputSpec
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.networks import NETWORKS, build, create
+from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import load_imagenet, mobilenet_v2_features
 from wsi_pipeline.networks.lightmuseg import CHANNELS, FRFM, MSFFM, LightMuSeg
 from wsi_pipeline.networks.weights import load_weights, read_state
@@ -336,7 +336,3 @@ def test_a_program_of_noise_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / "model.bin").write_bytes(b"no program" * 100)
     with pytest.raises(BundleError, match=f"as {kind}"):
         build(make_bundle(tmp_path, network=kind, weights_path=tmp_path / "model.bin"))
-
-
-def test_networks_are_one_dict() -> None:
-    assert NETWORKS == {"lightmuseg": LightMuSeg}

@@ -1,0 +1,1 @@
+"""Training: recipes and patients in, measured bundles out."""

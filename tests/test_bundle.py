@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from wsi_pipeline.bundle import load_bundle, sha256_of
+from wsi_pipeline.errors import BundleError
+
+MODEL = """
+name = "test"
+modality = "slide"
+network = "lightmuseg"
+weights = "model.safetensors"
+
+[network_options]
+classes = 3
+
+[input]
+mpp = 0.5
+patch_size = [512, 512]
+overlap = [128, 128]
+
+[output]
+activation = "softmax"
+classes = [
+    { name = "Background" },
+    { name = "Tumor", color = [200, 0, 0] },
+    { name = "Stroma", color = [0, 200, 0] },
+]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a bundle's folder with weights of ten bytes."""
+    (tmp_path / "model.toml").write_text(MODEL, "utf-8")
+    (tmp_path / "model.safetensors").write_bytes(b"0123456789")
+    return tmp_path
+
+
+def change(folder: Path, old: str, new: str) -> None:
+    assert old in MODEL
+    (folder / "model.toml").write_text(MODEL.replace(old, new, 1), "utf-8")
+
+
+def test_a_bundle_holds_what_its_file_says(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert (bundle.name, bundle.modality, bundle.network) == ("test", "slide", "lightmuseg")
+    assert bundle.network_options == {"classes": 3}
+    assert bundle.input.patch_size == (512, 512)
+    assert bundle.input.mean == (0.485, 0.456, 0.406)
+    assert [(c.name, c.color) for c in bundle.classes] == [
+        ("Background", None),
+        ("Tumor", (200, 0, 0)),
+        ("Stroma", (0, 200, 0)),
+    ]
+    assert bundle.weights_path == folder / "model.safetensors"
+    assert bundle.weights_sha256 == hashlib.sha256(b"0123456789").hexdigest()
+
+
+def test_the_file_itself_may_be_named(folder: Path) -> None:
+    assert load_bundle(folder / "model.toml") == load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[input]", "[input", "not valid TOML"),
+        ("mpp = 0.5", "", "mpp"),
+        ("mpp = 0.5", "mpp = -1", "above 0"),
+        ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", "magnification"),
+        ('modality = "slide"', 'modality = "scan"', "scan"),
+        ('activation = "softmax"', 'activation = "relu"', "relu"),
+        ("overlap = [128, 128]", "overlap = [512, 512]", "lie below it"),
+        ("overlap = [128, 128]", "overlap = [128]", "as many axes"),
+        ("mpp = 0.5", "mpp = 0.5\nmean = [0.5]", "3 values"),
+        (", color = [200, 0, 0]", "", "no color"),
+        ("[200, 0, 0]", "[200, 0]", "three integers"),
+        ("[200, 0, 0]", "[200, 0, 256]", "three integers"),
+        ('"Tumor"', '"Background"', "same name"),
+        ('"Tumor"', '"Tumor: invasive"', "':'"),
+        ('"softmax"', '"sigmoid"', "sigmoid takes 2"),
+        ('weights = "model.safetensors"', 'weights = "other.pt"', "not there"),
+        ('weights = "model.safetensors"', 'weights = "../../etc/passwd"', "outside"),
+        ('weights = "model.safetensors"', 'weights = { url = "https://x.org/w" }', "sha256"),
+    ],
+)
+def test_a_wrong_bundle_is_refused_with_the_reason(
+    folder: Path, old: str, new: str, message: str
+) -> None:
+    change(folder, old, new)
+    with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
+
+
+def test_a_missing_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="expected a folder with a model"):
+        load_bundle(tmp_path / "nothing")
+
+
+def test_a_bundle_may_have_no_weights(folder: Path) -> None:
+    change(folder, 'weights = "model.safetensors"', "")
+    bundle = load_bundle(folder)
+    assert bundle.weights_path is None
+    assert bundle.weights_sha256 == ""
+
+
+# the user's cache is found through XDG_CACHE_HOME; a file: URL needs no network
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def with_url(folder: Path, source: Path, sha256: str) -> None:
+    entry = f'weights = {{ url = "{source.as_uri()}", sha256 = "{sha256}" }}'
+    change(folder, 'weights = "model.safetensors"', entry)
+
+
+def test_weights_are_fetched_once_and_checked(folder: Path, cache: Path) -> None:
+    source = folder / "far.safetensors"
+    source.write_bytes(b"weights")
+    with_url(folder, source, hashlib.sha256(b"weights").hexdigest())
+    first = load_bundle(folder).weights_path
+    assert first is not None
+    assert first.read_bytes() == b"weights"
+    assert cache in first.parents
+    source.unlink()
+    assert load_bundle(folder).weights_path == first
+
+
+def test_weights_of_another_digest_are_refused_and_removed(folder: Path, cache: Path) -> None:
+    source = folder / "far.safetensors"
+    source.write_bytes(b"other")
+    with_url(folder, source, hashlib.sha256(b"weights").hexdigest())
+    with pytest.raises(BundleError, match="the bundle expects"):
+        load_bundle(folder)
+    assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_weights_that_cannot_be_fetched_are_refused(folder: Path, cache: Path) -> None:
+    with_url(folder, folder / "nowhere.bin", "0" * 64)
+    with pytest.raises(BundleError, match="cannot fetch"):
+        load_bundle(folder)
+
+
+def test_digests_are_of_the_whole_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 3_000_000)
+    assert sha256_of(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()

@@ -1,0 +1,103 @@
+"""Variations of colour, focus and empty glass, so that few patients teach more than themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from wsi_pipeline.training.recipe import AugmentSpec
+
+# optical density of haematoxylin, eosin and DAB in red, green, blue: Ruifrok and Johnston 2001
+STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+DARKEST = 1 / 255
+
+
+def augment(
+    images: Tensor, truths: Tensor, spec: AugmentSpec, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Vary a batch of crops; return the new images and truths.
+
+    Args:
+        images: (N, 3, H, W) float32 in [0, 1].
+        truths: (N, H, W) uint8 class index.
+        spec: how strongly.
+        generator: of the random numbers.
+    """
+    images, truths = empty_glass(images, truths, spec.glass, generator)
+    images = vary_stain(images, spec, generator)
+    images = vary_contrast(images, spec.contrast, generator)
+    images = blur(images, spec.blur, generator)
+    level = spec.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+    images = images + level * torch.randn(images.shape, generator=generator)
+    return images.clamp(0, 1), truths
+
+
+def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tensor:
+    """Vary amount, hue and mixture of the stains in optical-density space; return the images."""
+    count = len(images)
+    density = -images.clamp_min(DARKEST).log()  # (N, 3, H, W), 0 = no stain
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    amounts = torch.diag_embed((spec.stain * normal(3)).exp())
+    mixing = torch.eye(3) + spec.mixing * normal(3, 3)
+    # rows of STAINS are stains: density = amount @ STAINS, so columns need the transpose
+    change = mixing @ STAINS.T @ amounts @ torch.linalg.inv(STAINS.T)  # (N, 3, 3)
+    change = change * (spec.density * normal(1, 1)).exp()
+    density = torch.einsum("nij,njhw->nihw", change, density)
+    tint = (spec.tint * normal(3, 1, 1)).abs()
+    return (-(density + tint)).exp().clamp(0, 1)
+
+
+def vary_contrast(images: Tensor, deviation: float, generator: Generator) -> Tensor:
+    """Stretch or squeeze each image's values about their mean; return the images."""
+    factor = (deviation * torch.randn(len(images), 1, 1, 1, generator=generator)).exp()
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return ((images - mean) * factor + mean).clamp(0, 1)
+
+
+def blur(images: Tensor, largest: float, generator: Generator) -> Tensor:
+    """Blur every second batch by a Gaussian of random width; return the images."""
+    wanted, share = torch.rand(2, generator=generator).tolist()
+    sigma = share * largest
+    if wanted < 0.5 or sigma < 0.2:
+        return images
+    offsets = torch.arange(-4, 5, dtype=torch.float32)
+    taps = (-(offsets**2) / (2 * sigma**2)).exp()
+    taps = (taps / taps.sum()).expand(3, 1, 1, -1)
+    padded = functional.pad(images, (4, 4, 4, 4), mode="reflect")
+    rows = functional.conv2d(padded, taps, groups=3)
+    return functional.conv2d(rows, taps.transpose(2, 3), groups=3)
+
+
+def empty_glass(
+    images: Tensor, truths: Tensor, share: float, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Bleach irregular parts of some crops to glass, which is background; return both.
+
+    Annotated regions hold little empty glass, slides hold much. Some of it keeps thin strands of
+    tissue, as fat does.
+    """
+    images, truths = images.clone(), truths.clone()
+    chosen = torch.rand(len(images), generator=generator) < share
+    for i in chosen.nonzero()[:, 0].tolist():
+        covered, strands, softness, floor = torch.rand(4, generator=generator).tolist()
+        relief = _relief(images.shape[2:], 4, generator)
+        level = torch.quantile(relief, 1 - min(1.0, 1.25 * covered))
+        glass = relief >= level
+        clear = torch.sigmoid((relief - level) * (4 + 60 * softness))
+        if strands < 0.3:
+            clear = clear * (_relief(images.shape[2:], 12, generator).abs() * 5).clamp(0, 1)
+        white = 1 - 0.1 * floor
+        images[i] = images[i] * (1 - clear) + white * clear
+        truths[i][glass] = 0
+    return images, truths
+
+
+def _relief(size: torch.Size, cells: int, generator: Generator) -> Tensor:
+    """Return smooth noise of unit deviation with about `cells` hills a side, (H, W)."""
+    coarse = torch.randn(1, 1, cells, cells, generator=generator)
+    fine = functional.interpolate(coarse, size=list(size), mode="bicubic", align_corners=True)
+    return fine[0, 0] / fine.std()

@@ -1,0 +1,167 @@
+"""A trained network out, as a bundle with its card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import nn
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.training.measure import Score
+from wsi_pipeline.training.recipe import Recipe
+from wsi_pipeline.training.samples import Sample
+
+WEIGHTS = "model.safetensors"
+Scores = Mapping[str, Mapping[str, Score]]
+"""Held-out patient → class → score."""
+
+
+def write_bundle(
+    network: nn.Module,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    scores: Scores,
+    folder: Path,
+) -> None:
+    """Write `model.toml`, weights and model card of a trained network; return nothing.
+
+    Args:
+        network: trained.
+        recipe: by which.
+        samples: on which.
+        scores: of networks trained likewise without the patient they are judged on.
+        folder: to write into; made where it is missing, its three files replaced.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unused = getattr(network, "unused", ())
+    state = {
+        # half precision: half the size, and masks stay the same to a few pixels in a million
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(tuple(unused)) and not name.endswith("num_batches_tracked")
+    }
+    partial = folder / f"{WEIGHTS}.part"
+    save_file(state, partial)
+    os.replace(partial, folder / WEIGHTS)
+    (folder / "model.toml").write_text(bundle_toml(recipe.bundle), "utf-8")
+    (folder / "README.md").write_text(model_card(recipe, samples, scores), "utf-8")
+
+
+def bundle_toml(bundle: Bundle) -> str:
+    """Return the `model.toml` of a bundle whose weights lie beside it."""
+    spec = bundle.input
+    classes = [
+        {"name": c.name} | ({"color": list(c.color)} if c.color else {}) for c in bundle.classes
+    ]
+    tables: dict[str, dict[str, Any]] = {
+        "network_options": dict(bundle.network_options),
+        "input": {
+            "mpp": spec.mpp,
+            "channels": spec.channels,
+            "patch_size": list(spec.patch_size),
+            "overlap": list(spec.overlap),
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+        },
+        "output": {"activation": bundle.activation, "classes": classes},
+    }
+    head = {
+        "name": bundle.name,
+        "modality": bundle.modality,
+        "network": bundle.network,
+        "weights": WEIGHTS,
+    }
+    parts = [_lines(head)] + [f"[{name}]\n{_lines(table)}" for name, table in tables.items()]
+    return "\n".join(parts)
+
+
+def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str:
+    """Return the card: what the network is, learnt from, and how well it does; Markdown."""
+    bundle, train = recipe.bundle, recipe.train
+    names = ", ".join(c.name for c in bundle.classes[1:])
+    sections = [
+        f"# {bundle.name}",
+        f"`{bundle.network}` for {names} at {bundle.input.mpp} µm per pixel, in patches of "
+        f"{' × '.join(map(str, bundle.input.patch_size))} px.\n\n"
+        "**For research and demonstration. Not a medical device; not for diagnosis.**",
+        f"## Training data\n\n{recipe.notes}\n\n{_data_table(recipe, samples)}".replace(
+            "\n\n\n\n", "\n\n"
+        ),
+        f"## Training\n\n{train.steps:,} steps of {train.batch_size} crops of "
+        f"{train.crop[0]} to {train.crop[1]} px, "
+        + (f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch")
+        + f"; cross-entropy and soft Dice; AdamW, learning rate up to {train.learning_rate:g}; "
+        f"moving average of the weights; seed {train.seed}. Colours, geometry, focus and empty "
+        "glass are varied at random.",
+        f"## How well it does\n\n{_score_table(scores)}",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _data_table(recipe: Recipe, samples: Sequence[Sample]) -> str:
+    area_mm2 = (recipe.bundle.input.mpp / 1000) ** 2
+    rows = ["| patient | images | area mm² |", "|---|---:|---:|"]
+    for patient in sorted({s.patient for s in samples}):
+        own = [s.truth.numel() for s in samples if s.patient == patient]
+        rows.append(f"| {patient} | {len(own)} | {sum(own) * area_mm2:.2f} |")
+    return "\n".join(rows)
+
+
+def _score_table(scores: Scores) -> str:
+    if not scores:
+        return "Not measured."
+    rows = [
+        "Leave one patient out: for each row a network was trained by the same recipe on the "
+        "other patients only. Overlapping patches, pixels of a patient pooled. The weights here "
+        "are trained on all patients, so no patient of the table is new to them.\n",
+        "| held-out patient | class | Dice | IoU | share of class | Dice of “everywhere” |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    cells = [(p, c, s) for p, classes in scores.items() for c, s in classes.items()]
+    rows += [
+        f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.everywhere_dice:.3f} |"
+        for p, c, s in cells
+    ]
+    for name in dict.fromkeys(c for _, c, _ in cells):
+        own = [s for _, c, s in cells if c == name]
+        dice, iou, share, everywhere = (
+            sum(getattr(s, f) for s in own) / len(own)
+            for f in ("dice", "iou", "share", "everywhere_dice")
+        )
+        rows.append(
+            f"| **mean** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
+            f"| {everywhere:.3f} |"
+        )
+    return "\n".join(rows)
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
+
+
+def _toml(value: Any) -> str:
+    """Write one value inline.
+
+    Example:
+        >>> _toml([{"name": "Tumor", "color": [200, 0, 0]}, True])
+        '[{ name = "Tumor", color = [200, 0, 0] }, true]'
+    """
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str():
+            # TOML's basic strings escape as JSON's do
+            return json.dumps(value, ensure_ascii=False)
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            pairs = ", ".join(f"{k} = {_toml(v)}" for k, v in value.items())
+            return f"{{ {pairs} }}"
+    raise TypeError(f"{value!r} has no place in a model.toml")
