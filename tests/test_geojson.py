@@ -1,0 +1,275 @@
+"""The GeoJSON we write: checklist D1 to D3 of what QuPath takes, with independent readers."""
+
+import json
+import math
+import uuid
+
+import numpy as np
+import pytest
+import shapely
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from rasterio.features import rasterize
+from scipy import ndimage
+
+from wsi_pipeline.annotations import check_geojson
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export.geojson import Dialect, write_geojson
+from wsi_pipeline.export.polygons import PROBABILITY_ONE, join, trace
+from wsi_pipeline.grid import Region, iter_blocks
+
+CLASSES = (
+    ClassInfo(name="Background"),
+    ClassInfo(name="Tumor", color=(200, 0, 0)),
+    ClassInfo(name="Nécrose µ", color=(50, 50, 50)),
+    ClassInfo(name="Stroma", color=(150, 200, 150)),
+)
+EXACT = {"simplify_um": 0.0, "min_area_um2": 0.0}
+
+
+def dialect(**changes):
+    options = {
+        "classes": CLASSES,
+        "downsample": (1.0, 1.0),
+        "mpp": (0.25, 0.25),
+        "crop": None,
+        "simplify_um": 1.0,
+        "min_area_um2": 0.0,
+        "namespace": "slide/model",
+        "metadata": {"model": "m", "weights_sha256": "00"},
+    }
+    return Dialect(**{**options, **changes})
+
+
+def regions_of(mask, block_size=64, probability=PROBABILITY_ONE):
+    level = np.full(mask.shape, probability, np.uint16)
+    return join(
+        (b.index, trace(mask[b.slices].copy(), level[b.slices].copy(), b.start))
+        for b in iter_blocks(mask.shape, (block_size, block_size))
+        if mask[b.slices].any()
+    )
+
+
+def refuse(token):
+    raise ValueError(f"{token} is not strict JSON")
+
+
+def strict(path):
+    raw = path.read_bytes()
+    assert not raw.startswith(b"\xef\xbb\xbf")
+    return json.loads(raw.decode("utf-8"), parse_constant=refuse)
+
+
+def polygons_of(collection):
+    return [shapely.geometry.shape(f["geometry"]) for f in collection["features"]]
+
+
+def blobs(seed=0, side=220):
+    rng = np.random.default_rng(seed)
+    fields = ndimage.gaussian_filter(rng.standard_normal((4, side, side)), (0, 7, 7))
+    mask = fields.argmax(0).astype(np.uint8)
+    mask[:9, :50] = 1  # on the edge
+    mask[60:90, 60:90] = np.indices((30, 30)).sum(0) % 2  # a checkerboard
+    mask[120, 10:200] = 2  # a line of one pixel
+    return mask
+
+
+def walk(value):
+    yield value
+    for child in value.values() if isinstance(value, dict) else value:
+        if isinstance(child, dict | list):
+            yield from walk(child)
+        else:
+            yield child
+
+
+@pytest.fixture(params=["exact", "simplified"])
+def written(request, tmp_path):
+    mask = blobs()
+    chosen = dialect(**EXACT) if request.param == "exact" else dialect()
+    path = tmp_path / "annotations.geojson"
+    summary = write_geojson(path, regions_of(mask, probability=40000), chosen)
+    return mask, path, strict(path), summary
+
+
+def test_the_file_is_what_qupath_wants(written):
+    _, _, collection, _ = written
+    assert set(collection) == {"type", "features"}
+    assert collection["type"] == "FeatureCollection"
+    assert all(value is not None for value in walk(collection))
+    ids = set()
+    for feature in collection["features"]:
+        assert set(feature) == {"type", "id", "geometry", "properties"}
+        assert feature["type"] == "Feature"
+        assert str(uuid.UUID(feature["id"])) == feature["id"]
+        ids.add(feature["id"])
+        assert feature["geometry"]["type"] == "Polygon"
+        properties = feature["properties"]
+        assert properties["objectType"] == "annotation"
+        assert properties["isLocked"] is True
+        assert set(properties) <= {
+            "objectType", "name", "isLocked", "classification", "measurements", "metadata",
+        }  # fmt: skip
+        name, color = properties["classification"]["name"], properties["classification"]["color"]
+        assert color == list(next(c.color for c in CLASSES if c.name == name))
+        measured = properties["measurements"]
+        assert set(measured) == {"Area mm^2", "Mean probability"}
+        assert all(math.isfinite(v) and abs(v) <= 16_777_216 for v in measured.values())
+        assert measured["Mean probability"] == pytest.approx(40000 / 65535, abs=1e-4)
+        assert all(isinstance(v, str) for v in properties["metadata"].values())
+    assert len(ids) == len(collection["features"]) > 100
+
+
+def test_rings_are_sound_in_float32(written):
+    _, _, collection, _ = written
+    for feature in collection["features"]:
+        polygon = shapely.geometry.shape(feature["geometry"])
+        for index, ring in enumerate(feature["geometry"]["coordinates"]):
+            assert ring[0] == ring[-1]
+            assert len(ring) >= 4
+            assert len({tuple(p) for p in ring[:-1]}) == len(ring) - 1
+            assert all(isinstance(v, int) for point in ring for v in point)
+            x, y = np.array(ring, float).T
+            area = 0.5 * (x[:-1] * y[1:] - x[1:] * y[:-1]).sum()
+            assert area > 0 if index == 0 else area < 0
+        single = shapely.transform(polygon, lambda xy: xy.astype(np.float32).astype(float))
+        assert single.is_valid
+        snapped = shapely.set_precision(single, 0.01)
+        assert snapped.geom_type == "Polygon"
+        assert snapped.area == pytest.approx(polygon.area, rel=1e-6)
+        assert len(snapped.interiors) == len(polygon.interiors)
+
+
+def test_our_own_check_has_no_complaint(written):
+    _, path, _, _ = written
+    assert list(check_geojson(path).findings) == []
+
+
+def test_polygons_of_all_classes_do_not_overlap(written):
+    mask, _, collection, _ = written
+    shapes = polygons_of(collection)
+    union = shapely.union_all(shapes)
+    assert union.area == pytest.approx(sum(s.area for s in shapes), rel=1e-12)
+    assert union.bounds[0] >= 0
+    assert union.bounds[2] <= mask.shape[1]
+
+
+def test_exact_polygons_give_the_mask_back(tmp_path):
+    mask = blobs(1)
+    path = tmp_path / "a.geojson"
+    summary = write_geojson(path, regions_of(mask, 50), dialect(**EXACT))
+    collection = strict(path)
+    value = {c.name: i for i, c in enumerate(CLASSES)}
+    burnt = [
+        (s, value[f["properties"]["classification"]["name"]])
+        for s, f in zip(polygons_of(collection), collection["features"], strict=True)
+    ]
+    assert (rasterize(burnt, out_shape=mask.shape, dtype=np.uint8) == mask).all()
+    for index, info in enumerate(CLASSES[1:], start=1):
+        pixels = int((mask == index).sum())
+        areas = [s.area for s, v in burnt if v == index]
+        assert sum(areas) == pixels
+        measured = sum(
+            f["properties"]["measurements"]["Area mm^2"]
+            for f in collection["features"]
+            if f["properties"]["classification"]["name"] == info.name
+        )
+        assert measured == pytest.approx(pixels * 0.25**2 * 1e-6, rel=1e-6)
+        assert summary.regions[info.name] == len(areas) == ndimage.label(mask == index)[1]
+
+
+@pytest.mark.parametrize("options", [EXACT, {}, {"min_area_um2": 3.0}])
+def test_the_bytes_do_not_depend_on_the_blocks(tmp_path, options):
+    mask = blobs(2)
+    files = []
+    for size in (31, 64, 500):
+        path = tmp_path / f"{size}.geojson"
+        write_geojson(path, regions_of(mask, size), dialect(**options))
+        files.append(path.read_bytes())
+    assert files[0] == files[1] == files[2]
+
+
+def test_a_slide_without_regions_gives_an_empty_collection(tmp_path):
+    path = tmp_path / "a.geojson"
+    write_geojson(path, join([]), dialect())
+    assert strict(path) == {"type": "FeatureCollection", "features": []}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(np.uint8, (12, 12), elements=st.integers(0, 3)),
+    st.sampled_from([0.499 / 0.25, 1.9960, 31.7, 1.0]),
+    st.sampled_from([0, 200_000]),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_scaled_and_far_away_they_stay_sound(tmp_path_factory, mask, scale, offset, simplify):
+    """G7: validity after float32 at any scale and far from the origin."""
+    path = tmp_path_factory.mktemp("g7") / "a.geojson"
+    regions = regions_of(mask)
+    crop = Region(x=-offset, y=-offset, width=10**6, height=10**6)
+    write_geojson(
+        path,
+        regions,
+        dialect(downsample=(scale, scale), crop=crop, simplify_um=simplify, min_area_um2=0.0),
+    )
+    collection = strict(path)
+    assert list(check_geojson(path).findings) == []
+    for shape in polygons_of(collection):
+        single = shapely.transform(shape, lambda xy: xy.astype(np.float32).astype(float))
+        assert single.is_valid
+    numbers = [v for f in collection["features"] for v in walk(f["geometry"]["coordinates"])]
+    assert all(round(v, 2) == v for v in numbers if isinstance(v, int | float))
+    if len(regions) and simplify == 0:
+        total = sum(s.area for s in polygons_of(collection))
+        assert total == pytest.approx((mask > 0).sum() * scale**2, rel=0.01)
+
+
+def test_unequal_mpp_counts_in_areas(tmp_path):
+    mask = np.zeros((20, 20), np.uint8)
+    mask[5:15, 5:15] = 1
+    path = tmp_path / "a.geojson"
+    write_geojson(path, regions_of(mask), dialect(mpp=(0.25, 0.5), downsample=(2.0, 4.0)))
+    (feature,) = strict(path)["features"]
+    assert feature["properties"]["measurements"]["Area mm^2"] == pytest.approx(100 * 0.5 * 2 * 1e-6)
+    assert shapely.geometry.shape(feature["geometry"]).bounds == (10, 20, 30, 60)
+
+
+def test_the_crop_moves_and_clips(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[5:35, 5:35] = 1
+    mask[20, :] = 0
+    mask[10:30, 18:22] = 0  # clipped below, the two halves' tops fall apart
+    whole, cropped = tmp_path / "w.geojson", tmp_path / "c.geojson"
+    regions = regions_of(mask)
+    write_geojson(whole, regions, dialect(**EXACT))
+    crop = Region(x=3, y=12, width=30, height=20)
+    write_geojson(cropped, regions, dialect(crop=crop, **EXACT))
+    box = shapely.box(3, 12, 33, 32)
+    expected = shapely.intersection(shapely.union_all(polygons_of(strict(whole))), box)
+    found = polygons_of(strict(cropped))
+    assert shapely.equals(
+        shapely.transform(shapely.union_all(found), lambda xy: xy + (3, 12)), expected
+    )
+    assert len(found) == len(shapely.get_parts(expected)) > len(regions)
+    assert min(s.bounds[0] for s in found) >= 0
+    assert max(s.bounds[3] for s in found) <= 20
+    ids = [f["id"] for f in strict(cropped)["features"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_many_regions_become_detections(tmp_path):
+    mask = np.zeros((250, 250), np.uint8)
+    mask[::2, ::2] = 1  # 15,625 regions
+    path = tmp_path / "a.geojson"
+    write_geojson(path, regions_of(mask), dialect(**EXACT))
+    kinds = {f["properties"]["objectType"] for f in strict(path)["features"]}
+    assert kinds == {"detection"}
+
+
+def test_nothing_is_left_of_a_file_that_failed_half_way(tmp_path):
+    regions = regions_of(blobs())
+    broken = dialect(metadata={"bad": float("nan")}, **EXACT)  # strict JSON cannot hold it
+    with pytest.raises(ValueError, match="JSON"):
+        write_geojson(tmp_path / "a.geojson", regions, broken)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,166 @@
+"""Patch grids read back, ledgers survive, folders of other slides are refused."""
+
+import json
+
+import numpy as np
+import pytest
+import zarr
+
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.grid import Block, PatchGrid, Region
+from wsi_pipeline.store import (
+    GridInfo,
+    StoredGrid,
+    is_patch_grid,
+    open_patch_grid,
+    open_run_store,
+    run_key,
+    write_patch_grid,
+    written_beside,
+)
+
+BLOCK = Block(index=(3, 4), start=(0, 0), stop=(2, 2))
+
+
+def stored():
+    grid = PatchGrid.cover((700, 900), (256, 256), (64, 64))
+    info = GridInfo(
+        source_name="a slide.svs",
+        fingerprint="f00",
+        size=(1801, 1399),
+        mpp=(0.25, 0.26),
+        bounds=Region(x=1, y=2, width=3, height=4),
+        grid_mpp=0.5,
+        downsample=(1.5, 2.0),
+        shape=(700, 900),
+        patch_size=(256, 256),
+        stride=(192, 192),
+    )
+    tissue = np.random.default_rng(0).random((70, 90)) > 0.5
+    thumbnail = np.random.default_rng(1).integers(0, 255, (70, 90, 3), np.uint8)
+    return StoredGrid(
+        info=info,
+        patches=grid.origins,
+        tissue=tissue,
+        thumbnail=thumbnail,
+        tissue_downsample=(20.0, 20.0),
+        pixels=None,
+    )
+
+
+@pytest.mark.parametrize("with_pixels", [True, False])
+def test_a_patch_grid_reads_back(tmp_path, with_pixels):
+    wanted = stored()
+    write_patch_grid(tmp_path / "g.zarr", wanted, with_pixels=with_pixels)
+    found = open_patch_grid(tmp_path / "g.zarr")
+    assert found.info == wanted.info
+    for name in ("patches", "tissue", "thumbnail"):
+        assert np.array_equal(getattr(found, name), getattr(wanted, name))
+    assert found.tissue_downsample == wanted.tissue_downsample
+    if with_pixels:
+        assert found.pixels.shape == (700, 900, 3)
+        assert (found.pixels[:] == 255).all()
+    else:
+        assert found.pixels is None
+
+
+def test_plain_zarr_reads_what_the_contract_names(tmp_path):
+    write_patch_grid(tmp_path / "g.zarr", stored(), with_pixels=True)
+    group = zarr.open(tmp_path / "g.zarr", mode="r")
+    assert group["patches"].dtype == np.int64
+    assert group["patches"].shape[1] == 2
+    assert group["tissue"].dtype == bool
+    assert group["pixels"].dtype == np.uint8
+    attrs = dict(group.attrs)
+    assert attrs["fingerprint"] == "f00"
+    assert attrs["size"] == [1801, 1399]
+    assert attrs["mpp"] == [0.25, 0.26]
+    assert attrs["patch_size"] == [256, 256]
+    assert attrs["stride"] == [192, 192]
+    assert attrs["version"] == 1
+
+
+def test_what_is_no_patch_grid_is_refused(tmp_path):
+    assert not is_patch_grid(tmp_path)
+    with pytest.raises(StoreError, match="not a patch grid"):
+        open_patch_grid(tmp_path)
+    zarr.open_group(tmp_path / "other.zarr", mode="w")
+    assert not is_patch_grid(tmp_path / "other.zarr")
+
+
+@pytest.mark.parametrize("damage", ["version", "missing", "attribute"])
+def test_a_damaged_grid_is_refused(tmp_path, damage):
+    path = tmp_path / "g.zarr"
+    write_patch_grid(path, stored(), with_pixels=False)
+    meta = json.loads((path / "zarr.json").read_text())
+    if damage == "version":
+        meta["attributes"]["version"] = 99
+    elif damage == "attribute":
+        del meta["attributes"]["mpp"]
+    else:
+        (path / "patches" / "zarr.json").unlink()
+    (path / "zarr.json").write_text(json.dumps(meta))
+    with pytest.raises(StoreError, match=r"99|damaged"):
+        open_patch_grid(path)
+
+
+def test_the_ledger_holds_what_is_finished(tmp_path):
+    store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    other = Block(index=(0, 0), start=(0, 0), stop=(1, 1))
+    assert not store.has_blocks()
+    store.finish_block(BLOCK, {"pixels": np.arange(5), "predicted": np.array(7)})
+    assert store.pending([other, BLOCK]) == [other]
+    again = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    assert again.has_blocks()
+    assert again.load_block(BLOCK)["pixels"].tolist() == [0, 1, 2, 3, 4]
+    again.forget_blocks()
+    assert again.pending([BLOCK]) == [BLOCK]
+
+
+def test_a_damaged_ledger_entry_is_named(tmp_path):
+    store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    store.finish_block(BLOCK, {"pixels": np.arange(5)})
+    (path,) = (store.path / "blocks").glob("*.npz")
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(StoreError, match="overwrite"):
+        store.load_block(BLOCK)
+
+
+def test_other_settings_begin_anew_and_leave_old_outputs(tmp_path):
+    store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    store.finish_block(BLOCK, {"pixels": np.arange(5)})
+    (tmp_path / "run" / "annotations.geojson").write_text("{}")
+    changed = open_run_store(tmp_path / "run", fingerprint="a", key="other", overwrite=False)
+    assert not changed.has_blocks()
+    assert (tmp_path / "run" / "annotations.geojson").is_file()
+
+
+def test_another_slides_folder_is_refused(tmp_path):
+    open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    with pytest.raises(StoreError, match="another slide"):
+        open_run_store(tmp_path / "run", fingerprint="b", key="k", overwrite=False)
+    open_run_store(tmp_path / "run", fingerprint="b", key="k", overwrite=True)
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        open_run_store(tmp_path / "file" / "run", fingerprint="a", key="k", overwrite=False)
+
+
+def test_written_beside_is_all_or_nothing(tmp_path):
+    target = tmp_path / "out.txt"
+    with pytest.raises(RuntimeError), written_beside(target) as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with written_beside(target) as partial:
+        partial.write_text("whole")
+    assert target.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_key_knows_every_part():
+    base = {"a": 1, "b": (1, 2)}
+    assert run_key(base) == run_key(dict(reversed(base.items())))
+    assert run_key(base) != run_key({**base, "b": (1, 3)})
