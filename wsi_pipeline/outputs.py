@@ -113,6 +113,7 @@ def write_outputs(
             c.name: float(n * dialect.pixel_mm2)
             for c, n in zip(bundle.classes[1:], pixels[1:], strict=True)
         },
+        colors={c.name: list(c.color or ()) for c in bundle.classes[1:]},
         tissue_mm2=float(stored.tissue.sum() * thumbnail_mm2),
         regions=written.regions,
         frame={"for": export.frame, "offset": [crop.x, crop.y] if crop else [0, 0]},

@@ -204,7 +204,7 @@ def _run(
     """Segment the slides, say how each ended, write summary and report; return how many failed."""
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.pipeline import segment_all
-    from wsi_pipeline.report import write_report, write_summary
+    from wsi_pipeline.report import find_runs, write_report, write_summary
     from wsi_pipeline.schedule import open_cluster
 
     threads = max((os.cpu_count() or 1) // schedule.workers, 1) if not schedule.scheduler else None
@@ -228,8 +228,10 @@ def _run(
                 click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
             for warning in run.warnings:
                 click.echo(f"warning: {job.path.name}: {warning}", err=True)
-    write_summary(output, runs)
-    write_report(output, runs)
+    # slides that earlier calls or other shards have done belong to the picture too
+    every = find_runs(output) | runs
+    write_summary(output, every)
+    write_report(output, every)
     return sum(run.status == "failed" for run in runs.values())
 
 

@@ -1,0 +1,46 @@
+# make demo: the main job on a real slide.  make test: the tests.  Both set up .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+# The CPU build where the machine has no NVIDIA driver; a bare "torch" would fetch gigabytes of CUDA.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+
+.PHONY: setup demo test test-all lint types imports wheel notebooks clean
+
+setup: .venv/.done
+
+.venv/.done: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable . --group dev
+	touch $@
+
+demo: setup
+	$(BIN)/wsi-pipeline demo --output demo-output
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/typos
+
+types: setup
+	$(BIN)/mypy
+
+imports: setup
+	$(BIN)/lint-imports
+
+wheel: setup
+	$(BIN)/python .ci/check_wheel.py
+
+notebooks: setup
+	$(BIN)/python .ci/run_notebooks.py
+
+clean:
+	rm -rf .venv build dist demo-output *.egg-info

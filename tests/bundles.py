@@ -1,0 +1,115 @@
+"""Bundles that tests make: pointwise TorchScript programs and LightMuSeg with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from wsi_pipeline.networks import NETWORKS
+
+CLASSES = """classes = [
+  { name = "Background" },
+  { name = "Tumor", color = [200, 0, 0] },
+  { name = "Stroma", color = [150, 200, 150] },
+]"""
+THRESHOLDS = (150, 215)
+
+
+def classify(pixels: np.ndarray) -> np.ndarray:
+    """Return class 1 where green is below 150, 2 where it is below 215, else 0; (h, w) uint8."""
+    green = pixels[..., 1]
+    low, high = THRESHOLDS
+    return np.where(green < low, 1, np.where(green < high, 2, 0)).astype(np.uint8)
+
+
+class Pointwise(torch.nn.Module):
+    """`classify` as a network: logits from the pixel's own colour, scaled to [0, 1]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        green = torch.round(x[:, 1:2] * 255)
+        first = (green < 150).float()
+        second = (green < 215).float() - first
+        return torch.cat([1 - first - second, first, second], dim=1) * 20
+
+
+class Busy(Pointwise):
+    """The same, after much work for nothing, so that there is time to kill it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x
+        for _ in range(60):
+            y = torch.sin(y)
+        green = torch.round(x[:, 1:2] * 255) + 0 * y[:, :1]
+        first = (green < 150).float()
+        second = (green < 215).float() - first
+        return torch.cat([1 - first - second, first, second], dim=1) * 20
+
+
+def write_toml(folder: Path, *, mpp: float, patch_size: int, overlap: int, **keys: str) -> Path:
+    """Write a `model.toml`; return the folder."""
+    options = {
+        "network": '"torchscript"',
+        "weights": '"program.pt"',
+        "activation": '"softmax"',
+        "classes": CLASSES.removeprefix("classes = "),
+        "mean": "[0.0, 0.0, 0.0]",
+        "std": "[1.0, 1.0, 1.0]",
+        "network_options": "",
+    } | keys
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.toml").write_text(
+        f"""name = "test-{folder.name}"
+modality = "slide"
+network = {options["network"]}
+weights = {options["weights"]}
+[network_options]
+{options["network_options"]}
+[input]
+mpp = {mpp}
+channels = 3
+patch_size = [{patch_size}, {patch_size}]
+overlap = [{overlap}, {overlap}]
+mean = {options["mean"]}
+std = {options["std"]}
+[output]
+activation = {options["activation"]}
+classes = {options["classes"]}
+""",
+        encoding="utf-8",
+    )
+    return folder
+
+
+def pointwise_bundle(
+    folder: Path, *, mpp: float, patch_size: int = 256, overlap: int = 32, busy: bool = False
+) -> Path:
+    """Write a bundle whose classes are `classify` of each pixel; return its folder."""
+    write_toml(folder, mpp=mpp, patch_size=patch_size, overlap=overlap)
+    torch.jit.script(Busy() if busy else Pointwise()).save(folder / "program.pt")
+    return folder
+
+
+def lightmuseg_bundle(
+    folder: Path, *, mpp: float, patch_size: int = 128, overlap: int = 32, seed: int = 0
+) -> Path:
+    """Write a bundle of LightMuSeg with random weights and three classes; return its folder."""
+    torch.manual_seed(seed)
+    network = NETWORKS["lightmuseg"](classes=3).eval()
+    with torch.no_grad():  # so that every class occurs
+        network.last_conv.weight *= 30
+    write_toml(
+        folder,
+        mpp=mpp,
+        patch_size=patch_size,
+        overlap=overlap,
+        network='"lightmuseg"',
+        weights='"model.safetensors"',
+        network_options="classes = 3",
+        mean="[0.485, 0.456, 0.406]",
+        std="[0.229, 0.224, 0.225]",
+    )
+    save_file(network.state_dict(), folder / "model.safetensors")
+    return folder

@@ -1,0 +1,400 @@
+"""The main job against independent oracles: the pixels themselves, and one canvas in memory."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import shapely
+import tifffile
+import torch
+import zarr
+from bundles import classify, lightmuseg_bundle, pointwise_bundle
+from rasterio.features import rasterize
+from scipy.ndimage import map_coordinates
+from scipy.signal.windows import gaussian
+
+from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.grid import PatchGrid
+from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.networks import build
+from wsi_pipeline.options import (
+    ExportOptions,
+    PredictOptions,
+    ScheduleOptions,
+    SelectOptions,
+    Settings,
+)
+from wsi_pipeline.pipeline import segment, tile
+from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.sources import open_source
+
+EXACT = ExportOptions(simplify_um=0, min_area_um2=0)
+MASK_ONLY = ExportOptions(outputs=("zarr",))
+EVERYWHERE = SelectOptions(tissue="none")
+
+
+def run(slide, bundle, output, *, workers=1, select=EVERYWHERE, export=MASK_ONLY, **predict):
+    options = {"precision": "fp32", "device": "cpu", "block_size": 1024} | predict
+    settings = Settings(select=select, predict=PredictOptions(**options), export=export)
+    (job,) = plan_jobs([Path(slide)], Path(output))
+    with open_cluster(ScheduleOptions(workers=workers)) as client:
+        return job.folder, segment(
+            job, load_bundle(bundle), client=client, settings=settings, threads=1
+        )
+
+
+def mask_of(folder):
+    return zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
+
+
+def openslide_pixels(path):
+    with openslide.OpenSlide(path) as slide:
+        return np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
+
+
+COMBINATIONS = [
+    # patch, overlap, blend, block, workers
+    (256, 32, "gaussian", 1024, 1),
+    (192, 96, "constant", 1024, 2),
+    (320, 0, "crop", 2048, 1),
+    (224, 100, "crop", 1024, 3),
+    (512, 128, "gaussian", 4096, 1),
+    (101, 7, "gaussian", 2048, 2),
+    (640, 63, "constant", 3072, 2),
+]
+
+
+@pytest.mark.parametrize(("patch", "overlap", "blend", "block", "workers"), COMBINATIONS)
+def test_a_pointwise_network_gives_the_same_function_of_openslides_pixels(
+    tmp_path, cmu_path, patch, overlap, blend, block, workers
+):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.499, patch_size=patch, overlap=overlap)
+    folder, _ = run(
+        cmu_path, bundle, tmp_path / "out", blend=blend, block_size=block, workers=workers
+    )
+    mask, expected = mask_of(folder), classify(openslide_pixels(cmu_path))
+    assert mask.shape == expected.shape == (2967, 2220)
+    same = mask == expected
+    assert same.mean() >= 0.999
+    for y in range(0, 2967, 256):
+        for x in range(0, 2220, 256):
+            assert same[y : y + 256, x : x + 256].mean() >= 0.98
+    assert np.bincount(expected.ravel()).min() > 10_000  # every class is really there
+
+
+def test_on_a_lossless_slide_every_pixel_is_right(tmp_path, slide_path, slide_pixels):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=200, overlap=30)
+    folder, _ = run(slide_path, bundle, tmp_path / "out")
+    assert (mask_of(folder) == classify(slide_pixels)).all()
+
+
+def one_shot(slide_path, bundle_path, *, mpp, overlap):
+    """Predict the same patches one by one and blend them on one canvas, in float64."""
+    bundle = load_bundle(bundle_path)
+    with open_source(slide_path) as slide:
+        view = slide.at(mpp, tolerance=0.02)
+        size = bundle.input.patch_size[0]
+        padded = [max(n, size) for n in view.shape]
+        pixels = view.read((0, 0), tuple(padded))
+        width, height = slide.size
+    network = build(bundle).module
+    window = gaussian(size, size / 8)
+    weight = np.outer(window, window)
+    total, weights = np.zeros((3, *padded)), np.zeros(padded)
+    grid = PatchGrid.cover(view.shape, (size, size), (overlap, overlap))
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
+    for y, x in grid.origins:
+        patch = pixels[y : y + size, x : x + size].transpose(2, 0, 1) / 255
+        with torch.inference_mode():
+            inputs = torch.from_numpy(((patch - mean) / std).astype(np.float32))[None]
+            probabilities = network(inputs).softmax(1)[0].numpy()
+        total[:, y : y + size, x : x + size] += probabilities * weight
+        weights[y : y + size, x : x + size] += weight
+    field = (total / weights)[:, : view.shape[0], : view.shape[1]]
+    fy, fx = view.downsample
+    yy = (np.arange(height) + 0.5) / fy - 0.5
+    xx = (np.arange(width) + 0.5) / fx - 0.5
+    where = np.meshgrid(yy, xx, indexing="ij")
+    full = [map_coordinates(f, where, order=1, mode="nearest") for f in field]
+    return np.argmax(full, axis=0)
+
+
+@pytest.mark.parametrize("mpp", [0.5, 0.37, 0.25])
+def test_blocks_equal_one_canvas_and_know_no_block_size_or_worker(tmp_path, slide_path, mpp):
+    overlap = 24
+    bundle = lightmuseg_bundle(tmp_path / "model", mpp=mpp, patch_size=256, overlap=overlap)
+    expected = one_shot(slide_path, bundle, mpp=mpp, overlap=overlap)
+    assert np.bincount(expected.ravel(), minlength=3).min() > 0.01 * expected.size
+    masks = []
+    for number, (block, workers) in enumerate([(1024, 1), (2048, 1), (1024, 2)]):
+        folder, made = run(
+            slide_path, bundle, tmp_path / str(number), block_size=block, workers=workers
+        )
+        masks.append(mask_of(folder))
+        if workers == 1:
+            assert made.patches["predicted"] == made.patches["kept"]
+    assert (masks[0] == expected).mean() >= 0.9999
+    assert (masks[0] == masks[1]).all()
+    assert (masks[0] == masks[2]).all()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, slide_path):
+    """Return the folder of a run with all outputs, exact polygons, and the run."""
+    place = tmp_path_factory.mktemp("whole")
+    bundle = pointwise_bundle(place / "model", mpp=0.25, patch_size=300, overlap=40)
+    return run(slide_path, bundle, place / "out", export=EXACT, select=SelectOptions())
+
+
+def test_the_whole_tree_is_written(whole_run, slide_path):
+    folder, made = whole_run
+    names = {p.name for p in folder.iterdir()}
+    assert names == {
+        "mask.ome.zarr", "mask.ome.tif", "annotations.geojson",
+        "overlay.png", "run.json", ".store",
+    }  # fmt: skip
+    assert folder.name == slide_path.stem
+    facts = json.loads((folder / "run.json").read_text("utf-8"))
+    assert facts["status"] == made.status == "done"
+    assert facts["slide"]["size"] == [1931, 1487]
+    assert facts["patches"]["predicted"] <= facts["patches"]["kept"] < facts["patches"]["grid"]
+
+
+def test_all_outputs_tell_the_same(whole_run):
+    folder, made = whole_run
+    mask = mask_of(folder)
+    assert (tifffile.imread(folder / "mask.ome.tif") == mask).all()
+    collection = json.loads((folder / "annotations.geojson").read_text("utf-8"))
+    value = {"Tumor": 1, "Stroma": 2}
+    shapes = [
+        (
+            shapely.geometry.shape(f["geometry"]),
+            value[f["properties"]["classification"]["name"]],
+        )
+        for f in collection["features"]
+    ]
+    assert (rasterize(shapes, out_shape=mask.shape, dtype=np.uint8) == mask).all()
+    for name, index in value.items():
+        pixels = int((mask == index).sum())
+        assert sum(s.area for s, v in shapes if v == index) == pixels > 1000
+        assert made.area_mm2[name] == pytest.approx(pixels * 0.25**2 * 1e-6)
+        assert made.regions[name] == sum(v == index for _, v in shapes)
+
+
+def test_what_is_no_tissue_stays_background(whole_run, slide_pixels):
+    folder, _ = whole_run
+    mask, everywhere = mask_of(folder), classify(slide_pixels)
+    assert ((mask == everywhere) | (mask == 0)).all()
+    assert (mask == everywhere).mean() > 0.999  # nothing but specks lies off the tissue
+
+
+def test_running_again_does_nothing_and_other_exports_infer_nothing(tmp_path, slide_path):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    output = tmp_path / "out"
+    folder, first = run(slide_path, bundle, output, export=ExportOptions())
+    ledger = {p: p.stat().st_mtime_ns for p in (folder / ".store" / "blocks").iterdir()}
+    polygons = (folder / "annotations.geojson").stat().st_mtime_ns
+    mask = mask_of(folder)
+    _, again = run(slide_path, bundle, output, export=ExportOptions())
+    assert again == first
+    assert (folder / "annotations.geojson").stat().st_mtime_ns == polygons
+    run(slide_path, bundle, output, export=EXACT)
+    assert (folder / "annotations.geojson").stat().st_mtime_ns > polygons
+    assert {p: p.stat().st_mtime_ns for p in (folder / ".store" / "blocks").iterdir()} == ledger
+    assert (mask_of(folder) == mask).all()
+
+
+def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    folder, _ = run(slide_path, bundle, tmp_path / "out")
+    shutil.rmtree(folder / "mask.ome.zarr")
+    run(slide_path, bundle, tmp_path / "out")
+    assert (mask_of(folder) == classify(slide_pixels)).all()
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.61])
+def test_a_stored_grid_gives_the_slides_mask(tmp_path, slide_path, mpp):
+    bundle = lightmuseg_bundle(tmp_path / "model", mpp=mpp, patch_size=160, overlap=16)
+    select = SelectOptions()
+    grid = tmp_path / f"{slide_path.stem}.zarr"
+    tile(slide_path, grid, mpp=mpp, patch_size=160, overlap=16, select=select)
+    direct, _ = run(slide_path, bundle, tmp_path / "a", select=select)
+    stored, made = run(grid, bundle, tmp_path / "b", select=select)
+    assert made.slide["size"] == [1931, 1487]
+    assert (mask_of(direct) == mask_of(stored)).all()
+
+
+def test_a_mask_may_be_coarser_than_the_slide(tmp_path, slide_path, slide_pixels):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=1.0, patch_size=100, overlap=10)
+    folder, made = run(slide_path, bundle, tmp_path / "out", mask_mpp=1.0, export=EXACT)
+    mask = mask_of(folder)
+    assert mask.shape == (372, 483)
+    means = slide_pixels[: 371 * 4, : 482 * 4].reshape(371, 4, 482, 4, 3).mean((1, 3))
+    assert (mask[:371, :482] == classify(np.rint(means))).mean() > 0.999
+    collection = json.loads((folder / "annotations.geojson").read_text("utf-8"))
+    area = sum(shapely.geometry.shape(f["geometry"]).area for f in collection["features"])
+    assert area == (mask > 0).sum() * 16
+    assert sum(made.area_mm2.values()) == pytest.approx(area * 0.25**2 * 1e-6)
+
+
+def test_the_roi_limits_the_mask_to_the_pixel(tmp_path, slide_path, slide_pixels):
+    roi = shapely.Polygon([(400.5, 300.5), (1200.5, 500.5), (700.5, 1100.5)])
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(roi)))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    folder, _ = run(
+        slide_path, bundle, tmp_path / "out", select=SelectOptions(tissue="none", roi=path)
+    )
+    inside = rasterize([roi], out_shape=slide_pixels.shape[:2]).astype(bool)
+    assert (mask_of(folder) == np.where(inside, classify(slide_pixels), 0)).all()
+
+
+def cli(*arguments):
+    return [sys.executable, "-m", "wsi_pipeline", *map(str, arguments)]
+
+
+def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
+    """R10 too: what was done keeps its modification time."""
+    slide = make_slide(tmp_path / "slide.tif", np.tile(slide_pixels, (3, 3, 1)), 0.25, levels=(1, 8))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=256, busy=True)
+    arguments = ["--model", bundle, "--block-size", 1024, "--tissue", "none", "--device", "cpu"]
+    command = cli("-q", "segment", slide, "--output", tmp_path / "killed", *arguments)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    blocks = tmp_path / "killed" / "slide" / ".store" / "blocks"
+    deadline = time.monotonic() + 120
+    while len(list(blocks.glob("[0-9]*.npz"))) < 3:
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {p.name: p.stat().st_mtime_ns for p in blocks.glob("[0-9]*.npz")}
+    assert 3 <= len(done) < 30  # of 5 × 6
+    folder = tmp_path / "killed" / "slide"
+    assert {p.name for p in folder.iterdir()} == {".store"}  # no output before it is whole
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert done.items() <= {p.name: p.stat().st_mtime_ns for p in blocks.iterdir()}.items()
+    undisturbed = cli("-q", "segment", slide, "--output", tmp_path / "calm", *arguments)
+    assert subprocess.run(undisturbed).returncode == 0
+    calm = tmp_path / "calm" / "slide"
+    assert (mask_of(folder) == mask_of(calm)).all()
+    assert (mask_of(folder) == classify(np.tile(slide_pixels, (3, 3, 1)))).all()
+    name = "annotations.geojson"
+    assert (folder / name).read_bytes() == (calm / name).read_bytes()
+
+
+def test_bad_slides_cost_no_other(tmp_path, slide_path, make_slide, slide_pixels):
+    """R9: one bad slide ends a peer's batch."""
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    shutil.copy(slide_path, slides / "b good é.tif")
+    whole = slide_path.read_bytes()
+    (slides / "a truncated.tif").write_bytes(whole[: len(whole) // 2])
+    (slides / "c noise.svs").write_bytes(np.random.default_rng(0).bytes(100_000))
+    (slides / "d empty.svs").write_bytes(b"")
+    (slides / "notes.docx").write_bytes(b"no slide")
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    output = tmp_path / "out put"
+    command = cli("segment", slides, "--model", bundle, "--output", output)
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr + result.stdout
+    failures = [line for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failures) == 3
+    for name in ("a truncated", "c noise", "d empty"):
+        assert sum(name in line for line in failures) == 1
+    assert (mask_of(output / "b good é") == classify(slide_pixels)).mean() > 0.999
+    with (output / "summary.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["slide"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "a truncated.tif": "failed",
+        "b good é.tif": "done",
+        "c noise.svs": "failed",
+        "d empty.svs": "failed",
+    }
+    report = (output / "report.html").read_text("utf-8")
+    assert "a truncated.tif" in report
+    assert "truncated:" in report
+
+
+def test_a_slide_without_mpp_is_refused_in_one_sentence(tmp_path, slide_pixels):
+    """R7: peers guess in silence."""
+    path = tmp_path / "bare.tif"
+    tifffile.imwrite(path, slide_pixels, tile=(256, 256), photometric="rgb")
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    command = cli("segment", path, "--model", bundle, "--output", tmp_path / "out")
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("failed")]
+    assert "--mpp" in line
+    assert "Traceback" not in result.stderr
+    again = subprocess.run([*command, "--mpp", "0.25"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert mask_of(tmp_path / "out" / "bare").shape == slide_pixels.shape[:2]
+
+
+def test_a_failing_export_costs_nothing_else(tmp_path, slide_path):
+    """R11: the mask and the other outputs are whole, the failure is named."""
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    folder = tmp_path / "out" / slide_path.stem
+    (folder / "mask.ome.tif" / "in the way").mkdir(parents=True)
+    os.chmod(folder / "mask.ome.tif", 0o555)
+    _, made = run(slide_path, bundle, tmp_path / "out", export=ExportOptions())
+    if os.access(folder / "mask.ome.tif", os.W_OK) and made.status == "done":
+        pytest.skip("this user may write anywhere")
+    assert made.status == "failed"
+    assert "mask.ome.tif" in made.reason
+    assert (folder / "annotations.geojson").is_file()
+    assert (folder / "overlay.png").is_file()
+
+
+def test_slides_of_one_name_get_folders_of_their_own(tmp_path):
+    paths = [
+        tmp_path / "1" / "a.svs",
+        tmp_path / "2" / "a.svs",
+        tmp_path / "1" / "A.ndpi",
+        tmp_path / "1" / "b.tif",
+    ]
+    jobs = plan_jobs(paths, tmp_path / "out")
+    names = [job.folder.name.casefold() for job in jobs]
+    assert len(set(names)) == 4
+    assert names[3] == "b"
+    assert names[2] == "a.ndpi"
+    assert [job.folder for job in plan_jobs(paths[::-1], tmp_path / "out")] == [
+        job.folder for job in jobs[::-1]
+    ]
+
+
+PEAK = """
+import resource, sys
+from wsi_pipeline.cli import group
+try:
+    group(sys.argv[1:])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_slide(tmp_path, make_big_slide):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5, patch_size=512, overlap=64)
+    peaks = {}
+    for side in (8192, 16384):
+        slide = make_big_slide(tmp_path / f"{side}.tif", (side, side), 0.5)
+        arguments = ["-q", "segment", slide, "--model", bundle, "--output", tmp_path / "out"]
+        command = [sys.executable, "-c", PEAK, *map(str, arguments), "--min-area", "1000"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        peaks[side] = int(result.stdout.split()[-1])
+    assert peaks[16384] < 2048, peaks
+    assert peaks[16384] <= 1.15 * peaks[8192], peaks
