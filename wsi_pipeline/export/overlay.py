@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.store import written_beside
@@ -19,6 +21,8 @@ TISSUE_COLOR = (70, 70, 90)
 TEXT_COLOR = (40, 40, 40)
 FONT_SIZE = 15  # px
 MARGIN = 10  # px, around and between the legend's entries
+PICTURE_HEIGHT = "picture height"
+"""Key of the PNG's text that says where the legend begins."""
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -43,14 +47,25 @@ def write_overlay(
         thumbnail: (h, w, 3) uint8.
         mask: (h, w) uint8 class index, sampled to the thumbnail's size.
         classes: in the mask's order; 0 is the background.
-        tissue: bool, of any size; drawn as a thin line where given.
+        tissue: (h, w) bool; drawn as a thin line where given.
     """
-    if tissue is not None:
-        tissue = _resample(tissue, mask.shape)
     picture = _draw(thumbnail, mask, classes, tissue)
     legend = _legend(_entries(mask, classes, tissue), picture.shape[1])
+    info = PngInfo()
+    info.add_text(PICTURE_HEIGHT, str(len(picture)))
     with written_beside(path) as beside:
-        Image.fromarray(np.vstack([picture, legend])).save(beside, format="PNG")
+        Image.fromarray(np.vstack([picture, legend])).save(beside, format="PNG", pnginfo=info)
+
+
+def read_preview(path: Path, side: int) -> bytes:
+    """Return an overlay without its legend as a small JPEG, its longer side at most `side` px."""
+    with Image.open(path) as image:
+        height = int(image.info.get(PICTURE_HEIGHT, image.height))
+        picture = image.crop((0, 0, image.width, height)).convert("RGB")
+    picture.thumbnail((side, side), reducing_gap=2)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=80, optimize=True)
+    return buffer.getvalue()
 
 
 def _draw(
@@ -88,12 +103,6 @@ def _outline(labels: npt.NDArray[np.uint8] | BoolMask, width: int) -> BoolMask:
             near[step:] |= differs
             near[:-step] |= differs
     return edge
-
-
-def _resample(tissue: BoolMask, shape: tuple[int, ...]) -> BoolMask:
-    """Return the tissue at another shape, nearest."""
-    rows, columns = (np.arange(n) * m // n for n, m in zip(shape, tissue.shape, strict=True))
-    return tissue[np.ix_(rows, columns)]
 
 
 def _entries(
