@@ -129,8 +129,11 @@ def _make_valid(polygon: Polygon | MultiPolygon) -> BaseGeometry:
     if polygon.is_valid:
         return polygon
     mended = shapely.make_valid(polygon, method="structure", keep_collapsed=False)
-    # Where hole and shell are swapped that leaves nothing; counting even and odd does.
-    return mended if mended.area > 0 else shapely.make_valid(polygon)
+    if mended.area > 0 or not isinstance(polygon, Polygon) or not polygon.interiors:
+        return mended
+    # Where hole and shell are swapped that leaves nothing.
+    shell, *holes = (_make_valid(Polygon(ring)) for ring in (polygon.exterior, *polygon.interiors))
+    return shapely.symmetric_difference(shell, shapely.union_all(holes))
 
 
 def _drop_specks(polygon: Polygon) -> Polygon:
