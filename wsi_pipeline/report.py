@@ -12,10 +12,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +80,8 @@ th { position: sticky; top: 0; background: var(--card); font-weight: 600; }
 .failed table { border-left: 4px solid var(--bad); }
 .odd, .warning { color: var(--odd); }
 em { font-style: normal; font-weight: 400; }
-.cards { display: grid; gap: 16px; align-items: start; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.cards { display: grid; gap: 16px; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 6px;
   padding: 14px; }
 article img { display: block; width: 100%; height: 300px; object-fit: contain; background: #fff;
@@ -245,14 +244,12 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         runs: by their folder, in which `overlay.png` is looked for.
     """
     side = 480 if len(runs) <= MANY_RUNS else 240  # px, of a picture's longer side
-    with ThreadPoolExecutor() as pool:  # decoding PNG releases the GIL
-        pictures = list(pool.map(partial(_picture, side=side), runs))
     facts = [_facts({n: getattr(run, n) for n in SHARED}) for run in runs.values()]
     common = _common(facts)
     colors = _colors(runs.values())
     cards = [
-        _card(output_dir, folder, run, picture, [f for f in own if f not in common], colors)
-        for (folder, run), picture, own in zip(runs.items(), pictures, facts, strict=True)
+        _card(output_dir, folder, run, side, [f for f in own if f not in common], colors)
+        for (folder, run), own in zip(runs.items(), facts, strict=True)
     ]
     sections = [
         _totals(list(runs.values()), colors),
@@ -320,7 +317,7 @@ def _card(
     output_dir: Path,
     folder: Path,
     run: Run,
-    picture: str,
+    side: int,
     own_facts: list[tuple[str, str]],
     colors: Mapping[str, str],
 ) -> str:
@@ -339,12 +336,11 @@ def _card(
         for name in LINKED_FILES
         if (folder / name).exists()
     )
-    image = f'<img src="{picture}" alt="slide with mask" loading="lazy">' if picture else ""
     own = _facts({n: getattr(run, n) for n in ("slide", "patches", "seconds", "frame")})
     return (
         f'<article id="{_anchor(output_dir, folder)}">'
         f"<h3>{escape(run.slide['name'])}{_badge(run)}</h3>"
-        f'<a href="{_link(output_dir, folder / "overlay.png")}">{image}</a>'
+        f'<a href="{_link(output_dir, folder / "overlay.png")}">{_image(folder, side)}</a>'
         f"{_bar(shares, run.tissue_mm2) if shares else ''}<ul>{areas}</ul>{reason}{warnings}"
         f'<p class="files">{links}</p>'
         f"<details><summary>more</summary>{_list(own + own_facts)}</details></article>"
@@ -406,14 +402,14 @@ def _badge(run: Run) -> str:
     return ' <em class="odd">warning</em>' if run.warnings or run.bad_regions else ""
 
 
-def _picture(folder: Path, *, side: int) -> str:
-    """Return a run's overlay as a data URL, or "" where there is none."""
+def _image(folder: Path, side: int) -> str:
+    """Return a run's overlay as an element with the picture in it, or "" where there is none."""
     try:
-        jpeg = read_preview(folder / "overlay.png", side)
-    except OSError as error:
+        jpeg = base64.b64encode(read_preview(folder / "overlay.png", side)).decode()
+    except (OSError, KeyError) as error:
         logger.debug("no picture of %s: %s", folder, error)
         return ""
-    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode("ascii")
+    return f'<img src="data:image/jpeg;base64,{jpeg}" alt="slide with mask" loading="lazy">'
 
 
 def _colors(runs: Iterable[Run]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from functools import cache
@@ -21,8 +22,8 @@ TISSUE_COLOR = (70, 70, 90)
 TEXT_COLOR = (40, 40, 40)
 FONT_SIZE = 15  # px
 MARGIN = 10  # px, around and between the legend's entries
-PICTURE_HEIGHT = "picture height"
-"""Key of the PNG's text that says where the legend begins."""
+PREVIEW = "preview"
+"""Key of the PNG's text that holds a small JPEG of the picture, as base64."""
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -52,19 +53,31 @@ def write_overlay(
     picture = _draw(thumbnail, mask, classes, tissue)
     legend = _legend(_entries(mask, classes, tissue), picture.shape[1])
     info = PngInfo()
-    info.add_text(PICTURE_HEIGHT, str(len(picture)))
+    info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())
     with written_beside(path) as beside:
         Image.fromarray(np.vstack([picture, legend])).save(beside, format="PNG", pnginfo=info)
 
 
 def read_preview(path: Path, side: int) -> bytes:
-    """Return an overlay without its legend as a small JPEG, its longer side at most `side` px."""
+    """Return the small JPEG that an overlay carries, its longer side at most `side` px, or 480.
+
+    It has no legend, and is there without decoding the PNG: a report may show thousands.
+
+    Raises:
+        OSError: no such file, or no PNG.
+        KeyError: a PNG that was not written here.
+    """
     with Image.open(path) as image:
-        height = int(image.info.get(PICTURE_HEIGHT, image.height))
-        picture = image.crop((0, 0, image.width, height)).convert("RGB")
-    picture.thumbnail((side, side), reducing_gap=2)
+        jpeg = base64.b64decode(image.info[PREVIEW])
+    with Image.open(io.BytesIO(jpeg)) as preview:
+        return jpeg if max(preview.size) <= side else _small_jpeg(preview, side)
+
+
+def _small_jpeg(picture: Image.Image, side: int) -> bytes:
+    small = picture.copy()
+    small.thumbnail((side, side), reducing_gap=2)
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=80, optimize=True)
+    small.save(buffer, format="JPEG", quality=80, optimize=True)
     return buffer.getvalue()
 
 
