@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ome_zarr.io import parse_url
+from ome_zarr.reader import Label, Reader
+from ome_zarr_models.v04.image_label import ImageLabel as ImageLabel04
+from ome_zarr_models.v05.image_label import ImageLabel as ImageLabel05
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export import level_shapes
+from wsi_pipeline.export.ome_zarr import (
+    build_pyramid,
+    count_files,
+    create_mask,
+    is_empty,
+    open_mask,
+    read_mask,
+)
+from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.options import Ngff
+
+CLASSES = (
+    ClassInfo(name="Background"),
+    ClassInfo(name="Tumor", color=(200, 0, 0)),
+    ClassInfo(name="Nécrose µ", color=(1, 2, 255)),
+)
+MPP = (0.25, 0.2512)  # x, y
+NGFF = get_args(Ngff)
+
+
+def blobs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
+    """Return a label map with classes 0 to 2 in large patches and single pixels."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 3, size=(shape[0] // 97 + 1, shape[1] // 89 + 1), dtype=np.uint8)
+    labels = np.repeat(np.repeat(coarse, 97, axis=0), 89, axis=1)[: shape[0], : shape[1]].copy()
+    y, x = rng.integers(0, shape[0], 50), rng.integers(0, shape[1], 50)
+    labels[y, x] = rng.integers(0, 3, 50)
+    return labels
+
+
+def written(path: Path, labels: np.ndarray, ngff: Any) -> Path:
+    mask = create_mask(
+        path, labels.shape, classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="slide & <1>"
+    )
+    for block in iter_blocks(labels.shape, (4096, 4096)):
+        mask[block.slices] = labels[block.slices]
+    build_pyramid(path)
+    return path
+
+
+def metadata_of(path: Path, ngff: str) -> dict[str, Any]:
+    if ngff == "0.4":
+        return json.loads((path / ".zattrs").read_text("utf-8"))
+    return json.loads((path / "zarr.json").read_text("utf-8"))["attributes"]["ome"]
+
+
+def files_in(path: Path) -> list[Path]:
+    return [p.relative_to(path) for p in path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+@settings(max_examples=8, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 2600), st.integers(1, 2600)),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_level_is_every_second_pixel_of_the_one_below(
+    ngff: str, shape: tuple[int, int], seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    labels = blobs(shape, seed)
+    path = written(tmp_path_factory.mktemp("z") / "m.zarr", labels, ngff)
+    datasets = (metadata_of(path, ngff).get("multiscales"))[0]["datasets"]
+    group = zarr.open_group(path, mode="r")
+    for level, dataset in enumerate(datasets):
+        stored = group[dataset["path"]]
+        assert stored.dtype == np.uint8
+        assert np.array_equal(stored[:], labels[:: 2**level, :: 2**level])
+    assert max(stored.shape) <= 1024
+    assert len(datasets) == 1 or max(group[datasets[-2]["path"]].shape) > 1024
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_scales_keep_the_physical_extent(tmp_path: Path, ngff: str) -> None:
+    path = written(tmp_path / "m.zarr", blobs((2999, 4100)), ngff)
+    (multiscale,) = metadata_of(path, ngff)["multiscales"]
+    extents = []
+    for level, dataset in enumerate(multiscale["datasets"]):
+        (transformation,) = dataset["coordinateTransformations"]
+        assert transformation["type"] == "scale"
+        assert transformation["scale"] == [0.2512 * 2**level, 0.25 * 2**level]
+        shape = open_mask(path, level=level).shape
+        extents.append(np.multiply(shape, transformation["scale"]))
+        assert np.all(abs(extents[0] - extents[-1]) <= transformation["scale"])
+    assert len(extents) == 4
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_metadata_follow_the_specification(tmp_path: Path, ngff: str) -> None:
+    path = written(tmp_path / "m.zarr", blobs((1300, 700)), ngff)
+    metadata = metadata_of(path, ngff)
+    (multiscale,) = metadata["multiscales"]
+    assert multiscale["name"] == "slide & <1>"
+    assert multiscale["axes"] == [
+        {"name": name, "type": "space", "unit": "micrometer"} for name in ("y", "x")
+    ]
+    label = metadata["image-label"]
+    assert label["colors"] == [
+        {"label-value": 0, "rgba": [0, 0, 0, 0]},
+        {"label-value": 1, "rgba": [200, 0, 0, 255]},
+        {"label-value": 2, "rgba": [1, 2, 255, 255]},
+    ]
+    assert [(p["label-value"], p["class"]) for p in label["properties"]] == [
+        (0, "Background"),
+        (1, "Tumor"),
+        (2, "Nécrose µ"),
+    ]
+    group = zarr.open_group(path, mode="r")
+    if ngff == "0.4":
+        assert group.metadata.zarr_format == 2
+        assert multiscale["version"] == label["version"] == "0.4"
+        assert ImageLabel04.from_zarr(group).attributes.multiscales
+        assert json.loads((path / "0" / ".zarray").read_text())["dimension_separator"] == "/"
+    else:
+        assert group.metadata.zarr_format == 3
+        assert metadata["version"] == "0.5"
+        assert "version" not in multiscale
+        assert ImageLabel05.from_zarr(group).ome_attributes.multiscales
+        for level in ("0", "1"):
+            stored = json.loads((path / level / "zarr.json").read_text())
+            assert stored["dimension_names"] == ["y", "x"]
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_ome_zarr_py_opens_it(tmp_path: Path, ngff: str) -> None:
+    labels = blobs((2100, 1500))
+    path = written(tmp_path / "m.zarr", labels, ngff)
+    location = parse_url(path, mode="r")
+    assert location is not None
+    (node,) = Reader(location)()
+    assert [level.shape for level in node.data] == level_shapes(labels.shape)
+    assert np.array_equal(np.asarray(node.data[1]), labels[::2, ::2])
+    # it is seen as labels, in their colours: so napari shows it
+    assert node.load(Label) is not None
+    assert node.metadata["color"][1] == [200 / 255, 0, 0, 1]
+    assert node.metadata["properties"][2] == {"class": "Nécrose µ"}
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (1024, 1024), (1025, 1024), (4097, 4096)])
+def test_dry_run_counts_at_least_the_files_of_a_full_mask(
+    tmp_path: Path, ngff: Any, shape: tuple[int, int]
+) -> None:
+    path = written(tmp_path / "m.zarr", np.ones(shape, np.uint8), ngff)
+    assert len(files_in(path)) == count_files(shape, ngff)
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_background_is_not_stored(tmp_path: Path, ngff: Any) -> None:
+    labels = np.zeros((5000, 5000), np.uint8)
+    empty = written(tmp_path / "empty.zarr", labels, ngff)
+    labels[4500, 4500] = 1
+    dotted = written(tmp_path / "dotted.zarr", labels, ngff)
+    chunks = set(files_in(dotted)) - set(files_in(empty))
+    assert Path("0/4/4" if ngff == "0.4" else "0/c/1/1") in chunks
+    assert len(chunks) == 3  # 4500 is divisible by 2 and 4, but not by 8
+    assert not open_mask(empty)[:].any()
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_a_block_done_again_replaces_what_was_there(tmp_path: Path, ngff: Any) -> None:
+    path = written(tmp_path / "m.zarr", np.ones((2000, 1500), np.uint8), ngff)
+    open_mask(path)[:] = 0
+    build_pyramid(path)
+    assert not open_mask(path, level=1)[:].any()
+    assert not [p for p in files_in(path) if p.name.isdecimal()]  # no chunk is left
+
+
+def test_empty_blocks_are_known_without_reading(tmp_path: Path) -> None:
+    labels = np.zeros((3000, 3000), np.uint8)
+    labels[2000, 100] = 1  # in chunk (1, 0)
+    mask = open_mask(written(tmp_path / "m.zarr", labels, "0.4"))
+    assert not is_empty(mask, Block(index=(0, 0), start=(1500, 0), stop=(1501, 2048)))
+    assert is_empty(mask, Block(index=(0, 0), start=(1024, 1024), stop=(3000, 3000)))
+    assert is_empty(mask, Block(index=(0, 0), start=(0, 0), stop=(1024, 1024)))
+    assert not is_empty(mask, Block(index=(0, 0), start=(0, 0), stop=(1025, 1024)))
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_four_writers_give_what_one_gives(tmp_path: Path, ngff: Any) -> None:
+    labels = blobs((8300, 4500))
+    path = tmp_path / "m.zarr"
+    create_mask(path, labels.shape, classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m")
+
+    def write(block: Block) -> None:
+        open_mask(path)[block.slices] = labels[block.slices]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, iter_blocks(labels.shape, (4096, 4096))))
+    assert np.array_equal(open_mask(path)[:], labels)
+
+
+def test_a_mask_is_sampled_in_register_with_the_thumbnail(tmp_path: Path) -> None:
+    labels = np.zeros((3000, 5000), np.uint8)
+    labels[600:1500, 2000:4000] = 1
+    path = written(tmp_path / "m.zarr", labels, "0.4")
+    small = read_mask(path, (300, 500))
+    expected = np.zeros((300, 500), np.uint8)
+    expected[60:150, 200:400] = 1
+    assert np.array_equal(small, expected)
+    assert np.array_equal(read_mask(path, labels.shape), labels)
+    assert read_mask(path, (4000, 6000)).shape == (4000, 6000)
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_memory_of_the_pyramid_does_not_grow_with_the_mask(tmp_path: Path, ngff: Any) -> None:
+    peaks = []
+    for width in (8192, 32768):
+        path = tmp_path / f"{width}.zarr"
+        mask = create_mask(path, (8192, width), classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m")
+        mask[:, 100] = 1
+        mask[4000:4004] = 2  # no column of shards is empty
+        tracemalloc.start()
+        build_pyramid(path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.25 * peaks[0]
+
+
+def test_an_existing_mask_is_not_overwritten(tmp_path: Path) -> None:
+    path = written(tmp_path / "m.zarr", np.ones((10, 10), np.uint8), "0.4")
+    with pytest.raises(FileExistsError):
+        create_mask(path, (10, 10), classes=CLASSES, mask_mpp=MPP, ngff="0.4", name="m")
+    assert open_mask(path)[:].all()
