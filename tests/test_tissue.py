@@ -155,6 +155,16 @@ def test_fat_is_kept_though_it_is_mostly_empty() -> None:
     assert found[~inside].mean() < 0.01
 
 
+@pytest.mark.parametrize("finer", [2, 3, 7])
+def test_finer_thumbnails_show_the_same_tissue(finer: int) -> None:
+    inside = square()
+    pixels = painted(EOSIN, inside)
+    found = find_tissue(pixels.repeat(finer, axis=0).repeat(finer, axis=1)[:-1, :-2], 8 / finer)
+    assert found.shape == (300 * finer - 1, 400 * finer - 2)
+    expected = find_tissue(pixels, 8.0).repeat(finer, axis=0).repeat(finer, axis=1)[:-1, :-2]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_large_holes_stay() -> None:
     inside = square()
     inside[100:200, 120:220] = False  # 0.8 mm

@@ -22,6 +22,12 @@ Edges = npt.NDArray[np.int64]
 MIN_HUE = 0.12
 """Colourfulness over density: below it a pixel is grey, however dark."""
 
+BEST_MPP = 8.0
+"""µm per pixel at which tissue is looked for: nuclei have melted into tissue, its edges have not.
+
+Finer thumbnails are shrunk to about this.
+"""
+
 SMOOTH_UM = 5.0
 """Gaussian that takes the noise of sensor and JPEG away before colours are compared."""
 
@@ -50,11 +56,23 @@ def find_tissue(
     borders and most hairs are grey, and go.
 
     Args:
-        thumbnail: uint8 (h, w, 3), best at 8 to 10 µm per pixel.
+        thumbnail: uint8 (h, w, 3), at 8 to 10 µm per pixel or finer.
         mpp: µm per pixel of the thumbnail.
         min_area_um2: smaller pieces are dust.
         max_hole_um2: smaller holes are filled.
     """
+    factor = max(1, round(BEST_MPP / mpp))
+    if factor == 1:
+        return _find(thumbnail, mpp, min_area_um2, max_hole_um2)
+    coarse = np.asarray(Image.fromarray(thumbnail).reduce(factor))
+    found = _find(coarse, mpp * factor, min_area_um2, max_hole_um2)
+    height, width = thumbnail.shape[:2]
+    return found.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width]
+
+
+def _find(
+    thumbnail: npt.NDArray[np.uint8], mpp: float, min_area_um2: float, max_hole_um2: float
+) -> Mask:
     red, green, blue = _optical_density(thumbnail, mpp)
     strength = np.maximum(np.maximum(red, green), blue)
     colour = strength - np.minimum(np.minimum(red, green), blue)
