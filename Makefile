@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# The CPU build where the machine has no NVIDIA driver; a bare "torch" would fetch gigabytes of CUDA.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+# The version that the tests run with. Another build, such as one for a GPU: make setup TORCH=...
+TORCH ?= torch==2.13.0
 
 .PHONY: setup demo test test-all lint types imports wheel notebooks clean
 

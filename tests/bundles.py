@@ -98,8 +98,12 @@ def lightmuseg_bundle(
     """Write a bundle of LightMuSeg with random weights and three classes; return its folder."""
     torch.manual_seed(seed)
     network = NETWORKS["lightmuseg"](classes=3).eval()
-    with torch.no_grad():  # so that every class occurs
-        network.last_conv.weight *= 30
+    with torch.no_grad():  # so that every class occurs: logits of mean 0 and deviation 3
+        coarse = torch.rand(8, 3, 8, 8)
+        sample = torch.nn.functional.interpolate(coarse, (patch_size, patch_size)) * 4 - 2
+        deviation, mean = torch.std_mean(network(sample), dim=(0, 2, 3))
+        network.last_conv.weight *= 3 / deviation.reshape(-1, 1, 1, 1)
+        network.last_conv.bias.copy_((network.last_conv.bias - mean) * 3 / deviation)
     write_toml(
         folder,
         mpp=mpp,

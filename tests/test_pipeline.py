@@ -264,7 +264,9 @@ def cli(*arguments):
 
 def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
     """R10 too: what was done keeps its modification time."""
-    slide = make_slide(tmp_path / "slide.tif", np.tile(slide_pixels, (3, 3, 1)), 0.25, levels=(1, 8))
+    slide = make_slide(
+        tmp_path / "slide.tif", np.tile(slide_pixels, (3, 3, 1)), 0.25, levels=(1, 8)
+    )
     bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=256, busy=True)
     arguments = ["--model", bundle, "--block-size", 1024, "--tissue", "none", "--device", "cpu"]
     command = cli("-q", "segment", slide, "--output", tmp_path / "killed", *arguments)

@@ -91,14 +91,14 @@ def _tissue(
 ) -> npt.NDArray[np.bool_]:
     """Return where to look at thumbnail scale: tissue as asked for, within the ROI."""
     shape = thumbnail.shape[0], thumbnail.shape[1]
+    offset = frame_offset(slide, select.frame)
     if isinstance(select.tissue, Path):
-        tissue = read_tissue(select.tissue, slide.size, shape, downsample)
+        tissue = read_tissue(select.tissue, slide.size, shape, downsample, offset=offset)
     elif select.tissue == "none":
         tissue = np.ones(shape, bool)
     else:
         tissue = find_tissue(thumbnail, downsample[1] * slide.mpp[0])
     if select.roi is not None:
-        offset = frame_offset(slide, select.frame)
         polygons = [a.polygon for a in read_polygons(select.roi, offset=offset)]
         # a thin ROI may hold no pixel's centre: widen it by one
         grown = [p.buffer(max(downsample)) for p in polygons]

@@ -1,0 +1,77 @@
+"""`wsi-pipeline demo`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from wsi_pipeline.cli.options import output_option
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MODEL = CHECKOUT / "models" / "lightmuseg-bcss-demo"
+SLIDE = Path("wsi") / "svs" / "CMU-1-Small-Region.svs"
+"""Within the folder of test data."""
+
+
+@click.command()
+@output_option
+@click.option("--model", "-m", default=str(MODEL), show_default=False, help="Another bundle.")
+@click.pass_context
+def command(ctx: click.Context, output: Path, model: str) -> None:
+    """Segment a real image with the demonstration model, and say where the results lie.
+
+    The slide is CMU-1-Small-Region.svs of the folder $WSI_PIPELINE_TEST_DATA where it is there,
+    else one made of a histology picture that scikit-image brings.
+    """
+    from wsi_pipeline.cli.segment import command as segment
+    from wsi_pipeline.errors import BundleError
+
+    if model == str(MODEL) and not MODEL.is_dir():
+        raise BundleError(
+            "the demonstration model is not part of the installed package: get the repository and "
+            "run this from it, or name a bundle with --model"
+        )
+    slide = _find_slide() or _make_slide(output)
+    click.echo(f"segmenting {slide}", err=True)
+    try:
+        ctx.invoke(segment, **_arguments(segment, slide, model, output))
+    finally:
+        shown = sorted(path for path in (output / slide.stem).glob("*") if path.name[0] != ".")
+        for path in [*shown, output / "summary.csv", output / "report.html"]:
+            click.echo(str(path))
+
+
+def _arguments(segment: click.Command, slide: Path, model: str, output: Path) -> dict[str, object]:
+    """Return what the command line `segment SLIDE --model MODEL --output OUTPUT` would parse to."""
+    line = [str(slide), "--model", model, "--output", str(output)]
+    return segment.make_context("segment", line).params
+
+
+def _find_slide() -> Path | None:
+    folder = os.environ.get("WSI_PIPELINE_TEST_DATA") or CHECKOUT.parent / "shared" / "data"
+    path = Path(folder) / SLIDE
+    return path if path.is_file() else None
+
+
+def _make_slide(output: Path) -> Path:
+    """Write a slide made of scikit-image's histology picture, mirrored to four times its size."""
+    import numpy as np
+    import tifffile
+    from skimage.data import immunohistochemistry
+
+    picture = immunohistochemistry()  # type: ignore[no-untyped-call]
+    pixels = np.pad(picture, ((0, 3 * 512), (0, 3 * 512), (0, 0)), mode="symmetric")
+    path = output / "demo slide.tif"
+    output.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(
+        path,
+        pixels,
+        tile=(256, 256),
+        photometric="rgb",
+        compression="deflate",
+        resolution=(20_000, 20_000),  # pixels per cm: 0.5 µm each
+        resolutionunit="CENTIMETER",
+    )
+    return path
