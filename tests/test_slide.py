@@ -349,6 +349,42 @@ def test_lossless_tiffs_are_read_exactly(
         np.testing.assert_array_equal(view.read((100, 333), (301, 77)), pixels[100:401, 333:410])
 
 
+@pytest.mark.parametrize(("compression", "backend"), [(33005, "tiffslide"), (33003, "openslide")])
+def test_jpeg_2000_is_read_as_openslide_reads_it(
+    cmu_path: Path, tmp_path: Path, compression: int, backend: str
+) -> None:
+    with open_source(cmu_path) as slide:
+        pixels = slide.at(0.499).read((500, 800), (500, 600))
+    path = tmp_path / "a.svs"
+    tifffile.imwrite(  # 33003 says YCbCr, which the pixels are not: only OpenSlide takes its word
+        path,
+        pixels,
+        tile=(240, 240),
+        photometric="rgb",
+        compression=compression,
+        metadata=None,
+        description="Aperio Image Library v1.0\r\n600x500 [0,0 600x500]|AppMag = 20|MPP = 0.5",
+    )
+    reference = openslide.OpenSlide(path).read_region((0, 0), 0, (600, 500))
+    with open_source(path) as slide:
+        assert slide.backend == backend
+        found = slide.at(0.5).read((0, 0), (500, 600))
+    np.testing.assert_array_equal(found, np.asarray(reference)[..., :3])
+
+
+def test_levels_in_sub_directories_are_found(tmp_path: Path) -> None:
+    path, pixels = tmp_path / "a.ome.tif", noise(700, 900)
+    options = {"tile": (128, 128), "photometric": "rgb", "compression": "deflate"}
+    with tifffile.TiffWriter(path) as file:
+        resolution = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}
+        file.write(pixels, subifds=2, metadata={"axes": "YXS"}, **options, **resolution)
+        file.write(pixels[::2, ::2], subfiletype=1, **options)
+        file.write(pixels[::4, ::4], subfiletype=1, **options)
+    with open_source(path) as slide:
+        assert slide.level_downsamples == ((1, 1), (2, 2), (4, 4))
+        np.testing.assert_array_equal(slide.at(2.0).read((0, 0), (175, 225)), pixels[::4, ::4])
+
+
 def test_grey_is_shown_as_grey_and_transparent_as_white(tmp_path: Path) -> None:
     grey, path = noise(300, 400)[..., 0], tmp_path / "a.tif"
     tifffile.imwrite(path, grey, tile=(128, 128), photometric="minisblack")
