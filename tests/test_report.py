@@ -87,6 +87,7 @@ texts = st.text(max_size=20)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 
 
+@settings(max_examples=40, deadline=None)
 @given(name=texts, areas=st.dictionaries(texts, numbers), warnings=st.lists(texts), tissue=numbers)
 def test_a_run_comes_back_as_it_was(
     name: str,

@@ -30,7 +30,13 @@ MANY_RUNS = 200
 """Above this number of runs the report's pictures are half as wide, so that it still opens."""
 SHARED = ("model", "settings", "versions")
 """What of a run is usually the same for all slides and then told once."""
-LINKED_FILES = ("overlay.png", "annotations.geojson", "mask.ome.tif", "run.json")
+LINKED_FILES = (
+    "overlay.png",
+    "annotations.geojson",
+    "mask.ome.tif",
+    "mask.asap.tif",
+    "run.json",
+)
 GREY = (128, 128, 128)
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -417,7 +423,8 @@ def _colors(runs: Iterable[Run]) -> dict[str, str]:
     runs = list(runs)
     known = {name: color for run in runs for name, color in run.colors.items()}
     return {
-        name: "rgb({},{},{})".format(*map(int, known.get(name, GREY))) for name in class_names(runs)
+        name: "rgb({},{},{})".format(*map(int, known.get(name) or GREY))
+        for name in class_names(runs)
     }
 
 
