@@ -40,7 +40,7 @@ class Busy(Pointwise):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
-        for _ in range(60):
+        for _ in range(20):
             y = torch.sin(y)
         green = torch.round(x[:, 1:2] * 255) + 0 * y[:, :1]
         first = (green < 150).float()

@@ -249,7 +249,7 @@ def test_the_crop_moves_and_clips(tmp_path):
     expected = shapely.intersection(shapely.union_all(polygons_of(strict(whole))), box)
     found = polygons_of(strict(cropped))
     assert shapely.equals(
-        shapely.transform(shapely.union_all(found), lambda xy: xy + (3, 12)), expected
+        shapely.transform(shapely.union_all(found), lambda xy: xy + np.array([3, 12])), expected
     )
     assert len(found) == len(shapely.get_parts(expected)) > len(regions)
     assert min(s.bounds[0] for s in found) >= 0

@@ -221,9 +221,12 @@ def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):
     assert (mask_of(folder) == classify(slide_pixels)).all()
 
 
-@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.61])
-def test_a_stored_grid_gives_the_slides_mask(tmp_path, slide_path, mpp):
-    bundle = lightmuseg_bundle(tmp_path / "model", mpp=mpp, patch_size=160, overlap=16)
+@pytest.mark.parametrize(
+    ("mpp", "make_bundle"),
+    [(0.25, pointwise_bundle), (0.5, pointwise_bundle), (0.61, lightmuseg_bundle)],
+)
+def test_a_stored_grid_gives_the_slides_mask(tmp_path, slide_path, mpp, make_bundle):
+    bundle = make_bundle(tmp_path / "model", mpp=mpp, patch_size=160, overlap=16)
     select = SelectOptions()
     grid = tmp_path / f"{slide_path.stem}.zarr"
     tile(slide_path, grid, mpp=mpp, patch_size=160, overlap=16, select=select)
@@ -265,22 +268,22 @@ def cli(*arguments):
 def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
     """R10 too: what was done keeps its modification time."""
     slide = make_slide(
-        tmp_path / "slide.tif", np.tile(slide_pixels, (3, 3, 1)), 0.25, levels=(1, 8)
+        tmp_path / "slide.tif", np.tile(slide_pixels, (2, 2, 1)), 0.25, levels=(1, 8)
     )
     bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=256, busy=True)
     arguments = ["--model", bundle, "--block-size", 1024, "--tissue", "none", "--device", "cpu"]
     command = cli("-q", "segment", slide, "--output", tmp_path / "killed", *arguments)
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     blocks = tmp_path / "killed" / "slide" / ".store" / "blocks"
     deadline = time.monotonic() + 120
-    while len(list(blocks.glob("[0-9]*.npz"))) < 3:
-        assert process.poll() is None, process.stderr.read().decode()
+    while len(list(blocks.glob("[0-9]*.npz"))) < 2:
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = {p.name: p.stat().st_mtime_ns for p in blocks.glob("[0-9]*.npz")}
-    assert 3 <= len(done) < 30  # of 5 × 6
+    assert 2 <= len(done) < 12  # of 3 × 4
     folder = tmp_path / "killed" / "slide"
     assert {p.name for p in folder.iterdir()} == {".store"}  # no output before it is whole
     finished = subprocess.run(command, capture_output=True, text=True)
@@ -290,7 +293,7 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
     assert subprocess.run(undisturbed).returncode == 0
     calm = tmp_path / "calm" / "slide"
     assert (mask_of(folder) == mask_of(calm)).all()
-    assert (mask_of(folder) == classify(np.tile(slide_pixels, (3, 3, 1)))).all()
+    assert (mask_of(folder) == classify(np.tile(slide_pixels, (2, 2, 1)))).all()
     name = "annotations.geojson"
     assert (folder / name).read_bytes() == (calm / name).read_bytes()
 

@@ -161,7 +161,7 @@ def test_moving_a_mask_moves_its_outlines_with_their_holes():
     moved = np.zeros((60, 60), np.uint8)
     moved[40:45, 30:35] = mask
     (here,), (there,) = polygons(regions_of(mask)), polygons(regions_of(moved, 16))
-    shifted = shapely.transform(here, lambda xy: xy + (30, 40))
+    shifted = shapely.transform(here, lambda xy: xy + np.array([30, 40]))
     assert shapely.equals_exact(shifted, there)
 
 
@@ -196,9 +196,10 @@ def test_simplified_neighbours_leave_no_gap_and_no_overlap(seed, tolerance):
     assert shapely.area(simple).sum() == pytest.approx(shapely.union_all(simple).area)
     union = shapely.coverage_union_all(simple)
     assert shapely.get_num_interior_rings(shapely.get_parts(union)).sum() == 0
-    assert shapely.get_num_coordinates(simple).sum() < 0.5 * shapely.get_num_coordinates(
-        polygons(regions)
-    ).sum()
+    assert (
+        shapely.get_num_coordinates(simple).sum()
+        < 0.5 * shapely.get_num_coordinates(polygons(regions)).sum()
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))

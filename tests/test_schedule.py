@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 from distributed import Client, LocalCluster
 
-from wsi_pipeline.errors import SourceError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, SourceError, WsiPipelineError
 from wsi_pipeline.grid import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
 from wsi_pipeline.schedule import open_cluster, run_blocks
@@ -81,6 +81,17 @@ def test_an_error_comes_home_and_the_cluster_lives_on():
         with pytest.raises(SourceError, match="cannot be read"):
             list(run_blocks(client, BLOCKS, Failing))
         assert len(list(run_blocks(client, BLOCKS, Recorder))) == len(BLOCKS)
+
+
+class Unopenable(Recorder):
+    def __init__(self):
+        raise BundleError("no weights")
+
+
+def test_tools_that_do_not_open_are_an_error_without_a_traceback(caplog):
+    with open_cluster(ScheduleOptions()) as client, pytest.raises(BundleError, match="no weights"):
+        list(run_blocks(client, BLOCKS, Unopenable))
+    assert caplog.records == []
 
 
 def test_no_blocks_no_work():

@@ -150,9 +150,14 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
 
 def test_written_beside_is_all_or_nothing(tmp_path):
     target = tmp_path / "out.txt"
-    with pytest.raises(RuntimeError), written_beside(target) as partial:
-        partial.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with written_beside(target) as partial:
+            partial.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
     with written_beside(target) as partial:
         partial.write_text("whole")

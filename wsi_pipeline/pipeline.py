@@ -329,6 +329,8 @@ def _do_blocks(plan: Plan, client: Client, progress: Progress | None) -> list[Bl
     done = len(plan.grid) - _patches_touching(plan, pending)
     if progress:
         progress(done, len(plan.grid))
+    if not pending:
+        return blocks
     for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
         done = min(done + fresh, len(plan.grid))
         if progress:

@@ -45,17 +45,26 @@ class _OpenWork(WorkerPlugin):
 
     def setup(self, worker: Worker) -> None:
         # not on self: workers of an in-process cluster share the plugin object
-        setattr(worker, self.name, self._opener())
+        opened: Any
+        try:
+            opened = self._opener()
+        except Exception as error:  # goes home with the first block, see _run_block
+            opened = error
+        setattr(worker, self.name, opened)
 
     def teardown(self, worker: Worker) -> None:
-        if work := worker.__dict__.pop(self.name, None):
+        work = worker.__dict__.pop(self.name, None)
+        if work is not None and not isinstance(work, Exception):
             work.close()
 
 
 def _run_block(name: str, block: Block) -> Any:
     # an error goes home as a value, since dask would print its traceback on the way
+    work = getattr(get_worker(), name)
+    if isinstance(work, Exception):
+        return work
     try:
-        return getattr(get_worker(), name)(block)
+        return work(block)
     except Exception as error:
         return error
 
@@ -89,7 +98,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
 def _connect(address: str) -> Client:
     by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
-        return Client(**by_file, timeout="30s")
+        return Client(**by_file, timeout="10s")
     except (OSError, ValueError) as error:
         raise WsiPipelineError(
             f"no dask scheduler answers at {address}: {error}; is it running?"
