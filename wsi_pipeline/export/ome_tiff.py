@@ -172,8 +172,8 @@ def _ome_metadata(
     classes: Sequence[ClassInfo], mask_mpp: tuple[float, float], name: str
 ) -> dict[str, Any]:
     """Return what goes into the OME-XML; a channel has one colour, the first class's."""
-    name = _printable(name)
-    meaning = _printable(", ".join(f"{i} = {c.name}" for i, c in enumerate(classes)))
+    name = _xml_text(name)
+    meaning = _xml_text(", ".join(f"{i} = {c.name}" for i, c in enumerate(classes)))
     red, green, blue = classes[1].color or (255, 255, 255)
     rgba = np.uint32(red << 24 | green << 16 | blue << 8 | 255)
     return {
@@ -190,6 +190,7 @@ def _ome_metadata(
     }
 
 
-def _printable(text: str) -> str:
+def _xml_text(text: str) -> str:
     """Return the text without what XML does not allow: control characters, undecodable bytes."""
-    return "".join(c for c in text if c.isprintable())
+    # older tifffile leave a double quote in an attribute as it is
+    return "".join(c for c in text if c.isprintable()).replace('"', "'")
