@@ -31,6 +31,7 @@ from wsi_pipeline.training.write import bundle_toml, write_bundle
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 notes = "Two made-up patients."
+limits = "Discs only."
 
 [bundle]
 name = "made-up"
@@ -465,6 +466,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
     card = (folder / "bundle" / "README.md").read_text("utf-8")
     for words in (
         "Two made-up patients.",
+        "Discs only.",
         "Not a medical device",
         f"{scores['A']['Tumor'].dice:.3f}",
     ):

@@ -35,7 +35,7 @@ def segmentation_loss(logits: Tensor, truth: Tensor, activation: Activation) -> 
 
 
 def soft_dice_loss(probabilities: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
-    """Return 1 − soft Dice, meaned over images and classes.
+    """Return 1 − soft Dice, averaged over images and classes.
 
     Args:
         probabilities: (N, K, H, W) in [0, 1].

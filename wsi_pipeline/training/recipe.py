@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,14 +112,16 @@ class Recipe:
         train: the optimisation.
         augment: the variations.
         data: the images.
-        notes: sentences for the model card, Markdown.
+        notes: where the data come from, for the model card, Markdown.
+        limits: what the network is not to be trusted with, for the model card, Markdown.
     """
 
     bundle: Bundle
     train: TrainSpec
     augment: AugmentSpec
     data: tuple[DataSpec, ...]
-    notes: str = field(default="")
+    notes: str = ""
+    limits: str = ""
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -143,7 +145,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _parse(table: dict[str, Any], path: Path) -> Recipe:
-    unknown = table.keys() - {"bundle", "train", "augment", "data", "notes"}
+    unknown = table.keys() - {"bundle", "train", "augment", "data", "notes", "limits"}
     if unknown:
         raise RecipeError(f"{path}: unknown {sorted(unknown)}")
     try:
@@ -164,6 +166,7 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
         augment=AugmentSpec(**table.get("augment", {})),
         data=data,
         notes=str(table.get("notes", "")).strip(),
+        limits=str(table.get("limits", "")).strip(),
     )
 
 

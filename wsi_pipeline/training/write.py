@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import Bundle
@@ -46,7 +46,7 @@ def write_bundle(
         if not name.startswith(tuple(unused)) and not name.endswith("num_batches_tracked")
     }
     partial = folder / f"{WEIGHTS}.part"
-    save_file(state, partial)
+    partial.write_bytes(save(state))
     os.replace(partial, folder / WEIGHTS)
     (folder / "model.toml").write_text(bundle_toml(recipe.bundle), "utf-8")
     (folder / "README.md").write_text(model_card(recipe, samples, scores), "utf-8")
@@ -84,23 +84,27 @@ def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str
     """Return the card: what the network is, learnt from, and how well it does; Markdown."""
     bundle, train = recipe.bundle, recipe.train
     names = ", ".join(c.name for c in bundle.classes[1:])
+    patch = " × ".join(map(str, bundle.input.patch_size))
+    start = f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch"
     sections = [
         f"# {bundle.name}",
         f"`{bundle.network}` for {names} at {bundle.input.mpp} µm per pixel, in patches of "
-        f"{' × '.join(map(str, bundle.input.patch_size))} px.\n\n"
+        f"{patch} px.",
         "**For research and demonstration. Not a medical device; not for diagnosis.**",
-        f"## Training data\n\n{recipe.notes}\n\n{_data_table(recipe, samples)}".replace(
-            "\n\n\n\n", "\n\n"
-        ),
-        f"## Training\n\n{train.steps:,} steps of {train.batch_size} crops of "
-        f"{train.crop[0]} to {train.crop[1]} px, "
-        + (f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch")
-        + f"; cross-entropy and soft Dice; AdamW, learning rate up to {train.learning_rate:g}; "
-        f"moving average of the weights; seed {train.seed}. Colours, geometry, focus and empty "
-        "glass are varied at random.",
-        f"## How well it does\n\n{_score_table(scores)}",
+        "## Training data",
+        recipe.notes,
+        _data_table(recipe, samples),
+        "## Training",
+        f"{train.steps:,} steps of {train.batch_size} crops of {train.crop[0]} to "
+        f"{train.crop[1]} px, {start}; cross-entropy and soft Dice; AdamW, learning rate up to "
+        f"{train.learning_rate:g}; moving average of the weights; seed {train.seed}. Colours, "
+        "geometry, focus and empty glass are varied at random.",
+        "## How well it does",
+        _score_table(scores),
     ]
-    return "\n\n".join(sections) + "\n"
+    if recipe.limits:
+        sections += ["## Limits", recipe.limits]
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _data_table(recipe: Recipe, samples: Sequence[Sample]) -> str:
