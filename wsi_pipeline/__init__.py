@@ -1,1 +1,100 @@
-"""x"""
+"""Folders of whole-slide images in, full-resolution tissue masks and QuPath polygons out.
+
+The names below are the public ones. Each is imported when it is first used, so that importing the
+package, and the command line's --help, need no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from wsi_pipeline.bundle import Bundle, load_bundle
+    from wsi_pipeline.errors import (
+        AnnotationError,
+        BundleError,
+        MissingMppError,
+        RecipeError,
+        SourceError,
+        StoreError,
+        WsiPipelineError,
+    )
+    from wsi_pipeline.grid import PatchGrid
+    from wsi_pipeline.inputs import Job, find_slides, plan_jobs
+    from wsi_pipeline.options import (
+        ExportOptions,
+        PredictOptions,
+        ScheduleOptions,
+        SelectOptions,
+        Settings,
+    )
+    from wsi_pipeline.pipeline import segment, segment_all, tile
+    from wsi_pipeline.report import Run, load_run
+    from wsi_pipeline.schedule import open_cluster
+    from wsi_pipeline.sources import Slide, SlideView, open_source
+    from wsi_pipeline.store import StoredGrid, open_patch_grid
+
+__all__ = [
+    "AnnotationError",
+    "Bundle",
+    "BundleError",
+    "ExportOptions",
+    "Job",
+    "MissingMppError",
+    "PatchGrid",
+    "PredictOptions",
+    "RecipeError",
+    "Run",
+    "ScheduleOptions",
+    "SelectOptions",
+    "Settings",
+    "Slide",
+    "SlideView",
+    "SourceError",
+    "StoreError",
+    "StoredGrid",
+    "WsiPipelineError",
+    "find_slides",
+    "load_bundle",
+    "load_run",
+    "open_cluster",
+    "open_patch_grid",
+    "open_source",
+    "plan_jobs",
+    "segment",
+    "segment_all",
+    "tile",
+]
+
+if not TYPE_CHECKING:  # type checkers would take any name for one of ours
+    _NAMES = {
+        "bundle": ("Bundle", "load_bundle"),
+        "errors": (
+            "AnnotationError", "BundleError", "MissingMppError", "RecipeError", "SourceError",
+            "StoreError", "WsiPipelineError",
+        ),
+        "grid": ("PatchGrid",),
+        "inputs": ("Job", "find_slides", "plan_jobs"),
+        "options": (
+            "ExportOptions", "PredictOptions", "ScheduleOptions", "SelectOptions", "Settings",
+        ),
+        "pipeline": ("segment", "segment_all", "tile"),
+        "report": ("Run", "load_run"),
+        "schedule": ("open_cluster",),
+        "sources": ("Slide", "SlideView", "open_source"),
+        "store": ("StoredGrid", "open_patch_grid"),
+    }  # fmt: skip
+    _HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on first use; return what it stands for."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        """Return the public names, imported or not."""
+        return sorted({*globals(), *__all__})
