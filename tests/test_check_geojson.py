@@ -560,7 +560,14 @@ def test_fix_mends_classes(
     assert feature["properties"].get("classification") == expected
 
 
-def test_color_of_is_quapaths_own_or_depends_on_the_name_alone() -> None:
+def test_fix_reads_an_objects_color_in_hex(save: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.geojson"
+    mend_geojson(save(collection(having(color="#0a141e"), having(color="red"))), out)
+    written = strict_loads(out.read_bytes())["features"]
+    assert [feature["properties"].get("color") for feature in written] == [[10, 20, 30], None]
+
+
+def test_color_of_is_qupaths_own_or_depends_on_the_name_alone() -> None:
     assert color_of("Necrosis") == (50, 50, 50) == QUPATH_COLORS["Necrosis"]
     assert color_of("Fat") == color_of("Fat") != color_of("Skin")
     assert all(0 <= value <= 255 for name in "abcdefgh" for value in color_of(name))
