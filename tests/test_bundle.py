@@ -27,7 +27,7 @@ activation = "softmax"
 classes = [
     { name = "Background" },
     { name = "Tumor", color = [200, 0, 0] },
-    { name = "Stroma", color = [0, 200, 0] },
+    { name = "Fat", color = [0, 200, 0] },
 ]
 """
 
@@ -54,7 +54,7 @@ def test_a_bundle_holds_what_its_file_says(folder: Path) -> None:
     assert [(c.name, c.color) for c in bundle.classes] == [
         ("Background", None),
         ("Tumor", (200, 0, 0)),
-        ("Stroma", (0, 200, 0)),
+        ("Fat", (0, 200, 0)),
     ]
     assert bundle.weights_path == folder / "model.safetensors"
     assert bundle.weights_sha256 == hashlib.sha256(b"0123456789").hexdigest()
@@ -62,6 +62,13 @@ def test_a_bundle_holds_what_its_file_says(folder: Path) -> None:
 
 def test_the_file_itself_may_be_named(folder: Path) -> None:
     assert load_bundle(folder / "model.toml") == load_bundle(folder)
+
+
+def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
+    change(folder, "[200, 0, 0]", "[1, 2, 3]")
+    assert load_bundle(folder).classes[1].color == (200, 0, 0)
+    change(folder, ", color = [200, 0, 0]", "")
+    assert load_bundle(folder).classes[1].color == (200, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +83,7 @@ def test_the_file_itself_may_be_named(folder: Path) -> None:
         ("overlap = [128, 128]", "overlap = [512, 512]", "lie below it"),
         ("overlap = [128, 128]", "overlap = [128]", "as many axes"),
         ("mpp = 0.5", "mpp = 0.5\nmean = [0.5]", "3 values"),
-        (", color = [200, 0, 0]", "", "no color"),
+        (", color = [0, 200, 0]", "", "no color"),
         ("[200, 0, 0]", "[200, 0]", "three integers"),
         ("[200, 0, 0]", "[200, 0, 256]", "three integers"),
         ('"Tumor"', '"Background"', "same name"),

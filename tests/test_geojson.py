@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.features import rasterize
 from scipy import ndimage
+from traced import regions_of
 
 from wsi_pipeline.annotations import check_geojson
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import Dialect, write_geojson
-from wsi_pipeline.export.polygons import PROBABILITY_ONE, join, trace
-from wsi_pipeline.grid import Region, iter_blocks
+from wsi_pipeline.grid import Region
 
 CLASSES = (
     ClassInfo(name="Background"),
@@ -40,15 +40,6 @@ def dialect(**changes):
         "metadata": {"model": "m", "weights_sha256": "00"},
     }
     return Dialect(**{**options, **changes})
-
-
-def regions_of(mask, block_size=64, probability=PROBABILITY_ONE):
-    level = np.full(mask.shape, probability, np.uint16)
-    return join(
-        (b.index, trace(mask[b.slices].copy(), level[b.slices].copy(), b.start))
-        for b in iter_blocks(mask.shape, (block_size, block_size))
-        if mask[b.slices].any()
-    )
 
 
 def refuse(token):
@@ -192,7 +183,7 @@ def test_the_bytes_do_not_depend_on_the_blocks(tmp_path, options):
 
 def test_a_slide_without_regions_gives_an_empty_collection(tmp_path):
     path = tmp_path / "a.geojson"
-    write_geojson(path, join([]), dialect())
+    write_geojson(path, regions_of(np.zeros((5, 5), np.uint8)), dialect())
     assert strict(path) == {"type": "FeatureCollection", "features": []}
 
 

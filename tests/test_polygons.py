@@ -8,24 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.features import rasterize
 from scipy import ndimage
+from traced import regions_of
 
-from wsi_pipeline.export.polygons import PROBABILITY_ONE, join, outlines, polygons, trace
-from wsi_pipeline.grid import iter_blocks
+from wsi_pipeline.export.polygons import join, outlines, polygons
 
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
 masks = shapes.flatmap(lambda s: hnp.arrays(np.uint8, s, elements=st.integers(0, 3)))
 binary = shapes.flatmap(lambda s: hnp.arrays(np.uint8, s, elements=st.sampled_from([0, 1, 1, 1])))
-
-
-def regions_of(mask, block_size=64, probability=None):
-    if probability is None:
-        probability = np.full(mask.shape, PROBABILITY_ONE, np.uint16)
-    blocks = (
-        (b.index, trace(mask[b.slices].copy(), probability[b.slices].copy(), b.start))
-        for b in iter_blocks(mask.shape, (block_size, block_size))
-        if mask[b.slices].any()
-    )
-    return join(blocks)
 
 
 def components(mask):
@@ -74,7 +63,7 @@ def test_holes_are_the_components_of_the_rest(mask):
 def test_the_cut_leaves_no_trace(mask, block_size, noise):
     probability = noise[: mask.shape[0], : mask.shape[1]]
     whole = regions_of(mask, probability=probability)
-    cut = regions_of(mask, block_size, probability=probability)
+    cut = regions_of(mask, block_size, probability)
     assert (shapely.to_wkb(polygons(whole)) == shapely.to_wkb(polygons(cut))).all()
     for name in ("value", "pixels", "probability", "first"):
         assert (getattr(whole, name) == getattr(cut, name)).all()
@@ -236,7 +225,24 @@ def test_small_regions_and_holes_are_left_out_together():
     assert (big.area, inner.area) == (800, 100)
 
 
+@settings(max_examples=60, deadline=None)
+@given(masks, st.integers(1, 9), st.integers(1, 6))
+def test_leaving_small_regions_out_early_or_late_is_the_same(mask, block_size, least):
+    early = regions_of(mask, block_size, min_pixels=least)
+    late = regions_of(mask, block_size).at_least(least)
+    assert (shapely.to_wkb(polygons(early)) == shapely.to_wkb(polygons(late))).all()
+    assert (early.first == late.first).all()
+
+
+def test_strips_of_a_tall_mask_leave_no_trace():
+    mask = np.random.default_rng(3).integers(0, 3, (1030, 9)).astype(np.uint8)
+    regions = regions_of(mask, 2000)
+    polys = polygons(regions)
+    assert (rasterised(polys, regions.value, mask.shape) == mask).all()
+    assert (shapely.area(polys) == regions.pixels).all()
+
+
 def test_a_mask_without_regions_gives_none():
-    regions = join([])
+    regions = join({}, lambda index: None)
     assert len(regions) == 0
     assert len(outlines(regions, tolerance=2, min_hole=5)) == 0

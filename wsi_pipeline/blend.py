@@ -100,15 +100,15 @@ class Canvas:
         self._weight[tuple(there)] += weight
 
     def finish(self) -> torch.Tensor:
-        """Divide by the sum of weights; return probabilities (C, *box) in [0, 1].
+        """Divide by the sum of weights; return probabilities (C, *box) in [0, 1], once.
 
         Where no patch lies, channel 0 of several is 1 (background) and a single channel is 0.
         """
         bare = self._weight == 0
-        probabilities = self._sum / self._weight.masked_fill(bare, 1)
-        if len(probabilities) > 1:
-            probabilities[0][bare] = 1
-        return probabilities
+        self._sum /= self._weight.masked_fill_(bare, 1)  # in place: this is a worker's peak
+        if len(self._sum) > 1:
+            self._sum[0][bare] = 1
+        return self._sum
 
 
 def sample_positions(

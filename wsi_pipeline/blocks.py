@@ -119,6 +119,24 @@ class SegmentBlocks:
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
         clock = Clock()
+        mask, probability, predicted = self._predict(block, clock)
+        if self._roi is not None:
+            (y, x), (fy, fx) = block.start, self._plan.mask_downsample
+            mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
+        if mask.any():
+            self._mask[block.slices] = mask
+        clock.lap("write")
+        pieces, vertices = trace(mask, probability, (block.start[0], block.start[1]))
+        clock.lap("polygons")
+        seconds = {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}
+        arrays = pieces.as_arrays() | {"vertices": vertices, "predicted": np.array(predicted)}
+        self._plan.store.finish_block(block, arrays | seconds)
+        return predicted
+
+    def _predict(
+        self, block: Block, clock: Clock
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16], int]:
+        """Return class and probability of a block's mask pixels, and how many patches it took."""
         start, stop = self._plan.box(block)
         wanted = self._plan.grid.touching(start, stop)
         with self._cache.claim(wanted, keep=self._straddling(wanted, start, stop)) as claim:
@@ -136,23 +154,7 @@ class SegmentBlocks:
                     canvas.add(origin, claim.result(patch, fresh), self._windows.weight(origin))
                 mask, probability = self._classify(canvas.finish(), start, block)
                 clock.lap("predict")
-        if self._roi is not None:
-            (y, x), (fy, fx) = block.start, self._plan.mask_downsample
-            mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
-        if mask.any():
-            self._mask[block.slices] = mask
-        clock.lap("write")
-        pieces = trace(mask, probability, (block.start[0], block.start[1]))
-        clock.lap("polygons")
-        self._plan.store.finish_block(
-            block,
-            {
-                **pieces.as_arrays(),
-                "predicted": np.array(len(claim.mine)),
-                **{f"seconds_{k}": np.array(v) for k, v in clock.seconds.items()},
-            },
-        )
-        return len(claim.mine)
+        return mask, probability, len(claim.mine)
 
     def _straddling(
         self, patches: npt.NDArray[np.int64], start: Shape, stop: Shape

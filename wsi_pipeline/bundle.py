@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError
 
 Modality = Literal["slide", "image", "volume"]
@@ -164,13 +165,15 @@ def _class_info(entry: dict[str, Any], index: int, path: Path) -> ClassInfo:
     name, color = str(entry["name"]).strip(), entry.get("color")
     if not name or any(c in name for c in ":*\n\r"):
         raise BundleError(f"{path}: class name {name!r} is empty or has ':', '*' or a line break")
-    if color is None and index > 0:
+    if color is None and index > 0 and name not in QUPATH_COLORS:
         raise BundleError(f"{path}: class {name!r} has no color; add color = [red, green, blue]")
     if color is not None and (
         len(color) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in color)
     ):
         raise BundleError(f"{path}: color {color} of {name!r} is not three integers in 0–255")
-    return ClassInfo(name=name, color=tuple(color) if color else None)
+    # QuPath has its own colour for some names and takes no other, so all outputs have it
+    own = QUPATH_COLORS.get(name, tuple(color) if color else None)
+    return ClassInfo(name=name, color=own if index > 0 else None)
 
 
 def _check(bundle: Bundle, path: Path) -> None:

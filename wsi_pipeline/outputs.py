@@ -52,8 +52,9 @@ def write_outputs(
     An output that fails is named in the run and costs no other.
     """
     export, store = settings.export, plan.store
-    ledger = {block.index: store.load_block(block) for block in blocks}
-    regions = join((i, Pieces.from_arrays(a)) for i, a in ledger.items())
+    ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in blocks}
+    by_index = {block.index: block for block in blocks}
+    pieces = {index: Pieces.from_arrays(arrays) for index, arrays in ledger.items()}
     clock = Clock()
     mask_path = _finish_mask(store, export)
     clock.lap("pyramid")
@@ -76,7 +77,15 @@ def write_outputs(
         finally:
             clock.lap(output)
 
-    written = write("geojson", lambda p: geojson.write_geojson(p, regions, dialect)) or written
+    def write_polygons(path: Path) -> geojson.Written:
+        regions = join(
+            pieces,
+            lambda index: store.load_block(by_index[index])["vertices"],
+            min_pixels=dialect.min_pixels,
+        )
+        return geojson.write_geojson(path, regions, dialect)
+
+    written = write("geojson", write_polygons) or written
     write("tiff", lambda p: _write_tiffs(p, mask, bundle, plan, slide, export, crop))
     write(
         "overlay",
@@ -88,7 +97,9 @@ def write_outputs(
             tissue=stored.tissue,
         ),
     )
-    pixels = np.bincount(regions.value, regions.pixels, minlength=len(bundle.classes))
+    pixels = np.zeros(len(bundle.classes), np.int64)
+    for piece in pieces.values():
+        np.add.at(pixels, piece.value, piece.pixels)
     fy, fx = stored.tissue_downsample
     thumbnail_mm2 = fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6
     predicted = sum(int(a["predicted"]) for a in ledger.values())

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -247,16 +247,18 @@ class RunStore:
         with written_beside(self._block_path(block)) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(arrays))
 
-    def load_block(self, block: Block) -> dict[str, npt.NDArray[Any]]:
-        """Return what `finish_block` was given.
+    def load_block(
+        self, block: Block, *, leave_out: Container[str] = ()
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Return what `finish_block` was given, but for the arrays to leave on disk.
 
         Raises:
             StoreError: the file is damaged.
         """
         path = self._block_path(block)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays if name not in leave_out}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(f"{path} is damaged ({error}); run again with --overwrite") from error
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.annotations import rasterise, read_polygons
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import AnnotationError, StoreError
 from wsi_pipeline.grid import PatchGrid
 from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
 from wsi_pipeline.sources import Slide
@@ -100,6 +100,8 @@ def _tissue(
         tissue = find_tissue(thumbnail, downsample[1] * slide.mpp[0])
     if select.roi is not None:
         polygons = [a.polygon for a in read_polygons(select.roi, offset=offset)]
+        if not polygons:
+            raise AnnotationError(f"{select.roi} holds no areas; --roi expects polygons")
         # a thin ROI may hold no pixel's centre: widen it by one
         grown = [p.buffer(max(downsample)) for p in polygons]
         tissue = np.logical_and(tissue, rasterise(grown, shape, downsample=downsample))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from wsi_pipeline.annotations.check import Finding, Report, check_feature, check_geojson
-from wsi_pipeline.annotations.classes import QUPATH_COLORS, color_of
+from wsi_pipeline.annotations.classes import color_of
 from wsi_pipeline.annotations.geometry import mend_polygon, survives_float32
 from wsi_pipeline.annotations.mend import Repair, mend_geojson
 from wsi_pipeline.annotations.raster import rasterise
 from wsi_pipeline.annotations.read import Annotation, read_polygons
+from wsi_pipeline.colors import QUPATH_COLORS
 
 __all__ = [
     "QUPATH_COLORS",

@@ -18,7 +18,7 @@ from shapely import MultiPolygon, Polygon
 from shapely.errors import GEOSException
 from shapely.geometry.base import BaseGeometry
 
-from wsi_pipeline.annotations.classes import QUPATH_COLORS, RGB, is_number, names_of, rgb_of
+from wsi_pipeline.annotations.classes import is_number, names_of, rgb_of
 from wsi_pipeline.annotations.document import (
     GZIP_MAGIC,
     iter_nested,
@@ -35,6 +35,7 @@ from wsi_pipeline.annotations.geometry import (
     survives_float32,
 )
 from wsi_pipeline.annotations.shapes import JAVA_NUMBER, build
+from wsi_pipeline.colors import QUPATH_COLORS, RGB
 from wsi_pipeline.errors import AnnotationError
 
 Severity = Literal["refused", "refused by QuPath 0.5", "changed", "not strict"]

@@ -9,21 +9,9 @@ import zlib
 from collections.abc import Mapping
 from typing import TypeGuard
 
-RGB = tuple[int, int, int]
-MAX_FLOAT = sys.float_info.max
+from wsi_pipeline.colors import QUPATH_COLORS, RGB
 
-QUPATH_COLORS: Mapping[str, RGB] = {
-    "Tumor": (200, 0, 0),
-    "Stroma": (150, 200, 150),
-    "Immune cells": (160, 90, 160),
-    "Necrosis": (50, 50, 50),
-    "Other": (255, 200, 0),
-    "Region*": (0, 0, 180),
-    "Ignore*": (180, 180, 180),
-    "Positive": (200, 50, 50),
-    "Negative": (90, 90, 180),
-}
-"""Classes that a fresh QuPath knows; a file cannot change their colours."""
+MAX_FLOAT = sys.float_info.max
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

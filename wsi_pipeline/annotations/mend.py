@@ -31,8 +31,6 @@ from wsi_pipeline.annotations.check import (
     is_importable_name,
 )
 from wsi_pipeline.annotations.classes import (
-    QUPATH_COLORS,
-    RGB,
     color_of,
     is_number,
     names_of,
@@ -49,6 +47,7 @@ from wsi_pipeline.annotations.document import (
 )
 from wsi_pipeline.annotations.geometry import mend_polygon, moved_by_qupath
 from wsi_pipeline.annotations.shapes import AREAL_TYPES, JAVA_NUMBER, build, build_polygons
+from wsi_pipeline.colors import QUPATH_COLORS, RGB
 from wsi_pipeline.errors import AnnotationError
 
 Feature = dict[str, Any]

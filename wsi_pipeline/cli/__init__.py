@@ -6,6 +6,7 @@ import importlib
 import logging
 import sys
 from importlib.metadata import version
+from typing import Any
 
 import click
 
@@ -36,6 +37,13 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; a package error ends with its message and exit code 1."""
+        try:
+            return super().invoke(ctx)
+        except WsiPipelineError as error:
+            raise click.ClickException(str(error)) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
@@ -63,9 +71,5 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
 
 
 def main() -> None:
-    """Run the command line; a package error ends with its message and exit code 1."""
-    try:
-        group.main(standalone_mode=True)
-    except WsiPipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    """Run the command line."""
+    group()

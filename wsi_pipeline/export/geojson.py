@@ -61,6 +61,11 @@ class Dialect:
         return self.downsample[0] * self.mpp[0], self.downsample[1] * self.mpp[1]
 
     @property
+    def min_pixels(self) -> float:
+        """Return the smallest area that gets a polygon, in mask pixels."""
+        return self.min_area_um2 / (self.pixel_mm2 * 1e6)
+
+    @property
     def pixel_mm2(self) -> float:
         """Return the area of a mask pixel."""
         return self.mask_mpp[0] * self.mask_mpp[1] * 1e-6
@@ -89,13 +94,10 @@ def write_geojson(path: Path, regions: Regions, dialect: Dialect) -> Written:
         regions: of the mask.
         dialect: how to write them.
     """
-    pixel_um2 = dialect.pixel_mm2 * 1e6
-    regions = regions.at_least(dialect.min_area_um2 / pixel_um2)
-    shapes = outlines(
-        regions,
-        tolerance=dialect.simplify_um / pixel_um2**0.5,
-        min_hole=dialect.min_area_um2 / pixel_um2,
-    )
+    regions = regions.at_least(dialect.min_pixels)
+    # areas count in simplification, so on uneven axes their geometric mean does
+    tolerance = dialect.simplify_um / (dialect.pixel_mm2 * 1e6) ** 0.5
+    shapes = outlines(regions, tolerance=tolerance, min_hole=dialect.min_pixels)
     counts = {c.name: 0 for c in dialect.classes[1:]}
     vertices, dropped = 0, list[str]()
     with written_beside(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:

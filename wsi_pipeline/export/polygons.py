@@ -12,7 +12,7 @@ of the region's indicator is not zero. Pairing corners along rows and columns gi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -25,6 +25,12 @@ from scipy.sparse.csgraph import connected_components
 
 Ints = npt.NDArray[np.int64]
 AnyInts = npt.NDArray[np.signedinteger[Any]]
+Index = tuple[int, ...]
+Vertices = npt.NDArray[np.int32]
+"""(m, 4): label or region, y, x, quadrants."""
+
+STRIP = 256
+"""Rows of a block that are worked on at a time."""
 
 ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT = 1, 2, 4, 8
 ABOVE, BELOW, INSIDE = ABOVE_LEFT | ABOVE_RIGHT, BELOW_LEFT | BELOW_RIGHT, 15
@@ -44,8 +50,6 @@ class Pieces:
         pixels: (n,) its number of pixels.
         probability: (n,) sum over its pixels of the probability of its class, in 1/65535.
         first: (n, 2) its first pixel in row-major order, (y, x) in mask pixels.
-        vertices: (m, 4) int32 label, y, x, quadrants; y and x in mask pixels. All corners, and
-            all vertices on the block's border.
         top: labels of the block's first row; 0 = background.
         bottom: of its last row.
         left: of its first column.
@@ -56,7 +60,6 @@ class Pieces:
     pixels: Ints
     probability: Ints
     first: Ints
-    vertices: npt.NDArray[np.int32]
     top: npt.NDArray[np.int32]
     bottom: npt.NDArray[np.int32]
     left: npt.NDArray[np.int32]
@@ -74,53 +77,69 @@ class Pieces:
 
 def trace(
     mask: npt.NDArray[np.uint8], probability: npt.NDArray[np.uint16], origin: tuple[int, int]
-) -> Pieces:
-    """Find the pieces of regions in one block and their corners; return them.
+) -> tuple[Pieces, Vertices]:
+    """Find the pieces of regions in one block; return them and their vertices.
+
+    Works in strips, so that a mask of pure noise needs little more memory than a calm one.
 
     Args:
         mask: (h, w) class of each pixel; 0 is background.
         probability: (h, w) of that class, in 1/65535.
         origin: (y, x) of the block's first pixel in the mask.
+
+    Returns:
+        The pieces, and (m, 4) int32 label, y, x, quadrants: all corners, and all vertices on the
+        block's border; y and x in mask pixels.
     """
-    labels = cc3d.connected_components(mask, connectivity=4, out_dtype=np.uint32).view(np.int32)
-    flat = labels.ravel()
-    # runs of equal labels in row-major order: far fewer than pixels
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    label = flat[starts]
-    lengths = np.diff(starts, append=flat.size)
-    sums = np.add.reduceat(probability.ravel(), starts, dtype=np.int64)
-    count = int(label.max()) + 1
-    pixels = np.bincount(label, weights=lengths, minlength=count).astype(np.int64)
-    probabilities = np.bincount(label, weights=sums, minlength=count).astype(np.int64)
-    first = np.full(count, flat.size)
-    np.minimum.at(first, label, starts)
+    found, count = cc3d.connected_components(
+        mask, connectivity=4, out_dtype=np.uint32, return_N=True
+    )
+    labels: Vertices = found.view(np.int32)
+    pixels, probabilities = np.zeros(count + 1, np.int64), np.zeros(count + 1, np.int64)
+    first = np.full(count + 1, mask.size)
+    for row in range(0, len(labels), STRIP):
+        # runs of equal labels in row-major order: far fewer than pixels
+        flat = labels[row : row + STRIP].ravel()
+        starts = np.flatnonzero(np.diff(flat, prepend=-1))
+        label = flat[starts]
+        np.add.at(pixels, label, np.diff(starts, append=flat.size))
+        sums = np.add.reduceat(probability[row : row + STRIP].ravel(), starts, dtype=np.int64)
+        np.add.at(probabilities, label, sums)
+        np.minimum.at(first, label, starts + row * mask.shape[1])
     first = first[1:]
-    return Pieces(
+    pieces = Pieces(
         value=mask.ravel()[first].astype(np.int64),
         pixels=pixels[1:],
         probability=probabilities[1:],
         first=np.stack(np.divmod(first, mask.shape[1]), axis=1) + np.array(origin),
-        vertices=_vertices(labels, origin),
         top=labels[0].copy(),
         bottom=labels[-1].copy(),
         left=labels[:, 0].copy(),
         right=labels[:, -1].copy(),
     )
+    height = len(labels) + 1  # rows of vertices
+    strips = [_vertices(labels, row, min(row + STRIP, height)) for row in range(0, height, STRIP)]
+    return pieces, np.concatenate(strips) + np.array([0, *origin, 0], np.int32)
 
 
-def _vertices(labels: npt.NDArray[np.int32], origin: tuple[int, int]) -> npt.NDArray[np.int32]:
-    padded = np.pad(labels, 1)
+def _vertices(labels: npt.NDArray[np.int32], start: int, stop: int) -> Vertices:
+    """Return the vertices of the rows [start, stop), the block's first pixel being (0, 0)."""
+    height = len(labels)
+    rows = labels[max(start - 1, 0) : stop]
+    padded = np.pad(rows, ((int(start == 0), int(stop > height)), (1, 1)))
     around = padded[:-1, :-1], padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
     above_left, above_right, below_left, below_right = around
     wanted = (above_left != above_right) | (below_left != below_right)
     wanted &= (above_left != below_left) | (above_right != below_right)
     # across the border there may be a corner of another region, which this block cannot see
-    wanted[0] = wanted[-1] = wanted[:, 0] = wanted[:, -1] = True
+    wanted[:, 0] = wanted[:, -1] = True
+    wanted[0] |= start == 0
+    wanted[-1] |= stop > height
     y, x = np.nonzero(wanted)
     label = np.concatenate([neighbour[y, x] for neighbour in around])
     quadrant = np.repeat([ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT], len(y))
     inside = label > 0
-    y, x = np.tile(y, 4)[inside] + origin[0], np.tile(x, 4)[inside] + origin[1]
+    y, x = np.tile(y, 4)[inside] + start, np.tile(x, 4)[inside]
     return np.stack(_add_up(label[inside], y, x, quadrant[inside]), axis=1).astype(np.int32)
 
 
@@ -143,14 +162,14 @@ class Regions:
         pixels: (n,) number of mask pixels.
         probability: (n,) mean probability of the class over the region, in [0, 1].
         first: (n, 2) first pixel in row-major order, (y, x) in mask pixels.
-        vertices: (m, 4) int32 region, y, x, quadrants; those of the pieces, not yet added up.
+        vertices: of the pieces, by region, not yet added up.
     """
 
     value: Ints
     pixels: Ints
     probability: npt.NDArray[np.float64]
     first: Ints
-    vertices: npt.NDArray[np.int32]
+    vertices: Vertices
 
     def __len__(self) -> int:
         return len(self.value)
@@ -170,59 +189,66 @@ class Regions:
         )
 
 
-def join(blocks: Iterable[tuple[tuple[int, ...], Pieces]]) -> Regions:
+def join(
+    pieces: Mapping[Index, Pieces],
+    vertices: Callable[[Index], Vertices],
+    *,
+    min_pixels: float = 0,
+) -> Regions:
     """Join the pieces of all blocks to regions; return them.
 
     Args:
-        blocks: row and column of each block that holds anything, and its pieces.
+        pieces: of each block that holds anything, by its row and column.
+        vertices: gives a block's vertices, as `trace` returned them; asked for one after the other.
+        min_pixels: smaller regions are left out, and cost no memory.
     """
-    pieces = dict(blocks)
-    offsets = dict(
-        zip(pieces, np.cumsum([0, *(len(p.value) for p in pieces.values())]).tolist(), strict=False)
-    )
-    total = sum(len(p.value) for p in pieces.values())
-    value = _gather([p.value for p in pieces.values()], (0,))
+    sizes = [len(p.value) for p in pieces.values()]
+    offsets = dict(zip(pieces, np.cumsum([0, *sizes]).tolist(), strict=False))
+    value, first = _column(pieces, "value"), _column(pieces, "first").reshape(-1, 2)
     links = _gather([_links(pieces, offsets, value, index) for index in pieces], (0, 2))
-    graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=(total, total))
+    shape = (len(value), len(value))
+    graph = coo_array((np.ones(len(links), bool), (links[:, 0], links[:, 1])), shape=shape)
     count, region = connected_components(graph, directed=False)
-    first = _gather([p.first for p in pieces.values()], (0, 2))
+    pixels, probability = (
+        np.bincount(region, _column(pieces, name), minlength=count)
+        for name in ("pixels", "probability")
+    )
     order = np.lexsort((first[:, 1], first[:, 0], region))
     heads = order[np.flatnonzero(np.diff(region[order], prepend=-1))]  # each region's first piece
-    rank = np.empty(count, np.int64)
-    rank[np.lexsort((first[heads, 1], first[heads, 0]))] = np.arange(count)
-    region = rank[region]
-    heads = heads[np.argsort(rank)]
-    sums = [
-        np.bincount(
-            region, weights=_gather([getattr(p, n) for p in pieces.values()], (0,)), minlength=count
-        )
-        for n in ("pixels", "probability")
-    ]
-    vertices = _gather([_renumbered(p, offsets[i], region) for i, p in pieces.items()], (0, 4))
+    kept = np.flatnonzero(pixels >= min_pixels)
+    kept = kept[np.lexsort((first[heads[kept], 1], first[heads[kept], 0]))]
+    rank = np.full(count, -1, np.int32)
+    rank[kept] = np.arange(len(kept))
     return Regions(
-        value=value[heads].astype(np.int64),
-        pixels=sums[0].astype(np.int64),
-        probability=sums[1] / np.maximum(sums[0], 1) / PROBABILITY_ONE,
-        first=first[heads],
-        vertices=vertices.astype(np.int32),
-    )
+        value=value[heads[kept]],
+        pixels=pixels[kept].astype(np.int64),
+        probability=probability[kept] / pixels[kept] / PROBABILITY_ONE,
+        first=first[heads[kept]],
+        vertices=_gather(
+            [_renumbered(vertices(i), rank[region[offsets[i] : offsets[i] + n]])
+             for i, n in zip(pieces, sizes, strict=True)],
+            (0, 4),
+        ),
+    )  # fmt: skip
+
+
+def _column(pieces: Mapping[Index, Pieces], name: str) -> Ints:
+    return _gather([getattr(p, name) for p in pieces.values()], (0,))
 
 
 def _gather(arrays: list[npt.NDArray[Any]], empty: tuple[int, ...]) -> npt.NDArray[Any]:
     return np.concatenate(arrays) if arrays else np.zeros(empty, np.int64)
 
 
-def _renumbered(pieces: Pieces, offset: int, region: Ints) -> npt.NDArray[np.int32]:
-    vertices = pieces.vertices.copy()
-    vertices[:, 0] = region[vertices[:, 0] - 1 + offset]
-    return vertices
+def _renumbered(vertices: Vertices, region: npt.NDArray[np.int32]) -> Vertices:
+    """Return the vertices of regions that are kept, their labels replaced by the regions."""
+    owner = region[vertices[:, 0] - 1]
+    renumbered = np.column_stack([owner, vertices[:, 1:]])
+    return renumbered[owner >= 0]
 
 
 def _links(
-    pieces: dict[tuple[int, ...], Pieces],
-    offsets: dict[tuple[int, ...], int],
-    value: Ints,
-    index: tuple[int, ...],
+    pieces: Mapping[Index, Pieces], offsets: Mapping[Index, int], value: Ints, index: Index
 ) -> Ints:
     """Pair the pieces of a block with those of the same class across its lower and right border."""
     row, column = index
