@@ -1,0 +1,237 @@
+"""What the documents say holds: examples run, commands exist, links lead somewhere."""
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import click
+import pytest
+import yaml
+import zarr
+from bundles import pointwise_bundle
+
+import wsi_pipeline
+from wsi_pipeline.bundle import InputSpec, load_bundle
+from wsi_pipeline.cli import COMMANDS, group
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(DOCS.glob("*.md")),
+    *sorted((ROOT / "workflows").rglob("*.md")),
+    *sorted((ROOT / "notebooks").glob("*.md")),
+    *sorted((ROOT / "models").rglob("*.md")),
+]
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = {"training.md"}  # trains for minutes, on data that are not here
+
+
+def blocks_of(page, *languages):
+    return [m for m in FENCE.finditer(page.read_text("utf-8")) if m[1] in languages]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+def pages_with(*languages):
+    return [page for page in PAGES if blocks_of(page, *languages)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, slide_path):
+    """Return a folder with all that the examples name: slide, bundle, run, grid, GeoJSON."""
+    folder = tmp_path_factory.mktemp("docs")
+    (folder / "slides").mkdir()
+    for name in ("slide.svs", "slides/slide.svs"):
+        shutil.copyfile(slide_path, folder / name)
+    bundle = pointwise_bundle(folder / "models" / "lightmuseg-bcss-demo", mpp=0.5)
+    (job,) = wsi_pipeline.plan_jobs([folder / "slide.svs"], folder / "out")
+    settings = wsi_pipeline.Settings(
+        predict=wsi_pipeline.PredictOptions(precision="fp32"),
+        export=wsi_pipeline.ExportOptions(outputs=("zarr", "geojson")),
+    )
+    with wsi_pipeline.open_cluster(wsi_pipeline.ScheduleOptions()) as client:
+        wsi_pipeline.segment(job, load_bundle(bundle), client=client, settings=settings)
+    wsi_pipeline.tile(
+        folder / "slide.svs",
+        folder / "grids" / "slide.zarr",
+        mpp=0.5,
+        patch_size=256,
+        overlap=64,
+        select=wsi_pipeline.SelectOptions(),
+    )
+    for name in ("annotations.geojson", "roi.geojson"):
+        shutil.copyfile(job.folder / "annotations.geojson", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
+def test_python_examples_run(page, place, tmp_path, monkeypatch):
+    text = page.read_text("utf-8")
+    lines = [""] * text.count("\n")  # so that a traceback has the page's line numbers
+    for block in blocks_of(page, "python"):
+        first = text.count("\n", 0, block.start(2))
+        code = block[2].splitlines()
+        lines[first : first + len(code)] = code
+    source = tmp_path / f"{page.stem}.py"
+    source.write_text("\n".join(lines), "utf-8")
+    compile(source.read_text("utf-8"), source, "exec")
+    if page.name in NOT_RUN:
+        pytest.skip("trains for minutes, on data that are not here")
+    shutil.copytree(place, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    runpy.run_path(str(source), run_name="__main__")
+
+
+def shell_lines():
+    for page in PAGES:
+        for block in blocks_of(page, "", "sh", "console"):
+            for line in block[2].replace("\\\n", " ").splitlines():
+                yield page, line.strip().removeprefix("$ ").split("  #")[0].split(" # ")[0]
+
+
+@pytest.mark.parametrize(
+    ("page", "line"),
+    [pytest.param(p, c, id=f"{name_of(p)}: {c}") for p, c in shell_lines() if "wsi-pipeline " in c],
+)
+def test_commands_parse(page, line, place, monkeypatch):
+    monkeypatch.chdir(place)
+    program, *arguments = shlex.split(line)
+    assert program == "wsi-pipeline"
+    parent = group.make_context(program, arguments)
+    name, command, rest = group.resolve_command(parent, [*parent._protected_args, *parent.args])
+    command.make_context(name, rest, parent=parent)
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = {word for _, line in shell_lines() if line.startswith("make ") for word in line.split()}
+    named |= set(re.findall(r"`make ([\w -]+)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8")))
+    used = {word for words in named for word in words.split() if "=" not in word} - {"make"}
+    assert {"demo", "test", "setup"} <= used <= targets
+
+
+def commands_by_name():
+    context = click.Context(group)
+    return {name: group.get_command(context, name) for name in COMMANDS}
+
+
+def section(page, title):
+    """Return what stands below a heading of the second level."""
+    return re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", page, re.M | re.S)[1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_and_no_other(name):
+    text = section((DOCS / "command-line.md").read_text("utf-8"), name)
+    rows = [line for line in text.splitlines() if line.startswith("| `-")]
+    explained = {flag for row in rows for flag in re.findall(r"`(-[\w-]+)`", row.split("|")[1])}
+    command = commands_by_name()[name]
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert explained == {flag for option in options for flag in option.opts}
+    context = click.Context(command, show_default=True)
+    for option in options:
+        shown = option.get_help_extra(context).get("default")
+        (row,) = (row for row in rows if f"`{option.opts[0]}`" in row.split("|")[1])
+        if shown and row.count("`") > 2 and len(row.split("|")) == 5 and "as in" not in row:
+            assert row.split("|")[2].strip() == f"`{shown.strip('()')}`"
+
+
+def test_options_of_all_commands_are_explained():
+    head = (DOCS / "command-line.md").read_text("utf-8").split("\n## ")[0]
+    for option in group.params:
+        assert all(f"`{flag}`" in head for flag in option.opts)
+
+
+def test_every_key_of_model_toml_is_explained(tmp_path):
+    page = DOCS / "models.md"
+    text = page.read_text("utf-8")
+    (example,) = blocks_of(page, "toml")
+    for field in fields(InputSpec):
+        assert f"| `{field.name}` |" in text
+    table = tomllib.loads(example[2])
+    for key in [*table, *table["output"]]:
+        assert f"`{key}`" in text or f"`[{key}]`" in text
+    (tmp_path / "model.toml").write_text(example[2], "utf-8")
+    (tmp_path / "model.safetensors").touch()
+    assert load_bundle(tmp_path).name == table["name"]
+
+
+def test_the_patch_grid_holds_what_its_page_says(place):
+    stored = zarr.open_group(place / "grids" / "slide.zarr", mode="r")
+    text = (DOCS / "patch-grid.md").read_text("utf-8")
+    for title, names in (
+        ("Arrays", stored.array_keys()),
+        ("Attributes of the group", stored.attrs),
+    ):
+        told = set(re.findall(r"^\| `(\w+)` \|", section(text, title), re.M))
+        assert told == set(names)
+
+
+def anchors_of(page):
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text("utf-8")), re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "index.md").read_text("utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index
+
+
+def test_every_public_name_can_be_imported_and_is_in_the_index():
+    index = (DOCS / "index.md").read_text("utf-8")
+    for name in wsi_pipeline.__all__:
+        assert getattr(wsi_pipeline, name).__name__ == name
+        assert f"`{name}`" in index
+    assert set(wsi_pipeline.__all__) <= set(dir(wsi_pipeline))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = wsi_pipeline.nonsense
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    script = "import json, sys, wsi_pipeline; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    loaded = set(json.loads(done.stdout))
+    assert "wsi_pipeline" in loaded
+    assert not loaded & {"numpy", "torch", "dask", "zarr", "click", "shapely"}
+
+
+def test_versions_and_hooks_agree_with_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    version = project["project"]["version"]
+    assert (citation["cff-version"], citation["version"]) == ("1.2.0", version)
+    assert citation["license"] == project["project"]["license"]
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))
+    tools = " ".join(project["dependency-groups"]["dev"])
+    for hook in hooks["repos"][0]["hooks"]:
+        tool = hook["entry"].split()[0].removeprefix(".venv/bin/")
+        assert tool.replace("lint-imports", "import-linter") in tools
+
+
+def test_the_picture_is_small():
+    for path in (DOCS / "images").iterdir():
+        assert path.stat().st_size < 300_000
