@@ -668,7 +668,8 @@ def test_fix_of_what_is_no_json_leaves_nothing(save: Callable[..., Path], tmp_pa
         mend_geojson(save(b"{"), out)
     result = run(save(b"{"), "--fix", out)
     assert result.exit_code == 1
-    assert isinstance(result.exception, AnnotationError)
+    assert "Error: " in result.stderr
+    assert "not JSON" in result.stderr
     assert not out.exists()
 
 
@@ -701,7 +702,7 @@ def test_nesting_without_end_is_no_crash(
     path = save(nested(depth))
     assert check_geojson(path).is_refused
     result = run(path, "--fix", tmp_path / "out.geojson")
-    assert isinstance(result.exception, AnnotationError | None)
+    assert isinstance(result.exception, SystemExit | None)
 
 
 # The command -------------------------------------------------------------------------------------

@@ -242,6 +242,15 @@ def test_strips_of_a_tall_mask_leave_no_trace():
     assert (shapely.area(polys) == regions.pixels).all()
 
 
+@pytest.mark.parametrize("batch", [1, 40, 700])
+def test_batches_leave_no_trace(monkeypatch, batch):
+    regions = regions_of(blobs(4))
+    exact, noded = polygons(regions), polygons(regions, with_nodes=True)
+    monkeypatch.setattr("wsi_pipeline.export.polygons.BATCH", batch)
+    assert (shapely.to_wkb(polygons(regions)) == shapely.to_wkb(exact)).all()
+    assert (shapely.to_wkb(polygons(regions, with_nodes=True)) == shapely.to_wkb(noded)).all()
+
+
 def test_a_mask_without_regions_gives_none():
     regions = join({}, lambda index: None)
     assert len(regions) == 0

@@ -29,6 +29,8 @@ Index = tuple[int, ...]
 Vertices = npt.NDArray[np.int32]
 """(m, 4): label or region, y, x, quadrants."""
 
+BATCH = 500_000
+"""Vertices that are made polygons at a time; a region of more is made at one go."""
 STRIP = 256
 """Rows of a block that are worked on at a time."""
 
@@ -143,7 +145,7 @@ def _vertices(labels: npt.NDArray[np.int32], start: int, stop: int) -> Vertices:
     return np.stack(_add_up(label[inside], y, x, quadrant[inside]), axis=1).astype(np.int32)
 
 
-def _add_up(label: AnyInts, y: AnyInts, x: AnyInts, quadrants: AnyInts) -> tuple[Ints, ...]:
+def _add_up(label: AnyInts, y: AnyInts, x: AnyInts, quadrants: AnyInts) -> tuple[AnyInts, ...]:
     """Add the quadrants of equal vertices; return the columns sorted by label, y, x."""
     order = np.lexsort((x, y, label))
     label, y, x, quadrants = label[order], y[order], x[order], quadrants[order]
@@ -279,23 +281,62 @@ def polygons(regions: Regions, *, with_nodes: bool = False) -> npt.NDArray[np.ob
         with_nodes: add a vertex where the corner of another region lies on a straight edge, so
             that neighbours share all vertices of their common border.
     """
-    if len(regions) == 0:
-        return np.zeros(0, object)
-    region, y, x, quadrants = _add_up(*regions.vertices.T.astype(np.int64))
+    vertices = regions.vertices[np.argsort(regions.vertices[:, 0], kind="stable")]
+    parts = [vertices[batch] for batch in _iter_batches(vertices[:, 0])]
+    del vertices
+    for number, part in enumerate(parts):
+        parts[number] = np.stack(_add_up(*part.T), axis=1).astype(np.int32)
+    corners = np.zeros(0, np.int64)
+    if with_nodes and parts:
+        corners = np.concatenate([_place(p[DIFFERENCE[p[:, 3]] != 0]) for p in parts])
+        corners = np.unique(corners)
+    built = [_build(part, corners) for part in parts]
+    return np.concatenate(built) if built else np.zeros(0, object)
+
+
+def _iter_batches(region: npt.NDArray[np.int32]) -> Iterator[slice]:
+    """Yield slices of whole regions, of about `BATCH` vertices each, which bounds the memory."""
+    start = 0
+    while start < len(region):
+        stop = min(start + BATCH, len(region))
+        stop = int(np.searchsorted(region, region[stop - 1], side="right"))
+        yield slice(start, stop)
+        start = stop
+
+
+def _place(vertices: Vertices) -> Ints:
+    """Return one number for each (y, x)."""
+    return vertices[:, 1].astype(np.int64) << 32 | vertices[:, 2]
+
+
+def _build(vertices: Vertices, corners: Ints) -> npt.NDArray[np.object_]:
+    """Return the polygons of some whole regions.
+
+    Args:
+        vertices: of the regions, sorted and added up.
+        corners: places of all regions' corners, sorted; where they lie on an edge, it gets a node.
+    """
+    region, y, x, quadrants = vertices.T.astype(np.int64)
+    region -= region[0]
     d = DIFFERENCE[quadrants]
     twice = np.repeat(np.arange(len(d)), np.abs(d))  # where two pixels meet diagonally: two corners
     rings = _link(region[twice], y[twice], x[twice], d[twice], np.diff(twice, prepend=-1) == 0)
     parts = [rings.corners()]
-    if with_nodes:
-        place = y * (x.max() + 1) + x
-        node = (d == 0) & (quadrants != INSIDE) & np.isin(place, place[d != 0])
+    if len(corners):
+        node = (d == 0) & (quadrants != INSIDE)
+        node[node] = _is_in(_place(vertices[node]), corners)
         level = node & ((quadrants == ABOVE) | (quadrants == BELOW))
         parts.append(rings.place_on_rows(region[level], y[level], x[level]))
         node &= ~level
         parts.append(rings.place_on_columns(region[node], y[node], x[node]))
     ring, step, along, vy, vx = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.lexsort((along, step, ring))
-    return _as_polygons(ring[order], vy[order], vx[order], rings.region, len(regions))
+    return _as_polygons(ring[order], vy[order], vx[order], rings.region, int(region[-1]) + 1)
+
+
+def _is_in(values: Ints, ordered: Ints) -> npt.NDArray[np.bool_]:
+    found = np.searchsorted(ordered, values)
+    return np.asarray(ordered[np.minimum(found, len(ordered) - 1)] == values)
 
 
 def _as_polygons(
