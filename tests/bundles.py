@@ -48,6 +48,17 @@ class Busy(Pointwise):
         return torch.cat([1 - first - second, first, second], dim=1) * 20
 
 
+class Coarse(torch.nn.Module):
+    """The same of the mean over squares of 32 px: regions as large as those of tissue."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        green = torch.nn.functional.avg_pool2d(x[:, 1:2] * 255, 32)
+        green = torch.nn.functional.interpolate(green, scale_factor=32.0, mode="nearest")
+        first = (green < 150).float()
+        second = (green < 215).float() - first
+        return torch.cat([1 - first - second, first, second], dim=1) * 20
+
+
 def write_toml(folder: Path, *, mpp: float, patch_size: int, overlap: int, **keys: str) -> Path:
     """Write a `model.toml`; return the folder."""
     options = {
@@ -84,11 +95,16 @@ classes = {options["classes"]}
 
 
 def pointwise_bundle(
-    folder: Path, *, mpp: float, patch_size: int = 256, overlap: int = 32, busy: bool = False
+    folder: Path,
+    *,
+    mpp: float,
+    patch_size: int = 256,
+    overlap: int = 32,
+    program: type[torch.nn.Module] = Pointwise,
 ) -> Path:
     """Write a bundle whose classes are `classify` of each pixel; return its folder."""
     write_toml(folder, mpp=mpp, patch_size=patch_size, overlap=overlap)
-    torch.jit.script(Busy() if busy else Pointwise()).save(folder / "program.pt")
+    torch.jit.script(program()).save(folder / "program.pt")
     return folder
 
 

@@ -17,7 +17,7 @@ import shapely
 import tifffile
 import torch
 import zarr
-from bundles import classify, lightmuseg_bundle, pointwise_bundle
+from bundles import Busy, Coarse, classify, lightmuseg_bundle, pointwise_bundle
 from rasterio.features import rasterize
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
@@ -270,7 +270,7 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
     slide = make_slide(
         tmp_path / "slide.tif", np.tile(slide_pixels, (2, 2, 1)), 0.25, levels=(1, 8)
     )
-    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=256, busy=True)
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=256, program=Busy)
     arguments = ["--model", bundle, "--block-size", 1024, "--tissue", "none", "--device", "cpu"]
     command = cli("-q", "segment", slide, "--output", tmp_path / "killed", *arguments)
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -392,12 +392,14 @@ finally:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_slide(tmp_path, make_big_slide):
-    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5, patch_size=512, overlap=64)
+    bundle = pointwise_bundle(
+        tmp_path / "model", mpp=0.5, patch_size=512, overlap=64, program=Coarse
+    )
     peaks = {}
     for side in (8192, 16384):
         slide = make_big_slide(tmp_path / f"{side}.tif", (side, side), 0.5)
         arguments = ["-q", "segment", slide, "--model", bundle, "--output", tmp_path / "out"]
-        command = [sys.executable, "-c", PEAK, *map(str, arguments), "--min-area", "1000"]
+        command = [sys.executable, "-c", PEAK, *map(str, arguments)]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         peaks[side] = int(result.stdout.split()[-1])

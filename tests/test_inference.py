@@ -1,0 +1,190 @@
+"""The predictor and the cache of straddling patches."""
+
+import threading
+from concurrent.futures import wait
+
+import numpy as np
+import pytest
+import torch
+from bundles import THRESHOLDS, classify, lightmuseg_bundle, pointwise_bundle, write_toml
+
+from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.inference import PatchCache, Predictor, choose_device
+from wsi_pipeline.networks import build
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+ORIGINS = np.array([[0, 0], [0, 72], [22, 72], [10, 11], [22, 1]])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 8])
+def test_a_pointwise_program_sees_the_right_pixels(tmp_path, batch_size):
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=128))
+    predictor = Predictor(bundle, device="cpu", batch_size=batch_size)
+    found = list(predictor.predict(PIXELS, ORIGINS))
+    assert len(found) == len(ORIGINS)
+    for (y, x), probabilities in zip(ORIGINS, found, strict=True):
+        assert probabilities.shape == (3, 128, 128)
+        expected = classify(PIXELS[y : y + 128, x : x + 128])
+        assert (probabilities.argmax(0).numpy() == expected).all()
+        assert torch.allclose(probabilities.sum(0), torch.ones(128, 128))
+    assert THRESHOLDS == (150, 215)
+
+
+def test_inputs_are_scaled_then_normalised(tmp_path):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
+    (found,) = Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS[:1])
+    x = torch.from_numpy(PIXELS[:128, :128].copy()).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
+    with torch.inference_mode():
+        expected = build(bundle).module(((x - mean) / std)[None]).softmax(1)[0]
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_is_near(tmp_path, precision):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
+    (exact,) = Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS[:1])
+    (near,) = Predictor(bundle, device="cpu", precision=precision).predict(PIXELS, ORIGINS[:1])
+    assert near.dtype == torch.float32
+    assert (near - exact).abs().mean() < 0.05
+
+
+class Exported(torch.nn.Module):
+    def forward(self, x):
+        return (0.5 - x[:, 1:2]) * 50
+
+
+def test_an_exported_program_of_one_batch_size_gets_full_batches(tmp_path):
+    write_toml(
+        tmp_path,
+        mpp=0.5,
+        patch_size=128,
+        overlap=0,
+        network='"exported"',
+        weights='"program.pt2"',
+        activation='"sigmoid"',
+        classes='[ { name = "Background" }, { name = "Tumor" } ]',
+    )
+    program = torch.export.export(Exported(), (torch.rand(3, 3, 128, 128),))
+    torch.export.save(program, tmp_path / "program.pt2")
+    predictor = Predictor(load_bundle(tmp_path), device="cpu", batch_size=2)
+    found = list(predictor.predict(PIXELS, ORIGINS))
+    assert len(found) == 5
+    for (y, x), probabilities in zip(ORIGINS, found, strict=True):
+        dark = PIXELS[y : y + 128, x : x + 128, 1] < 127.5
+        assert ((probabilities[0] > 0.5).numpy() == dark).all()
+
+
+def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
+    folder = pointwise_bundle(tmp_path, mpp=0.5, patch_size=128)
+    text = (folder / "model.toml").read_text()
+    (folder / "model.toml").write_text(
+        text.replace('  { name = "Stroma", color = [150, 200, 150] },\n', "")
+    )
+    predictor = Predictor(load_bundle(folder), device="cpu")
+    with pytest.raises(BundleError, match=r"\(4, 3, 128, 128\).*\(4, 2, 128, 128\)"):
+        list(predictor.predict(PIXELS, ORIGINS))
+
+
+def test_a_program_that_fails_is_named(tmp_path):
+    folder = pointwise_bundle(tmp_path, mpp=0.5, patch_size=128)
+    text = (folder / "model.toml").read_text()
+    (folder / "model.toml").write_text(
+        text.replace("channels = 3", "channels = 1")
+        .replace("[0.0, 0.0, 0.0]", "[0.0]")
+        .replace("[1.0, 1.0, 1.0]", "[1.0]")
+    )
+    predictor = Predictor(load_bundle(folder), device="cpu")
+    with pytest.raises(BundleError, match="test-"):
+        list(predictor.predict(PIXELS[..., :1], ORIGINS))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_an_error():
+    assert choose_device("auto") == torch.device("cpu")
+    with pytest.raises(BundleError, match="--device cpu"):
+        choose_device("cuda:0")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_agrees_with_the_cpu(tmp_path):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
+    ours = list(Predictor(bundle, device="cuda", precision="fp32").predict(PIXELS, ORIGINS))
+    theirs = list(Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a.cpu(), b, atol=1e-3)
+
+
+def predictions(claim):
+    return (torch.full((1, 4, 4), float(patch)) for patch in claim.mine)
+
+
+def claimed(cache, patches, keep):
+    with cache.claim(np.array(patches), keep=np.array(keep)) as claim:
+        fresh = predictions(claim)
+        results = [float(claim.result(p, fresh)[0, 0, 0]) for p in patches]
+        return claim.mine.tolist(), results
+
+
+def test_what_straddles_is_predicted_once():
+    cache = PatchCache(10**6)
+    assert claimed(cache, [1, 2, 3], [False, True, True]) == ([1, 2, 3], [1, 2, 3])
+    assert claimed(cache, [2, 3, 4], [True, True, True]) == ([4], [2, 3, 4])
+    assert claimed(cache, [1, 4], [False, True]) == ([1], [1, 4])
+
+
+def test_the_cache_keeps_to_its_size():
+    cache = PatchCache(3 * 64)  # three predictions of 4 × 4 float32
+    patches = list(range(10))
+    claimed(cache, patches, [True] * 10)
+    mine, results = claimed(cache, patches, [True] * 10)
+    assert results == patches
+    assert len(mine) == 7
+
+
+def test_two_blocks_share_what_one_predicts():
+    cache = PatchCache(10**6)
+    inside, done = threading.Event(), threading.Event()
+    found = {}
+
+    def first():
+        with cache.claim(np.array([1, 2]), keep=np.array([True, True])) as claim:
+            inside.set()
+            done.wait(10)
+            fresh = predictions(claim)
+            found["first"] = [float(claim.result(p, fresh)[0, 0, 0]) for p in (1, 2)]
+
+    def second():
+        inside.wait(10)
+        with cache.claim(np.array([2, 3]), keep=np.array([True, True])) as claim:
+            found["mine"] = claim.mine.tolist()
+            done.set()
+            wait(claim.others.values(), timeout=10)
+            fresh = predictions(claim)
+            found["second"] = [float(claim.result(p, fresh)[0, 0, 0]) for p in (2, 3)]
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert found == {"first": [1, 2], "mine": [3], "second": [2, 3]}
+
+
+def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
+    cache = PatchCache(10**6)
+    waiting = []
+
+    def fail():
+        with cache.claim(np.array([1]), keep=np.array([True])):
+            with cache.claim(np.array([1]), keep=np.array([True])) as claim:
+                waiting.extend(claim.others.values())
+            raise BundleError("first failed")
+
+    with pytest.raises(BundleError, match="first"):
+        fail()
+    with pytest.raises(BundleError, match="first failed"):
+        waiting[0].result(timeout=1)
+    assert claimed(cache, [1], [True]) == ([1], [1])
