@@ -121,36 +121,38 @@ def predictions(claim):
     return (torch.full((1, 4, 4), float(patch)) for patch in claim.mine)
 
 
-def claimed(cache, patches, keep):
-    with cache.claim(np.array(patches), keep=np.array(keep)) as claim:
+def claimed(cache, patches):
+    with cache.claim(np.array(patches)) as claim:
         fresh = predictions(claim)
         results = [float(claim.result(p, fresh)[0, 0, 0]) for p in patches]
         return claim.mine.tolist(), results
 
 
-def test_what_straddles_is_predicted_once():
-    cache = PatchCache(10**6)
-    assert claimed(cache, [1, 2, 3], [False, True, True]) == ([1, 2, 3], [1, 2, 3])
-    assert claimed(cache, [2, 3, 4], [True, True, True]) == ([4], [2, 3, 4])
-    assert claimed(cache, [1, 4], [False, True]) == ([1], [1, 4])
+def test_what_straddles_is_predicted_once_and_then_let_go():
+    cache = PatchCache(np.array([0, 1, 2, 3, 2]), max_bytes=10**6)
+    assert claimed(cache, [1, 2, 3]) == ([1, 2, 3], [1, 2, 3])
+    assert claimed(cache, [2, 3, 4]) == ([4], [2, 3, 4])
+    assert claimed(cache, [3, 4]) == ([], [3, 4])
+    assert cache._bytes == 0
+    assert claimed(cache, [3]) == ([3], [3])  # asked for once more than was said
 
 
 def test_the_cache_keeps_to_its_size():
-    cache = PatchCache(3 * 64)  # three predictions of 4 × 4 float32
+    cache = PatchCache(np.full(10, 2), max_bytes=3 * 64)  # predictions of 4 × 4 float32
     patches = list(range(10))
-    claimed(cache, patches, [True] * 10)
-    mine, results = claimed(cache, patches, [True] * 10)
+    claimed(cache, patches)
+    mine, results = claimed(cache, patches)
     assert results == patches
     assert len(mine) == 7
 
 
 def test_two_blocks_share_what_one_predicts():
-    cache = PatchCache(10**6)
+    cache = PatchCache(np.full(4, 2), max_bytes=10**6)
     inside, done = threading.Event(), threading.Event()
     found = {}
 
     def first():
-        with cache.claim(np.array([1, 2]), keep=np.array([True, True])) as claim:
+        with cache.claim(np.array([1, 2])) as claim:
             inside.set()
             done.wait(10)
             fresh = predictions(claim)
@@ -158,7 +160,7 @@ def test_two_blocks_share_what_one_predicts():
 
     def second():
         inside.wait(10)
-        with cache.claim(np.array([2, 3]), keep=np.array([True, True])) as claim:
+        with cache.claim(np.array([2, 3])) as claim:
             found["mine"] = claim.mine.tolist()
             done.set()
             wait(claim.others.values(), timeout=10)
@@ -174,12 +176,12 @@ def test_two_blocks_share_what_one_predicts():
 
 
 def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
-    cache = PatchCache(10**6)
+    cache = PatchCache(np.full(2, 5), max_bytes=10**6)
     waiting = []
 
     def fail():
-        with cache.claim(np.array([1]), keep=np.array([True])):
-            with cache.claim(np.array([1]), keep=np.array([True])) as claim:
+        with cache.claim(np.array([1])):
+            with cache.claim(np.array([1])) as claim:
                 waiting.extend(claim.others.values())
             raise BundleError("first failed")
 
@@ -187,4 +189,4 @@ def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
         fail()
     with pytest.raises(BundleError, match="first failed"):
         waiting[0].result(timeout=1)
-    assert claimed(cache, [1], [True]) == ([1], [1])
+    assert claimed(cache, [1]) == ([1], [1])

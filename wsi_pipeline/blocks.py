@@ -87,6 +87,13 @@ class Plan:
         every = iter_blocks(self.mask_shape, size)
         return [block for block in every if len(self.grid.touching(*self.box(block)))]
 
+    def uses(self) -> npt.NDArray[np.int64]:
+        """Return (n,) how many of the blocks that are not done need each patch."""
+        count = np.zeros(len(self.grid), np.int64)
+        for block in self.store.pending(self.blocks()):
+            count[self.grid.touching(*self.box(block))] += 1
+        return count
+
 
 class SegmentBlocks:
     """A worker's tools for the blocks of one slide: open slide, predictor, mask."""
@@ -105,7 +112,7 @@ class SegmentBlocks:
             threads=plan.threads,
         )
         self._windows = Windows(plan.grid, options.blend, self._predictor.device)
-        self._cache = PatchCache(CACHE_BYTES)
+        self._cache = PatchCache(plan.uses(), max_bytes=CACHE_BYTES)
         self._computing = threading.Lock()
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None
@@ -139,7 +146,7 @@ class SegmentBlocks:
         """Return class and probability of a block's mask pixels, and how many patches it took."""
         start, stop = self._plan.box(block)
         wanted = self._plan.grid.touching(start, stop)
-        with self._cache.claim(wanted, keep=self._straddling(wanted, start, stop)) as claim:
+        with self._cache.claim(wanted) as claim:
             pixels, corner = self._read(claim.mine)
             clock.lap("read")
             wait(claim.others.values())  # before the lock: whoever predicts them needs it
@@ -155,15 +162,6 @@ class SegmentBlocks:
                 mask, probability = self._classify(canvas.finish(), start, block)
                 clock.lap("predict")
         return mask, probability, len(claim.mine)
-
-    def _straddling(
-        self, patches: npt.NDArray[np.int64], start: Shape, stop: Shape
-    ) -> npt.NDArray[np.bool_]:
-        """Return which patches reach beyond the block's own grid pixels."""
-        origins = self._plan.grid.origins[patches]
-        ends = origins + np.array(self._plan.grid.patch_size)
-        beyond = (origins < np.array(start)) | (ends > np.array(stop))
-        return np.asarray(beyond.any(axis=1))
 
     def _read(
         self, patches: npt.NDArray[np.int64]

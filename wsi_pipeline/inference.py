@@ -137,19 +137,19 @@ class PatchCache:
     """Predictions of patches that several blocks need, so that a worker makes each once.
 
     Args:
-        max_bytes: of finished predictions to keep; the oldest go first.
+        uses: (n,) how many blocks need each patch; the last of them lets its prediction go.
+        max_bytes: of finished predictions to keep; beyond, the oldest go first.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, uses: npt.NDArray[np.int64], *, max_bytes: int) -> None:
+        self._uses = uses.copy()
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._futures: dict[int, Future[torch.Tensor]] = {}
         self._bytes = 0
 
     @contextmanager
-    def claim(
-        self, patches: npt.NDArray[np.int64], *, keep: npt.NDArray[np.bool_]
-    ) -> Iterator[Claim]:
+    def claim(self, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
         """Yield what one block has to predict itself and what it gets from others.
 
         Claims are made whole and in turn, so a block waits for earlier ones only and none waits
@@ -157,13 +157,12 @@ class PatchCache:
 
         Args:
             patches: indices, ascending, of all that the block needs.
-            keep: for each, whether another block may need it too.
         """
         with self._lock:
+            self._uses[patches] -= 1
             futures = {int(p): self._futures.get(int(p)) for p in patches}
             mine = [p for p, future in futures.items() if future is None]
-            held = {int(p) for p in patches[keep]}.intersection(mine)
-            made: dict[int, Future[torch.Tensor]] = {p: Future() for p in held}
+            made: dict[int, Future[torch.Tensor]] = {p: Future() for p in mine if self._uses[p] > 0}
             self._futures.update(made)
         others = {p: future for p, future in futures.items() if future is not None}
         try:
@@ -176,7 +175,8 @@ class PatchCache:
         finally:
             self._settle(made)
 
-    def _settle(self, made: dict[int, Future[torch.Tensor]]) -> None:
+    def _settle(self, made: Mapping[int, Future[torch.Tensor]]) -> None:
+        """Count what a block made; drop what failed, is needed no more, or is too much."""
         with self._lock:
             for patch, future in made.items():
                 if not future.done() or future.exception() is not None:
@@ -184,9 +184,7 @@ class PatchCache:
                 else:
                     self._bytes += future.result().nbytes
             for patch, future in list(self._futures.items()):
-                if self._bytes <= self._max_bytes:
-                    break
-                if future.done():
+                if future.done() and (self._uses[patch] <= 0 or self._bytes > self._max_bytes):
                     self._bytes -= self._futures.pop(patch).result().nbytes
 
 
@@ -210,5 +208,5 @@ class Claim:
             return future.result()
         prediction = next(fresh)
         if (future := self.made.get(patch)) is not None:
-            future.set_result(prediction)
+            future.set_result(prediction.clone())  # a view would keep its whole batch
         return prediction

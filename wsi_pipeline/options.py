@@ -53,7 +53,7 @@ class PredictOptions:
     device: str = "auto"
     precision: Precision = "auto"
     batch_size: int | None = None
-    block_size: int = 4096
+    block_size: int = 2048
     mask_mpp: float | None = None
 
 

@@ -87,7 +87,8 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             n_workers=options.workers,
             threads_per_worker=THREADS,
             processes=False,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
+            scheduler_kwargs={"dashboard": False},
             memory_limit=0,
         ) as cluster,
         Client(cluster) as client,
