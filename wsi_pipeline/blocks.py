@@ -44,6 +44,7 @@ class Plan:
         mask_shape: (y, x) of the mask.
         mask_downsample: (y, x) level-0 pixels per mask pixel.
         mask_mpp: (x, y) µm per mask pixel.
+        block_size: side of a block in mask pixels.
         predict: how.
         roi: GeoJSON to which the mask is limited.
         roi_offset: (x, y) of its origin in level-0 pixels.
@@ -60,6 +61,7 @@ class Plan:
     mask_shape: tuple[int, int]
     mask_downsample: tuple[float, float]
     mask_mpp: tuple[float, float]
+    block_size: int
     predict: PredictOptions
     roi: Path | None
     roi_offset: tuple[int, int]
@@ -83,7 +85,7 @@ class Plan:
 
     def blocks(self) -> list[Block]:
         """Return the blocks that some patch touches; all others stay background."""
-        size = (self.predict.block_size, self.predict.block_size)
+        size = (self.block_size, self.block_size)
         every = iter_blocks(self.mask_shape, size)
         return [block for block in every if len(self.grid.touching(*self.box(block)))]
 

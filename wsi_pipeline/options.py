@@ -44,7 +44,8 @@ class PredictOptions:
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: "auto" picks the fastest that the device has.
         batch_size: patches in one forward pass; None = chosen for the device.
-        block_size: side of a block in mask pixels, a multiple of the mask's chunk (1,024).
+        block_size: side of a block in mask pixels, a multiple of the mask's chunk; None = 2,048,
+            or 4,096, the side of a shard, with OME-Zarr 0.5.
         mask_mpp: µm per pixel of the mask; None = the slide's level 0.
     """
 
@@ -53,7 +54,7 @@ class PredictOptions:
     device: str = "auto"
     precision: Precision = "auto"
     batch_size: int | None = None
-    block_size: int = 2048
+    block_size: int | None = None
     mask_mpp: float | None = None
 
 

@@ -46,6 +46,8 @@ Progress = Callable[[int, int], None]
 """Called with patches done and patches in all."""
 
 DEFAULTS = Settings()
+BLOCK_SIZE = 2048
+"""Side of a block where nothing else is asked for: larger ones take memory and save no time."""
 
 
 def segment(
@@ -293,6 +295,7 @@ def _plan(
         mask_shape=shape,
         mask_downsample=downsample,
         mask_mpp=(downsample[1] * slide.mpp[0], downsample[0] * slide.mpp[1]),
+        block_size=_block_size(settings),
         predict=settings.predict,
         roi=settings.select.roi,
         roi_offset=frame_offset(slide, settings.select.frame),
@@ -300,13 +303,17 @@ def _plan(
     )
 
 
+def _block_size(settings: Settings) -> int:
+    """Return the side of a block: whole chunks of the mask, or whole shards."""
+    unit = ome_zarr.SHARD if settings.export.ngff == "0.5" else ome_zarr.CHUNK
+    size = settings.predict.block_size or max(unit, BLOCK_SIZE)
+    if size % unit:
+        raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
+    return size
+
+
 def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
     """Create the mask unless an interrupted run has begun one."""
-    unit = ome_zarr.SHARD if export.ngff == "0.5" else ome_zarr.CHUNK
-    if plan.predict.block_size % unit:
-        raise StoreError(
-            f"--block-size {plan.predict.block_size} is not a multiple of {unit}, the mask's chunk"
-        )
     path = plan.store.mask_path
     if path.is_dir() or (plan.store.has_blocks() and plan.store.finished_mask_path.is_dir()):
         return

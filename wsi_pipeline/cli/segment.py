@@ -89,8 +89,7 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 @click.option(
     "--block-size",
     type=click.IntRange(min=1024),
-    default=PREDICT.block_size,
-    help="Side of a unit of work, px of the mask.",
+    help="Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096]",
 )
 @click.option(
     "--mask-mpp",

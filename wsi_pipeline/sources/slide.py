@@ -264,6 +264,7 @@ class TiffBackend:
             key: str(value) for key, value in properties.items() if value is not None
         } | _tiff_properties(self._pages[0])
         self._lock = threading.Lock()
+        self._file = path.open("rb")  # our own: tifffile moves its handle as it likes
         self._threads = ThreadPoolExecutor(os.cpu_count(), "decode")
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
@@ -297,6 +298,7 @@ class TiffBackend:
     def close(self) -> None:
         """Give the file back."""
         self._threads.shutdown()
+        self._file.close()
         self._slide.close()
 
     def _paste(
@@ -326,10 +328,9 @@ class TiffBackend:
         offset, count = page.dataoffsets[index], page.databytecounts[index]
         if not offset or not count:
             return None
-        file = self._slide.ts_tifffile.filehandle
         with self._lock:
-            file.seek(offset)
-            data: bytes = file.read(count)
+            self._file.seek(offset)
+            data = self._file.read(count)
         if len(data) < count:
             raise EOFError(f"the file ends within tile {index}")
         return data
@@ -349,6 +350,8 @@ def _pages(slide: tiffslide.TiffSlide) -> list[Any]:
     pages = [level.pages[0] for level in series.levels]
     for page in pages:
         _check_page(page)
+        # read from the file when first asked for, which two threads must not do at once
+        _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.keyframe.decode
     return pages
 
 
