@@ -213,6 +213,18 @@ def test_running_again_does_nothing_and_other_exports_infer_nothing(tmp_path, sl
     assert (mask_of(folder) == mask).all()
 
 
+def test_another_model_leaves_no_file_of_the_first(tmp_path, slide_path):
+    output = tmp_path / "out"
+    first = pointwise_bundle(tmp_path / "first", mpp=0.5)
+    folder, _ = run(slide_path, first, output, export=ExportOptions(tiff="asap"))
+    assert (folder / "mask.asap.tif").is_file()
+    second = pointwise_bundle(tmp_path / "second", mpp=0.25)
+    run(slide_path, second, output, export=ExportOptions(outputs=("zarr", "geojson")))
+    assert {p.name for p in folder.iterdir()} == {
+        "mask.ome.zarr", "annotations.geojson", "run.json", ".store",
+    }  # fmt: skip
+
+
 def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):
     bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
     folder, _ = run(slide_path, bundle, tmp_path / "out")
@@ -363,23 +375,6 @@ def test_a_failing_export_costs_nothing_else(tmp_path, slide_path):
     assert (folder / "overlay.png").is_file()
 
 
-def test_slides_of_one_name_get_folders_of_their_own(tmp_path):
-    paths = [
-        tmp_path / "1" / "a.svs",
-        tmp_path / "2" / "a.svs",
-        tmp_path / "1" / "A.ndpi",
-        tmp_path / "1" / "b.tif",
-    ]
-    jobs = plan_jobs(paths, tmp_path / "out")
-    names = [job.folder.name.casefold() for job in jobs]
-    assert len(set(names)) == 4
-    assert names[3] == "b"
-    assert names[2] == "a.ndpi"
-    assert [job.folder for job in plan_jobs(paths[::-1], tmp_path / "out")] == [
-        job.folder for job in jobs[::-1]
-    ]
-
-
 PEAK = """
 import resource, sys
 from wsi_pipeline.cli import group
@@ -405,3 +400,55 @@ def test_memory_does_not_grow_with_the_slide(tmp_path, make_big_slide):
         peaks[side] = int(result.stdout.split()[-1])
     assert peaks[16384] < 2048, peaks
     assert peaks[16384] <= 1.15 * peaks[8192], peaks
+
+
+@pytest.fixture
+def bounded(tmp_path, slide_path):
+    """Return a stored grid that says of itself, as MRXS slides do, that it was cropped."""
+    grid = tmp_path / "bounded.zarr"
+    tile(slide_path, grid, mpp=0.25, patch_size=256, overlap=0, select=EVERYWHERE)
+    meta = json.loads((grid / "zarr.json").read_text("utf-8"))
+    meta["attributes"]["bounds"] = {"x": 301, "y": 257, "width": 1200, "height": 1000}
+    (grid / "zarr.json").write_text(json.dumps(meta), "utf-8")
+    return grid
+
+
+def test_the_frame_is_the_viewers(tmp_path, bounded, slide_pixels):
+    """O1, O3 and O4 of the checklist, and the crop of the TIFF."""
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    found = {}
+    for frame in ("qupath", "openslide"):
+        export = ExportOptions(simplify_um=0, min_area_um2=0, frame=frame)
+        folder, made = run(bounded, bundle, tmp_path / frame, export=export)
+        collection = json.loads((folder / "annotations.geojson").read_text("utf-8"))
+        union = shapely.union_all(
+            [shapely.geometry.shape(f["geometry"]) for f in collection["features"]]
+        )
+        found[frame] = union
+        assert made.frame == {
+            "for": frame, "offset": [301, 257] if frame == "qupath" else [0, 0],
+        }  # fmt: skip
+        whole = classify(slide_pixels)
+        assert (mask_of(folder) == whole).all()
+        expected = whole[257:1257, 301:1501] if frame == "qupath" else whole
+        assert (tifffile.imread(folder / "mask.ome.tif") == expected).all()
+    clipped = shapely.intersection(found["openslide"], shapely.box(301, 257, 1501, 1257))
+    moved = shapely.transform(clipped, lambda xy: xy - np.array([301, 257]))
+    assert shapely.symmetric_difference(found["qupath"], moved).area == 0
+    assert moved.area > 100_000
+    x0, y0, x1, y1 = found["qupath"].bounds
+    assert min(x0, y0) >= 0
+    assert x1 <= 1200
+    assert y1 <= 1000
+
+
+def test_a_roi_is_read_in_the_frame_we_write(tmp_path, bounded, slide_pixels):
+    roi = shapely.box(100, 50, 700, 900)  # as drawn in QuPath, which crops
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(roi)))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    select = SelectOptions(tissue="none", roi=path, frame="qupath")
+    folder, _ = run(bounded, bundle, tmp_path / "out", select=select)
+    expected = np.zeros(slide_pixels.shape[:2], np.uint8)
+    expected[307:1157, 401:1001] = classify(slide_pixels)[307:1157, 401:1001]
+    assert (mask_of(folder) == expected).all()

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,109 +28,196 @@ logger = logging.getLogger(__name__)
 
 
 LITTLE_TISSUE = 0.005
-
-
+"""A slide with less tissue than this share gets a warning."""
 FILES: dict[Output, str] = {
     "zarr": "mask.ome.zarr",
     "tiff": "mask.ome.tif",
     "geojson": "annotations.geojson",
     "overlay": "overlay.png",
 }
+"""The file of each output."""
+ASAP_FILE = "mask.asap.tif"
+
+Ledger = dict[Shape, dict[str, npt.NDArray[Any]]]
 
 
-def write_outputs(
-    slide: Slide,
-    bundle: Bundle,
-    plan: Plan,
-    stored: StoredGrid,
-    blocks: list[Block],
-    settings: Settings,
-    key: str,
-) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A run whose blocks are all done, and what its files are written from.
+
+    Attributes:
+        slide: still open.
+        bundle: the model.
+        plan: of the blocks.
+        stored: the patch grid, with tissue and thumbnail.
+        settings: options.
+        key: of the run.
+        blocks: those that some patch touched.
+    """
+
+    slide: Slide
+    bundle: Bundle
+    plan: Plan
+    stored: StoredGrid
+    settings: Settings
+    key: str
+    blocks: list[Block]
+
+    @property
+    def crop(self) -> Region | None:
+        """Return the part of the slide that the viewer shows, in level-0 pixels; None = all."""
+        return self.slide.bounds if self.settings.export.frame == "qupath" else None
+
+    def dialect(self) -> geojson.Dialect:
+        """Return how regions become features."""
+        y, x = self.plan.mask_downsample
+        return geojson.Dialect(
+            classes=self.bundle.classes,
+            downsample=(x, y),
+            mpp=self.slide.mpp,
+            crop=self.crop,
+            simplify_um=self.settings.export.simplify_um,
+            min_area_um2=self.settings.export.min_area_um2,
+            namespace=f"{self.slide.fingerprint}/{self.bundle.weights_sha256}",
+            metadata={
+                "model": self.bundle.name,
+                "weights_sha256": self.bundle.weights_sha256,
+                "run": self.key,
+                "software": f"wsi_pipeline {version('wsi-pipeline')}",
+            },
+        )
+
+
+def write_outputs(finished: Finished) -> Run:
     """Finish the mask, write what was asked for; return the run.
 
     An output that fails is named in the run and costs no other.
     """
-    export, store = settings.export, plan.store
-    ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in blocks}
-    by_index = {block.index: block for block in blocks}
-    pieces = {index: Pieces.from_arrays(arrays) for index, arrays in ledger.items()}
+    store = finished.plan.store
+    ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in finished.blocks}
     clock = Clock()
-    mask_path = _finish_mask(store, export)
+    mask_path = _finish_mask(store, finished.settings.export)
     clock.lap("pyramid")
-    mask = ome_zarr.open_mask(mask_path)
-    crop = slide.bounds if export.frame == "qupath" else None
-    dialect = _dialect(slide, bundle, plan, settings, crop, key)
-    written = geojson.Written(regions={}, vertices=0, dropped=[])
-    failures: list[str] = []
-
-    def write(output: Output, work: Callable[[Path], Any]) -> Any:
+    written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
+    writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
+        "geojson": lambda path: _write_polygons(path, finished, ledger),
+        "tiff": lambda path: _write_tiffs(path, finished, mask_path),
+        "overlay": lambda path: _write_overlay(path, finished, mask_path),
+    }
+    for output, write in writers.items():
+        if output not in finished.settings.export.outputs:
+            continue
         path = store.folder / FILES[output]
-        if output not in export.outputs:
-            return None
         try:
-            return work(path)
+            written = write(path) or written
         except Exception as error:  # the mask is whole: whatever fails here must not cost it
             logger.debug("writing %s failed", path, exc_info=True)
             failures.append(f"{path.name} could not be written: {error}")
-            return None
-        finally:
-            clock.lap(output)
+        clock.lap(output)
+    return _describe(finished, ledger, clock, written, failures)
 
-    def write_polygons(path: Path) -> geojson.Written:
-        regions = join(
-            pieces,
-            lambda index: store.load_block(by_index[index])["vertices"],
-            min_pixels=dialect.min_pixels,
-        )
-        return geojson.write_geojson(path, regions, dialect)
 
-    written = write("geojson", write_polygons) or written
-    write("tiff", lambda p: _write_tiffs(p, mask, bundle, plan, slide, export, crop))
-    write(
-        "overlay",
-        lambda p: overlay.write_overlay(
-            p,
-            stored.thumbnail,
-            ome_zarr.read_mask(mask_path, stored.tissue.shape),
-            classes=bundle.classes,
-            tissue=stored.tissue,
-        ),
-    )
+def drop_outputs(folder: Path) -> None:
+    """Remove what an earlier run of another kind left, so that no file contradicts `run.json`."""
+    # run.json first: without it nobody takes what comes next for another run's
+    for name in ("run.json", *FILES.values(), ASAP_FILE):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _describe(
+    finished: Finished,
+    ledger: Ledger,
+    clock: Clock,
+    written: geojson.Written,
+    failures: list[str],
+) -> Run:
+    """Return what `run.json` says of a run."""
+    slide, bundle, stored, plan = finished.slide, finished.bundle, finished.stored, finished.plan
+    settings, crop = finished.settings, finished.crop
+    (fy, fx), pixel_mm2 = stored.tissue_downsample, finished.dialect().pixel_mm2
     pixels = np.zeros(len(bundle.classes), np.int64)
-    for piece in pieces.values():
-        np.add.at(pixels, piece.value, piece.pixels)
-    fy, fx = stored.tissue_downsample
-    thumbnail_mm2 = fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6
-    predicted = sum(int(a["predicted"]) for a in ledger.values())
+    for arrays in ledger.values():
+        np.add.at(pixels, arrays["value"], arrays["pixels"])
     return Run(
         status="failed" if failures else "done",
         reason="; ".join(failures),
         slide=slide_facts(slide),
         model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
         settings={
-            "key": key,
-            **{n: as_plain(getattr(settings, n)) for n in ("select", "predict", "export")},
+            "key": finished.key,
+            **{name: as_plain(getattr(settings, name)) for name in ("select", "predict", "export")},
             "grid": as_plain(replace(stored.info, bounds=None)),
         },
         versions=versions(),
         patches={
             "grid": _full_count(plan.grid),
             "kept": len(plan.grid),
-            "predicted": predicted,
+            "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
         },
         seconds=_seconds(ledger, clock),
         area_mm2={
-            c.name: float(n * dialect.pixel_mm2)
+            c.name: float(n * pixel_mm2)
             for c, n in zip(bundle.classes[1:], pixels[1:], strict=True)
         },
         colors={c.name: list(c.color or ()) for c in bundle.classes[1:]},
-        tissue_mm2=float(stored.tissue.sum() * thumbnail_mm2),
+        tissue_mm2=float(stored.tissue.sum() * fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6),
         regions=written.regions,
-        frame={"for": export.frame, "offset": [crop.x, crop.y] if crop else [0, 0]},
+        frame={
+            "for": settings.export.frame,
+            "offset": [crop.x, crop.y] if crop else [0, 0],
+        },
         bad_regions=[],
         warnings=_warnings(stored, written, len(plan.grid)),
     )
+
+
+def _write_polygons(path: Path, finished: Finished, ledger: Ledger) -> geojson.Written:
+    store, dialect = finished.plan.store, finished.dialect()
+    blocks = {block.index: block for block in finished.blocks}
+    regions = join(
+        {index: Pieces.from_arrays(arrays) for index, arrays in ledger.items()},
+        lambda index: store.load_block(blocks[index])["vertices"],
+        min_pixels=dialect.min_pixels,
+    )
+    return geojson.write_geojson(path, regions, dialect)
+
+
+def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:
+    tissue = finished.stored.tissue
+    overlay.write_overlay(
+        path,
+        finished.stored.thumbnail,
+        ome_zarr.read_mask(mask_path, tissue.shape),
+        classes=finished.bundle.classes,
+        tissue=tissue,
+    )
+
+
+def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
+    plan, crop, box = finished.plan, finished.crop, None
+    mask = ome_zarr.open_mask(mask_path)
+    if crop is not None:
+        y, x = plan.mask_downsample
+        top, left = round(crop.y / y), round(crop.x / x)
+        height, width = (
+            min(round(crop.height / y), plan.mask_shape[0] - top),
+            min(round(crop.width / x), plan.mask_shape[1] - left),
+        )
+        box = (top, left, height, width)
+    ome_tiff.write_ome_tiff(
+        path,
+        mask,
+        classes=finished.bundle.classes,
+        mask_mpp=plan.mask_mpp,
+        crop=box,
+        name=finished.slide.path.stem,
+    )
+    if finished.settings.export.tiff == "asap":
+        ome_tiff.write_asap_tiff(path.with_name(ASAP_FILE), mask, mask_mpp=plan.mask_mpp)
 
 
 def _finish_mask(store: RunStore, export: ExportOptions) -> Path:
@@ -143,61 +230,6 @@ def _finish_mask(store: RunStore, export: ExportOptions) -> Path:
             shutil.rmtree(store.finished_mask_path)
         os.replace(store.mask_path, store.finished_mask_path)
     return store.finished_mask_path
-
-
-def _dialect(
-    slide: Slide,
-    bundle: Bundle,
-    plan: Plan,
-    settings: Settings,
-    crop: Region | None,
-    key: str,
-) -> geojson.Dialect:
-    y, x = plan.mask_downsample
-    return geojson.Dialect(
-        classes=bundle.classes,
-        downsample=(x, y),
-        mpp=slide.mpp,
-        crop=crop,
-        simplify_um=settings.export.simplify_um,
-        min_area_um2=settings.export.min_area_um2,
-        namespace=f"{slide.fingerprint}/{bundle.weights_sha256}",
-        metadata={
-            "model": bundle.name,
-            "weights_sha256": bundle.weights_sha256,
-            "run": key,
-            "software": f"wsi_pipeline {version('wsi-pipeline')}",
-        },
-    )
-
-
-def _write_tiffs(
-    path: Path,
-    mask: ome_zarr.MaskArray,
-    bundle: Bundle,
-    plan: Plan,
-    slide: Slide,
-    export: ExportOptions,
-    crop: Region | None,
-) -> None:
-    box = None
-    if crop is not None:
-        y, x = plan.mask_downsample
-        top, left = round(crop.y / y), round(crop.x / x)
-        height, width = plan.mask_shape
-        box = (
-            top,
-            left,
-            min(round(crop.height / y), height - top),
-            min(round(crop.width / x), width - left),
-        )
-    mpp = plan.mask_mpp
-    ome_tiff.write_ome_tiff(
-        path, mask, classes=bundle.classes, mask_mpp=mpp, crop=box, name=slide.path.stem
-    )
-    if export.tiff == "asap":
-        asap_path = path.with_name("mask.asap.tif")
-        ome_tiff.write_asap_tiff(asap_path, mask, mask_mpp=mpp)
 
 
 def slide_facts(slide: Slide) -> dict[str, Any]:
@@ -233,7 +265,7 @@ def _full_count(grid: PatchGrid) -> int:
     return len(PatchGrid.cover(grid.shape, grid.patch_size, overlap))
 
 
-def _seconds(ledger: dict[Shape, dict[str, npt.NDArray[Any]]], clock: Clock) -> dict[str, float]:
+def _seconds(ledger: Ledger, clock: Clock) -> dict[str, float]:
     """Return seconds per stage; those of blocks are summed over threads and interrupted runs."""
     total = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
     return {name: round(value, 3) for name, value in {**total, **clock.seconds}.items()}

@@ -21,7 +21,7 @@ from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
-from wsi_pipeline.outputs import FILES, versions, write_outputs
+from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
 from wsi_pipeline.report import Run, load_run, write_run_json
 from wsi_pipeline.schedule import run_blocks
 from wsi_pipeline.sources import Slide, open_source
@@ -94,7 +94,19 @@ def segment(
             plan.grid.patch_size[0], stored.info.grid_mpp,
         )  # fmt: skip
         blocks = _do_blocks(plan, client, progress)
-        run = write_outputs(slide, bundle, plan, stored, blocks, settings, key)
+        if not _is_of(job.folder, key):
+            drop_outputs(job.folder)
+        run = write_outputs(
+            Finished(
+                slide=slide,
+                bundle=bundle,
+                plan=plan,
+                stored=stored,
+                settings=settings,
+                key=key,
+                blocks=blocks,
+            )
+        )
     run = replace(run, seconds={**run.seconds, "total": round(time.perf_counter() - begun, 3)})
     write_run_json(job.folder / "run.json", run)
     return run
@@ -249,16 +261,21 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
     }
 
 
+def _is_of(folder: Path, key: str) -> bool:
+    """Return whether what a folder holds was made by a run of that key, or by none."""
+    path = folder / "run.json"
+    return not path.is_file() or load_run(path).settings.get("key", key) == key
+
+
 def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / "run.json"
-    if not path.is_file():
+    if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
         return None
     run = load_run(path)
-    same = run.status == "done" and run.settings.get("key") == key
-    if not all((folder / FILES[output]).exists() for output in export.outputs):
-        return None
-    return run if same and run.settings.get("export") == as_plain(export) else None
+    wanted = {"key": key, "export": as_plain(export)}
+    same = run.status == "done" and wanted.items() <= run.settings.items()
+    return run if same else None
 
 
 def _kept_survey(store: RunStore, slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
