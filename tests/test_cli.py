@@ -119,6 +119,39 @@ def test_a_block_size_that_is_no_multiple_of_the_chunk_is_refused(tmp_path, slid
     assert "--block-size 1500 is not a multiple of 1024" in result.stderr
 
 
+def test_a_defect_is_one_line_for_the_user_and_a_traceback_in_the_log(
+    tmp_path, slide_path, monkeypatch
+):
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("wsi_pipeline.pipeline.plan_grid", fail)
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    result = invoke("segment", slide_path, "--model", bundle, "--output", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "failed: " in result.stderr
+    assert "ZeroDivisionError: oh" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in (tmp_path / "o" / "wsi_pipeline.log").read_text("utf-8")
+
+
+def test_an_output_that_cannot_be_made_is_said(tmp_path, slide_path):
+    (tmp_path / "file").write_text("")
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    result = invoke("segment", slide_path, "--model", bundle, "--output", tmp_path / "file" / "o")
+    assert result.exit_code == 1
+    assert "cannot write to" in result.stderr
+
+
+def test_a_mask_finer_than_the_slide_is_refused(tmp_path, slide_path):
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    result = invoke(
+        "segment", slide_path, "--model", bundle, "--output", tmp_path / "o", "--mask-mpp", "0.1"
+    )
+    assert result.exit_code == 1
+    assert "--mask-mpp 0.1 is finer than the slide's 0.25" in result.stderr
+
+
 def test_tile_writes_a_grid_that_plain_zarr_reads(tmp_path, slide_path):
     arguments = ["tile", slide_path, "--mpp", "1", "--patch-size", "128", "--overlap", "16"]
     result = invoke("-q", *arguments, "--output", tmp_path)

@@ -273,6 +273,11 @@ def _seconds(ledger: Ledger, clock: Clock) -> dict[str, float]:
 
 def _warnings(stored: StoredGrid, written: geojson.Written, patches: int) -> list[str]:
     found = list(written.dropped)
+    if min(stored.info.downsample) < 1:
+        found.append(
+            f"the model wants {stored.info.grid_mpp:g} µm/px, the slide has "
+            f"{max(stored.info.mpp):g}: its pixels were interpolated"
+        )
     if patches == 0:
         found.append("no tissue found; --tissue none looks everywhere")
     elif stored.tissue.mean() < LITTLE_TISSUE:

@@ -84,7 +84,11 @@ def segment(
             logger.info("%s is done already", job.folder)
             return run
         store = open_run_store(
-            job.folder, fingerprint=slide.fingerprint, key=key, overwrite=overwrite
+            # absolute: workers elsewhere have another current folder
+            job.folder.absolute(),
+            fingerprint=slide.fingerprint,
+            key=key,
+            overwrite=overwrite,
         )
         stored = _kept_survey(store, slide, bundle, settings)
         plan = _plan(slide, bundle, store, stored, settings, threads)
@@ -301,6 +305,11 @@ def _plan(
     if (mask_mpp := settings.predict.mask_mpp) is not None:
         view = slide.at(mask_mpp, tolerance=MPP_TOLERANCE)
         downsample, shape = view.downsample, view.shape
+        if min(downsample) < 1:
+            raise StoreError(
+                f"--mask-mpp {mask_mpp:g} is finer than the slide's {max(slide.mpp):g} µm/px; "
+                "leave it out for full resolution"
+            )
     return Plan(
         slide_path=slide.path.absolute(),
         slide_mpp=settings.select.mpp,
@@ -314,7 +323,7 @@ def _plan(
         mask_mpp=(downsample[1] * slide.mpp[0], downsample[0] * slide.mpp[1]),
         block_size=_block_size(settings),
         predict=settings.predict,
-        roi=settings.select.roi,
+        roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
         threads=threads or os.cpu_count() or 1,
     )

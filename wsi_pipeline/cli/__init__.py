@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import sys
@@ -20,6 +21,16 @@ COMMANDS = {
     "train": "Train a network by a recipe and write a bundle.",
     "demo": "The main job on a real image, in one command.",
 }
+
+
+class OneLine(logging.Formatter):
+    """Leaves tracebacks out: they are for the log file."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's first line."""
+        record = copy.copy(record)
+        record.exc_info = record.exc_text = None
+        return super().format(record)
 
 
 class LazyGroup(click.Group):
@@ -65,9 +76,9 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
     """
     ctx.obj = {"quiet": quiet}
     level = logging.WARNING - 10 * min(verbose, 2)
-    logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def main() -> None:

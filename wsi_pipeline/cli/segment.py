@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,6 +30,8 @@ from wsi_pipeline.options import (
     TiffKind,
 )
 
+LOG_FILE = "wsi_pipeline.log"
+"""In the output folder: warnings, and tracebacks of what should not happen."""
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
 
 
@@ -208,7 +213,11 @@ def _run(
 
     threads = max((os.cpu_count() or 1) // schedule.workers, 1) if not schedule.scheduler else None
     runs: dict[Path, Any] = {}
-    with open_cluster(schedule) as client, Bars(quiet=quiet, unit="patches") as bars:
+    with (
+        _log_file(output),
+        open_cluster(schedule) as client,
+        Bars(quiet=quiet, unit="patches") as bars,
+    ):
         for job, run in segment_all(
             jobs,
             bundle,
@@ -232,6 +241,26 @@ def _run(
     write_summary(output, every)
     write_report(output, every)
     return sum(run.status == "failed" for run in runs.values())
+
+
+@contextmanager
+def _log_file(output: Path) -> Iterator[None]:
+    """Write warnings and errors, with tracebacks, to a file in the output folder."""
+    from wsi_pipeline.errors import StoreError
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write to {output}: {error.strerror}") from error
+    handler = logging.FileHandler(output / LOG_FILE, encoding="utf-8", delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _dry_run(jobs: list[Any], bundle: Any, settings: Settings) -> None:
