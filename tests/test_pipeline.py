@@ -208,6 +208,8 @@ def test_running_again_does_nothing_and_other_exports_infer_nothing(tmp_path, sl
     assert (folder / "annotations.geojson").stat().st_mtime_ns == polygons
     run(slide_path, bundle, output, export=EXACT)
     assert (folder / "annotations.geojson").stat().st_mtime_ns > polygons
+    other = SelectOptions(tissue="none", frame="openslide")
+    run(slide_path, bundle, output, select=other, export=ExportOptions(frame="openslide"))
     assert {p: p.stat().st_mtime_ns for p in (folder / ".store" / "blocks").iterdir()} == ledger
     assert (mask_of(folder) == mask).all()
 

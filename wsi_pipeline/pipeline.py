@@ -252,12 +252,14 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
         for name, path in (("tissue", select.tissue), ("roi", select.roi))
         if isinstance(path, Path) and path.is_file()
     }
+    # the frame of what is read matters only where something is read
+    where = asdict(select if files else replace(select, frame="qupath"))
     return {
         "slide": slide.fingerprint,
         "mpp": slide.mpp,
         "model": sha256_of(bundle.path / "model.toml"),
         "weights": bundle.weights_sha256,
-        "select": asdict(select),
+        "select": where,
         "files": files,
         "predict": {k: v for k, v in asdict(predict).items() if k not in ("device", "batch_size")},
         "ngff": settings.export.ngff,
