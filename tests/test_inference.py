@@ -41,6 +41,20 @@ def test_inputs_are_scaled_then_normalised(tmp_path):
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+def predicted(bundle, origins, **options):
+    predictor = Predictor(load_bundle(bundle), device="cpu", precision="fp32", **options)
+    return torch.stack(list(predictor.predict(PIXELS, origins)))
+
+
+def test_neither_threads_nor_company_change_a_bit(tmp_path):
+    """What makes masks independent of block size and number of workers."""
+    bundle = lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128)
+    alone = torch.cat([predicted(bundle, ORIGINS[i : i + 1], threads=1) for i in range(5)])
+    for threads in (1, 2, 3):
+        assert torch.equal(predicted(bundle, ORIGINS, threads=threads), alone)
+        assert torch.equal(predicted(bundle, ORIGINS[1:4], threads=threads), alone[1:4])
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_is_near(tmp_path, precision):
     bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
@@ -83,7 +97,7 @@ def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
         text.replace('  { name = "Stroma", color = [150, 200, 150] },\n', "")
     )
     predictor = Predictor(load_bundle(folder), device="cpu")
-    with pytest.raises(BundleError, match=r"\(4, 3, 128, 128\).*\(4, 2, 128, 128\)"):
+    with pytest.raises(BundleError, match=r"\(1, 3, 128, 128\).*\(1, 2, 128, 128\)"):
         list(predictor.predict(PIXELS, ORIGINS))
 
 

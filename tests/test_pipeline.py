@@ -47,7 +47,7 @@ def run(slide, bundle, output, *, workers=1, select=EVERYWHERE, export=MASK_ONLY
     (job,) = plan_jobs([Path(slide)], Path(output))
     with open_cluster(ScheduleOptions(workers=workers)) as client:
         return job.folder, segment(
-            job, load_bundle(bundle), client=client, settings=settings, threads=1
+            job, load_bundle(bundle), client=client, settings=settings, threads=workers
         )
 
 

@@ -48,7 +48,7 @@ class Plan:
         predict: how.
         roi: GeoJSON to which the mask is limited.
         roi_offset: (x, y) of its origin in level-0 pixels.
-        threads: of the CPU for one worker's forward pass.
+        threads: of the CPU for one worker's forward passes.
     """
 
     slide_path: Path
@@ -122,8 +122,9 @@ class SegmentBlocks:
             self._roi = [a.polygon for a in read_polygons(plan.roi, offset=plan.roi_offset)]
 
     def close(self) -> None:
-        """Close the slide."""
+        """Close the slide, end the threads."""
         self._slide.close()
+        self._predictor.close()
 
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""

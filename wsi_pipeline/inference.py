@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -44,15 +44,19 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
+def _use_one_core() -> None:
+    torch.set_num_threads(1)  # of the calling thread: OpenMP counts for each
+
+
 class Predictor:
-    """A network on its device, ready to predict patches.
+    """A network on its device, ready to predict patches; close it.
 
     Args:
         bundle: the model.
         device: "auto", "cpu", "cuda" or "cuda:N".
         precision: number format of the forward pass.
         batch_size: patches in one forward pass; None = chosen for the device.
-        threads: of the CPU for one forward pass; None = all.
+        threads: of the CPU to keep busy; None = all.
     """
 
     def __init__(
@@ -71,8 +75,12 @@ class Predictor:
         self._bundle = bundle
         self._module = network.module.to(self.device)
         self._static_batch = network.batch_size
-        self._threads = threads or os.cpu_count() or 1
-        self._batch = self._static_batch or batch_size or (32 if self.device.type == "cuda" else 4)
+        on_cpu = self.device.type == "cpu"
+        self._batch = self._static_batch or batch_size or (1 if on_cpu else 32)
+        # Several passes on one core each are as fast as one pass on several, and what a pass gives
+        # does not depend on the number of threads then. Passes share nothing but the weights.
+        self._passes = (threads or os.cpu_count() or 1) if on_cpu else 1
+        self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=_use_one_core)
         mean = torch.tensor(bundle.input.mean, device=self.device).reshape(-1, 1, 1)
         std = torch.tensor(bundle.input.std, device=self.device).reshape(-1, 1, 1)
         self._scale, self._shift = 1 / (255 * std), -mean / std
@@ -92,25 +100,27 @@ class Predictor:
         Raises:
             BundleError: the network fails, or answers in another shape than the bundle says.
         """
-        # OpenMP keeps this per calling thread, and dask calls from several
-        torch.set_num_threads(self._threads)
         region = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)  # (C, h, w), a view
         height, width = self._bundle.input.patch_size
-        for first in range(0, len(origins), self._batch):
-            batch = torch.stack(
-                [
-                    region[:, y : y + height, x : x + width]
-                    for y, x in origins[first : first + self._batch]
-                ]
-            )
-            yield from self._forward(batch)
+        step = self._batch * self._passes
+        for first in range(0, len(origins), step):
+            patches = [
+                region[:, y : y + height, x : x + width] for y, x in origins[first : first + step]
+            ]
+            batches = [patches[i : i + self._batch] for i in range(0, len(patches), self._batch)]
+            for probabilities in self._pool.map(self._forward, batches):
+                yield from probabilities
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
 
     @torch.inference_mode()
-    def _forward(self, batch: torch.Tensor) -> torch.Tensor:
-        count = len(batch)
-        inputs = batch.float() * self._scale + self._shift  # (N, C, *patch)
-        if self._static_batch:
-            inputs = torch.cat([inputs, inputs.new_zeros(self._batch - count, *inputs.shape[1:])])
+    def _forward(self, patches: list[torch.Tensor]) -> torch.Tensor:
+        count = len(patches)
+        # always full batches: on the way a patch is rounded differently in one of another size
+        padded = patches + [torch.zeros_like(patches[0])] * (self._batch - count)
+        inputs = torch.stack(padded).float() * self._scale + self._shift  # (N, C, *patch)
         enabled = self.dtype is not torch.float32
         try:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):

@@ -69,7 +69,7 @@ def segment(
         bundle: the model.
         client: of the dask cluster that does the blocks.
         settings: options.
-        threads: of the CPU for one worker's forward pass; None = all.
+        threads: of the CPU for one worker's forward passes; None = all.
         overwrite: start anew whatever the folder holds.
         progress: told of patches done.
 
@@ -133,7 +133,7 @@ def segment_all(
         bundle: the model.
         client: of the dask cluster.
         settings: options.
-        threads: of the CPU for one worker's forward pass.
+        threads: of the CPU for one worker's forward passes.
         overwrite: start anew whatever the folders hold.
         progress: told of the job and its patches done.
     """
