@@ -85,7 +85,7 @@ def command(
                     progress=partial(bars, job.path.name),
                 )
             except WsiPipelineError as error:
-                reason = str(error)
+                reason = str(error).removeprefix(f"{job.path}: ")
                 if isinstance(error, MissingMppError):
                     reason = reason.replace("--mpp", "--slide-mpp")
                 click.echo(f"failed: {job.path}: {reason}", err=True)
