@@ -19,7 +19,7 @@ class Pointwise(torch.nn.Module):
 
 folder = Path("model")
 folder.mkdir()
-torch.jit.script(Pointwise()).save(folder / "program.pt")
+torch.jit.trace(Pointwise(), torch.rand(1, 3, 256, 256)).save(folder / "program.pt")
 (folder / "model.toml").write_text('''
 name = "smoke"
 modality = "slide"
