@@ -152,3 +152,4 @@ def run_blocks(
     finally:
         client.cancel(list(futures.futures))
         client.unregister_worker_plugin(name)
+        _trim_memory()  # what comes next needs none of what an in-process worker held

@@ -316,7 +316,7 @@ def _build(vertices: Vertices, corners: Ints) -> npt.NDArray[np.object_]:
         vertices: of the regions, sorted and added up.
         corners: places of all regions' corners, sorted; where they lie on an edge, it gets a node.
     """
-    region, y, x, quadrants = vertices.T.astype(np.int64)
+    region, y, x, quadrants = vertices.T.copy()
     region -= region[0]
     d = DIFFERENCE[quadrants]
     twice = np.repeat(np.arange(len(d)), np.abs(d))  # where two pixels meet diagonally: two corners
@@ -340,7 +340,7 @@ def _is_in(values: Ints, ordered: Ints) -> npt.NDArray[np.bool_]:
 
 
 def _as_polygons(
-    ring: Ints, y: Ints, x: Ints, region_of: Ints, count: int
+    ring: AnyInts, y: AnyInts, x: AnyInts, region_of: AnyInts, count: int
 ) -> npt.NDArray[np.object_]:
     """Return the polygons of vertices in ring order; rings are sorted by region, shells first."""
     heads = np.flatnonzero(np.diff(ring, prepend=-1))
@@ -376,8 +376,8 @@ class _Rings:
         region: of each edge.
     """
 
-    y: Ints
-    x: Ints
+    y: AnyInts
+    x: AnyInts
     rows: Ints
     columns: Ints
     column_keys: Ints
@@ -386,12 +386,14 @@ class _Rings:
     end: Ints
     ring: Ints
     position: Ints
-    region: Ints
+    region: AnyInts
 
-    def _at(self, edge: Ints, phase: int, along: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+    def _at(
+        self, edge: Ints, phase: int, along: AnyInts, y: AnyInts, x: AnyInts
+    ) -> tuple[AnyInts, ...]:
         return self.ring[edge], 4 * self.position[edge] + phase, along, y, x
 
-    def corners(self) -> tuple[Ints, ...]:
+    def corners(self) -> tuple[AnyInts, ...]:
         """Return ring, step, order within the step, y and x of all corners."""
         edge = np.arange(len(self.start))
         ends = np.concatenate([self.start, self.end])
@@ -400,23 +402,25 @@ class _Rings:
         step = 4 * self.position[both] + phase
         return self.ring[both], step, np.zeros_like(both), self.y[ends], self.x[ends]
 
-    def place_on_rows(self, region: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+    def place_on_rows(self, region: AnyInts, y: AnyInts, x: AnyInts) -> tuple[AnyInts, ...]:
         """Return the same of vertices that lie within edges along rows."""
-        key = (region * self.extent[1] + y) * self.extent[0] + x
+        key = (region.astype(np.int64) * self.extent[1] + y) * self.extent[0] + x
         edge = np.searchsorted(self.rows, key) - 1
         along = np.where(self.start[edge] < self.end[edge], x, -x)
         return self._at(edge, 1, along, y, x)
 
-    def place_on_columns(self, region: Ints, y: Ints, x: Ints) -> tuple[Ints, ...]:
+    def place_on_columns(self, region: AnyInts, y: AnyInts, x: AnyInts) -> tuple[AnyInts, ...]:
         """Return the same of vertices that lie within edges along columns."""
-        key = (region * self.extent[0] + x) * self.extent[1] + y
+        key = (region.astype(np.int64) * self.extent[0] + x) * self.extent[1] + y
         upper, lower = self.columns[np.searchsorted(self.column_keys, key) - 1].T
         downward = self.end[upper // 2] == upper
         edge = np.where(downward, upper, lower) // 2
         return self._at(edge, 3, np.where(downward, y, -y), y, x)
 
 
-def _link(region: Ints, y: Ints, x: Ints, d: Ints, second: npt.NDArray[np.bool_]) -> _Rings:
+def _link(
+    region: AnyInts, y: AnyInts, x: AnyInts, d: AnyInts, second: npt.NDArray[np.bool_]
+) -> _Rings:
     """Pair corners, sorted by region, y, x, along rows and columns; return the rings.
 
     Args:
@@ -440,9 +444,9 @@ def _link(region: Ints, y: Ints, x: Ints, d: Ints, second: npt.NDArray[np.bool_]
     return _Rings(
         y=y,
         x=x,
-        rows=(region[left] * ny + y[left]) * nx + x[left],
+        rows=(region[left].astype(np.int64) * ny + y[left]) * nx + x[left],
         columns=columns,
-        column_keys=(region[upper] * nx + x[upper]) * ny + y[upper],
+        column_keys=(region[upper].astype(np.int64) * nx + x[upper]) * ny + y[upper],
         extent=(nx, ny),
         start=start,
         end=end,
