@@ -106,6 +106,10 @@ class Settings:
     predict: PredictOptions = field(default_factory=PredictOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
 
+    def as_plain(self) -> dict[str, dict[str, Any]]:
+        """Return the options by group, as JSON holds them."""
+        return {name: as_plain(getattr(self, name)) for name in ("select", "predict", "export")}
+
 
 def as_plain(options: Any) -> dict[str, Any]:
     """Return a dataclass of options as JSON holds it.

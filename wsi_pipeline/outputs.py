@@ -149,7 +149,7 @@ def _describe(
         model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
         settings={
             "key": finished.key,
-            **{name: as_plain(getattr(settings, name)) for name in ("select", "predict", "export")},
+            **settings.as_plain(),
             "grid": as_plain(replace(stored.info, bounds=None)),
         },
         versions=versions(),

@@ -389,7 +389,7 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
         reason=reason,
         slide={"name": job.path.name, "path": str(job.path)},
         model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
-        settings={n: as_plain(getattr(settings, n)) for n in ("select", "predict", "export")},
+        settings=settings.as_plain(),
         versions=versions(),
     )
     path = job.folder / "run.json"
