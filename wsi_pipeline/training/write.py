@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.store import written_beside
 from wsi_pipeline.training.measure import Score
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample
@@ -45,9 +45,8 @@ def write_bundle(
         for name, tensor in network.state_dict().items()
         if not name.startswith(tuple(unused)) and not name.endswith("num_batches_tracked")
     }
-    partial = folder / f"{WEIGHTS}.part"
-    partial.write_bytes(save(state))
-    os.replace(partial, folder / WEIGHTS)
+    with written_beside(folder / WEIGHTS) as partial:
+        partial.write_bytes(save(state))
     (folder / "model.toml").write_text(bundle_toml(recipe.bundle), "utf-8")
     (folder / "README.md").write_text(model_card(recipe, samples, scores), "utf-8")
 
