@@ -23,8 +23,6 @@ TAPS = (2, 4, 7, 14, 18)
 """Stage of the encoder before which each tap is taken, from 1/2 to 1/32 of the input."""
 CHANNELS = (16, 24, 32, 96, 320)
 """Of each tap."""
-FOLD_BELOW = 128
-"""Channels below which one composed 5×5 convolution is cheaper than its three parts."""
 
 
 class SpatialAttention(nn.Module):
@@ -59,27 +57,26 @@ class MSFFM(nn.Module):
         self.fc2 = nn.Conv2d(channels // reduction, channels, 1)
         self.spatialatt = SpatialAttention()
         self.fusion_conv = nn.Conv2d(channels, channels, 1)
+        self.composed: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused features, (N, C, H, W)."""
-        fused = self._multiscale(x)
+        fused = self._multiscale(x) if self.composed is None else self.composed(x)
         squeezed = functional.relu(self.fc1(fused.mean((2, 3), keepdim=True)))
         fused = fused * torch.sigmoid(self.fc2(squeezed))
         out: Tensor = self.fusion_conv(self.spatialatt(fused))
         return out
 
     def _multiscale(self, x: Tensor) -> Tensor:
-        if x.shape[1] < FOLD_BELOW:
-            weight, bias = self.composed()
-            return functional.conv2d(x, weight, bias, padding=2)
         scales = torch.cat([self.scale1(x), self.scale2(x), self.scale3(x)], dim=1)
         out: Tensor = self.reduce_channel(scales)
         return out
 
-    def composed(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of the one 5×5 convolution that equals the multiscale step.
+    def compose(self) -> None:
+        """Replace the multiscale step by the one 5×5 convolution that equals it; return nothing.
 
-        All four convolutions are linear with nothing between them, so this is exact.
+        Its four convolutions are linear with nothing between them, so this is exact. The module
+        has other tensors then than a weight file: for inference only.
         """
         scales = (self.scale1, self.scale2, self.scale3)
         kernels = torch.cat(
@@ -87,8 +84,12 @@ class MSFFM(nn.Module):
         )
         biases = torch.cat([s.get_parameter("bias") for s in scales])
         mix = self.reduce_channel.weight[:, :, 0, 0]  # (C, 3C)
-        weight = torch.einsum("oi,icyx->ocyx", mix, kernels)
-        return weight, mix @ biases + self.reduce_channel.get_parameter("bias")
+        bias = mix @ biases + self.reduce_channel.get_parameter("bias")
+        conv = nn.Conv2d(len(mix), len(mix), 5, padding=2, device="meta")
+        conv.weight = nn.Parameter(torch.einsum("oi,icyx->ocyx", mix, kernels))
+        conv.bias = nn.Parameter(bias)
+        self.composed = conv
+        del self.scale1, self.scale2, self.scale3, self.reduce_channel
 
 
 class FRFM(nn.Module):
