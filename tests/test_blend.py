@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline.blend import Canvas, Windows, axis_windows, iter_sampled_rows
+from wsi_pipeline.blend import (
+    Windows,
+    axis_windows,
+    iter_blended_rows,
+    iter_owned,
+    iter_sampled_rows,
+)
 from wsi_pipeline.grid import PatchGrid
 
 CPU = torch.device("cpu")
@@ -22,11 +28,17 @@ def grids(draw):
 
 
 def blended(grid, blend, predict, channels=1):
-    windows = Windows(grid, blend, CPU)
-    canvas = Canvas((0, 0), grid.shape, channels, CPU)
-    for y, x in grid.origins.tolist():
-        canvas.add((y, x), predict(y, x), windows.weight((y, x)))
-    return canvas.finish()
+    predictions = (((y, x), predict(y, x)) for y, x in grid.origins.tolist())
+    rows = iter_blended_rows(
+        predictions,
+        (0, 0),
+        grid.shape,
+        windows=Windows(grid, blend, CPU),
+        patch_rows=grid.patch_size[0],
+        channels=channels,
+        device=CPU,
+    )
+    return torch.cat([band.clone() for _, band in rows], dim=1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,11 +83,54 @@ def test_the_gaussian_is_the_published_one():
     assert window.min() > 0
 
 
-def test_where_no_patch_lies_is_background():
-    bare = Canvas((0, 0), (2, 2), 1, CPU).finish()
-    assert (bare == 0).all()
-    classes = Canvas((0, 0), (2, 2), 3, CPU).finish()
-    assert classes[:, 0, 0].tolist() == [1, 0, 0]
+@pytest.mark.parametrize("blend", ["gaussian", "crop"])
+def test_where_no_patch_lies_is_background(blend):
+    grid = PatchGrid.cover((40, 10), (10, 10), (2, 2))
+    kept = grid.keep(np.array([True, False, False, False, True]))
+    alone = blended(kept, blend, lambda y, x: torch.ones(1, 10, 10))
+    among = blended(
+        kept, blend, lambda y, x: torch.tensor([0.0, 0, 1])[:, None, None].expand(3, 10, 10), 3
+    )
+    inside = torch.zeros(40, 10, dtype=torch.bool)
+    first, last = (9, 32) if blend == "crop" else (10, 30)  # origins are 0, 8, 16, 24 and 30
+    inside[:first] = inside[last:] = True
+    assert (alone[0] == inside).all()
+    assert (among.argmax(0) == 2 * inside).all()
+    assert (among[0] == ~inside).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(grids(), st.sampled_from(["crop", "gaussian"]), st.data())
+def test_what_is_owned_is_what_blending_shows(grid, blend, data):
+    """In any box, and with patches missing."""
+    windows = Windows(grid, blend, CPU)
+    if not windows.exclusive:
+        return
+    keep = np.array(
+        data.draw(st.lists(st.booleans(), min_size=len(grid), max_size=len(grid))), bool
+    )
+    some = grid.keep(keep)
+    start = tuple(data.draw(st.integers(0, n - 1)) for n in grid.shape)
+    stop = tuple(data.draw(st.integers(a + 1, n)) for a, n in zip(start, grid.shape, strict=True))
+    truth = {tuple(o): torch.rand(1, *grid.patch_size) for o in some.origins.tolist()}
+    expected = blended(some, blend, lambda y, x: truth[y, x])
+    found = torch.zeros_like(expected)
+    for (y, x), part in iter_owned(truth.items(), start, stop, windows=windows):
+        assert start[0] <= y < stop[0]
+        assert start[1] <= x < stop[1]
+        found[:, y : y + part.shape[1], x : x + part.shape[2]] = part
+    box = (slice(None), *(slice(a, b) for a, b in zip(start, stop, strict=True)))
+    assert torch.equal(found[box], expected[box])
+
+
+def cut(field, data):
+    """Return the field in bands of any height, as blending yields it."""
+    row, bands = 0, []
+    while row < field.shape[1]:
+        stop = row + data.draw(st.integers(1, field.shape[1] - row))
+        bands.append((row, field[:, row:stop]))
+        row = stop
+    return bands
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,7 +147,10 @@ def test_sampling_does_not_depend_on_the_cut(ratio_y, ratio_x, height, width, ro
     field = torch.rand(2, height, width)
     options = {"ratio": (ratio_y, ratio_x), "shape": (height, width)}
     whole = torch.cat(
-        [s for _, s in iter_sampled_rows(field, (0, 0), start=(0, 0), stop=mask_shape, **options)],
+        [
+            s
+            for _, s in iter_sampled_rows([(0, field)], 0, start=(0, 0), stop=mask_shape, **options)
+        ],
         dim=1,
     )
     start = tuple(data.draw(st.integers(0, n - 1)) for n in mask_shape)
@@ -101,7 +159,7 @@ def test_sampling_does_not_depend_on_the_cut(ratio_y, ratio_x, height, width, ro
         [
             s
             for _, s in iter_sampled_rows(
-                field, (0, 0), start=start, stop=stop, rows=rows, **options
+                cut(field, data), 0, start=start, stop=stop, rows=rows, **options
             )
         ],
         dim=1,
@@ -114,8 +172,8 @@ def test_sampling_equals_torch_upsampling_at_whole_factors(factor):
     """Centre on centre is what `interpolate(align_corners=False)` does."""
     field = torch.rand(1, 9, 7)
     rows = iter_sampled_rows(
-        field,
-        (0, 0),
+        [(0, field)],
+        0,
         start=(0, 0),
         stop=(9 * factor, 7 * factor),
         ratio=(1 / factor, 1 / factor),

@@ -14,6 +14,7 @@ from wsi_pipeline.inference import PatchCache, Predictor, choose_device
 from wsi_pipeline.networks import build
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+REGION = torch.from_numpy(PIXELS)
 ORIGINS = np.array([[0, 0], [0, 72], [22, 72], [10, 11], [22, 1]])
 
 
@@ -21,7 +22,7 @@ ORIGINS = np.array([[0, 0], [0, 72], [22, 72], [10, 11], [22, 1]])
 def test_a_pointwise_program_sees_the_right_pixels(tmp_path, batch_size):
     bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=128))
     predictor = Predictor(bundle, device="cpu", batch_size=batch_size)
-    found = list(predictor.predict(PIXELS, ORIGINS))
+    found = list(predictor.predict(REGION, ORIGINS))
     assert len(found) == len(ORIGINS)
     for (y, x), probabilities in zip(ORIGINS, found, strict=True):
         assert probabilities.shape == (3, 128, 128)
@@ -33,7 +34,7 @@ def test_a_pointwise_program_sees_the_right_pixels(tmp_path, batch_size):
 
 def test_inputs_are_scaled_then_normalised(tmp_path):
     bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
-    (found,) = Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS[:1])
+    (found,) = Predictor(bundle, device="cpu", precision="fp32").predict(REGION, ORIGINS[:1])
     x = torch.from_numpy(PIXELS[:128, :128].copy()).permute(2, 0, 1).float() / 255
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
     with torch.inference_mode():
@@ -43,7 +44,7 @@ def test_inputs_are_scaled_then_normalised(tmp_path):
 
 def predicted(bundle, origins, **options):
     predictor = Predictor(load_bundle(bundle), device="cpu", precision="fp32", **options)
-    return torch.stack(list(predictor.predict(PIXELS, origins)))
+    return torch.stack(list(predictor.predict(REGION, origins)))
 
 
 def test_neither_threads_nor_company_change_a_bit(tmp_path):
@@ -58,8 +59,8 @@ def test_neither_threads_nor_company_change_a_bit(tmp_path):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precision_is_near(tmp_path, precision):
     bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
-    (exact,) = Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS[:1])
-    (near,) = Predictor(bundle, device="cpu", precision=precision).predict(PIXELS, ORIGINS[:1])
+    (exact,) = Predictor(bundle, device="cpu", precision="fp32").predict(REGION, ORIGINS[:1])
+    (near,) = Predictor(bundle, device="cpu", precision=precision).predict(REGION, ORIGINS[:1])
     assert near.dtype == torch.float32
     assert (near - exact).abs().mean() < 0.05
 
@@ -83,7 +84,7 @@ def test_an_exported_program_of_one_batch_size_gets_full_batches(tmp_path):
     program = torch.export.export(Exported(), (torch.rand(3, 3, 128, 128),))
     torch.export.save(program, tmp_path / "program.pt2")
     predictor = Predictor(load_bundle(tmp_path), device="cpu", batch_size=2)
-    found = list(predictor.predict(PIXELS, ORIGINS))
+    found = list(predictor.predict(REGION, ORIGINS))
     assert len(found) == 5
     for (y, x), probabilities in zip(ORIGINS, found, strict=True):
         dark = PIXELS[y : y + 128, x : x + 128, 1] < 127.5
@@ -98,7 +99,7 @@ def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
     )
     predictor = Predictor(load_bundle(folder), device="cpu")
     with pytest.raises(BundleError, match=r"\(1, 3, 128, 128\).*\(1, 2, 128, 128\)"):
-        list(predictor.predict(PIXELS, ORIGINS))
+        list(predictor.predict(REGION, ORIGINS))
 
 
 def test_a_program_that_fails_is_named(tmp_path):
@@ -111,7 +112,7 @@ def test_a_program_that_fails_is_named(tmp_path):
     )
     predictor = Predictor(load_bundle(folder), device="cpu")
     with pytest.raises(BundleError, match="test-"):
-        list(predictor.predict(PIXELS[..., :1], ORIGINS))
+        list(predictor.predict(REGION[..., :1], ORIGINS))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
@@ -125,8 +126,9 @@ def test_a_gpu_that_is_not_there_is_an_error():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_agrees_with_the_cpu(tmp_path):
     bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
-    ours = list(Predictor(bundle, device="cuda", precision="fp32").predict(PIXELS, ORIGINS))
-    theirs = list(Predictor(bundle, device="cpu", precision="fp32").predict(PIXELS, ORIGINS))
+    gpu = Predictor(bundle, device="cuda", precision="fp32")
+    ours = list(gpu.predict(gpu.upload(PIXELS), ORIGINS))
+    theirs = list(Predictor(bundle, device="cpu", precision="fp32").predict(REGION, ORIGINS))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a.cpu(), b, atol=1e-3)
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
 
 import pytest
 from distributed import Client, LocalCluster
@@ -28,7 +27,7 @@ class Recorder:
     most_at_once = 0
     lock = threading.Lock()
 
-    def __init__(self):
+    def __init__(self, keep):
         with Recorder.lock:
             Recorder.opened += 1
 
@@ -84,7 +83,7 @@ def test_an_error_comes_home_and_the_cluster_lives_on():
 
 
 class Unopenable(Recorder):
-    def __init__(self):
+    def __init__(self, keep):
         raise BundleError("no weights")
 
 
@@ -110,6 +109,9 @@ def test_a_scheduler_that_does_not_answer_is_named():
 class Slow:
     """Work that tells which process did it."""
 
+    def __init__(self, keep):
+        pass
+
     def __call__(self, block):
         time.sleep(0.1)
         return block.index, os.getpid()
@@ -129,7 +131,7 @@ def test_a_killed_workers_blocks_are_done_by_another():
         address = cluster.scheduler_address
         with open_cluster(ScheduleOptions(scheduler=address)) as ours:
             done = []
-            for index, pid in run_blocks(ours, BLOCKS, partial(Slow)):
+            for index, pid in run_blocks(ours, BLOCKS, Slow):
                 done.append(index)
                 if len(done) == 4:
                     os.kill(pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,66 +49,169 @@ def axis_windows(
 
 
 class Windows:
-    """The weights of every patch of a grid, one window an axis."""
+    """The weights of every patch of a grid, one window an axis.
+
+    Args:
+        grid: of the patches.
+        blend: how overlapping predictions combine.
+        device: of the weights.
+
+    Attributes:
+        exclusive: whether every pixel takes the prediction of one patch alone, the nearest: asked
+            for by `crop`, and so wherever patches do not overlap.
+    """
 
     def __init__(self, grid: PatchGrid, blend: Blend, device: torch.device) -> None:
+        self.exclusive = blend == "crop" or grid.stride == grid.patch_size
+        kind: Blend = "crop" if self.exclusive else blend
         axes = zip(grid.shape, grid.patch_size, grid.stride, strict=True)
-        self._axes = [
-            {
-                o: w.to(device)
-                for o, w in axis_windows(blend, length=n, patch_size=p, stride=s).items()
-            }
-            for n, p, s in axes
-        ]
+        self._axes = [axis_windows(kind, length=n, patch_size=p, stride=s) for n, p, s in axes]
+        self._device = device
+        self._weights: dict[tuple[int, ...], torch.Tensor] = {}
 
     def weight(self, origin: Shape) -> torch.Tensor:
         """Return the weight of the patch at `origin`, float32 (*patch)."""
-        weight = torch.ones(())
-        for windows, corner in zip(self._axes, origin, strict=True):
-            weight = weight.to(windows[corner].device)[..., None] * windows[corner]
-        return weight
+        windows = [axis[corner] for axis, corner in zip(self._axes, origin, strict=True)]
+        key = tuple(id(window) for window in windows)  # patches share their windows
+        if key not in self._weights:
+            weight = torch.ones(())
+            for window in windows:
+                weight = weight[..., None] * window
+            self._weights[key] = weight.to(self._device)
+        return self._weights[key]
+
+    def owned(self, origin: Shape) -> tuple[slice, ...]:
+        """Return the pixels of the patch at `origin` that are its alone, if exclusive."""
+        inside = [torch.nonzero(axis[c])[:, 0] for axis, c in zip(self._axes, origin, strict=True)]
+        return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
 
 
-class Canvas:
-    """Sum of weighted predictions over a box of the grid.
+def iter_owned(
+    predictions: Iterable[tuple[Shape, torch.Tensor]],
+    start: Shape,
+    stop: Shape,
+    *,
+    windows: Windows,
+) -> Iterator[tuple[Shape, torch.Tensor]]:
+    """Cut from each prediction what is its alone within a box; yield where that begins, and it.
 
     Args:
+        predictions: origin and (C, *patch) of each patch.
         start: first grid pixel of the box.
         stop: one past the last.
-        channels: of the predictions.
-        device: where the sums lie.
+        windows: of an exclusive grid.
     """
+    for origin, prediction in predictions:
+        spans = _spans(start, stop, origin, windows.owned(origin))
+        if all(a < b for a, b in spans):
+            here = [slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True)]
+            yield tuple(a for a, _ in spans), prediction[(slice(None), *here)]
 
-    def __init__(self, start: Shape, stop: Shape, channels: int, device: torch.device) -> None:
-        shape = [b - a for a, b in zip(start, stop, strict=True)]
-        self._start, self._stop = start, stop
-        self._sum = torch.zeros((channels, *shape), device=device)
-        self._weight = torch.zeros(shape, device=device)
 
-    def add(self, origin: Shape, prediction: torch.Tensor, weight: torch.Tensor) -> None:
-        """Add one patch: `prediction` float32 (C, *patch) on the device, `weight` (*patch)."""
-        size = weight.shape
-        there, here = [], []
-        for a, b, o, n in zip(self._start, self._stop, origin, size, strict=True):
-            low, high = max(a, o), min(b, o + n)
-            if low >= high:
-                return
-            there.append(slice(low - a, high - a))
-            here.append(slice(low - o, high - o))
-        weight = weight[tuple(here)]
-        self._sum[(slice(None), *there)] += prediction[(slice(None), *here)] * weight
+def _spans(
+    start: Sequence[int], stop: Shape, origin: Shape, inside: Sequence[slice]
+) -> list[tuple[int, int]]:
+    """Return, axis by axis, which grid pixels of a part of a patch lie in a box."""
+    axes = zip(start, stop, origin, inside, strict=True)
+    return [(max(a, o + part.start), min(b, o + part.stop)) for a, b, o, part in axes]
+
+
+def iter_blended_rows(
+    predictions: Iterable[tuple[Shape, torch.Tensor]],
+    start: Shape,
+    stop: Shape,
+    *,
+    windows: Windows,
+    patch_rows: int,
+    channels: int,
+    device: torch.device,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blend predictions over a box of the grid; yield its probabilities from the top down.
+
+    Only a band as high as a patch is held, which stays in the processor's cache.
+
+    Args:
+        predictions: origin and float32 (C, *patch) of each patch that touches the box, origins
+            ascending along the first axis.
+        start: first grid pixel of the box.
+        stop: one past the last.
+        windows: weights of the patches.
+        patch_rows: of a patch along the first axis.
+        channels: of the predictions.
+        device: where they lie.
+
+    Yields:
+        First grid row, and (C, rows, *rest) in [0, 1]: overwritten once the next is asked for.
+        Where no patch lies, channel 0 of several is 1 (background) and a single channel is 0.
+    """
+    band = _Band(start, stop, windows, patch_rows, channels, device)
+    for origin, prediction in predictions:
+        yield from band.finish(origin[0])
+        band.add(origin, prediction)
+    yield from band.finish(stop[0])
+
+
+class _Band:
+    """Sums of weighted predictions over some rows of a box, which move down it."""
+
+    def __init__(
+        self,
+        start: Shape,
+        stop: Shape,
+        windows: Windows,
+        rows: int,
+        channels: int,
+        device: torch.device,
+    ) -> None:
+        self._low, self._high, self._windows = list(start), stop, windows
+        rest = [b - a for a, b in zip(start[1:], stop[1:], strict=True)]
+        rows = min(rows, stop[0] - start[0])
+        self._sum = torch.empty((channels, rows, *rest), device=device)
+        weighted = 0 if windows.exclusive else rows
+        self._weight = torch.empty((weighted, *rest), device=device)
+        self._clear(0)
+
+    def add(self, origin: Shape, prediction: torch.Tensor) -> None:
+        """Add one patch, of which no row is finished but those above the box."""
+        inside = tuple(slice(0, n) for n in prediction.shape[1:])
+        if self._windows.exclusive:
+            inside = self._windows.owned(origin)
+        spans = _spans(self._low, self._high, origin, inside)
+        if any(a >= b for a, b in spans):
+            return
+        here = [slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True)]
+        there = [slice(a - low, b - low) for (a, b), low in zip(spans, self._low, strict=True)]
+        patch = prediction[(slice(None), *here)]
+        if self._windows.exclusive:
+            self._sum[(slice(None), *there)] = patch
+            return
+        weight = self._windows.weight(origin)[tuple(here)]
+        self._sum[(slice(None), *there)] += patch * weight
         self._weight[tuple(there)] += weight
 
-    def finish(self) -> torch.Tensor:
-        """Divide by the sum of weights; return probabilities (C, *box) in [0, 1], once.
+    def finish(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the rows before `row` that are not yet finished, and move the band to it."""
+        while (count := min(row - self._low[0], self._sum.shape[1])) > 0:
+            done = self._sum[:, :count]
+            if not self._windows.exclusive:
+                weight = self._weight[:count]
+                bare = weight == 0
+                done /= weight.masked_fill_(bare, 1)
+                if len(done) > 1:
+                    done[0].masked_fill_(bare, 1)
+            yield self._low[0], done
+            kept = self._sum.shape[1] - count
+            for plane in (*self._sum, self._weight):
+                plane[:kept] = plane[count:].clone()
+            self._clear(kept)
+            self._low[0] += count
 
-        Where no patch lies, channel 0 of several is 1 (background) and a single channel is 0.
-        """
-        bare = self._weight == 0
-        self._sum /= self._weight.masked_fill_(bare, 1)  # in place: this is a worker's peak
-        if len(self._sum) > 1:
-            self._sum[0][bare] = 1
-        return self._sum
+    def _clear(self, first: int) -> None:
+        """Set the rows from `first` on to what they are without patches."""
+        self._sum[:, first:] = 0
+        self._weight[first:] = 0
+        if self._windows.exclusive and len(self._sum) > 1:
+            self._sum[0, first:] = 1
 
 
 def sample_positions(
@@ -134,8 +237,8 @@ def sample_positions(
 
 
 def iter_sampled_rows(
-    probabilities: torch.Tensor,
-    origin: tuple[int, int],
+    bands: Iterable[tuple[int, torch.Tensor]],
+    left: int,
     *,
     start: tuple[int, int],
     stop: tuple[int, int],
@@ -148,8 +251,9 @@ def iter_sampled_rows(
     Every value depends on its own mask pixel alone, never on how the mask is cut.
 
     Args:
-        probabilities: (C, h, w) of a box of the grid.
-        origin: (y, x) first grid pixel of that box.
+        bands: first grid row, and (C, h, w) of that and the following rows, from the top down and
+            without gaps, as `iter_blended_rows` yields them.
+        left: first grid column of the bands.
         start: (y, x) first mask pixel wanted.
         stop: one past the last.
         ratio: (y, x) grid pixels per mask pixel.
@@ -159,26 +263,29 @@ def iter_sampled_rows(
     Yields:
         First row of the strip relative to `start`, and (C, rows, width).
     """
-    height, width = stop[0] - start[0], stop[1] - start[1]
     if ratio == (1.0, 1.0):
-        dy, dx = start[0] - origin[0], start[1] - origin[1]
-        for row in range(0, height, rows):
-            end = min(row + rows, height)
-            yield row, probabilities[:, dy + row : dy + end, dx : dx + width]
+        columns = slice(start[1] - left, stop[1] - left)
+        for first, band in bands:
+            above = max(start[0] - first, 0)
+            yield first + above - start[0], band[:, above : stop[0] - first, columns]
         return
-    device = probabilities.device
+    y, fy = sample_positions(start[0], stop[0], ratio=ratio[0], length=shape[0])
     x, fx = sample_positions(start[1], stop[1], ratio=ratio[1], length=shape[1])
-    x0 = torch.from_numpy(x - origin[1]).to(device)
-    x1 = torch.from_numpy(np.minimum(x + 1, shape[1] - 1) - origin[1]).to(device)
-    wx = torch.from_numpy(fx).to(device)
-    for row in range(0, height, rows):
-        end = min(row + rows, height)
-        y, fy = sample_positions(start[0] + row, start[0] + end, ratio=ratio[0], length=shape[0])
-        y0 = torch.from_numpy(y - origin[0]).to(device)
-        y1 = torch.from_numpy(np.minimum(y + 1, shape[0] - 1) - origin[0]).to(device)
-        wy = torch.from_numpy(fy).to(device)[:, None]
-        # a + (b - a) * w in single steps: no fused rounding that would depend on the strip
-        top, bottom = probabilities[:, y0], probabilities[:, y1]
-        line = top + (bottom - top) * wy
-        left, right = line[:, :, x0], line[:, :, x1]
-        yield row, left + (right - left) * wx
+    below, right = np.minimum(y + 1, shape[0] - 1), np.minimum(x + 1, shape[1] - 1)
+    done, last = 0, None
+    for first, band in bands:
+        device = band.device
+        x0, x1, wx = (torch.from_numpy(a).to(device) for a in (x - left, right - left, fx))
+        held = band if last is None else torch.cat([last, band], dim=1)
+        top = first - (held.shape[1] - band.shape[1])
+        last = held[:, -1:].clone()
+        ready = int(np.searchsorted(below, top + held.shape[1]))  # rows that need none below
+        for row in range(done, ready, rows):
+            part = slice(row, min(row + rows, ready))
+            y0, y1, wy = (torch.from_numpy(a[part]).to(device) for a in (y - top, below - top, fy))
+            # a + (b - a) * w in single steps: no fused rounding that would depend on the strip
+            upper, lower = held[:, y0], held[:, y1]
+            line = upper + (lower - upper) * wy[:, None]
+            before, after = line[:, :, x0], line[:, :, x1]
+            yield row, before + (after - before) * wx
+        done = max(done, ready)

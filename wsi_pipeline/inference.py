@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,11 +15,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import build
+from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import Precision
 
+logger = logging.getLogger(__name__)
+
+PROBE, MAX_BATCH = 4, 64
+"""Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -44,8 +51,9 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-def _use_one_core() -> None:
-    torch.set_num_threads(1)  # of the calling thread: OpenMP counts for each
+def use_one_core() -> None:
+    """Let torch in the calling thread use no others: work runs side by side as it is."""
+    torch.set_num_threads(1)  # OpenMP counts for each thread; idle ones of a team would spin
 
 
 class Predictor:
@@ -57,6 +65,9 @@ class Predictor:
         precision: number format of the forward pass.
         batch_size: patches in one forward pass; None = chosen for the device.
         threads: of the CPU to keep busy; None = all.
+
+    Raises:
+        BundleError: the bundle has no network that can be built, or the device is not there.
     """
 
     def __init__(
@@ -73,26 +84,39 @@ class Predictor:
         self.dtype = choose_dtype(precision, self.device)
         self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
         self._bundle = bundle
-        self._module = network.module.to(self.device)
-        self._static_batch = network.batch_size
+        self._is_foreign = bundle.network in FOREIGN
+        self._module = (
+            network.module.to(self.device)
+            if self._is_foreign
+            else for_inference(network.module, device=self.device, dtype=self.dtype)
+        )
         on_cpu = self.device.type == "cpu"
-        self._batch = self._static_batch or batch_size or (1 if on_cpu else 32)
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
         # does not depend on the number of threads then. Passes share nothing but the weights.
         self._passes = (threads or os.cpu_count() or 1) if on_cpu else 1
-        self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=_use_one_core)
-        mean = torch.tensor(bundle.input.mean, device=self.device).reshape(-1, 1, 1)
-        std = torch.tensor(bundle.input.std, device=self.device).reshape(-1, 1, 1)
+        self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=use_one_core)
+        row = bundle.input.patch_size[-1]  # a row of pixels is normalised at one go
+        mean = torch.tensor(bundle.input.mean, device=self.device).repeat(row)
+        std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
         self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._static_batch = network.batch_size
+        self._batch = network.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
+
+    def upload(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+        """Bring the pixels of a region, uint8 (h, w, C), to the device; return them there."""
+        region = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            return region.pin_memory().to(self.device, non_blocking=True)
+        return region
 
     def predict(
-        self, pixels: npt.NDArray[np.uint8], origins: npt.NDArray[np.int64]
+        self, region: torch.Tensor, origins: npt.NDArray[np.int64]
     ) -> Iterator[torch.Tensor]:
         """Predict patches of a region; yield the probabilities of each in turn.
 
         Args:
-            pixels: uint8 (h, w, C), holding all the patches.
-            origins: (n, 2) first corners (y, x) within `pixels`.
+            region: uint8 (h, w, C) on the device, holding all the patches.
+            origins: (n, 2) first corners (y, x) within the region.
 
         Yields:
             float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
@@ -100,30 +124,53 @@ class Predictor:
         Raises:
             BundleError: the network fails, or answers in another shape than the bundle says.
         """
-        region = torch.from_numpy(pixels).to(self.device).permute(2, 0, 1)  # (C, h, w), a view
-        height, width = self._bundle.input.patch_size
-        step = self._batch * self._passes
-        for first in range(0, len(origins), step):
-            patches = [
-                region[:, y : y + height, x : x + width] for y, x in origins[first : first + step]
-            ]
-            batches = [patches[i : i + self._batch] for i in range(0, len(patches), self._batch)]
-            for probabilities in self._pool.map(self._forward, batches):
-                yield from probabilities
+        ahead: deque[Future[torch.Tensor]] = deque()
+        try:
+            for first in range(0, len(origins), self._batch):
+                batch = origins[first : first + self._batch]
+                ahead.append(self._pool.submit(self._forward, region, batch))
+                if len(ahead) > self._passes:  # one more than runs, so that no core waits
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
 
     @torch.inference_mode()
-    def _forward(self, patches: list[torch.Tensor]) -> torch.Tensor:
-        count = len(patches)
+    def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> torch.Tensor:
+        """Return the probabilities (n, K, *patch) of some patches in one pass, if they fit in."""
+        height, width = self._bundle.input.patch_size
+        patches = [region[y : y + height, x : x + width] for y, x in origins]
         # always full batches: on the way a patch is rounded differently in one of another size
-        padded = patches + [torch.zeros_like(patches[0])] * (self._batch - count)
-        inputs = torch.stack(padded).float() * self._scale + self._shift  # (N, C, *patch)
-        enabled = self.dtype is not torch.float32
+        patches += [torch.zeros_like(patches[0])] * (self._batch - len(patches))
         try:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled):
+            return self._run(torch.stack(patches))[: len(origins)]
+        except torch.OutOfMemoryError:
+            if self._static_batch or self._batch == 1:
+                raise BundleError(
+                    f"{self._bundle.name} does not fit into the memory of {self.device} with "
+                    f"{self._batch} patches at a time; use --device cpu"
+                ) from None
+        self._batch = len(patches) // 2
+        torch.cuda.empty_cache()
+        logger.warning("out of memory: going on with %d patches at a time", self._batch)
+        halves = range(0, len(origins), self._batch)
+        return torch.cat([self._forward(region, origins[i : i + self._batch]) for i in halves])
+
+    def _run(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities (N, K, *patch) of patches, uint8 (N, *patch, C)."""
+        values = patches.flatten(-2).float().mul_(self._scale).add_(self._shift)
+        inputs = values.view(patches.shape).movedim(-1, 1)  # (N, C, *patch), channels last
+        # a foreign program may count on the usual order
+        inputs = inputs.contiguous() if self._is_foreign else inputs.to(self.dtype)
+        lower = self._is_foreign and self.dtype is not torch.float32
+        try:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
                 output = self._module(inputs)
         except torch.OutOfMemoryError:
             raise
@@ -139,8 +186,26 @@ class Predictor:
                 f"{self._bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
                 f"makes it {expected}"
             )
-        logits = logits[:count].float()
+        logits = logits.float().contiguous()  # classes apart: fast from here on
         return logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
+
+    def _fitting_batch(self) -> int:
+        """Return how many patches, a power of two, fit into half of the GPU's free memory."""
+        spec = self._bundle.input
+        patches = torch.zeros((PROBE, *spec.patch_size, spec.channels), dtype=torch.uint8)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with torch.inference_mode():
+                self._run(patches.to(self.device))
+        except torch.OutOfMemoryError:
+            return 1
+        each = (torch.cuda.max_memory_allocated(self.device) - before) / PROBE
+        free, _ = torch.cuda.mem_get_info(self.device)
+        batch = 1
+        while batch < MAX_BATCH and 2 * batch * each <= free / 2:
+            batch *= 2
+        return batch
 
 
 class PatchCache:

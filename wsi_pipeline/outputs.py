@@ -141,7 +141,7 @@ def _describe(
     (fy, fx), pixel_mm2 = stored.tissue_downsample, finished.dialect().pixel_mm2
     pixels = np.zeros(len(bundle.classes), np.int64)
     for arrays in ledger.values():
-        np.add.at(pixels, arrays["value"], arrays["pixels"])
+        pixels += arrays["counts"]
     return Run(
         status="failed" if failures else "done",
         reason="; ".join(failures),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,44 +79,13 @@ def segment(
     Raises:
         WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
     """
-    begun = time.perf_counter()
-    with open_source(job.path, mpp=settings.select.mpp) as slide:
-        _check_modality(bundle)
-        key = run_key(_identity(slide, bundle, settings))
-        if not overwrite and (run := _finished(job.folder, key, settings.export)):
-            logger.info("%s is done already", job.folder)
-            return run
-        store = open_run_store(
-            # absolute: workers elsewhere have another current folder
-            job.folder.absolute(),
-            fingerprint=slide.fingerprint,
-            key=key,
-            overwrite=overwrite,
-        )
-        stored = _kept_survey(store, slide, bundle, settings)
-        plan = _plan(slide, bundle, store, stored, settings, threads)
-        _ensure_mask(plan, bundle, slide, settings.export)
-        logger.info(
-            "%s: %d patches of %d², %g µm/px", job.path.name, len(plan.grid),
-            plan.grid.patch_size[0], stored.info.grid_mpp,
-        )  # fmt: skip
-        blocks = _do_blocks(plan, client, progress)
-        if not _is_of(job.folder, key):
-            drop_outputs(job.folder)
-        run = write_outputs(
-            Finished(
-                slide=slide,
-                bundle=bundle,
-                plan=plan,
-                stored=stored,
-                settings=settings,
-                key=key,
-                blocks=blocks,
-            )
-        )
-    run = replace(run, seconds={**run.seconds, "total": round(time.perf_counter() - begun, 3)})
-    write_run_json(job.folder / "run.json", run)
-    return run
+    begun = _begin(job, bundle, settings=settings, threads=threads, overwrite=overwrite)
+    if isinstance(begun, Run):
+        return begun
+    start = time.perf_counter()
+    for _ in _do_blocks(begun, client, progress):
+        pass
+    return _finish(begun, time.perf_counter() - start)
 
 
 def segment_all(
@@ -126,7 +98,10 @@ def segment_all(
     overwrite: bool = False,
     progress: Callable[[Job, int, int], None] | None = None,
 ) -> Iterator[tuple[Job, Run]]:
-    """Segment slides one after the other; yield each with its run, failed ones too.
+    """Segment slides in order; yield each with its run, failed ones too.
+
+    While the workers do the blocks of one slide, the next is surveyed and the outputs of the one
+    before are written.
 
     Args:
         jobs: slides and their folders.
@@ -137,25 +112,30 @@ def segment_all(
         overwrite: start anew whatever the folders hold.
         progress: told of the job and its patches done.
     """
-    for job in jobs:
-        try:
-            run = segment(
-                job,
-                bundle,
-                client=client,
-                settings=settings,
-                threads=threads,
-                overwrite=overwrite,
-                progress=partial(progress, job) if progress else None,
-            )
-        except Exception as error:
-            # one bad slide must not end the night; what is not ours is a defect: keep its traceback
-            expected = isinstance(error, WsiPipelineError)
-            logger.log(
-                logging.DEBUG if expected else logging.ERROR, "%s failed", job.path, exc_info=True
-            )
-            run = _failed(job, bundle, settings, error)
-        yield job, run
+    ending: deque[tuple[Job, Future[Run]]] = deque()
+    with ThreadPoolExecutor(1, "begin") as beginner, ThreadPoolExecutor(1, "finish") as finisher:
+        begin = partial(_begin, settings=settings, threads=threads, overwrite=overwrite)
+        for job, begun in _iter_ahead(jobs, lambda job: beginner.submit(begin, job, bundle)):
+            end: Future[Run] = Future()
+            try:
+                slide = begun.result()
+                if isinstance(slide, Run):
+                    end.set_result(slide)
+                else:
+                    start = time.perf_counter()
+                    for _ in _do_blocks(
+                        slide, client, partial(progress, job) if progress else None
+                    ):
+                        while ending and ending[0][1].done():
+                            yield _ended(*ending.popleft(), bundle, settings)
+                    end = finisher.submit(_finish, slide, time.perf_counter() - start)
+            except Exception as error:
+                end.set_exception(error)
+            ending.append((job, end))
+            while len(ending) > 1 or (ending and ending[0][1].done()):
+                yield _ended(*ending.popleft(), bundle, settings)
+        while ending:
+            yield _ended(*ending.popleft(), bundle, settings)
 
 
 def tile(
@@ -235,6 +215,134 @@ def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
         else (overlap, overlap),
         select=settings.select,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A slide of which the blocks are to be done.
+
+    Attributes:
+        job: its path and folder.
+        bundle: the model.
+        settings: options.
+        slide: closed again.
+        key: of the run.
+        stored: the patch grid.
+        plan: for the workers.
+        blocks: that hold anything.
+        seconds: that it took to get here.
+    """
+
+    job: Job
+    bundle: Bundle
+    settings: Settings
+    slide: Slide
+    key: str
+    stored: StoredGrid
+    plan: Plan
+    blocks: list[Block]
+    seconds: float
+
+
+def _begin(
+    job: Job, bundle: Bundle, *, settings: Settings, threads: int | None, overwrite: bool
+) -> Run | _Begun:
+    """Open a slide and its run's folder, survey it; return it, or its run if that is done."""
+    start = time.perf_counter()
+    with open_source(job.path, mpp=settings.select.mpp) as slide:
+        _check_modality(bundle)
+        key = run_key(_identity(slide, bundle, settings))
+        if not overwrite and (run := _finished(job.folder, key, settings.export)):
+            logger.info("%s is done already", job.folder)
+            return run
+        store = open_run_store(
+            # absolute: workers elsewhere have another current folder
+            job.folder.absolute(),
+            fingerprint=slide.fingerprint,
+            key=key,
+            overwrite=overwrite,
+        )
+        stored = _kept_survey(store, slide, bundle, settings)
+        plan = _plan(slide, bundle, store, stored, settings, threads)
+        _ensure_mask(plan, bundle, slide, settings.export)
+        logger.info(
+            "%s: %d patches of %d², %g µm/px", job.path.name, len(plan.grid),
+            plan.grid.patch_size[0], stored.info.grid_mpp,
+        )  # fmt: skip
+        return _Begun(
+            job=job,
+            bundle=bundle,
+            settings=settings,
+            slide=slide,
+            key=key,
+            stored=stored,
+            plan=plan,
+            blocks=plan.blocks(),
+            seconds=time.perf_counter() - start,
+        )
+
+
+def _do_blocks(begun: _Begun, client: Client, progress: Progress | None) -> Iterator[int]:
+    """Do the blocks that are left; yield how many patches are done after each."""
+    plan = begun.plan
+    pending = plan.store.pending(begun.blocks)
+    done = len(plan.grid) - _patches_touching(plan, pending)
+    if progress:
+        progress(done, len(plan.grid))
+    if not pending:
+        return
+    for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
+        done = min(done + fresh, len(plan.grid))
+        if progress:
+            progress(done, len(plan.grid))
+        yield done
+
+
+def _finish(begun: _Begun, seconds: float) -> Run:
+    """Write the outputs of a slide whose blocks took so many seconds; return its run."""
+    start = time.perf_counter()
+    folder = begun.job.folder
+    if not _is_of(folder, begun.key):
+        drop_outputs(folder)
+    run = write_outputs(
+        Finished(
+            slide=begun.slide,
+            bundle=begun.bundle,
+            plan=begun.plan,
+            stored=begun.stored,
+            settings=begun.settings,
+            key=begun.key,
+            blocks=begun.blocks,
+        )
+    )
+    total = begun.seconds + seconds + time.perf_counter() - start
+    run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
+    write_run_json(folder / "run.json", run)
+    return run
+
+
+def _iter_ahead(
+    jobs: Sequence[Job], submit: Callable[[Job], Future[Run | _Begun]]
+) -> Iterator[tuple[Job, Future[Run | _Begun]]]:
+    """Yield each job and its future, the next of which is on its way."""
+    waiting = iter(jobs)
+    coming = deque((job, submit(job)) for job in islice(waiting, 1))
+    while coming:
+        coming.extend((job, submit(job)) for job in islice(waiting, 1))
+        yield coming.popleft()
+
+
+def _ended(job: Job, end: Future[Run], bundle: Bundle, settings: Settings) -> tuple[Job, Run]:
+    """Return how a slide ended, once it has."""
+    try:
+        return job, end.result()
+    except Exception as error:
+        # one bad slide must not end the night; what is not ours is a defect: keep its traceback
+        expected = isinstance(error, WsiPipelineError)
+        logger.log(
+            logging.DEBUG if expected else logging.ERROR, "%s failed", job.path, exc_info=True
+        )
+        return job, _failed(job, bundle, settings, error)
 
 
 def _check_modality(bundle: Bundle) -> None:
@@ -328,6 +436,7 @@ def _plan(
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
         threads=threads or os.cpu_count() or 1,
+        outlines="geojson" in settings.export.outputs,
     )
 
 
@@ -355,22 +464,6 @@ def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions
             ngff=export.ngff,
             name=slide.path.stem,
         )
-
-
-def _do_blocks(plan: Plan, client: Client, progress: Progress | None) -> list[Block]:
-    """Do the blocks that are left; return all that hold anything."""
-    blocks = plan.blocks()
-    pending = plan.store.pending(blocks)
-    done = len(plan.grid) - _patches_touching(plan, pending)
-    if progress:
-        progress(done, len(plan.grid))
-    if not pending:
-        return blocks
-    for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
-        done = min(done + fresh, len(plan.grid))
-        if progress:
-            progress(done, len(plan.grid))
-    return blocks
 
 
 def _patches_touching(plan: Plan, blocks: list[Block]) -> int:

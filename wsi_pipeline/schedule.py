@@ -1,7 +1,8 @@
 """Run blocks on dask workers: an in-process cluster by default, or a scheduler that runs already.
 
-Nothing here knows what a block does. A run hands over an *opener*, a picklable callable without
-arguments that each worker calls once and that returns the work: a callable of one block.
+Nothing here knows what a block does. A run hands over an *opener*, a picklable callable that each
+worker calls once and that returns the work: a callable of one block. It is given what the worker
+*keeps* from run to run, such as a loaded model: a dict of things that can be closed.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import logging
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import dask
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed.comm.core import CommClosedError
 
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.grid import Block
@@ -38,18 +40,44 @@ class Work(Protocol[Result]):
         """Let go of files and memory."""
 
 
+class Closable(Protocol):
+    """What a worker may keep from run to run."""
+
+    def close(self) -> None:
+        """Let go of memory and threads."""
+
+
+Keep = dict[str, Closable]
+Opener = Callable[[Keep], Work[Result]]
+
+
+class _KeepThings(WorkerPlugin):
+    """Lets each worker keep things from run to run, and closes them at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup(self, worker: Worker) -> None:
+        setattr(worker, self.name, {})
+
+    def teardown(self, worker: Worker) -> None:
+        for thing in worker.__dict__.pop(self.name).values():
+            thing.close()
+
+
 class _OpenWork(WorkerPlugin):
     """Opens the work on each worker, also on one that joins later, and closes it at the end."""
 
-    def __init__(self, name: str, opener: Callable[[], Work[Any]]) -> None:
+    def __init__(self, name: str, opener: Opener[Any], keep: str) -> None:
         self.name = name
         self._opener = opener
+        self._keep = keep
 
     def setup(self, worker: Worker) -> None:
         # not on self: workers of an in-process cluster share the plugin object
         opened: Any
         try:
-            opened = self._opener()
+            opened = self._opener(getattr(worker, self._keep))
         except Exception as error:  # goes home with the first block, see _run_block
             opened = error
         setattr(worker, self.name, opened)
@@ -69,8 +97,6 @@ def _run_block(name: str, block: Block) -> Any:
         return work(block)
     except Exception as error:
         return error
-    finally:
-        _trim_memory()
 
 
 def _trim_memory() -> None:
@@ -88,7 +114,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
     if options.scheduler is not None:
-        with _connect(options.scheduler) as client:
+        with _connect(options.scheduler) as client, _keeping(client):
             yield client
         return
     with (
@@ -102,8 +128,24 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             memory_limit=0,
         ) as cluster,
         Client(cluster) as client,
+        _keeping(client),
     ):
         yield client
+
+
+@contextmanager
+def _keeping(client: Client) -> Iterator[None]:
+    name = _keep_name(client)
+    client.register_plugin(_KeepThings(name), name=name)
+    try:
+        yield
+    finally:
+        with suppress(CommClosedError, TimeoutError, OSError):  # the scheduler may be gone
+            client.unregister_worker_plugin(name)
+
+
+def _keep_name(client: Client) -> str:
+    return f"keep_{client.id}"
 
 
 def _connect(address: str) -> Client:
@@ -116,16 +158,14 @@ def _connect(address: str) -> Client:
         ) from error
 
 
-def run_blocks(
-    client: Client, blocks: Iterable[Block], opener: Callable[[], Work[Result]]
-) -> Iterator[Result]:
+def run_blocks(client: Client, blocks: Iterable[Block], opener: Opener[Result]) -> Iterator[Result]:
     """Do every block on some worker; yield the results as they come.
 
     A few blocks per thread are in flight at once, so the number of blocks costs no memory. A block
     whose worker dies is done again elsewhere.
 
     Args:
-        client: of the cluster.
+        client: as `open_cluster` yields it.
         blocks: what to do, in the order to start them.
         opener: see the module.
 
@@ -133,7 +173,7 @@ def run_blocks(
         Exception: what the work raised for a block; the blocks in flight are cancelled.
     """
     name = f"work_{uuid.uuid4().hex}"
-    client.register_plugin(_OpenWork(name, opener), name=name)
+    client.register_plugin(_OpenWork(name, opener, _keep_name(client)), name=name)
     waiting = iter(blocks)
     in_flight = 2 * max(sum(client.nthreads().values()), 1)
 

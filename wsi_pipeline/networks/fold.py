@@ -51,7 +51,7 @@ def _drop_unused(network: nn.Module) -> None:
     prefixes = tuple(getattr(network, "unused", ()))
     names = [n for n, _ in network.named_modules() if n and f"{n}.".startswith(prefixes)]
     for name in names if prefixes else []:
-        parent, _, child = name.rpartition(".")
+        parent = name.rpartition(".")[0]
         if not f"{parent}.".startswith(prefixes):
             network.set_submodule(name, nn.Identity())
 
@@ -82,10 +82,10 @@ def _lay_out(network: nn.Module, *, below: int | None) -> None:
         if weight.ndim == 4:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     for module in network.modules():
-        if isinstance(module, MSFFM) and isinstance(conv := module.composed, nn.Conv2d):
-            if below is not None and conv.out_channels >= below:
-                conv.weight.data = conv.weight.data.contiguous()
-                module.composed = nn.Sequential(_Planar(), conv)
+        conv = module.composed if isinstance(module, MSFFM) else None
+        if isinstance(conv, nn.Conv2d) and below is not None and conv.out_channels >= below:
+            conv.weight.data = conv.weight.data.contiguous()
+            module.composed = nn.Sequential(_Planar(), conv)
 
 
 class _Planar(nn.Module):

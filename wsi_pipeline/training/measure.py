@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.blend import Canvas, Windows
+from wsi_pipeline.blend import Windows, iter_blended_rows
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.grid import PatchGrid
+from wsi_pipeline.grid import PatchGrid, Shape
 from wsi_pipeline.training.fit import normalise
 from wsi_pipeline.training.samples import IGNORE, Sample
 
@@ -72,14 +72,30 @@ def predict(network: nn.Module, bundle: Bundle, image: Tensor) -> Tensor:
     grid = PatchGrid.cover(tuple(padded.shape[2:]), spec.patch_size, spec.overlap)
     windows = Windows(grid, "gaussian", image.device)
     channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
-    canvas = Canvas((0, 0), grid.shape, channels, image.device)
-    for y, x in grid.origins.tolist():
-        logits = network(normalise(padded[:, :, y : y + side_y, x : x + side_x], spec))[0]
-        chance = logits.sigmoid() if bundle.activation == "sigmoid" else logits.softmax(0)
-        canvas.add((y, x), chance, windows.weight((y, x)))
-    chances = canvas.finish()[:, :height, :width]
+    rows = iter_blended_rows(
+        _chances(network, bundle, padded, grid),
+        (0, 0),
+        grid.shape,
+        windows=windows,
+        patch_rows=side_y,
+        channels=channels,
+        device=image.device,
+    )
+    chances = torch.cat([band.clone() for _, band in rows], dim=1)[:, :height, :width]
     found = chances[0] > 0.5 if bundle.activation == "sigmoid" else chances.argmax(0)
     return found.to(torch.uint8)
+
+
+def _chances(
+    network: nn.Module, bundle: Bundle, image: Tensor, grid: PatchGrid
+) -> Iterator[tuple[Shape, Tensor]]:
+    """Yield origin and probabilities of each patch of an image (1, 3, H, W) in [0, 1]."""
+    side_y, side_x = bundle.input.patch_size
+    for y, x in grid.origins.tolist():
+        patch = normalise(image[:, :, y : y + side_y, x : x + side_x], bundle.input)
+        logits = network(patch)[0]
+        sigmoid = bundle.activation == "sigmoid"
+        yield (y, x), logits.sigmoid() if sigmoid else logits.softmax(0)
 
 
 def _score(overlap: int, predicted: int, true: int, pixels: int) -> Score:
