@@ -271,7 +271,7 @@ def iter_sampled_rows(
         return
     y, fy = sample_positions(start[0], stop[0], ratio=ratio[0], length=shape[0])
     x, fx = sample_positions(start[1], stop[1], ratio=ratio[1], length=shape[1])
-    below, right = np.minimum(y + 1, shape[0] - 1), np.minimum(x + 1, shape[1] - 1)
+    below, right = y + (fy > 0), x + (fx > 0)
     done, last = 0, None
     for first, band in bands:
         device = band.device

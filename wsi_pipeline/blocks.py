@@ -91,9 +91,9 @@ class Plan:
         low, high = [], []
         axes = zip(block.start, block.stop, self.ratio, self.grid.shape, strict=True)
         for start, stop, ratio, length in axes:
-            floor, _ = sample_positions(start, stop, ratio=ratio, length=length)
+            floor, fraction = sample_positions(start, stop, ratio=ratio, length=length)
             low.append(int(floor[0]))
-            high.append(min(int(floor[-1]) + 2, length))
+            high.append(int(floor[-1]) + (2 if fraction[-1] else 1))
         return tuple(low), tuple(high)
 
     def blocks(self) -> list[Block]:
