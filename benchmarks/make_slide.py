@@ -145,7 +145,7 @@ def _aperio_text(size: tuple[int, int], shape: tuple[int, ...], mpp: float, qual
     )
 
 
-def _ellipse(rows: int, columns: int, share: float) -> npt.NDArray[np.bool_]:
+def tissue_tiles(rows: int, columns: int, share: float = 0.5) -> npt.NDArray[np.bool_]:
     """Return which level-0 tiles are tissue: the share of them that is nearest to the middle."""
     y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in (rows, columns))
     distance = y[:, None] ** 2 + x[None] ** 2
