@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_pipeline.bundle import load_bundle, sha256_of
+from wsi_pipeline.bundle import download, load_bundle, sha256_of
 from wsi_pipeline.errors import BundleError
 
 MODEL = """
@@ -143,9 +143,23 @@ def test_weights_of_another_digest_are_refused_and_removed(folder: Path, cache: 
     source = folder / "far.safetensors"
     source.write_bytes(b"other")
     with_url(folder, source, hashlib.sha256(b"weights").hexdigest())
-    with pytest.raises(BundleError, match="the bundle expects"):
+    with pytest.raises(BundleError, match=r"expected [0-9a-f]{64}"):
         load_bundle(folder)
     assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_a_part_of_a_digest_is_enough_for_a_download_but_not_for_a_bundle(
+    folder: Path, cache: Path
+) -> None:
+    source = folder / "far.safetensors"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert download(source.as_uri(), digest[:8]).read_bytes() == b"weights"
+    with pytest.raises(BundleError, match="8 to 64 hex digits"):
+        download(source.as_uri(), digest[:7])
+    with_url(folder, source, digest[:8])
+    with pytest.raises(BundleError, match="64 to 64 hex digits"):
+        load_bundle(folder)
 
 
 def test_weights_that_cannot_be_fetched_are_refused(folder: Path, cache: Path) -> None:

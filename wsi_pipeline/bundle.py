@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tomllib
 import urllib.error
 import urllib.parse
@@ -93,6 +94,45 @@ def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, sha256: str, *, origin: str | Path) -> None:
+    """Refuse a file that is not what was expected; return nothing.
+
+    Args:
+        path: of the file.
+        sha256: the hex digest, or its first eight digits or more, as some file names have them.
+        origin: where it came from, for the message.
+
+    Raises:
+        BundleError: another file.
+    """
+    _check_digest(sha256, origin, least=8)
+    if not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise BundleError(f"{origin} has sha256 {found}, expected {sha256}")
+
+
+def download(url: str, sha256: str) -> Path:
+    """Fetch a file once into the user's cache; return its path, checked.
+
+    Args:
+        url: of the file.
+        sha256: the hex digest, or its first eight digits or more.
+
+    Raises:
+        BundleError: it cannot be fetched, or is another file; then it is not kept.
+    """
+    _check_digest(sha256, url, least=8)
+    suffix = Path(urllib.parse.urlparse(url).path).suffix
+    target = _cache_dir() / f"{sha256}{suffix}"
+    if not target.is_file():
+        _fetch(url, target)
+    try:
+        check_sha256(target, sha256, origin=url)
+    except BundleError:
+        target.unlink()
+        raise
+    return target
 
 
 def load_bundle(location: str | Path) -> Bundle:
@@ -203,13 +243,19 @@ def _weights(entry: str | dict[str, str] | None, folder: Path) -> Path | None:
     if entry is None:
         return None
     if isinstance(entry, dict):
-        return _download(entry["url"], entry["sha256"])
+        _check_digest(entry["sha256"], entry["url"], least=64)
+        return download(entry["url"], entry["sha256"])
     path = folder / entry
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"weights {entry!r} lie outside the bundle {folder}")
     if not path.is_file():
         raise BundleError(f"the bundle {folder} names weights {entry!r}, which are not there")
     return path
+
+
+def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{least},64}}", sha256):
+        raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")
 
 
 def _cache_dir() -> Path:
@@ -223,18 +269,6 @@ def _local_toml(location: str) -> Path:
         return _fetch(location, _cache_dir() / key / "model.toml")
     path = Path(location)
     return path / "model.toml" if path.suffix != ".toml" else path
-
-
-def _download(url: str, sha256: str) -> Path:
-    """Fetch weights once into the user's cache; return the checked file."""
-    suffix = Path(urllib.parse.urlparse(url).path).suffix
-    target = _cache_dir() / f"{sha256}{suffix}"
-    if not target.is_file():
-        _fetch(url, target)
-    if (found := sha256_of(target)) != sha256:
-        target.unlink()
-        raise BundleError(f"{url} has sha256 {found}, the bundle expects {sha256}; removed")
-    return target
 
 
 def _fetch(url: str, target: Path) -> Path:
