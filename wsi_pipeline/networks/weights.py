@@ -49,7 +49,23 @@ def load_weights(network: nn.Module, path: Path, *, unused: Collection[str] = ()
     Raises:
         BundleError: the file does not fit, with the names that do not.
     """
-    state = read_state(path)
+    load_state(network, read_state(path), path=path, unused=unused)
+
+
+def load_state(
+    network: nn.Module, state: Mapping[str, Tensor], *, path: Path, unused: Collection[str] = ()
+) -> None:
+    """Load tensors into a network, upcast to the network's own precision; return nothing.
+
+    Args:
+        network: to load into.
+        state: tensors by name.
+        path: of the file that they come from, for the message.
+        unused: prefixes of tensors that the network never calls and `state` may lack or have.
+
+    Raises:
+        BundleError: they do not fit, with the names that do not.
+    """
     try:
         found = network.load_state_dict(state, strict=False)
     except RuntimeError as error:  # a size mismatch, with PyTorch's own list of names

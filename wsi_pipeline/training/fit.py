@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wsi_pipeline.bundle import InputSpec
+from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.encoders import load_imagenet
 from wsi_pipeline.training.augment import augment
@@ -44,7 +45,13 @@ def fit(
     generator = Generator().manual_seed(spec.seed)
     network = create(recipe.bundle)
     if spec.encoder:
-        load_imagenet(network.encoder, (data_dir or Path()) / spec.encoder)
+        encoder = dict(network.named_children()).get("encoder")
+        if encoder is None:
+            raise RecipeError(
+                f"train.encoder: {recipe.bundle.network} has no encoder that takes it"
+            )
+        at = spec.encoder if "://" in spec.encoder else (data_dir or Path()) / spec.encoder
+        load_imagenet(encoder, at)
     # channels_last: 15 % faster steps than the default on CPUs with AVX2
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(_parameter_groups(network, spec.weight_decay))
