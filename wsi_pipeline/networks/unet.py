@@ -137,12 +137,13 @@ class UNet(SegmentationNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W)."""
         self.check_patches(x)
-        features: list[Tensor] = [self.inc(x)]  # full size first
+        skips: list[Tensor] = []  # full size first
+        x = self.inc(x)
         for level in range(1, self.depth + 1):
-            features.append(self.get_submodule(f"down{level}")(features[-1]))
-        x = features.pop()
+            skips.append(x)
+            x = self.get_submodule(f"down{level}")(x)
         for level in reversed(range(self.depth)):
-            x = self.get_submodule(_up_name(level))(x, features[level])
+            x = self.get_submodule(_up_name(level))(x, skips.pop())
         out: Tensor = self.outc(x)
         return out
 
