@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor
 
-from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.bundle import bundle_toml, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.networks import build
@@ -26,7 +26,7 @@ from wsi_pipeline.training.measure import measure, predict
 from wsi_pipeline.training.recipe import AugmentSpec, Recipe, load_recipe
 from wsi_pipeline.training.samples import IGNORE, Sample, draw, load_samples, random_crop
 from wsi_pipeline.training.splits import Split, leave_one_patient_out
-from wsi_pipeline.training.write import bundle_toml, write_bundle
+from wsi_pipeline.training.write import write_bundle
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -476,7 +476,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
 def test_a_bundles_toml_keeps_odd_names(folder: Path, recipe: Recipe) -> None:
     bundle = dataclasses.replace(recipe.bundle, name='a "quoted" \\ näme')
     (folder / "model.safetensors").write_bytes(b"")
-    (folder / "model.toml").write_text(bundle_toml(bundle), "utf-8")
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
     assert load_bundle(folder).name == bundle.name
 
 
