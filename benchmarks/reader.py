@@ -60,13 +60,16 @@ def tissue_blocks(path: Path) -> dict[Corner, Tiles]:
 
 
 def make_raw(path: Path, blocks: dict[Corner, Tiles], threads: int) -> Callable[[], None]:
-    """Return what decodes the tiles of the blocks."""
+    """Return what decodes the tiles of the blocks, into one buffer a thread."""
     file_number = os.open(path, os.O_RDONLY)
     tiles = list(itertools.chain.from_iterable(blocks.values()))
 
     def decode(share: Tiles) -> None:
+        memory = np.empty(TILE * TILE * 3 + 32, np.uint8)
+        start = (8 - memory.ctypes.data) % 16  # unaligned: libjpeg-turbo is a quarter faster
+        buffer = memory[start : start + TILE * TILE * 3].reshape(TILE, TILE, 3)
         for offset, count in share:
-            imagecodecs.jpeg_decode(os.pread(file_number, count, offset))
+            imagecodecs.jpeg_decode(os.pread(file_number, count, offset), out=buffer)
 
     shares = [tiles[first::threads] for first in range(threads)]
     return lambda: on_threads(threads, decode, shares)

@@ -8,10 +8,10 @@ import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import openslide
@@ -272,22 +272,24 @@ class TiffBackend:
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
         pixels = np.empty((height, width, 3), dtype=np.uint8)
-        segments = _segments(self._pages[level], x, y, width, height)
+        page = self._pages[level]
+        segments = _segments(page, x, y, width, height)
+        left = iter(segments)  # of a list: threads may draw from it at once
+
+        def work() -> None:
+            scratch = _scratch(page)
+            for segment in left:
+                self._paste(pixels, (x, y), page, segment, scratch)
+
         try:
-            self._share(partial(self._paste, pixels, (x, y), self._pages[level]), segments)
+            self._share(work, min(count_cpus(), len(segments)))
         except Exception as error:  # codecs raise anything on damaged tiles
             raise unreadable(self._path, error, level, x, y, width, height) from error
         return pixels
 
-    def _share(self, paste: Callable[[Segment], None], segments: list[Segment]) -> None:
-        """Paste every segment, the calling thread being one of those that do."""
-        left = iter(segments)  # of a list: threads may draw from it at once
-
-        def work() -> None:
-            for segment in left:
-                paste(segment)
-
-        helpers = [self._threads.submit(work) for _ in range(min(count_cpus(), len(segments)) - 1)]
+    def _share(self, work: Callable[[], None], threads: int) -> None:
+        """Do some work on several threads, of which the calling one is one."""
+        helpers = [self._threads.submit(work) for _ in range(threads - 1)]
         try:
             work()
         finally:
@@ -316,14 +318,22 @@ class TiffBackend:
         self._file.close()
         self._slide.close()
 
-    def _paste(self, pixels: Pixels, corner: tuple[int, int], page: Any, segment: Segment) -> None:
+    def _paste(
+        self,
+        pixels: Pixels,
+        corner: tuple[int, int],
+        page: Any,
+        segment: Segment,
+        scratch: Pixels,
+    ) -> None:
         """Decode one tile or strip into its place in `pixels`, whose corner lies at (x, y)."""
         index, left, top = segment
         width, height = _segment_size(page)
         x0, y0 = max(left, corner[0]), max(top, corner[1])
         target = pixels[y0 - corner[1] : top + height - corner[1], x0 - corner[0] :]
         target = target[:, : left + width - x0]
-        tile = self._decode(page, index)
+        data = self._read_segment(page, index)
+        tile = None if data is None else _decode(page, index, data, scratch)
         if tile is None:
             target[:] = WHITE
             return
@@ -331,17 +341,6 @@ class TiffBackend:
         if part.shape[:2] != target.shape[:2]:
             target[:] = WHITE
         target[: part.shape[0], : part.shape[1]] = part
-
-    def _decode(self, page: Any, index: int) -> Pixels | None:
-        """Return the pixels of a tile or strip, None where the scanner left it out."""
-        data = self._read_segment(page, index)
-        if data is None:
-            return None
-        options = {}
-        if page.keyframe.compression in JPEG:
-            options = {"jpegtables": page.jpegtables, "jpegheader": page.keyframe.jpegheader}
-        decoded = page.keyframe.decode(data, index, **options)[0]
-        return None if decoded is None else _rgb(decoded[0])
 
     def _read_segment(self, page: Any, index: int) -> bytes | None:
         """Return the stored bytes of a tile, None where the scanner left it out."""
@@ -378,7 +377,8 @@ def _pages(slide: tiffslide.TiffSlide) -> list[Any]:
     for page in pages:
         _check_page(page)
         # read from the file when first asked for, which two threads must not do at once
-        _ = page.dataoffsets, page.databytecounts, page.jpegtables, page.keyframe.decode
+        _ = page.dataoffsets, page.databytecounts, page.jpegtables
+        _ = page.keyframe.decode, page.keyframe.is_jfif
     return pages
 
 
@@ -428,6 +428,42 @@ def _segments(page: Any, x: int, y: int, width: int, height: int) -> list[Segmen
         for row in range(y // segment_height, -(-(y + height) // segment_height))
         for column in range(x // segment_width, -(-(x + width) // segment_width))
     ]
+
+
+def _scratch(page: Any) -> Pixels:
+    """Return room for a tile, (h, w, 3), at an address that is no multiple of 16.
+
+    libjpeg-turbo writes aligned rows past the cache, from which they are read again at once: on
+    such a buffer it is a quarter faster.
+    """
+    width, height = _segment_size(page)
+    memory = np.empty(height * width * 3 + 32, dtype=np.uint8)
+    start = (8 - memory.ctypes.data) % 16
+    return memory[start : start + height * width * 3].reshape(height, width, 3)
+
+
+def _decode(page: Any, index: int, data: bytes, scratch: Pixels) -> Pixels | None:
+    """Return the pixels of a tile or strip, which may lie in `scratch`; None where it is empty."""
+    key = page.keyframe
+    if key.compression not in JPEG:
+        decoded = key.decode(data, index)[0]
+    else:
+        tables, header = page.jpegtables, key.jpegheader
+        if key.samplesperpixel == 3:
+            try:
+                pixels: Pixels = imagecodecs.jpeg_decode(
+                    data,
+                    tables=tables,
+                    header=header,
+                    colorspace="RGB" if key.photometric.name == "RGB" and not key.is_jfif else None,
+                    outcolorspace="RGB",
+                    out=scratch,
+                )
+                return pixels
+            except ValueError:
+                pass  # of another size than a tile has: tifffile knows what that may mean
+        decoded = key.decode(data, index, jpegtables=tables, jpegheader=header)[0]
+    return None if decoded is None else _rgb(decoded[0])
 
 
 def _rgb(samples: Pixels) -> Pixels:
