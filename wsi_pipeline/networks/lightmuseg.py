@@ -235,17 +235,18 @@ def _adopt_attention(
 ) -> None:
     """Take the attention's convolution under whatever name, size and bias a checkpoint has it.
 
-    The authors' module is not public: its weight is known by its shape, (1, 2, k, k), alone.
+    The authors' module is not public: its weight is known by its shape, (1, 2, k, k), alone. What
+    holds more than one convolution is left as it is and refused by name.
     """
-    names = [n for n in state if n.startswith(prefix)]
-    for name in names:
-        tensor = state.pop(name)
-        kind = "weight" if tensor.ndim == 4 and tensor.shape[:2] == (1, 2) else "bias"
-        if kind == "bias" and tensor.shape != (1,):
-            state[name] = tensor  # left where it was, it is refused by name
-            continue
-        state[f"{prefix}conv.{kind}"] = tensor
-    if (weight := state.get(f"{prefix}conv.weight")) is None:
+    own = {n: t for n, t in state.items() if n.startswith(prefix)}
+    weights = [n for n, t in own.items() if t.ndim == 4 and t.shape[:2] == (1, 2)]
+    biases = [n for n, t in own.items() if n.endswith("bias") and t.shape == (1,)]
+    if len(weights) != 1 or len(biases) > 1 or len(own) != 1 + len(biases):
         return
-    size, has_bias = weight.shape[-1], f"{prefix}conv.bias" in state
-    module.conv = nn.Conv2d(2, 1, size, padding=size // 2, bias=has_bias)
+    height, width = own[weights[0]].shape[2:]
+    if height != width or height % 2 == 0:
+        return
+    for kind, names in (("weight", weights), ("bias", biases)):
+        for name in names:
+            state[f"{prefix}conv.{kind}"] = state.pop(name)
+    module.conv = nn.Conv2d(2, 1, height, padding=height // 2, bias=bool(biases))
