@@ -1,4 +1,8 @@
-"""Encoders with torchvision's state_dict names, so that its ImageNet weights load unchanged."""
+"""Encoders with torchvision's state_dict names, so that its ImageNet weights load unchanged.
+
+The published files are `mobilenet_v2-b0353104.pth`, which LightMuSeg's authors start from, and
+`resnet18-f37072fd.pth`, under https://download.pytorch.org/models/.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +18,6 @@ from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks.weights import load_state, read_state
 
 Grey = Literal["replicate", "sum"]
-MOBILENET_V2_URL = "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth"
-"""ImageNet weights that LightMuSeg's authors start from, top-1 71.878 %."""
-RESNET18_URL = "https://download.pytorch.org/models/resnet18-f37072fd.pth"
-"""ImageNet weights of ResNet18."""
 
 # Sandler et al., "MobileNetV2", table 2: expansion t, channels c, repeats n, first stride s
 MOBILENET_V2 = (
