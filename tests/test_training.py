@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor
 
-from wsi_pipeline.bundle import bundle_toml, load_bundle
+from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.networks import build
+from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.training.augment import blur, empty_glass, vary_contrast, vary_stain
 from wsi_pipeline.training.fit import fit
 from wsi_pipeline.training.losses import segmentation_loss, soft_dice_loss
@@ -441,6 +442,39 @@ def test_a_few_pictures_are_learnt_by_heart(recipe: Recipe, samples: list[Sample
     score = measure(network, recipe.bundle, samples)["Tumor"]
     assert score.dice > 0.9
     assert score.everywhere_dice < 0.5
+
+
+@pytest.mark.parametrize("as_url", [False, True])
+def test_training_may_start_from_imagenet(
+    folder: Path,
+    recipe: Recipe,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    as_url: bool,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    encoder = mobilenet_v2_features()
+    torch.save({f"features.{n}": t for n, t in encoder.state_dict().items()}, folder / "a.pth")
+    digest = sha256_of(folder / "a.pth")[:8]
+    path = (folder / "a.pth").rename(folder / f"a-{digest}.pth")
+    location = path.as_uri() if as_url else path.name
+    # at a rate of nothing the weights stay where they started
+    train = dataclasses.replace(recipe.train, encoder=location, learning_rate=1e-12)
+    network = fit(dataclasses.replace(recipe, train=train), samples, data_dir=folder)
+    for (name, ours), start in zip(
+        network.encoder.named_parameters(), encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, start, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_network_without_encoder_cannot_start_from_imagenet(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    bundle = dataclasses.replace(recipe.bundle, network="unet", network_options={"classes": 1})
+    train = dataclasses.replace(recipe.train, encoder="a.pth")
+    with pytest.raises(RecipeError, match="UNet has no encoder"):
+        fit(dataclasses.replace(recipe, bundle=bundle, train=train), samples)
 
 
 def test_a_written_bundle_loads_and_predicts_the_same(
