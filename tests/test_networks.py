@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import inspect
+import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from torch.nn import functional as F
 from wsi_pipeline.bundle import Bundle, ClassInfo, InputSpec
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
-from wsi_pipeline.networks.cost import count_parameters
+from wsi_pipeline.networks.cost import count_macs, count_parameters
 from wsi_pipeline.networks.highres_unet import ConvBlock, HighResUNet
 from wsi_pipeline.networks.highres_unet import Up as HighResUp
 from wsi_pipeline.networks.lightmuseg import CHANNELS, FRFM, MSFFM, LightMuSeg
@@ -22,6 +25,7 @@ from wsi_pipeline.networks.nmtnet import LRE, MFCR, NMTNet, _masked_mean
 from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
 from wsi_pipeline.networks.weights import load_weights, read_state
 
+PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -127,6 +131,43 @@ COUNTS += [
 def test_parameter_counts_are_exact(name: str, options: dict[str, Any], count: int) -> None:
     with torch.device("meta"):
         assert count_parameters(NETWORKS[name](**options)) == count
+
+
+def sections() -> dict[str, str]:
+    """Return the parts of the networks' page by their headings."""
+    _, *parts = PAGE.read_text("utf-8").split("\n## ")
+    return {heading: text for heading, _, text in (part.partition("\n") for part in parts)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_page_tells_every_option_and_its_default(name: str) -> None:
+    (text,) = (text for heading, text in sections().items() if name in heading.split(" and "))
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    told = {row[1].strip(" `"): row[2].strip(" `") for row in rows}
+    if name == "unet":  # shares its rows with swish_unet
+        del told["beta"]
+    options = inspect.signature(NETWORKS[name]).parameters
+    assert set(told) == set(options)
+    for option, parameter in options.items():
+        default = parameter.default
+        expected = json.dumps(list(default) if isinstance(default, tuple) else default)
+        assert told[option].startswith(expected.removesuffix(", 1024]"))
+
+
+def test_the_pages_overview_is_true() -> None:
+    rows = [line.split(" | ") for line in PAGE.read_text("utf-8").split("\n## ")[0].splitlines()]
+    told = {row[0].strip("| `"): row for row in rows if row[0].startswith("| `")}
+    assert list(told) == list(NETWORKS)
+    for name, row in told.items():
+        with torch.device("meta"):
+            network = NETWORKS[name]()
+        facts = f"{network.ndim}, {network.channels}", str(network.size_multiple)
+        assert tuple(row[2:4]) == facts
+        assert row[4] == f"{count_parameters(network):,}"
+        side = int(re.search(r"at (\d+)[²³]", row[5])[1])
+        macs = count_macs(network, (network.channels, *[side] * network.ndim)) / 1e9
+        figure = row[5].partition(" G")[0].replace(",", "")
+        assert round(macs, len(figure.partition(".")[2])) == float(figure)
 
 
 def test_mm3d_unet_has_the_published_share_of_the_3d_unets_parameters() -> None:
@@ -278,7 +319,7 @@ def conv(state: Mapping[str, Tensor], name: str, x: Tensor, **options: int) -> T
     ],
 )
 def test_the_unets_are_what_the_authors_names_say(
-    network: UNet, activation: Callable[[Tensor], Tensor], downs: int
+    network: UNet | SwishUNet, activation: Callable[[Tensor], Tensor], downs: int
 ) -> None:
     """The forward pass as networks.md tells it, from the tensors by the authors' names."""
     make_norms_real(network)

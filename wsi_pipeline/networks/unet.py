@@ -89,30 +89,17 @@ class Down(nn.Module):
         return out
 
 
-def relu(_: int) -> nn.Module:
-    """Return the activation of the base network, for any number of channels."""
-    return nn.ReLU(inplace=True)
-
-
-class UNet(SegmentationNetwork):
-    """The base U-Net; 31,043,586 parameters with 2 classes.
-
-    Args:
-        classes: logit maps of the output.
-        channels: of the input.
-        widths: channels of each level, from full size down; each doubles the one above.
-        squeeze: what the channels between two convolutions are divided by.
-        activation: makes an activation for a number of channels.
-    """
+class _PlanarUNet(SegmentationNetwork):
+    """What the base and the light U-Net share; `squeeze` divides the channels between."""
 
     def __init__(
         self,
         *,
-        classes: int = 2,
-        channels: int = 3,
-        widths: Sequence[int] = (64, 128, 256, 512, 1024),
-        squeeze: int = 1,
-        activation: Callable[[int], nn.Module] = relu,
+        classes: int,
+        channels: int,
+        widths: Sequence[int],
+        squeeze: int,
+        activation: Callable[[int], nn.Module],
     ) -> None:
         super().__init__(channels=channels)
         if len(widths) < 2 or any(below != 2 * above for above, below in pairwise(widths)):
@@ -148,7 +135,31 @@ class UNet(SegmentationNetwork):
         return out
 
 
-class SwishUNet(UNet):
+class UNet(_PlanarUNet):
+    """The base U-Net; 31,043,586 parameters with 2 classes.
+
+    Args:
+        classes: logit maps of the output.
+        channels: of the input.
+        widths: channels of each level, from full size down; each doubles the one above.
+    """
+
+    def __init__(
+        self,
+        *,
+        classes: int = 2,
+        channels: int = 3,
+        widths: Sequence[int] = (64, 128, 256, 512, 1024),
+    ) -> None:
+        def relu(width: int) -> nn.Module:
+            return nn.ReLU(inplace=True)
+
+        super().__init__(
+            classes=classes, channels=channels, widths=widths, squeeze=1, activation=relu
+        )
+
+
+class SwishUNet(_PlanarUNet):
     """The light U-Net: no bottom level, half the channels between, Swish; 4,197,986 parameters.
 
     Args:
