@@ -99,6 +99,16 @@ def load_state(
         raise BundleError(f"{path} does not fit the network: {listed}")
 
 
+def kept_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return what a weight file of the network holds: the tensors that prediction calls."""
+    unused = tuple(getattr(network, "unused", ()))
+    return {
+        name: tensor.contiguous()
+        for name, tensor in network.state_dict().items()
+        if not _is_optional(name, unused)
+    }
+
+
 def _read(path: Path) -> object:
     """Return what a weight file holds."""
     try:

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
+from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.store import written_beside
 from wsi_pipeline.training.measure import Score
 from wsi_pipeline.training.recipe import Recipe
@@ -36,12 +37,10 @@ def write_bundle(
         folder: to write into; made where it is missing, its three files replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unused = getattr(network, "unused", ())
     state = {
         # half precision: half the size, and masks stay the same to a few pixels in a million
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in network.state_dict().items()
-        if not name.startswith(tuple(unused)) and not name.endswith("num_batches_tracked")
+        name: tensor.half()
+        for name, tensor in kept_state(network).items()
     }
     with written_beside(folder / WEIGHTS) as partial:
         partial.write_bytes(save(state))
@@ -57,8 +56,7 @@ def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str
     start = f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch"
     sections = [
         f"# {bundle.name}",
-        f"`{bundle.network}` for {names} at {bundle.mpp} µm per pixel, in patches of "
-        f"{patch} px.",
+        f"`{bundle.network}` for {names} at {bundle.mpp} µm per pixel, in patches of {patch} px.",
         "**For research and demonstration. Not a medical device; not for diagnosis.**",
         "## Training data",
         recipe.notes,
