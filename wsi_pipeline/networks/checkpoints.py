@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,15 @@ from wsi_pipeline.bundle import (
     parse_bundle,
     sha256_of,
 )
-from wsi_pipeline.colors import RGB
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
 from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features
 from wsi_pipeline.networks.folder import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
 from wsi_pipeline.networks.weights import kept_state, load_state, read_state
 
-COLORS: Sequence[RGB] = (
-    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
-    (204, 121, 167),
+COLORS = (
+    [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0],
+    [204, 121, 167],
 )  # fmt: skip
 """Of classes whose colour nobody says; Okabe and Ito's, told apart by everyone."""
 
@@ -174,10 +174,11 @@ def make_template(
         sizes = list(patch_size) * (len(spec["patch_size"]) if len(patch_size) == 1 else 1)
         spec |= {"patch_size": sizes, "overlap": [side // 4 for side in sizes]}
     if classes is not None:
-        known = {c["name"]: c for c in output["classes"]}
+        known = {c["name"]: c for c in output["classes"] if c["name"] in classes}
+        taken = [c.get("color") for c in known.values()]
+        colors = cycle([color for color in COLORS if color not in taken] or COLORS)
         output["classes"] = [
-            known.get(name, {"name": name, "color": list(COLORS[i % len(COLORS)])})
-            for i, name in enumerate(classes, start=-1)
+            known.get(name) or {"name": name, "color": next(colors)} for name in classes
         ]
         output["activation"] = "softmax"
     return parse_bundle(table, folder / MODEL_TOML)
