@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wsi_pipeline.bundle import load_bundle, sha256_of
+from wsi_pipeline.bundle import RemoteFile, bundle_toml, download, load_bundle, sha256_of
 from wsi_pipeline.errors import BundleError
 
 MODEL = """
@@ -19,6 +19,7 @@ classes = 3
 
 [input]
 mpp = 0.5
+channels = 3
 patch_size = [512, 512]
 overlap = [128, 128]
 
@@ -75,23 +76,46 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
     ("old", "new", "message"),
     [
         ("[input]", "[input", "not valid TOML"),
-        ("mpp = 0.5", "", "mpp"),
-        ("mpp = 0.5", "mpp = -1", "above 0"),
-        ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", "magnification"),
+        ("mpp = 0.5", "", r"lacks input\.mpp"),
+        ("mpp = 0.5", "mpp = -1", r"input\.mpp is -1; expected µm per pixel above 0"),
+        ("mpp = 0.5", "mpp = inf", "above 0"),
+        ("mpp = 0.5", 'mpp = "0.5"', "above 0"),
+        ("mpp = 0.5", "mpp = true", "above 0"),
+        ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", r"unknown input\.magnification"),
+        ("[output]", "[ouptut]\nx = 1\n[output]", "unknown ouptut; there are name, modality"),
+        ("[output]", "[output]\nthreshold = 0.4", r"unknown output\.threshold"),
+        ('"Fat", color', '"Fat", colour', r"unknown output\.classes\[2\]\.colour"),
+        ('network = "lightmuseg"', "", "lacks 'network'"),
+        ('network = "lightmuseg"', "network = 3", "network is 3; expected a word"),
+        ("[network_options]\nclasses = 3", "network_options = 3", "expected a table"),
         ('modality = "slide"', 'modality = "scan"', "scan"),
+        ('modality = "slide"', 'modality = "image"', r"input\.mpp is not for images"),
+        ("mpp = 0.5", "mpp = 0.5\nfit = [256, 256]", r"input\.fit is not for slides"),
         ('activation = "softmax"', 'activation = "relu"', "relu"),
-        ("overlap = [128, 128]", "overlap = [512, 512]", "lie below it"),
+        ("channels = 3", "channels = 0", "a whole number above 0"),
+        ("[512, 512]", "512", r"input\.patch_size is 512; expected 2 numbers"),
+        ("[512, 512]", "[512, 512, 512]", "expected 2 numbers"),
+        ("[512, 512]", "[512.5, 512]", "expected 2 numbers"),
+        ("[512, 512]", "[0, 512]", "above 0"),
+        ("overlap = [128, 128]", "overlap = [512, 512]", "lies below it"),
+        ("overlap = [128, 128]", "overlap = [-1, 0]", "lies below it"),
         ("overlap = [128, 128]", "overlap = [128]", "as many axes"),
         ("mpp = 0.5", "mpp = 0.5\nmean = [0.5]", "3 values"),
+        ("mpp = 0.5", "mpp = 0.5\nstd = [0.5, 0.5, 0.0]", "3 values above 0"),
         (", color = [0, 200, 0]", "", "no color"),
         ("[200, 0, 0]", "[200, 0]", "three integers"),
         ("[200, 0, 0]", "[200, 0, 256]", "three integers"),
         ('"Tumor"', '"Background"', "same name"),
         ('"Tumor"', '"Tumor: invasive"', "':'"),
         ('"softmax"', '"sigmoid"', "sigmoid takes 2"),
+        ("[output]", '[output]\nlabels = ["Benign"]', "two names or more"),
+        ("[output]", '[output]\nlabels = "Benign"', "two names or more"),
+        ("[output]", '[output]\nlabels = ["Benign", "Benign"]', "same name"),
+        ("[output]", '[output]\nlabels = ["Benign", ""]', "is empty"),
         ('weights = "model.safetensors"', 'weights = "other.pt"', "not there"),
         ('weights = "model.safetensors"', 'weights = "../../etc/passwd"', "outside"),
         ('weights = "model.safetensors"', 'weights = { url = "https://x.org/w" }', "sha256"),
+        ('weights = "model.safetensors"', 'weights = { path = "w" }', r"unknown weights\.path"),
     ],
 )
 def test_a_wrong_bundle_is_refused_with_the_reason(
@@ -100,6 +124,74 @@ def test_a_wrong_bundle_is_refused_with_the_reason(
     change(folder, old, new)
     with pytest.raises(BundleError, match=message):
         load_bundle(folder)
+
+
+VOLUME = (
+    ("mpp = 0.5", "spacing_mm = [2.0, 1.0, 1]"),
+    ("channels = 3", "channels = 1\nmean = [0.0]\nstd = [1.0]"),
+    ("[512, 512]", "[64, 128, 128]"),
+    ("[128, 128]", "[0, 32, 32]"),
+)
+
+
+def change_all(folder: Path, changes: tuple[tuple[str, str], ...]) -> None:
+    text = MODEL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new, 1)
+    (folder / "model.toml").write_text(text, "utf-8")
+
+
+def test_images_say_the_size_that_they_are_brought_to(folder: Path) -> None:
+    change_all(folder, (("slide", "image"), ("mpp = 0.5", "fit = [512, 384]")))
+    bundle = load_bundle(folder)
+    assert bundle.input.fit == (512, 384)
+    assert (bundle.input.mpp, bundle.input.spacing_mm) == (None, None)
+    with pytest.raises(BundleError, match="is for images and has no µm per pixel"):
+        _ = bundle.mpp
+
+
+def test_volumes_say_their_spacing_and_have_patches_of_three_axes(folder: Path) -> None:
+    change_all(folder, (("slide", "volume"), *VOLUME))
+    bundle = load_bundle(folder)
+    assert bundle.input.spacing_mm == (2.0, 1.0, 1)
+    assert bundle.input.patch_size == (64, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("spacing_mm = [2.0, 1.0, 1]", "spacing_mm = [1.0, 1.0]", r"\[z, y, x\] in mm above 0"),
+        ("spacing_mm = [2.0, 1.0, 1]", "spacing_mm = 1.0", r"\[z, y, x\] in mm above 0"),
+        ("spacing_mm = [2.0, 1.0, 1]", "spacing_mm = [1.0, 1.0, 0.0]", "above 0"),
+        ("spacing_mm = [2.0, 1.0, 1]", "mpp = 0.5", r"input\.mpp is not for volumes"),
+        ("[64, 128, 128]", "[128, 128]", "expected 3 numbers"),
+        ("[0, 32, 32]", "[32, 32]", "as many axes"),
+    ],
+)
+def test_a_wrong_volume_is_refused(folder: Path, old: str, new: str, message: str) -> None:
+    changes = tuple((a, b.replace(old, new)) for a, b in VOLUME)
+    change_all(folder, (("slide", "volume"), *changes))
+    with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
+
+
+def test_labels_are_names(folder: Path) -> None:
+    assert load_bundle(folder).labels == ()
+    change(folder, "[output]", '[output]\nlabels = ["Benign", "Malignant"]')
+    assert load_bundle(folder).labels == ("Benign", "Malignant")
+
+
+@pytest.mark.parametrize("changes", [(), (("slide", "volume"), *VOLUME)], ids=["slide", "volume"])
+def test_what_is_written_reads_back_the_same(
+    folder: Path, changes: tuple[tuple[str, str], ...]
+) -> None:
+    change_all(folder, (*changes, ("[output]", '[output]\nlabels = ["No", "Yes, \\"maybe\\""]')))
+    bundle = load_bundle(folder)
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
+    assert load_bundle(folder) == bundle
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights=None), "utf-8")
+    assert load_bundle(folder).weights_path is None
 
 
 def test_a_missing_bundle_is_refused(tmp_path: Path) -> None:
@@ -139,13 +231,42 @@ def test_weights_are_fetched_once_and_checked(folder: Path, cache: Path) -> None
     assert load_bundle(folder).weights_path == first
 
 
+def test_weights_elsewhere_are_left_there_where_nobody_needs_them(
+    folder: Path, cache: Path
+) -> None:
+    source = folder / "far.safetensors"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    with_url(folder, source, digest)
+    bundle = load_bundle(folder, fetch=False)
+    assert bundle.weights_path is None
+    assert bundle.weights_origin == RemoteFile(url=source.as_uri(), sha256=digest)
+    assert not cache.exists()
+    load_bundle(folder)
+    assert load_bundle(folder, fetch=False).weights_path is not None
+
+
 def test_weights_of_another_digest_are_refused_and_removed(folder: Path, cache: Path) -> None:
     source = folder / "far.safetensors"
     source.write_bytes(b"other")
     with_url(folder, source, hashlib.sha256(b"weights").hexdigest())
-    with pytest.raises(BundleError, match="the bundle expects"):
+    with pytest.raises(BundleError, match=r"expected [0-9a-f]{64}"):
         load_bundle(folder)
     assert not [p for p in cache.rglob("*") if p.is_file()]
+
+
+def test_a_part_of_a_digest_is_enough_for_a_download_but_not_for_a_bundle(
+    folder: Path, cache: Path
+) -> None:
+    source = folder / "far.safetensors"
+    source.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert download(source.as_uri(), digest[:8]).read_bytes() == b"weights"
+    with pytest.raises(BundleError, match="8 to 64 hex digits"):
+        download(source.as_uri(), digest[:7])
+    with_url(folder, source, digest[:8])
+    with pytest.raises(BundleError, match="64 to 64 hex digits"):
+        load_bundle(folder)
 
 
 def test_weights_that_cannot_be_fetched_are_refused(folder: Path, cache: Path) -> None:

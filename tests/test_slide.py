@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -306,6 +307,43 @@ def test_both_libraries_agree_on_every_level(make_big_slide: MakeSlide, tmp_path
         assert abs(found - reference.read_level(level, 0, 0, width, height)).mean() < 3
     tiff.close()
     reference.close()
+
+
+def test_a_read_decodes_each_tile_once_and_left_out_ones_never(tmp_path: Path) -> None:
+    class Counting(TiffBackend):
+        decoded: list[int]
+
+        def _read_segment(self, page: Any, index: int) -> bytes | None:
+            data = super()._read_segment(page, index)
+            if data is not None:
+                self.decoded.append(index)
+            return data
+
+    path, pixels = tmp_path / "sparse.tif", noise(512, 768)
+    squares = [
+        pixels[y : y + 128, x : x + 128] for y in range(0, 512, 128) for x in range(0, 768, 128)
+    ]
+    tiles = [b"" if i == 7 else square.tobytes() for i, square in enumerate(squares)]
+    tifffile.imwrite(
+        path, iter(tiles), shape=(512, 768, 3), dtype=np.uint8, tile=(128, 128), photometric="rgb"
+    )
+    backend = Counting(path)
+    for corner, size, indices in [
+        ((0, 0), (768, 512), [i for i in range(24) if i != 7]),
+        ((200, 100), (200, 200), [1, 2, 3, 8, 9, 13, 14, 15]),
+        ((130, 130), (10, 10), []),
+    ]:
+        backend.decoded = []
+        backend.read_level(0, *corner, *size)
+        assert sorted(backend.decoded) == indices
+    backend.close()
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.6])
+def test_pixels_belong_to_the_caller(slide: Slide, mpp: float) -> None:
+    found = slide.at(mpp).read((10, 20), (100, 150))
+    assert found.flags.c_contiguous
+    assert found.flags.writeable
 
 
 @given(

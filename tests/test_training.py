@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor
 
-from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.networks import build
+from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.training.augment import blur, empty_glass, vary_contrast, vary_stain
 from wsi_pipeline.training.fit import fit
 from wsi_pipeline.training.losses import segmentation_loss, soft_dice_loss
@@ -26,7 +27,7 @@ from wsi_pipeline.training.measure import measure, predict
 from wsi_pipeline.training.recipe import AugmentSpec, Recipe, load_recipe
 from wsi_pipeline.training.samples import IGNORE, Sample, draw, load_samples, random_crop
 from wsi_pipeline.training.splits import Split, leave_one_patient_out
-from wsi_pipeline.training.write import bundle_toml, write_bundle
+from wsi_pipeline.training.write import write_bundle
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -443,6 +444,39 @@ def test_a_few_pictures_are_learnt_by_heart(recipe: Recipe, samples: list[Sample
     assert score.everywhere_dice < 0.5
 
 
+@pytest.mark.parametrize("as_url", [False, True])
+def test_training_may_start_from_imagenet(
+    folder: Path,
+    recipe: Recipe,
+    samples: list[Sample],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    as_url: bool,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    encoder = mobilenet_v2_features()
+    torch.save({f"features.{n}": t for n, t in encoder.state_dict().items()}, folder / "a.pth")
+    digest = sha256_of(folder / "a.pth")[:8]
+    path = (folder / "a.pth").rename(folder / f"a-{digest}.pth")
+    location = path.as_uri() if as_url else path.name
+    # at a rate of nothing the weights stay where they started
+    train = dataclasses.replace(recipe.train, encoder=location, learning_rate=1e-12)
+    network = fit(dataclasses.replace(recipe, train=train), samples, data_dir=folder)
+    for (name, ours), start in zip(
+        network.encoder.named_parameters(), encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(ours, start, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_network_without_encoder_cannot_start_from_imagenet(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    bundle = dataclasses.replace(recipe.bundle, network="unet", network_options={"classes": 1})
+    train = dataclasses.replace(recipe.train, encoder="a.pth")
+    with pytest.raises(RecipeError, match="UNet has no encoder"):
+        fit(dataclasses.replace(recipe, bundle=bundle, train=train), samples)
+
+
 def test_a_written_bundle_loads_and_predicts_the_same(
     folder: Path, recipe: Recipe, samples: list[Sample]
 ) -> None:
@@ -476,7 +510,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
 def test_a_bundles_toml_keeps_odd_names(folder: Path, recipe: Recipe) -> None:
     bundle = dataclasses.replace(recipe.bundle, name='a "quoted" \\ näme')
     (folder / "model.safetensors").write_bytes(b"")
-    (folder / "model.toml").write_text(bundle_toml(bundle), "utf-8")
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
     assert load_bundle(folder).name == bundle.name
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
+import re
 import tomllib
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +24,10 @@ Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
 FOREIGN = ("exported", "torchscript")
 """Networks that come as a program in the bundle's folder."""
+AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
+"""Of a patch."""
+RESOLUTION: Mapping[Modality, str] = {"slide": "mpp", "image": "fit", "volume": "spacing_mm"}
+"""The key of `[input]` that says at what resolution the network sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,9 @@ class InputSpec:
     """What the network wants to see.
 
     Attributes:
-        mpp: µm per pixel, for slides.
+        mpp: µm per pixel, for slides; else None.
+        fit: (height, width) in pixels that a planar image is brought to; else None.
+        spacing_mm: (z, y, x) of a voxel in mm, for volumes; else None.
         channels: of the input.
         patch_size: pixels, array order.
         overlap: pixels between neighbouring patches, array order.
@@ -49,12 +58,27 @@ class InputSpec:
         std: per channel.
     """
 
-    mpp: float
+    mpp: float | None = None
+    fit: tuple[int, ...] | None = None
+    spacing_mm: tuple[float, ...] | None = None
     channels: int = 3
     patch_size: tuple[int, ...] = (512, 512)
     overlap: tuple[int, ...] = (128, 128)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFile:
+    """Weights that lie elsewhere.
+
+    Attributes:
+        url: where.
+        sha256: hex digest that the file must have.
+    """
+
+    url: str
+    sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +91,12 @@ class Bundle:
         modality: what it looks at.
         network: a name in `wsi_pipeline.networks.NETWORKS`, "exported" or "torchscript".
         weights_path: the file with weights, or the foreign program; None where there are none.
+        weights_origin: where the weights are fetched from; None where they lie in the folder.
         network_options: keyword arguments of the network.
         input: what the network wants to see.
         activation: what turns logits into probabilities.
         classes: in the mask's order; 0 is the background.
+        labels: names of what the network says of a whole patch, in its order; empty where nothing.
     """
 
     path: Path
@@ -78,10 +104,23 @@ class Bundle:
     modality: Modality
     network: str
     weights_path: Path | None
+    weights_origin: RemoteFile | None = None
     network_options: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec
     activation: Activation
     classes: tuple[ClassInfo, ...]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def mpp(self) -> float:
+        """Return the µm per pixel that slides are seen at.
+
+        Raises:
+            BundleError: the bundle is not for slides.
+        """
+        if self.input.mpp is None:
+            raise BundleError(f"{self.name} is for {self.modality}s and has no µm per pixel")
+        return self.input.mpp
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -95,11 +134,51 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_bundle(location: str | Path) -> Bundle:
+def check_sha256(path: Path, sha256: str, *, origin: str | Path) -> None:
+    """Refuse a file that is not what was expected; return nothing.
+
+    Args:
+        path: of the file.
+        sha256: the hex digest, or its first eight digits or more, as some file names have them.
+        origin: where it came from, for the message.
+
+    Raises:
+        BundleError: another file.
+    """
+    _check_digest(sha256, origin, least=8)
+    if not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise BundleError(f"{origin} has sha256 {found}, expected {sha256}")
+
+
+def download(url: str, sha256: str) -> Path:
+    """Fetch a file once into the user's cache; return its path, checked.
+
+    Args:
+        url: of the file.
+        sha256: the hex digest, or its first eight digits or more.
+
+    Raises:
+        BundleError: it cannot be fetched, or is another file; then it is not kept.
+    """
+    _check_digest(sha256, url, least=8)
+    target = _cache_path(url, sha256)
+    if not target.is_file():
+        _fetch(url, target)
+    try:
+        check_sha256(target, sha256, origin=url)
+    except BundleError:
+        target.unlink()
+        raise
+    return target
+
+
+def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     """Read and check a bundle; return it.
 
     Args:
         location: the bundle's folder, its `model.toml`, or the URL of a `model.toml`.
+        fetch: get weights that lie behind a URL. False: such a bundle has no `weights_path` as
+            long as they are not in the cache.
 
     Raises:
         BundleError: no such bundle, or one that lacks something or contradicts itself.
@@ -113,108 +192,262 @@ def load_bundle(location: str | Path) -> Bundle:
         raise BundleError(
             f"no bundle at {location}: expected a folder with a model.toml ({error.strerror})"
         ) from error
-    return parse_bundle(table, path)
+    return parse_bundle(table, path, fetch=fetch)
 
 
-def parse_bundle(table: dict[str, Any], path: Path) -> Bundle:
+def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) -> Bundle:
     """Check the content of a `model.toml`; return the bundle.
 
     Args:
         table: the parsed TOML.
         path: of the file, in the bundle's folder.
+        fetch: as in `load_bundle`.
 
     Raises:
-        BundleError: something is missing or contradicts itself.
+        BundleError: something is missing, unknown or contradicts something else.
     """
     try:
-        return _parse(table, path)
-    except (KeyError, TypeError, ValueError) as error:
+        return _parse(table, path, fetch=fetch)
+    except (KeyError, ValueError) as error:
         if isinstance(error, BundleError):
             raise
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise BundleError(f"{path}: {what}") from error
 
 
-def _parse(table: dict[str, Any], path: Path) -> Bundle:
-    spec, output = table["input"], table["output"]
+def bundle_toml(bundle: Bundle, *, weights: str | None) -> str:
+    """Return the `model.toml` of a bundle.
+
+    Args:
+        bundle: to describe.
+        weights: name of the file with its weights, in its folder; None = it has none.
+    """
+    table = bundle_table(bundle) | ({"weights": weights} if weights else {})
+    head = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    return "\n".join([_lines(head), *(f"[{key}]\n{_lines(tables[key])}" for key in tables)])
+
+
+def bundle_table(bundle: Bundle) -> dict[str, Any]:
+    """Return what the `model.toml` of a bundle holds, but for the weights."""
+    spec = {key: value for key, value in asdict(bundle.input).items() if value is not None}
+    output: dict[str, Any] = {"activation": bundle.activation}
+    output["classes"] = [
+        {"name": c.name} | ({"color": list(c.color)} if c.color else {}) for c in bundle.classes
+    ]
+    if bundle.labels:
+        output["labels"] = list(bundle.labels)
+    return {
+        "name": bundle.name,
+        "modality": bundle.modality,
+        "network": bundle.network,
+        "network_options": dict(bundle.network_options),
+        "input": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
+        "output": output,
+    }
+
+
+def _parse(table: Mapping[str, Any], path: Path, *, fetch: bool) -> Bundle:
+    _know(table, ("name", "modality", "network", "weights", "network_options", "input", "output"))
+    for key in ("name", "modality", "network"):
+        if not isinstance(table[key], str) or not table[key].strip():
+            raise ValueError(f"{key} is {table[key]!r}; expected a word in quotes")
     if (modality := table["modality"]) not in get_args(Modality):
-        raise BundleError(f"{path}: modality {modality!r} is none of {get_args(Modality)}")
+        raise ValueError(f"modality {modality!r} is none of {get_args(Modality)}")
+    output = _subtable(table["output"], "output")
+    _know(output, ("activation", "classes", "labels"), "output.")
     if (activation := output["activation"]) not in get_args(Activation):
-        raise BundleError(f"{path}: activation {activation!r} is none of {get_args(Activation)}")
-    bundle = Bundle(
+        raise ValueError(f"output.activation {activation!r} is none of {get_args(Activation)}")
+    weights_path, origin = _weights(table.get("weights"), path.parent, fetch=fetch)
+    return Bundle(
         path=path.parent,
-        name=str(table["name"]),
+        name=table["name"],
         modality=modality,
-        network=str(table["network"]),
-        weights_path=_weights(table.get("weights"), path.parent),
-        network_options=dict(table.get("network_options", {})),
-        input=_input_spec(spec),
+        network=table["network"],
+        weights_path=weights_path,
+        weights_origin=origin,
+        network_options=_subtable(table.get("network_options", {}), "network_options"),
+        input=_input_spec(_subtable(table["input"], "input"), modality),
         activation=activation,
-        classes=tuple(_class_info(entry, i, path) for i, entry in enumerate(output["classes"])),
+        classes=_classes(output["classes"], activation),
+        labels=_labels(output.get("labels", [])),
     )
-    _check(bundle, path)
-    return bundle
 
 
-def _input_spec(table: Mapping[str, Any]) -> InputSpec:
+def _subtable(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key} is {value!r}; expected a table")
+    return dict(value)
+
+
+def _know(table: Mapping[str, Any], known: Collection[str], prefix: str = "") -> None:
+    """Refuse keys that mean nothing: a misspelt one would pass in silence."""
+    if unknown := [f"{prefix}{key}" for key in table if key not in known]:
+        there = ", ".join(f"{prefix}{key}" for key in known)
+        raise ValueError(f"unknown {', '.join(unknown)}; there are {there}")
+
+
+def _input_spec(table: Mapping[str, Any], modality: Modality) -> InputSpec:
+    _know(table, [f.name for f in fields(InputSpec)], "input.")
+    own, axes = RESOLUTION[modality], AXES[modality]
+    if others := [key for key in RESOLUTION.values() if key != own and key in table]:
+        raise ValueError(
+            f"input.{others[0]} is not for {modality}s, whose resolution is input.{own}"
+        )
+    if own not in table:
+        raise ValueError(f"lacks input.{own}, the resolution of {modality}s")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
-    return InputSpec(**values)
-
-
-def _class_info(entry: dict[str, Any], index: int, path: Path) -> ClassInfo:
-    name, color = str(entry["name"]).strip(), entry.get("color")
-    if not name or any(c in name for c in ":*\n\r"):
-        raise BundleError(f"{path}: class name {name!r} is empty or has ':', '*' or a line break")
-    if color is None and index > 0 and name not in QUPATH_COLORS:
-        raise BundleError(f"{path}: class {name!r} has no color; add color = [red, green, blue]")
-    if color is not None and (
-        len(color) != 3 or not all(isinstance(v, int) and 0 <= v <= 255 for v in color)
+    spec = InputSpec(**values)
+    count = spec.channels
+    rules = {
+        "mpp": (_are_reals((spec.mpp,), 1, above=0), "µm per pixel above 0"),
+        "fit": (_are_sizes(spec.fit, 2), "[height, width] in pixels above 0"),
+        "spacing_mm": (_are_reals(spec.spacing_mm, 3, above=0), "[z, y, x] in mm above 0"),
+        "channels": (_are_sizes((count,), 1), "a whole number above 0"),
+        "patch_size": (_are_sizes(spec.patch_size, axes), f"{axes} numbers of pixels above 0"),
+        "mean": (_are_reals(spec.mean, count), f"{count} values, one a channel"),
+        "std": (_are_reals(spec.std, count, above=0), f"{count} values above 0, one a channel"),
+    }
+    for key in (own, "channels", "patch_size", "mean", "std"):
+        holds, expected = rules[key]
+        if not holds:
+            raise ValueError(f"input.{key} is {_shown(getattr(spec, key))}; expected {expected}")
+    if not _are_sizes(spec.overlap, axes, least=0) or any(
+        overlap >= side for overlap, side in zip(spec.overlap, spec.patch_size, strict=True)
     ):
-        raise BundleError(f"{path}: color {color} of {name!r} is not three integers in 0–255")
+        raise ValueError(
+            f"input.overlap is {_shown(spec.overlap)}; it has as many axes as patch_size, "
+            f"{_shown(spec.patch_size)}, and lies below it"
+        )
+    return spec
+
+
+def _shown(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _are_sizes(values: Any, count: int, *, least: int = 1) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(type(v) is int and v >= least for v in values)
+    )
+
+
+def _are_reals(values: Any, count: int, *, above: float = -math.inf) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(type(v) in (int, float) and above < v < math.inf for v in values)
+    )
+
+
+def _classes(entries: Any, activation: Activation) -> tuple[ClassInfo, ...]:
+    if not isinstance(entries, list):
+        raise ValueError(f'output.classes is {entries!r}; expected a list of {{ name = "…" }}')
+    classes = tuple(_class_info(entry, index) for index, entry in enumerate(entries))
+    count = len(classes)
+    if not 2 <= count <= 255 or (activation == "sigmoid" and count != 2):
+        raise ValueError(
+            f"{count} classes with {activation}; sigmoid takes 2, softmax 2 to 255, "
+            "the background included"
+        )
+    if len({c.name for c in classes}) != count:
+        raise ValueError("two classes have the same name")
+    return classes
+
+
+def _class_info(entry: Any, index: int) -> ClassInfo:
+    table = _subtable(entry, f"output.classes[{index}]")
+    _know(table, ("name", "color"), f"output.classes[{index}].")
+    name, color = _name(table["name"], "class name"), table.get("color")
+    if color is None and index > 0 and name not in QUPATH_COLORS:
+        raise ValueError(f"class {name!r} has no color; add color = [red, green, blue]")
+    if color is not None and not (
+        isinstance(color, list)
+        and len(color) == 3
+        and all(type(v) is int and 0 <= v <= 255 for v in color)
+    ):
+        raise ValueError(f"color {color} of {name!r} is not three integers in 0–255")
     # QuPath has its own colour for some names and takes no other, so all outputs have it
     own = QUPATH_COLORS.get(name, tuple(color) if color else None)
     return ClassInfo(name=name, color=own if index > 0 else None)
 
 
-def _check(bundle: Bundle, path: Path) -> None:
-    spec = bundle.input
-    if not spec.mpp > 0:
-        raise BundleError(f"{path}: input.mpp is {spec.mpp}; expected µm per pixel above 0")
-    if len(spec.mean) != spec.channels or len(spec.std) != spec.channels:
-        raise BundleError(f"{path}: mean and std need {spec.channels} values, one a channel")
-    if len(spec.patch_size) != len(spec.overlap) or any(
-        not 0 <= o < p for o, p in zip(spec.overlap, spec.patch_size, strict=True)
-    ):
-        raise BundleError(
-            f"{path}: overlap {spec.overlap} must have as many axes as patch_size "
-            f"{spec.patch_size} and lie below it"
-        )
-    count = len(bundle.classes)
-    if not 2 <= count <= 255 or (bundle.activation == "sigmoid" and count != 2):
-        raise BundleError(
-            f"{path}: {count} classes with {bundle.activation}; sigmoid takes 2, softmax 2 to 255, "
-            "the background included"
-        )
-    if len({c.name for c in bundle.classes}) != count:
-        raise BundleError(f"{path}: two classes have the same name")
+def _labels(entries: Any) -> tuple[str, ...]:
+    if not isinstance(entries, list) or len(entries) == 1:
+        raise ValueError(f"output.labels is {entries!r}; expected two names or more")
+    labels = tuple(_name(entry, "label") for entry in entries)
+    if len(set(labels)) != len(labels):
+        raise ValueError("two labels have the same name")
+    return labels
 
 
-def _weights(entry: str | dict[str, str] | None, folder: Path) -> Path | None:
+def _name(value: Any, what: str) -> str:
+    name = value.strip() if isinstance(value, str) else ""
+    if not name or any(c in name for c in ":*\n\r"):
+        raise ValueError(f"{what} {value!r} is empty or has ':', '*' or a line break")
+    return name
+
+
+def _lines(table: Mapping[str, Any]) -> str:
+    return "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
+
+
+def _toml(value: Any) -> str:
+    """Write one value inline.
+
+    Example:
+        >>> _toml([{"name": "Tumor", "color": [200, 0, 0]}, True])
+        '[{ name = "Tumor", color = [200, 0, 0] }, true]'
+    """
+    match value:
+        case bool():
+            return str(value).lower()
+        case int() | float():
+            return repr(value)
+        case str():
+            # TOML's basic strings escape as JSON's do
+            return json.dumps(value, ensure_ascii=False)
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case dict():
+            pairs = ", ".join(f"{k} = {_toml(v)}" for k, v in value.items())
+            return f"{{ {pairs} }}"
+    raise TypeError(f"{value!r} has no place in a model.toml")
+
+
+def _weights(entry: Any, folder: Path, *, fetch: bool) -> tuple[Path | None, RemoteFile | None]:
+    """Return the weights' file, where it is there, and where it is fetched from."""
     if entry is None:
-        return None
+        return None, None
     if isinstance(entry, dict):
-        return _download(entry["url"], entry["sha256"])
-    path = folder / entry
+        _know(entry, ("url", "sha256"), "weights.")
+        origin = RemoteFile(url=str(entry["url"]), sha256=str(entry["sha256"]))
+        _check_digest(origin.sha256, origin.url, least=64)
+        cached = _cache_path(origin.url, origin.sha256)
+        is_here = fetch or cached.is_file()
+        return download(origin.url, origin.sha256) if is_here else None, origin
+    path = folder / str(entry)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"weights {entry!r} lie outside the bundle {folder}")
     if not path.is_file():
         raise BundleError(f"the bundle {folder} names weights {entry!r}, which are not there")
-    return path
+    return path, None
+
+
+def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{least},64}}", sha256):
+        raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")
 
 
 def _cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "wsi_pipeline"
+
+
+def _cache_path(url: str, sha256: str) -> Path:
+    return _cache_dir() / f"{sha256}{Path(urllib.parse.urlparse(url).path).suffix}"
 
 
 def _local_toml(location: str) -> Path:
@@ -223,18 +456,6 @@ def _local_toml(location: str) -> Path:
         return _fetch(location, _cache_dir() / key / "model.toml")
     path = Path(location)
     return path / "model.toml" if path.suffix != ".toml" else path
-
-
-def _download(url: str, sha256: str) -> Path:
-    """Fetch weights once into the user's cache; return the checked file."""
-    suffix = Path(urllib.parse.urlparse(url).path).suffix
-    target = _cache_dir() / f"{sha256}{suffix}"
-    if not target.is_file():
-        _fetch(url, target)
-    if (found := sha256_of(target)) != sha256:
-        target.unlink()
-        raise BundleError(f"{url} has sha256 {found}, the bundle expects {sha256}; removed")
-    return target
 
 
 def _fetch(url: str, target: Path) -> Path:

@@ -12,6 +12,7 @@ Output = Literal["zarr", "tiff", "geojson", "overlay"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
+ProgramFormat = Literal["onnx", "torch-export"]
 
 MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""

@@ -208,7 +208,7 @@ def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
     patch_size = bundle.input.patch_size
     return plan_grid(
         slide,
-        mpp=bundle.input.mpp,
+        mpp=bundle.mpp,
         patch_size=(patch_size[0], patch_size[1]),
         overlap=(bundle.input.overlap[0], bundle.input.overlap[1])
         if overlap is None

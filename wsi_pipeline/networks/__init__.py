@@ -4,14 +4,27 @@ from __future__ import annotations
 
 from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.networks.base import SegmentationNetwork
 from wsi_pipeline.networks.foreign import Network, load_foreign
+from wsi_pipeline.networks.highres_unet import HighResUNet
 from wsi_pipeline.networks.lightmuseg import LightMuSeg
+from wsi_pipeline.networks.mm3d_unet import MM3DUNet
+from wsi_pipeline.networks.nmtnet import NMTNet
+from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
 from wsi_pipeline.networks.weights import load_weights
 
-NETWORKS = {"lightmuseg": LightMuSeg}
+NETWORKS: dict[str, type[SegmentationNetwork]] = {
+    "lightmuseg": LightMuSeg,
+    "nmtnet": NMTNet,
+    "mm3d_unet": MM3DUNet,
+    "highres_unet": HighResUNet,
+    "swish_unet": SwishUNet,
+    "unet": UNet,
+    "unet3d": UNet3D,
+}
 """Every network of the package: what `network` in a model.toml, or a recipe, may name."""
 
-__all__ = ["NETWORKS", "Network", "build", "create"]
+__all__ = ["NETWORKS", "Network", "SegmentationNetwork", "build", "create"]
 
 
 def build(bundle: Bundle) -> Network:
@@ -32,7 +45,7 @@ def build(bundle: Bundle) -> Network:
     return Network(module=module.eval(), batch_size=None)
 
 
-def create(bundle: Bundle) -> LightMuSeg:
+def create(bundle: Bundle) -> SegmentationNetwork:
     """Create the bundle's network with random weights; return it in training mode.
 
     Raises:
@@ -41,14 +54,19 @@ def create(bundle: Bundle) -> LightMuSeg:
     if bundle.network not in NETWORKS:
         known = ", ".join([*NETWORKS, *FOREIGN])
         raise BundleError(f"{bundle.path}: no network {bundle.network!r}; there are {known}")
-    network = NETWORKS[bundle.network]
-    multiple = network.size_multiple
-    if any(side % multiple for side in bundle.input.patch_size):
-        raise BundleError(
-            f"{bundle.path}: patch_size {list(bundle.input.patch_size)} px; "
-            f"{bundle.network} takes multiples of {multiple}"
-        )
+    network, patch_size = NETWORKS[bundle.network], bundle.input.patch_size
     try:
-        return network(**bundle.network_options)
-    except TypeError as error:
+        module = network(**{"channels": bundle.input.channels, **bundle.network_options})
+    except (TypeError, ValueError) as error:
         raise BundleError(f"{bundle.path}: network_options: {error}") from error
+    if module.channels != bundle.input.channels:
+        raise BundleError(
+            f"{bundle.path}: network_options has {module.channels} channels, "
+            f"input has {bundle.input.channels}"
+        )
+    if len(patch_size) != module.ndim or any(side % module.size_multiple for side in patch_size):
+        raise BundleError(
+            f"{bundle.path}: patch_size {list(patch_size)} px; "
+            f"{bundle.network} takes {module.ndim} multiples of {module.size_multiple}"
+        )
+    return module

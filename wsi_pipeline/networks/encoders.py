@@ -1,12 +1,23 @@
-"""Encoders with torchvision's state_dict names, so that its ImageNet weights load unchanged."""
+"""Encoders with torchvision's state_dict names, so that its ImageNet weights load unchanged.
+
+The published files are `mobilenet_v2-b0353104.pth`, which LightMuSeg's authors start from, and
+`resnet18-f37072fd.pth`, under https://download.pytorch.org/models/.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import urlparse
 
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.weights import load_weights
+from wsi_pipeline.bundle import check_sha256, download
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.networks.weights import load_state, read_state
+
+Grey = Literal["replicate", "sum"]
 
 # Sandler et al., "MobileNetV2", table 2: expansion t, channels c, repeats n, first stride s
 MOBILENET_V2 = (
@@ -18,6 +29,8 @@ MOBILENET_V2 = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+# He et al., "Deep Residual Learning for Image Recognition", table 1: channels, first stride
+RESNET18 = ((64, 1), (128, 2), (256, 2), (512, 2))
 
 
 class InvertedResidual(nn.Module):
@@ -48,6 +61,71 @@ class InvertedResidual(nn.Module):
         return x + out if self.is_residual else out
 
 
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions around a residual connection; ResNet18's block.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        stride: of the first convolution, and of the 1×1 projection that it then takes.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = (
+            nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+            if stride != 1 or inputs != outputs
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output, (N, outputs, H / stride, W / stride)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        total: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return total
+
+
+class ResNet18(nn.Module):
+    """ResNet18 without its classifier, Kaiming-initialised; 11,176,512 parameters.
+
+    Args:
+        channels: of the input.
+    """
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        inputs = 64
+        for i, (outputs, stride) in enumerate(RESNET18, start=1):
+            blocks = (
+                BasicBlock(inputs, outputs, stride=stride),
+                BasicBlock(outputs, outputs, stride=1),
+            )
+            self.add_module(f"layer{i}", nn.Sequential(*blocks))
+            inputs = outputs
+        _init_convolutions(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return five taps: 64 channels at 1/2, then 64, 128, 256, 512 at 1/4 to 1/32."""
+        taps = [self.relu(self.bn1(self.conv1(x)))]
+        x = self.maxpool(taps[0])
+        for i in range(1, len(RESNET18) + 1):
+            x = self.get_submodule(f"layer{i}")(x)
+            taps.append(x)
+        return taps
+
+
 def mobilenet_v2_features(channels: int = 3) -> nn.Sequential:
     """Return the 19 stages of MobileNetV2 (width 1.0), Kaiming-initialised.
 
@@ -63,23 +141,67 @@ def mobilenet_v2_features(channels: int = 3) -> nn.Sequential:
             inputs = outputs
     stages.append(_conv_bn_relu6(inputs, 1280, kernel=1))
     features = nn.Sequential(*stages)
-    for module in features.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    _init_convolutions(features)
     return features
 
 
-def load_imagenet(features: nn.Sequential, path: Path) -> None:
-    """Load torchvision's published MobileNetV2 weights into `features`; return nothing.
+def stem_channels(channels: int, grey: Grey) -> int:
+    """Return the input channels of an encoder's first convolution.
 
     Args:
-        features: as `mobilenet_v2_features` makes them.
-        path: a `.pth` or `.safetensors` file with torchvision's names.
+        channels: of the network's input.
+        grey: for one channel, "replicate" lets the encoder see it three times, as ImageNet's
+            weights want it; "sum" gives the encoder one channel, whose ImageNet weights are the
+            sum over the three: the same function, with fewer operations.
+    """
+    if grey not in get_args(Grey):
+        raise ValueError(f"grey {grey!r} is none of {get_args(Grey)}")
+    return 3 if channels == 1 and grey == "replicate" else channels
+
+
+def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | None = None) -> None:
+    """Load torchvision's published ImageNet weights into an encoder; return nothing.
+
+    Args:
+        encoder: as `mobilenet_v2_features` or `ResNet18` make it; with one channel, its first
+            convolution takes the sum of the weights over the colours.
+        location: a `.pth` or `.safetensors` file with torchvision's names, or its URL, which is
+            fetched once into the user's cache.
+        sha256: of the file, in hex, or its first eight digits or more; None = as at the end of
+            the file's name, as torchvision has it. A URL needs either.
 
     Raises:
-        BundleError: the file holds other tensors.
+        BundleError: no such file, another digest, or other tensors.
     """
-    load_weights(nn.ModuleDict({"features": features}), path, unused=("classifier.",))
+    path = _checked_file(str(location), sha256)
+    state = read_state(path)
+    # torchvision's MobileNetV2 is features and classifier, its ResNet has no such parts
+    module = nn.ModuleDict({"features": encoder}) if isinstance(encoder, nn.Sequential) else encoder
+    stem, weight = next((n, p) for n, p in module.named_parameters() if p.ndim == 4)
+    if weight.shape[1] == 1 and stem in state:
+        state[stem] = state[stem].sum(1, keepdim=True)
+    load_state(module, state, path=path, unused=("classifier.", "fc."))
+
+
+def _checked_file(location: str, sha256: str | None) -> Path:
+    """Return the path of a file here or elsewhere, after comparing its digest."""
+    stem = Path(urlparse(location).path).stem
+    stated = re.search(r"-([0-9a-f]{8,64})$", stem)
+    digest = sha256 if sha256 is not None or stated is None else stated[1]
+    if "://" in location:
+        if digest is None:
+            raise BundleError(f"no sha256 for {location}; name it, or the file as <name>-<sha256>")
+        return download(location, digest)
+    path = Path(location)
+    if digest is not None and path.is_file():
+        check_sha256(path, digest, origin=path)
+    return path
+
+
+def _init_convolutions(module: nn.Module) -> None:
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
 def _conv_bn_relu6(

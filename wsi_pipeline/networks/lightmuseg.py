@@ -3,12 +3,13 @@
 Zaka-Ud-Din Muhammad, Vincenzo Della Mea: "Lightweight multiscale feature refinement network for
 breast cancer histopathology segmentation", Informatics in Medicine Unlocked 63, 101754, 2026,
 https://doi.org/10.1016/j.imu.2026.101754. Names follow the authors' checkpoints. Our reading: the
-spatial attention, whose module is not public, is CBAM's; the deep-supervision heads, which the
-authors' plain network builds and never calls, are left out.
+spatial attention, whose module is not public, is CBAM's; the side-out heads, which the authors'
+plain network builds and never calls, are there with deep supervision only, one map for each class.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import MutableMapping
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.networks.encoders import mobilenet_v2_features
+from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.encoders import Grey, mobilenet_v2_features, stem_channels
 
 TAPS = (2, 4, 7, 14, 18)
 """Stage of the encoder before which each tap is taken, from 1/2 to 1/32 of the input."""
@@ -117,7 +119,34 @@ class FRFM(nn.Module):
         return out
 
 
-class LightMuSeg(nn.Module):
+class SideOut(nn.Module):
+    """A head that maps features of the decoder to logits, for deep supervision.
+
+    Args:
+        channels: in.
+        classes: logit maps out.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        middle = channels // 4
+        self.conv1 = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(channels, middle, 3, padding=1),
+                bn=nn.BatchNorm2d(middle),
+                relu=nn.ReLU(inplace=True),
+            )
+        )
+        self.dropout = nn.Dropout2d(0.1)
+        self.conv2 = nn.Conv2d(middle, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (N, classes, H, W)."""
+        out: Tensor = self.conv2(self.dropout(self.conv1(x)))
+        return out
+
+
+class LightMuSeg(SegmentationNetwork):
     """LightMuSeg; 7,052,236 parameters and 145 for every class.
 
     Global pooling and aligned-corner upsampling make each output pixel depend on the whole patch:
@@ -126,22 +155,35 @@ class LightMuSeg(nn.Module):
     Args:
         classes: logit maps of the output; 1 for tumour or not.
         channels: of the input.
+        grey: what becomes of one channel: the encoder sees it three times, or has one itself.
+        deep_supervision: while training, the logits of the decoder's other levels come out too;
+            24,450 parameters more, and 41 for every class.
     """
 
-    size_multiple: ClassVar[int] = 32
-    """Both sides of a patch are multiples of this."""
+    size_multiple = 32
     unused: ClassVar[tuple[str, ...]] = ("encoder.18.", "sideout")
-    """Tensors of the authors' checkpoints that nothing calls; weight files may lack them."""
 
-    def __init__(self, *, classes: int = 1, channels: int = 3) -> None:
-        super().__init__()
-        self.encoder = mobilenet_v2_features(channels)
+    def __init__(
+        self,
+        *,
+        classes: int = 1,
+        channels: int = 3,
+        grey: Grey = "replicate",
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__(channels=channels)
+        self.stem_channels = stem_channels(channels, grey)
+        self.encoder = mobilenet_v2_features(self.stem_channels)
         c1, c2, c3, c4, c5 = CHANNELS
         self.mltslayer1, self.mltslayer2, self.mltslayer3 = MSFFM(c1), MSFFM(c2), MSFFM(c3)
         self.mltslayer4, self.mltslayer5 = MSFFM(c4), MSFFM(c5)
         self.s5_up_conv, self.s4_up_conv = _up(c5, c4), _up(c4, c3)
         self.s3_up_conv, self.s2_up_conv = _up(c3, c2), _up(c2, c1)
         self.lca45, self.lca34, self.lca23, self.lca12 = FRFM(c4), FRFM(c3), FRFM(c2), FRFM(c1)
+        self.deep_supervision = deep_supervision
+        if deep_supervision:
+            self.sideout2, self.sideout3 = SideOut(c2, classes), SideOut(c3, classes)
+            self.sideout4 = SideOut(c4, classes)
         self._init_decoder()
         self.last_conv = nn.Conv2d(c1, classes, 3, padding=1)
 
@@ -152,19 +194,24 @@ class LightMuSeg(nn.Module):
             if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
                 nn.init.kaiming_normal_(module.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W)."""
-        multiple = self.size_multiple
-        if x.shape[2] % multiple or x.shape[3] % multiple:
-            size = f"{x.shape[2]} × {x.shape[3]}"
-            raise ValueError(f"a patch of {size} px: LightMuSeg takes multiples of {multiple}")
-        s1, s2, s3, s4, s5 = self._taps(x)
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W).
+
+        With deep supervision, in training mode: four such maps, the first of which is the answer.
+        """
+        self.check_patches(x)
+        size = x.shape[2:]
+        s1, s2, s3, s4, s5 = self._taps(x.expand(-1, self.stem_channels, -1, -1))
         d4 = self.lca45(self.mltslayer4(s4), self.s5_up_conv(self.mltslayer5(s5)))  # 96, H/16
         d3 = self.lca34(self.mltslayer3(s3), self.s4_up_conv(d4))  # 32, H/8
         d2 = self.lca23(self.mltslayer2(s2), self.s3_up_conv(d3))  # 24, H/4
         d1 = self.lca12(self.mltslayer1(s1), self.s2_up_conv(d2))  # 16, H/2
         logits: Tensor = self.last_conv(d1)
-        return functional.interpolate(logits, scale_factor=2.0, mode="bilinear")
+        answer = functional.interpolate(logits, scale_factor=2.0, mode="bilinear")
+        if not (self.deep_supervision and self.training):
+            return answer
+        sides = [self.sideout2(d2), self.sideout3(d3), self.sideout4(d4)]
+        return [answer, *(functional.interpolate(s, size=size, mode="bilinear") for s in sides)]
 
     def _taps(self, x: Tensor) -> list[Tensor]:
         taps = []
@@ -188,17 +235,18 @@ def _adopt_attention(
 ) -> None:
     """Take the attention's convolution under whatever name, size and bias a checkpoint has it.
 
-    The authors' module is not public: its weight is known by its shape, (1, 2, k, k), alone.
+    The authors' module is not public: its weight is known by its shape, (1, 2, k, k), alone. What
+    holds more than one convolution is left as it is and refused by name.
     """
-    names = [n for n in state if n.startswith(prefix)]
-    for name in names:
-        tensor = state.pop(name)
-        kind = "weight" if tensor.ndim == 4 and tensor.shape[:2] == (1, 2) else "bias"
-        if kind == "bias" and tensor.shape != (1,):
-            state[name] = tensor  # left where it was, it is refused by name
-            continue
-        state[f"{prefix}conv.{kind}"] = tensor
-    if (weight := state.get(f"{prefix}conv.weight")) is None:
+    own = {n: t for n, t in state.items() if n.startswith(prefix)}
+    weights = [n for n, t in own.items() if t.ndim == 4 and t.shape[:2] == (1, 2)]
+    biases = [n for n, t in own.items() if n.endswith("bias") and t.shape == (1,)]
+    if len(weights) != 1 or len(biases) > 1 or len(own) != 1 + len(biases):
         return
-    size, has_bias = weight.shape[-1], f"{prefix}conv.bias" in state
-    module.conv = nn.Conv2d(2, 1, size, padding=size // 2, bias=has_bias)
+    height, width = own[weights[0]].shape[2:]
+    if height != width or height % 2 == 0:
+        return
+    for kind, names in (("weight", weights), ("bias", biases)):
+        for name in names:
+            state[f"{prefix}conv.{kind}"] = state.pop(name)
+    module.conv = nn.Conv2d(2, 1, height, padding=height // 2, bias=bool(biases))

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import warnings
+import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from wsi_pipeline.errors import BundleError
 
+USUAL_KEYS = ("state_dict", "model_state_dict", "model")
+"""Under which a checkpoint holds its tensors, most telling first."""
+NAMES_SHOWN = 8
+"""Of each kind, where tensors do not fit."""
 
-def read_state(path: Path) -> dict[str, Tensor]:
+
+def read_state(path: Path, *, key: str | None = None) -> dict[str, Tensor]:
     """Read the tensors of a `.safetensors` file or a PyTorch checkpoint; return them by name.
 
     Args:
-        path: the file; a checkpoint may hold its tensors under `state_dict` or `model`.
+        path: the file; what it is its content says.
+        key: where in a checkpoint the tensors are, as "ema.model"; None = found by the usual keys.
 
     Raises:
-        BundleError: not a weight file, or one that holds more than tensors.
+        BundleError: no weight file, one that holds more than tensors or several sets of them.
     """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BundleError(f"cannot read weights from {path}: {reason}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-    if not isinstance(found, Mapping) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise BundleError(f"{path} holds no mapping of names to tensors")
-    return dict(found)
+    states = _states(_read(path))
+    if key is None:
+        usual = [name for name in ("", *USUAL_KEYS) if name in states]
+        key = next(iter(usual or states), "")
+        if len(states) > 1 and not usual:
+            raise BundleError(f"{path} holds tensors under {', '.join(states)}; name one as --key")
+    if key not in states:
+        where = f"under {key!r}; it does under {', '.join(states)}" if states else "alone"
+        raise BundleError(f"{path} holds no mapping of names to tensors {where}")
+    state = {name: tensor.detach() for name, tensor in states[key].items()}
+    if odd := [name for name, tensor in state.items() if not _is_plain(tensor)]:
+        raise BundleError(f"{path}: {_listed(odd)}: not plain arrays of real numbers")
+    return state
 
 
 def load_weights(network: nn.Module, path: Path, *, unused: Collection[str] = ()) -> None:
@@ -49,18 +56,119 @@ def load_weights(network: nn.Module, path: Path, *, unused: Collection[str] = ()
     Raises:
         BundleError: the file does not fit, with the names that do not.
     """
-    state = read_state(path)
+    load_state(network, read_state(path), path=path, unused=unused)
+
+
+def load_state(
+    network: nn.Module, state: Mapping[str, Tensor], *, path: Path, unused: Collection[str] = ()
+) -> None:
+    """Load tensors into a network, upcast to the network's own precision; return nothing.
+
+    Args:
+        network: to load into.
+        state: tensors by name.
+        path: of the file that they come from, for the message.
+        unused: prefixes of tensors that the network never calls and `state` may lack or have.
+
+    Raises:
+        BundleError: they do not fit, with the names that do not.
+    """
+    misshapen: dict[str, str] = {}
     try:
         found = network.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # a size mismatch, with PyTorch's own list of names
-        raise BundleError(f"{path} does not fit the network: {error}") from error
-    missing = [n for n in found.missing_keys if not _is_optional(n, unused)]
-    unexpected = [n for n in found.unexpected_keys if not _is_optional(n, unused)]
-    if missing or unexpected:
+    except RuntimeError:  # shapes; by now the network has adopted what it can
+        own = network.state_dict()
+        misshapen = {
+            name: f"{name} {_shape(tensor)} for {_shape(own[name])}"
+            for name, tensor in state.items()
+            if name in own and tensor.shape != own[name].shape
+        }
+        rest = {name: tensor for name, tensor in state.items() if name not in misshapen}
+        found = network.load_state_dict(rest, strict=False)
+    faults = {
+        "missing": [n for n in found.missing_keys if n not in misshapen],
+        "unexpected": found.unexpected_keys,
+        "misshapen": list(misshapen),
+    }
+    named = {
+        kind: [misshapen.get(n, n) for n in names if not _is_optional(n, unused)]
+        for kind, names in faults.items()
+    }
+    if any(named.values()):
+        listed = "; ".join(f"{kind} {_listed(names)}" for kind, names in named.items() if names)
+        raise BundleError(f"{path} does not fit the network: {listed}")
+
+
+def kept_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return what a weight file of the network holds: the tensors that prediction calls."""
+    unused = tuple(getattr(network, "unused", ()))
+    return {
+        name: tensor.contiguous()
+        for name, tensor in network.state_dict().items()
+        if not _is_optional(name, unused)
+    }
+
+
+def _read(path: Path) -> object:
+    """Return what a weight file holds."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if head[8:] == b"{":  # behind the length of a safetensors header
+            return load_file(path)
+        if head.startswith(b"PK"):
+            _check_archive(path)
+        elif not head.startswith(b"\x80"):
+            raise BundleError(
+                f"cannot read weights from {path}: neither safetensors nor a PyTorch checkpoint; "
+                "a short text may stand for a file that Git LFS has not fetched"
+            )
+        with warnings.catch_warnings(action="ignore"):  # of formats that are refused anyway
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except BundleError:
+        raise
+    except OSError as error:
+        raise BundleError(f"cannot read weights from {path}: {error.strerror or error}") from error
+    except Exception as error:  # the readers raise whatever the file makes them
+        if named := re.search(r"GLOBAL (\S+)", str(error)):
+            raise BundleError(
+                f"cannot read weights from {path}: it holds {named[1]} beside tensors, and nothing "
+                "of a weight file is run; where you trust it, save its state dict alone"
+            ) from error
+        raise BundleError(f"cannot read weights from {path}: damaged, or another format") from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse archives that torch.save does not write: programs, and those that grow on reading."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    names = {entry.filename.rpartition("/")[2] for entry in entries}
+    if names & {"constants.pkl", "archive_format"}:
         raise BundleError(
-            f"{path} does not fit the network: "
-            f"missing {_listed(missing)}; unexpected {_listed(unexpected)}"
+            f"cannot read weights from {path}: it is a program; a model.toml names it with "
+            'network = "torchscript" or "exported"'
         )
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise BundleError(f"cannot read weights from {path}: it would unpack to more than it is")
+
+
+def _states(value: object, name: str = "", *, depth: int = 3) -> dict[str, Mapping[str, Tensor]]:
+    """Return the mappings of names to tensors in a checkpoint by the keys that lead there."""
+    if depth == 0 or not isinstance(value, Mapping) or not value:
+        return {}
+    if not all(isinstance(key, str) for key in value):
+        return {}
+    if all(isinstance(inner, Tensor) for inner in value.values()):
+        return {name: value}
+    found: dict[str, Mapping[str, Tensor]] = {}
+    for key, inner in value.items():
+        found |= _states(inner, f"{name}.{key}" if name else key, depth=depth - 1)
+    return found
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    odd = tensor.is_quantized or tensor.is_complex() or tensor.is_meta
+    return tensor.layout is torch.strided and not odd
 
 
 def _is_optional(name: str, unused: Collection[str]) -> bool:
@@ -68,5 +176,9 @@ def _is_optional(name: str, unused: Collection[str]) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "nothing") + more
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
+
+
+def _shape(tensor: Tensor) -> str:
+    return "×".join(str(side) for side in tensor.shape) or "scalar"

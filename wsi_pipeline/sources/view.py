@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,18 +62,22 @@ class SlideView:
         Raises:
             SourceError: the file cannot be read there.
         """
+        axes = zip(origin, shape, self.shape, self._steps(), strict=True)
+        rows, columns = (list(_pieces(a, a + length, full, step)) for a, length, full, step in axes)
+        pieces = [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
+        y, x = origin
+        if pieces == [(y, x, y + shape[0], x + shape[1])]:
+            return np.require(self._compute(*pieces[0]), requirements=["C", "W"])
         pixels = np.full((*shape, 3), WHITE, dtype=np.uint8)
-        rows, columns = (
-            list(_pieces(start, start + length, full, _step(ratio)))
-            for start, length, full, ratio in zip(
-                origin, shape, self.shape, self.ratio, strict=True
-            )
-        )
-        for y0, y1 in rows:
-            for x0, x1 in columns:
-                target = pixels[y0 - origin[0] : y1 - origin[0], x0 - origin[1] : x1 - origin[1]]
-                target[:] = self._compute(y0, x0, y1, x1)
+        for y0, x0, y1, x1 in pieces:
+            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = self._compute(y0, x0, y1, x1)
         return pixels
+
+    def _steps(self) -> tuple[int, int]:
+        """Return how many pixels (y, x) are computed at once; stored ones need no more room."""
+        if self.ratio == (1.0, 1.0):
+            return sys.maxsize, sys.maxsize
+        return _step(self.ratio[0]), _step(self.ratio[1])
 
     def _compute(self, y0: int, x0: int, y1: int, x1: int) -> Pixels:
         """Return the pixels [y0, y1) × [x0, x1), which lie inside the view."""

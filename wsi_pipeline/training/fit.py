@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wsi_pipeline.bundle import InputSpec
+from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.encoders import load_imagenet
 from wsi_pipeline.training.augment import augment
@@ -44,7 +45,7 @@ def fit(
     generator = Generator().manual_seed(spec.seed)
     network = create(recipe.bundle)
     if spec.encoder:
-        load_imagenet(network.encoder, (data_dir or Path()) / spec.encoder)
+        _start_from_imagenet(network, spec.encoder, data_dir or Path())
     # channels_last: 15 % faster steps than the default on CPUs with AVX2
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(_parameter_groups(network, spec.weight_decay))
@@ -76,6 +77,14 @@ def normalise(images: Tensor, spec: InputSpec) -> Tensor:
     """Return images in [0, 1], (N, C, H, W), less the mean and over the deviation."""
     mean = torch.tensor(spec.mean)[:, None, None]
     return (images - mean) / torch.tensor(spec.std)[:, None, None]
+
+
+def _start_from_imagenet(network: nn.Module, location: str, data_dir: Path) -> None:
+    encoder = dict(network.named_children()).get("encoder")
+    if encoder is None:
+        name = type(network).__name__
+        raise RecipeError(f"train.encoder: {name} has no encoder for it; leave the key out")
+    load_imagenet(encoder, location if "://" in location else data_dir / location)
 
 
 def _batch(

@@ -23,7 +23,8 @@ class TrainSpec:
         warm_up: share of the steps that the learning rate rises.
         weight_decay: AdamW's.
         average: decay of the moving average of the weights, which is what is kept.
-        encoder: file with ImageNet weights, relative to the data folder; None = from scratch.
+        encoder: file with ImageNet weights, relative to the data folder, or its URL; None = from
+            scratch.
         seed: of everything random.
     """
 

@@ -48,7 +48,7 @@ def load_samples(recipe: Recipe, data_dir: Path) -> list[Sample]:
         RecipeError: a file that is missing, unreadable or does not match its mask.
     """
     names = [c.name for c in recipe.bundle.classes]
-    mpp = recipe.bundle.input.mpp
+    mpp = recipe.bundle.mpp
     return [
         _load_sample(image, mask, spec, names, mpp)
         for spec in recipe.data

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save
 from torch import nn
 
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import bundle_toml
+from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.store import written_beside
 from wsi_pipeline.training.measure import Score
 from wsi_pipeline.training.recipe import Recipe
@@ -38,45 +37,15 @@ def write_bundle(
         folder: to write into; made where it is missing, its three files replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unused = getattr(network, "unused", ())
     state = {
         # half precision: half the size, and masks stay the same to a few pixels in a million
-        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-        for name, tensor in network.state_dict().items()
-        if not name.startswith(tuple(unused)) and not name.endswith("num_batches_tracked")
+        name: tensor.half()
+        for name, tensor in kept_state(network).items()
     }
     with written_beside(folder / WEIGHTS) as partial:
         partial.write_bytes(save(state))
-    (folder / "model.toml").write_text(bundle_toml(recipe.bundle), "utf-8")
+    (folder / "model.toml").write_text(bundle_toml(recipe.bundle, weights=WEIGHTS), "utf-8")
     (folder / "README.md").write_text(model_card(recipe, samples, scores), "utf-8")
-
-
-def bundle_toml(bundle: Bundle) -> str:
-    """Return the `model.toml` of a bundle whose weights lie beside it."""
-    spec = bundle.input
-    classes = [
-        {"name": c.name} | ({"color": list(c.color)} if c.color else {}) for c in bundle.classes
-    ]
-    tables: dict[str, dict[str, Any]] = {
-        "network_options": dict(bundle.network_options),
-        "input": {
-            "mpp": spec.mpp,
-            "channels": spec.channels,
-            "patch_size": list(spec.patch_size),
-            "overlap": list(spec.overlap),
-            "mean": list(spec.mean),
-            "std": list(spec.std),
-        },
-        "output": {"activation": bundle.activation, "classes": classes},
-    }
-    head = {
-        "name": bundle.name,
-        "modality": bundle.modality,
-        "network": bundle.network,
-        "weights": WEIGHTS,
-    }
-    parts = [_lines(head)] + [f"[{name}]\n{_lines(table)}" for name, table in tables.items()]
-    return "\n".join(parts)
 
 
 def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str:
@@ -87,8 +56,7 @@ def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str
     start = f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch"
     sections = [
         f"# {bundle.name}",
-        f"`{bundle.network}` for {names} at {bundle.input.mpp} µm per pixel, in patches of "
-        f"{patch} px.",
+        f"`{bundle.network}` for {names} at {bundle.mpp} µm per pixel, in patches of {patch} px.",
         "**For research and demonstration. Not a medical device; not for diagnosis.**",
         "## Training data",
         recipe.notes,
@@ -107,7 +75,7 @@ def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str
 
 
 def _data_table(recipe: Recipe, samples: Sequence[Sample]) -> str:
-    area_mm2 = (recipe.bundle.input.mpp / 1000) ** 2
+    area_mm2 = (recipe.bundle.mpp / 1000) ** 2
     rows = ["| patient | images | area mm² |", "|---|---:|---:|"]
     for patient in sorted({s.patient for s in samples}):
         own = [s.truth.numel() for s in samples if s.patient == patient]
@@ -141,30 +109,3 @@ def _score_table(scores: Scores) -> str:
             f"| {everywhere:.3f} |"
         )
     return "\n".join(rows)
-
-
-def _lines(table: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {_toml(value)}\n" for key, value in table.items())
-
-
-def _toml(value: Any) -> str:
-    """Write one value inline.
-
-    Example:
-        >>> _toml([{"name": "Tumor", "color": [200, 0, 0]}, True])
-        '[{ name = "Tumor", color = [200, 0, 0] }, true]'
-    """
-    match value:
-        case bool():
-            return str(value).lower()
-        case int() | float():
-            return repr(value)
-        case str():
-            # TOML's basic strings escape as JSON's do
-            return json.dumps(value, ensure_ascii=False)
-        case list() | tuple():
-            return f"[{', '.join(map(_toml, value))}]"
-        case dict():
-            pairs = ", ".join(f"{k} = {_toml(v)}" for k, v in value.items())
-            return f"{{ {pairs} }}"
-    raise TypeError(f"{value!r} has no place in a model.toml")

@@ -1,0 +1,202 @@
+"""What is compared with what: the claims, the runs that each needs, the figures taken of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Facts = Mapping[str, Mapping[str, Any]]
+"""Of one round: label of a job → what it took."""
+
+SMALL, MIDDLE, LARGE = (8192, 8192), (16384, 16384), (40960, 32768)
+EVERYTHING = ("zarr", "tiff", "geojson", "overlay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One process to measure.
+
+    Attributes:
+        who: whose program.
+        size: (width, height) of the slide at 0.5 µm/px, half of it tissue.
+        network: of programs.py.
+        tissue: "mask" gives the slide's own tissue, the same to everybody; "auto" lets the program
+            find it; "none" is the whole slide.
+        outputs: what we write; peers write what they write.
+        overlap: px between patches.
+    """
+
+    who: Literal["ours", "tiatoolbox", "fast", "floor", "stages"]
+    size: tuple[int, int]
+    network: str
+    tissue: Literal["mask", "auto", "none"] = "mask"
+    outputs: tuple[str, ...] = ("zarr",)
+    overlap: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One number of a comparison, taken in each round.
+
+    Attributes:
+        text: what it is.
+        of: computes it from a round.
+        low: what it should at least be; None = whatever.
+        high: what it should at most be.
+    """
+
+    text: str
+    of: Callable[[Facts], float]
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Jobs that take turns, and what is read off them.
+
+    Attributes:
+        text: what it shows.
+        jobs: by label, in the order of a round.
+        figures: to take.
+    """
+
+    text: str
+    jobs: Mapping[str, Job]
+    figures: tuple[Figure, ...]
+
+
+def ratio(key: str, of: str, to: str) -> Callable[[Facts], float]:
+    """Return what divides a fact of one job by that of another, in the same round."""
+    return lambda facts: facts[of][key] / facts[to][key]
+
+
+def fact(label: str, key: str) -> Callable[[Facts], float]:
+    """Return what takes a fact of one job."""
+    return lambda facts: facts[label][key]
+
+
+def _against(
+    peer: Literal["tiatoolbox", "fast"], job: Job, *, times: float, text: str
+) -> Comparison:
+    name = {"tiatoolbox": "TIAToolbox", "fast": "FAST"}[peer]
+    return Comparison(
+        text=text,
+        jobs={"ours": job, peer: replace(job, who=peer)},
+        figures=(
+            Figure(text=f"{name}'s time ÷ ours", of=ratio("seconds", peer, "ours"), low=times),
+            Figure(
+                text=f"the same without start-up: {name}'s job ÷ ours",
+                of=ratio("job_seconds", peer, "ours"),
+            ),
+            Figure(text=f"{name}'s peak memory ÷ ours", of=ratio("peak_gb", peer, "ours")),
+            Figure(text="pixels in which both masks agree", of=fact(peer, "agreement")),
+        ),
+    )
+
+
+_NULL = Job(who="ours", size=MIDDLE, network="null")
+_LIGHT = Job(who="ours", size=MIDDLE, network="lightmuseg")
+_VERSUS_TIATOOLBOX = _against(
+    "tiatoolbox", _NULL, times=10, text="Null network, half tissue, zarr only, against TIAToolbox"
+)
+_LINEAR = Figure(
+    text="time per tissue megapixel, large slide ÷ small",
+    of=ratio("seconds_per_tissue_megapixel", "large", "small"),
+    high=1.1,
+)
+
+COMPARISONS: Mapping[str, Comparison] = {
+    "null": replace(
+        _VERSUS_TIATOOLBOX,
+        figures=(
+            *_VERSUS_TIATOOLBOX.figures,
+            Figure(text="our peak memory, GB", of=fact("ours", "peak_gb"), high=1.5),
+        ),
+    ),
+    "memory": Comparison(
+        text="Null network, half tissue, zarr only: peak memory of a slide five times as large",
+        jobs={"small": _NULL, "large": replace(_NULL, size=LARGE)},
+        figures=(
+            Figure(
+                text="peak memory, large slide ÷ small",
+                of=ratio("peak_gb", "large", "small"),
+                low=0.85,
+                high=1.15,
+            ),
+            Figure(text="peak memory of the large slide, GB", of=fact("large", "peak_gb")),
+        ),
+    ),
+    "fast-null": _against(
+        "fast",
+        replace(_NULL, tissue="none", outputs=("tiff",)),
+        times=2,
+        text="Null network, whole slide, TIFF only, against FAST",
+    ),
+    "fast-lightmuseg": _against(
+        "fast",
+        replace(_LIGHT, size=SMALL, tissue="none", outputs=("tiff",)),
+        times=1.4,
+        text="LightMuSeg, whole slide, TIFF only, against FAST",
+    ),
+    "lightmuseg-8192": _against(
+        "tiatoolbox",
+        replace(_LIGHT, size=SMALL),
+        times=8,
+        text="LightMuSeg, half tissue, zarr only, against TIAToolbox",
+    ),
+    "lightmuseg-16384": _against(
+        "tiatoolbox",
+        _LIGHT,
+        times=8,
+        text="LightMuSeg, half tissue, zarr only, against TIAToolbox",
+    ),
+    "floor": Comparison(
+        text="LightMuSeg, end to end with tissue detection and all outputs, against the floor",
+        jobs={
+            "ours": replace(_LIGHT, tissue="auto", outputs=EVERYTHING),
+            "floor": replace(_LIGHT, who="floor", tissue="auto"),
+            "stages": replace(_LIGHT, who="stages", tissue="auto"),
+        },
+        figures=(
+            Figure(
+                text="our time ÷ the floor",
+                of=lambda facts: facts["ours"]["seconds"] / facts["floor"]["floor_seconds"],
+                high=1.3,
+            ),
+            Figure(
+                text="the same without start-up",
+                of=lambda facts: facts["ours"]["job_seconds"] / facts["floor"]["floor_seconds"],
+            ),
+            Figure(text="polygons", of=fact("ours", "regions")),
+        ),
+    ),
+    "patches": Comparison(
+        text="Null network, overlap of 128 px, zarr only: patches predicted on one worker",
+        jobs={"ours": replace(_NULL, overlap=128)},
+        figures=(
+            Figure(
+                text="patches predicted ÷ patches in the grid",
+                of=lambda facts: facts["ours"]["predicted"] / facts["ours"]["patches"],
+                high=1.02,
+            ),
+        ),
+    ),
+    "linear": Comparison(
+        text="Null network, half tissue, zarr and TIFF: does the time grow with the tissue?",
+        jobs={
+            "small": replace(_NULL, size=SMALL, outputs=("zarr", "tiff")),
+            "large": replace(_NULL, size=LARGE, outputs=("zarr", "tiff")),
+        },
+        figures=(_LINEAR,),
+    ),
+    "linear-lightmuseg": Comparison(
+        text="LightMuSeg, half tissue, all outputs: does the time grow with the tissue?",
+        jobs={
+            "small": replace(_LIGHT, size=SMALL, outputs=EVERYTHING),
+            "large": replace(_LIGHT, size=LARGE, outputs=EVERYTHING),
+        },
+        figures=(_LINEAR,),
+    ),
+}

@@ -1,0 +1,341 @@
+"""`wsi-pipeline models`: what bundles there are, what they hold; checkpoints in, programs out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_table, load_bundle
+from wsi_pipeline.cli.demo import CHECKOUT
+from wsi_pipeline.cli.options import output_option
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.options import ProgramFormat
+
+if TYPE_CHECKING:
+    from wsi_pipeline.networks.trial import Trial
+
+
+class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """Whole numbers above 0, separated by commas."""
+
+    name = "PX[,PX…]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the numbers as a tuple."""
+        if isinstance(value, tuple):
+            return value
+        parts = value.split(",")
+        if not all(part.strip().isdecimal() and int(part) for part in parts):
+            self.fail(f"{value!r} is not a number of pixels, or several with commas", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+bundle_argument = click.argument("location", metavar="BUNDLE")
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
+
+
+@click.group("models")
+def command() -> None:
+    """Show model bundles, try them, and bring weights in or programs out."""
+
+
+@command.command("list")
+@click.argument(
+    "folders",
+    metavar="[FOLDER]...",
+    nargs=-1,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.pass_context
+def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
+    """List the bundles in FOLDER: its own model.toml, and those of the folders in it.
+
+    Without FOLDER: in models/ of the current folder and of the checkout.
+    """
+    places = folders or _usual_places()
+    paths = [path for place in places for path in _bundles_in(place)]
+    failed = False
+    rows = []
+    for path in paths:
+        try:
+            rows.append((str(path), *_columns(load_bundle(path, fetch=False))))
+        except BundleError as error:
+            click.echo(f"Error: {error}", err=True)
+            failed = True
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+    looked = ", ".join(map(str, places)) or "models/, which is not here"
+    if not paths:
+        raise click.ClickException(f"no bundle in {looked}: expected folders with a model.toml")
+    click.echo(f"looked in {looked}", err=True)
+    ctx.exit(failed)
+
+
+@command.command("show")
+@bundle_argument
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(location: str, as_json: bool) -> None:
+    """Show what BUNDLE is: sizes, cost of a patch, classes, input, and where the weights are.
+
+    Parameters and multiply-accumulates (MACs: of convolutions and linear layers) are counted, for
+    the network as stored and as folded for prediction. Memory is what one patch takes in fp32.
+    """
+    facts = describe(load_bundle(location, fetch=False))
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
+
+
+@command.command("check")
+@bundle_argument
+@click.option("--patch-size", type=Sizes(), help="Try smaller patches.  [default: the bundle's]")
+def check(location: str, patch_size: tuple[int, ...] | None) -> None:
+    """Run BUNDLE on random patches on the CPU: does it answer as its model.toml says?
+
+    Shapes and values are checked, and that the form for prediction equals the network. A bundle
+    without weights gets random ones.
+    """
+    from wsi_pipeline.networks.trial import try_bundle
+
+    bundle = load_bundle(location)
+    trial = try_bundle(bundle, patch_size=patch_size)
+    for name, value in _trial_rows(trial):
+        click.echo(f"{name:<16}{value}")
+
+
+@command.command("import")
+@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
+@output_option
+@click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
+@click.option("--network", help="The network, for slides, where no bundle is like it.")
+@click.option("--classes", metavar="NAME,NAME[,…]", help="In the mask's order, background first.")
+@click.option(
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="µm per pixel that it was trained at.",
+)
+@click.option("--patch-size", type=Sizes(), help="Of its patches; overlaps become a quarter.")
+@click.option("--key", help="Where in the checkpoint the tensors are, as `ema.model`.")
+@overwrite_option
+def import_(
+    checkpoint: Path,
+    output: Path,
+    like: str | None,
+    network: str | None,
+    classes: str | None,
+    mpp: float | None,
+    patch_size: tuple[int, ...] | None,
+    key: str | None,
+    overwrite: bool,
+) -> None:
+    """Make a bundle of CHECKPOINT: .pth, .pt or .safetensors. Nothing in it is run.
+
+    Say what it is: --like a bundle, but for what --classes, --mpp and --patch-size say; or
+    --network with --classes and --mpp. Tensors that lack, are too many or have another shape are
+    named, and nothing is written. With neither, CHECKPOINT is torchvision's MobileNetV2 or
+    ResNet18, and becomes a file that training can start from.
+    """
+    from wsi_pipeline.networks.checkpoints import import_encoder, import_model, make_template
+
+    if like and network:
+        raise click.UsageError("--like and --network exclude each other")
+    if not like and not network:
+        kind, path = import_encoder(checkpoint, output, key=key, overwrite=overwrite)
+        click.echo(
+            f"{kind.name} without a decoder: no model, but where training {kind.network} may "
+            "start from, as train.encoder in a recipe",
+            err=True,
+        )
+        click.echo(str(path))
+        return
+    if network and not (classes and mpp):
+        raise click.UsageError("--network needs --classes and --mpp; or name a bundle with --like")
+    template = make_template(
+        folder=output,
+        like=load_bundle(like, fetch=False) if like else None,
+        network=network,
+        classes=[name.strip() for name in classes.split(",")] if classes else None,
+        mpp=mpp,
+        patch_size=patch_size,
+    )
+    bundle = import_model(checkpoint, template, output, key=key, overwrite=overwrite)
+    logits = "1 logit" if bundle.activation == "sigmoid" else f"{len(bundle.classes)} logits"
+    spec = bundle.input
+    click.echo(
+        f"{bundle.network} with {logits}; taken as trained with mean {list(spec.mean)}, std "
+        f"{list(spec.std)}, patches of {_by(spec.patch_size)} px: if not, change model.toml. "
+        "The card, README.md, is yours to fill in.",
+        err=True,
+    )
+    click.echo(str(output))
+
+
+@command.command("export")
+@bundle_argument
+@click.option("--format", "form", required=True, type=click.Choice(get_args(ProgramFormat)))
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The ONNX file; for torch-export the folder of a new bundle.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="The only one that the program takes.  [default: any]",
+)
+@overwrite_option
+def export(
+    location: str, form: ProgramFormat, output: Path, batch_size: int | None, overwrite: bool
+) -> None:
+    """Write the network of BUNDLE as a program for other runtimes.
+
+    It takes normalised patches and gives logits: `mask` first, then `label` where the network
+    classifies. It is written only if it agrees with the network on random patches.
+    """
+    from wsi_pipeline.networks.program import export_onnx, export_torch
+
+    # it tells each time that torchvision is not here, which nothing here needs
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    write = export_onnx if form == "onnx" else export_torch
+    difference = write(load_bundle(location), output, batch_size=batch_size, overwrite=overwrite)
+    click.echo(f"agrees with the network to {difference:.1e} of the largest logit", err=True)
+    click.echo(str(output))
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """Count what a bundle's network costs; return all that is known of it, ready for JSON."""
+    return {
+        "path": str(bundle.path),
+        **bundle_table(bundle),
+        "weights": _weights(bundle),
+        "cost": None if bundle.network in FOREIGN else _cost(bundle),
+    }
+
+
+def _weights(bundle: Bundle) -> dict[str, Any]:
+    path, origin = bundle.weights_path, bundle.weights_origin
+    return {
+        "path": str(path) if path else None,
+        "url": origin.url if origin else None,
+        "bytes": path.stat().st_size if path else None,
+        "sha256": origin.sha256 if origin else bundle.weights_sha256 or None,
+    }
+
+
+def _cost(bundle: Bundle) -> dict[str, dict[str, int]]:
+    """Return parameters, MACs and bytes of a patch, as stored and as folded for prediction."""
+    import torch
+
+    from wsi_pipeline.networks import create
+    from wsi_pipeline.networks.cost import count_macs, count_parameters, peak_memory
+    from wsi_pipeline.networks.fold import for_inference
+
+    with torch.device("meta"):
+        network = create(bundle)
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    return {
+        name: {
+            "parameters": count_parameters(module),
+            "macs": count_macs(module, size),
+            "memory_bytes": peak_memory(module, size),
+        }
+        for name, module in (
+            ("stored", network),
+            ("folded", for_inference(network, device="meta")),
+        )
+    }
+
+
+def _usual_places() -> tuple[Path, ...]:
+    places = (Path("models"), CHECKOUT / "models")
+    there = {place.resolve(): place for place in reversed(places) if place.is_dir()}
+    return tuple(reversed(there.values()))
+
+
+def _bundles_in(folder: Path) -> list[Path]:
+    return [
+        path.parent
+        for path in (folder / "model.toml", *sorted(folder.glob("*/model.toml")))
+        if path.is_file()
+    ]
+
+
+def _columns(bundle: Bundle) -> tuple[str, ...]:
+    """Return what `list` says of a bundle."""
+    finds = ", ".join([*(c.name for c in bundle.classes[1:]), *bundle.labels])
+    return (bundle.network, bundle.modality, finds, _weights_size(_weights(bundle)))
+
+
+def _as_text(facts: dict[str, Any]) -> str:
+    """Return the facts as lines for people."""
+    spec, output, weights = facts["input"], facts["output"], facts["weights"]
+    options = ", ".join(f"{key} = {value}" for key, value in facts["network_options"].items())
+    size = f"{spec['channels']} × {_by(spec['patch_size'])} px"
+    rows = [
+        ("name", facts["name"]),
+        ("network", facts["network"] + (f" ({options})" if options else "")),
+        ("modality", f"{facts['modality']}, {_resolution(spec)}"),
+        (
+            "input",
+            f"{size}, overlap {_by(spec['overlap'])}, mean {spec['mean']}, std {spec['std']}",
+        ),
+        ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
+        *([("labels", ", ".join(output["labels"]))] if "labels" in output else []),
+        *_cost_rows(facts["cost"]),
+        (
+            "weights",
+            f"{weights['url'] or weights['path'] or ''} ({_weights_size(weights)})".strip(),
+        ),
+        *([("sha256", weights["sha256"])] if weights["sha256"] else []),
+    ]
+    return "\n".join([facts["path"], *(f"  {name:<12}{value}" for name, value in rows)])
+
+
+def _resolution(spec: dict[str, Any]) -> str:
+    if "mpp" in spec:
+        return f"{spec['mpp']:g} µm/px"
+    if "fit" in spec:
+        return f"brought to {_by(spec['fit'])} px"
+    return f"{_by(spec['spacing_mm'])} mm"
+
+
+def _cost_rows(cost: dict[str, dict[str, int]] | None) -> list[tuple[str, str]]:
+    if cost is None:
+        return [("cost", "a program: not counted")]
+    stored, folded = cost["stored"], cost["folded"]
+    kinds = (
+        ("parameters", "parameters", 1, ",.0f", ""),
+        ("MACs", "macs", 1e9, ",.3f", " G a patch"),
+        ("memory", "memory_bytes", 1e6, ",.0f", " MB, one patch in fp32"),
+    )
+    return [
+        (name, f"{stored[key] / unit:{form}}{words}; folded {folded[key] / unit:{form}}")
+        for name, key, unit, form, words in kinds
+    ]
+
+
+def _weights_size(weights: dict[str, Any]) -> str:
+    if weights["bytes"] is not None:
+        return f"{weights['bytes'] / 1e6:.1f} MB"
+    return "not fetched yet" if weights["url"] else "no weights"
+
+
+def _trial_rows(trial: Trial) -> list[tuple[str, str]]:
+    weights = "the bundle's" if trial.has_weights else "none: random ones tried"
+    rows = [("weights", weights)]
+    rows += [(name, f"{_by(shape)}") for name, shape in trial.shapes.items()]
+    rows.append(("seconds", f"{trial.seconds:.2f}"))
+    if trial.difference is not None:
+        rows.append(("folded", f"{trial.seconds_folded:.2f}, equal to {trial.difference:.1e}"))
+    return [*rows, ("", "answers as its model.toml says")]
+
+
+def _by(sizes: Sequence[float]) -> str:
+    return " × ".join(f"{size:g}" for size in sizes)

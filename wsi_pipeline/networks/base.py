@@ -1,0 +1,66 @@
+"""What the networks share: what each says of itself, the check of its input, the joining step."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class SegmentationNetwork(nn.Module):
+    """A network that maps patches to logits of the same size.
+
+    Args:
+        channels: of the input.
+    """
+
+    ndim: ClassVar[int] = 2
+    """Axes of a patch: 2 for images and slides, 3 for volumes."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of tensors that prediction never calls; weight files may lack or have them."""
+    size_multiple: int
+    """Every side of a patch is a multiple of this; ask the instance, it may depend on options."""
+
+    def __init__(self, *, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def check_patches(self, x: Tensor) -> None:
+        """Refuse patches that the network cannot take; return nothing.
+
+        Args:
+            x: (N, channels, *patch).
+
+        Raises:
+            ValueError: other axes, channels, or a side that is no multiple of `size_multiple`.
+        """
+        name, multiple = type(self).__name__, self.size_multiple
+        if x.ndim != self.ndim + 2 or x.shape[1] != self.channels:
+            axes = "N, C, D, H, W" if self.ndim == 3 else "N, C, H, W"
+            raise ValueError(
+                f"patches of shape {tuple(x.shape)}: "
+                f"{name} takes ({axes}) with {self.channels} channels"
+            )
+        if any(side % multiple for side in x.shape[2:]):
+            size = " × ".join(str(side) for side in x.shape[2:])
+            raise ValueError(f"a patch of {size} px: {name} takes multiples of {multiple}")
+
+
+class Up(nn.Module):
+    """Double the size, join the skip, convolve.
+
+    Args:
+        up: a transposed convolution.
+        conv: of what is joined, the skip first.
+    """
+
+    def __init__(self, up: nn.Module, conv: nn.Module) -> None:
+        super().__init__()
+        self.up = up
+        self.conv = conv
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """Return the features, (N, C, *doubled)."""
+        out: Tensor = self.conv(torch.cat([skip, self.up(x)], dim=1))
+        return out

@@ -1,0 +1,280 @@
+"""Checkpoints from elsewhere in, as bundles; encoders in, to train from."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from wsi_pipeline.bundle import (
+    FOREIGN,
+    Bundle,
+    bundle_table,
+    bundle_toml,
+    load_bundle,
+    parse_bundle,
+    sha256_of,
+)
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
+from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features
+from wsi_pipeline.networks.folder import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
+from wsi_pipeline.networks.weights import kept_state, load_state, read_state
+
+COLORS = (
+    [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0],
+    [204, 121, 167],
+)  # fmt: skip
+"""Of classes whose colour nobody says; Okabe and Ito's, told apart by everyone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderKind:
+    """An encoder whose weights are published by themselves.
+
+    Attributes:
+        name: for people.
+        network: of the package that has it.
+        make: returns it.
+        prefix: of torchvision's names before ours.
+        classifier: prefix of the published tensors that no network here has.
+    """
+
+    name: str
+    network: str
+    make: Callable[[], nn.Module]
+    prefix: str
+    classifier: str
+
+
+ENCODERS = (
+    EncoderKind(
+        name="MobileNetV2",
+        network="lightmuseg",
+        make=mobilenet_v2_features,
+        prefix="features.",
+        classifier="classifier.",
+    ),
+    EncoderKind(name="ResNet18", network="nmtnet", make=ResNet18, prefix="", classifier="fc."),
+)
+
+
+def import_model(
+    checkpoint: Path,
+    template: Bundle,
+    folder: Path,
+    *,
+    key: str | None = None,
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle with the tensors of a checkpoint; return it as it reads back.
+
+    Names are the network's own, which are the authors' where those published code; what wrappers
+    put before all of them is taken off. Two classes come as one logit or as two: the checkpoint
+    decides.
+
+    Args:
+        checkpoint: `.safetensors`, or what `torch.save` writes; nothing in it is run.
+        template: what the network is and sees; its weights play no part.
+        folder: the bundle's.
+        key: where in the checkpoint the tensors are; None = under one of the usual keys.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        BundleError: no checkpoint, one that does not fit, with all names that do not, or a folder
+            that is taken.
+    """
+    state = unwrapped(read_state(checkpoint, key=key))
+    if (kind := _encoder_of(state)) is not None:
+        raise BundleError(
+            f"{checkpoint} holds torchvision's {kind.name} alone: an encoder, no model. Leave out "
+            "--network and --like to convert it for training"
+        )
+    bundle, network = _fitted(template, state, checkpoint)
+    kept = kept_state(network)
+    if odd := [name for name, tensor in kept.items() if not tensor.isfinite().all()]:
+        raise BundleError(f"{checkpoint}: {odd[0]} holds values that are not finite")
+    with written_folder(folder, overwrite=overwrite) as partial:
+        save_file(kept, partial / WEIGHTS)
+        (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
+        (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
+        build(load_bundle(partial))
+    return load_bundle(folder)
+
+
+def import_encoder(
+    checkpoint: Path, folder: Path, *, key: str | None = None, overwrite: bool = False
+) -> tuple[EncoderKind, Path]:
+    """Write torchvision's weights of an encoder as safetensors; return its kind and the file.
+
+    Args:
+        checkpoint: as torchvision publishes it, or as a training of one's own left it.
+        folder: of the file.
+        key: as in `import_model`.
+        overwrite: replace one that is there.
+
+    Raises:
+        BundleError: no encoder that a network here has, or a folder that is taken.
+    """
+    state = unwrapped(read_state(checkpoint, key=key))
+    if (kind := _encoder_of(state)) is None:
+        names = " nor ".join(f"torchvision's {kind.name}" for kind in ENCODERS)
+        raise BundleError(
+            f"{checkpoint} is neither {names}; say what it is with --network or --like"
+        )
+    kept = {
+        # a copy of each: safetensors takes none that share their memory
+        f"{kind.prefix}{name}": tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in _encoder_state(state, kind).items()
+    }
+    with written_folder(folder, overwrite=overwrite) as partial:
+        save_file(kept, partial / ENCODER)
+    return kind, folder / ENCODER
+
+
+def make_template(
+    *,
+    folder: Path,
+    like: Bundle | None = None,
+    network: str | None = None,
+    classes: Sequence[str] | None = None,
+    mpp: float | None = None,
+    patch_size: Sequence[int] | None = None,
+) -> Bundle:
+    """Describe a model that is to be imported; return it as a bundle without weights.
+
+    Args:
+        folder: of the bundle to come.
+        like: a bundle that it is like, but for the rest of the arguments.
+        network: for slides, without `like`.
+        classes: names in the mask's order, the background first.
+        mpp: µm per pixel.
+        patch_size: pixels, one number for all axes or one an axis; overlaps become a quarter.
+
+    Raises:
+        BundleError: the description lacks something or contradicts itself.
+    """
+    if like is not None and like.network in FOREIGN:
+        raise BundleError(f"{like.path} is a program, which takes no checkpoint")
+    if like is None and (network is None or classes is None or mpp is None):
+        raise BundleError("a model is described by --like, or by --network, --classes and --mpp")
+    table = bundle_table(like) if like else _slide_table(str(network))
+    spec, output = table["input"], table["output"]
+    table["name"] = folder.resolve().name
+    if mpp is not None:
+        spec["mpp"] = mpp
+    if patch_size is not None:
+        sizes = list(patch_size) * (len(spec["patch_size"]) if len(patch_size) == 1 else 1)
+        spec |= {"patch_size": sizes, "overlap": [side // 4 for side in sizes]}
+    if classes is not None:
+        known = {c["name"]: c for c in output["classes"] if c["name"] in classes}
+        taken = [c.get("color") for c in known.values()]
+        colors = cycle([color for color in COLORS if color not in taken] or COLORS)
+        output["classes"] = [
+            known.get(name) or {"name": name, "color": next(colors)} for name in classes
+        ]
+        output["activation"] = "softmax"
+    return parse_bundle(table, folder / MODEL_TOML)
+
+
+def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without what stands before all of their names, such as `module.`.
+
+    Example:
+        >>> list(unwrapped({"_orig_mod.module.a.weight": torch.ones(1)}))
+        ['weight']
+    """
+    state = dict(state)
+    while all("." in n for n in state) and len({n.partition(".")[0] for n in state}) == 1:
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    return state
+
+
+def _slide_table(network: str) -> dict[str, Any]:
+    """Return the `model.toml` of a network for slides, but for what the user must say."""
+    if network not in NETWORKS:
+        raise BundleError(f"no network {network!r}; there are {', '.join(NETWORKS)}")
+    kind = NETWORKS[network]
+    if kind.ndim != 2 or "labels" in inspect.signature(kind).parameters:
+        raise BundleError(f"--network {network}: not made for slides; name a bundle with --like")
+    return {
+        "modality": "slide",
+        "network": network,
+        "network_options": {"channels": 3},
+        "input": {"patch_size": [512, 512], "overlap": [128, 128]},
+        "output": {"activation": "softmax", "classes": []},
+    }
+
+
+def _fitted(
+    template: Bundle, state: Mapping[str, Tensor], checkpoint: Path
+) -> tuple[Bundle, SegmentationNetwork]:
+    """Return the bundle and network, of those that the template allows, that the tensors fit."""
+    reasons = []
+    for bundle in _readings(template):
+        network = create(bundle)
+        try:
+            load_state(network, state, path=checkpoint, unused=network.unused)
+        except BundleError as error:
+            reasons.append(error)
+        else:
+            return bundle, network
+    raise min(reasons, key=lambda error: len(str(error)))  # with the least to complain of
+
+
+def _readings(template: Bundle) -> Iterator[Bundle]:
+    """Yield the bundle with one logit where it has two classes, and with one for each class."""
+    if len(template.classes) == 2:
+        options = {**template.network_options, "classes": 1}
+        yield replace(template, network_options=options, activation="sigmoid")
+    options = {**template.network_options, "classes": len(template.classes)}
+    yield replace(template, network_options=options, activation="softmax")
+
+
+def _encoder_of(state: Mapping[str, Tensor]) -> EncoderKind | None:
+    """Return the encoder that the tensors are, and nothing else; None where they are not."""
+    for kind in ENCODERS:
+        with torch.device("meta"):
+            expected = _shapes(kind.make().state_dict())
+        if _shapes(_encoder_state(state, kind)) == expected:
+            return kind
+    return None
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {n: t.shape for n, t in state.items() if not n.endswith("num_batches_tracked")}
+
+
+def _encoder_state(state: Mapping[str, Tensor], kind: EncoderKind) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(kind.prefix): tensor
+        for name, tensor in state.items()
+        if not name.startswith(kind.classifier)
+    }
+
+
+def _card(bundle: Bundle, checkpoint: Path) -> str:
+    """Return a model card with what is known, and with what its reader must add."""
+    names = ", ".join(c.name for c in bundle.classes[1:])
+    labels = f" It says of a patch: {', '.join(bundle.labels)}." if bundle.labels else ""
+    patch = " × ".join(map(str, bundle.input.patch_size))
+    sections = [
+        f"# {bundle.name}",
+        f"`{bundle.network}` for {names} on {bundle.modality}s, in patches of {patch} px.{labels}",
+        "**For research. Not a medical device; not for diagnosis.**",
+        "## Weights",
+        f"Imported from `{checkpoint.name}`, sha256 `{sha256_of(checkpoint)}`. Whether it was "
+        "trained at the resolution and with the mean and deviation of `model.toml` its file does "
+        "not say: check them.",
+        "## Training data\n\nNot known: add where they come from, and under which licence.",
+        "## How well it does\n\nNot measured.",
+        "## Limits\n\nNot known: add what it has not seen.",
+    ]
+    return "\n\n".join(sections) + "\n"
