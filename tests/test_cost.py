@@ -141,6 +141,12 @@ def test_counting_changes_nothing() -> None:
     assert all(p.device.type == "cpu" for p in network.parameters())
 
 
+def test_the_peak_is_told_in_float32() -> None:
+    network = NETWORKS["swish_unet"](widths=[8, 16])
+    expected = peak_memory(network, (3, 8, 8))
+    assert peak_memory(network.bfloat16(), (3, 8, 8)) == expected
+
+
 def test_parameters_are_what_learns() -> None:
     assert count_parameters(nn.BatchNorm2d(5)) == 10
     shared = nn.Conv2d(3, 3, 1, bias=False)

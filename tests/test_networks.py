@@ -47,10 +47,10 @@ def make_bundle(path: Path, *, network: str = "lightmuseg", **changes: object) -
     )
 
 
-def patches(network: SegmentationNetwork, count: int) -> Tensor:
-    """Return random patches of twice the smallest size."""
+def patches(network: SegmentationNetwork, count: int, *, times: int = 1) -> Tensor:
+    """Return random patches of the smallest size, or of some times that."""
     generator = torch.Generator().manual_seed(1)
-    side = 2 * network.size_multiple
+    side = times * network.size_multiple
     return torch.randn(count, network.channels, *[side] * network.ndim, generator=generator)
 
 
@@ -333,7 +333,7 @@ def test_the_unets_are_what_the_authors_names_say(
             x = activation(norm(state, f"{name}.double_conv.{i + 1}", x))
         return x
 
-    x = patches(network, 2).double()
+    x = patches(network, 2, times=2).double()
     features = [double_conv("inc", x)]
     for name in groups[1:]:
         features.append(double_conv(name, F.max_pool2d(features[-1], 2)))
@@ -544,6 +544,17 @@ def assert_gradients_reach_all_but(network: SegmentationNetwork, unused: tuple[s
     assert without == {n for n, _ in network.named_parameters() if n.startswith(unused)}
 
 
+@pytest.mark.parametrize(("name", "apart"), [("nmtnet", ()), ("mm3d_unet", ("up.", "head."))])
+def test_the_label_trains_what_it_looks_at(name: str, apart: tuple[str, ...]) -> None:
+    """In NMTNet that is everything, for it looks where the mask is; else the encoder."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    make_norms_real(network)
+    network.eval()(patches(network, 2))["label"][:, 0].sum().backward()
+    without = {n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()}
+    assert without == {n for n, _ in network.named_parameters() if n.startswith(apart)}
+
+
 def test_lightmuseg_trains_all_but_the_encoders_last_stage() -> None:
     network = LightMuSeg()
     used = {n: p for n, p in network.named_parameters() if not n.startswith(network.unused)}
@@ -554,7 +565,7 @@ def test_deep_supervision_adds_three_maps_while_training() -> None:
     torch.manual_seed(0)
     plain, network = LightMuSeg(classes=2), LightMuSeg(classes=2, deep_supervision=True)
     network.load_state_dict(plain.state_dict(), strict=False)
-    x = patches(plain, 2)
+    x = patches(plain, 2, times=2)  # norms need more than one value a channel
     with torch.no_grad():
         outputs = network(x)
         torch.testing.assert_close(outputs[0], plain(x))
@@ -570,7 +581,7 @@ def test_side_outs_are_upsampled_heads_of_the_decoder() -> None:
         network.get_submodule(name).register_forward_hook(
             lambda _module, inputs, output, name=name: seen.update({name: output})
         )
-    outputs = network(patches(network, 2))
+    outputs = network(patches(network, 2, times=2))
     for name, factor, aux in zip(sorted(seen), (4, 8, 16), outputs[1:], strict=True):
         assert seen[name].shape == (2, 1, 64 // factor, 64 // factor)
         expected = F.interpolate(seen[name], scale_factor=factor, mode="bilinear")
@@ -668,8 +679,16 @@ def test_one_channel_is_seen_as_grey(network: type[LightMuSeg | NMTNet]) -> None
         ("mm3d_unet", {"plan": "C"}, "plan 'C'"),
         ("mm3d_unet", {"bottleneck": True}, "plan B"),
         ("highres_unet", {"levels": 1}, "levels 1"),
+        ("highres_unet", {"width": 0}, "width 0"),
         ("highres_unet", {"convs": [3, 2]}, "three counts"),
-        ("unet3d", {"depth": 3}, "depth"),
+        ("highres_unet", {"convs": [3, 2.0, 3]}, "convs is"),
+        ("highres_unet", {"width": 2**40}, ""),
+        ("swish_unet", {"widths": [1, 2]}, "start at 2"),
+        ("nmtnet", {"classes": 0}, "start at 1"),
+        ("nmtnet", {"labels": -1}, "start at 1"),
+        ("highres_unet", {"separable": "no"}, "separable is 'no', expected something like True"),
+        ("unet", {"classes": True}, "classes is True"),
+        ("unet3d", {"depth": 3}, "no option 'depth'; UNet3D has classes, channels"),
     ],
 )
 def test_options_that_make_no_network_are_refused(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
 from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks.base import SegmentationNetwork
@@ -56,8 +60,9 @@ def create(bundle: Bundle) -> SegmentationNetwork:
         raise BundleError(f"{bundle.path}: no network {bundle.network!r}; there are {known}")
     network, patch_size = NETWORKS[bundle.network], bundle.input.patch_size
     try:
+        _check_options(network, bundle.network_options)
         module = network(**{"channels": bundle.input.channels, **bundle.network_options})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's, of what has no memory
         raise BundleError(f"{bundle.path}: network_options: {error}") from error
     if module.channels != bundle.input.channels:
         raise BundleError(
@@ -70,3 +75,17 @@ def create(bundle: Bundle) -> SegmentationNetwork:
             f"{bundle.network} takes {module.ndim} multiples of {module.size_multiple}"
         )
     return module
+
+
+def _check_options(network: type[SegmentationNetwork], options: Mapping[str, Any]) -> None:
+    """Refuse options that the network does not have, and values of another type than theirs."""
+    known = inspect.signature(network).parameters
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"no option {name!r}; {network.__name__} has {', '.join(known)}")
+        default = known[name].default
+        given = tuple(value) if isinstance(value, list) else value
+        if type(given) is not type(default) or (
+            isinstance(given, tuple) and not all(type(v) is int for v in given)
+        ):
+            raise TypeError(f"{name} is {value!r}, expected something like {default!r}")

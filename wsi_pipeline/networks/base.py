@@ -13,6 +13,8 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         channels: of the input.
+        classes: logit maps of the output.
+        labels: logits of a classification, where there is one.
     """
 
     ndim: ClassVar[int] = 2
@@ -22,8 +24,12 @@ class SegmentationNetwork(nn.Module):
     size_multiple: int
     """Every side of a patch is a multiple of this; ask the instance, it may depend on options."""
 
-    def __init__(self, *, channels: int) -> None:
+    def __init__(self, *, channels: int, classes: int, labels: int = 1) -> None:
         super().__init__()
+        if min(channels, classes, labels) < 1:
+            raise ValueError(
+                f"channels, classes and labels start at 1: {(channels, classes, labels)}"
+            )
         self.channels = channels
 
     def check_patches(self, x: Tensor) -> None:

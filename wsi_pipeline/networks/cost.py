@@ -49,12 +49,10 @@ def peak_memory(module: nn.Module, input_size: Sequence[int]) -> int:
         module: a network; it is neither run nor changed.
         input_size: (channels, *patch).
     """
-    tensors = chain(module.parameters(), module.buffers())
-    weights = sum(t.nbytes for t in tensors)
     shape, live = _shape_of(module), _LiveBytes()
     with live:
         _predict(shape, input_size)
-    return weights + live.most
+    return sum(t.nbytes for t in chain(shape.parameters(), shape.buffers())) + live.most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,8 @@ def torchstat_figures(module: nn.Module, input_size: Sequence[int]) -> Torchstat
     """Return the figures by torchstat's rules, https://github.com/Swall0w/torchstat.
 
     Args:
-        module: a network whose layers are convolutions, batch norms, poolings and activations.
+        module: a network of convolutions, batch norms, max poolings and ReLUs; of other layers
+            only the outputs count.
         input_size: (channels, *patch).
     """
     totals = {"memory": 0, "madd": 0, "flops": 0, "traffic": 0}
@@ -170,12 +169,15 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _shape_of(module: nn.Module) -> nn.Module:
-    """Return a copy in eval mode whose tensors have shapes and no numbers."""
-    tensors: dict[int, object] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in module.parameters()
-    }
-    tensors |= {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
-    return deepcopy(module, tensors).eval()
+    """Return a copy in eval mode whose tensors have float32 shapes and no numbers."""
+
+    def empty(tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        return torch.empty_like(tensor, device="meta", dtype=dtype)
+
+    tensors: dict[int, object] = {id(b): empty(b) for b in module.buffers()}
+    tensors |= {id(p): nn.Parameter(empty(p)) for p in module.parameters()}
+    return deepcopy(module, tensors).eval()  # what has a copy already is not copied again
 
 
 def _predict(shape: nn.Module, input_size: Sequence[int]) -> None:

@@ -167,8 +167,8 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
             convolution takes the sum of the weights over the colours.
         location: a `.pth` or `.safetensors` file with torchvision's names, or its URL, which is
             fetched once into the user's cache.
-        sha256: of the file, in hex, or its first eight digits or more; None = as at the end of
-            the file's name, as torchvision has it. A URL needs either.
+        sha256: of the file, in hex, or its first eight digits or more. A URL needs it, unless its
+            name ends with them, as torchvision's do.
 
     Raises:
         BundleError: no such file, another digest, or other tensors.
@@ -178,23 +178,26 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
     # torchvision's MobileNetV2 is features and classifier, its ResNet has no such parts
     module = nn.ModuleDict({"features": encoder}) if isinstance(encoder, nn.Sequential) else encoder
     stem, weight = next((n, p) for n, p in module.named_parameters() if p.ndim == 4)
-    if weight.shape[1] == 1 and stem in state:
+    if weight.shape[1] == 1 and stem in state and state[stem].ndim == 4:
         state[stem] = state[stem].sum(1, keepdim=True)
     load_state(module, state, path=path, unused=("classifier.", "fc."))
 
 
 def _checked_file(location: str, sha256: str | None) -> Path:
     """Return the path of a file here or elsewhere, after comparing its digest."""
-    stem = Path(urlparse(location).path).stem
-    stated = re.search(r"-([0-9a-f]{8,64})$", stem)
-    digest = sha256 if sha256 is not None or stated is None else stated[1]
     if "://" in location:
-        if digest is None:
-            raise BundleError(f"no sha256 for {location}; name it, or the file as <name>-<sha256>")
-        return download(location, digest)
+        if sha256 is None:
+            named = re.search(r"-([0-9a-f]{8,64})$", Path(urlparse(location).path).stem)
+            sha256 = named[1] if named else None
+        if sha256 is None:
+            raise BundleError(
+                f"{location}: its name does not end with a sha256, and none is given; "
+                "fetch the file yourself and name its path"
+            )
+        return download(location, sha256)
     path = Path(location)
-    if digest is not None and path.is_file():
-        check_sha256(path, digest, origin=path)
+    if sha256 is not None and path.is_file():
+        check_sha256(path, sha256, origin=path)
     return path
 
 

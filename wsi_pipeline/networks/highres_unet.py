@@ -104,9 +104,11 @@ class HighResUNet(SegmentationNetwork):
         residual: bool = True,
         convs: Sequence[int] = (3, 2, 3),
     ) -> None:
-        super().__init__(channels=channels)
-        if levels < 2 or len(convs) != 3 or min(convs) < 1:
-            raise ValueError(f"levels {levels} must be 2 or more, convs {list(convs)} three counts")
+        super().__init__(channels=channels, classes=classes)
+        if width < 1 or levels < 2:
+            raise ValueError(f"width {width} must be 1 or more, levels {levels} 2 or more")
+        if len(convs) != 3 or min(convs) < 1:
+            raise ValueError(f"convs {list(convs)} must be three counts of 1 or more")
         self.size_multiple = 2 ** (levels - 1)
         widths = [width << level for level in range(levels)]  # 16, 32, 64, … 1024
         encoder, bottom, decoder = convs

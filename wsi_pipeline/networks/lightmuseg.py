@@ -171,7 +171,7 @@ class LightMuSeg(SegmentationNetwork):
         grey: Grey = "replicate",
         deep_supervision: bool = False,
     ) -> None:
-        super().__init__(channels=channels)
+        super().__init__(channels=channels, classes=classes)
         self.stem_channels = stem_channels(channels, grey)
         self.encoder = mobilenet_v2_features(self.stem_channels)
         c1, c2, c3, c4, c5 = CHANNELS

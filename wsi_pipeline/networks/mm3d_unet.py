@@ -62,7 +62,7 @@ class MM3DUNet(SegmentationNetwork):
         plan: Plan = "A",
         bottleneck: bool = False,
     ) -> None:
-        super().__init__(channels=channels)
+        super().__init__(channels=channels, classes=classes, labels=labels)
         if plan not in get_args(Plan):
             raise ValueError(f"plan {plan!r} is none of {get_args(Plan)}")
         if bottleneck and plan != "B":

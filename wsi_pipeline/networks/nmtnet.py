@@ -100,7 +100,7 @@ class NMTNet(SegmentationNetwork):
         channels: int = 3,
         grey: Grey = "replicate",
     ) -> None:
-        super().__init__(channels=channels)
+        super().__init__(channels=channels, classes=classes, labels=labels)
         self.stem_channels = stem_channels(channels, grey)
         self.encoder = ResNet18(self.stem_channels)
         deepest = TAPS[-1]

@@ -101,9 +101,11 @@ class _PlanarUNet(SegmentationNetwork):
         squeeze: int,
         activation: Callable[[int], nn.Module],
     ) -> None:
-        super().__init__(channels=channels)
+        super().__init__(channels=channels, classes=classes)
         if len(widths) < 2 or any(below != 2 * above for above, below in pairwise(widths)):
             raise ValueError(f"widths {list(widths)} must be two or more, each twice the one above")
+        if widths[0] < squeeze:
+            raise ValueError(f"widths {list(widths)} must start at {squeeze} or more")
 
         def conv(inputs: int, outputs: int) -> DoubleConv:
             return DoubleConv(inputs, outputs // squeeze, outputs, activation)
@@ -203,7 +205,7 @@ class UNet3D(SegmentationNetwork):
     size_multiple = 8
 
     def __init__(self, *, classes: int = 2, channels: int = 1) -> None:
-        super().__init__(channels=channels)
+        super().__init__(channels=channels, classes=classes)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         inputs = channels
         for middle, outputs in STAGES_3D:
