@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
-from wsi_pipeline.sources.mpp import best_mpp, read_mpp
-from wsi_pipeline.sources.slide import Backend, open_slide_file
+from wsi_pipeline.paths import as_path, is_remote
+from wsi_pipeline.sources.backend import Backend
+from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
+from wsi_pipeline.sources.slide import open_slide_file
 from wsi_pipeline.sources.stored import StoredBackend
 from wsi_pipeline.sources.view import Slide, SlideView
 from wsi_pipeline.store import is_patch_grid
@@ -19,12 +23,13 @@ SAMPLE = 1 << 18
 """Bytes read at the head, the middle and the tail of a file for its fingerprint."""
 
 
-def open_source(path: str | Path, *, mpp: float | None = None) -> Slide:
+def open_source(path: str | Path, *, mpp: float | None = None, series: int | None = None) -> Slide:
     """Open a slide, or a patch grid written by `tile`; return it.
 
     Args:
-        path: of the slide's file, or of the patch grid's folder.
+        path: of the slide's file, of the folder of a patch grid, OME-Zarr or DICOM slide, or a URL.
         mpp: µm per level-0 pixel along both axes, in place of what the file says.
+        series: which image of a file with several, from 0; None = the largest of RGB.
 
     Raises:
         SourceError: the file cannot be opened.
@@ -32,31 +37,45 @@ def open_source(path: str | Path, *, mpp: float | None = None) -> Slide:
     """
     if mpp is not None and not 0 < mpp < math.inf:
         raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
-    path = Path(path)
-    pixels = _open_backend(path)
+    path = as_path(path)
+    pixels = _open_backend(path, series)
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
     try:
         scale, mpp_source = _scale(path, pixels, mpp)
-    except MissingMppError:
+        fingerprint = _fingerprint(path) if stored is None else stored.fingerprint
+    except BaseException:
         pixels.close()
         raise
     return Slide(
         path=path,
         mpp=scale,
         mpp_source=mpp_source,
-        fingerprint=_fingerprint(path) if stored is None else stored.fingerprint,
+        fingerprint=fingerprint,
+        doubts=(
+            *doubts(read_mpp(pixels.properties), scale, mpp_source),
+            *_turned(pixels.properties.get("tiff.Orientation", "1")),
+        ),
         stored_mpp=None if stored is None else stored.grid_mpp,
         pixels=pixels,
     )
 
 
-def _open_backend(path: Path) -> Backend:
+def _open_backend(path: Path, series: int | None) -> Backend:
     try:
-        if is_patch_grid(path):
+        if not is_remote(path) and is_patch_grid(path):
             return StoredBackend(path)
-        return open_slide_file(path)
+        return open_slide_file(path, series)
     except StoreError as error:
         raise SourceError(str(error)) from error
+
+
+def _turned(orientation: str) -> list[str]:
+    if orientation == "1":
+        return []
+    return [
+        f"its Orientation tag of {orientation} says that the picture is turned or mirrored; pixels "
+        "and polygons follow the order in which it is stored, as viewers of slides show it"
+    ]
 
 
 def _scale(path: Path, pixels: Backend, mpp: float | None) -> tuple[tuple[float, float], str]:
@@ -78,8 +97,10 @@ def _fingerprint(path: Path) -> str:
     """Return a digest of the content, cheap for a file of any size.
 
     Formats of several files keep the others in a folder named like the slide; their names and
-    sizes take part.
+    sizes take part, as do those of all files where the slide is a folder.
     """
+    if not path.is_file():
+        return _folder_digest(hashlib.sha256(), path)
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -87,9 +108,29 @@ def _fingerprint(path: Path) -> str:
             file.seek(offset)
             digest.update(file.read(SAMPLE))
     companions = path.with_suffix("")
-    if companions != path and companions.is_dir():
-        for other in sorted(companions.rglob("*")):
-            if other.is_file():
-                name = other.relative_to(companions).as_posix()
-                digest.update(f"{name} {other.stat().st_size}\n".encode())
-    return digest.hexdigest()
+    if is_remote(path) or companions == path or not companions.is_dir():
+        return digest.hexdigest()
+    return _folder_digest(digest, companions)
+
+
+def _folder_digest(digest: Any, folder: Path) -> str:
+    """Add the names and sizes of a folder's files, and what zarr's metadata says, to a digest."""
+    for name, size in sorted(_files(folder)):
+        digest.update(f"{name} {size}\n".encode())
+        if name.rpartition("/")[2] in (".zattrs", ".zarray", "zarr.json"):
+            digest.update((folder / name).read_bytes())
+    found: str = digest.hexdigest()
+    return found
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield name and size of the files in a folder and below."""
+    if not is_remote(folder):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                yield path.relative_to(folder).as_posix(), path.stat().st_size
+        return
+    remote: Any = folder
+    root = remote.path.rstrip("/")
+    for name, entry in remote.fs.find(root, detail=True).items():
+        yield name.removeprefix(root).lstrip("/"), entry["size"]

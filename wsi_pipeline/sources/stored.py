@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.slide import Downsamples, Pixels, Sizes, unreadable
-from wsi_pipeline.store import GridInfo, open_patch_grid
+from wsi_pipeline.sources.backend import Downsamples, Pixels, Sizes, unreadable
+from wsi_pipeline.store import PIXEL_CHUNK, GridInfo, open_patch_grid
 
 
 class StoredBackend:
@@ -27,6 +27,7 @@ class StoredBackend:
         self.size = stored.info.size
         height, width = stored.info.shape
         self.level_sizes: Sizes = ((width, height),)
+        self.level_tiles: Sizes = ((PIXEL_CHUNK, PIXEL_CHUNK),)
         y, x = stored.info.downsample
         self.level_downsamples: Downsamples = ((x, y),)
         self.properties: Mapping[str, str] = _properties(stored.info)

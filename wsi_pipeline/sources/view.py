@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,9 @@ from PIL import Image
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Region
-from wsi_pipeline.sources.slide import WHITE, Backend, Downsamples, Pixels, Sizes
+from wsi_pipeline.sources.backend import WHITE, Backend, Downsamples, Pixels, Sizes
+
+logger = logging.getLogger(__name__)
 
 WHOLE_TOLERANCE = 1e-3
 """A ratio this close to a whole number is taken as whole: µm per pixel are not known better."""
@@ -25,6 +28,9 @@ STEPS = 4096
 So every coordinate fits the 24 bits that Pillow's `resize` computes with: it is exact, and the same
 pixel comes out whatever piece it was computed in.
 """
+
+BLURRED = 4
+"""A tile that cannot be read is taken from a level up to this much coarser than the view."""
 
 FINEST = 1 / 64
 """No view is finer than this many level pixels per pixel."""
@@ -50,7 +56,13 @@ class SlideView:
     ratio: tuple[float, float]
     backend: Backend
 
-    def read(self, origin: tuple[int, int], shape: tuple[int, int]) -> Pixels:
+    def read(
+        self,
+        origin: tuple[int, int],
+        shape: tuple[int, int],
+        *,
+        bad: list[Region] | None = None,
+    ) -> Pixels:
         """Read a rectangle; return uint8 (h, w, 3), white outside the slide.
 
         Several threads may read at once. Memory is bounded by the result and about 50 MB.
@@ -58,19 +70,22 @@ class SlideView:
         Args:
             origin: (y, x) of the first pixel in the view; may lie outside.
             shape: (h, w) in pixels of the view.
+            bad: takes the stored tiles that cannot be read, in level-0 pixels, each whole and each
+                once. They are computed from another level where one is fine enough and can be read
+                there; the others are added to this list and white in the result. None = raise.
 
         Raises:
-            SourceError: the file cannot be read there.
+            SourceError: the file cannot be read there, and `bad` is None.
         """
         axes = zip(origin, shape, self.shape, self._steps(), strict=True)
         rows, columns = (list(_pieces(a, a + length, full, step)) for a, length, full, step in axes)
         pieces = [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
         y, x = origin
         if pieces == [(y, x, y + shape[0], x + shape[1])]:
-            return np.require(self._compute(*pieces[0]), requirements=["C", "W"])
+            return np.require(self._compute(*pieces[0], bad), requirements=["C", "W"])
         pixels = np.full((*shape, 3), WHITE, dtype=np.uint8)
         for y0, x0, y1, x1 in pieces:
-            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = self._compute(y0, x0, y1, x1)
+            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = self._compute(y0, x0, y1, x1, bad)
         return pixels
 
     def _steps(self) -> tuple[int, int]:
@@ -79,12 +94,12 @@ class SlideView:
             return sys.maxsize, sys.maxsize
         return _step(self.ratio[0]), _step(self.ratio[1])
 
-    def _compute(self, y0: int, x0: int, y1: int, x1: int) -> Pixels:
+    def _compute(self, y0: int, x0: int, y1: int, x1: int, bad: list[Region] | None) -> Pixels:
         """Return the pixels [y0, y1) × [x0, x1), which lie inside the view."""
         ry, rx = self.ratio
         if ry.is_integer() and rx.is_integer():
             ny, nx = int(ry), int(rx)
-            stored = self._read_level(y0 * ny, x0 * nx, y1 * ny, x1 * nx)
+            stored = self._read_level(y0 * ny, x0 * nx, y1 * ny, x1 * nx, bad)
             if (ny, nx) == (1, 1):
                 return stored
             return np.asarray(Image.fromarray(stored).reduce((nx, ny)))
@@ -92,7 +107,7 @@ class SlideView:
         my, mx = _margin(ry), _margin(rx)
         top, left = math.floor(y0 * ry) - my, math.floor(x0 * rx) - mx
         bottom, right = math.ceil(y1 * ry) + my, math.ceil(x1 * rx) + mx
-        image = Image.fromarray(self._read_level(top, left, bottom, right))
+        image = Image.fromarray(self._read_level(top, left, bottom, right, bad))
         # one axis after the other: left to itself Pillow orders them by the shape of the piece,
         # and each pass rounds
         bilinear = Image.Resampling.BILINEAR
@@ -101,17 +116,88 @@ class SlideView:
         rows = (0, y0 * ry - top, image.width, y1 * ry - top)
         return np.asarray(image.resize((image.width, y1 - y0), bilinear, box=rows))
 
-    def _read_level(self, top: int, left: int, bottom: int, right: int) -> Pixels:
+    def _read_level(
+        self, top: int, left: int, bottom: int, right: int, bad: list[Region] | None
+    ) -> Pixels:
         """Return a rectangle of the level, its last pixels repeated beyond its edges."""
         width, height = self.backend.level_sizes[self.level]
         y0, y1 = _clip(top, bottom, height)
         x0, x1 = _clip(left, right, width)
-        pixels = self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
+        pixels = self._read_stored(y0, x0, y1, x1, bad)
         before = max(0, y0 - top), max(0, x0 - left)
         after = bottom - top - before[0] - (y1 - y0), right - left - before[1] - (x1 - x0)
         if not any((*before, *after)):
             return pixels
         return np.pad(pixels, ((before[0], after[0]), (before[1], after[1]), (0, 0)), mode="edge")
+
+    def _read_stored(self, y0: int, x0: int, y1: int, x1: int, bad: list[Region] | None) -> Pixels:
+        """Return a rectangle that lies inside the level."""
+        try:
+            return self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
+        except SourceError as error:
+            if bad is None:
+                raise
+            logger.debug("%s; reading tile by tile", error)
+        pixels = np.empty((y1 - y0, x1 - x0, 3), dtype=np.uint8)
+        width, height = self.backend.level_tiles[self.level]
+        for top in range(y0 // height * height, y1, height):
+            for left in range(x0 // width * width, x1, width):
+                a, b, c, d = (
+                    max(top, y0),
+                    max(left, x0),
+                    min(top + height, y1),
+                    min(left + width, x1),
+                )
+                target = pixels[a - y0 : c - y0, b - x0 : d - x0]
+                try:
+                    target[:] = self.backend.read_level(self.level, b, a, d - b, c - a)
+                except SourceError as error:
+                    tile = self._replaced(top, left, height, width, bad)
+                    target[:] = tile[a - top : c - top, b - left : d - left]
+                    logger.info("%s", error)
+        return pixels
+
+    def _replaced(self, top: int, left: int, height: int, width: int, bad: list[Region]) -> Pixels:
+        """Return a tile of the level that cannot be read, from another level or white."""
+        full_width, full_height = self.backend.level_sizes[self.level]
+        height, width = min(height, full_height - top), min(width, full_width - left)
+        for view in self._same_from_others():
+            try:
+                return view.read((top, left), (height, width))
+            except SourceError:
+                continue
+        dx, dy = self.backend.level_downsamples[self.level]
+        x, y = math.floor(left * dx), math.floor(top * dy)
+        region = Region(
+            x=x,
+            y=y,
+            width=min(math.ceil((left + width) * dx), self.backend.size[0]) - x,
+            height=min(math.ceil((top + height) * dy), self.backend.size[1]) - y,
+        )
+        if region not in bad:
+            bad.append(region)
+        return np.full((height, width, 3), WHITE, dtype=np.uint8)
+
+    def _same_from_others(self) -> Iterator[SlideView]:
+        """Yield views that show this one's level by computing it from others, the best first."""
+        downsamples = self.backend.level_downsamples
+        own_x, own_y = downsamples[self.level]
+        width, height = self.backend.level_sizes[self.level]
+        limit = BLURRED * max(self.downsample)
+        fine = [n for n, other in enumerate(downsamples) if max(other) <= max(limit, own_x)]
+        # finer levels hold all that this one holds; of both kinds the nearest is the best
+        order = sorted(fine, key=lambda n: abs(math.log(downsamples[n][0] / own_x)))
+        for n in sorted(order, key=lambda n: downsamples[n][0] > own_x):
+            ratio = (own_y / downsamples[n][1], own_x / downsamples[n][0])
+            exact = all((part * STEPS).is_integer() and part >= FINEST for part in ratio)
+            if n != self.level and exact:
+                yield SlideView(
+                    shape=(height, width),
+                    downsample=(own_y, own_x),
+                    level=n,
+                    ratio=ratio,
+                    backend=self.backend,
+                )
 
 
 def _step(ratio: float) -> int:
@@ -160,6 +246,7 @@ class Slide:
         mpp: (x, y) µm per level-0 pixel.
         mpp_source: where `mpp` comes from.
         fingerprint: hex digest of the content, whatever the file's name and date.
+        doubts: sentences on what makes the file's µm per pixel or its picture doubtful.
         stored_mpp: µm per stored pixel where the source is a patch grid, which knows no finer one.
         pixels: what reads the file.
     """
@@ -168,6 +255,7 @@ class Slide:
     mpp: tuple[float, float]
     mpp_source: str
     fingerprint: str
+    doubts: tuple[str, ...] = ()
     stored_mpp: float | None = None
     pixels: Backend
 
@@ -233,26 +321,41 @@ class Slide:
             raise SourceError(self._too_coarse(mpp))
         return self._view(level, ratio)
 
-    def read(self, region: Region, mpp: float) -> Pixels:
-        """Read a region at a resolution; return uint8 (h, w, 3), the whole pixels that cover it."""
+    def read(self, region: Region, mpp: float, *, bad: list[Region] | None = None) -> Pixels:
+        """Read a region at a resolution; return uint8 (h, w, 3), the whole pixels that cover it.
+
+        Args:
+            region: level-0 pixels; may lie outside.
+            mpp: µm per pixel.
+            bad: as in `SlideView.read`.
+        """
         view = self.at(mpp)
         fy, fx = view.downsample
         y0, x0 = math.floor(region.y / fy), math.floor(region.x / fx)
         y1 = math.ceil((region.y + region.height) / fy)
         x1 = math.ceil((region.x + region.width) / fx)
-        return view.read((y0, x0), (y1 - y0, x1 - x0))
+        return view.read((y0, x0), (y1 - y0, x1 - x0), bad=bad)
 
     def thumbnail(self, max_side: int) -> tuple[Pixels, tuple[float, float]]:
         """Shrink the slide; return uint8 (h, w, 3), and (fy, fx) level-0 pixels per pixel of it.
 
+        Stored tiles that cannot be read are taken from another level, or white.
+
         Args:
             max_side: px that neither side exceeds.
+
+        Raises:
+            SourceError: half of the slide or more cannot be read.
         """
         factor = max(self.size) / max_side
         level = self._level_for((factor, factor), 0.0)
         whole = max(1, math.ceil(factor / min(self.level_downsamples[level])))
         view = self._view(level, (float(whole), float(whole)))
-        return view.read((0, 0), view.shape), view.downsample
+        bad: list[Region] = []
+        pixels = view.read((0, 0), view.shape, bad=bad)
+        if 2 * sum(part.width * part.height for part in bad) >= math.prod(self.size):
+            view.read((0, 0), view.shape)  # says why
+        return pixels, view.downsample
 
     def close(self) -> None:
         """Give the file back."""

@@ -1,0 +1,101 @@
+"""What a path names: a file here or elsewhere, or a folder that is one slide."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from wsi_pipeline.errors import SourceError
+
+MASK = "image-label"
+"""Marks an OME-Zarr that is a mask, not a slide."""
+
+
+def as_path(text: str | Path) -> Path:
+    """Return the path that a text names; a URL gives one of fsspec's, with the same methods.
+
+    Raises:
+        SourceError: a URL that cannot be used here.
+    """
+    if not isinstance(text, str) or "://" not in text:
+        return Path(text) if isinstance(text, str) else text
+    try:
+        from upath import UPath
+
+        path = UPath(text)
+        _ = path.fs  # the client of this protocol
+    except (ImportError, ValueError) as error:
+        raise SourceError(
+            f'{text}: {error}; remote slides need pip install "wsi-pipeline[remote]"'
+        ) from error
+    remote: Any = path  # a path in all but its type
+    return remote  # type: ignore[no-any-return]
+
+
+def is_remote(path: Path) -> bool:
+    """Return whether a path lies behind a URL."""
+    return not isinstance(path, Path)
+
+
+def name_of(path: Path) -> str:
+    """Return the last part of a path, without what a URL may carry behind it."""
+    return path.name if not is_remote(path) else urlsplit(str(path)).path.rpartition("/")[2]
+
+
+def is_ome_zarr(path: Path) -> bool:
+    """Return whether a folder holds an OME-Zarr image, or several; masks do not count."""
+    attributes = _zarr_attributes(path)
+    ome = attributes.get("ome", attributes)
+    if not isinstance(ome, dict) or MASK in ome:
+        return False
+    return "multiscales" in ome or "bioformats2raw.layout" in ome
+
+
+def _zarr_attributes(path: Path) -> dict[str, Any]:
+    """Return the attributes of the zarr group in a folder, nothing where there is none."""
+    for name in (".zattrs", "zarr.json"):
+        try:
+            found = json.loads((path / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        found = (
+            found.get("attributes") if name == "zarr.json" and isinstance(found, dict) else found
+        )
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def dicom_slides(paths: Iterable[Path]) -> list[Path]:
+    """Choose from DICOM files; return one for each whole-slide image, that of the largest level.
+
+    OpenSlide finds the other levels beside it. Labels, overviews, segmentations and whatever else
+    is not a slide are left out, and so is what cannot be read.
+    """
+    from pydicom import dcmread
+    from pydicom.uid import VLWholeSlideMicroscopyImageStorage
+
+    largest: dict[str, tuple[int, Path]] = {}
+    for path in paths:
+        try:
+            header = dcmread(
+                path,
+                stop_before_pixels=True,
+                specific_tags=[
+                    "SOPClassUID", "SeriesInstanceUID", "ImageType",
+                    "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
+                ],
+            )  # fmt: skip
+            if header.SOPClassUID != VLWholeSlideMicroscopyImageStorage:
+                continue
+            if "VOLUME" not in header.ImageType:
+                continue
+            area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
+            series = str(header.SeriesInstanceUID)
+        except Exception:  # pydicom raises anything on what is not DICOM
+            continue
+        if series not in largest or area > largest[series][0]:
+            largest[series] = (area, path)
+    return sorted(path for _, path in largest.values())

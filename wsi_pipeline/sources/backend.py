@@ -1,0 +1,139 @@
+"""What every reader of stored pixels has in common: the protocol, its errors, its limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.errors import SourceError
+
+Pixels = npt.NDArray[np.uint8]
+Sizes = tuple[tuple[int, int], ...]
+Downsamples = tuple[tuple[float, float], ...]
+
+WHITE = 255
+"""What is shown where a slide has no pixels, as on empty glass."""
+
+MAX_SIDE = 1 << 20
+MAX_PIXELS = 1 << 38
+"""Level-0 pixels beyond which a header is not believed: 0.1 µm per pixel over a whole glass slide
+is 760,000 × 250,000."""
+
+MAX_PIECE = 1 << 28
+"""Bytes that one stored tile or chunk may have when decoded: all of it must fit in memory."""
+
+
+class Backend(Protocol):
+    """What reads the stored pixels of one source.
+
+    Attributes:
+        name: of the library, for people.
+        size: (width, height) of level 0.
+        level_sizes: (width, height) of each stored level.
+        level_downsamples: (x, y) level-0 pixels per pixel of each level.
+        level_tiles: (width, height) of the pieces that each level is stored in.
+        properties: what the file says about itself.
+    """
+
+    name: str
+    size: tuple[int, int]
+    level_sizes: Sizes
+    level_downsamples: Downsamples
+    level_tiles: Sizes
+    properties: Mapping[str, str]
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle that lies inside a level; return uint8 (height, width, 3).
+
+        Several threads may call it at once. x, y and the size count in the level's own pixels.
+        What cannot be read is tried again on a fresh handle.
+
+        Raises:
+            SourceError: the file cannot be read there.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give the file back."""
+        ...
+
+
+def unreadable(
+    path: Path, error: Exception, level: int, x: int, y: int, width: int, height: int
+) -> SourceError:
+    """Return the error for a rectangle of a level that cannot be read."""
+    return SourceError(
+        f"{path}: level {level} cannot be read at x {x}, y {y}, {width} × {height} px: "
+        f"{one_line(error)}"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Return what a library says, on one line and not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Refuse a slide without pixels, or with more than any slide has.
+
+    Args:
+        size: (width, height) as the header says.
+
+    Raises:
+        SourceError: either of them.
+    """
+    if min(size) < 1:
+        raise SourceError(f"{size[0]} × {size[1]} px: nothing to see")
+    if max(size) > MAX_SIDE or math.prod(size) > MAX_PIXELS:
+        raise SourceError(f"its header says {size[0]:,} × {size[1]:,} px, which no slide has")
+
+
+def count_cpus() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def as_rgb(samples: Pixels) -> Pixels:
+    """Return (h, w, 3) of grey, RGB or RGBA samples; what is transparent becomes white."""
+    if samples.shape[2] == 1:
+        return np.broadcast_to(samples, (*samples.shape[:2], 3))
+    if samples.shape[2] == 3:
+        return samples
+    alpha = samples[..., 3:]
+    if alpha.min() == 255:
+        return samples[..., :3]
+    weight = alpha.astype(np.float32) / 255
+    blended = samples[..., :3] * weight + WHITE * (1 - weight)
+    return np.round(blended).astype(np.uint8)
+
+
+def snap_downsamples(size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Downsamples:
+    """Return the (x, y) downsample of each level, whole where truncated sizes hide a whole number.
+
+    A level of 482 columns under 1,931 was made by 4, not by 4.006: its last columns were dropped.
+
+    Example:
+        >>> snap_downsamples((1931, 1487), [(1931, 1487), (482, 371), (772, 594)])
+        ((1.0, 1.0), (4.0, 4.0), (2.5012953367875648, 2.5033670033670035))
+    """
+    return tuple(_snap(size, level_size) for level_size in level_sizes)
+
+
+def _snap(size: tuple[int, int], level_size: tuple[int, int]) -> tuple[float, float]:
+    ratios = [full / own for full, own in zip(size, level_size, strict=True)]
+    mean = sum(ratios) / 2
+    # a power of two first: for levels of a few pixels several whole numbers would do
+    for whole in (2 ** round(np.log2(mean)), round(mean)):
+        pairs = zip(size, level_size, strict=True)
+        if all(abs(full / whole - own) <= max(1, own / 100) for full, own in pairs):
+            return (float(whole), float(whole))
+    return (ratios[0], ratios[1])

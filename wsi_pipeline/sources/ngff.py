@@ -1,0 +1,189 @@
+"""OME-Zarr slides, 0.4 and 0.5: a folder, a zip of one, or a URL."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import ZipStore
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.paths import is_remote
+from wsi_pipeline.sources.backend import (
+    MAX_PIECE,
+    Pixels,
+    Sizes,
+    as_rgb,
+    check_size,
+    one_line,
+    snap_downsamples,
+    unreadable,
+)
+
+UM = {
+    "angstrom": 1e-4,
+    "nanometer": 1e-3,
+    "micrometer": 1.0,
+    "millimeter": 1e3,
+    "centimeter": 1e4,
+    "meter": 1e6,
+    "inch": 25400.0,
+}
+"""µm per unit of length, by the names that OME-Zarr allows and slides have."""
+
+
+class OmeZarrBackend:
+    """A multiscale image of RGB or grey pixels."""
+
+    name = "zarr"
+
+    def __init__(self, path: Path, series: int | None = None) -> None:
+        self._path = path
+        try:
+            self._store, root = _open_store(path)
+            group, multiscale = _choose_image(self._store, root, series)
+            self._axes = _axes(multiscale)
+            self._levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
+        except SourceError:
+            raise
+        except Exception as error:  # metadata may be anything
+            raise SourceError(f"a damaged OME-Zarr: {one_line(error)}") from error
+        for level in self._levels:
+            _check_array(level, self._axes)
+        x, y = self._axes.index("x"), self._axes.index("y")
+        self.level_sizes: Sizes = tuple((level.shape[x], level.shape[y]) for level in self._levels)
+        self.size = self.level_sizes[0]
+        self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
+        self.level_tiles: Sizes = tuple(
+            (level.chunks[x], level.chunks[y]) for level in self._levels
+        )
+        self.properties: Mapping[str, str] = _properties(multiscale, group, self._axes)
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
+        where = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
+        index = tuple(where.get(axis, 0) for axis in self._axes)
+        try:
+            samples = np.asarray(self._read(level, index), np.uint8)
+        except Exception as error:  # codecs raise anything on damaged chunks
+            raise unreadable(self._path, error, level, x, y, width, height) from error
+        left = [axis for axis in self._axes if axis in where]
+        samples = samples.reshape(*samples.shape, *([1] if "c" not in left else []))
+        left += [] if "c" in left else ["c"]
+        return as_rgb(np.transpose(samples, [left.index(axis) for axis in "yxc"]))
+
+    def close(self) -> None:
+        """Give the file back."""
+        if isinstance(self._store, ZipStore):
+            self._store.close()
+
+    def _read(self, level: int, index: tuple[slice | int, ...]) -> Any:
+        try:
+            return self._levels[level][index]
+        except OSError:  # a network's hiccup; each read opens the chunks anew
+            return self._levels[level][index]
+
+
+def _open_store(path: Path) -> tuple[Any, str]:
+    """Return what zarr opens, and where in it the image is."""
+    if is_remote(path):
+        return str(path), ""
+    if path.is_dir():
+        return path, ""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+    large = max(sizes, key=lambda name: sizes[name], default="")
+    if not large or sizes[large] > MAX_PIECE:
+        raise SourceError("a zip, but not of an OME-Zarr with chunks that fit in memory")
+    groups = [name.rpartition("/")[0] for name in sizes if name.endswith((".zgroup", "zarr.json"))]
+    return ZipStore(path, read_only=True), min(groups, key=len, default="")
+
+
+def _axes(multiscale: dict[str, Any]) -> list[str]:
+    """Return the names of the axes; that of the samples is c, whatever it is called."""
+    axes = multiscale["axes"]
+    return ["c" if axis.get("type") == "channel" else str(axis["name"]) for axis in axes]
+
+
+def _choose_image(store: Any, root_path: str, wanted: int | None) -> tuple[Any, dict[str, Any]]:
+    """Return the group of one image, the largest of RGB unless one is wanted, and its metadata."""
+    root = zarr.open_group(store, path=root_path or None, mode="r")
+    found = _multiscale(root)
+    if found is not None:
+        if wanted:
+            raise SourceError(f"has one series, 0, not {wanted}; change --series")
+        return root, found
+    images = [(group, _multiscale(group)) for _, group in sorted(root.groups(), key=_number)]
+    images = [(group, meta) for group, meta in images if meta is not None]
+    if not images:
+        raise SourceError("a zarr without multiscales; expected an OME-Zarr image")
+    if wanted is not None:
+        if not 0 <= wanted < len(images):
+            raise SourceError(f"has series 0 to {len(images) - 1}, not {wanted}; change --series")
+        return images[wanted]  # type: ignore[return-value]
+    return max(images, key=lambda image: _rgb_area(*image))  # type: ignore[arg-type,return-value]
+
+
+def _number(item: tuple[str, Any]) -> tuple[int, str]:
+    return (int(item[0]) if item[0].isdigit() else 1 << 30), item[0]
+
+
+def _multiscale(group: Any) -> dict[str, Any] | None:
+    attributes = dict(group.attrs)
+    found = attributes.get("ome", attributes).get("multiscales")
+    return found[0] if found else None
+
+
+def _rgb_area(group: Any, multiscale: dict[str, Any]) -> int:
+    try:
+        array = group[str(multiscale["datasets"][0]["path"])]
+        axes = _axes(multiscale)
+        _check_array(array, axes)
+    except Exception:  # metadata may be anything
+        return 0
+    return math.prod(array.shape) if "c" in axes else 1
+
+
+def _check_array(array: Any, axes: list[str]) -> None:
+    """Refuse what is not one plane of 8-bit RGB or grey."""
+    if not isinstance(array, zarr.Array) or len(axes) != array.ndim:
+        raise SourceError("a damaged OME-Zarr: its axes do not fit its arrays")
+    shape = dict(zip(axes, array.shape, strict=True))
+    if not {"x", "y"} <= set(axes) or array.dtype != np.uint8 or shape.get("c", 1) not in (1, 3, 4):
+        raise SourceError(
+            f"an OME-Zarr of {array.dtype}, {'×'.join(f'{n} {a}' for a, n in shape.items())}; "
+            "expected 8-bit RGB or grey"
+        )
+    if any(length != 1 for axis, length in shape.items() if axis not in "xyc"):
+        raise SourceError(f"an OME-Zarr of several planes ({shape}); expected one")
+    check_size((shape["x"], shape["y"]))
+    if math.prod(array.chunks) > MAX_PIECE:
+        raise SourceError(f"chunks of {array.chunks} px, which do not fit in memory")
+
+
+def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:
+    """Return µm per pixel and the colours of the channels, where the metadata says."""
+    properties = {}
+    try:
+        units = [axis.get("unit") for axis in multiscale["axes"]]
+        lists = (multiscale["datasets"][0], multiscale)
+        transforms = [t for m in lists for t in m.get("coordinateTransformations", ())]
+        scales = [t["scale"] for t in transforms if t.get("type") == "scale"]
+        for axis in "xy":
+            index = axes.index(axis)
+            scale = math.prod(float(scale[index]) for scale in scales)
+            if scales and (unit := UM.get(units[index])) is not None:
+                properties[f"ome-zarr.mpp-{axis}"] = repr(scale * unit)
+        attributes = dict(group.attrs)
+        omero = attributes.get("ome", attributes).get("omero") or {}
+        colours = [str(channel.get("color", "")).upper() for channel in omero.get("channels", ())]
+        if colours:
+            properties["ome-zarr.colors"] = ",".join(colours)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return properties  # whatever is said wrongly is not said
+    return properties

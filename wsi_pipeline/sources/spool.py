@@ -1,0 +1,158 @@
+"""Pictures that must be decoded from their first row to their last: once, into memory or a file."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import rasterio
+from PIL import Image, UnidentifiedImageError
+from rasterio.errors import NotGeoreferencedWarning
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.paths import is_remote, name_of
+from wsi_pipeline.sources.backend import Downsamples, Pixels, Sizes, as_rgb, check_size, unreadable
+
+IN_MEMORY = 1 << 28
+"""Decoded bytes up to which a picture stays in memory; larger ones lie in a temporary file."""
+
+BAND = 1 << 25
+"""Bytes decoded at once."""
+
+DENSEST = 1100
+"""Decoded bytes for a stored one: what deflate comes to at most, and JPEG never."""
+
+DRIVERS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
+"""GDAL's name of a kind of picture, by its first bytes."""
+
+GDAL = {
+    "GDAL_PAM_ENABLED": "NO",  # no files beside
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # a truncated picture is no picture
+    "GDAL_CACHEMAX": 64 << 20,
+}
+
+
+class Spool:
+    """The pixels of one picture, decoded in order when they are first asked for.
+
+    A picture that does not fit in memory is decoded band by band into a temporary file, which is
+    gone with the object.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], *, driver: str, directory: int = 0):
+        self._path = path
+        self._size = size
+        self._driver = driver
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._pixels: npt.NDArray[np.uint8] | None = None
+
+    def read(self, x: int, y: int, width: int, height: int) -> Pixels:
+        """Return a rectangle, uint8 (height, width, 3)."""
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = self._decoded()
+        return np.array(self._pixels[y : y + height, x : x + width])
+
+    def close(self) -> None:
+        """Give memory or file back."""
+        self._pixels = None
+
+    def _decoded(self) -> npt.NDArray[np.uint8]:
+        width, height = self._size
+        rows = max(1, BAND // (width * 3))
+        with _local(self._path) as path, _opened(path, self._driver, self._directory) as dataset:
+            if (dataset.width, dataset.height) != self._size:
+                raise ValueError(f"{dataset.width} × {dataset.height} px, {self._size} expected")
+            if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
+                raise ValueError(f"{dataset.count} bands of {dataset.dtypes[0]}")
+            bands = (
+                as_rgb(
+                    np.moveaxis(
+                        dataset.read(window=((top, min(top + rows, height)), (0, width))), 0, -1
+                    )
+                )
+                for top in range(0, height, rows)
+            )
+            if width * height * 3 <= IN_MEMORY:
+                return np.concatenate(list(bands))
+            with tempfile.TemporaryFile() as file:
+                for band in bands:
+                    file.write(band.tobytes())
+                file.flush()
+                return np.memmap(file, np.uint8, "r", shape=(height, width, 3))
+
+
+class PictureBackend:
+    """A JPEG or PNG: one level, no tiles."""
+
+    name = "gdal"
+
+    def __init__(self, path: Path, driver: str) -> None:
+        self._path = path
+        try:
+            with path.open("rb") as file, Image.open(file, formats=[driver]) as image:
+                self.size = image.size
+                mode, dpi = image.mode, image.info.get("dpi")
+        except UnidentifiedImageError as error:
+            raise SourceError(
+                f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"
+            ) from error
+        check_size(self.size)
+        if mode not in ("RGB", "RGBA", "L"):
+            raise SourceError(f"a {driver} of mode {mode}; expected RGB or grey, 8 bits")
+        decoded, stored = math.prod(self.size) * 3, path.stat().st_size
+        if decoded > max(IN_MEMORY, DENSEST * stored):
+            raise SourceError(f"its header says {decoded:,} bytes, which {stored:,} cannot hold")
+        self.level_sizes: Sizes = (self.size,)
+        self.level_downsamples: Downsamples = ((1.0, 1.0),)
+        self.level_tiles: Sizes = (self.size,)
+        self.properties: Mapping[str, str] = {"tiff.Compression": driver}
+        if dpi and min(dpi) > 0:
+            x, y = (str(25400 / float(value)) for value in dpi)
+            self.properties = {**self.properties, "picture.mpp-x": x, "picture.mpp-y": y}
+        self._spool = Spool(path, self.size, driver=driver)
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle of the picture; return uint8 (height, width, 3)."""
+        try:
+            return self._spool.read(x, y, width, height)
+        except Exception as error:  # decoders raise anything on damaged pictures
+            raise unreadable(self._path, error, level, x, y, width, height) from error
+
+    def close(self) -> None:
+        """Give the picture back."""
+        self._spool.close()
+
+
+@contextmanager
+def _local(path: Path) -> Iterator[Path]:
+    """Yield a path that GDAL opens; a remote file is copied for the time being."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / name_of(path)
+        remote: Any = path
+        remote.fs.get_file(remote.path, str(copy))
+        yield copy
+
+
+@contextmanager
+def _opened(path: Path, driver: str, directory: int) -> Iterator[Any]:
+    """Yield GDAL's data set of a picture, or of one directory of a TIFF."""
+    name = str(path) if directory == 0 else f"GTIFF_DIR:{directory + 1}:{path}"
+    with rasterio.Env(**GDAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        # no other driver: some open what a file names
+        with rasterio.open(name, driver=driver) as dataset:
+            yield dataset

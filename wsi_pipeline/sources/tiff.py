@@ -1,0 +1,508 @@
+"""TIFF slides, local or remote, whose stored tiles are decoded on all cores."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import imagecodecs
+import numpy as np
+import tifffile
+import tiffslide
+from PIL import Image
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.paths import is_remote
+from wsi_pipeline.sources.backend import (
+    MAX_PIECE,
+    WHITE,
+    Pixels,
+    Sizes,
+    as_rgb,
+    check_size,
+    count_cpus,
+    snap_downsamples,
+    unreadable,
+)
+from wsi_pipeline.sources.mpp import ome_mpp
+from wsi_pipeline.sources.spool import Spool
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+JPEG = (6, 7, 34892, 33007)
+JPEG_2000 = (33003, 33005, 34712)
+WEBP = 50001
+OTHERS = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)
+"""None, LZW, deflate, PackBits, LZMA, ZSTD: their decoders stop where a tile is full."""
+
+GIANT = 1 << 26
+"""Decoded bytes of a strip above which a page is decoded once, in order."""
+
+LOST = 0.05
+"""Share of a level's tiles beyond the end of the file above which the file counts as truncated."""
+
+Segment = tuple[int, int, int]
+"""Index, left and top of a stored tile or strip."""
+
+log = logging.getLogger(__name__)
+# tifffile logs what it survives; whatever matters reaches the user as a SourceError.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+
+
+class TiffBackend:
+    """A TIFF opened by tiffslide; its tiles are decoded on all cores, each once in a read."""
+
+    name = "tiffslide"
+
+    def __init__(self, path: Path, series: int | None = None) -> None:
+        self._path = path
+        # no other files: a slide must not name what else is opened
+        self._slide = tiffslide.TiffSlide(path, tifffile_options={"_multifile": False})
+        try:
+            self._file_size = self._slide.ts_tifffile.filehandle.size
+            _check_vendor(self._slide.ts_tifffile)
+            index = _choose_series(self._slide, series)
+            self._pages = _pages(self._slide.ts_tifffile.series[index])
+            self.properties: Mapping[str, str] = _properties(self._slide, self._pages[0], index)
+        except BaseException:
+            self._slide.close()
+            raise
+        self.level_sizes: Sizes = tuple((p.imagewidth, p.imagelength) for p in self._pages)
+        self.size = self.level_sizes[0]
+        self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
+        self.level_tiles: Sizes = tuple(map(_segment_size, self._pages))
+        self.is_ome = bool(self._slide.ts_tifffile.is_ome)
+        # strips that are too large to be decoded for every read: in order, once
+        self._spools = {
+            level: Spool(path, size, driver="GTiff", directory=page.index)
+            for level, (page, size) in enumerate(zip(self._pages, self.level_sizes, strict=True))
+            if not page.is_tiled and _decoded_bytes(page) > GIANT
+        }
+        self._bytes = FileBytes(path)  # our own: tifffile moves its handle as it likes
+        self._threads = ThreadPoolExecutor(max(1, count_cpus() - 1), "decode")
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
+        if level in self._spools:
+            try:
+                return self._spools[level].read(x, y, width, height)
+            except Exception as error:  # decoders raise anything on damaged strips
+                raise unreadable(self._path, error, level, x, y, width, height) from error
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        page = self._pages[level]
+        segments = _segments(page, x, y, width, height)
+        left = iter(segments)  # of a list: threads may draw from it at once
+
+        def work() -> None:
+            scratch = _scratch(page)
+            for segment in left:
+                self._paste(pixels, (x, y), page, segment, scratch)
+
+        try:
+            self._share(work, min(count_cpus(), len(segments)))
+        except Exception as error:  # codecs raise anything on damaged tiles
+            raise unreadable(self._path, error, level, x, y, width, height) from error
+        return pixels
+
+    def busy_regions(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
+        page = self._pages[0]
+        width, height = _segment_size(page)
+        across, count = -(-page.imagewidth // width), len(page.databytecounts)
+        ends = np.array(page.dataoffsets) + np.array(page.databytecounts)
+        counts = np.where(ends <= self._file_size, page.databytecounts, 0)
+        for index in np.argsort(counts)[: -min(count, 4) - 1 : -1].tolist():
+            row, column = divmod(index % (across * -(-page.imagelength // height)), across)
+            x, y = column * width, row * height
+            yield (
+                x,
+                y,
+                min(width, 512, page.imagewidth - x),
+                min(height, 512, page.imagelength - y),
+            )
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._threads.shutdown()
+        self._bytes.close()
+        for spool in self._spools.values():
+            spool.close()
+        self._slide.close()
+
+    def _share(self, work: Callable[[], None], threads: int) -> None:
+        """Do some work on several threads, of which the calling one is one."""
+        helpers = [self._threads.submit(work) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
+
+    def _paste(
+        self,
+        pixels: Pixels,
+        corner: tuple[int, int],
+        page: Any,
+        segment: Segment,
+        scratch: Pixels,
+    ) -> None:
+        """Decode one tile or strip into its place in `pixels`, whose corner lies at (x, y)."""
+        index, left, top = segment
+        width, height = _segment_size(page)
+        x0, y0 = max(left, corner[0]), max(top, corner[1])
+        target = pixels[y0 - corner[1] : top + height - corner[1], x0 - corner[0] :]
+        target = target[:, : left + width - x0]
+        try:
+            tile = self._tile(page, index, scratch, self._bytes)
+        except Exception:
+            log.debug("%s: tile %d is tried again", self._path, index, exc_info=True)
+            with FileBytes(self._path).opened() as fresh:
+                tile = self._tile(page, index, scratch, fresh)
+        if tile is None:
+            target[:] = WHITE
+            return
+        part = tile[y0 - top :, x0 - left :][: target.shape[0], : target.shape[1]]
+        if part.shape[:2] != target.shape[:2]:
+            target[:] = WHITE
+        target[: part.shape[0], : part.shape[1]] = part
+
+    def _tile(self, page: Any, index: int, scratch: Pixels, file: FileBytes) -> Pixels | None:
+        """Return the pixels of a tile or strip, which may lie in `scratch`; None: left out."""
+        if page.planarconfig == 1 or page.samplesperpixel == 1:
+            data = self._data(page, index, file)
+            return None if data is None else _decode(page, index, data, scratch)
+        planes = []
+        for plane in range(page.samplesperpixel):
+            index_in_plane = index + plane * (len(page.dataoffsets) // page.samplesperpixel)
+            data = self._data(page, index_in_plane, file)
+            decoded = None if data is None else _decode_any(page, index_in_plane, data)
+            if decoded is None:
+                return None
+            planes.append(decoded[..., 0])
+        return as_rgb(np.stack(planes, axis=-1))
+
+    def _data(self, page: Any, index: int, file: FileBytes) -> bytes | None:
+        """Return the stored bytes of a tile, None where the scanner left it out."""
+        offset, count = page.dataoffsets[index], page.databytecounts[index]
+        if not offset or not count:
+            return None
+        if offset + count > self._file_size:
+            raise EOFError(f"tile {index} lies beyond the end of the file")
+        if count > 4 * _decoded_bytes(page) + (1 << 16):
+            raise ValueError(f"tile {index} takes {count:,} bytes, which no tile of its size does")
+        return file.read(offset, count)
+
+
+class FileBytes:
+    """The bytes of a file, from any thread; of a remote one by requests that run side by side."""
+
+    def __init__(self, path: Path) -> None:
+        self._path: Any = path
+        self._lock = threading.Lock()
+        self._file = None if is_remote(path) else path.open("rb", buffering=0)
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return `count` bytes."""
+        if self._file is None:
+            fs, name = self._path.fs, self._path.path
+            data: bytes = fs.cat_file(name, start=offset, end=offset + count)
+        else:
+            with self._lock:
+                self._file.seek(offset)
+                data = self._file.read(count)
+        if len(data) != count:
+            raise EOFError(f"{len(data):,} bytes found at {offset:,}, {count:,} expected")
+        return data
+
+    @contextmanager
+    def opened(self) -> Iterator[FileBytes]:
+        """Close the file afterwards."""
+        try:
+            yield self
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the file back."""
+        if self._file is not None:
+            self._file.close()
+
+
+def check_tiff(path: Path) -> None:
+    """Refuse a TIFF that goes on beyond the end of the file, or whose sizes are impossible.
+
+    Raises:
+        SourceError: what was found, and what to do.
+    """
+    found = path.stat().st_size
+    if not is_remote(path) and not _has_all_directories(path, found):
+        raise SourceError(
+            f"{path}: truncated: a directory lies beyond the {found:,} bytes found; "
+            "copy the slide again"
+        )
+    try:
+        with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
+            pages = [level.keyframe for series in file.series for level in series.levels]
+            sizes = [(page.imagewidth, page.imagelength) for page in pages]
+            expected = max(_truncated_at(level.pages[0], found) for level in file.series[0].levels)
+    except Exception:  # not for this check to judge: opening it says why
+        log.debug("cannot list the tiles of %s", path, exc_info=True)
+        return
+    for size in sizes:
+        try:
+            check_size(size)
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}; check the file against its original") from error
+    if expected > found:
+        raise SourceError(
+            f"{path}: truncated: {expected:,} bytes expected, {found:,} found; copy the slide again"
+        )
+
+
+def _has_all_directories(path: Path, size: int) -> bool:
+    """Return whether the chain of a TIFF's directories stays inside the file."""
+    with path.open("rb") as file:
+        order = "<" if file.read(2) == b"II" else ">"
+        is_big = file.read(2) in (b"+\0", b"\0+")
+        if not is_big and size >= 1 << 32:
+            return True  # NDPI stretches the format in its own way
+        file.seek(8 if is_big else 4)
+        pointer, count, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
+        seen = {0}
+        try:
+            while (offset := _unpack(file, order + pointer)) not in seen:
+                seen.add(offset)
+                file.seek(offset)
+                file.seek(_unpack(file, order + count) * entry_size, os.SEEK_CUR)
+        except (struct.error, OSError, OverflowError):
+            return False
+    return True
+
+
+def _unpack(file: BinaryIO, kind: str) -> int:
+    """Return the next number of a file."""
+    (value,) = struct.unpack(kind, file.read(struct.calcsize(kind)))
+    return int(value)
+
+
+def _truncated_at(page: Any, size: int) -> int:
+    """Return how long the file must have been if this page's tiles tell of a cut, else 0.
+
+    A cut goes through the tile that begins last, or takes many; one tile elsewhere that points
+    beyond the end is damage to that tile only.
+    """
+    starts, counts = np.array(page.dataoffsets, np.uint64), np.array(page.databytecounts, np.uint64)
+    stored = (starts > 0) & (counts > 0)
+    ends = starts + counts
+    beyond = stored & (ends > size)
+    if not beyond.any():
+        return 0
+    begun = stored & (starts < size)
+    is_cut = begun.any() and beyond[starts == starts[begun].max()].any()
+    if is_cut or beyond.sum() > LOST * stored.sum():
+        return int(ends.max())
+    return 0
+
+
+def _check_vendor(file: tifffile.TiffFile) -> None:
+    """Refuse a TIFF whose pieces only OpenSlide puts together right."""
+    kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
+    for kind, found in (kinds | {"Philips TIFF": file.is_philips}).items():
+        if found:
+            raise SourceError(f"{kind}, which OpenSlide must read, and does not open")
+
+
+def _choose_series(slide: tiffslide.TiffSlide, wanted: int | None) -> int:
+    """Return the index of the series that is the slide."""
+    series = slide.ts_tifffile.series
+    if wanted is not None:
+        if not 0 <= wanted < len(series):
+            raise SourceError(f"has series 0 to {len(series) - 1}, not {wanted}; change --series")
+        return wanted
+    if len(series) == 1 or not slide.ts_tifffile.is_ome:
+        return int(_slide_properties(slide).get("tiffslide.series-index") or 0)
+    areas = [math.prod(s.keyframe.shape[:2]) if _is_rgb(s) else 0 for s in series]
+    if not any(areas):
+        raise SourceError(f"none of its {len(series)} series is 8-bit RGB")
+    return areas.index(max(areas))
+
+
+def _slide_properties(slide: tiffslide.TiffSlide) -> Mapping[str, Any]:
+    """Return what tiffslide finds, nothing where it stumbles."""
+    try:
+        properties: Mapping[str, Any] = slide.properties
+    except Exception:  # asserts and the like, on descriptions of other programs
+        log.debug("tiffslide finds no properties", exc_info=True)
+        return {}
+    return properties
+
+
+def _is_rgb(series: Any) -> bool:
+    try:
+        _check_page(series)
+    except SourceError:
+        return False
+    return bool(series.keyframe.samplesperpixel >= 3)
+
+
+def _pages(series: Any) -> list[Any]:
+    """Return tifffile's page of each level, checked."""
+    pages: list[Any] = []
+    for level in series.levels:
+        page = level.pages[0]
+        try:
+            _check_page(level)
+            _check_table(page)
+        except SourceError:
+            if not pages:
+                raise
+            log.info("a level of %s is left out", series.name, exc_info=True)
+            continue
+        # read from the file when first asked for, which two threads must not do at once
+        _ = page.dataoffsets, page.databytecounts, page.jpegtables
+        _ = page.keyframe.decode, page.keyframe.is_jfif
+        pages.append(page)
+    return pages
+
+
+def _check_page(level: Any) -> None:
+    """Refuse what is not one plane of 8-bit RGB or grey, or stores its colours in another way."""
+    if len(level.pages) != 1:
+        raise SourceError(
+            f"{len(level.pages)} planes (axes {level.axes}) of {level.dtype}; "
+            "expected one of 8-bit RGB or grey"
+        )
+    if level.pages[0] is None:
+        raise SourceError("its pixels lie in another file, which is not looked for")
+    key = level.keyframe
+    photometrics = {"RGB", "MINISBLACK"}
+    if key.compression in JPEG + JPEG_2000:
+        photometrics.add("YCBCR")
+    if (
+        key.dtype != np.uint8
+        or key.bitspersample != 8
+        or key.photometric.name not in photometrics
+        or key.samplesperpixel not in (1, 3, 4)
+    ):
+        raise SourceError(
+            f"{key.samplesperpixel} samples of {key.dtype}, {key.photometric.name}; "
+            "expected 8-bit RGB or grey"
+        )
+    if key.imagedepth != 1:
+        raise SourceError(f"{key.imagedepth} planes in depth; expected one")
+    if key.compression not in (*JPEG, *JPEG_2000, WEBP, *OTHERS):
+        raise SourceError(f"compression {key.compression:d} is not read; convert the slide")
+
+
+def _check_table(page: Any) -> None:
+    """Refuse impossible sizes, and pieces that do not fit in memory."""
+    check_size((page.imagewidth, page.imagelength))
+    width, height = _segment_size(page)
+    if min(width, height) < 1:
+        raise SourceError(f"tiles of {width} × {height} px")
+    if page.is_tiled and _decoded_bytes(page) > MAX_PIECE:
+        raise SourceError(f"tiles of {width:,} × {height:,} px, which do not fit in memory")
+    planes = page.samplesperpixel if page.planarconfig == 2 else 1
+    expected = -(-page.imagewidth // width) * -(-page.imagelength // height) * planes
+    listed = min(len(page.dataoffsets), len(page.databytecounts))
+    if listed < expected:
+        raise SourceError(f"{listed:,} tiles listed where its size makes {expected:,}")
+
+
+def _properties(slide: tiffslide.TiffSlide, page: Any, series: int) -> dict[str, str]:
+    """Return what the file says: tiffslide's words, and the tags in OpenSlide's."""
+    found = _slide_properties(slide)
+    properties = {key: str(value) for key, value in found.items() if value is not None}
+    properties["tiff.Compression"] = page.keyframe.compression.name
+    properties["tiff.Photometric"] = page.keyframe.photometric.name
+    for name in ("XResolution", "YResolution"):
+        if (tag := page.tags.get(name)) is not None and tag.value[1]:
+            properties[f"tiff.{name}"] = repr(tag.value[0] / tag.value[1])
+    if (tag := page.tags.get("ResolutionUnit")) is not None:
+        properties["tiff.ResolutionUnit"] = getattr(tag.value, "name", "none").lower()
+    if (tag := page.tags.get("Orientation")) is not None:
+        properties["tiff.Orientation"] = str(int(tag.value))
+    if slide.ts_tifffile.is_ome:
+        properties |= ome_mpp(slide.ts_tifffile.ome_metadata or "", series)
+    return properties
+
+
+def _segment_size(page: Any) -> tuple[int, int]:
+    """Return width and height of a page's tiles or strips."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
+def _decoded_bytes(page: Any) -> int:
+    """Return how large a tile or strip is when decoded."""
+    return math.prod(_segment_size(page)) * int(page.samplesperpixel)
+
+
+def _segments(page: Any, x: int, y: int, width: int, height: int) -> list[Segment]:
+    """Return the tiles or strips that a rectangle touches."""
+    segment_width, segment_height = _segment_size(page)
+    across = -(-page.imagewidth // segment_width)
+    return [
+        (row * across + column, column * segment_width, row * segment_height)
+        for row in range(y // segment_height, -(-(y + height) // segment_height))
+        for column in range(x // segment_width, -(-(x + width) // segment_width))
+    ]
+
+
+def _scratch(page: Any) -> Pixels:
+    """Return room for a tile, (h, w, 3), at an address that is no multiple of 16.
+
+    libjpeg-turbo writes aligned rows past the cache, from which they are read again at once: on
+    such a buffer it is a quarter faster.
+    """
+    width, height = _segment_size(page)
+    memory = np.empty(height * width * 3 + 32, dtype=np.uint8)
+    start = (8 - memory.ctypes.data) % 16
+    return memory[start : start + height * width * 3].reshape(height, width, 3)
+
+
+def _decode(page: Any, index: int, data: bytes, scratch: Pixels) -> Pixels | None:
+    """Return the pixels of a tile or strip, which may lie in `scratch`; None where it is empty."""
+    key = page.keyframe
+    if key.compression in JPEG and key.samplesperpixel == 3:
+        try:
+            pixels: Pixels = imagecodecs.jpeg_decode(
+                data,
+                tables=page.jpegtables,
+                header=key.jpegheader,
+                colorspace="RGB" if key.photometric.name == "RGB" and not key.is_jfif else None,
+                outcolorspace="RGB",
+                out=scratch,
+            )
+            return pixels
+        except ValueError:
+            pass  # of another size than a tile has: tifffile knows what that may mean
+    decoded = _decode_any(page, index, data)
+    return None if decoded is None else as_rgb(decoded)
+
+
+def _decode_any(page: Any, index: int, data: bytes) -> Pixels | None:
+    """Return the samples of a tile or strip, (h, w, samples), as tifffile decodes them."""
+    key = page.keyframe
+    if key.compression in (*JPEG, *JPEG_2000, WEBP):
+        # these say their own size, and get it, whatever the tile's
+        with Image.open(io.BytesIO((key.jpegheader or b"") + data)) as image:
+            if math.prod(image.size) > 4 * math.prod(_segment_size(page)):
+                raise ValueError(f"tile {index} holds {image.width:,} × {image.height:,} px")
+    options = {}
+    if key.compression in JPEG:
+        options = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
+    decoded = key.decode(data, index, **options)[0]
+    return None if decoded is None else decoded[0]
