@@ -16,8 +16,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ RESIDENT = 64
 TRIAL_SECONDS = 3.0
 """How long each form of the network is tried."""
 CORES = len(os.sched_getaffinity(0))
-GPU_BATCHES = (16, 32, 64, 128)
+GPU_BATCHES = (8, 16, 32, 64)
 
 
 def grid_of(slide: Slide, bundle: Bundle, *, overlap: int, tissue: Any) -> PatchGrid:
@@ -94,7 +95,12 @@ def read_patches(view: SlideView, grid: PatchGrid) -> npt.NDArray[np.uint8]:
 
 
 def forward_seconds(
-    bundle: Bundle, patches: npt.NDArray[np.uint8], count: int, device: str
+    bundle: Bundle,
+    patches: npt.NDArray[np.uint8],
+    count: int,
+    device: str,
+    *,
+    with_compile: bool = False,
 ) -> tuple[float, str]:
     """Return how long `count` forward passes take at best, and in which form.
 
@@ -103,21 +109,24 @@ def forward_seconds(
         patches: uint8 (n, h, w, 3), taken in turn.
         count: of patches to predict.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        with_compile: try what torch.compile makes of it, too.
     """
     where = choose_device(device)
-    on_cpu = where.type == "cpu"
+    torch.backends.cudnn.benchmark = True
     rates: dict[str, tuple[float, Callable[[int], None]]] = {}
-    for name, (module, dtype) in _forms(bundle, where).items():
-        for batch in (1,) if on_cpu else GPU_BATCHES:
-            passes = _passes(module, _normalised(bundle, patches, where, dtype), batch)
-            passes(batch)  # the first chooses kernels
+    for name, (module, dtype) in _forms(bundle, where, with_compile).items():
+        inputs = _normalised(bundle, patches, where, dtype)
+        for batch in (1,) if where.type == "cpu" else GPU_BATCHES:
+            indices = torch.arange(RESIDENT).split(batch)
+            predict = partial(_predict, module, [inputs[i % len(inputs)] for i in indices])
+            predict(2 * CORES * batch)  # the first chooses kernels
             trial, seconds = 0, 0.0
             while seconds < TRIAL_SECONDS:
-                trial = max(2 * trial, (CORES) * batch)
-                seconds = timed(lambda n=trial, run=passes: run(n))
-            rates[f"{name}, batch {batch}"] = trial / seconds, passes
+                trial = max(2 * trial, CORES * batch)
+                seconds = timed(partial(predict, trial))
+            rates[f"{name}, batch {batch}"] = trial / seconds, predict
     best = max(rates, key=lambda name: rates[name][0])
-    return timed(lambda: rates[best][1](count)), best
+    return timed(partial(rates[best][1], count)), best
 
 
 def timed(work: Callable[[], Any]) -> float:
@@ -127,14 +136,24 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def _forms(bundle: Bundle, device: torch.device) -> dict[str, tuple[torch.nn.Module, torch.dtype]]:
+def _forms(
+    bundle: Bundle, device: torch.device, with_compile: bool
+) -> dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype]]:
     """Return the network in the forms that may be the fastest, with the format of its input."""
-    plain = build(bundle).module.to(device)
-    forms: dict[str, tuple[torch.nn.Module, torch.dtype]] = {"plain fp32": (plain, torch.float32)}
-    if bundle.network in NETWORKS:
-        for dtype in dict.fromkeys((torch.float32, choose_dtype("auto", device))):
-            folded = for_inference(plain, device=device, dtype=dtype)
-            forms[f"folded {str(dtype).removeprefix('torch.')}"] = folded, dtype
+    plain, best = build(bundle).module.to(device), choose_dtype("auto", device)
+    if bundle.network not in NETWORKS:
+        return {"plain fp32": (plain, torch.float32)}
+    forms: dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype]] = {
+        "plain fp32": (plain, torch.float32)
+    }
+    for dtype in dict.fromkeys((torch.float32, best)):
+        folded = for_inference(plain, device=device, dtype=dtype)
+        forms[f"folded {str(dtype).removeprefix('torch.')}"] = folded, dtype
+    if device.type != "cpu" and best is not torch.float32:
+        forms = dict(list(forms.items())[-1:])  # there is no doubt about the others
+    if with_compile:
+        compiled = torch.compile(for_inference(plain, device=device, dtype=best))
+        forms["folded, compiled"] = compiled, best
     return forms
 
 
@@ -147,27 +166,23 @@ def _normalised(
     return scaled.to(device=device, dtype=dtype)
 
 
-def _passes(module: torch.nn.Module, inputs: torch.Tensor, batch: int) -> Callable[[int], None]:
-    """Return what predicts a number of patches and waits for the end."""
-    batches = [inputs[i : i + batch] for i in range(0, len(inputs) - batch + 1, batch)]
-    batches = batches or [inputs[torch.arange(batch) % len(inputs)]]
-    on_cpu = inputs.device.type == "cpu"
+def _predict(
+    module: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor], count: int
+) -> None:
+    """Predict at least `count` patches, the batches in turn, and wait for the end."""
+    todo = itertools.islice(itertools.cycle(batches), math.ceil(count / len(batches[0])))
 
     @torch.inference_mode()
     def forward(patches: torch.Tensor) -> None:
         module(patches)
 
-    def run(count: int) -> None:
-        todo = itertools.islice(itertools.cycle(batches), math.ceil(count / batch))
-        if not on_cpu:
-            for patches in todo:
-                forward(patches)
-            torch.cuda.synchronize(inputs.device)
-            return
+    if not batches[0].is_cuda:
         with ThreadPoolExecutor(CORES, initializer=_use_one_core) as pool:
             list(pool.map(forward, todo))
-
-    return run
+    else:
+        for patches in todo:
+            forward(patches)
+        torch.cuda.synchronize(batches[0].device)
 
 
 def _use_one_core() -> None:
@@ -181,6 +196,7 @@ def main() -> None:
     parser.add_argument("--overlap", type=int, default=0, help="px between patches")
     parser.add_argument("--tissue", default="auto", help="auto, none or a mask image")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="try torch.compile, too")
     args = parser.parse_args()
     bundle = load_bundle(args.model)
     tissue = args.tissue if args.tissue in ("auto", "none") else Path(args.tissue)
@@ -190,7 +206,9 @@ def main() -> None:
         tiles = tiles_under(args.slide, view, grid)
         patches = read_patches(view, grid)
     decode = decode_seconds(args.slide, tiles)
-    forward, form = forward_seconds(bundle, patches, len(grid), args.device)
+    forward, form = forward_seconds(
+        bundle, patches, len(grid), args.device, with_compile=args.compile
+    )
     facts = {
         "decode_seconds": decode,
         "tiles": len(tiles),

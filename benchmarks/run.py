@@ -34,11 +34,11 @@ from programs import MPP, PATCH, write_bundle, write_programs
 from skimage.data import immunohistochemistry
 from tables import job_key, write_results
 
+import wsi_pipeline
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.report import load_run
 
 HERE = Path(__file__).parent
-PACKAGE = HERE.parent / "wsi_pipeline"
 SAMPLED = 8
 """Masks are compared at every eighth pixel of every eighth row."""
 
@@ -93,7 +93,7 @@ class Bench:
         else:
             shutil.rmtree(output, ignore_errors=True)
         command = self._command(job, slide, mask, bundle, output)
-        _read_through(slide)
+        read_through(slide)
         measured = measure(command, self.work / "logs" / f"{name}-{label}.log")
         record = {"seconds": measured.seconds, "peak_gb": measured.peak_gb, **measured.said}
         if job.who == "ours":
@@ -186,7 +186,7 @@ def shrunk(comparison: Comparison, factor: int) -> Comparison:
 def code_digest() -> str:
     """Return a digest of the package's code: what was measured with another is measured anew."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(Path(wsi_pipeline.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -224,7 +224,7 @@ def _sample(path: str) -> npt.NDArray[np.uint8]:
     return np.asarray(zarr.open_array(path, mode="r")[::SAMPLED, ::SAMPLED])
 
 
-def _read_through(path: Path) -> None:
+def read_through(path: Path) -> None:
     """Read a file once, so that it lies in the page cache for everybody."""
     with path.open("rb") as file:
         while file.read(1 << 24):

@@ -88,7 +88,7 @@ def write_results(
     here = machine()
     here["date"] = max(result.dates[1] for result in results)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{here['date']}-{_slug(here['cpu'])}-{here['cores']}-cores"
+    stem = f"{here['date']}-{slug(here['cpu'])}-{here['cores']}-cores"
     paths = [folder / f"{stem}{suffix}" for suffix in (".md", ".json", ".png")]
     paths[0].write_text("\n".join(_markdown(here, results, paths[2].name)) + "\n", "utf-8")
     plain = {result.name: {"code": result.code, "rounds": result.rounds} for result in results}
@@ -197,13 +197,13 @@ def draw_stages(rounds: Sequence[Facts], path: Path) -> None:
     job = ours.pop("total")
     whole = _median([facts["ours"] for facts in rounds], "seconds")
     summed = {name: seconds for name, seconds in ours.items() if name not in EXPORTS}
-    exports = {name: ours[name] for name in EXPORTS if name in ours}
+    exports = {name: seconds for name, seconds in ours.items() if name in EXPORTS}
     blocks = job - sum(exports.values())
     bars: list[tuple[str, float, float, str]] = [  # name, left, seconds, colour
         *((f"floor: {name}", 0, seconds, "#9aa5b1") for name, seconds in floor.items()),
         ("process", 0, whole, "#52606d"),
         ("slide", whole - job, job, "#7b8794"),
-        ("blocks", whole - job, blocks, "#c9702f"),
+        ("survey and blocks", whole - job, blocks, "#c9702f"),
         *((f"  {name}", whole - job, seconds, "#e8a33d") for name, seconds in summed.items()),
     ]
     left = whole - job + blocks
@@ -232,5 +232,6 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Return a text as it goes into a file name."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
