@@ -12,7 +12,6 @@ import click
 
 from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.demo import CHECKOUT
-from wsi_pipeline.cli.options import output_option
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.options import ProgramFormat
 
@@ -105,12 +104,19 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     bundle = load_bundle(location)
     trial = try_bundle(bundle, patch_size=patch_size)
     for name, value in _trial_rows(trial):
-        click.echo(f"{name:<16}{value}")
+        click.echo(f"{name:<9}{value}")
+    click.echo(f"{bundle.name} answers as its model.toml says", err=True)
 
 
 @command.command("import")
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
-@output_option
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the bundle; its name becomes the model's.",
+)
 @click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
 @click.option("--network", help="The network, for slides, where no bundle is like it.")
 @click.option("--classes", metavar="NAME,NAME[,…]", help="In the mask's order, background first.")
@@ -269,7 +275,9 @@ def _bundles_in(folder: Path) -> list[Path]:
 
 def _columns(bundle: Bundle) -> tuple[str, ...]:
     """Return what `list` says of a bundle."""
-    finds = ", ".join([*(c.name for c in bundle.classes[1:]), *bundle.labels])
+    finds = ", ".join(c.name for c in bundle.classes[1:])
+    if bundle.labels:
+        finds += f"; {' or '.join(bundle.labels)}"
     return (bundle.network, bundle.modality, finds, _weights_size(_weights(bundle)))
 
 
@@ -282,17 +290,12 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("name", facts["name"]),
         ("network", facts["network"] + (f" ({options})" if options else "")),
         ("modality", f"{facts['modality']}, {_resolution(spec)}"),
-        (
-            "input",
-            f"{size}, overlap {_by(spec['overlap'])}, mean {spec['mean']}, std {spec['std']}",
-        ),
+        ("input", f"{size}, overlap {_by(spec['overlap'])} px"),
+        ("scaled by", f"mean {spec['mean']}, std {spec['std']}, after [0, 1]"),
         ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
         *([("labels", ", ".join(output["labels"]))] if "labels" in output else []),
         *_cost_rows(facts["cost"]),
-        (
-            "weights",
-            f"{weights['url'] or weights['path'] or ''} ({_weights_size(weights)})".strip(),
-        ),
+        ("weights", _weights_place(weights)),
         *([("sha256", weights["sha256"])] if weights["sha256"] else []),
     ]
     return "\n".join([facts["path"], *(f"  {name:<12}{value}" for name, value in rows)])
@@ -321,6 +324,11 @@ def _cost_rows(cost: dict[str, dict[str, int]] | None) -> list[tuple[str, str]]:
     ]
 
 
+def _weights_place(weights: dict[str, Any]) -> str:
+    place = weights["url"] or weights["path"]
+    return f"{place}, {_weights_size(weights)}" if place else "none: `models import` brings some in"
+
+
 def _weights_size(weights: dict[str, Any]) -> str:
     if weights["bytes"] is not None:
         return f"{weights['bytes'] / 1e6:.1f} MB"
@@ -328,13 +336,12 @@ def _weights_size(weights: dict[str, Any]) -> str:
 
 
 def _trial_rows(trial: Trial) -> list[tuple[str, str]]:
-    weights = "the bundle's" if trial.has_weights else "none: random ones tried"
-    rows = [("weights", weights)]
-    rows += [(name, f"{_by(shape)}") for name, shape in trial.shapes.items()]
-    rows.append(("seconds", f"{trial.seconds:.2f}"))
+    rows = [("weights", "the bundle's" if trial.has_weights else "none; random ones tried")]
+    rows += [(name, _by(shape)) for name, shape in trial.shapes.items()]
+    rows.append(("seconds", f"{trial.seconds:.2f}, the first patch"))
     if trial.difference is not None:
-        rows.append(("folded", f"{trial.seconds_folded:.2f}, equal to {trial.difference:.1e}"))
-    return [*rows, ("", "answers as its model.toml says")]
+        rows.append(("folded", f"{trial.seconds_folded:.2f}, differs by {trial.difference:.1e}"))
+    return rows
 
 
 def _by(sizes: Sequence[float]) -> str:
