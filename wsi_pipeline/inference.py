@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wsi_pipeline.bundle import FOREIGN, Bundle
+from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.networks import build
+from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import Precision
 
@@ -84,11 +84,11 @@ class Predictor:
         self.dtype = choose_dtype(precision, self.device)
         self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
         self._bundle = bundle
-        self._is_foreign = bundle.network in FOREIGN
+        self._is_ours = isinstance(network.module, SegmentationNetwork)
         self._module = (
-            network.module.to(self.device)
-            if self._is_foreign
-            else for_inference(network.module, device=self.device, dtype=self.dtype)
+            for_inference(network.module, device=self.device, dtype=self.dtype)
+            if isinstance(network.module, SegmentationNetwork)
+            else network.module.to(self.device)
         )
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
@@ -167,8 +167,8 @@ class Predictor:
         values = patches.flatten(-2).float().mul_(self._scale).add_(self._shift)
         inputs = values.view(patches.shape).movedim(-1, 1)  # (N, C, *patch), channels last
         # a foreign program may count on the usual order
-        inputs = inputs.contiguous() if self._is_foreign else inputs.to(self.dtype)
-        lower = self._is_foreign and self.dtype is not torch.float32
+        inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
+        lower = self.dtype is not torch.float32 and not self._is_ours
         try:
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
                 output = self._module(inputs)

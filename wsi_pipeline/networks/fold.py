@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from wsi_pipeline.networks.base import SegmentationNetwork
 from wsi_pipeline.networks.lightmuseg import MSFFM
 
 WIDE = 128
@@ -18,7 +19,7 @@ WIDE = 128
 
 
 def for_inference(
-    network: nn.Module,
+    network: SegmentationNetwork,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -46,14 +47,11 @@ def for_inference(
     return folded
 
 
-def _drop_unused(network: nn.Module) -> None:
+def _drop_unused(network: SegmentationNetwork) -> None:
     """Put an empty module in the place of each that is never called."""
-    prefixes = tuple(getattr(network, "unused", ()))
-    names = [n for n, _ in network.named_modules() if n and f"{n}.".startswith(prefixes)]
-    for name in names if prefixes else []:
-        parent = name.rpartition(".")[0]
-        if not f"{parent}.".startswith(prefixes):
-            network.set_submodule(name, nn.Identity())
+    names = [n for n, _ in network.named_modules() if f"{n}.".startswith(network.unused)]
+    for name in sorted(names, reverse=True):  # children first
+        network.set_submodule(name, nn.Identity())
 
 
 def _fold_batch_norms(parent: nn.Module) -> None:
