@@ -5,7 +5,7 @@ python benchmarks/gpu.py --work bench --slides 4 -- --batch-size 64
 Segments copies of a slide that is all tissue in one process, LightMuSeg, zarr only; what follows
 `--` goes to `wsi-pipeline segment`. Start-up is the time of the same command on a slide of one
 patch. The forward-only rate is that of floor.py on the same GPU, its patches resident. Where there
-is no CUDA GPU, it says so and ends well.
+is no CUDA GPU, it says so and ends well; `--device cpu` tries the script itself.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ def make_slides(folder: Path, size: tuple[int, int], count: int, tissue: Any) ->
 @contextmanager
 def watched(log: Path) -> Iterator[None]:
     """Write the GPU's utilisation (%) and memory (MiB) to a file, many times a second."""
+    if shutil.which("nvidia-smi") is None:
+        log.write_bytes(b"")
+        yield
+        return
     command = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used"]
     options = ["--format=csv,noheader,nounits", "-i", "0", "-lms", str(SAMPLING_MS)]
     with log.open("wb") as output:
@@ -82,16 +86,17 @@ def utilisation(log: Path) -> dict[str, float]:
     }
 
 
-def segment(slides: Path, bundle: Path, work: Path, options: Sequence[str]) -> Measured:
+def segment(
+    slides: Path, bundle: Path, output: Path, device: str, options: Sequence[str]
+) -> Measured:
     """Segment a folder of slides in a fresh process; return what it took."""
-    output = work / "out" / "gpu"
     shutil.rmtree(output, ignore_errors=True)
     for path in slides.iterdir():
         read_through(path)
     begin = [sys.executable, "-m", "wsi_pipeline", "-q", "segment", str(slides)]
     what = ["--model", str(bundle), "--output", str(output), "--outputs", "zarr"]
-    where = ["--tissue", "none", "--overlap", "0", "--device", "cuda"]
-    return measure([*begin, *what, *where, *options], work / "logs" / "gpu.log")
+    where = ["--tissue", "none", "--overlap", "0", "--device", device]
+    return measure([*begin, *what, *where, *options], output.with_suffix(".log"))
 
 
 def main() -> None:
@@ -102,11 +107,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tissue", type=Path, help="picture of tissue for the slides")
     parser.add_argument("--reduce", type=int, default=1, help="its pixels that become one")
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile for the floor, too")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("options", nargs="*", help="of wsi-pipeline segment, after --")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
+    if args.device != "cpu" and not torch.cuda.is_available():
         print("no CUDA GPU here: nothing to measure")
         return
     work = args.work.resolve()
@@ -114,19 +120,20 @@ def main() -> None:
     bundle = write_bundle(work / "bundle-gpu", "lightmuseg", tissue).path
     slides = make_slides(work / "gpu", tuple(args.size), args.slides, tissue)
     tiny = make_slides(work / "gpu", (PATCH, PATCH), 1, tissue)
+    output = work / "out" / "gpu"
     rounds = []
     for turn in range(args.rounds):
-        start_up = segment(tiny, bundle, work, args.options).seconds
-        watch = work / "logs" / f"gpu-{turn}.csv"
+        start_up = segment(tiny, bundle, output, args.device, args.options).seconds
+        watch = work / f"gpu-{turn}.csv"
         with watched(watch):
-            measured = segment(slides, bundle, work, args.options)
-        runs = find_runs(work / "out" / "gpu")
+            measured = segment(slides, bundle, output, args.device, args.options)
+        runs = find_runs(output)
         patches = sum(run.patches["kept"] for run in runs.values())
         command = [sys.executable, str(HERE / "floor.py"), str(slides / "slide-0.svs")]
         floor = measure(
-            [*command, "--model", str(bundle), "--tissue", "none", "--device", "cuda"]
+            [*command, "--model", str(bundle), "--tissue", "none", "--device", args.device]
             + ["--compile"] * args.compile,
-            work / "logs" / "gpu-floor.log",
+            work / "gpu-floor.log",
         ).said
         steady = patches / (measured.seconds - start_up)
         forward = floor["patches"] / floor["forward_seconds"]
@@ -147,9 +154,11 @@ def main() -> None:
         }
         rounds.append(facts)
         print(json.dumps({k: v for k, v in facts.items() if k != "stages"}, indent=1), flush=True)
-    here = machine() | {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    here = machine()
+    if args.device != "cpu":
+        here |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"{here['date']}-{slug(here['gpu'])}.json"
+    path = args.results / f"{here['date']}-{slug(here.get('gpu', 'no gpu'))}.json"
     path.write_text(
         json.dumps({"machine": here, "options": args.options, "rounds": rounds}, indent=1)
     )
