@@ -80,7 +80,9 @@ def test_contradictions_are_shown(tmp_path: Path) -> None:
     assert found["mpp"] == [0.5, 0.5]
     assert found["mpp_source"] == "aperio.MPP"
     assert found["contradictions"] == ["TIFF resolution tags"]
-    assert "but          TIFF resolution tags: 0.25 × 0.25" in info(path)
+    said = "aperio.MPP says 0.5 × 0.5 µm per pixel, TIFF resolution tags 0.25 × 0.25"
+    assert f"but          {said}" in info(path)
+    assert said not in info(path, "--mpp", "0.4")
 
 
 def test_bounds_of_a_real_mrxs_are_shown(data_dir: Path) -> None:

@@ -24,7 +24,7 @@ from wsi_pipeline.blend import (
 )
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.export.ome_zarr import open_mask
-from wsi_pipeline.export.polygons import PROBABILITY_ONE, trace
+from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
 from wsi_pipeline.grid import Block, PatchGrid, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
@@ -47,6 +47,7 @@ class Plan:
     Attributes:
         slide_path: of the slide or stored grid.
         slide_mpp: µm per level-0 pixel where the file does not say.
+        slide_series: which image of a file with several.
         bundle_path: folder of the bundle.
         store: the run's working folder.
         grid: the patches to predict.
@@ -65,6 +66,7 @@ class Plan:
 
     slide_path: Path
     slide_mpp: float | None
+    slide_series: int | None
     bundle_path: Path
     store: RunStore
     grid: PatchGrid
@@ -122,7 +124,7 @@ class SegmentBlocks:
         bundle = load_bundle(plan.bundle_path)
         self._plan = plan
         self._classes = len(bundle.classes)
-        self._slide = open_source(plan.slide_path, mpp=plan.slide_mpp)
+        self._slide = open_source(plan.slide_path, mpp=plan.slide_mpp, series=plan.slide_series)
         self._view = self._slide.at(plan.grid_mpp, tolerance=MPP_TOLERANCE)
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
@@ -155,8 +157,8 @@ class SegmentBlocks:
             ).numpy(),
         }
         if probability is not None:
-            pieces, vertices = trace(mask, probability, (block.start[0], block.start[1]))
-            arrays |= pieces.as_arrays() | {"vertices": vertices}
+            pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))
+            arrays |= pieces.as_arrays()
             clock.lap("polygons")
         arrays |= {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}
         self._plan.store.finish_block(block, arrays)

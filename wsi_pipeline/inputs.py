@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.options import SelectOptions
+from wsi_pipeline.paths import as_path, dicom_slides, is_ome_zarr, is_remote, name_of
 from wsi_pipeline.store import is_patch_grid
 
 SLIDE_SUFFIXES = frozenset(
@@ -32,18 +36,29 @@ SLIDE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One slide and the folder of its run."""
+    """One slide and the folder of its run.
+
+    Attributes:
+        path: of the slide.
+        folder: of the run.
+        mpp: µm per level-0 pixel where a table gives them, in place of what the file says.
+    """
 
     path: Path
     folder: Path
+    mpp: float | None = None
+
+    def select(self, options: SelectOptions) -> SelectOptions:
+        """Return the options for this slide, with its own µm per pixel."""
+        return options if self.mpp is None else replace(options, mpp=self.mpp)
 
 
 def find_slides(inputs: list[str], *, output: Path) -> list[Path]:
     """Expand files, folders (recursively), globs and list files; return slide paths, each once.
 
-    A folder gives the files with a slide's suffix and stored patch grids; a file that is named
-    itself is taken whatever its suffix. `.txt` and `.csv` files name one path a line, relative to
-    the file's folder.
+    A folder gives the files with a slide's suffix, OME-Zarr slides and stored patch grids, and of
+    DICOM files one for each slide; a file that is named itself is taken whatever its suffix.
+    `.txt` and `.csv` files name one path or URL a line, paths relative to the file's folder.
 
     Args:
         inputs: as on the command line.
@@ -54,11 +69,14 @@ def find_slides(inputs: list[str], *, output: Path) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for text in inputs:
-        path = Path(text)
-        if path.suffix.lower() in (".txt", ".csv") and path.is_file():
+        path = as_path(text)
+        if is_remote(path):
+            found.update(dict.fromkeys(_iter_remote(path)))
+        elif path.suffix.lower() in (".txt", ".csv") and path.is_file():
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-            found.update(dict.fromkeys(path.parent / line for line in lines if line))
-        elif path.is_dir() and not is_patch_grid(path):
+            named = [line if "://" in line else path.parent / line for line in lines if line]
+            found.update(dict.fromkeys(map(as_path, named)))
+        elif path.is_dir() and not _is_folder_slide(path):
             found.update(dict.fromkeys(_iter_folder(path, output.absolute())))
         elif path.exists():
             found[path] = None
@@ -69,24 +87,90 @@ def find_slides(inputs: list[str], *, output: Path) -> list[Path]:
     return list(found)
 
 
+def _is_folder_slide(path: Path) -> bool:
+    return is_patch_grid(path) or is_ome_zarr(path)
+
+
 def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.absolute() == output or path.name.startswith("."):
-            continue
+    entries = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.absolute() != output and not path.name.startswith(".")
+    ]
+    dicom = dicom_slides(p for p in entries if p.suffix.lower() == ".dcm" and p.is_file())
+    for path in entries:
         if path.is_dir():
-            if is_patch_grid(path):
+            if _is_folder_slide(path):
                 yield path
             elif path.suffix != ".zarr":
                 yield from _iter_folder(path, output)
-        elif path.suffix.lower() in SLIDE_SUFFIXES:
+        elif path.suffix.lower() == ".dcm":
+            if path in dicom:
+                yield path
+        elif path.suffix.lower() in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip"):
             yield path
 
 
-def plan_jobs(slides: list[Path], output: Path) -> list[Job]:
+def _iter_remote(path: Path) -> Iterator[Path]:
+    """Yield the slide behind a URL, or those right in the folder that it names."""
+    if not str(path).endswith("/"):
+        yield path
+        return
+    try:
+        entries = sorted(path.iterdir(), key=str)
+    except Exception as error:  # clients of remote stores raise what they like
+        raise SourceError(f"{path}: cannot be listed ({error}); name the slides") from error
+    for entry in entries:
+        if PurePosixPath(name_of(entry)).suffix.lower() in {*SLIDE_SUFFIXES, ".zarr"}:
+            yield entry
+
+
+def read_mpp_table(path: Path) -> dict[str, float]:
+    """Read a CSV with the columns slide and mpp; return µm per pixel by the slide's file name.
+
+    Args:
+        path: of the table; a slide is given by its file name, with or without extension.
+
+    Raises:
+        SourceError: the file is no such table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{path}: cannot be read as CSV ({error})") from error
+    table: dict[str, float] = {}
+    for number, row in enumerate(rows, start=2):
+        try:
+            name, mpp = str(row["slide"]).strip(), float(row["mpp"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(
+                f"{path}, line {number}: expected the columns slide and mpp, a name and a number"
+            ) from error
+        if not 0 < mpp < math.inf or not name:
+            raise SourceError(f"{path}, line {number}: {name!r} has {mpp} µm per pixel")
+        if table.setdefault(name, mpp) != mpp:
+            raise SourceError(f"{path}, line {number}: {name} has {table[name]} and {mpp}")
+    if not table:
+        raise SourceError(f"{path}: no slides; expected the columns slide and mpp")
+    return table
+
+
+def plan_jobs(
+    slides: list[Path], output: Path, mpp_table: Mapping[str, float] | None = None
+) -> list[Job]:
     """Give each slide a folder of its own; return the jobs.
 
     The folder is named as the slide without extension; slides that would share it are told apart
     by their extension, then by their folder.
+
+    Args:
+        slides: their paths.
+        output: folder of the runs.
+        mpp_table: µm per level-0 pixel by file name, with or without extension.
+
+    Raises:
+        SourceError: a table that names none of the slides.
     """
     for naming in (_stem, _file_name, _long_name):
         names = Counter(naming(path).casefold() for path in slides)
@@ -98,18 +182,24 @@ def plan_jobs(slides: list[Path], output: Path) -> list[Job]:
             chosen |= {
                 p: n for p, n in folders.items() if p not in chosen and n.casefold() not in taken
             }
-    return [Job(path=p, folder=output / chosen.get(p, _long_name(p))) for p in slides]
+    table = mpp_table or {}
+    mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in slides}
+    if table and slides and not any(mpps.values()):
+        raise SourceError(
+            f"the table of µm per pixel names none of the slides, {_file_name(slides[0])}…"
+        )
+    return [Job(path=p, folder=output / chosen.get(p, _long_name(p)), mpp=mpps[p]) for p in slides]
 
 
 def _stem(path: Path) -> str:
-    return path.stem.removesuffix(".ome")
+    return PurePosixPath(_file_name(path)).stem.removesuffix(".zarr").removesuffix(".ome")
 
 
 def _file_name(path: Path) -> str:
-    return path.name
+    return name_of(path)
 
 
 def _long_name(path: Path) -> str:
     """Return a name that differs wherever the paths do."""
     digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
-    return f"{path.absolute().parent.name}__{path.name}__{digest}"
+    return f"{path.absolute().parent.name}__{_file_name(path)}__{digest}"

@@ -24,12 +24,14 @@ class SelectOptions:
 
     Attributes:
         mpp: the slide's µm per pixel at level 0 where the file does not say; else None.
+        series: which image of a file with several, from 0; None = the largest of RGB.
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
         roi: GeoJSON polygons to which the mask is limited.
         frame: origin of GeoJSON that is read, where the slide has bounds.
     """
 
     mpp: float | None = None
+    series: int | None = None
     tissue: Literal["auto", "none"] | Path = "auto"
     roi: Path | None = None
     frame: Frame = "qupath"
@@ -117,7 +119,7 @@ def as_plain(options: Any) -> dict[str, Any]:
 
     Example:
         >>> as_plain(SelectOptions(tissue=Path("t.png")))
-        {'mpp': None, 'tissue': 't.png', 'roi': None, 'frame': 'qupath'}
+        {'mpp': None, 'series': None, 'tissue': 't.png', 'roi': None, 'frame': 'qupath'}
     """
     return {
         key: list(value)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from wsi_pipeline.blocks import STAGES, Clock, Plan
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.export import geojson, ome_tiff, ome_zarr, overlay
-from wsi_pipeline.export.polygons import Pieces, join
+from wsi_pipeline.export.outlines import find_outlines, trace_mask
+from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.report import Run
@@ -100,7 +101,7 @@ def write_outputs(finished: Finished) -> Run:
     clock.lap("pyramid")
     written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
     writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
-        "geojson": lambda path: _write_polygons(path, finished, ledger),
+        "geojson": lambda path: _write_polygons(path, finished, ledger, mask_path),
         "tiff": lambda path: _write_tiffs(path, finished, mask_path),
         "overlay": lambda path: _write_overlay(path, finished, mask_path),
     }
@@ -171,19 +172,24 @@ def _describe(
             "offset": [crop.x, crop.y] if crop else [0, 0],
         },
         bad_regions=[],
-        warnings=_warnings(stored, written, len(plan.grid)),
+        warnings=[*finished.slide.doubts, *_warnings(stored, written, len(plan.grid))],
     )
 
 
-def _write_polygons(path: Path, finished: Finished, ledger: Ledger) -> geojson.Written:
-    store, dialect = finished.plan.store, finished.dialect()
-    blocks = {block.index: block for block in finished.blocks}
-    regions = join(
-        {index: Pieces.from_arrays(arrays) for index, arrays in ledger.items()},
-        lambda index: store.load_block(blocks[index])["vertices"],
+def _write_polygons(
+    path: Path, finished: Finished, ledger: Ledger, mask_path: Path
+) -> geojson.Written:
+    dialect, mask = finished.dialect(), ome_zarr.open_mask(mask_path)
+    traced = {i: Pieces.from_arrays(a) for i, a in ledger.items() if "top" in a}
+    rest = [block for block in finished.blocks if block.index not in traced]
+    outlines = find_outlines(
+        mask,
+        {**traced, **trace_mask(mask, rest)},
+        block_size=finished.plan.block_size,
+        tolerance=dialect.tolerance,
         min_pixels=dialect.min_pixels,
     )
-    return geojson.write_geojson(path, regions, dialect)
+    return geojson.write_geojson(path, outlines, dialect)
 
 
 def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:

@@ -72,11 +72,12 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     """Choose from DICOM files; return one for each whole-slide image, that of the largest level.
 
     OpenSlide finds the other levels beside it. Labels, overviews, segmentations and whatever else
-    is not a slide are left out, and so is what cannot be read.
+    is not a slide are left out; what cannot be read at all is kept, for its reader to say why.
     """
     from pydicom import dcmread
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
+    damaged: list[Path] = []
     largest: dict[str, tuple[int, Path]] = {}
     for path in paths:
         try:
@@ -94,8 +95,9 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
                 continue
             area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
             series = str(header.SeriesInstanceUID)
-        except Exception:  # pydicom raises anything on what is not DICOM
+        except Exception:  # pydicom raises anything on damaged files
+            damaged.append(path)
             continue
         if series not in largest or area > largest[series][0]:
             largest[series] = (area, path)
-    return sorted(path for _, path in largest.values())
+    return sorted([*damaged, *(path for _, path in largest.values())])

@@ -27,7 +27,7 @@ from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Se
 from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
 from wsi_pipeline.report import Run, load_run, write_run_json
 from wsi_pipeline.schedule import run_blocks
-from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.store import (
     PIXEL_CHUNK,
     RunStore,
@@ -162,7 +162,7 @@ def tile(
     Raises:
         WsiPipelineError: the slide or the target cannot be used.
     """
-    with open_source(path, mpp=select.mpp) as slide:
+    with open_source(path, mpp=select.mpp, series=select.series) as slide:
         stored = plan_grid(
             slide,
             mpp=mpp,
@@ -206,7 +206,7 @@ def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
     """
     overlap = settings.predict.overlap
     patch_size = bundle.input.patch_size
-    return plan_grid(
+    stored = plan_grid(
         slide,
         mpp=bundle.mpp,
         patch_size=(patch_size[0], patch_size[1]),
@@ -215,6 +215,13 @@ def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
         else (overlap, overlap),
         select=settings.select,
     )
+    if bundle.input.channels == 3 and (
+        reason := why_not_brightfield(slide.properties, stored.thumbnail)
+    ):
+        raise SourceError(
+            f"{slide.path}: {reason}; {bundle.name} is for colour slides in bright field, as H&E is"
+        )
+    return stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +256,9 @@ def _begin(
 ) -> Run | _Begun:
     """Open a slide and its run's folder, survey it; return it, or its run if that is done."""
     start = time.perf_counter()
-    with open_source(job.path, mpp=settings.select.mpp) as slide:
+    select = job.select(settings.select)
+    settings = replace(settings, select=select)
+    with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
         _check_modality(bundle)
         key = run_key(_identity(slide, bundle, settings))
         if not overwrite and (run := _finished(job.folder, key, settings.export)):
@@ -423,6 +432,7 @@ def _plan(
     return Plan(
         slide_path=slide.path.absolute(),
         slide_mpp=settings.select.mpp,
+        slide_series=settings.select.series,
         bundle_path=bundle.path.absolute(),
         store=store,
         grid=stored.grid,

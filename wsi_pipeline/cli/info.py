@@ -9,44 +9,54 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from wsi_pipeline.cli.options import series_option
 from wsi_pipeline.errors import MissingMppError
 
 if TYPE_CHECKING:
     from wsi_pipeline.sources import Slide
 
+THUMBNAIL = 512
+"""px of the picture on which the kind of light is judged."""
+
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--mpp",
     type=click.FloatRange(min=0, min_open=True),
     help="The slide's µm per pixel, in place of what the file says.",
 )
-def command(path: Path, as_json: bool, mpp: float | None) -> None:
-    """Show size, levels, µm per pixel and where they come from, for a slide or a patch grid."""
-    facts = describe(path, mpp)
+@series_option
+def command(path: str, as_json: bool, mpp: float | None, series: int | None) -> None:
+    """Show size, levels, µm per pixel and where they come from, for a slide or a patch grid.
+
+    PATH may be a URL.
+    """
+    facts = describe(path, mpp, series)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
 
 
-def describe(path: Path, mpp: float | None) -> dict[str, Any]:
+def describe(path: str | Path, mpp: float | None, series: int | None = None) -> dict[str, Any]:
     """Open a slide; return what it says, ready for JSON.
 
     Args:
         path: of the slide or patch grid.
         mpp: µm per level-0 pixel in place of what the file says.
+        series: which image of a file with several; None = the largest of RGB.
     """
     from wsi_pipeline.sources import open_source
 
     try:
-        with open_source(path, mpp=mpp) as slide:
+        with open_source(path, mpp=mpp, series=series) as slide:
             return _facts(slide, has_mpp=True)
     except MissingMppError:
-        with open_source(path, mpp=1.0) as slide:  # any will do to see the rest
+        with open_source(path, mpp=1.0, series=series) as slide:  # any will do to see the rest
             return _facts(slide, has_mpp=False)
 
 
 def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
+    from wsi_pipeline.sources import why_not_brightfield
     from wsi_pipeline.sources.mpp import contradictions, read_mpp
 
     readings = read_mpp(slide.properties)
@@ -61,6 +71,8 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
         "mpp_source": slide.mpp_source if has_mpp else None,
         "mpp_readings": [asdict(reading) for reading in readings],
         "contradictions": [r.source for r in contradictions(readings, slide.mpp) if has_mpp],
+        "doubts": slide.doubts,
+        "not_brightfield": why_not_brightfield(slide.properties, slide.thumbnail(THUMBNAIL)[0]),
         "bounds": asdict(slide.bounds) if slide.bounds else None,
         "vendor": slide.properties.get("openslide.vendor"),
         "compression": slide.properties.get("tiff.Compression"),
@@ -76,7 +88,9 @@ def _as_text(facts: dict[str, Any]) -> str:
         downsample = " × ".join(f"{value:g}" for value in dict.fromkeys(level["downsample"]))
         rows.append((f"level {index}", f"{_size(level['size'])} px, downsample {downsample}"))
     rows.append(("µm per pixel", _mpp(facts)))
-    rows += [("but", reading) for reading in _disputes(facts)]
+    rows += [("but", text) for text in (*_not_believed(facts), *facts["doubts"])]
+    if facts["not_brightfield"]:
+        rows.append(("but", facts["not_brightfield"]))
     if facts["bounds"] is not None:
         bounds = facts["bounds"]
         size = _size((bounds["width"], bounds["height"]))
@@ -104,15 +118,14 @@ def _mpp(facts: dict[str, Any]) -> str:
     if facts["mpp"] is None:
         return "not known; `segment` and `tile` want it as --mpp"
     x, y = facts["mpp"]
-    uneven = "" if abs(x / y - 1) <= 0.01 else " (x and y differ)"
-    return f"{x:.6g} × {y:.6g}, from {facts['mpp_source']}{uneven}"
+    return f"{x:.6g} × {y:.6g}, from {facts['mpp_source']}"
 
 
-def _disputes(facts: dict[str, Any]) -> list[str]:
-    """Return what other sources say, where it is not the same or not believed."""
+def _not_believed(facts: dict[str, Any]) -> list[str]:
+    """Return what sources say that do not count, and why not."""
     return [
-        f"{reading['source']}: {reading['mpp'][0]:.6g} × {reading['mpp'][1]:.6g}"
-        + (f", not believed: {reading['doubt']}" if reading["doubt"] else "")
+        f"{reading['source']}: {reading['mpp'][0]:.6g} × {reading['mpp'][1]:.6g}, "
+        f"not believed: {reading['doubt']}"
         for reading in facts["mpp_readings"]
-        if reading["doubt"] or reading["source"] in facts["contradictions"]
+        if reading["doubt"]
     ]

@@ -27,6 +27,13 @@ class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         return Path(value)
 
 
+series_option = click.option(
+    "--series",
+    type=click.IntRange(min=0),
+    help="Which image of an OME-TIFF or OME-Zarr with several  [default: the largest of RGB]",
+)
+
+
 def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
     """Return a decorator that adds the options of where on a slide to look.
 
@@ -40,6 +47,12 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
             type=click.FloatRange(min=0, min_open=True),
             help="µm per level-0 pixel, for slides that do not say.",
         ),
+        click.option(
+            "--mpp-table",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="CSV with the columns slide and mpp: the same for each slide that it names.",
+        ),
+        series_option,
         click.option(
             "--tissue",
             type=TissueChoice(),

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -149,11 +150,12 @@ def command(
     Running the same command again goes on where it stopped.
     """
     from wsi_pipeline.bundle import load_bundle
-    from wsi_pipeline.inputs import find_slides, plan_jobs
+    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
 
     settings = _settings(options)
     bundle = load_bundle(model)
-    jobs = plan_jobs(find_slides(list(inputs), output=output), output)
+    table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
+    jobs = plan_jobs(find_slides(list(inputs), output=output), output, table)
     if options["shard"]:
         index, count = options["shard"]
         jobs = jobs[index - 1 :: count]
@@ -172,6 +174,7 @@ def _settings(options: dict[str, Any]) -> Settings:
     return Settings(
         select=SelectOptions(
             mpp=options["mpp"],
+            series=options["series"],
             tissue=options["tissue"],
             roi=options["roi"],
             frame=options["frame"],
@@ -272,8 +275,9 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings) -> None:
 
     for job in jobs:
         try:
-            with open_source(job.path, mpp=settings.select.mpp) as slide:
-                stored = survey(slide, bundle, settings)
+            select = job.select(settings.select)
+            with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
+                stored = survey(slide, bundle, replace(settings, select=select))
         except WsiPipelineError as error:
             click.echo(f"{job.path}\twould fail: {error}")
             continue

@@ -41,6 +41,8 @@ def command(
     overlap: int,
     output: Path,
     mpp: float | None,
+    mpp_table: Path | None,
+    series: int | None,
     tissue: str,
     roi: Path | None,
     frame: Frame,
@@ -52,7 +54,7 @@ def command(
     """
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
-    from wsi_pipeline.inputs import find_slides, plan_jobs
+    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
     from wsi_pipeline.pipeline import tile
     from wsi_pipeline.store import is_patch_grid
 
@@ -63,13 +65,15 @@ def command(
         raise click.UsageError(f"no slides found in {', '.join(inputs)}")
     select = SelectOptions(
         mpp=mpp,
+        series=series,
         tissue=tissue,  # type: ignore[arg-type]  # checked by its click type
         roi=roi,
         frame=frame,
     )
     failed = 0
     with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
-        for job in plan_jobs(slides, output):
+        table = read_mpp_table(mpp_table) if mpp_table else None
+        for job in plan_jobs(slides, output, table):
             target = job.folder.with_name(f"{job.folder.name}.zarr")
             if is_patch_grid(target) and not overwrite:
                 click.echo(f"{target} is there already; --overwrite writes it anew", err=True)
@@ -81,7 +85,7 @@ def command(
                     mpp=target_mpp,
                     patch_size=patch_size,
                     overlap=overlap,
-                    select=select,
+                    select=job.select(select),
                     progress=partial(bars, job.path.name),
                 )
             except WsiPipelineError as error:

@@ -13,11 +13,12 @@ from wsi_pipeline.paths import as_path, is_remote
 from wsi_pipeline.sources.backend import Backend
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.slide import open_slide_file
+from wsi_pipeline.sources.stain import why_not_brightfield
 from wsi_pipeline.sources.stored import StoredBackend
 from wsi_pipeline.sources.view import Slide, SlideView
 from wsi_pipeline.store import is_patch_grid
 
-__all__ = ["Slide", "SlideView", "open_source"]
+__all__ = ["Slide", "SlideView", "open_source", "why_not_brightfield"]
 
 SAMPLE = 1 << 18
 """Bytes read at the head, the middle and the tail of a file for its fingerprint."""

@@ -86,7 +86,7 @@ def _open_folder(path: Path, series: int | None) -> Backend:
     """Open the slide that a folder is: OME-Zarr, or the files of one DICOM slide."""
     if is_ome_zarr(path):
         return OmeZarrBackend(path, series)
-    slides = dicom_slides(file for file in sorted(path.iterdir()) if file.is_file())
+    slides = dicom_slides(file for file in sorted(path.iterdir()) if _is_dicom(file))
     if len(slides) > 1:
         names = ", ".join(slide.name for slide in slides[:5])
         raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
@@ -162,6 +162,8 @@ def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
 
 
 def _is_dicom(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(132)[128:] == b"DICM"
 

@@ -1,0 +1,39 @@
+"""Whether a slide was seen in bright field and in colour, as the slides of H&E are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from wsi_pipeline.sources.backend import Pixels
+
+FLUORESCENCE = {
+    "mirax.GENERAL.SLIDE_TYPE": "SLIDE_TYPE_FLUORESCENCE",
+    "leica.illumination-source": "fluorescence",
+    "dicom.OpticalPathSequence[0].IlluminationTypeCodeSequence[0].CodeValue": "111743",
+}
+"""What scanners write that work in fluorescence; the code is DICOM's epifluorescence."""
+
+DARK, LIGHT = 60, 150
+"""Grey values: of a dark background at most, of glass or pale tissue at least."""
+
+
+def why_not_brightfield(properties: Mapping[str, str], thumbnail: Pixels) -> str:
+    """Return why a slide is not one of colours in bright field; "" where it may be.
+
+    Args:
+        properties: what the file says about itself.
+        thumbnail: uint8 (h, w, 3), the slide as a whole.
+    """
+    for name, value in FLUORESCENCE.items():
+        if properties.get(name, "").lower() == value.lower():
+            return f"scanned in fluorescence, by {name}"
+    colors = properties.get("ome-zarr.colors", "")
+    if colors.count(",") == 2 and colors not in ("FF0000,00FF00,0000FF", "FFFFFF,FFFFFF,FFFFFF"):
+        return f"its three channels are shown as {colors}, not as red, green and blue"
+    brightest, darkest = thumbnail.max(axis=-1), thumbnail.min(axis=-1)
+    # black borders are dark too, but then there is glass or tissue somewhere
+    if (brightest < DARK).mean() > 0.5 and (darkest > LIGHT).mean() < 0.002:
+        return "its background is dark, as in fluorescence"
+    if int((brightest - darkest).max()) <= 4 and int(brightest.max()) - int(brightest.min()) > 50:
+        return "it is grey, without any colour"
+    return ""
