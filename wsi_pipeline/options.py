@@ -89,10 +89,13 @@ class ScheduleOptions:
     Attributes:
         workers: dask workers of the in-process cluster; ignored with `scheduler`.
         scheduler: address or scheduler file of a running dask scheduler; None = in-process.
+        blocks_in_hand: of a worker of the in-process cluster: while one is predicted, the others
+            are read, written or traced. A GPU needs more of them to be kept busy.
     """
 
     workers: int = 1
     scheduler: str | None = None
+    blocks_in_hand: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,6 @@ from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.grid import Block
 from wsi_pipeline.options import ScheduleOptions
 
-THREADS = 2
-"""Blocks that a worker has in hand: while one computes, the other reads or writes."""
-
 Result = TypeVar("Result", covariant=True)
 
 
@@ -121,7 +118,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
         dask.config.set({"distributed.admin.tick.limit": "1h"}),  # torch may hold the GIL
         LocalCluster(
             n_workers=options.workers,
-            threads_per_worker=THREADS,
+            threads_per_worker=options.blocks_in_hand,
             processes=False,
             dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
             scheduler_kwargs={"dashboard": False},

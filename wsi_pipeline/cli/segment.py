@@ -31,6 +31,8 @@ from wsi_pipeline.options import (
     TiffKind,
 )
 
+MOST_BLOCKS_IN_HAND = 8
+"""Of one worker: each takes some 150 MB."""
 LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
@@ -164,10 +166,23 @@ def command(
     if options["dry_run"]:
         _dry_run(jobs, bundle, settings)
         return
-    schedule = ScheduleOptions(workers=options["workers"], scheduler=options["scheduler"])
+    schedule = ScheduleOptions(
+        workers=options["workers"],
+        scheduler=options["scheduler"],
+        blocks_in_hand=_blocks_in_hand(options["device"], options["workers"]),
+    )
     failed = _run(jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"])
     if failed:
         ctx.exit(1)
+
+
+def _blocks_in_hand(device: str, workers: int) -> int:
+    """Return how many blocks a worker needs in hand: on a GPU as many as cores can prepare."""
+    from wsi_pipeline.inference import choose_device
+
+    if choose_device(device).type == "cpu":
+        return SCHEDULE.blocks_in_hand
+    return max(SCHEDULE.blocks_in_hand, min((os.cpu_count() or 1) // workers, MOST_BLOCKS_IN_HAND))
 
 
 def _settings(options: dict[str, Any]) -> Settings:
