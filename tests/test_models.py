@@ -2,37 +2,90 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from wsi_pipeline.bundle import FOREIGN, load_bundle
+from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.networks import build, create
+from wsi_pipeline.networks.cost import count_macs, count_parameters
+from wsi_pipeline.networks.trial import check_shapes, run, try_bundle
 
 MODELS = Path(__file__).parents[1] / "models"
 BUNDLES = sorted(path.parent for path in MODELS.glob("*/model.toml"))
 
 
-def test_there_are_bundles() -> None:
-    assert "lightmuseg-bcss-demo" in [path.name for path in BUNDLES]
+WITH_WEIGHTS = [path for path in BUNDLES if load_bundle(path).weights_path is not None]
 
 
-@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.name)
+def name_of(path: Path) -> str:
+    return path.name
+
+
+def test_each_network_of_the_project_has_bundles() -> None:
+    networks = {load_bundle(path).network for path in BUNDLES}
+    assert networks == {"lightmuseg", "nmtnet", "mm3d_unet", "highres_unet", "swish_unet"}
+    assert [path.name for path in WITH_WEIGHTS] == ["lightmuseg-bcss-demo"]
+
+
+def test_the_index_names_each_bundle() -> None:
+    index = (MODELS / "README.md").read_text("utf-8")
+    for path in BUNDLES:
+        assert f"[`{path.name}`]({path.name}/README.md)" in index
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
 def test_a_bundle_fits_its_network(path: Path) -> None:
     bundle = load_bundle(path)
     assert bundle.name == path.name
-    assert bundle.network not in FOREIGN
     with torch.device("meta"):
         network = create(bundle).eval()
-        logits = network(torch.empty(2, bundle.input.channels, *bundle.input.patch_size))
-    expected = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
-    assert logits.shape == (2, expected, *bundle.input.patch_size)
+        answer = run(network, torch.empty(2, bundle.input.channels, *bundle.input.patch_size))
+    check_shapes(answer, bundle, 2)
 
 
-@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.name)
-def test_a_bundle_holds_small_plain_weights_without_dead_ones(path: Path) -> None:
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+def test_a_card_states_what_the_code_counts(path: Path) -> None:
+    bundle = load_bundle(path)
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    with torch.device("meta"):
+        network = create(bundle)
+    rows = dict(
+        re.findall(r"^\| (.+?) \|.*\| (.+?) \|$", (path / "README.md").read_text("utf-8"), re.M)
+    )
+    assert rows["parameters"] == f"{count_parameters(network):,}"
+    gmac = rows[f"GMAC a patch of {' × '.join(map(str, size))}"]
+    assert gmac == f"{count_macs(network, size) / 1e9:.3f}"
+
+
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+def test_a_bundle_answers_small_patches_as_it_says(path: Path) -> None:
+    bundle = load_bundle(path)
+    with torch.device("meta"):
+        side = 2 * create(bundle).size_multiple
+    trial = try_bundle(bundle, patch_size=(side,))
+    axes = len(bundle.input.patch_size)
+    assert trial.shapes["input"] == (1, bundle.input.channels, *[side] * axes)
+    assert trial.shapes["mask"] == (1, bundle.network_options["classes"], *[side] * axes)
+    assert ("label" in trial.shapes) == bool(bundle.labels)
+    assert trial.has_weights == (path in WITH_WEIGHTS)
+    assert trial.difference is not None
+    assert trial.difference < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+def test_a_bundle_answers_patches_of_its_own_size(path: Path) -> None:
+    trial = try_bundle(load_bundle(path))
+    assert trial.difference is not None
+    assert trial.difference < 1e-5
+
+
+@pytest.mark.parametrize("path", WITH_WEIGHTS, ids=name_of)
+def test_weights_are_small_and_plain_without_dead_ones(path: Path) -> None:
     bundle = load_bundle(path)
     assert bundle.weights_path is not None
     assert bundle.weights_path.suffix == ".safetensors"
@@ -42,10 +95,19 @@ def test_a_bundle_holds_small_plain_weights_without_dead_ones(path: Path) -> Non
     assert not build(bundle).module.training
 
 
-@pytest.mark.parametrize("path", BUNDLES, ids=lambda path: path.name)
-def test_a_bundle_has_a_card_that_says_what_it_is_not(path: Path) -> None:
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+def test_a_card_says_what_the_bundle_is_not_and_where_its_weights_are_from(path: Path) -> None:
     card = (path / "README.md").read_text("utf-8")
-    for words in ("Not a medical device", "Training data", "Dice", "CC0"):
+    weights = ("Training data", "Dice", "CC0")
+    if path not in WITH_WEIGHTS:
+        weights = ("No weights.", "None exist", f"models import best.pth --like models/{path.name}")
+    for words in (
+        "Not a medical device",
+        "not for diagnosis",
+        "our reading",
+        "published",
+        *weights,
+    ):
         assert words in card
 
 

@@ -54,7 +54,9 @@ def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Tr
     module, count = network.module, network.batch_size or 1
     patches = random_patches(bundle, count)
     seconds, answer = _timed(module, patches, bundle)
-    check_answer(answer, bundle, count)
+    check_shapes(answer, bundle, count)
+    if odd := [name for name, logits in answer.items() if not logits.isfinite().all()]:
+        raise BundleError(f"{bundle.name} answers with values that are not finite: {odd[0]}")
     seconds_folded = difference = None
     if bundle.network not in FOREIGN:
         seconds_folded, folded = _timed(for_inference(module), patches, bundle)
@@ -108,8 +110,8 @@ def run(module: nn.Module, patches: Tensor) -> dict[str, Tensor]:
     return dict(output) if isinstance(output, Mapping) else {"mask": output}
 
 
-def check_answer(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> None:
-    """Refuse logits that are not what the bundle says; return nothing.
+def check_shapes(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> None:
+    """Refuse logits of other shapes than the bundle says; return nothing.
 
     Args:
         answer: by name.
@@ -117,7 +119,7 @@ def check_answer(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> No
         count: of patches.
 
     Raises:
-        BundleError: another shape, other labels than the bundle's, or values that are no numbers.
+        BundleError: other classes, other labels, or a mask that is not of the patch's size.
     """
     channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
     expected = {"mask": (count, channels, *bundle.input.patch_size)}
@@ -126,11 +128,9 @@ def check_answer(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> No
     found = {name: tuple(logits.shape) for name, logits in answer.items()}
     if found != expected:
         raise BundleError(
-            f"{bundle.name} answers with {_listed(found)}; its model.toml makes it "
-            f"{_listed(expected)} by output.classes, activation and labels"
+            f"{bundle.name} answers with {_listed(found)}; activation, classes and labels of its "
+            f"model.toml make it {_listed(expected)}"
         )
-    if odd := [name for name, logits in answer.items() if not logits.isfinite().all()]:
-        raise BundleError(f"{bundle.name} answers with values that are not finite: {odd[0]}")
 
 
 def largest_difference(answer: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
