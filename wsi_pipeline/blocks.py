@@ -25,7 +25,7 @@ from wsi_pipeline.blend import (
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.export.ome_zarr import open_mask
 from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
-from wsi_pipeline.grid import Block, PatchGrid, Shape, iter_blocks
+from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
 from wsi_pipeline.sources import open_source
@@ -130,6 +130,8 @@ class SegmentBlocks:
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         self._cache = PatchCache(plan.uses(), max_bytes=CACHE_BYTES)
         self._computing = threading.Lock()
+        self._bad: list[Region] = []
+        self._noting = threading.Lock()
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None
         if plan.roi is not None:
@@ -144,6 +146,7 @@ class SegmentBlocks:
         use_one_core()
         clock = Clock()
         mask, probability, predicted = self._predict(block, clock)
+        bad = self._mark_unreadable(mask, probability, block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, self._plan.mask_downsample
             mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
@@ -153,8 +156,9 @@ class SegmentBlocks:
         arrays = {
             "predicted": np.array(predicted),
             "counts": torch.bincount(
-                torch.from_numpy(mask).flatten(), minlength=self._classes
+                torch.from_numpy(mask).flatten(), minlength=self._classes + 1
             ).numpy(),
+            "bad": np.array([[r.x, r.y, r.width, r.height] for r in bad]).reshape(-1, 4),
         }
         if probability is not None:
             pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))
@@ -202,7 +206,41 @@ class SegmentBlocks:
         low, high = origins.min(axis=0), origins.max(axis=0) + np.array(self._plan.grid.patch_size)
         y, x = low.tolist()
         height, width = (high - low).tolist()
-        return self._view.read((y, x), (height, width)), low
+        bad: list[Region] = []
+        pixels = self._view.read((y, x), (height, width), bad=bad)
+        with self._noting:
+            self._bad += [region for region in bad if region not in self._bad]
+        return pixels, low
+
+    def _mark_unreadable(
+        self,
+        mask: npt.NDArray[np.uint8],
+        probability: npt.NDArray[np.uint16] | None,
+        block: Block,
+    ) -> list[Region]:
+        """Give what could not be read its own class, as far as patches cover it; return where.
+
+        Whoever read a patch of the block has done so before the block was predicted.
+        """
+        plan, found = self._plan, []
+        origins = plan.grid.origins[plan.grid.touching(*plan.box(block))]
+        scale = np.array(plan.downsample) / plan.mask_downsample  # mask pixels per grid pixel
+        with self._noting:
+            bad = sorted(self._bad, key=lambda r: (r.y, r.x))
+        for region in bad:
+            low = np.array([region.y, region.x]) / plan.mask_downsample
+            high = low + np.array([region.height, region.width]) / plan.mask_downsample
+            first = np.maximum(np.floor(np.maximum(low, origins * scale)), block.start)
+            ends = (origins + np.array(plan.grid.patch_size)) * scale
+            last = np.minimum(np.ceil(np.minimum(high, ends)), block.stop)
+            parts = np.stack([first, last], axis=1).astype(np.int64)[np.all(first < last, axis=1)]
+            for (y0, x0), (y1, x1) in parts - np.array(block.start):
+                mask[y0:y1, x0:x1] = self._classes
+                if probability is not None:
+                    probability[y0:y1, x0:x1] = 0
+            if len(parts):
+                found.append(region)
+        return found
 
     def _pieces(
         self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block

@@ -72,6 +72,7 @@ class ExportOptions:
         simplify_um: root of the largest triangle that simplification may cut off, in µm; 0 = exact.
         min_area_um2: regions and holes below this area get no polygon, in µm².
         frame: origin of polygons and TIFF where the slide has bounds.
+        max_unreadable: share of the patches' area that may be unreadable; beyond, a slide fails.
     """
 
     outputs: tuple[Output, ...] = ("zarr", "tiff", "geojson", "overlay")
@@ -80,6 +81,7 @@ class ExportOptions:
     simplify_um: float = 1.0
     min_area_um2: float = 100.0
     frame: Frame = "qupath"
+    max_unreadable: float = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)

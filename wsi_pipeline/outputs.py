@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -15,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.blocks import STAGES, Clock, Plan
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import Bundle, ClassInfo
+from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
-from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
+from wsi_pipeline.options import Output, Settings, as_plain
 from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import RunStore, StoredGrid
@@ -38,7 +40,8 @@ FILES: dict[Output, str] = {
 }
 """The file of each output."""
 ASAP_FILE = "mask.asap.tif"
-
+UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
+"""Class, after the bundle's own, of what patches cover and nothing can read."""
 Ledger = dict[Shape, dict[str, npt.NDArray[Any]]]
 
 
@@ -54,6 +57,7 @@ class Finished:
         settings: options.
         key: of the run.
         blocks: those that some patch touched.
+        bad: parts of the slide that could not be read, in level-0 pixels.
     """
 
     slide: Slide
@@ -63,6 +67,12 @@ class Finished:
     settings: Settings
     key: str
     blocks: list[Block]
+    bad: tuple[Region, ...] = ()
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Return the classes of the mask: the bundle's, and one more if something is unreadable."""
+        return (*self.bundle.classes, UNREADABLE) if self.bad else self.bundle.classes
 
     @property
     def crop(self) -> Region | None:
@@ -73,7 +83,7 @@ class Finished:
         """Return how regions become features."""
         y, x = self.plan.mask_downsample
         return geojson.Dialect(
-            classes=self.bundle.classes,
+            classes=self.classes,
             downsample=(x, y),
             mpp=self.slide.mpp,
             crop=self.crop,
@@ -93,11 +103,15 @@ def write_outputs(finished: Finished) -> Run:
     """Finish the mask, write what was asked for; return the run.
 
     An output that fails is named in the run and costs no other.
+
+    Raises:
+        SourceError: more of the slide is unreadable than the settings allow.
     """
     store = finished.plan.store
     ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in finished.blocks}
+    finished = replace(finished, bad=_bad_regions(finished, ledger))
     clock = Clock()
-    mask_path = _finish_mask(store, finished.settings.export)
+    mask_path = _finish_mask(store, finished)
     clock.lap("pyramid")
     written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
     writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
@@ -116,6 +130,25 @@ def write_outputs(finished: Finished) -> Run:
             failures.append(f"{path.name} could not be written: {error}")
         clock.lap(output)
     return _describe(finished, ledger, clock, written, failures)
+
+
+def _bad_regions(finished: Finished, ledger: Ledger) -> tuple[Region, ...]:
+    """Return what could not be read, in level-0 pixels and reading order, if it is little enough.
+
+    Raises:
+        SourceError: it is too much.
+    """
+    plan, limit = finished.plan, finished.settings.export.max_unreadable
+    found = {Region(*row) for arrays in ledger.values() for row in arrays["bad"].tolist()}
+    pixels = sum(int(arrays["counts"][-1]) for arrays in ledger.values())
+    unreadable = pixels * math.prod(plan.mask_downsample)
+    wanted = len(plan.grid) * math.prod(plan.grid.stride) * math.prod(plan.downsample)
+    if found and unreadable > limit * wanted:
+        raise SourceError(
+            f"{finished.slide.path}: {unreadable / wanted:.1%} of what was to be segmented cannot "
+            f"be read, at most {limit:.1%} may be; copy the slide anew, or raise --max-unreadable"
+        )
+    return tuple(sorted(found, key=lambda region: (region.y, region.x)))
 
 
 def drop_outputs(folder: Path) -> None:
@@ -140,7 +173,7 @@ def _describe(
     slide, bundle, stored, plan = finished.slide, finished.bundle, finished.stored, finished.plan
     settings, crop = finished.settings, finished.crop
     (fy, fx), pixel_mm2 = stored.tissue_downsample, finished.dialect().pixel_mm2
-    pixels = np.zeros(len(bundle.classes), np.int64)
+    pixels = np.zeros(len(bundle.classes) + 1, np.int64)  # the unreadable ones last
     for arrays in ledger.values():
         pixels += arrays["counts"]
     return Run(
@@ -162,17 +195,17 @@ def _describe(
         seconds=_seconds(ledger, clock),
         area_mm2={
             c.name: float(n * pixel_mm2)
-            for c, n in zip(bundle.classes[1:], pixels[1:], strict=True)
+            for c, n in zip(finished.classes[1:], pixels[1:], strict=False)
         },
-        colors={c.name: list(c.color or ()) for c in bundle.classes[1:]},
+        colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
         tissue_mm2=float(stored.tissue.sum() * fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6),
         regions=written.regions,
         frame={
             "for": settings.export.frame,
             "offset": [crop.x, crop.y] if crop else [0, 0],
         },
-        bad_regions=[],
-        warnings=[*finished.slide.doubts, *_warnings(stored, written, len(plan.grid))],
+        bad_regions=[asdict(region) for region in finished.bad],
+        warnings=[*finished.slide.doubts, *_warnings(finished, written)],
     )
 
 
@@ -198,7 +231,7 @@ def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:
         path,
         finished.stored.thumbnail,
         ome_zarr.read_mask(mask_path, tissue.shape),
-        classes=finished.bundle.classes,
+        classes=finished.classes,
         tissue=tissue,
     )
 
@@ -217,7 +250,7 @@ def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
     ome_tiff.write_ome_tiff(
         path,
         mask,
-        classes=finished.bundle.classes,
+        classes=finished.classes,
         mask_mpp=plan.mask_mpp,
         crop=box,
         name=finished.slide.path.stem,
@@ -226,11 +259,13 @@ def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
         ome_tiff.write_asap_tiff(path.with_name(ASAP_FILE), mask, mask_mpp=plan.mask_mpp)
 
 
-def _finish_mask(store: RunStore, export: ExportOptions) -> Path:
+def _finish_mask(store: RunStore, finished: Finished) -> Path:
     """Add the pyramid and put the mask where users look, if they want it; return its path."""
     if store.mask_path.is_dir():
         ome_zarr.build_pyramid(store.mask_path)
-        if "zarr" not in export.outputs:
+        if finished.bad:
+            ome_zarr.name_classes(store.mask_path, finished.classes)
+        if "zarr" not in finished.settings.export.outputs:
             return store.mask_path
         if store.finished_mask_path.is_dir():
             shutil.rmtree(store.finished_mask_path)
@@ -277,14 +312,19 @@ def _seconds(ledger: Ledger, clock: Clock) -> dict[str, float]:
     return {name: round(value, 3) for name, value in {**total, **clock.seconds}.items()}
 
 
-def _warnings(stored: StoredGrid, written: geojson.Written, patches: int) -> list[str]:
-    found = list(written.dropped)
+def _warnings(finished: Finished, written: geojson.Written) -> list[str]:
+    stored, found = finished.stored, list(written.dropped)
+    if finished.bad:
+        found.append(
+            f"{len(finished.bad)} parts of the slide cannot be read: they have the class "
+            f"{UNREADABLE.name}, and run.json says where they are"
+        )
     if min(stored.info.downsample) < 1:
         found.append(
             f"the model wants {stored.info.grid_mpp:g} µm/px, the slide has "
             f"{max(stored.info.mpp):g}: its pixels were interpolated"
         )
-    if patches == 0:
+    if len(finished.plan.grid) == 0:
         found.append("no tissue found; --tissue none looks everywhere")
     elif stored.tissue.mean() < LITTLE_TISSUE:
         found.append(f"only {stored.tissue.mean():.2%} of the slide was taken for tissue")

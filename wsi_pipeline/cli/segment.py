@@ -133,6 +133,12 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
     help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
 )
 @click.option(
+    "--max-unreadable",
+    type=click.FloatRange(min=0, max=100),
+    default=100 * EXPORT.max_unreadable,
+    help="Percent of the patches' area that may be unreadable; a slide with more fails.",
+)
+@click.option(
     "--workers",
     type=click.IntRange(min=1),
     default=SCHEDULE.workers,
@@ -210,6 +216,7 @@ def _settings(options: dict[str, Any]) -> Settings:
             simplify_um=options["simplify"],
             min_area_um2=options["min_area"],
             frame=options["frame"],
+            max_unreadable=options["max_unreadable"] / 100,
         ),
     )  # fmt: skip
 
@@ -223,7 +230,7 @@ def _run(
     overwrite: bool,
     quiet: bool,
 ) -> int:
-    """Segment the slides, say how each ended, write summary and report; return how many failed."""
+    """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.pipeline import segment_all
     from wsi_pipeline.report import find_runs, write_report, write_summary
@@ -258,7 +265,7 @@ def _run(
     every = find_runs(output) | runs
     write_summary(output, every)
     write_report(output, every)
-    return sum(run.status == "failed" for run in runs.values())
+    return sum(run.status == "failed" or bool(run.bad_regions) for run in runs.values())
 
 
 @contextmanager

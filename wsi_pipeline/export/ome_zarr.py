@@ -64,6 +64,19 @@ def open_mask(path: Path, *, level: int = 0) -> MaskArray:
     return zarr.open_array(path / str(level), mode="r+", config={"write_empty_chunks": False})
 
 
+def name_classes(path: Path, classes: Sequence[ClassInfo]) -> None:
+    """Write names and colours of a mask's classes anew; return nothing.
+
+    Args:
+        path: the OME-Zarr.
+        classes: in the mask's order; 0 is the background.
+    """
+    group = zarr.open_group(path, mode="r+")
+    attributes: Any = group.attrs.asdict()
+    attributes.get("ome", attributes)["image-label"].update(_label(classes))
+    group.attrs.put(attributes)
+
+
 def read_mask(path: Path, shape: Shape) -> Mask:
     """Sample a finished mask, nearest, at a small shape; return it, uint8 (y, x).
 
@@ -167,21 +180,26 @@ def _metadata(
     name: str, classes: Sequence[ClassInfo], mask_mpp: tuple[float, float], ngff: Ngff
 ) -> dict[str, Any]:
     """Return the group's attributes, level 0 listed."""
-    rgba = [[*c.color, 255] if c.color else [0, 0, 0, 0] for c in classes]
     multiscale = {
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in AXES],
         "datasets": _datasets([float(mpp) for mpp in reversed(mask_mpp)], 1),
         "type": "nearest",
     }
-    label = {
-        "colors": [{"label-value": i, "rgba": color} for i, color in enumerate(rgba)],
-        "properties": [{"label-value": i, "class": c.name} for i, c in enumerate(classes)],
-    }
+    label = _label(classes)
     if ngff == "0.4":
         version = {"version": ngff}
         return {"multiscales": [version | multiscale], "image-label": version | label}
     return {"ome": {"version": ngff, "multiscales": [multiscale], "image-label": label}}
+
+
+def _label(classes: Sequence[ClassInfo]) -> dict[str, Any]:
+    """Return names and colours as `image-label` holds them."""
+    rgba = [[*c.color, 255] if c.color else [0, 0, 0, 0] for c in classes]
+    return {
+        "colors": [{"label-value": i, "rgba": color} for i, color in enumerate(rgba)],
+        "properties": [{"label-value": i, "class": c.name} for i, c in enumerate(classes)],
+    }
 
 
 def _datasets(scale: Sequence[float], n_levels: int) -> list[dict[str, Any]]:
