@@ -4,8 +4,9 @@ BIN := .venv/bin
 
 # The version that the tests run with. Another build, such as one for a GPU: make setup TORCH=...
 TORCH ?= torch==2.13.0
+WORK ?= bench
 
-.PHONY: setup demo test test-all lint types imports wheel notebooks clean
+.PHONY: setup demo test test-all lint types imports wheel notebooks benchmark clean
 
 setup: .venv/.done
 
@@ -41,6 +42,9 @@ wheel: setup
 
 notebooks: setup
 	$(BIN)/python .ci/run_notebooks.py
+
+benchmark: setup
+	$(BIN)/python benchmarks/run.py all report --work $(WORK) $(ARGS)
 
 clean:
 	rm -rf .venv build dist demo-output *.egg-info

@@ -39,7 +39,7 @@ from wsi_pipeline.survey import plan_grid
 
 RESIDENT = 64
 """Different patches that are kept in memory; a pass does not care which it gets."""
-TRIAL_SECONDS = 3.0
+TRIAL_SECONDS = 1.0
 """How long each form of the network is tried."""
 CORES = len(os.sched_getaffinity(0))
 GPU_BATCHES = (8, 16, 32, 64)

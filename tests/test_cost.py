@@ -115,6 +115,14 @@ def test_torchstats_rules_layer_by_layer() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("pool", "outputs", "window"),
+    [(nn.MaxPool2d(3, 2, padding=1), 9, 9), (nn.MaxPool2d((2, 3)), 6, 6)],
+)
+def test_torchstat_compares_whole_windows(pool: nn.Module, outputs: int, window: int) -> None:
+    assert torchstat_figures(pool, (1, 6, 6)).madd == outputs * (window - 1)
+
+
 def test_multiply_accumulates_by_hand() -> None:
     network = nn.Sequential(
         nn.Conv2d(2, 4, 3, stride=2, padding=1),  # 5 × 4 outputs of 4 channels

@@ -1,25 +1,49 @@
-"""Regions of a small mask, traced in blocks, as the pipeline does it."""
+"""Outlines of a small mask, traced in blocks, as the pipeline does it."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from wsi_pipeline.export.polygons import PROBABILITY_ONE, Regions, join, trace
-from wsi_pipeline.grid import iter_blocks
+from wsi_pipeline.export.outlines import Outlines, find_outlines
+from wsi_pipeline.export.regions import PROBABILITY_ONE, Pieces, find_pieces
+from wsi_pipeline.grid import Shape, iter_blocks
+
+TILE = 32
 
 
-def regions_of(
-    mask: np.ndarray,
-    block_size: int = 64,
-    probability: np.ndarray | int = PROBABILITY_ONE,
-    min_pixels: float = 0,
-) -> Regions:
-    """Trace a mask in blocks and join them; return the regions."""
-    level = np.broadcast_to(np.asarray(probability, np.uint16), mask.shape)
-    traced = {
-        b.index: trace(mask[b.slices].copy(), level[b.slices].copy(), b.start)
+def pieces_of(
+    mask: np.ndarray, block_size: int, probability: np.ndarray | int | None = PROBABILITY_ONE
+) -> dict[Shape, Pieces]:
+    """Find the pieces of regions in the blocks that hold anything; return them."""
+    if probability is not None:
+        probability = np.broadcast_to(np.asarray(probability, np.uint16), mask.shape)
+    return {
+        b.index: find_pieces(
+            mask[b.slices].copy(),
+            None if probability is None else probability[b.slices].copy(),
+            (b.start[0], b.start[1]),
+        )
         for b in iter_blocks(mask.shape, (block_size, block_size))
         if mask[b.slices].any()
     }
-    pieces = {index: pieces for index, (pieces, _) in traced.items()}
-    return join(pieces, lambda index: traced[index][1], min_pixels=min_pixels)
+
+
+def outlines_of(
+    mask: np.ndarray,
+    block_size: int = 64,
+    probability: np.ndarray | int | None = PROBABILITY_ONE,
+    *,
+    tolerance: float = 0,
+    min_pixels: float = 0,
+    threads: int = 1,
+) -> Outlines:
+    """Trace a mask in blocks and follow its borders; return the outlines."""
+    return find_outlines(
+        mask,
+        pieces_of(mask, block_size, probability),
+        block_size=block_size,
+        tolerance=tolerance,
+        min_pixels=min_pixels,
+        tile=TILE,
+        threads=threads,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from wsi_pipeline.annotations.check import Finding, Report, check_feature, check_geojson
 from wsi_pipeline.annotations.classes import color_of
-from wsi_pipeline.annotations.geometry import mend_polygon, survives_float32
+from wsi_pipeline.annotations.geometry import mend_polygon, survive_float32, survives_float32
 from wsi_pipeline.annotations.mend import Repair, mend_geojson
 from wsi_pipeline.annotations.raster import rasterise
 from wsi_pipeline.annotations.read import Annotation, read_polygons
@@ -23,5 +23,6 @@ __all__ = [
     "mend_polygon",
     "rasterise",
     "read_polygons",
+    "survive_float32",
     "survives_float32",
 ]

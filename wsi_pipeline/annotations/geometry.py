@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import shapely
@@ -20,8 +22,11 @@ _SAFE_EDGE_PX = 100.0
 """A lattice point off an oblique edge of length L stays 1 / L px away from it."""
 
 
-def as_float32(geometry: BaseGeometry) -> BaseGeometry:
-    """Return the geometry with every coordinate as float32 holds it."""
+G = TypeVar("G", BaseGeometry, npt.NDArray[np.object_])
+
+
+def as_float32(geometry: G) -> G:
+    """Return the geometry, or each of an array, with every coordinate as float32 holds it."""
     with np.errstate(over="ignore"):
         return shapely.transform(geometry, lambda xy: xy.astype(np.float32).astype(np.float64))
 
@@ -67,24 +72,32 @@ def survives_float32(polygon: Polygon | MultiPolygon) -> bool:
     That is: valid on float32 coordinates, with an area, and nothing for QuPath to mend when it
     snaps the coordinates to 0.01 px.
     """
-    rounded = as_float32(polygon)
-    if not rounded.is_valid or not rounded.area >= MIN_AREA_PX2:
-        return False
-    if _is_coarse(shapely.get_coordinates(rounded)):
-        return True
-    kept = as_qupath(polygon)
-    return kept is not None and is_kept(rounded, kept)
+    return bool(survive_float32(np.array([polygon], object))[0])
 
 
-def _is_coarse(xy: npt.NDArray[np.float64]) -> bool:
-    """Return whether no vertex can lie within 0.01 px of an edge that is not its own.
+def survive_float32(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
+    """Return (n,) whether QuPath takes each polygon as it is; see `survives_float32`."""
+    rounded = as_float32(polygons)
+    survives = shapely.is_valid(rounded) & (shapely.area(rounded) >= MIN_AREA_PX2)
+    for index in np.flatnonzero(survives & ~_are_coarse(rounded)):
+        kept = as_qupath(polygons[index])
+        survives[index] = kept is not None and is_kept(rounded[index], kept)
+    return np.asarray(survives)
+
+
+def _are_coarse(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
+    """Return where no vertex can lie within 0.01 px of an edge that is not its own.
 
     So it is for whole pixels without long oblique edges; snapping would double the cost of the
     test. The step from one ring to the next counts as an edge, which can only cost time.
     """
+    xy, owner = shapely.get_coordinates(polygons, return_index=True)
     step = np.abs(np.diff(xy, axis=0))
-    oblique = step.min(axis=1) > 0
-    return bool((xy == np.rint(xy)).all() and (step[oblique] < _SAFE_EDGE_PX / 2).all())
+    far = (step.min(axis=1) > 0) & (step.max(axis=1) >= _SAFE_EDGE_PX / 2)
+    coarse = np.ones(len(polygons), bool)
+    coarse[owner[(xy != np.rint(xy)).any(axis=1)]] = False
+    coarse[owner[1:][far & (np.diff(owner) == 0)]] = False
+    return coarse
 
 
 def moved_by_qupath(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:

@@ -165,7 +165,7 @@ def import_(
         folder=output,
         like=load_bundle(like, fetch=False) if like else None,
         network=network,
-        classes=[name.strip() for name in classes.split(",")] if classes else None,
+        classes=None if classes is None else classes.split(","),
         mpp=mpp,
         patch_size=patch_size,
     )

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_pipeline.annotations import mend_polygon, survives_float32
+from wsi_pipeline.annotations import mend_polygon, survive_float32
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.polygons import Regions, iter_parts, outlines
+from wsi_pipeline.export.outlines import Outlines
+from wsi_pipeline.export.polygons import Polygons, Sides, build
+from wsi_pipeline.export.regions import Regions
 from wsi_pipeline.grid import Region
 from wsi_pipeline.store import written_beside
 
@@ -26,8 +33,9 @@ MANY_REGIONS = 10_000
 """From here on regions are detections, which QuPath paints and edits faster than annotations."""
 MANY_VERTICES = 1_000_000
 """Above this QuPath takes more than some seconds to import a file."""
-BATCH = 2_000
-"""Regions that are turned to text at a time."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,12 @@ class Dialect:
         return self.min_area_um2 / (self.pixel_mm2 * 1e6)
 
     @property
+    def tolerance(self) -> float:
+        """Return the root of the largest triangle to cut off an outline, in mask pixels."""
+        # areas count in simplification, so on uneven axes their geometric mean does
+        return float(self.simplify_um / (self.pixel_mm2 * 1e6) ** 0.5)
+
+    @property
     def pixel_mm2(self) -> float:
         """Return the area of a mask pixel."""
         return self.mask_mpp[0] * self.mask_mpp[1] * 1e-6
@@ -86,91 +100,188 @@ class Written:
     dropped: list[str]
 
 
-def write_geojson(path: Path, regions: Regions, dialect: Dialect) -> Written:
+def write_geojson(
+    path: Path, outlines: Outlines, dialect: Dialect, *, threads: int | None = None
+) -> Written:
     """Write one feature a region, in the order of their first pixels; return what was written.
+
+    A region that is cut by the crop, or mended into several polygons, has a feature for each.
 
     Args:
         path: the file, which appears whole or not at all.
-        regions: of the mask.
+        outlines: of the mask, made with the dialect's `tolerance` and `min_pixels`.
         dialect: how to write them.
+        threads: that make polygons; None = as many as there are cores.
     """
-    regions = regions.at_least(dialect.min_pixels)
-    # areas count in simplification, so on uneven axes their geometric mean does
-    tolerance = dialect.simplify_um / (dialect.pixel_mm2 * 1e6) ** 0.5
-    shapes = outlines(regions, tolerance=tolerance, min_hole=dialect.min_pixels)
-    counts = {c.name: 0 for c in dialect.classes[1:]}
-    vertices, dropped = 0, list[str]()
-    with written_beside(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
+    sides = Sides.of(outlines)
+    threads = threads or os.cpu_count() or 1
+    make = partial(_make_batch, outlines, sides, _numbers(outlines.regions), dialect)
+    counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()
+    with (
+        written_beside(path) as beside,
+        beside.open("w", encoding="utf-8", newline="\n") as file,
+        ThreadPoolExecutor(threads) as pool,
+    ):
         file.write('{"type": "FeatureCollection", "features": [')
         separator = "\n"
-        for index, part, polygon in _iter_polygons(shapes, dialect, dropped):
-            info = dialect.classes[int(regions.value[index])]
-            counts[info.name] += 1
-            vertices += shapely.get_num_coordinates(polygon)
-            feature = _feature(regions, index, part, polygon, counts[info.name], dialect)
-            file.write(separator + json.dumps(feature, ensure_ascii=False, allow_nan=False))
-            separator = ",\n"
+        for batch in _map_in_order(pool, make, sides.batches(), ahead=threads):
+            for feature in batch.features:
+                file.write(separator + feature)
+                separator = ",\n"
+            counts += batch.counts
+            vertices += batch.vertices
+            dropped += batch.dropped
         file.write("\n]}\n")
     if vertices > MANY_VERTICES:
         logger.warning(
             "%s has %d vertices; QuPath imports it slowly: raise --simplify or --min-area",
             path, vertices,
         )  # fmt: skip
-    return Written(regions=counts, vertices=vertices, dropped=dropped)
+    names = (c.name for c in dialect.classes[1:])
+    return Written(
+        regions=dict(zip(names, counts[1:].tolist(), strict=True)),
+        vertices=vertices,
+        dropped=dropped,
+    )
 
 
-def _iter_polygons(
-    shapes: npt.NDArray[np.object_], dialect: Dialect, dropped: list[str]
-) -> Iterator[tuple[int, int, Any]]:
-    """Yield region, part and polygon in the viewer's frame, valid in QuPath's precision."""
-    crop = dialect.crop
-    box = shapely.box(crop.x, crop.y, crop.x + crop.width, crop.y + crop.height) if crop else None
-    corner = (crop.x, crop.y) if crop else (0, 0)
-    for first in range(0, len(shapes), BATCH):
-        placed = shapely.transform(
-            shapes[first : first + BATCH], lambda xy: np.round(xy * dialect.downsample, 2)
-        )
-        for index, whole in enumerate(placed, start=first):
-            parts = list(iter_parts(whole, box))
-            moved = shapely.transform(parts, lambda xy: np.round(xy - corner, 2)) if crop else parts
-            sound = [p for m in moved for p in _sound(m, dropped)]
-            for part, polygon in enumerate(sound):
-                yield index, part, shapely.orient_polygons(polygon)
+def _map_in_order(
+    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
+) -> Iterator[R]:
+    """Yield the results in the items' order, with at most so many further ones on the way."""
+    waiting = deque[Future[R]]()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    for future in waiting:
+        yield future.result()
 
 
-def _sound(polygon: Any, dropped: list[str]) -> list[Any]:
-    if survives_float32(polygon):
-        return [polygon]
-    mended = mend_polygon(polygon)
-    if not mended:
-        x, y = polygon.bounds[:2]
-        dropped.append(
-            f"a polygon of {polygon.area:.2f} px² at ({x:.2f}, {y:.2f}) left out: invalid"
-        )
+def _numbers(regions: Regions) -> npt.NDArray[np.int64]:
+    """Return the number of each region among those of its class, from 1."""
+    numbers = np.empty(len(regions), np.int64)
+    for value in np.unique(regions.value):
+        of_class = np.flatnonzero(regions.value == value)
+        numbers[of_class] = np.arange(1, len(of_class) + 1)
+    return numbers
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Features as text, and what they hold."""
+
+    features: list[str]
+    counts: npt.NDArray[np.int64]
+    vertices: int
+    dropped: list[str]
+
+
+def _make_batch(
+    outlines: Outlines, sides: Sides, numbers: npt.NDArray[np.int64], dialect: Dialect, part: slice
+) -> _Batch:
+    """Return the features of some regions."""
+    regions, dropped = outlines.regions, list[str]()
+    shapes, owner, is_cut = _place(build(outlines, sides, part), dialect)
+    shapes, kept = _mend(shapes, dropped)
+    shapes, owner, is_cut = shapely.orient_polygons(shapes), owner[kept], is_cut[kept]
+    _, first, index, count = np.unique(
+        owner, return_index=True, return_inverse=True, return_counts=True
+    )
+    nth, is_part = np.arange(len(owner)) - first[index], is_cut | (count[index] > 1)
+    region = owner + part.start
+    area_mm2 = np.where(
+        is_part,
+        shapely.area(shapes) * dialect.mpp[0] * dialect.mpp[1] * 1e-6,
+        regions.pixels[region] * dialect.pixel_mm2,
+    )
+    columns = (region.tolist(), numbers[region].tolist(), nth.tolist(), area_mm2.tolist())
+    return _Batch(
+        features=[
+            json.dumps(_feature(regions, dialect, *of), ensure_ascii=False, allow_nan=False)
+            for of in zip(*columns, _iter_coordinates(shapes), strict=True)
+        ],
+        counts=np.bincount(regions.value[region], minlength=len(dialect.classes)),
+        vertices=int(shapely.get_num_coordinates(shapes).sum()),
+        dropped=dropped,
+    )
+
+
+def _place(
+    shapes: Polygons, dialect: Dialect
+) -> tuple[Polygons, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Put polygons into the viewer's frame; return what it shows of them.
+
+    Returns:
+        Polygons; the index of the shape that each comes from, ascending; whether that was cut.
+    """
+    owner, is_cut = np.arange(len(shapes)), np.zeros(len(shapes), bool)
+    scale, corner = np.array(dialect.downsample), np.zeros(2)
+    if (crop := dialect.crop) is not None:
+        corner, size = np.array([crop.x, crop.y], float), np.array([crop.width, crop.height])
+        low, high = corner / scale, (corner + size) / scale
+        bounds = shapely.bounds(shapes)
+        is_cut = (bounds[:, :2] < low).any(axis=1) | (bounds[:, 2:] > high).any(axis=1)
+        seen = shapely.intersection(shapes[is_cut], shapely.box(*low, *high))
+        parts, index = shapely.get_parts(seen, return_index=True)
+        is_areal = shapely.get_dimensions(parts) == 2
+        owner = np.concatenate([owner[~is_cut], owner[is_cut][index[is_areal]]])
+        order = np.argsort(owner, kind="stable")
+        shapes = np.concatenate([shapes[~is_cut], parts[is_areal]])[order]
+        owner = owner[order]
+    # + 0: no -0.0
+    placed = shapely.transform(shapes, lambda xy: np.round(xy * scale - corner, 2) + 0.0)
+    return placed, owner, is_cut[owner]
+
+
+def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[np.int64]]:
+    """Mend polygons that QuPath would not take; return all, and the index of what each was.
+
+    Args:
+        shapes: polygons in the viewer's frame.
+        dropped: gets one sentence for each that cannot be mended.
+    """
+    sound = survive_float32(shapes)
+    if sound.all():
+        return shapes, np.arange(len(shapes))
+    parts = [
+        [shape] if is_sound else mend_polygon(shape)
+        for is_sound, shape in zip(sound.tolist(), shapes, strict=True)
+    ]
+    for shape in shapes[[not of_shape for of_shape in parts]]:
+        x, y = shape.bounds[:2]
+        dropped.append(f"a polygon of {shape.area:.2f} px² at ({x:.2f}, {y:.2f}) left out: invalid")
         logger.warning("%s", dropped[-1])
-    return list(mended)
+    mended = np.array([part for of_shape in parts for part in of_shape], object)
+    return mended, np.repeat(np.arange(len(parts)), [len(of_shape) for of_shape in parts])
 
 
 def _feature(
-    regions: Regions, index: int, part: int, polygon: Any, number: int, dialect: Dialect
+    regions: Regions,
+    dialect: Dialect,
+    region: int,
+    number: int,
+    nth: int,
+    area_mm2: float,
+    coordinates: list[Any],
 ) -> dict[str, Any]:
-    info = dialect.classes[int(regions.value[index])]
-    y, x = regions.first[index].tolist()
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{dialect.namespace}/{info.name}/{y},{x}/{part}")
-    many = len(regions) > MANY_REGIONS
+    """Return the feature of the nth polygon of a region, which is that number in its class."""
+    info = dialect.classes[int(regions.value[region])]
+    y, x = regions.first[region].tolist()
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{dialect.namespace}/{info.name}/{y},{x}/{nth}")
+    measurements = {"Area mm^2": _significant(area_mm2)}
+    if regions.probability is not None:
+        measurements["Mean probability"] = round(float(regions.probability[region]), 4)
     return {
         "type": "Feature",
         "id": str(identity),
-        "geometry": {"type": "Polygon", "coordinates": _coordinates(polygon)},
+        "geometry": {"type": "Polygon", "coordinates": coordinates},
         "properties": {
-            "objectType": "detection" if many else "annotation",
-            "name": f"{info.name} {number}",
+            "objectType": "detection" if len(regions) > MANY_REGIONS else "annotation",
+            "name": f"{info.name} {number}" + (f", part {nth + 1}" if nth else ""),
             "isLocked": True,
             "classification": {"name": info.name, "color": list(info.color or (128, 128, 128))},
-            "measurements": {
-                "Area mm^2": _significant(int(regions.pixels[index]) * dialect.pixel_mm2),
-                "Mean probability": round(float(regions.probability[index]), 4),
-            },
+            "measurements": measurements,
             "metadata": dict(dialect.metadata),
         },
     }
@@ -180,12 +291,12 @@ def _significant(value: float) -> float:
     return float(f"{value:.7g}")  # QuPath keeps float32
 
 
-def _coordinates(polygon: Any) -> list[list[list[float]]]:
-    return [
-        [[_number(x), _number(y)] for x, y in ring.coords]
-        for ring in (polygon.exterior, *polygon.interiors)
-    ]
-
-
-def _number(value: float) -> float:
-    return int(value) if value == int(value) else round(value, 2)
+def _iter_coordinates(shapes: Polygons) -> Iterator[list[Any]]:
+    """Yield the rings of each polygon as GeoJSON has them, whole numbers as such."""
+    _, xy, (rings, polygons) = shapely.to_ragged_array(shapes)
+    for first, stop in itertools.pairwise(polygons.tolist()):
+        of_rings = rings[first : stop + 1]
+        places = xy[of_rings[0] : of_rings[-1]]
+        is_whole = (places == np.rint(places)).all()
+        points = (places.astype(np.int64) if is_whole else places).tolist()
+        yield [points[a:b] for a, b in itertools.pairwise((of_rings - of_rings[0]).tolist())]

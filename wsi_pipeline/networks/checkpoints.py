@@ -101,12 +101,13 @@ def import_model(
     kept = kept_state(network)
     if odd := [name for name, tensor in kept.items() if not tensor.isfinite().all()]:
         raise BundleError(f"{checkpoint}: {odd[0]} holds values that are not finite")
-    with written_folder(folder, overwrite=overwrite) as partial:
+    place = folder.resolve()
+    with written_folder(place, overwrite=overwrite) as partial:
         save_file(kept, partial / WEIGHTS)
         (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
         (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
         build(load_bundle(partial))
-    return load_bundle(folder)
+    return load_bundle(place)
 
 
 def import_encoder(
@@ -174,6 +175,7 @@ def make_template(
         sizes = list(patch_size) * (len(spec["patch_size"]) if len(patch_size) == 1 else 1)
         spec |= {"patch_size": sizes, "overlap": [side // 4 for side in sizes]}
     if classes is not None:
+        classes = [name.strip() for name in classes]
         known = {c["name"]: c for c in output["classes"] if c["name"] in classes}
         taken = [c.get("color") for c in known.values()]
         colors = cycle([color for color in COLORS if color not in taken] or COLORS)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from typing import Any
 from weakref import WeakSet, finalize
 
@@ -126,8 +127,13 @@ def _relu(layer: nn.ReLU, x: Tensor, y: Tensor) -> dict[str, int]:
 
 
 def _max_pool(layer: _MaxPoolNd, x: Tensor, y: Tensor) -> dict[str, int]:
-    compared = x.numel() - y.numel()  # windows do not overlap: all but one a window
-    return {"madd": compared, "flops": x.numel(), "traffic": 4 * (x.numel() + y.numel())}
+    sides = layer.kernel_size
+    window = sides ** (x.ndim - 2) if isinstance(sides, int) else prod(sides)
+    return {
+        "madd": y.numel() * (window - 1),
+        "flops": x.numel(),
+        "traffic": 4 * (x.numel() + y.numel()),
+    }
 
 
 # the first that fits; a layer of no kind has outputs only

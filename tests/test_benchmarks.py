@@ -1,0 +1,168 @@
+"""Benchmarks: slides, networks, floor and records are what they say, and a run of them ends."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import torch
+from skimage.data import immunohistochemistry
+
+from wsi_pipeline import PatchGrid, open_source
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SIDE = 1024
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Return `module(name)`, which imports a file of `benchmarks/`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("bench")
+
+
+def start(script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_made_slide_is_aperios_with_its_share_of_tissue(module, tmp_path, share):
+    make_slide = module("make_slide")
+    path = make_slide.write_big_slide(tmp_path / "made.svs", (4096, 2048), 0.25, share=share)
+    with openslide.OpenSlide(path) as slide:
+        assert slide.properties["openslide.vendor"] == "aperio"
+        assert float(slide.properties["openslide.mpp-x"]) == 0.25
+        assert slide.level_dimensions == ((4096, 2048), (1024, 512), (256, 128))
+        assert set(slide.associated_images) == {"thumbnail"}
+        pixels = np.asarray(slide.read_region((0, 0), 2, (256, 128)).convert("RGB")).astype(int)
+    blocks = pixels.reshape(8, 16, 16, 16, 3)  # (row, y, column, x, channel): a tile is 16 px
+    is_tissue = blocks.std(axis=(1, 3)).max(axis=-1) > 5
+    assert abs(is_tissue.mean() - share) < 0.05  # whole tiles, and both halves alike
+    np.testing.assert_array_equal(is_tissue, make_slide.tissue_tiles(8, 16, share))
+
+
+def test_the_null_network_takes_the_nearest_colour_and_peers_get_the_same(module, work):
+    programs = module("programs")
+    tissue = immunohistochemistry()
+    bundle = programs.write_bundle(work / "null", "null", tissue)
+    paths = programs.write_programs(work, bundle)
+    colours = np.array(programs.COLOURS)
+    distance = ((tissue[..., None, :].astype(float) - colours) ** 2).sum(-1)
+    pixels = torch.from_numpy(tissue).permute(2, 0, 1)[None].float()
+    probabilities = torch.jit.load(paths["tiatoolbox"])(pixels)[0].numpy()
+    np.testing.assert_allclose(probabilities.sum(0), 1, rtol=1e-5)
+    order = np.sort(distance, axis=-1)
+    is_clear = order[..., 1] - order[..., 0] > 10  # of the rest rounding decides
+    assert is_clear.mean() > 0.9
+    np.testing.assert_array_equal(probabilities.argmax(0)[is_clear], distance.argmin(-1)[is_clear])
+    assert paths["fast"].stat().st_size > 0
+
+
+def test_the_floor_decodes_each_tile_under_a_patch_once(module, work):
+    floor, make_slide, programs = module("floor"), module("make_slide"), module("programs")
+    path = make_slide.write_big_slide(work / "floor.svs", (SIDE, SIDE), programs.MPP)
+    bundle = programs.write_bundle(work / "null", "null", immunohistochemistry())
+    with open_source(path) as slide:
+        view = slide.at(programs.MPP)
+        every = floor.grid_of(slide, bundle, overlap=128, tissue="none")
+        corner = every.keep(np.arange(len(every)) == 0)  # the patch at (0, 0): 2 × 2 tiles
+        patches = floor.read_patches(view, corner)
+        np.testing.assert_array_equal(patches[0], view.read((0, 0), (512, 512)))
+    assert len(every) == len(PatchGrid.cover((SIDE, SIDE), (512, 512), (128, 128)))
+    tiles = floor.tiles_under(path, view, every)
+    assert len(set(tiles)) == len(tiles) == (SIDE // 256) ** 2
+    assert set(floor.tiles_under(path, view, corner)) == {tiles[i] for i in (0, 1, 4, 5)}
+    assert floor.decode_seconds(path, tiles) > 0
+
+
+def test_measure_tells_memory_and_the_last_object(module, tmp_path):
+    measure = module("measure").measure
+    code = "import time; x = bytearray(b'1' * 300_000_000); time.sleep(0.3); print('{\"a\": 1}')"
+    measured = measure([sys.executable, "-c", code], tmp_path / "log")
+    assert 0.3 < measured.peak_gb < 0.7
+    assert measured.seconds > 0.3
+    assert measured.said == {"a": 1}
+    with pytest.raises(SystemExit, match=r"ended with 3:\nlast words"):
+        measure([sys.executable, "-c", "print('last words'); exit(3)"], tmp_path / "log")
+
+
+def test_figures_are_medians_of_ratios_within_rounds_of_the_latest_code(module, tmp_path):
+    tables, comparisons = module("tables"), module("comparisons")
+    comparison = comparisons.COMPARISONS["null"]
+
+    def record(turn, label, seconds, *, code="new", **facts):
+        key = tables.job_key("null", label, comparison.jobs[label])
+        common = {"peak_gb": 1.0, "job_seconds": seconds, "agreement": 1.0}
+        facts = {"seconds": seconds, **common, **facts}
+        return {**key, "round": turn, "code": code, "date": "2020-02-03", "facts": facts}
+
+    records = [
+        record(0, "ours", 1, code="old"),
+        record(0, "tiatoolbox", 999, code="old"),
+        *(record(i, "ours", ours) for i, ours in enumerate([1, 2, 4])),
+        *(record(i, "tiatoolbox", theirs) for i, theirs in enumerate([12, 22, 60])),
+        record(3, "ours", 1000),  # its round is not whole
+    ]
+    (result,) = tables.finished({"null": comparison}, records)
+    times = comparison.figures[0]
+    assert [times.of(facts) for facts in result.rounds] == [12, 11, 15]
+    table, numbers = tables.write_results({"null": comparison}, records, tmp_path)
+    assert f"| {times.text} | **12** | 11 – 15 | ≥ 10 | met |" in table.read_text("utf-8")
+    assert table.name.startswith("2020-02-03-")
+    assert len(json.loads(numbers.read_text("utf-8"))["comparisons"]["null"]["rounds"]) == 3
+
+
+def test_a_comparison_runs_is_kept_and_is_told(work, tmp_path):
+    options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path]
+    first = start("run.py", "patches", "null", *options)
+    assert first.returncode == 0, first.stderr
+    assert "null: left out; it needs --tiatoolbox" in first.stdout
+    (record,) = map(json.loads, (work / "runs.jsonl").read_text("utf-8").splitlines())
+    # 1,024 px: tissue in the middle half, patches of 512 px at 0, 384 and 512: all nine touch it
+    assert record["facts"]["patches"] == record["facts"]["predicted"] == 9
+    again = start("run.py", "patches", "report", *options)
+    assert again.returncode == 0, again.stderr
+    assert len((work / "runs.jsonl").read_text("utf-8").splitlines()) == 1
+    (table,) = tmp_path.glob("*.md")
+    assert "| patches predicted ÷ patches in the grid | **1** |" in table.read_text("utf-8")
+    assert str(work) not in "".join(path.read_text("utf-8") for path in tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_ends_well_without_one(work):
+    ended = start("gpu.py", "--work", work)
+    assert (ended.returncode, ended.stdout) == (0, "no CUDA GPU here: nothing to measure\n")
+
+
+@pytest.mark.slow
+def test_the_floor_comparison_runs_and_is_drawn(work, tmp_path):
+    options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path]
+    ended = start("run.py", "floor", "report", *options)
+    assert ended.returncode == 0, ended.stderr
+    records = map(json.loads, (work / "runs.jsonl").read_text("utf-8").splitlines())
+    facts = {r["label"]: r["facts"] for r in records if r["comparison"] == "floor"}
+    assert facts["ours"]["patches"] == facts["floor"]["patches"]
+    assert facts["stages"]["alone"].keys() == {"read", "write", "pyramid", "tiff"}
+    assert facts["floor"]["floor_seconds"] == facts["floor"]["forward_seconds"] > 0
+    (chart,) = tmp_path.glob("*.png")
+    assert chart.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_counts_patches(work, tmp_path):
+    sizes = ["--size", SIDE, 512, "--slides", 2, "--rounds", 1]
+    ended = start("gpu.py", "--device", "cpu", "--work", work, "--results", tmp_path, *sizes)
+    assert ended.returncode == 0, ended.stderr
+    (path,) = tmp_path.glob("*.json")
+    (facts,) = json.loads(path.read_text("utf-8"))["rounds"]
+    assert facts["patches"] == 2 * SIDE // 512

@@ -1,0 +1,301 @@
+"""Simplify arcs, each by itself, such that no two ever cross.
+
+Visvalingam & Whyatt, Line generalisation by repeated elimination of points, The Cartographic
+Journal 30 (1993): a vertex goes if the triangle that it spans with its neighbours is small. Here
+all vertices whose triangle is smaller than both neighbours' go at once, in rounds.
+
+A vertex stays if its triangle, sides included, holds another vertex of the arcs *as they were
+given*, but for those of the same arc between the triangle's ends. Whatever crossed the new edge
+would have to end in the triangle, or to cross the two edges that the new one takes the place of.
+So arcs that meet only at their ends still do, and because what an arc becomes does not depend on
+what becomes of others, no order of work matters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.export.arcs import Bools, Chains, Ints, Numbers, ranges
+
+LARGEST = 2**30
+"""Twice the area of the largest triangle that is told from larger ones, in pixels."""
+NEVER = np.iinfo(np.int64).max
+"""Key of a vertex that stays."""
+AT_ONCE = 50_000
+"""Triangles that are looked into at a time, which bounds the memory."""
+
+
+def simplify(chains: Chains, *, tolerance: float, is_fixed: Bools, at_least: Ints) -> Chains:
+    """Take vertices away from chains that meet nowhere else than at their ends; return the rest.
+
+    Args:
+        chains: arcs, or parts of arcs.
+        tolerance: root of the largest triangle to cut off, in pixels.
+        is_fixed: (m,) vertices that stay whatever their triangle, beside those at open ends.
+        at_least: (n,) how many vertices a chain keeps.
+    """
+    if len(chains) == 0:
+        return chains
+    lines = _Lines.of(chains, is_fixed)
+    grid = _Grid.of(lines.x, lines.y)
+    spare = chains.sizes - at_least
+    is_left = np.ones(len(chains.xy), bool)
+    limit = np.int64(min(int(2 * tolerance**2) + 1, LARGEST)) << 32
+    small = np.flatnonzero(lines.key < limit)
+    while len(small):
+        chosen = _spared(lines, lines.least_of(small), spare)
+        gone = chosen[~_is_blocked(lines, grid, chosen)]
+        lines.key[chosen] = NEVER
+        is_left[gone] = False
+        spare -= np.bincount(lines.chain[gone], minlength=len(spare))
+        is_small = np.zeros(len(is_left), bool)
+        is_small[small] = is_small[lines.remove(gone)] = True
+        small = np.flatnonzero(is_small & (lines.key < limit))
+    return chains.keep(is_left)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Lines:
+    """Chains whose vertices go one by one: the arrays change.
+
+    Attributes:
+        x: (m,).
+        y: (m,).
+        chain: (m,) of each vertex.
+        begin: (n,) first vertex of each chain.
+        end: (n,) one past its last.
+        before: (m,) the vertex before each; itself at an open end.
+        after: (m,) the one after it.
+        is_movable: (m,) whether it may go.
+        tie: (m,) what decides between equal triangles: as good as random, since on a staircase all
+            are equal, and the same wherever its chain begins.
+        key: (m,) twice the triangle's area, and below it `tie`; `NEVER` for those that stay.
+    """
+
+    x: Numbers
+    y: Numbers
+    chain: Numbers
+    begin: Numbers
+    end: Numbers
+    before: Numbers
+    after: Numbers
+    is_movable: Bools
+    tie: npt.NDArray[np.uint32]
+    key: Ints
+
+    @classmethod
+    def of(cls, chains: Chains, is_fixed: Bools) -> Self:
+        """Return the chains with nothing taken away yet."""
+        m, is_open = len(chains.xy), ~chains.is_ring
+        x, y = (np.ascontiguousarray(column) for column in chains.xy.T)
+        begin, end = (bounds.astype(np.int32) for bounds in (chains.bounds[:-1], chains.bounds[1:]))
+        before, after = np.arange(-1, m - 1, dtype=np.int32), np.arange(1, m + 1, dtype=np.int32)
+        before[begin] = np.where(is_open, begin, end - 1)
+        after[end - 1] = np.where(is_open, end - 1, begin)
+        is_movable = ~is_fixed
+        is_movable[begin[is_open]] = is_movable[end[is_open] - 1] = False
+        lines = cls(
+            x=x,
+            y=y,
+            chain=np.repeat(np.arange(len(chains), dtype=np.int32), chains.sizes),
+            begin=begin,
+            end=end,
+            before=before,
+            after=after,
+            is_movable=is_movable,
+            tie=_scatter(x, y),
+            key=np.full(m, NEVER),
+        )
+        lines.measure(np.flatnonzero(is_movable))
+        return lines
+
+    def measure(self, v: Ints) -> None:
+        """Set the keys of some vertices."""
+        a, b = self.before[v], self.after[v]
+        area = np.abs(_turn(self.x[v], self.y[v], self.x[a], self.y[a], self.x[b], self.y[b]))
+        self.key[v] = np.minimum(area, LARGEST) << 32 | self.tie[v]
+
+    def least_of(self, v: Ints) -> Ints:
+        """Return those whose triangle is less than both neighbours'."""
+        key = self.key[v]
+        # <=: should two neighbours ever be equal, one of them is less
+        is_least: Bools = (key < self.key[self.before[v]]) & (key <= self.key[self.after[v]])
+        least: Ints = v[is_least]
+        return least
+
+    def remove(self, v: Ints) -> Ints:
+        """Take out vertices, no two of them neighbours; return what lay beside, measured anew."""
+        before, after = self.before[v], self.after[v]
+        self.after[before], self.before[after] = after, before
+        beside = np.concatenate([before, after])
+        beside = beside[self.is_movable[beside]]
+        self.measure(beside)
+        return beside
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Grid:
+    """Vertices by square cells, row by row: those in a row of cells are a slice.
+
+    Attributes:
+        bits: a cell's side is 2 to the power of it.
+        corner: (x, y) of the first cell, in cells.
+        width: cells in a row.
+        order: (m,) vertices, cell by cell.
+        start: (cells + 1,) where each cell begins in it.
+    """
+
+    bits: int
+    corner: tuple[int, int]
+    width: int
+    order: Numbers
+    start: Ints
+
+    @classmethod
+    def of(cls, x: Numbers, y: Numbers) -> Self:
+        """Sort vertices into about as many cells as there are vertices."""
+        low_x, low_y, high_x, high_y = (int(v) for v in (x.min(), y.min(), x.max(), y.max()))
+        area = (high_x - low_x + 1) * (high_y - low_y + 1)
+        bits = max((area // len(x)).bit_length() // 2, 2)
+        corner = low_x >> bits, low_y >> bits
+        width, height = (high_x >> bits) - corner[0] + 1, (high_y >> bits) - corner[1] + 1
+        cell = ((y >> bits) - corner[1]).astype(np.int64) * width + ((x >> bits) - corner[0])
+        counts = np.bincount(cell, minlength=width * height)
+        return cls(
+            bits=bits,
+            corner=corner,
+            width=width,
+            order=np.argsort(cell, kind="stable").astype(np.int32),
+            start=np.concatenate([[0], np.cumsum(counts)]),
+        )
+
+
+def _spared(lines: _Lines, v: Ints, spare: Ints) -> Ints:
+    """Return those vertices that may go; of a chain that cannot spare all, the least, or none."""
+    wanted = np.bincount(lines.chain[v], minlength=len(spare))
+    is_tight = (wanted > spare)[lines.chain[v]]
+    few = v[is_tight]
+    few = few[np.lexsort((lines.key[few], lines.chain[few]))]
+    few = few[np.diff(lines.chain[few], prepend=-1) != 0]
+    is_over = spare[lines.chain[few]] == 0
+    lines.key[few[is_over]] = NEVER
+    return np.concatenate([v[~is_tight], few[~is_over]])
+
+
+def _is_blocked(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
+    """Return whether the triangle of each vertex holds another that must stay outside."""
+    blocked = np.zeros(len(v), bool)
+    # a triangle of half a pixel holds no whole numbers but its corners
+    larger = np.flatnonzero(lines.key[v] >> 32 != 1)
+    for start in range(0, len(larger), AT_ONCE):
+        part = larger[start : start + AT_ONCE]
+        blocked[part] = _holds_others(lines, grid, v[part])
+    return blocked
+
+
+def _holds_others(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
+    a, b = lines.before[v], lines.after[v]
+    x, y = (np.stack([along[a], along[v], along[b]]) for along in (lines.x, lines.y))
+    box = _Box.of(x, y)
+    of, found = _near(grid, x, y, box)
+    # those from a to b in the same chain may be in it; in a ring that may lead over its beginning
+    chain = lines.chain[v]
+    size = lines.end[chain] - lines.begin[chain]
+    step, reach = found - a[of], (b - a) % size
+    step += (step < 0) * size[of]
+    other = (step > reach[of]) | (lines.chain[found] != chain[of])
+    of, found = of[other], found[other]
+    x_found, y_found = lines.x[found], lines.y[found]
+    inside = (x_found >= box.left[of]) & (x_found <= box.right[of])
+    inside &= (y_found >= box.top[of]) & (y_found <= box.bottom[of])
+    of, x_found, y_found = of[inside], x_found[inside], y_found[inside]
+    x, y = x[:, of], y[:, of]
+    ab, bc, ca = (
+        _turn(x_found, y_found, x[i], y[i], x[j], y[j]) for i, j in ((0, 1), (1, 2), (2, 0))
+    )
+    inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
+    for corner in (0, 2):  # a node is a vertex of each chain that ends there
+        inside &= (x_found != x[corner]) | (y_found != y[corner])
+    holds = np.zeros(len(v), bool)
+    holds[of[inside]] = True
+    return holds
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Box:
+    """The rectangles around triangles, (n,) each, both ends included."""
+
+    left: Numbers
+    right: Numbers
+    top: Numbers
+    bottom: Numbers
+
+    @classmethod
+    def of(cls, x: Numbers, y: Numbers) -> Self:
+        """Return the rectangles around (3, n) corners."""
+        return cls(
+            left=np.minimum(np.minimum(x[0], x[1]), x[2]),
+            right=np.maximum(np.maximum(x[0], x[1]), x[2]),
+            top=np.minimum(np.minimum(y[0], y[1]), y[2]),
+            bottom=np.maximum(np.maximum(y[0], y[1]), y[2]),
+        )
+
+
+def _near(grid: _Grid, x: Numbers, y: Numbers, box: _Box) -> tuple[Ints, Numbers]:
+    """Return pairs of triangles, by number, and vertices in the cells that they touch.
+
+    Args:
+        grid: the vertices.
+        x: (3, n) of the triangles' corners.
+        y: (3, n).
+        box: around them.
+    """
+    top, bottom = box.top >> grid.bits, box.bottom >> grid.bits
+    rows = bottom - top + 1
+    of = np.repeat(np.arange(len(rows)), rows)
+    row = ranges(top, rows)
+    left, right = box.left[of], box.right[of]
+    # the boxes of long oblique ones hold far too many
+    large = np.flatnonzero((rows[of] > 2) & (right - left > 2 << grid.bits))
+    begin = row[large] << grid.bits
+    left[large], right[large] = _reach(
+        x[:, of[large]], y[:, of[large]], begin, begin + (1 << grid.bits) - 1
+    )
+    row = (row - grid.corner[1]) * grid.width - grid.corner[0]
+    first = grid.start[row + (left >> grid.bits)]
+    counts = grid.start[row + (right >> grid.bits) + 1] - first
+    return np.repeat(of, counts), grid.order[ranges(first, counts)]
+
+
+def _reach(x: Numbers, y: Numbers, top: Ints, bottom: Ints) -> tuple[Ints, Ints]:
+    """Return the least and the largest x of triangles between two rows, rounded outward."""
+    low, high = np.full(len(top), np.inf), np.full(len(top), -np.inf)
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        rise = y[j] - y[i]
+        is_near = (np.minimum(y[i], y[j]) <= bottom) & (np.maximum(y[i], y[j]) >= top)
+        for row, end in ((top, 0.0), (bottom, 1.0)):
+            part = np.divide(row - y[i], rise, out=np.full(len(rise), end), where=rise != 0)
+            place = x[i] + part.clip(0, 1) * (x[j] - x[i])
+            low = np.where(is_near, np.minimum(low, place), low)
+            high = np.where(is_near, np.maximum(high, place), high)
+    return np.floor(low).astype(np.int64), np.ceil(high).astype(np.int64)
+
+
+def _turn(x: Numbers, y: Numbers, x_a: Numbers, y_a: Numbers, x_b: Numbers, y_b: Numbers) -> Ints:
+    """Return the cross products of what leads from places to a and to b."""
+    product: Ints = (x_a - x).astype(np.int64) * (y_b - y) - (x_b - x).astype(np.int64) * (y_a - y)
+    return product
+
+
+def _scatter(x: Numbers, y: Numbers) -> npt.NDArray[np.uint32]:
+    """Return a number for each place, no two within 65,536 pixels the same: MurmurHash3's end."""
+    mixed = (y.astype(np.uint32) << np.uint32(16)) ^ x.astype(np.uint32)
+    mixed ^= mixed >> np.uint32(16)
+    mixed *= np.uint32(0x85EBCA6B)
+    mixed ^= mixed >> np.uint32(13)
+    mixed *= np.uint32(0xC2B2AE35)
+    return mixed ^ (mixed >> np.uint32(16))
