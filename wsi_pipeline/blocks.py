@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import wait
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -158,7 +158,7 @@ class SegmentBlocks:
             "counts": torch.bincount(
                 torch.from_numpy(mask).flatten(), minlength=self._classes + 1
             ).numpy(),
-            "bad": np.array([[r.x, r.y, r.width, r.height] for r in bad]).reshape(-1, 4),
+            "bad": np.array([astuple(region) for region in bad], np.int64).reshape(-1, 4),
         }
         if probability is not None:
             pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))

@@ -139,7 +139,8 @@ def _bad_regions(finished: Finished, ledger: Ledger) -> tuple[Region, ...]:
         SourceError: it is too much.
     """
     plan, limit = finished.plan, finished.settings.export.max_unreadable
-    found = {Region(*row) for arrays in ledger.values() for row in arrays["bad"].tolist()}
+    rows = np.concatenate([arrays["bad"] for arrays in ledger.values()] or [np.zeros((0, 4), int)])
+    found = {Region(x=x, y=y, width=w, height=h) for x, y, w, h in rows.tolist()}
     pixels = sum(int(arrays["counts"][-1]) for arrays in ledger.values())
     unreadable = pixels * math.prod(plan.mask_downsample)
     wanted = len(plan.grid) * math.prod(plan.grid.stride) * math.prod(plan.downsample)
