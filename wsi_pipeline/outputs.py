@@ -23,7 +23,7 @@ from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
-from wsi_pipeline.store import RunStore, StoredGrid
+from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,8 @@ def write_outputs(finished: Finished) -> Run:
     store = finished.plan.store
     ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in finished.blocks}
     clock = Clock()
-    mask_path = _finish_mask(store, finished.settings.export)
+    with writing(store.mask_path):
+        mask_path = _finish_mask(store, finished.settings.export)
     clock.lap("pyramid")
     written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
     writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
@@ -113,7 +114,11 @@ def write_outputs(finished: Finished) -> Run:
             written = write(path) or written
         except Exception as error:  # the mask is whole: whatever fails here must not cost it
             logger.debug("writing %s failed", path, exc_info=True)
-            failures.append(f"{path.name} could not be written: {error}")
+            failures.append(
+                why_not_written(path, error)
+                if isinstance(error, OSError)
+                else f"{path.name} could not be written: {error}"
+            )
         clock.lap(output)
     return _describe(finished, ledger, clock, written, failures)
 
