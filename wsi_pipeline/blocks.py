@@ -29,7 +29,7 @@ from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.store import RunStore, writing
 
 if TYPE_CHECKING:
     from wsi_pipeline.schedule import Keep
@@ -151,7 +151,8 @@ class SegmentBlocks:
             (y, x), (fy, fx) = block.start, self._plan.mask_downsample
             mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
         if mask.any():
-            self._mask[block.slices] = mask
+            with writing(self._plan.store.mask_path):
+                self._mask[block.slices] = mask
         clock.lap("write")
         arrays = {
             "predicted": np.array(predicted),

@@ -23,6 +23,10 @@ class StoreError(WsiPipelineError, OSError):
     """An output folder or patch grid that cannot be used as asked."""
 
 
+class BusyError(StoreError):
+    """An output folder in which another process is working."""
+
+
 class AnnotationError(WsiPipelineError, ValueError):
     """A GeoJSON or mask file that cannot be used as annotations."""
 

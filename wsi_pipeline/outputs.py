@@ -25,7 +25,7 @@ from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import Output, Settings, as_plain
 from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
-from wsi_pipeline.store import RunStore, StoredGrid
+from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,8 @@ def write_outputs(finished: Finished) -> Run:
     ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in finished.blocks}
     finished = replace(finished, bad=_bad_regions(finished, ledger))
     clock = Clock()
-    mask_path = _finish_mask(store, finished)
+    with writing(store.mask_path):
+        mask_path = _finish_mask(store, finished)
     clock.lap("pyramid")
     written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
     writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
@@ -127,7 +128,11 @@ def write_outputs(finished: Finished) -> Run:
             written = write(path) or written
         except Exception as error:  # the mask is whole: whatever fails here must not cost it
             logger.debug("writing %s failed", path, exc_info=True)
-            failures.append(f"{path.name} could not be written: {error}")
+            failures.append(
+                why_not_written(path, error)
+                if isinstance(error, OSError)
+                else f"{path.name} could not be written: {error}"
+            )
         clock.lap(output)
     return _describe(finished, ledger, clock, written, failures)
 

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -19,7 +20,7 @@ import numpy as np
 
 from wsi_pipeline.blocks import Plan, SegmentBlocks
 from wsi_pipeline.bundle import Bundle, sha256_of
-from wsi_pipeline.errors import BundleError, SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, BusyError, SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
@@ -36,6 +37,7 @@ from wsi_pipeline.store import (
     open_run_store,
     run_key,
     write_patch_grid,
+    writing,
     written_beside,
 )
 from wsi_pipeline.survey import frame_offset, plan_grid
@@ -174,7 +176,7 @@ def tile(
         grid = stored.grid
         every = iter_blocks(grid.shape, (PIXEL_CHUNK, PIXEL_CHUNK))
         blocks = [b for b in every if len(grid.touching(b.start, b.stop))]
-        try:
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             with written_beside(target) as partial:
                 pixels = write_patch_grid(partial, stored, with_pixels=True).pixels
@@ -185,10 +187,6 @@ def tile(
                     pixels[block.slices] = view.read((y, x), (height, width))
                     if progress:
                         progress(done, len(blocks))
-        except OSError as error:
-            if isinstance(error, SourceError):
-                raise
-            raise StoreError(f"cannot write {target}: {error.strerror or error}") from error
     return open_patch_grid(target)
 
 
@@ -237,6 +235,7 @@ class _Begun:
         stored: the patch grid.
         plan: for the workers.
         blocks: that hold anything.
+        claim: of the folder, to be closed when the slide is finished, or will not be.
         seconds: that it took to get here.
     """
 
@@ -248,6 +247,7 @@ class _Begun:
     stored: StoredGrid
     plan: Plan
     blocks: list[Block]
+    claim: ExitStack
     seconds: float
 
 
@@ -258,15 +258,21 @@ def _begin(
     start = time.perf_counter()
     select = job.select(settings.select)
     settings = replace(settings, select=select)
-    with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
+    with (
+        open_source(job.path, mpp=select.mpp, series=select.series) as slide,
+        ExitStack() as claim,
+    ):
         _check_modality(bundle)
         key = run_key(_identity(slide, bundle, settings))
         if not overwrite and (run := _finished(job.folder, key, settings.export)):
             logger.info("%s is done already", job.folder)
             return run
+        # absolute: workers elsewhere have another current folder
+        folder = job.folder.absolute()
+        if lock := RunStore(folder=folder).claim():
+            claim.callback(lock.release)
         store = open_run_store(
-            # absolute: workers elsewhere have another current folder
-            job.folder.absolute(),
+            folder,
             fingerprint=slide.fingerprint,
             key=key,
             overwrite=overwrite,
@@ -287,6 +293,7 @@ def _begin(
             stored=stored,
             plan=plan,
             blocks=plan.blocks(),
+            claim=claim.pop_all(),
             seconds=time.perf_counter() - start,
         )
 
@@ -300,34 +307,36 @@ def _do_blocks(begun: _Begun, client: Client, progress: Progress | None) -> Iter
         progress(done, len(plan.grid))
     if not pending:
         return
-    for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
-        done = min(done + fresh, len(plan.grid))
-        if progress:
-            progress(done, len(plan.grid))
-        yield done
+    with ExitStack() as unfinished:
+        unfinished.push(begun.claim)
+        for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
+            done = min(done + fresh, len(plan.grid))
+            if progress:
+                progress(done, len(plan.grid))
+            yield done
+        unfinished.pop_all()
 
 
 def _finish(begun: _Begun, seconds: float) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
-    folder = begun.job.folder
-    if not _is_of(folder, begun.key):
-        drop_outputs(folder)
-    run = write_outputs(
-        Finished(
-            slide=begun.slide,
-            bundle=begun.bundle,
-            plan=begun.plan,
-            stored=begun.stored,
-            settings=begun.settings,
-            key=begun.key,
-            blocks=begun.blocks,
+    with begun.claim:
+        _drop_what_is_old(begun)
+        run = write_outputs(
+            Finished(
+                slide=begun.slide,
+                bundle=begun.bundle,
+                plan=begun.plan,
+                stored=begun.stored,
+                settings=begun.settings,
+                key=begun.key,
+                blocks=begun.blocks,
+            )
         )
-    )
-    total = begun.seconds + seconds + time.perf_counter() - start
-    run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
-    write_run_json(folder / "run.json", run)
-    return run
+        total = begun.seconds + seconds + time.perf_counter() - start
+        run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
+        write_run_json(begun.job.folder / "run.json", run)
+        return run
 
 
 def _iter_ahead(
@@ -384,10 +393,21 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
     }
 
 
-def _is_of(folder: Path, key: str) -> bool:
-    """Return whether what a folder holds was made by a run of that key, or by none."""
+def _drop_what_is_old(begun: _Begun) -> None:
+    """Remove what new outputs will replace or contradict, `run.json` in any case."""
+    folder = begun.job.folder
     path = folder / "run.json"
-    return not path.is_file() or load_run(path).settings.get("key", key) == key
+    try:
+        same = load_run(path).settings.get("key") == begun.key
+    except StoreError:
+        same = False
+    # a run moves its mask before it writes anything else: once it has, the rest is its own too
+    moved = not begun.plan.store.mask_path.is_dir()
+    with writing(folder):
+        if same or moved:
+            path.unlink(missing_ok=True)
+        else:
+            drop_outputs(folder)
 
 
 def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
@@ -406,7 +426,7 @@ def _kept_survey(store: RunStore, slide: Slide, bundle: Bundle, settings: Settin
     try:
         return open_patch_grid(store.grid_path)
     except StoreError:
-        with written_beside(store.grid_path) as partial:
+        with writing(store.grid_path), written_beside(store.grid_path) as partial:
             write_patch_grid(partial, survey(slide, bundle, settings), with_pixels=False)
         return open_patch_grid(store.grid_path)
 
@@ -465,7 +485,7 @@ def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions
     if path.is_dir() or (plan.store.has_blocks() and plan.store.finished_mask_path.is_dir()):
         return
     plan.store.forget_blocks()
-    with written_beside(path) as partial:
+    with writing(path), written_beside(path) as partial:
         ome_zarr.create_mask(
             partial,
             plan.mask_shape,
@@ -488,7 +508,7 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
     if not isinstance(error, WsiPipelineError):
         reason = f"{type(error).__name__}: {reason}"
     run = Run(
-        status="failed",
+        status="busy" if isinstance(error, BusyError) else "failed",
         reason=reason,
         slide={"name": job.path.name, "path": str(job.path)},
         model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
@@ -496,6 +516,8 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
         versions=versions(),
     )
     path = job.folder / "run.json"
+    if run.status == "busy":
+        return run
     try:
         if not path.is_file() or load_run(path).status == "failed":
             job.folder.mkdir(parents=True, exist_ok=True)

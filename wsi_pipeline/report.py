@@ -21,7 +21,7 @@ from urllib.parse import quote_from_bytes
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export.overlay import read_preview
-from wsi_pipeline.store import written_beside
+from wsi_pipeline.store import writing, written_beside
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ class Run:
     """One source's finished folder, as `run.json` holds it.
 
     Attributes:
-        status: "done", or "failed" with the reason.
+        status: "done", or "failed" with the reason; "busy", never written down, where another
+            process works in the folder.
         reason: one sentence for people; "" where all is well.
         slide: name, path, size (w, h), mpp (x, y), mpp_source, bounds, backend, fingerprint; of a
             slide that could not be opened only the first two.
@@ -130,7 +131,7 @@ class Run:
         warnings: where the result may differ from what was asked.
     """
 
-    status: Literal["done", "failed"]
+    status: Literal["done", "failed", "busy"]
     reason: str = ""
     slide: dict[str, Any]
     model: dict[str, str]
@@ -238,7 +239,7 @@ def _no_formula(text: str) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
-    with written_beside(path) as beside:
+    with writing(path), written_beside(path) as beside:
         beside.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 

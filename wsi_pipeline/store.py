@@ -7,8 +7,10 @@ written whole after the block's mask, so that a run killed anywhere goes on wher
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import zipfile
@@ -21,15 +23,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
+from filelock import BaseFileLock, FileLock, Timeout
 from zarr.errors import BaseZarrError
 
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
 from wsi_pipeline.grid import Block, PatchGrid, Region
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "wsi_pipeline/patch-grid"
 VERSION = 1
 PIXEL_CHUNK = 1024
 """Side of a chunk of stored pixels, in grid pixels."""
+LOCK_FILE = ".lock"
+GOES_ON = "the same command goes on where this one stopped"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +200,82 @@ def written_beside(target: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says of a failed write in the body into a sentence.
+
+    Args:
+        path: that the body writes, or the folder in which it does.
+
+    Raises:
+        StoreError: the disk is full, or nothing may be written there.
+    """
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, WsiPipelineError):
+            raise
+        raise StoreError(why_not_written(path, error)) from error
+
+
+def why_not_written(path: Path, error: OSError) -> str:
+    """Return the sentence that tells why a path could not be written, and what to do."""
+    if error.errno == errno.EDQUOT:
+        return f"{path} could not be written: the disk quota is used up; make room: {GOES_ON}"
+    if error.errno != errno.ENOSPC:
+        return f"cannot write {path}: {error.strerror or error}"
+    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    return (
+        f"{path} could not be written: the disk is full, {free / 1e6:.1f} MB are free; "
+        f"make room: {GOES_ON}"
+    )
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder unless it is there, and make sure that files can be written in it.
+
+    Raises:
+        StoreError: they cannot.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.partial"
+        try:
+            probe.write_bytes(b"0")  # a full disk takes an empty file
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def claim_folder(
+    folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
+) -> BaseFileLock | None:
+    """Claim a folder for this process; return what releases it, None where it cannot be locked.
+
+    The operating system holds the lock, and drops it when the process dies, however that happens.
+
+    Args:
+        folder: created.
+        lock_file: relative to it; never removed.
+        timeout: seconds to wait for another process.
+
+    Raises:
+        BusyError: another process has claimed it.
+        StoreError: the folder cannot be written.
+    """
+    # not thread_local: one thread begins a slide and another finishes it
+    lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False)
+    with writing(folder):
+        (folder / lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyError(f"another process is working in {folder}") from None
+        except NotImplementedError:  # a network file system without locks
+            logger.warning("%s cannot be locked: start no second process on it", folder)
+            return None
+    return lock
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunStore:
     """A run's working folder, kept beside its outputs so that they can be written again.
@@ -223,6 +306,15 @@ class RunStore:
         """Return where the whole mask lies."""
         return self.folder / "mask.ome.zarr"
 
+    def claim(self) -> BaseFileLock | None:
+        """Claim the folder for this process, as `claim_folder` does."""
+        return claim_folder(self.folder, lock_file=f"{self.path.name}/{LOCK_FILE}")
+
+    @property
+    def key_path(self) -> Path:
+        """Return the file that tells whose run it is."""
+        return self.path / "key.json"
+
     def _block_path(self, block: Block) -> Path:
         return self.path / "blocks" / f"{block.name}.npz"
 
@@ -239,12 +331,28 @@ class RunStore:
         for path in (self.path / "blocks").iterdir():
             path.unlink()
 
+    def remove_partials(self) -> None:
+        """Remove what a process that was killed has left half written."""
+        for folder in (self.folder, self.path, self.path / "blocks"):
+            for path in folder.glob(".*.partial"):
+                _remove(path)
+        for path in (self.mask_path / "0").rglob("*.partial"):  # zarr's own
+            _remove(path)
+
+    def empty(self) -> None:
+        """Remove all that belongs to a run."""
+        # the key first: killed on the way, no run takes the rest for its own
+        for path in (self.key_path, *self.path.glob("*")):
+            if path.name != LOCK_FILE:
+                _remove(path)
+
     def finish_block(self, block: Block, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Enter a block in the ledger, with what later steps want to know of it.
 
         To be called after the block's mask is written: a block in the ledger is never done again.
         """
-        with written_beside(self._block_path(block)) as partial, partial.open("wb") as file:
+        path = self._block_path(block)
+        with writing(path), written_beside(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(arrays))
 
     def load_block(
@@ -290,21 +398,26 @@ def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool)
     """
     store = RunStore(folder=folder)
     wanted = {"fingerprint": fingerprint, "key": key}
-    key_path = store.path / "key.json"
     try:
-        found = json.loads(key_path.read_text("utf-8"))
+        found = json.loads(store.key_path.read_text("utf-8"))
     except (OSError, ValueError):
         found = None
     if found and not overwrite and found.get("fingerprint") != fingerprint:
         raise StoreError(
             f"{folder} holds the run of another slide; choose another --output, or --overwrite"
         )
-    try:
+    with writing(folder):
         if overwrite or found != wanted:
-            shutil.rmtree(store.path, ignore_errors=True)
+            store.empty()
         (store.path / "blocks").mkdir(parents=True, exist_ok=True)
-        with written_beside(key_path) as partial:
+        store.remove_partials()
+        with written_beside(store.key_path) as partial:
             partial.write_text(json.dumps(wanted), "utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write to {folder}: {error.strerror}") from error
     return store
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import ZipStore
+from zarr.storage import FsspecStore, ZipStore
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import is_remote
+from wsi_pipeline.paths import is_remote, name_of
 from wsi_pipeline.sources.backend import (
     MAX_PIECE,
     Pixels,
@@ -44,17 +45,19 @@ class OmeZarrBackend:
 
     def __init__(self, path: Path, series: int | None = None) -> None:
         self._path = path
+        self._closing = ExitStack()
         try:
-            self._store, root = _open_store(path)
-            group, multiscale = _choose_image(self._store, root, series)
+            store, root = _open_store(path, self._closing)
+            group, multiscale = _choose_image(store, root, series)
             self._axes = _axes(multiscale)
             self._levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
-        except SourceError:
-            raise
+            for level in self._levels:
+                _check_array(level, self._axes)
         except Exception as error:  # metadata may be anything
+            self._closing.close()
+            if isinstance(error, SourceError):
+                raise
             raise SourceError(f"a damaged OME-Zarr: {one_line(error)}") from error
-        for level in self._levels:
-            _check_array(level, self._axes)
         x, y = self._axes.index("x"), self._axes.index("y")
         self.level_sizes: Sizes = tuple((level.shape[x], level.shape[y]) for level in self._levels)
         self.size = self.level_sizes[0]
@@ -79,8 +82,7 @@ class OmeZarrBackend:
 
     def close(self) -> None:
         """Give the file back."""
-        if isinstance(self._store, ZipStore):
-            self._store.close()
+        self._closing.close()
 
     def _read(self, level: int, index: tuple[slice | int, ...]) -> Any:
         try:
@@ -89,19 +91,30 @@ class OmeZarrBackend:
             return self._levels[level][index]
 
 
-def _open_store(path: Path) -> tuple[Any, str]:
+def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
     """Return what zarr opens, and where in it the image is."""
-    if is_remote(path):
+    if not name_of(path).endswith(".zip"):
         return str(path), ""
-    if path.is_dir():
-        return path, ""
-    with zipfile.ZipFile(path) as archive:
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
     large = max(sizes, key=lambda name: sizes[name], default="")
     if not large or sizes[large] > MAX_PIECE:
         raise SourceError("a zip, but not of an OME-Zarr with chunks that fit in memory")
     groups = [name.rpartition("/")[0] for name in sizes if name.endswith((".zgroup", "zarr.json"))]
-    return ZipStore(path, read_only=True), min(groups, key=len, default="")
+    return _zip_store(path, closing), min(groups, key=len, default="")
+
+
+def _zip_store(path: Path, closing: ExitStack) -> Any:
+    if not is_remote(path):
+        store = ZipStore(path, read_only=True)
+        closing.callback(store.close)
+        return store
+    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+    from fsspec.implementations.zip import ZipFileSystem
+
+    archive = ZipFileSystem(closing.enter_context(path.open("rb")))
+    wrapped = AsyncFileSystemWrapper(archive, asynchronous=True)
+    return FsspecStore(wrapped, read_only=True, path="")
 
 
 def _axes(multiscale: dict[str, Any]) -> list[str]:

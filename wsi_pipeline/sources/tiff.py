@@ -65,8 +65,9 @@ class TiffBackend:
 
     def __init__(self, path: Path, series: int | None = None) -> None:
         self._path = path
+        self._handle = path.open("rb") if is_remote(path) else path
         # no other files: a slide must not name what else is opened
-        self._slide = tiffslide.TiffSlide(path, tifffile_options={"_multifile": False})
+        self._slide = tiffslide.TiffSlide(self._handle, tifffile_options={"_multifile": False})
         try:
             self._file_size = self._slide.ts_tifffile.filehandle.size
             _check_vendor(self._slide.ts_tifffile)
@@ -74,7 +75,7 @@ class TiffBackend:
             self._pages = _pages(self._slide.ts_tifffile.series[index])
             self.properties: Mapping[str, str] = _properties(self._slide, self._pages[0], index)
         except BaseException:
-            self._slide.close()
+            self._close_slide()
             raise
         self.level_sizes: Sizes = tuple((p.imagewidth, p.imagelength) for p in self._pages)
         self.size = self.level_sizes[0]
@@ -136,7 +137,12 @@ class TiffBackend:
         self._bytes.close()
         for spool in self._spools.values():
             spool.close()
+        self._close_slide()
+
+    def _close_slide(self) -> None:
         self._slide.close()
+        if not isinstance(self._handle, Path):
+            self._handle.close()
 
     def _share(self, work: Callable[[], None], threads: int) -> None:
         """Do some work on several threads, of which the calling one is one."""

@@ -1,0 +1,764 @@
+"""Which backend reads which format: each file's pixels equal an independent reader's."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openslide
+import pydicom
+import pytest
+import tifffile
+import zarr
+from PIL import Image
+from pydicom.pixels import iter_pixels
+from skimage.data import immunohistochemistry
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.grid import Region
+from wsi_pipeline.inputs import find_slides, plan_jobs
+from wsi_pipeline.sources import Slide, open_source
+
+Pixels = npt.NDArray[np.uint8]
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("WSI_PIPELINE_TEST_DATA") or ROOT.parent / "shared" / "data")
+TISSUE: Pixels = immunohistochemistry()  # (512, 512, 3)
+APERIO = "Aperio Image Library v1.0\r\n512x512 [0,0 512x512]|AppMag = 40|MPP = 0.25"
+MPP = {"resolution": (40000, 40000), "resolutionunit": "CENTIMETER"}
+
+
+def level_0(slide: Slide) -> Pixels:
+    width, height = slide.size
+    return slide.pixels.read_level(0, 0, 0, width, height)
+
+
+# --- independent readers -----------------------------------------------------------------------
+
+
+def by_tifffile(path: Path) -> Pixels:
+    with tifffile.TiffFile(path, _multifile=False) as file:
+        pixels = file.pages.first.asarray()
+    return np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
+
+
+def by_openslide(path: Path) -> Pixels:
+    with openslide.OpenSlide(path) as slide:
+        region = slide.read_region((0, 0), 0, slide.dimensions)
+    image = np.asarray(region.convert("RGBa")).astype(np.int16)
+    return (image[..., :3] + 255 - image[..., 3:]).astype(np.uint8)
+
+
+def by_pillow(path: Path) -> Pixels:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def by_pydicom(path: Path) -> Pixels:
+    """Put the frames of a TILED_FULL instance side by side."""
+    header = pydicom.dcmread(path)
+    width, height = header.TotalPixelMatrixColumns, header.TotalPixelMatrixRows
+    across = -(-width // header.Columns)
+    canvas = np.zeros((-(-height // header.Rows) * header.Rows, across * header.Columns, 3), "u1")
+    for index, frame in enumerate(iter_pixels(path)):
+        y, x = (n * side for n, side in zip(divmod(index, across), frame.shape, strict=False))
+        canvas[y : y + frame.shape[0], x : x + frame.shape[1]] = frame
+    return canvas[:height, :width]
+
+
+def by_zarr(path: Path) -> Pixels:
+    store = zarr.storage.ZipStore(path) if path.is_file() else path
+    pixels = np.asarray(zarr.open_group(store, mode="r")["0"][:])
+    return np.moveaxis(pixels.reshape(-1, *pixels.shape[-2:]), 0, -1)
+
+
+# --- the files there are -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real:
+    """A file of the real data, or several, and what is to come of it.
+
+    Attributes:
+        files: pattern below the folder `wsi`.
+        kind: as the docs call it; "" where they do not.
+        backend: that reads it; "" where it is refused.
+        oracle: the independent reader.
+        tolerance: grey values by which decoders may differ.
+        refusal: what the reason must hold.
+    """
+
+    files: str
+    kind: str = ""
+    backend: str = ""
+    oracle: Callable[[Path], Pixels] | None = None
+    tolerance: int = 0
+    refusal: str = ""
+
+
+REAL = [
+    Real(files="svs/*.svs", kind="Aperio SVS, JPEG", backend="tiffslide", oracle=by_openslide),
+    Real(files="ndpi/*.ndpi", kind="Hamamatsu NDPI", backend="openslide", oracle=by_tifffile),
+    Real(files="mrxs_partial/*.mrxs", kind="MIRAX (MRXS)", backend="openslide"),
+    Real(
+        files="dicom/multiframe*.dcm",
+        kind="DICOM WSI, JPEG",
+        backend="openslide",
+        oracle=by_pydicom,
+    ),
+    Real(files="dicom/test_wsi.dcm", refusal="associated image"),
+    *(
+        Real(
+            files=f"dicom_highdicom/sm_image{name}.dcm",
+            kind="DICOM WSI, uncompressed",
+            backend="openslide",
+            oracle=by_pydicom,
+        )
+        for name in ("", "_control", "_dots", "_numbers")
+    ),
+    Real(files="dicom_highdicom/sm_image_grayscale.dcm", refusal="BitsAllocated value 16"),
+    Real(files="dicom_highdicom/sm_image_jpegls*.dcm", refusal="Unsupported transfer syntax"),
+    Real(files="dicom_highdicom/seg_*.dcm", refusal="a DICOM file that is no slide"),
+    Real(files="dicom_highdicom/sm_annotations.dcm", refusal="a DICOM file that is no slide"),
+    Real(files="dicom_panimg/*.dcm", backend="openslide", oracle=by_pydicom),
+    Real(
+        files="large_image/yb10kx5k.zstd.tiff",
+        kind="BigTIFF, ZSTD",
+        backend="tiffslide",
+        oracle=by_tifffile,
+    ),
+    Real(
+        files="large_image/grey10kx5k.tif",
+        kind="TIFF in strips, deflate",
+        backend="tiffslide",
+        oracle=by_tifffile,
+    ),
+    Real(files="large_image/test_orient*.tif", backend="tiffslide", oracle=by_tifffile),
+    Real(files="large_image/small_la.tiff", backend="openslide", oracle=by_openslide),
+    Real(files="large_image/*.zarr.zip", refusal="float32"),
+    Real(
+        files="panimg_tiff/no_dzi.tif",
+        kind="BigTIFF, LZW",
+        backend="tiffslide",
+        oracle=by_openslide,
+    ),
+    Real(files="panimg_tiff/valid_tiff.tif", backend="tiffslide", oracle=by_tifffile),
+    Real(files="ome_viv/multi-channel.ome.tif", refusal="3 planes .* of int8"),
+    Real(files="ome_viv/multifile-Z*.ome.tiff", backend="tiffslide", oracle=by_tifffile),
+    Real(files="wsidicom_tiles/*.png", kind="PNG", backend="gdal", oracle=by_pillow),
+    Real(
+        files="wsidicom_tiles/JPEG_Baseline*.jpg",
+        kind="JPEG",
+        backend="gdal",
+        oracle=by_pillow,
+        tolerance=1,
+    ),
+    Real(files="wsidicom_tiles/JPEG_Lossless*.jpg", refusal="cannot be read"),
+    Real(files="wsidicom_tiles/*.jls", refusal="none that is read"),
+    Real(files="wsidicom_tiles/*.jp2", refusal="JPEG 2000 picture"),
+    Real(files="wsidicom_tiles/*.rle", refusal="not a slide"),
+]
+
+
+def real_files(folder: str) -> list[Path]:
+    parts = {".dat", ".ini"}  # of the MIRAX slide
+    return sorted(p for p in (DATA / folder).rglob("*") if p.is_file() and p.suffix not in parts)
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
+
+
+@pytest.mark.parametrize("path", real_files("wsi"), ids=name_of)
+def test_real_files_are_read_as_others_read_them_or_refused(path: Path) -> None:
+    cases = [case for case in REAL if path.relative_to(DATA / "wsi").match(case.files)]
+    assert cases, "a new file: say in REAL what is to come of it"
+    case = cases[0]
+    if case.refusal:
+        with pytest.raises(SourceError, match=case.refusal) as error, open_source(path, mpp=1) as s:
+            s.thumbnail(100)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        return
+    with open_source(path, mpp=1) as slide:
+        assert slide.backend == case.backend
+        if case.oracle is not None:
+            found, expected = level_0(slide), case.oracle(path)
+            assert found.shape == expected.shape
+            assert abs(found.astype(np.int16) - expected).max() <= case.tolerance
+
+
+def test_every_real_file_is_accounted_for(data_dir: Path) -> None:
+    refused = read = 0
+    for path in real_files("wsi"):
+        case = next(c for c in REAL if path.relative_to(DATA / "wsi").match(c.files))
+        read, refused = read + (not case.refusal), refused + bool(case.refusal)
+    assert (read, refused) == (29, 19)
+
+
+def test_a_mirax_is_read_at_its_bounds_as_by_openslide(data_dir: Path) -> None:
+    path = data_dir / "wsi" / "mrxs_partial" / "Mirax2-Fluorescence-2.mrxs"
+    with open_source(path) as slide, openslide.OpenSlide(path) as reference:
+        bounds = slide.bounds
+        assert bounds is not None
+        size = (bounds.width // 8, bounds.height // 8)
+        found = slide.pixels.read_level(3, bounds.x // 8, bounds.y // 8, *size)
+        location = (bounds.x // 8 * 8, bounds.y // 8 * 8)
+        image = np.asarray(reference.read_region(location, 3, size).convert("RGBa"))
+    image = image.astype(int)
+    assert abs(found - (image[..., :3] + 255 - image[..., 3:])).max() <= 1
+
+
+# --- the files that there are none of ----------------------------------------------------------
+
+
+def write_tiff(path: Path, pixels: Pixels = TISSUE, **options: Any) -> Path:
+    options = {"tile": (128, 128), "photometric": "rgb", "metadata": None, **MPP, **options}
+    tifffile.imwrite(path, pixels, **options)
+    return path
+
+
+def write_svs(compression: int | str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        options = {"compression": compression, "description": APERIO}
+        return write_tiff(folder / "a.svs", resolution=(1, 1), resolutionunit="NONE", **options)
+
+    return write
+
+
+def write_striped(folder: Path) -> Path:
+    return write_tiff(folder / "a.tif", tile=None, rowsperstrip=37, compression="lzw")
+
+
+def write_planar(folder: Path) -> Path:
+    planes = np.ascontiguousarray(np.moveaxis(TISSUE, -1, 0))
+    return write_tiff(folder / "a.tif", planes, planarconfig="separate", compression="deflate")
+
+
+def write_bigtiff(folder: Path) -> Path:
+    return write_tiff(folder / "a.tif", bigtiff=True, compression="jpeg")
+
+
+def write_ome_tiff(folder: Path) -> Path:
+    """Write a pyramid in sub-directories, and before it a larger stack of fluorescence."""
+    path = folder / "a.ome.tif"
+    options: dict[str, Any] = {"tile": (128, 128), "compression": "deflate"}
+    metadata = {"PhysicalSizeX": 0.25, "PhysicalSizeY": 250, "PhysicalSizeYUnit": "nm"}
+    with tifffile.TiffWriter(path) as file:
+        channels = np.zeros((2, 900, 900), np.uint16)
+        file.write(channels, photometric="minisblack", metadata={"axes": "CYX"}, **options)
+        small = TISSUE[:128, :128]
+        file.write(small, photometric="rgb", metadata={"axes": "YXS"}, **options)
+        options["photometric"] = "rgb"
+        file.write(TISSUE, subifds=1, metadata={"axes": "YXS", **metadata}, **options)
+        file.write(TISSUE[::2, ::2], subfiletype=1, **options)
+    return path
+
+
+def write_philips(folder: Path) -> Path:
+    def level(number: int) -> str:
+        side, spacing = 512 >> number, 0.00025 * 2**number
+        return (
+            '<DataObject ObjectType="PixelDataRepresentation">'
+            f'<Attribute Name="DICOM_PIXEL_SPACING">"{spacing}" "{spacing}"</Attribute>'
+            f'<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_COLUMNS">{side}</Attribute>'
+            f'<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_NUMBER">{number}</Attribute>'
+            f'<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_ROWS">{side}</Attribute>'
+            "</DataObject>"
+        )
+
+    description = (
+        '<?xml version="1.0" encoding="UTF-8" ?><DataObject ObjectType="DPUfsImport">'
+        '<Attribute Name="DICOM_MANUFACTURER">PHILIPS</Attribute>'
+        '<Attribute Name="PIM_DP_SCANNED_IMAGES"><Array><DataObject ObjectType="DPScannedImage">'
+        '<Attribute Name="PIM_DP_IMAGE_TYPE">WSI</Attribute>'
+        '<Attribute Name="DICOM_PIXEL_SPACING">"0.00025" "0.00025"</Attribute>'
+        '<Attribute Name="PIIM_PIXEL_DATA_REPRESENTATION_SEQUENCE">'
+        f"<Array>{level(0)}{level(1)}</Array></Attribute></DataObject></Array></Attribute>"
+        "</DataObject>"
+    )
+    path = folder / "a.tiff"
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for number in (0, 1):
+            file.write(
+                np.ascontiguousarray(TISSUE[:: 1 << number, :: 1 << number]),
+                tile=(256, 256),
+                compression="jpeg",
+                photometric="ycbcr",
+                description="level=1" if number else description,
+                software="Philips DP v1.0",
+                subfiletype=number,
+                metadata=None,
+            )
+    return path
+
+
+SCN_NM, SCN_SIZE, SCN_OFFSET = 250, (1500, 1200), (300, 200)
+"""nm per pixel; of the synthetic SCN, whose 512² px of tissue lie somewhere on a larger slide."""
+
+
+def write_scn(folder: Path) -> Path:
+    def image(name: str, size: tuple[int, int], offset: tuple[int, int], levels: str) -> str:
+        width, height, x, y = (n * SCN_NM for n in (*size, *offset))
+        return (
+            f'<image name="{name}" uuid="urn:uuid:{name}"><creationDate>2020</creationDate>'
+            f'<device model="m" version="1"/><pixels sizeX="{size[0]}" sizeY="{size[1]}">{levels}'
+            f'</pixels><view sizeX="{width}" sizeY="{height}" offsetX="{x}" offsetY="{y}"/>'
+            "<scanSettings><objectiveSettings><objective>40</objective></objectiveSettings>"
+            "<illuminationSettings><numericalAperture>0.7</numericalAperture>"
+            "<illuminationSource>brightfield</illuminationSource></illuminationSettings>"
+            "</scanSettings></image>"
+        )
+
+    width, height = (n * SCN_NM for n in SCN_SIZE)
+    levels = "".join(
+        f'<dimension sizeX="{512 // n}" sizeY="{512 // n}" r="{r}" ifd="{r}"/>'
+        for r, n in enumerate((1, 4))
+    )
+    macro = '<dimension sizeX="150" sizeY="120" r="0" ifd="2"/>'
+    description = (
+        '<?xml version="1.0"?><scn xmlns="http://www.leica-microsystems.com/scn/2010/10/01">'
+        f'<collection name="c" uuid="urn:uuid:c" sizeX="{width}" sizeY="{height}">'
+        "<barcode></barcode>"
+        + image("main", (512, 512), SCN_OFFSET, levels)
+        + image("macro", SCN_SIZE, (0, 0), macro)
+        + "</collection></scn>"
+    )
+    path = folder / "a.scn"
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        for number, pixels in enumerate((TISSUE, TISSUE[::4, ::4], TISSUE[:120, :150])):
+            file.write(
+                np.ascontiguousarray(pixels),
+                tile=(128, 128),
+                compression="jpeg",
+                photometric="ycbcr",
+                description=None if number else description,
+                metadata=None,
+                resolution=(40000 / (1, 4, 10)[number],) * 2,
+                resolutionunit="CENTIMETER",
+            )
+    return path
+
+
+def write_ome_zarr(ngff: str, pixels: Pixels = TISSUE) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = folder / "a.ome.zarr"
+        axes = [{"name": "c", "type": "channel"}] + [
+            {"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"
+        ]
+        datasets = [
+            {
+                "path": str(n),
+                "coordinateTransformations": [{"type": "scale", "scale": [1.0, s, s]}],
+            }
+            for n, s in enumerate((0.25, 0.5))
+        ]
+        multiscales = [{"version": ngff, "name": "a", "axes": axes, "datasets": datasets}]
+        group = zarr.create_group(path, zarr_format=2 if ngff == "0.4" else 3)
+        attributes: dict[str, Any] = {"multiscales": multiscales}
+        group.attrs.update(
+            attributes if ngff == "0.4" else {"ome": {"version": ngff, **attributes}}
+        )
+        for n in (0, 1):
+            planes = np.moveaxis(pixels[:: 1 << n, :: 1 << n], -1, 0)
+            shards = None if ngff == "0.4" else (3, 256, 256)
+            group.create_array(
+                str(n), data=np.ascontiguousarray(planes), chunks=(1, 128, 128), shards=shards
+            )
+        return path
+
+    return write
+
+
+def write_zip(ngff: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        source = write_ome_zarr(ngff)(folder)
+        path = folder / "a.zarr.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(p for p in source.rglob("*") if p.is_file()):
+                archive.write(file, file.relative_to(source).as_posix())
+        return path
+
+    return write
+
+
+def write_dicom_folder(folder: Path) -> Path:
+    path = folder / "dicom"
+    path.mkdir()
+    source = DATA / "wsi"
+    if not source.is_dir():
+        pytest.skip(f"no real data: {source} does not exist")
+    shutil.copy(source / "dicom" / "multiframe_camelyon_challenge_image.dcm", path / "0001")
+    shutil.copy(source / "dicom" / "test_wsi.dcm", path / "0002")  # a label
+    (path / "DICOMDIR.txt").write_text("not DICOM")
+    return path
+
+
+def whole(_: Path) -> Pixels:
+    return TISSUE
+
+
+def scn_canvas(path: Path) -> Pixels:
+    (width, height), (x, y) = SCN_SIZE, SCN_OFFSET
+    canvas = np.full((height, width, 3), 255, np.uint8)
+    canvas[y : y + 512, x : x + 512] = by_tifffile(path)
+    return canvas
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A file made for the test, of a format of which there is no real one.
+
+    Attributes:
+        kind: as the docs call it.
+        write: makes it in a folder; returns its path.
+        backend: that reads it.
+        oracle: the independent reader.
+        tolerance: grey values by which decoders may differ.
+        mpp_source: where µm per pixel, 0.25, come from; "" where the file does not say.
+    """
+
+    kind: str
+    write: Callable[[Path], Path]
+    backend: str
+    oracle: Callable[[Path], Pixels]
+    tolerance: int = 0
+    mpp_source: str = ""
+
+
+TAGS = "TIFF resolution tags"
+MADE = [
+    Made(
+        kind="Aperio SVS, JPEG 2000",
+        write=write_svs(33005),
+        backend="tiffslide",
+        oracle=by_openslide,
+        mpp_source="aperio.MPP",
+    ),
+    Made(
+        kind="Aperio SVS, LZW",
+        write=write_svs("lzw"),
+        backend="tiffslide",
+        oracle=whole,
+        mpp_source="aperio.MPP",
+    ),
+    Made(
+        kind="Leica SCN",
+        write=write_scn,
+        backend="openslide",
+        oracle=scn_canvas,
+        mpp_source="openslide.mpp",
+    ),
+    Made(
+        kind="Philips TIFF",
+        write=write_philips,
+        backend="openslide",
+        oracle=by_tifffile,
+        mpp_source="openslide.mpp",
+    ),
+    Made(
+        kind="TIFF in strips, LZW",
+        write=write_striped,
+        backend="tiffslide",
+        oracle=whole,
+        mpp_source=TAGS,
+    ),
+    Made(
+        kind="TIFF with separate planes",
+        write=write_planar,
+        backend="tiffslide",
+        oracle=whole,
+        mpp_source=TAGS,
+    ),
+    Made(
+        kind="BigTIFF, JPEG",
+        write=write_bigtiff,
+        backend="tiffslide",
+        oracle=by_tifffile,
+        mpp_source=TAGS,
+    ),
+    Made(
+        kind="OME-TIFF, sub-directories, several series",
+        write=write_ome_tiff,
+        backend="tiffslide",
+        oracle=whole,
+        mpp_source="OME-XML",
+    ),
+    Made(
+        kind="OME-Zarr 0.4",
+        write=write_ome_zarr("0.4"),
+        backend="zarr",
+        oracle=by_zarr,
+        mpp_source="OME-Zarr",
+    ),
+    Made(
+        kind="OME-Zarr 0.5, shards",
+        write=write_ome_zarr("0.5"),
+        backend="zarr",
+        oracle=by_zarr,
+        mpp_source="OME-Zarr",
+    ),
+    Made(
+        kind="OME-Zarr 0.4, zipped",
+        write=write_zip("0.4"),
+        backend="zarr",
+        oracle=by_zarr,
+        mpp_source="OME-Zarr",
+    ),
+    Made(
+        kind="OME-Zarr 0.5, zipped",
+        write=write_zip("0.5"),
+        backend="zarr",
+        oracle=by_zarr,
+        mpp_source="OME-Zarr",
+    ),
+    Made(
+        kind="DICOM WSI, a folder",
+        write=write_dicom_folder,
+        backend="openslide",
+        oracle=lambda folder: by_pydicom(folder / "0001"),
+        mpp_source="openslide.mpp",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", MADE, ids=lambda case: case.kind)
+def test_made_files_are_read_as_others_read_them(case: Made, tmp_path: Path) -> None:
+    path = case.write(tmp_path)
+    with open_source(path, mpp=None if case.mpp_source else 0.25) as slide:
+        assert slide.backend == case.backend
+        assert slide.mpp_source == (case.mpp_source or "--mpp")
+        if "DICOM" not in case.kind:
+            assert slide.mpp == pytest.approx((0.25, 0.25))
+        assert slide.doubts == ()
+        found, expected = level_0(slide), case.oracle(path)
+        assert found.shape == expected.shape
+        assert abs(found.astype(np.int16) - expected).max() <= case.tolerance
+
+
+def test_the_bounds_of_a_slide_are_where_its_picture_lies(tmp_path: Path) -> None:
+    path = write_scn(tmp_path)
+    with open_source(path) as slide:
+        x, y = SCN_OFFSET
+        assert slide.size == SCN_SIZE
+        assert slide.bounds == Region(x=x, y=y, width=512, height=512)
+        view = slide.at(0.5)
+        inside = view.read((y // 2, x // 2), (256, 256))
+        around = view.read((y // 2 - 9, x // 2 - 9), (274, 274))
+    means = by_tifffile(path).reshape(256, 2, 256, 2, 3).mean(axis=(1, 3))
+    assert abs(inside - means).max() <= 1
+    np.testing.assert_array_equal(around[9:265, 9:265], inside)
+    around[9:265, 9:265] = 255
+    assert (around == 255).all()
+
+
+def test_one_series_of_several_is_chosen_by_number(tmp_path: Path) -> None:
+    path = write_ome_tiff(tmp_path)
+    with open_source(path) as slide:
+        assert slide.size == (512, 512)
+        assert slide.level_downsamples == ((1, 1), (2, 2))
+        assert slide.mpp == pytest.approx((0.25, 0.25))
+    with open_source(path, series=1, mpp=1) as slide:
+        np.testing.assert_array_equal(level_0(slide), TISSUE[:128, :128])
+    with pytest.raises(SourceError, match=r"2 planes .* of uint16"):
+        open_source(path, series=0, mpp=1)
+    with pytest.raises(SourceError, match=r"series 0 to 2, not 3; change --series"):
+        open_source(path, series=3, mpp=1)
+    with pytest.raises(SourceError, match="no series"):
+        open_source(write_scn(tmp_path), series=0)
+
+
+def test_the_largest_of_several_zarr_images_is_taken(tmp_path: Path) -> None:
+    root = zarr.create_group(tmp_path / "several.zarr", zarr_format=2)
+    root.attrs["bioformats2raw.layout"] = 3
+    for name, side in (("0", 100), ("1", 300), ("2", 200)):
+        (tmp_path / name).mkdir()
+        image = write_ome_zarr("0.4", TISSUE[:side, :side])(tmp_path / name)
+        shutil.move(image, tmp_path / "several.zarr" / name)
+    with open_source(tmp_path / "several.zarr") as slide:
+        np.testing.assert_array_equal(level_0(slide), TISSUE[:300, :300])
+    with open_source(tmp_path / "several.zarr", series=2) as slide:
+        assert slide.size == (200, 200)
+    with pytest.raises(SourceError, match="series 0 to 2, not 5"):
+        open_source(tmp_path / "several.zarr", series=5)
+
+
+@pytest.mark.parametrize("damage", ["axes", "level", "chunk shape", "bits", "metadata"])
+def test_damaged_zarrs_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    path = write_ome_zarr("0.4")(tmp_path)
+    attributes, array = path / ".zattrs", path / "0" / ".zarray"
+    if damage == "axes":
+        attributes.write_text(attributes.read_text().replace('"y"', '"q"'))
+    elif damage == "level":
+        shutil.rmtree(path / "1")
+    elif damage == "metadata":
+        attributes.write_text('{"multiscales": [{"datasets": 7}]}')
+    else:
+        meta = json.loads(array.read_text())
+        meta |= {"chunks": [3, 1 << 20, 1 << 20]} if damage == "chunk shape" else {"dtype": "<u2"}
+        array.write_text(json.dumps(meta))
+    with pytest.raises(SourceError) as error:
+        open_source(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- elsewhere ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """Serve S3 on loopback; yield the address of a public bucket, as http and with its name."""
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    served = server.ThreadedMotoServer("127.0.0.1", 0)
+    served.start()
+    host, port = served.get_host_and_port()
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="slides", ACL="public-read")
+        client.close()
+        yield names["AWS_ENDPOINT_URL"]
+    served.stop()
+
+
+def upload(path: Path) -> None:
+    import boto3
+    import s3fs
+
+    s3fs.S3FileSystem().invalidate_cache()  # it remembers what was there
+    client = boto3.client("s3")
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    for file in files:
+        key = file.relative_to(path.parent).as_posix()
+        client.upload_file(str(file), "slides", key, ExtraArgs={"ACL": "public-read"})
+    client.close()
+
+
+@pytest.mark.parametrize("scheme", ["s3", "http"])
+@pytest.mark.parametrize(
+    "write",
+    [write_svs("jpeg"), write_ome_tiff, write_ome_zarr("0.5"), write_zip("0.4")],
+    ids=["svs", "ome-tiff", "ome-zarr", "zip"],
+)
+def test_a_remote_slide_is_read_as_from_disk(
+    bucket: str, tmp_path: Path, write: Callable[[Path], Path], scheme: str
+) -> None:
+    path = write(tmp_path)
+    upload(path)
+    if scheme == "http" and path.is_dir():
+        pytest.skip("a folder has no listing by HTTP")
+    url = f"s3://slides/{path.name}" if scheme == "s3" else f"{bucket}/slides/{path.name}"
+    with open_source(url) as remote, open_source(path) as local:
+        assert remote.fingerprint == local.fingerprint
+        assert (remote.size, remote.mpp, remote.level_sizes) == (
+            local.size,
+            local.mpp,
+            local.level_sizes,
+        )
+        np.testing.assert_array_equal(level_0(remote), level_0(local))
+        found = remote.at(0.6).read((-5, 30), (100, 120))
+        np.testing.assert_array_equal(found, local.at(0.6).read((-5, 30), (100, 120)))
+
+
+def test_the_real_slide_is_the_same_from_s3(bucket: str, cmu_path: Path) -> None:
+    upload(cmu_path)
+    with open_source(f"s3://slides/{cmu_path.name}") as remote, open_source(cmu_path) as local:
+        assert remote.fingerprint == local.fingerprint
+        np.testing.assert_array_equal(level_0(remote), level_0(local))
+
+
+def test_remote_slides_are_found_and_named(bucket: str, tmp_path: Path) -> None:
+    upload(write_svs("lzw")(tmp_path))
+    (tmp_path / "list.txt").write_text("s3://slides/a.svs\n")
+    for text in ("s3://slides/a.svs", str(tmp_path / "list.txt")):
+        (path,) = find_slides([text], output=tmp_path / "out")
+        (job,) = plan_jobs([path], tmp_path / "out")
+        assert job.folder == tmp_path / "out" / "a"
+        with open_source(job.path) as slide:
+            assert str(slide.path) == "s3://slides/a.svs"
+    found = find_slides(["s3://slides/"], output=tmp_path / "out")
+    assert "s3://slides/a.svs" in map(str, found)
+    (path,) = find_slides([f"{bucket}/slides/a.svs?signature=x"], output=tmp_path / "out")
+    assert plan_jobs([path], tmp_path / "out")[0].folder.name == "a"
+
+
+def test_what_must_be_local_is_said_to_be(bucket: str, data_dir: Path, tmp_path: Path) -> None:
+    upload(write_scn(tmp_path))
+    with pytest.raises(SourceError, match=r"s3://slides/a\.scn: .*SCN.*OpenSlide"):
+        open_source("s3://slides/a.scn")
+    mirax = data_dir / "wsi" / "mrxs_partial" / "Mirax2-Fluorescence-2.mrxs"
+    upload(mirax)
+    with pytest.raises(SourceError, match="copy the slide here first"):
+        open_source(f"s3://slides/{mirax.name}")
+    with pytest.raises(SourceError, match="no such file"):
+        open_source("s3://slides/nothing.svs")
+    with pytest.raises(SourceError, match="remote"):
+        open_source("nowhere://slides/nothing.svs")
+
+
+# --- broken files ------------------------------------------------------------------------------
+
+
+def test_malformed_files_are_refused_in_one_line(data_dir: Path) -> None:
+    """In a process of their own, with a time limit: none may crash or hang."""
+    program = """
+import sys
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.sources import open_source
+for path in sys.argv[1:]:
+    try:
+        with open_source(path, mpp=1) as slide:
+            slide.thumbnail(100)
+        print("read", path, flush=True)
+    except SourceError as error:
+        print("refused" if str(error).startswith(path) else "nameless", error, flush=True)
+"""
+    files = [str(path) for path in real_files("malformed")]
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *files],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    assert len(lines) == len(files) == 22
+    assert all(line.startswith("refused ") for line in lines)
+
+
+def docs_table() -> str:
+    """Return the docs' table of what is read by what, made of the cases above."""
+    names = {by_tifffile: "tifffile", by_openslide: "OpenSlide", by_pillow: "Pillow"}
+    names |= {by_pydicom: "pydicom", by_zarr: "zarr", whole: "the array written"}
+    rows: dict[str, tuple[str, str, str]] = {}
+    for case in REAL:
+        if case.kind:
+            oracle = names.get(case.oracle, "OpenSlide") if case.oracle else "OpenSlide"
+            rows[case.kind] = (case.backend, "real", oracle)
+    for made in MADE:
+        oracle = names.get(made.oracle, "pydicom" if "DICOM" in made.kind else "tifffile")
+        rows[made.kind] = (made.backend, "made by the test", oracle)
+    rows["patch grid of `tile`"] = ("patch grid", "made by the test", "the slide it came from")
+    lines = [f"| {kind} | {' | '.join(row)} |" for kind, row in sorted(rows.items())]
+    return "\n".join(["| format | read by | file | compared with |", "|---|---|---|---|", *lines])
+
+
+def test_the_table_of_the_docs_is_that_of_the_tests() -> None:
+    page = (ROOT / "docs" / "slides.md").read_text("utf-8")
+    assert docs_table() in page, f"put this into docs/slides.md:\n{docs_table()}"
