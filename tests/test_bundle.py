@@ -82,7 +82,7 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ("mpp = 0.5", 'mpp = "0.5"', "above 0"),
         ("mpp = 0.5", "mpp = true", "above 0"),
         ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", r"unknown input\.magnification"),
-        ("[output]", "[ouptut]\nx = 1\n[output]", "unknown ouptut; there are name, modality"),
+        ("[output]", "[train]\nx = 1\n[output]", "unknown train; there are name, modality"),
         ("[output]", "[output]\nthreshold = 0.4", r"unknown output\.threshold"),
         ('"Fat", color', '"Fat", colour', r"unknown output\.classes\[2\]\.colour"),
         ('network = "lightmuseg"', "", "lacks 'network'"),

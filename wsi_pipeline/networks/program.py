@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_toml
+from wsi_pipeline.bundle import Bundle, bundle_toml
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.networks import build
+from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.folder import CARD, MODEL_TOML, PROGRAM, written_folder
 from wsi_pipeline.networks.trial import (
@@ -127,13 +127,14 @@ class _Tuple(nn.Module):
         return tuple(output.values()) if isinstance(output, Mapping) else output
 
 
-def _network(bundle: Bundle) -> nn.Module:
-    if bundle.network in FOREIGN:
+def _network(bundle: Bundle) -> SegmentationNetwork:
+    network = build(bundle).module
+    if not isinstance(network, SegmentationNetwork):
         raise BundleError(f"{bundle.path} is a program already")
-    return build(bundle).module
+    return network
 
 
-def _inference_form(network: nn.Module) -> nn.Module:
+def _inference_form(network: SegmentationNetwork) -> nn.Module:
     """Return the folded network in plain layout: what is quick here is no concern of a program."""
     folded = for_inference(network)
     return folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.networks import Network, build, create
+from wsi_pipeline.networks import Network, SegmentationNetwork, build, create
 from wsi_pipeline.networks.fold import for_inference
 
 TOLERANCE = 1e-4
@@ -58,7 +58,7 @@ def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Tr
     if odd := [name for name, logits in answer.items() if not logits.isfinite().all()]:
         raise BundleError(f"{bundle.name} answers with values that are not finite: {odd[0]}")
     seconds_folded = difference = None
-    if bundle.network not in FOREIGN:
+    if isinstance(module, SegmentationNetwork):
         seconds_folded, folded = _timed(for_inference(module), patches, bundle)
         difference = largest_difference(answer, folded)
         if not difference <= TOLERANCE:
