@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Sequence
@@ -26,12 +27,14 @@ class Measured:
 
     Attributes:
         seconds: wall time from start to exit, start-up included.
+        cpu_seconds: that all processors together spent on it, in user and system mode.
         peak_gb: largest resident memory (RSS) of the process and its children together, 10⁹ bytes;
             memory that they share counts for each.
         said: the JSON object in the last line of its output; {} where there is none.
     """
 
     seconds: float
+    cpu_seconds: float
     peak_gb: float
     said: dict[str, Any]
 
@@ -48,7 +51,7 @@ def measure(command: Sequence[str], log: Path) -> Measured:
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     peak = 0
-    begun = time.perf_counter()
+    begun, spent = time.perf_counter(), _children_cpu()
     with log.open("wb") as output:
         process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         try:
@@ -58,12 +61,14 @@ def measure(command: Sequence[str], log: Path) -> Measured:
         finally:
             if process.poll() is None:
                 process.kill()
-    seconds = time.perf_counter() - begun
+    seconds, spent = time.perf_counter() - begun, _children_cpu() - spent
     lines = log.read_text("utf-8", errors="replace").splitlines()
     if process.returncode != 0:
         tail = "\n".join(lines[-15:])
         raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{tail}")
-    return Measured(seconds=seconds, peak_gb=peak / 1e9, said=_last_object(lines))
+    return Measured(
+        seconds=seconds, cpu_seconds=spent, peak_gb=peak / 1e9, said=_last_object(lines)
+    )
 
 
 def machine() -> dict[str, Any]:
@@ -78,6 +83,12 @@ def machine() -> dict[str, Any]:
         "torch": version("torch"),
         "wsi-pipeline": version("wsi-pipeline"),
     }
+
+
+def _children_cpu() -> float:
+    """Return the processor time of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _resident(process: psutil.Process) -> int:

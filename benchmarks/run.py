@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Bench:
         command = self._command(job, slide, mask, bundle, output)
         read_through(slide)
         measured = measure(command, self.work / "logs" / f"{name}-{label}.log")
-        record = {"seconds": measured.seconds, "peak_gb": measured.peak_gb, **measured.said}
+        record = {k: v for k, v in asdict(measured).items() if k != "said"} | measured.said
         if job.who == "ours":
             record |= _own_facts(output / slide.stem)
         if job.who in self.pythons:

@@ -142,15 +142,16 @@ def _figures(result: Result) -> Iterator[str]:
 
 
 def _times(result: Result) -> Iterator[str]:
-    yield "| run | slide, px | patches | seconds | peak, GB | stages, s |"
-    yield "|---|---|---|---|---|---|"
+    yield "| run | slide, px | patches | seconds | of all processors | peak, GB | stages, s |"
+    yield "|---|---|---|---|---|---|---|"
     for label, job in result.comparison.jobs.items():
         runs = [facts[label] for facts in result.rounds]
         width, height = job.size
         stages = ", ".join(f"{name} {_short(s)}" for name, s in _stages(runs).items())
         yield (
             f"| {label} | {width:,} × {height:,} | {runs[0].get('patches', '')} "
-            f"| {_short(_median(runs, 'seconds'))} | {_short(_median(runs, 'peak_gb'))} "
+            f"| {_short(_median(runs, 'seconds'))} | {_short(_median(runs, 'cpu_seconds'))} "
+            f"| {_short(_median(runs, 'peak_gb'))} "
             f"| {stages} |"
         )
 
