@@ -372,7 +372,7 @@ def test_a_failing_export_costs_nothing_else(tmp_path, slide_path, monkeypatch):
         patch.setattr("wsi_pipeline.export.ome_tiff.write_ome_tiff", fail)
         folder, made = run(slide_path, bundle, tmp_path / "out", export=ExportOptions())
     assert made.status == "failed"
-    assert made.reason == f"cannot write {folder / 'mask.ome.tif'}: No space left on device"
+    assert made.reason == f"cannot write to {folder / 'mask.ome.tif'}: No space left on device"
     assert (folder / "annotations.geojson").is_file()
     assert (folder / "overlay.png").is_file()
     _, again = run(slide_path, bundle, tmp_path / "out", export=ExportOptions())

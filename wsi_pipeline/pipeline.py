@@ -269,8 +269,7 @@ def _begin(
             return run
         # absolute: workers elsewhere have another current folder
         folder = job.folder.absolute()
-        if lock := RunStore(folder=folder).claim():
-            claim.callback(lock.release)
+        claim.enter_context(RunStore(folder=folder).claim())
         store = open_run_store(
             folder,
             fingerprint=slide.fingerprint,

@@ -7,9 +7,11 @@ worker calls once and that returns the work: a callable of one block. It is give
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import logging
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -62,6 +64,30 @@ class _KeepThings(WorkerPlugin):
             thing.close()
 
 
+class _Opened:
+    """Opened work that is closed when no block is in hand: it may be reading from the slide."""
+
+    def __init__(self, work: Work[Any]) -> None:
+        self._work = work
+        self._in_hand = 0
+        self._changed = threading.Condition()
+
+    def __call__(self, block: Block) -> Any:
+        with self._changed:
+            self._in_hand += 1
+        try:
+            return self._work(block)
+        finally:
+            with self._changed:
+                self._in_hand -= 1
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._in_hand == 0)
+        self._work.close()
+
+
 class _OpenWork(WorkerPlugin):
     """Opens the work on each worker, also on one that joins later, and closes it at the end."""
 
@@ -74,15 +100,15 @@ class _OpenWork(WorkerPlugin):
         # not on self: workers of an in-process cluster share the plugin object
         opened: Any
         try:
-            opened = self._opener(getattr(worker, self._keep))
+            opened = _Opened(self._opener(getattr(worker, self._keep)))
         except Exception as error:  # goes home with the first block, see _run_block
             opened = error
         setattr(worker, self.name, opened)
 
-    def teardown(self, worker: Worker) -> None:
+    async def teardown(self, worker: Worker) -> None:
         work = worker.__dict__.pop(self.name, None)
-        if work is not None and not isinstance(work, Exception):
-            work.close()
+        if isinstance(work, _Opened):
+            await asyncio.to_thread(work.close)
 
 
 def _run_block(name: str, block: Block) -> Any:
@@ -167,7 +193,7 @@ def run_blocks(client: Client, blocks: Iterable[Block], opener: Opener[Result]) 
         opener: see the module.
 
     Raises:
-        Exception: what the work raised for a block; the blocks in flight are cancelled.
+        Exception: what the work raised for a block; once the blocks in hand have ended.
     """
     name = f"work_{uuid.uuid4().hex}"
     client.register_plugin(_OpenWork(name, opener, _keep_name(client)), name=name)

@@ -15,7 +15,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import zarr
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
 from zarr.errors import BaseZarrError
 
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
@@ -223,7 +223,7 @@ def why_not_written(path: Path, error: OSError) -> str:
     if error.errno == errno.EDQUOT:
         return f"{path} could not be written: the disk quota is used up; make room: {GOES_ON}"
     if error.errno != errno.ENOSPC:
-        return f"cannot write {path}: {error.strerror or error}"
+        return f"cannot write to {path}: {error.strerror or error}"
     free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
     return (
         f"{path} could not be written: the disk is full, {free / 1e6:.1f} MB are free; "
@@ -246,10 +246,8 @@ def make_folder(folder: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-def claim_folder(
-    folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
-) -> BaseFileLock | None:
-    """Claim a folder for this process; return what releases it, None where it cannot be locked.
+def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0) -> ExitStack:
+    """Claim a folder for this process; return what releases it when it is closed.
 
     The operating system holds the lock, and drops it when the process dies, however that happens.
 
@@ -269,11 +267,12 @@ def claim_folder(
         try:
             lock.acquire()
         except Timeout:
-            raise BusyError(f"another process is working in {folder}") from None
+            raise BusyError(f"another process is working in {folder}: left to it") from None
         except NotImplementedError:  # a network file system without locks
             logger.warning("%s cannot be locked: start no second process on it", folder)
-            return None
-    return lock
+    claim = ExitStack()
+    claim.callback(lock.release)
+    return claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +305,7 @@ class RunStore:
         """Return where the whole mask lies."""
         return self.folder / "mask.ome.zarr"
 
-    def claim(self) -> BaseFileLock | None:
+    def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""
         return claim_folder(self.folder, lock_file=f"{self.path.name}/{LOCK_FILE}")
 
@@ -331,13 +330,15 @@ class RunStore:
         for path in (self.path / "blocks").iterdir():
             path.unlink()
 
-    def remove_partials(self) -> None:
-        """Remove what a process that was killed has left half written."""
+    def remove_partials(self, process: int | None = None) -> None:
+        """Remove what a process has left half written; None = any, which needs a claim."""
+        owner = "" if process is None else f".{process}"
         for folder in (self.folder, self.path, self.path / "blocks"):
-            for path in folder.glob(".*.partial"):
+            for path in folder.glob(f".*{owner}.partial"):
                 _remove(path)
-        for path in (self.mask_path / "0").rglob("*.partial"):  # zarr's own
-            _remove(path)
+        if process is None:
+            for path in (self.mask_path / "0").rglob("*.partial"):  # zarr's, which tell no process
+                _remove(path)
 
     def empty(self) -> None:
         """Remove all that belongs to a run."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +19,7 @@ from wsi_pipeline.cli.options import (
     overwrite_option,
     select_options,
 )
+from wsi_pipeline.cli.stop import stopping
 from wsi_pipeline.options import (
     Blend,
     ExportOptions,
@@ -35,7 +37,18 @@ MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
 LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
+SUMMARY_PATIENCE = 60
+"""Seconds to wait while another process writes the summary."""
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
+
+
+class LogFile(logging.FileHandler):
+    """A log that is not worth failing for."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that the log cannot be written, and write no more."""
+        logging.getLogger().removeHandler(self)
+        click.echo(f"warning: no more is logged: {sys.exception()}", err=True)
 
 
 class Shard(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -177,8 +190,10 @@ def command(
         scheduler=options["scheduler"],
         blocks_in_hand=_blocks_in_hand(options["device"], options["workers"]),
     )
-    failed = _run(jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"])
-    if failed:
+    not_done = _run(
+        jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"]
+    )
+    if not_done:
         ctx.exit(1)
 
 
@@ -233,12 +248,18 @@ def _run(
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.pipeline import segment_all
-    from wsi_pipeline.report import find_runs, write_report, write_summary
     from wsi_pipeline.schedule import open_cluster
+    from wsi_pipeline.store import GOES_ON, RunStore, make_folder
+
+    def tidy() -> None:
+        for job in jobs:
+            RunStore(folder=job.folder).remove_partials(os.getpid())
 
     threads = max((os.cpu_count() or 1) // schedule.workers, 1) if not schedule.scheduler else None
     runs: dict[Path, Any] = {}
+    make_folder(output)
     with (
+        stopping(tidy, f"stopped: {GOES_ON}"),
         _log_file(output),
         open_cluster(schedule) as client,
         Bars(quiet=quiet, unit="patches") as bars,
@@ -254,30 +275,34 @@ def _run(
         ):
             bars.close()
             runs[job.folder] = run
-            if run.status == "failed":
-                click.echo(f"failed: {job.path}: {run.reason}", err=True)
+            if run.status != "done":
+                click.echo(f"{run.status}: {job.path}: {run.reason}", err=True)
             elif not quiet:
                 areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
                 click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
             for warning in run.warnings:
                 click.echo(f"warning: {job.path.name}: {warning}", err=True)
-    # slides that earlier calls or other shards have done belong to the picture too
-    every = find_runs(output) | runs
-    write_summary(output, every)
-    write_report(output, every)
-    return sum(run.status == "failed" or bool(run.bad_regions) for run in runs.values())
+    _write_summary(output, {f: run for f, run in runs.items() if run.status == "failed"})
+    return sum(run.status != "done" or bool(run.bad_regions) for run in runs.values())
+
+
+def _write_summary(output: Path, failed: dict[Path, Any]) -> None:
+    """Write summary and report of all that the folder holds, and of what has failed besides."""
+    from wsi_pipeline.report import find_runs, write_report, write_summary
+    from wsi_pipeline.store import claim_folder
+
+    # one process after the other, so that the last to write has seen the runs of all
+    with claim_folder(output, timeout=SUMMARY_PATIENCE):
+        # slides that earlier calls or other shards have done belong to the picture too
+        every = find_runs(output) | failed
+        write_summary(output, every)
+        write_report(output, every)
 
 
 @contextmanager
 def _log_file(output: Path) -> Iterator[None]:
     """Write warnings and errors, with tracebacks, to a file in the output folder."""
-    from wsi_pipeline.errors import StoreError
-
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write to {output}: {error.strerror}") from error
-    handler = logging.FileHandler(output / LOG_FILE, encoding="utf-8", delay=True)
+    handler = LogFile(output / LOG_FILE, encoding="utf-8", delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
@@ -285,7 +310,8 @@ def _log_file(output: Path) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # of which the user has been told
+            handler.close()
 
 
 def _dry_run(jobs: list[Any], bundle: Any, settings: Settings) -> None:

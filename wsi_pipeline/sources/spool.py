@@ -37,6 +37,7 @@ GDAL = {
     "GDAL_PAM_ENABLED": "NO",  # no files beside
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
     "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # a truncated picture is no picture
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # which is silent on one
     "GDAL_CACHEMAX": 64 << 20,
 }
 

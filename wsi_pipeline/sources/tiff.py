@@ -260,14 +260,13 @@ def check_tiff(path: Path) -> None:
     try:
         with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
             pages = [level.keyframe for series in file.series for level in series.levels]
-            sizes = [(page.imagewidth, page.imagelength) for page in pages]
             expected = max(_truncated_at(level.pages[0], found) for level in file.series[0].levels)
     except Exception:  # not for this check to judge: opening it says why
         log.debug("cannot list the tiles of %s", path, exc_info=True)
         return
-    for size in sizes:
+    for page in pages:
         try:
-            check_size(size)
+            _check_sizes(page)
         except SourceError as error:
             raise SourceError(f"{path}: {error}; check the file against its original") from error
     if expected > found:
@@ -369,7 +368,6 @@ def _pages(series: Any) -> list[Any]:
         page = level.pages[0]
         try:
             _check_page(level)
-            _check_table(page)
         except SourceError:
             if not pages:
                 raise
@@ -411,13 +409,13 @@ def _check_page(level: Any) -> None:
         raise SourceError(f"compression {key.compression:d} is not read; convert the slide")
 
 
-def _check_table(page: Any) -> None:
-    """Refuse impossible sizes, and pieces that do not fit in memory."""
+def _check_sizes(page: Any) -> None:
+    """Refuse impossible sizes, and tiles that do not fit in memory."""
     check_size((page.imagewidth, page.imagelength))
+    if not page.is_tiled:
+        return
     width, height = _segment_size(page)
-    if min(width, height) < 1:
-        raise SourceError(f"tiles of {width} × {height} px")
-    if page.is_tiled and _decoded_bytes(page) > MAX_PIECE:
+    if min(width, height) < 1 or _decoded_bytes(page) > MAX_PIECE:
         raise SourceError(f"tiles of {width:,} × {height:,} px, which do not fit in memory")
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
     expected = -(-page.imagewidth // width) * -(-page.imagelength // height) * planes
