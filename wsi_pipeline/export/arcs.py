@@ -168,7 +168,7 @@ class _Places:
         edge = right_hand != left_hand
         kept = np.flatnonzero((edge[UP] | edge[DOWN]) & (edge[LEFT] | edge[RIGHT]))
         y, x, edge = y[kept], x[kept], edge[:, kept]
-        degree = edge.sum(axis=0, dtype=np.int32)
+        degree = sum(edge.astype(np.int32))  # row by row: a sum along axis 0 is slow
         meeting = np.flatnonzero(degree > 2)
         above_left, above_right, below_left, below_right = around[:, kept[meeting]]
         crossing = degree[meeting] == 4

@@ -5,15 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +19,7 @@ import shapely
 from wsi_pipeline.annotations import mend_polygon, survive_float32
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.outlines import Outlines
-from wsi_pipeline.export.polygons import Polygons, Sides, build
+from wsi_pipeline.export.polygons import Polygons, map_polygons
 from wsi_pipeline.export.regions import Regions
 from wsi_pipeline.grid import Region
 from wsi_pipeline.store import written_beside
@@ -33,9 +30,6 @@ MANY_REGIONS = 10_000
 """From here on regions are detections, which QuPath paints and edits faster than annotations."""
 MANY_VERTICES = 1_000_000
 """Above this QuPath takes more than some seconds to import a file."""
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,18 +107,12 @@ def write_geojson(
         dialect: how to write them.
         threads: that make polygons; None = as many as there are cores.
     """
-    sides = Sides.of(outlines)
-    threads = threads or os.cpu_count() or 1
-    make = partial(_make_batch, outlines, sides, _numbers(outlines.regions), dialect)
+    make = partial(_make_batch, outlines.regions, _numbers(outlines.regions), dialect)
     counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()
-    with (
-        written_beside(path) as beside,
-        beside.open("w", encoding="utf-8", newline="\n") as file,
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    with written_beside(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         separator = "\n"
-        for batch in _map_in_order(pool, make, sides.batches(), ahead=threads):
+        for batch in map_polygons(outlines, make, threads=threads):
             for feature in batch.features:
                 file.write(separator + feature)
                 separator = ",\n"
@@ -143,19 +131,6 @@ def write_geojson(
         vertices=vertices,
         dropped=dropped,
     )
-
-
-def _map_in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], *, ahead: int
-) -> Iterator[R]:
-    """Yield the results in the items' order, with at most so many further ones on the way."""
-    waiting = deque[Future[R]]()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    for future in waiting:
-        yield future.result()
 
 
 def _numbers(regions: Regions) -> npt.NDArray[np.int64]:
@@ -178,11 +153,15 @@ class _Batch:
 
 
 def _make_batch(
-    outlines: Outlines, sides: Sides, numbers: npt.NDArray[np.int64], dialect: Dialect, part: slice
+    regions: Regions,
+    numbers: npt.NDArray[np.int64],
+    dialect: Dialect,
+    part: slice,
+    shapes: Polygons,
 ) -> _Batch:
-    """Return the features of some regions."""
-    regions, dropped = outlines.regions, list[str]()
-    shapes, owner, is_cut = _place(build(outlines, sides, part), dialect)
+    """Return the features of some regions; `numbers` are theirs within their classes."""
+    dropped = list[str]()
+    shapes, owner, is_cut = _place(shapes, dialect)
     shapes, kept = _mend(shapes, dropped)
     shapes, owner, is_cut = shapely.orient_polygons(shapes), owner[kept], is_cut[kept]
     _, first, index, count = np.unique(

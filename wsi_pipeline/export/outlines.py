@@ -174,7 +174,7 @@ class _Surroundings:
         """Read and label a block."""
         (row, column), (height, width) = block.index, block.shape
         numbers, pixels = np.zeros(1, np.int32), np.zeros((height, width), np.uint8)
-        labels = np.broadcast_to(np.int32(0), pixels.shape)
+        labels = np.zeros(pixels.shape, np.int32)
         if block.index in pieces:
             numbers, pixels = regions.numbers[block.index], np.asarray(mask[block.slices])
             labels, count = label(pixels)
@@ -207,8 +207,8 @@ class _Surroundings:
         rows = len(self.mask) + self.is_last[0]
         strips = [self._corners(y, min(y + STRIP, rows)) for y in range(0, rows, STRIP)]
         y, x = (np.concatenate(column) for column in zip(*strips, strict=True))
-        around = [self._numbers_at(y + dy, x + dx) for dy in (-1, 0) for dx in (-1, 0)]
-        return y + self.origin[0], x + self.origin[1], np.stack(around)
+        around = np.stack([self._numbers_at(y + dy, x + dx) for dy in (-1, 0) for dx in (-1, 0)])
+        return y + self.origin[0], x + self.origin[1], around
 
     def _corners(self, start: int, stop: int) -> tuple[Numbers, Numbers]:
         """Return where classes meet otherwise than along a straight edge, in some rows."""
@@ -228,7 +228,8 @@ class _Surroundings:
     def _numbers_at(self, y: Numbers, x: Numbers) -> Numbers:
         """Return the region at pixels of the block, or beside it."""
         height, width = self.mask.shape
-        found: Numbers = self.numbers[self.labels[y.clip(0, height - 1), x.clip(0, width - 1)]]
+        place = y.astype(np.int64) * width + x
+        found: Numbers = self.numbers[self.labels.ravel().take(place, mode="clip")]
         found[(y == height) | (x == width)] = 0
         is_above, is_beside = y < 0, (x < 0) & (y >= 0) & (y < height)
         found[is_beside] = self.beside[y[is_beside]]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +20,51 @@ BATCH = 200_000
 """Vertices that are made polygons at a time; a region of more is made at one go."""
 
 Polygons = npt.NDArray[np.object_]
+R = TypeVar("R")
+
+
+def polygons(outlines: Outlines, *, threads: int | None = None) -> Polygons:
+    """Build the polygons of all regions; return them in the order of the regions.
+
+    They are in mask pixels, (x, y): pixel (y, x) covers [x, x + 1] × [y, y + 1]. Shells have
+    positive signed area and start at the topmost, then leftmost vertex; holes have negative area
+    and follow in that order too. Rings touch at vertices at the most, and none touches itself.
+    Simplified, neighbours have all vertices of their common border in common.
+
+    Args:
+        outlines: of a mask.
+        threads: as for `map_polygons`.
+    """
+    built = list(map_polygons(outlines, lambda _, shapes: shapes, threads=threads))
+    return np.concatenate(built) if built else np.zeros(0, object)
+
+
+def map_polygons(
+    outlines: Outlines, function: Callable[[slice, Polygons], R], *, threads: int | None = None
+) -> Iterator[R]:
+    """Build polygons in batches and do something with each; yield the results in order.
+
+    Only few batches are held at a time.
+
+    Args:
+        outlines: of a mask.
+        function: takes a slice of regions and their polygons, as `polygons` returns them.
+        threads: that build and do; None = as many as there are cores.
+    """
+    sides = _Sides.of(outlines)
+    threads = threads or os.cpu_count() or 1
+    waiting = deque[Future[R]]()
+    with ThreadPoolExecutor(threads) as pool:
+        for part in sides.batches():
+            waiting.append(pool.submit(lambda p: function(p, _build(outlines, sides, p)), part))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sides:
+class _Sides:
     """The two sides of each arc, sorted by region, which is on the right hand of its sides.
 
     Attributes:
@@ -57,21 +101,8 @@ class Sides:
             start = stop
 
 
-def polygons(outlines: Outlines) -> Polygons:
-    """Build the polygons of all regions; return them in the order of the regions."""
-    sides = Sides.of(outlines)
-    built = [build(outlines, sides, part) for part in sides.batches()]
-    return np.concatenate(built) if built else np.zeros(0, object)
-
-
-def build(outlines: Outlines, sides: Sides, part: slice) -> Polygons:
-    """Build the polygons of some regions; return them in mask pixels, (x, y).
-
-    Pixel (y, x) covers [x, x + 1] × [y, y + 1]. Shells have positive signed area and start at the
-    topmost, then leftmost vertex; holes have negative area and follow in that order too. Rings
-    touch at vertices at the most, and none touches itself. Simplified, neighbours have all
-    vertices of their common border in common.
-    """
+def _build(outlines: Outlines, sides: _Sides, part: slice) -> Polygons:
+    """Return the polygons of some regions."""
     xy, bounds, region = _rings(outlines, sides, part)
     if outlines.is_exact:
         xy, bounds = _without_straight(xy, bounds)
@@ -96,7 +127,7 @@ def build(outlines: Outlines, sides: Sides, part: slice) -> Polygons:
     return built
 
 
-def _rings(outlines: Outlines, sides: Sides, part: slice) -> tuple[Numbers, Ints, Ints]:
+def _rings(outlines: Outlines, sides: _Sides, part: slice) -> tuple[Numbers, Ints, Ints]:
     """Return the vertices of all rings of some regions, where each begins, and its region."""
     arcs, used = outlines.arcs, slice(sides.bounds[part.start], sides.bounds[part.stop])
     arc, is_backward = sides.arc[used], sides.is_backward[used]

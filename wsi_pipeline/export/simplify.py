@@ -124,15 +124,14 @@ class _Lines:
         key = self.key[v]
         # <=: should two neighbours ever be equal, one of them is less
         is_least: Bools = (key < self.key[self.before[v]]) & (key <= self.key[self.after[v]])
-        least: Ints = v[is_least]
-        return least
+        return np.compress(is_least, v)
 
     def remove(self, v: Ints) -> Ints:
         """Take out vertices, no two of them neighbours; return what lay beside, measured anew."""
         before, after = self.before[v], self.after[v]
         self.after[before], self.before[after] = after, before
-        beside = np.concatenate([before, after])
-        beside = beside[self.is_movable[beside]]
+        beside: Ints = np.concatenate([before, after])
+        beside = np.compress(self.is_movable[beside], beside)
         self.measure(beside)
         return beside
 
