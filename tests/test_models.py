@@ -77,7 +77,11 @@ def test_a_bundle_answers_small_patches_as_it_says(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [path for path in BUNDLES if load_bundle(path).modality != "volume"],  # minutes, 5 GB
+    ids=name_of,
+)
 def test_a_bundle_answers_patches_of_its_own_size(path: Path) -> None:
     trial = try_bundle(load_bundle(path))
     assert trial.difference is not None

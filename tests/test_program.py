@@ -25,8 +25,8 @@ def small_bundle(name: str, folder: Path) -> Bundle:
     """Return a bundle like one of the repository's with small patches and random weights."""
     like = load_bundle(MODELS / name)
     with torch.device("meta"):
-        side = create(like).size_multiple
-    bundle = with_patch_size(like, (max(side, 32 // len(like.input.patch_size)),))
+        side = 2 * create(like).size_multiple
+    bundle = with_patch_size(like, (side,))
     torch.manual_seed(0)
     network = create(bundle)
     for layer in network.modules():
