@@ -18,12 +18,13 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from wsi_pipeline.errors import MissingMppError, SourceError
 from wsi_pipeline.grid import PatchGrid, Region
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.backend import snap_downsamples
-from wsi_pipeline.sources.mpp import best_mpp, contradictions, read_mpp
+from wsi_pipeline.sources.mpp import best_mpp, contradictions, doubts, ome_mpp, read_mpp
 from wsi_pipeline.sources.tiff import FileBytes, TiffBackend
 from wsi_pipeline.sources.vendor import OpenSlideBackend
 from wsi_pipeline.sources.view import SlideView
@@ -586,6 +587,50 @@ def test_sources_that_contradict_each_other_are_found() -> None:
     readings = read_mpp({"aperio.MPP": "0.5"} | tags(40000, 40000))
     assert [r.source for r in contradictions(readings, (0.5, 0.5))] == ["TIFF resolution tags"]
     assert contradictions(read_mpp({"aperio.MPP": "0.25"} | tags(40100, 40000)), (0.25, 0.25)) == []
+
+
+def test_what_is_doubtful_is_said_in_a_sentence_each() -> None:
+    readings = read_mpp({"aperio.MPP": "0.5"} | tags(40000, 40000))
+    (said,) = doubts(readings, (0.5, 0.5), "aperio.MPP")
+    assert "aperio.MPP says 0.5 × 0.5 µm per pixel, TIFF resolution tags 0.25 × 0.25" in said
+    assert doubts(readings, (0.3, 0.3), "--mpp") == []  # the user has decided
+    readings = read_mpp(tags(40000, 20000))
+    (said,) = doubts(readings, (0.25, 0.5), "TIFF resolution tags")
+    assert "not square" in said
+    assert doubts(read_mpp(tags(40000, 40100)), (0.25, 0.2494), "TIFF resolution tags") == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "mpp"),
+    [
+        ('PhysicalSizeX="0.25" PhysicalSizeY="0.5"', (0.25, 0.5)),
+        ('PhysicalSizeX="250" PhysicalSizeXUnit="nm" PhysicalSizeY="0.25"', (0.25, 0.25)),
+        ('PhysicalSizeX="2.5e-4" PhysicalSizeXUnit="mm" PhysicalSizeY="0.25"', (0.25, 0.25)),
+        ('PhysicalSizeX="1" PhysicalSizeXUnit="pixel" PhysicalSizeY="1"', None),
+        ('PhysicalSizeX="0" PhysicalSizeY="1"', None),
+        ("", None),
+    ],
+)
+def test_ome_xml_says_how_large_a_pixel_is(
+    attributes: str, mpp: tuple[float, float] | None
+) -> None:
+    image = '<Image><Pixels SizeX="1"/></Image>'
+    start = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
+    xml = f"{start}{image}<Image><Pixels {attributes}/></Image></OME>"
+    best = best_mpp(read_mpp(ome_mpp(xml, 1)))
+    assert (best and best.mpp) == (mpp and pytest.approx(mpp))
+    assert ome_mpp(xml, 0) == ome_mpp(xml, 2) == ome_mpp("<OME", 0) == {}
+
+
+def test_a_picture_says_how_large_a_pixel_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(noise(30, 40)).save(path, dpi=(25400 / 0.5, 25400 / 0.5))
+    with open_source(path) as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.5), rel=1e-4)
+        assert slide.mpp_source == "the picture's dots per inch"
+    Image.fromarray(noise(30, 40)).save(path, dpi=(72, 72))
+    with pytest.raises(MissingMppError, match="72 dpi is what programs write"):
+        open_source(path)
 
 
 def test_a_slide_without_mpp_is_refused_in_one_sentence(

@@ -223,6 +223,22 @@ def test_impossible_sizes_are_refused(
     assert "\n" not in str(error.value)
 
 
+def test_headers_that_fuzzing_found(slide_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffFile(slide_path) as file:
+        directory = file.pages.first.offset
+        tag = file.pages.first.tags[TILE_WIDTH]
+    data = bytearray(slide_path.read_bytes())
+    struct.pack_into("<I", data, tag.offset + 4, 2)  # two widths
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match="cannot be opened"):
+        open_source(path)
+    big = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16) + struct.pack("<Q", (1 << 64) - 1)
+    path.write_bytes(big + slide_path.read_bytes()[directory:])  # as many entries
+    with pytest.raises(SourceError, match="truncated"):
+        open_source(path)
+
+
 def test_a_tile_that_holds_a_huge_picture_is_not_decoded(tmp_path: Path) -> None:
     path = tmp_path / "a.tif"
     stream = imagecodecs.jpeg_encode(np.zeros((256, 256, 3), np.uint8))
@@ -300,7 +316,10 @@ print(peak() - before, pixels.mean())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")
-@pytest.mark.parametrize("kind", ["deflate", "none", "png", "jpg"])
+@pytest.mark.parametrize(
+    "kind",
+    ["none", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("deflate", "png", "jpg"))],
+)
 def test_a_giant_without_tiles_is_read_in_bounded_memory(tmp_path: Path, kind: str) -> None:
     tissue = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     pixels = np.tile(tissue, (144, 160, 1))  # 283 MB

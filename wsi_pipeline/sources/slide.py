@@ -53,6 +53,10 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
         if str(error).startswith(str(path)):
             raise
         raise SourceError(f"{path}: {error}") from error
+    except Exception as error:  # the libraries raise anything on a damaged file
+        raise SourceError(
+            f"{path}: cannot be opened, {one_line(error)}; check the file against its original"
+        ) from error
 
 
 def _open(path: Path, series: int | None) -> Backend:
@@ -70,7 +74,7 @@ def _open(path: Path, series: int | None) -> Backend:
     # a .mrxs begins with a picture of the slide
     driver = next((name for magic, name in DRIVERS.items() if head.startswith(magic)), None)
     if driver and path.suffix.lower() != ".mrxs":
-        return _opened(PictureBackend, path, driver)
+        return PictureBackend(path, driver)
     if is_remote(path):
         raise SourceError(
             "neither TIFF nor OME-Zarr nor picture: OpenSlide, which reads the other formats, "
@@ -101,7 +105,7 @@ def _open_folder(path: Path, series: int | None) -> Backend:
 def _open_tiff(path: Path, series: int | None) -> Backend:
     check_tiff(path)
     if is_remote(path):
-        return _opened(TiffBackend, path, series)
+        return TiffBackend(path, series)
     reference, refusal = _attempt(OpenSlideBackend, path)
     if openslide.OpenSlide.detect_format(path) not in TIFF_VENDORS and reference is not None:
         if series is not None:
@@ -115,22 +119,6 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
             f"a TIFF that no reader opens, {reason or refusal}; check the file against its original"
         )
     return reference
-
-
-def _opened(kind: Callable[..., Backend], *arguments: object) -> Backend:
-    """Return the opened backend; whatever a library raises becomes one sentence.
-
-    Raises:
-        SourceError: with what the library says.
-    """
-    try:
-        return kind(*arguments)
-    except SourceError:
-        raise
-    except Exception as error:  # the libraries raise anything on a damaged file
-        raise SourceError(
-            f"cannot be opened, {one_line(error)}; check the file against its original"
-        ) from error
 
 
 def _attempt(kind: Callable[..., Backend], *arguments: object) -> tuple[Backend | None, str]:

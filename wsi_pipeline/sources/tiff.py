@@ -259,8 +259,8 @@ def check_tiff(path: Path) -> None:
         )
     try:
         with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
-            pages = [level.keyframe for series in file.series for level in series.levels]
-            expected = max(_truncated_at(level.pages[0], found) for level in file.series[0].levels)
+            pages = [level.pages[0] for series in file.series for level in series.levels]
+            expected = max(_truncated_at(page, found) for page in pages)
     except Exception:  # not for this check to judge: opening it says why
         log.debug("cannot list the tiles of %s", path, exc_info=True)
         return
@@ -290,7 +290,7 @@ def _has_all_directories(path: Path, size: int) -> bool:
                 seen.add(offset)
                 file.seek(offset)
                 file.seek(_unpack(file, order + count) * entry_size, os.SEEK_CUR)
-        except (struct.error, OSError, OverflowError):
+        except (struct.error, OSError, OverflowError, ValueError):
             return False
     return True
 
