@@ -102,6 +102,11 @@ class Predictor:
         self._static_batch = network.batch_size
         self._batch = network.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
 
+    @property
+    def patches_at_once(self) -> int:
+        """Return how many patches keep the device busy."""
+        return self._batch * self._passes
+
     def upload(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
         """Bring the pixels of a region, uint8 (h, w, C), to the device; return them there."""
         region = torch.from_numpy(pixels)

@@ -93,11 +93,14 @@ class ScheduleOptions:
         scheduler: address or scheduler file of a running dask scheduler; None = in-process.
         blocks_in_hand: of a worker of the in-process cluster: while one is predicted, the others
             are read, written or traced. A GPU needs more of them to be kept busy.
+        max_ram: bytes that the process may take; None = no limit. Workers of a `scheduler` have
+            limits of their own.
     """
 
     workers: int = 1
     scheduler: str | None = None
     blocks_in_hand: int = 2
+    max_ram: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

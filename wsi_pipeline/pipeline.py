@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -21,13 +22,14 @@ import numpy as np
 from wsi_pipeline.blocks import Plan, SegmentBlocks
 from wsi_pipeline.bundle import Bundle, sha256_of
 from wsi_pipeline.errors import BundleError, BusyError, SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.estimate import Estimate, estimate_files, estimate_memory
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
 from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
 from wsi_pipeline.report import Run, load_run, write_run_json
-from wsi_pipeline.schedule import run_blocks
+from wsi_pipeline.schedule import free_memory, run_blocks, used_memory
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.store import (
     PIXEL_CHUNK,
@@ -63,6 +65,7 @@ def segment(
     settings: Settings = DEFAULTS,
     threads: int | None = None,
     overwrite: bool = False,
+    max_ram: int | None = None,
     progress: Progress | None = None,
 ) -> Run:
     """Segment one slide and write its run's folder; return the run.
@@ -76,16 +79,24 @@ def segment(
         settings: options.
         threads: of the CPU for one worker's forward passes; None = all.
         overwrite: start anew whatever the folder holds.
+        max_ram: bytes that this process may take; None = no limit.
         progress: told of patches done.
 
     Raises:
         WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
     """
-    begun = _begin(job, bundle, settings=settings, threads=threads, overwrite=overwrite)
+    begun = _begin(
+        job,
+        bundle,
+        settings=settings,
+        threads=threads,
+        overwrite=overwrite,
+        check=_memory_check(client, bundle, max_ram),
+    )
     if isinstance(begun, Run):
         return begun
     start = time.perf_counter()
-    for _ in _do_blocks(begun, client, progress):
+    for _ in _do_blocks(begun, client, progress, max_ram):
         pass
     return _finish(begun, time.perf_counter() - start)
 
@@ -98,6 +109,7 @@ def segment_all(
     settings: Settings = DEFAULTS,
     threads: int | None = None,
     overwrite: bool = False,
+    max_ram: int | None = None,
     progress: Callable[[Job, int, int], None] | None = None,
 ) -> Iterator[tuple[Job, Run]]:
     """Segment slides in order; yield each with its run, failed ones too.
@@ -112,11 +124,18 @@ def segment_all(
         settings: options.
         threads: of the CPU for one worker's forward passes.
         overwrite: start anew whatever the folders hold.
+        max_ram: bytes that this process may take; None = no limit.
         progress: told of the job and its patches done.
     """
     ending: deque[tuple[Job, Future[Run]]] = deque()
     with ThreadPoolExecutor(1, "begin") as beginner, ThreadPoolExecutor(1, "finish") as finisher:
-        begin = partial(_begin, settings=settings, threads=threads, overwrite=overwrite)
+        begin = partial(
+            _begin,
+            settings=settings,
+            threads=threads,
+            overwrite=overwrite,
+            check=_memory_check(client, bundle, max_ram),
+        )
         for job, begun in _iter_ahead(jobs, lambda job: beginner.submit(begin, job, bundle)):
             end: Future[Run] = Future()
             try:
@@ -126,7 +145,7 @@ def segment_all(
                 else:
                     start = time.perf_counter()
                     for _ in _do_blocks(
-                        slide, client, partial(progress, job) if progress else None
+                        slide, client, partial(progress, job) if progress else None, max_ram
                     ):
                         while ending and ending[0][1].done():
                             yield _ended(*ending.popleft(), bundle, settings)
@@ -188,6 +207,53 @@ def tile(
                     if progress:
                         progress(done, len(blocks))
     return open_patch_grid(target)
+
+
+def estimate(
+    job: Job,
+    bundle: Bundle,
+    *,
+    settings: Settings = DEFAULTS,
+    workers: int = 1,
+    blocks_in_hand: int = 2,
+    threads: int | None = None,
+    rate: float,
+) -> Estimate:
+    """Return what a slide will take, from its headers and thumbnail; nothing is written.
+
+    Args:
+        job: the slide and the folder.
+        bundle: the model.
+        settings: options.
+        workers: of the in-process cluster.
+        blocks_in_hand: of each.
+        threads: of the CPU for one worker's forward passes; None = all.
+        rate: patches per second, of all workers together.
+
+    Raises:
+        WsiPipelineError: the slide or the model cannot be used; the message says why.
+    """
+    select = job.select(settings.select)
+    settings = replace(settings, select=select)
+    with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
+        _check_modality(bundle)
+        stored = survey(slide, bundle, settings)
+        store = RunStore(folder=job.folder.absolute())
+        plan = _plan(slide, bundle, store, stored, settings, threads)
+    disk, files = estimate_files(
+        plan.mask_shape,
+        settings.export,
+        blocks=len(plan.blocks()),
+        tissue_px=_tissue_px(plan),
+    )
+    return Estimate(
+        patches=len(plan.grid),
+        seconds=len(plan.grid) / rate,
+        memory=_peak_memory(plan, bundle, workers=workers, blocks_in_hand=blocks_in_hand),
+        disk=disk,
+        files=files,
+        mask_shape=plan.mask_shape,
+    )
 
 
 def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
@@ -252,7 +318,13 @@ class _Begun:
 
 
 def _begin(
-    job: Job, bundle: Bundle, *, settings: Settings, threads: int | None, overwrite: bool
+    job: Job,
+    bundle: Bundle,
+    *,
+    settings: Settings,
+    threads: int | None,
+    overwrite: bool,
+    check: Callable[[Plan], None],
 ) -> Run | _Begun:
     """Open a slide and its run's folder, survey it; return it, or its run if that is done."""
     start = time.perf_counter()
@@ -278,6 +350,7 @@ def _begin(
         )
         stored = _kept_survey(store, slide, bundle, settings)
         plan = _plan(slide, bundle, store, stored, settings, threads)
+        check(plan)
         _ensure_mask(plan, bundle, slide, settings.export)
         logger.info(
             "%s: %d patches of %d², %g µm/px", job.path.name, len(plan.grid),
@@ -297,7 +370,9 @@ def _begin(
         )
 
 
-def _do_blocks(begun: _Begun, client: Client, progress: Progress | None) -> Iterator[int]:
+def _do_blocks(
+    begun: _Begun, client: Client, progress: Progress | None, max_ram: int | None
+) -> Iterator[int]:
     """Do the blocks that are left; yield how many patches are done after each."""
     plan = begun.plan
     pending = plan.store.pending(begun.blocks)
@@ -308,7 +383,12 @@ def _do_blocks(begun: _Begun, client: Client, progress: Progress | None) -> Iter
         return
     with ExitStack() as unfinished:
         unfinished.push(begun.claim)
-        for fresh in run_blocks(client, pending, partial(SegmentBlocks, plan)):
+        for fresh in run_blocks(
+            client,
+            pending,
+            partial(SegmentBlocks, plan),
+            max_ram=None if client.cluster is None else max_ram,
+        ):
             done = min(done + fresh, len(plan.grid))
             if progress:
                 progress(done, len(plan.grid))
@@ -493,6 +573,51 @@ def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions
             ngff=export.ngff,
             name=slide.path.stem,
         )
+
+
+def _tissue_px(plan: Plan) -> float:
+    """Return how many mask pixels the patches cover, about."""
+    covered = len(plan.grid) * math.prod(plan.grid.stride) / math.prod(plan.ratio)
+    return min(covered, math.prod(plan.mask_shape))
+
+
+def _peak_memory(plan: Plan, bundle: Bundle, *, workers: int, blocks_in_hand: int) -> int:
+    return estimate_memory(
+        bundle,
+        plan.predict,
+        block_size=min(plan.block_size, max(plan.mask_shape)),
+        ratio=plan.ratio,
+        patches=len(plan.grid),
+        blocks_in_hand=workers * blocks_in_hand,
+        workers=workers,
+        threads=plan.threads,
+        tissue_px=_tissue_px(plan),
+    )
+
+
+def _memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:
+    """Return what refuses a slide that will take more memory than allowed, or warns of it."""
+    threads = client.nthreads()
+    if client.cluster is None or not threads:  # workers elsewhere have limits of their own
+        return lambda plan: None
+    workers, in_hand = len(threads), sum(threads.values()) // len(threads)
+    lower = "lower --workers, --block-size or --batch-size"
+
+    def check(plan: Plan) -> None:
+        needed = _peak_memory(plan, bundle, workers=workers, blocks_in_hand=in_hand)
+        free = free_memory() + used_memory()
+        if max_ram is not None and needed > max_ram:
+            raise WsiPipelineError(
+                f"about {needed / 1e9:.1f} GB of memory are needed, --max-ram allows "
+                f"{max_ram / 1e9:.1f} GB; {lower}"
+            )
+        if needed > free:
+            logger.warning(
+                "%s takes about %.1f GB of memory, %.1f GB are free; %s",
+                plan.slide_path.name, needed / 1e9, free / 1e9, lower,
+            )  # fmt: skip
+
+    return check
 
 
 def _patches_touching(plan: Plan, blocks: list[Block]) -> int:

@@ -19,12 +19,17 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 import dask
+import psutil
 from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 from distributed.comm.core import CommClosedError
+from distributed.system import MEMORY_LIMIT
 
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.grid import Block
 from wsi_pipeline.options import ScheduleOptions
+
+NEAR = 0.85
+"""From this share of the memory limit on, less is in hand at a time."""
 
 Result = TypeVar("Result", covariant=True)
 
@@ -122,10 +127,52 @@ def _run_block(name: str, block: Block) -> Any:
         return error
 
 
+def _room(in_flight: int, most: int, max_ram: int | None) -> int:
+    """Return how many more blocks may be in flight."""
+    if max_ram is None or used_memory() < NEAR * max_ram:
+        return most - in_flight
+    _trim_memory()
+    if (used := used_memory()) < NEAR * max_ram:
+        return most - in_flight
+    if in_flight:
+        return 0
+    if used < max_ram:
+        return 1
+    raise WsiPipelineError(
+        f"{used / 1e9:.2g} GB of memory are taken with no block in hand, --max-ram allows "
+        f"{max_ram / 1e9:.2g} GB; raise it"
+    )
+
+
 def _trim_memory() -> None:
     """Give freed memory back: glibc keeps what each thread freed, so that peaks would add up."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def read_size(text: str) -> int:
+    """Return the bytes that a size with a unit means.
+
+    Example:
+        >>> read_size("8GB"), read_size("500 MiB")
+        (8000000000, 524288000)
+
+    Raises:
+        ValueError: it has no unit, or is none.
+    """
+    if text.strip().isdigit():
+        raise ValueError(f"{text!r} has no unit; expected a size such as 8GB")
+    return int(dask.utils.parse_bytes(text))
+
+
+def used_memory() -> int:
+    """Return the bytes that this process has in memory."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_memory() -> int:
+    """Return the bytes that this process can have besides, in its container if it is in one."""
+    return min(int(psutil.virtual_memory().available), MEMORY_LIMIT - used_memory())
 
 
 @contextmanager
@@ -181,7 +228,13 @@ def _connect(address: str) -> Client:
         ) from error
 
 
-def run_blocks(client: Client, blocks: Iterable[Block], opener: Opener[Result]) -> Iterator[Result]:
+def run_blocks(
+    client: Client,
+    blocks: Iterable[Block],
+    opener: Opener[Result],
+    *,
+    max_ram: int | None = None,
+) -> Iterator[Result]:
     """Do every block on some worker; yield the results as they come.
 
     A few blocks per thread are in flight at once, so the number of blocks costs no memory. A block
@@ -191,14 +244,18 @@ def run_blocks(client: Client, blocks: Iterable[Block], opener: Opener[Result]) 
         client: as `open_cluster` yields it.
         blocks: what to do, in the order to start them.
         opener: see the module.
+        max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
+            limit.
 
     Raises:
+        WsiPipelineError: above `max_ram` with nothing left to put off.
         Exception: what the work raised for a block; once the blocks in hand have ended.
     """
     name = f"work_{uuid.uuid4().hex}"
     client.register_plugin(_OpenWork(name, opener, _keep_name(client)), name=name)
     waiting = iter(blocks)
-    in_flight = 2 * max(sum(client.nthreads().values()), 1)
+    in_hand = max(sum(client.nthreads().values()), 1)
+    in_flight = in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
 
     def submit(count: int) -> list[Any]:
         batch = list(islice(waiting, count))
@@ -210,7 +267,7 @@ def run_blocks(client: Client, blocks: Iterable[Block], opener: Opener[Result]) 
             result = future.result()
             if isinstance(result, Exception):
                 raise result
-            futures.update(submit(1))
+            futures.update(submit(_room(futures.count(), in_flight, max_ram)))
             yield result
     finally:
         client.cancel(list(futures.futures))

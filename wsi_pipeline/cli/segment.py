@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from wsi_pipeline.cli.options import (
     overwrite_option,
     select_options,
 )
-from wsi_pipeline.cli.stop import stopping
+from wsi_pipeline.cli.stop import end, stopping
 from wsi_pipeline.options import (
     Blend,
     ExportOptions,
@@ -65,6 +65,21 @@ class Shard(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         if not 1 <= index <= count:
             self.fail(f"{value!r}: I must lie between 1 and N", param, ctx)
         return index, count
+
+
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A number of bytes with its unit."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return the bytes."""
+        from wsi_pipeline.schedule import read_size
+
+        try:
+            return read_size(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -157,6 +172,9 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
     default=SCHEDULE.workers,
     help="Workers of the in-process cluster.",
 )
+@click.option(
+    "--max-ram", type=Size(), help="Memory that this process may take, such as 8GB.  [default: all]"
+)
 @click.option("--scheduler", help="Address or scheduler file of a running dask scheduler.")
 @click.option("--shard", type=Shard(), help="Do only the I-th of N shares of the slides.")
 @overwrite_option
@@ -182,14 +200,16 @@ def command(
         jobs = jobs[index - 1 :: count]
     if not jobs:
         raise click.UsageError(f"no slides found in {', '.join(inputs)}")
-    if options["dry_run"]:
-        _dry_run(jobs, bundle, settings)
-        return
     schedule = ScheduleOptions(
         workers=options["workers"],
         scheduler=options["scheduler"],
         blocks_in_hand=_blocks_in_hand(options["device"], options["workers"]),
+        max_ram=options["max_ram"],
     )
+    if options["dry_run"]:
+        if not _dry_run(jobs, bundle, settings, schedule):
+            ctx.exit(1)
+        return
     not_done = _run(
         jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"]
     )
@@ -255,11 +275,12 @@ def _run(
         for job in jobs:
             RunStore(folder=job.folder).remove_partials(os.getpid())
 
-    threads = max((os.cpu_count() or 1) // schedule.workers, 1) if not schedule.scheduler else None
+    threads = None if schedule.scheduler else _threads(schedule)
     runs: dict[Path, Any] = {}
     make_folder(output)
     with (
         stopping(tidy, f"stopped: {GOES_ON}"),
+        _bounded_memory(schedule.max_ram, tidy),
         _log_file(output),
         open_cluster(schedule) as client,
         Bars(quiet=quiet, unit="patches") as bars,
@@ -271,6 +292,7 @@ def _run(
             settings=settings,
             threads=threads,
             overwrite=overwrite,
+            max_ram=schedule.max_ram,
             progress=lambda job, done, total: bars(job.path.name, done, total),
         ):
             bars.close()
@@ -314,24 +336,87 @@ def _log_file(output: Path) -> Iterator[None]:
             handler.close()
 
 
-def _dry_run(jobs: list[Any], bundle: Any, settings: Settings) -> None:
-    """Say for each slide what a run would do."""
-    from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.export.ome_zarr import count_files
-    from wsi_pipeline.pipeline import survey
-    from wsi_pipeline.sources import open_source
+@contextmanager
+def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[None]:
+    """End the process with a sentence when it takes more memory than allowed for a second."""
+    from wsi_pipeline.schedule import used_memory
+    from wsi_pipeline.store import GOES_ON
 
+    over = threading.Event()
+
+    def watch(limit: int) -> None:
+        above = 0
+        while not over.wait(0.25):
+            above = above + 1 if (used := used_memory()) > limit else 0
+            if above == 4:
+                end(
+                    tidy,
+                    f"Error: {used / 1e9:.2f} GB of memory are taken, --max-ram allows "
+                    f"{limit / 1e9:.2f} GB; lower --workers, --block-size or --batch-size, raise "
+                    f"--min-area, or raise the limit: {GOES_ON}",
+                    1,
+                )
+
+    if max_ram is None:
+        yield
+        return
+    watcher = threading.Thread(target=watch, args=(max_ram,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _threads(schedule: ScheduleOptions) -> int:
+    """Return how many of the CPU each worker gets."""
+    return max((os.cpu_count() or 1) // schedule.workers, 1)
+
+
+def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: ScheduleOptions) -> bool:
+    """Say what a run would take, a line for each slide and one for all; return whether it could."""
+    from wsi_pipeline.errors import WsiPipelineError
+    from wsi_pipeline.estimate import patches_per_second
+    from wsi_pipeline.pipeline import estimate
+
+    cores = os.cpu_count() or 1
+    rate = patches_per_second(bundle, settings.predict, threads=cores)
+    found = []
     for job in jobs:
         try:
-            select = job.select(settings.select)
-            with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
-                stored = survey(slide, bundle, replace(settings, select=select))
+            one = estimate(
+                job,
+                bundle,
+                settings=settings,
+                workers=schedule.workers,
+                blocks_in_hand=schedule.blocks_in_hand,
+                threads=_threads(schedule),
+                rate=rate,
+            )
         except WsiPipelineError as error:
             click.echo(f"{job.path}\twould fail: {error}")
             continue
-        width, height = slide.size
-        files = count_files((height, width), settings.export.ngff)
-        click.echo(
-            f"{job.path}\t{len(stored.patches)} patches\t{width} × {height} px mask\t"
-            f"at most {files} files in mask.ome.zarr\t→ {job.folder}"
+        found.append(one)
+        height, width = one.mask_shape
+        click.echo(f"{job.path}\t{width} × {height} px mask\t{_needs(one)}\t→ {job.folder}")
+    if len(jobs) > 1 and found:
+        total = type(found[0])(
+            patches=sum(e.patches for e in found),
+            seconds=sum(e.seconds for e in found),
+            memory=max(e.memory for e in found),
+            disk=sum(e.disk for e in found),
+            files=sum(e.files for e in found),
+            mask_shape=(),
         )
+        click.echo(f"total of {len(found)} slides\t\t{_needs(total)}\t→ {jobs[0].folder.parent}")
+    click.echo(f"estimated from {rate:.3g} patches/s of this machine", err=True)
+    return len(found) == len(jobs)
+
+
+def _needs(estimate: Any) -> str:
+    return (
+        f"{estimate.patches} patches\tabout {estimate.seconds / 60:.1f} min\t"
+        f"{estimate.memory / 1e9:.1f} GB memory\t{estimate.disk / 1e9:.2f} GB disk\t"
+        f"at most {estimate.files} files"
+    )

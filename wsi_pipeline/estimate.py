@@ -1,0 +1,170 @@
+"""What a run will take, told before it: memory, time, disk and files. Figures were measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wsi_pipeline.blocks import CACHE_BYTES
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.export.ome_zarr import count_files
+from wsi_pipeline.grid import Shape
+from wsi_pipeline.inference import Predictor, choose_device, choose_dtype
+from wsi_pipeline.networks import SegmentationNetwork, build
+from wsi_pipeline.networks.cost import peak_memory
+from wsi_pipeline.options import ExportOptions, PredictOptions
+
+PROCESS_BYTES = 450 * 10**6
+"""Python, torch, dask and the libraries that read slides."""
+GPU_BYTES = 1200 * 10**6
+"""CUDA's own libraries in the main memory."""
+OUTPUT_BYTES = 250 * 10**6
+"""Pyramid, TIFF and overlay, written while the next slide's blocks are done."""
+VERTEX_BYTES = 200
+"""Of main memory, while outlines are simplified."""
+PX_PER_VERTEX = 2000
+"""Mask pixels on tissue for each vertex of an outline: a guess, which noisy masks belie."""
+PROGRAM_PLANES = 64
+"""Activations of a program, of which none but its input is known, in planes of a patch."""
+MASK_PX_BYTES = 16
+"""Of a block: class, probability, number of the piece and what finding pieces takes."""
+GRID_PX_BYTES = 9
+"""Of a block: its pixels, the tiles that they are cut out of, and their way to the device."""
+DISK_PX_BYTES = 0.02
+"""Mask pixel on tissue, compressed, in one format with its pyramid."""
+DISK_VERTEX_BYTES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one slide takes.
+
+    Attributes:
+        patches: to predict.
+        seconds: of prediction; reading goes on beside it.
+        memory: bytes of the process at its peak.
+        disk: bytes of all files.
+        files: at most.
+        mask_shape: (y, x) of the mask.
+    """
+
+    patches: int
+    seconds: float
+    memory: int
+    disk: int
+    files: int
+    mask_shape: Shape
+
+
+def estimate_memory(
+    bundle: Bundle,
+    predict: PredictOptions,
+    *,
+    block_size: int,
+    ratio: tuple[float, float],
+    patches: int,
+    blocks_in_hand: int,
+    workers: int,
+    threads: int,
+    tissue_px: float,
+) -> int:
+    """Return the bytes that the process takes at its peak, about.
+
+    Args:
+        bundle: the model.
+        predict: options.
+        block_size: side of a block in mask pixels.
+        ratio: (y, x) grid pixels per mask pixel.
+        patches: to predict.
+        blocks_in_hand: of all workers together.
+        workers: each with a model of its own.
+        threads: of the CPU for one worker's forward passes.
+        tissue_px: mask pixels that patches cover.
+    """
+    device = choose_device(predict.device)
+    patch, channels = bundle.input.patch_size, len(bundle.classes)
+    patch_px = math.prod(patch)
+    sides = [block_size * r + 2 * p for r, p in zip(ratio, patch, strict=True)]
+    bands = 2 * patch[0] * sides[1] * (channels + 1) * 4
+    block = block_size**2 * MASK_PX_BYTES + math.prod(sides) * GRID_PX_BYTES
+    total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
+    total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
+    model, each = _model_bytes(bundle)
+    if device.type == "cpu":
+        batch = predict.batch_size or 1
+        if choose_dtype(predict.precision, device) is not torch.float32:
+            each /= 2
+        # finished predictions wait for their turn beside those that are made
+        made = (2 * threads + 1) * batch * channels * patch_px * 4
+        straddling = min(CACHE_BYTES, patches * channels * patch_px * 4)
+        total += workers * (2 * model + threads * batch * each + made + bands + straddling)
+    else:
+        total += GPU_BYTES + workers * model
+    return int(total)
+
+
+def _model_bytes(bundle: Bundle) -> tuple[float, float]:
+    """Return the bytes of the weights, and of the activations of one patch in float32."""
+    module = build(bundle).module
+    weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    if isinstance(module, SegmentationNetwork):
+        return weights, peak_memory(module, size) - weights
+    return weights, PROGRAM_PLANES * math.prod(bundle.input.patch_size) * 4
+
+
+def estimate_files(
+    mask_shape: Shape, export: ExportOptions, *, blocks: int, tissue_px: float
+) -> tuple[int, int]:
+    """Return the bytes of a run's files, about, and the largest number of them.
+
+    Args:
+        mask_shape: (y, x).
+        export: options.
+        blocks: that hold patches.
+        tissue_px: mask pixels that patches cover.
+    """
+    vertices = tissue_px / PX_PER_VERTEX
+    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
+    disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
+    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
+    store = 15 + blocks  # patch grid, key and lock; the ledger
+    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
+    return int(disk), count_files(mask_shape, export.ngff) + store + single
+
+
+def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int) -> float:
+    """Measure how many patches of noise a device predicts in a second; return it.
+
+    Args:
+        bundle: the model.
+        predict: options.
+        threads: of the CPU.
+
+    Raises:
+        BundleError: the model does not run.
+    """
+    predictor = Predictor(
+        bundle,
+        device=predict.device,
+        precision=predict.precision,
+        batch_size=predict.batch_size,
+        threads=threads,
+    )
+    shape = (*bundle.input.patch_size, bundle.input.channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    count = predictor.patches_at_once
+    try:
+        for _ in range(2):  # the first time, kernels are chosen and memory is got
+            start = time.perf_counter()
+            region = predictor.upload(pixels)
+            for probabilities in predictor.predict(region, np.zeros((count, 2), np.int64)):
+                probabilities[0, 0, 0].item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+    finally:
+        predictor.close()
+    return count / seconds
