@@ -4,7 +4,7 @@ python benchmarks/run.py list
 python benchmarks/run.py null floor --work bench --tiatoolbox tia/bin/python
 python benchmarks/run.py report --work bench
 
-Every finished process is kept in `WORK/runs.jsonl`; the same command again goes on where it
+Every finished process is kept in the folder `WORK`; the same command again goes on where it
 stopped, as long as the package's code is the same. docs/benchmarks.md tells the rest.
 """
 
@@ -63,7 +63,7 @@ class Bench:
         self.pythons = pythons
         self._tissue = tissue
         self._digest = hashlib.sha256(tissue.tobytes()).hexdigest()[:8]
-        self._records = self.work / "runs.jsonl"
+        self._records = self.work / f"runs-{self._digest}.jsonl"
 
     def slide(self, size: tuple[int, int]) -> tuple[Path, Path]:
         """Return a slide of half tissue and its tissue mask, made unless they are there."""
@@ -267,7 +267,8 @@ def main() -> None:
             break
     if "report" in args.names:
         every = {name: shrunk(c, args.shrink) for name, c in COMPARISONS.items()}
-        for path in write_results(every, bench.records(), args.results):
+        name = args.tissue.name if args.tissue else "scikit-image's picture of stained colon"
+        for path in write_results(every, bench.records(), args.results, tissue=name):
             print(path)
 
 

@@ -70,7 +70,11 @@ def finished(comparisons: Mapping[str, Comparison], records: Sequence[Record]) -
 
 
 def write_results(
-    comparisons: Mapping[str, Comparison], records: Sequence[Record], folder: Path
+    comparisons: Mapping[str, Comparison],
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    tissue: str,
 ) -> list[Path]:
     """Write what was measured as Markdown, JSON and PNG; return the files.
 
@@ -78,6 +82,7 @@ def write_results(
         comparisons: to look for.
         records: of run.py.
         folder: for files named by the day and the machine.
+        tissue: what the slides are made of.
 
     Raises:
         SystemExit: no comparison has a whole round.
@@ -86,7 +91,7 @@ def write_results(
     if not results:
         raise SystemExit("no comparison has a whole round yet")
     here = machine()
-    here["date"] = max(result.dates[1] for result in results)
+    here |= {"date": max(result.dates[1] for result in results), "tissue": tissue}
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{here['date']}-{slug(here['cpu'])}-{here['cores']}-cores"
     paths = [folder / f"{stem}{suffix}" for suffix in (".md", ".json", ".png")]
@@ -116,7 +121,9 @@ def _markdown(here: Mapping[str, Any], results: Sequence[Result], chart: str) ->
     )
     yield (
         "Each time is that of a fresh process, start-up included; figures are medians over the "
-        "rounds, ratios are taken within each round. [What they mean](../../docs/benchmarks.md)."
+        "rounds, ratios are taken within each round. "
+        f"Slides at 0.5 µm/px, made of {here['tissue']}. "
+        "[What it means](../../docs/benchmarks.md)."
     )
     for result in results:
         yield ""

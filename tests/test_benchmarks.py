@@ -35,6 +35,11 @@ def start(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+def records(work):
+    (path,) = work.glob("runs-*.jsonl")
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @pytest.mark.parametrize("share", [0.25, 1.0])
 def test_a_made_slide_is_aperios_with_its_share_of_tissue(module, tmp_path, share):
     make_slide = module("make_slide")
@@ -121,7 +126,7 @@ def test_figures_are_medians_of_ratios_within_rounds_of_the_latest_code(module, 
     (result,) = tables.finished({"null": comparison}, records)
     times = comparison.figures[0]
     assert [times.of(facts) for facts in result.rounds] == [12, 11, 15]
-    table, numbers = tables.write_results({"null": comparison}, records, tmp_path)
+    table, numbers = tables.write_results({"null": comparison}, records, tmp_path, tissue="cloth")
     assert f"| {times.text} | **12** | 11 – 15 | ≥ 10 | met |" in table.read_text("utf-8")
     assert table.name.startswith("2020-02-03-")
     assert len(json.loads(numbers.read_text("utf-8"))["comparisons"]["null"]["rounds"]) == 3
@@ -132,12 +137,12 @@ def test_a_comparison_runs_is_kept_and_is_told(work, tmp_path):
     first = start("run.py", "patches", "null", *options)
     assert first.returncode == 0, first.stderr
     assert "null: left out; it needs --tiatoolbox" in first.stdout
-    (record,) = map(json.loads, (work / "runs.jsonl").read_text("utf-8").splitlines())
+    (record,) = records(work)
     # 1,024 px: tissue in the middle half, patches of 512 px at 0, 384 and 512: all nine touch it
     assert record["facts"]["patches"] == record["facts"]["predicted"] == 9
     again = start("run.py", "patches", "report", *options)
     assert again.returncode == 0, again.stderr
-    assert len((work / "runs.jsonl").read_text("utf-8").splitlines()) == 1
+    assert records(work) == [record]
     (table,) = tmp_path.glob("*.md")
     assert "| patches predicted ÷ patches in the grid | **1** |" in table.read_text("utf-8")
     assert str(work) not in "".join(path.read_text("utf-8") for path in tmp_path.iterdir())
@@ -154,8 +159,7 @@ def test_the_floor_comparison_runs_and_is_drawn(work, tmp_path):
     options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path]
     ended = start("run.py", "floor", "report", *options)
     assert ended.returncode == 0, ended.stderr
-    records = map(json.loads, (work / "runs.jsonl").read_text("utf-8").splitlines())
-    facts = {r["label"]: r["facts"] for r in records if r["comparison"] == "floor"}
+    facts = {r["label"]: r["facts"] for r in records(work) if r["comparison"] == "floor"}
     assert facts["ours"]["patches"] == facts["floor"]["patches"]
     assert facts["stages"]["alone"].keys() == {"read", "write", "pyramid", "tiff"}
     assert facts["floor"]["floor_seconds"] == facts["floor"]["forward_seconds"] > 0
