@@ -90,6 +90,7 @@ def _against(
                 text=f"the same without start-up: {name}'s job ÷ ours",
                 of=ratio("job_seconds", peer, "ours"),
             ),
+            Figure(text=f"{name}'s processor time ÷ ours", of=ratio("cpu_seconds", peer, "ours")),
             Figure(text=f"{name}'s peak memory ÷ ours", of=ratio("peak_gb", peer, "ours")),
             Figure(text="pixels in which both masks agree", of=fact(peer, "agreement")),
         ),
