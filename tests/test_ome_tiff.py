@@ -170,6 +170,38 @@ def test_a_zarr_mask_streams_into_the_file(tmp_path: Path) -> None:
     )
 
 
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_reduced_levels_of_the_mask_give_the_same_file(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In any crop: those that hold its first pixel are taken, and no others."""
+    height, width = (data.draw(st.integers(1100, 5000)) for _ in range(2))
+    top, left = (data.draw(st.sampled_from([0, 1, 2, 8, 100, 1024])) for _ in range(2))
+    size = (data.draw(st.integers(1, height - top)), data.draw(st.integers(1, width - left)))
+    pixels = Pattern((height, width))[:, :]
+    levels = [pixels[:: 2**i, :: 2**i] for i in range(len(level_shapes(pixels.shape)))]
+    folder = tmp_path_factory.mktemp("t")
+    write_ome(folder / "a", pixels, crop=(top, left, *size))
+    write_ome(folder / "b", pixels, crop=(top, left, *size), reduced=levels[1:])
+    assert (folder / "a").read_bytes() == (folder / "b").read_bytes()
+
+
+def test_reduced_levels_are_read_instead_of_the_mask(tmp_path: Path) -> None:
+    class Once(Pattern):
+        read = 0
+
+        def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+            found = super().__getitem__(key)
+            self.read += found.size
+            return found
+
+    mask = Once((5000, 4000))
+    whole = Pattern(mask.shape)[:, :]
+    write_ome(tmp_path / "m.tif", mask, reduced=[whole[::2, ::2], whole[::4, ::4], whole[::8, ::8]])
+    assert mask.read == whole.size
+
+
 def test_background_costs_next_to_nothing(tmp_path: Path) -> None:
     write_ome(tmp_path / "m.ome.tif", np.zeros((8192, 8192), np.uint8))
     n_tiles = 16 * 16 + 8 * 8 + 4 * 4 + 2 * 2
@@ -177,7 +209,10 @@ def test_background_costs_next_to_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4096, 4096), (32768, 16384), (16384, 32768)])
-def test_memory_does_not_grow_with_the_mask(tmp_path: Path, shape: tuple[int, int]) -> None:
+def test_memory_does_not_grow_with_the_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("wsi_pipeline.export.MOST_THREADS", 4)
     tracemalloc.start()
     write_ome(tmp_path / "m.tif", Dots(shape))
     peak = tracemalloc.get_traced_memory()[1]

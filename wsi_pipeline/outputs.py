@@ -244,7 +244,7 @@ def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:
 
 def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
     plan, crop, box = finished.plan, finished.crop, None
-    mask = ome_zarr.open_mask(mask_path)
+    mask, *reduced = ome_zarr.open_levels(mask_path)
     if crop is not None:
         y, x = plan.mask_downsample
         top, left = round(crop.y / y), round(crop.x / x)
@@ -260,9 +260,11 @@ def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
         mask_mpp=plan.mask_mpp,
         crop=box,
         name=finished.slide.path.stem,
+        reduced=reduced,
     )
     if finished.settings.export.tiff == "asap":
-        ome_tiff.write_asap_tiff(path.with_name(ASAP_FILE), mask, mask_mpp=plan.mask_mpp)
+        asap_path = path.with_name(ASAP_FILE)
+        ome_tiff.write_asap_tiff(asap_path, mask, mask_mpp=plan.mask_mpp, reduced=reduced)
 
 
 def _finish_mask(store: RunStore, finished: Finished) -> Path:

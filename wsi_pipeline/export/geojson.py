@@ -105,7 +105,7 @@ def write_geojson(
         path: the file, which appears whole or not at all.
         outlines: of the mask, made with the dialect's `tolerance` and `min_pixels`.
         dialect: how to write them.
-        threads: that make polygons; None = as many as there are cores.
+        threads: as for `map_in_threads`.
     """
     make = partial(_make_batch, outlines.regions, _numbers(outlines.regions), dialect)
     counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()

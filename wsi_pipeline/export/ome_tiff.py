@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import uuid
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,14 +18,13 @@ import numpy.typing as npt
 from tifffile import COMPRESSION, RESUNIT, TiffWriter
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export import level_shapes
+from wsi_pipeline.export import level_shapes, map_in_threads
 from wsi_pipeline.store import written_beside
 
 TILE = 512
 """Side of a tile, as QuPath itself writes."""
 BLOCK = 2048
 """Side of what a thread reads and compresses in one go; only the compressed tiles are kept."""
-THREADS = 4
 
 Crop = tuple[int, int, int, int]
 """(y, x, height, width) in mask pixels."""
@@ -51,6 +49,7 @@ def write_ome_tiff(
     mask_mpp: tuple[float, float],
     crop: Crop | None = None,
     name: str,
+    reduced: Sequence[MaskLike] = (),
 ) -> None:
     """Write the mask, or a crop of it, as OME-TIFF with reduced levels in SubIFDs.
 
@@ -65,6 +64,8 @@ def write_ome_tiff(
         mask_mpp: (x, y) µm per mask pixel.
         crop: the part to write, such as the slide's bounds; None = all.
         name: of the image, as viewers show it.
+        reduced: the mask's own reduced levels where there are any; level n holds every 2ⁿth pixel.
+            They save reading the whole mask for each level.
     """
     height, width = mask.shape
     window = crop or (0, 0, height, width)
@@ -73,10 +74,16 @@ def write_ome_tiff(
     with written_beside(path) as beside, TiffWriter(beside, bigtiff=True, ome=True) as tiff:
         for level in range(n_levels):
             options = {"colormap": _colormap(classes)} | (first if level == 0 else {})
-            _write_level(tiff, mask, window, level, mask_mpp, **options)
+            _write_level(tiff, (mask, *reduced), window, level, mask_mpp, **options)
 
 
-def write_asap_tiff(path: Path, mask: MaskLike, *, mask_mpp: tuple[float, float]) -> None:
+def write_asap_tiff(
+    path: Path,
+    mask: MaskLike,
+    *,
+    mask_mpp: tuple[float, float],
+    reduced: Sequence[MaskLike] = (),
+) -> None:
     """Write the whole mask as ASAP and OpenSlide want it: levels as pages, no XML, no colours.
 
     ASAP scales an overlay by its width, so the mask must not be cropped.
@@ -85,59 +92,58 @@ def write_asap_tiff(path: Path, mask: MaskLike, *, mask_mpp: tuple[float, float]
         path: file to write; appears when it is complete.
         mask: class index of each pixel.
         mask_mpp: (x, y) µm per mask pixel.
+        reduced: as for `write_ome_tiff`.
     """
     height, width = mask.shape
     with written_beside(path) as beside, TiffWriter(beside, bigtiff=True) as tiff:
         for level in range(len(level_shapes(mask.shape))):
-            _write_level(tiff, mask, (0, 0, height, width), level, mask_mpp, metadata=None)
+            window = (0, 0, height, width)
+            _write_level(tiff, (mask, *reduced), window, level, mask_mpp, metadata=None)
 
 
 def _write_level(
     tiff: TiffWriter,
-    mask: MaskLike,
+    masks: Sequence[MaskLike],
     window: Crop,
     level: int,
     mask_mpp: tuple[float, float],
     **options: Any,
 ) -> None:
     """Stream one level of the pyramid into the file."""
-    with ThreadPoolExecutor(THREADS) as pool:
-        tiff.write(
-            _encoded_tiles(mask, window, 2**level, pool),
-            shape=level_shapes(window[2:])[level],
-            dtype=np.uint8,
-            tile=(TILE, TILE),
-            compression=COMPRESSION.ADOBE_DEFLATE,
-            subfiletype=1 if level else 0,  # 1: a reduced version of another page
-            resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),  # µm/px to px/cm
-            resolutionunit=RESUNIT.CENTIMETER,
-            **options,
-        )
+    tiff.write(
+        _encoded_tiles(masks, window, level),
+        shape=level_shapes(window[2:])[level],
+        dtype=np.uint8,
+        tile=(TILE, TILE),
+        compression=COMPRESSION.ADOBE_DEFLATE,
+        subfiletype=1 if level else 0,  # 1: a reduced version of another page
+        resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),  # µm/px to px/cm
+        resolutionunit=RESUNIT.CENTIMETER,
+        **options,
+    )
 
 
-def _encoded_tiles(
-    mask: MaskLike, window: Crop, step: int, pool: ThreadPoolExecutor
-) -> Iterator[bytes]:
+def _encoded_tiles(masks: Sequence[MaskLike], window: Crop, level: int) -> Iterator[bytes]:
     """Yield the compressed tiles of a level, row-major, having read it in larger blocks."""
-    height, width = (-(-n // step) for n in window[2:])
-    encode = partial(_encode_block, mask, window, step)
-    for top in range(0, height, BLOCK):
-        blocks = list(pool.map(encode, itertools.repeat(top), range(0, width, BLOCK)))
-        for row in zip(*blocks, strict=True):
+    # the most reduced of the levels at hand that has the window's first pixel
+    k = max(k for k in range(min(level + 1, len(masks))) if not any(v % 2**k for v in window[:2]))
+    first = [v >> k for v in window[:2]]
+    last = [-(-(v + length) // 2**k) for v, length in zip(window[:2], window[2:], strict=True)]
+    step = 2 ** (level - k)
+    tops, lefts = (range(a, b, BLOCK * step) for a, b in zip(first, last, strict=True))
+
+    def encode(corner: tuple[int, int]) -> list[list[bytes]]:
+        y, x = (slice(a, min(a + BLOCK * step, b), step) for a, b in zip(corner, last, strict=True))
+        return _encode_block(np.asarray(masks[k][y, x]))
+
+    blocks = map_in_threads(encode, itertools.product(tops, lefts))
+    for _ in tops:
+        for row in zip(*itertools.islice(blocks, len(lefts)), strict=True):
             yield from itertools.chain.from_iterable(row)
 
 
-def _encode_block(
-    mask: MaskLike, window: Crop, step: int, top: int, left: int
-) -> list[list[bytes]]:
-    """Read a block of a level; return its rows of compressed tiles."""
-    y, x, height, width = window
-    pixels = np.asarray(
-        mask[
-            y + top * step : y + min((top + BLOCK) * step, height) : step,
-            x + left * step : x + min((left + BLOCK) * step, width) : step,
-        ]
-    )
+def _encode_block(pixels: npt.NDArray[np.uint8]) -> list[list[bytes]]:
+    """Return the rows of compressed tiles of a block."""
     n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
     if not pixels.any():
         return [[_background()] * n_columns] * n_rows
@@ -157,8 +163,9 @@ def _background() -> bytes:
 
 
 def _deflate(tile: npt.NDArray[np.uint8]) -> bytes:
-    # libdeflate 6: a third smaller on masks than its levels 1 to 4, and as quick
-    return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=6))
+    # libdeflate 1: 0.2 to 0.3 GB/s a core whatever the mask. 5 and 6 make busy masks a third
+    # smaller, but noisy ones at a quarter of the speed or less.
+    return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=1))
 
 
 def _colormap(classes: Sequence[ClassInfo]) -> npt.NDArray[np.uint16]:

@@ -5,15 +5,14 @@ The mask is never in memory as a whole, only its arcs: with simplification what 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
 
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.export.arcs import (
     Bools,
     Chains,
@@ -69,15 +68,14 @@ def trace_mask(
     Args:
         mask: class of each pixel.
         blocks: those that may hold anything.
-        threads: how many blocks at a time; None = as many as there are cores.
+        threads: as for `map_in_threads`.
     """
 
     def trace(block: Block) -> tuple[Index, Pieces]:
         origin = (block.start[0], block.start[1])
         return block.index, find_pieces(np.asarray(mask[block.slices]), None, origin)
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        return dict(pool.map(trace, blocks))
+    return dict(map_in_threads(trace, blocks, threads=threads))
 
 
 def find_outlines(
@@ -103,7 +101,7 @@ def find_outlines(
         min_pixels: smaller regions are left out, and smaller holes filled.
         tile: side of the squares within which arcs are simplified first. What is left depends on
             it a little, so blocks are made of whole ones.
-        threads: how many blocks at a time; None = as many as there are cores.
+        threads: as for `map_in_threads`.
 
     Raises:
         StoreError: the mask is not the one that the pieces were found in.
@@ -133,8 +131,7 @@ def find_outlines(
         at_least[ends.chain] = 0  # what goes on elsewhere
         return simplify(chains, tolerance=tolerance, is_fixed=cut, at_least=at_least), ends
 
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        arcs = join_fragments(list(pool.map(follow, blocks)))
+    arcs = join_fragments(list(map_in_threads(follow, blocks, threads=threads)))
     arcs = arcs.keep_chains(~_is_small_hole(arcs, min_pixels))
     if tolerance > 0:
         untouched = np.zeros(len(arcs.xy), bool)

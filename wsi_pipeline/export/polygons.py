@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -13,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
+from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.export.arcs import Bools, Ints, Numbers, order_paths, ranges
 from wsi_pipeline.export.outlines import Outlines
 
@@ -33,7 +31,7 @@ def polygons(outlines: Outlines, *, threads: int | None = None) -> Polygons:
 
     Args:
         outlines: of a mask.
-        threads: as for `map_polygons`.
+        threads: as for `map_in_threads`.
     """
     built = list(map_polygons(outlines, lambda _, shapes: shapes, threads=threads))
     return np.concatenate(built) if built else np.zeros(0, object)
@@ -49,18 +47,12 @@ def map_polygons(
     Args:
         outlines: of a mask.
         function: takes a slice of regions and their polygons, as `polygons` returns them.
-        threads: that build and do; None = as many as there are cores.
+        threads: as for `map_in_threads`.
     """
     sides = _Sides.of(outlines)
-    threads = threads or os.cpu_count() or 1
-    waiting = deque[Future[R]]()
-    with ThreadPoolExecutor(threads) as pool:
-        for part in sides.batches():
-            waiting.append(pool.submit(lambda p: function(p, _build(outlines, sides, p)), part))
-            if len(waiting) > threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return map_in_threads(
+        lambda part: function(part, _build(outlines, sides, part)), sides.batches(), threads=threads
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
