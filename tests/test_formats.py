@@ -20,10 +20,13 @@ import pydicom
 import pytest
 import tifffile
 import zarr
+from bundles import pointwise_bundle
+from click.testing import CliRunner
 from PIL import Image
 from pydicom.pixels import iter_pixels
 from skimage.data import immunohistochemistry
 
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Region
 from wsi_pipeline.inputs import find_slides, plan_jobs
@@ -700,6 +703,24 @@ def test_remote_slides_are_found_and_named(bucket: str, tmp_path: Path) -> None:
     assert plan_jobs([path], tmp_path / "out")[0].folder.name == "a"
 
 
+def test_the_real_slide_gives_the_same_mask_from_s3(
+    bucket: str, cmu_path: Path, tmp_path: Path
+) -> None:
+    upload(cmu_path)
+    bundle = pointwise_bundle(tmp_path / "bundle", mpp=0.499)
+    for name, source in (("here", str(cmu_path)), ("there", f"s3://slides/{cmu_path.name}")):
+        arguments = [source, "--model", bundle, "--output", tmp_path / name]
+        arguments += ["--outputs", "zarr,geojson", "--precision", "fp32"]
+        result = CliRunner().invoke(group, ["segment", *map(str, arguments)])
+        assert result.exit_code == 0, result.output
+    masks = [
+        np.asarray(zarr.open_group(tmp_path / name / cmu_path.stem / "mask.ome.zarr")["0"])
+        for name in ("here", "there")
+    ]
+    assert len(np.unique(masks[0])) == 3
+    np.testing.assert_array_equal(*masks)
+
+
 def test_what_must_be_local_is_said_to_be(bucket: str, data_dir: Path, tmp_path: Path) -> None:
     upload(write_scn(tmp_path))
     with pytest.raises(SourceError, match=r"s3://slides/a\.scn: .*SCN.*OpenSlide"):
@@ -721,6 +742,7 @@ def test_malformed_files_are_refused_in_one_line(data_dir: Path) -> None:
     """In a process of their own, with a time limit: none may crash or hang."""
     program = """
 import sys
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.sources import open_source
 for path in sys.argv[1:]:
@@ -740,6 +762,39 @@ for path in sys.argv[1:]:
     lines = ran.stdout.splitlines()
     assert len(lines) == len(files) == 22
     assert all(line.startswith("refused ") for line in lines)
+
+
+# --- the options -------------------------------------------------------------------------------
+
+
+def dry_run(tmp_path: Path, *arguments: str | Path) -> str:
+    bundle = pointwise_bundle(tmp_path / "bundle", mpp=0.25)
+    every = ["segment", *arguments, "--model", bundle, "--output", tmp_path / "out", "--dry-run"]
+    result = CliRunner().invoke(group, [str(a) for a in every], catch_exceptions=False)
+    return result.output
+
+
+def test_fluorescence_is_refused_by_a_bundle_for_colours(data_dir: Path, tmp_path: Path) -> None:
+    said = dry_run(tmp_path, data_dir / "wsi" / "ndpi" / "test3-DAPI-2-_387_.ndpi")
+    assert "would fail: " in said
+    assert "its background is dark, as in fluorescence; " in said
+
+
+def test_a_table_gives_slides_their_mpp_and_a_number_their_series(tmp_path: Path) -> None:
+    path = write_tiff(tmp_path / "plain.tif", resolution=(1, 1), resolutionunit="NONE")
+    assert "--mpp" in dry_run(tmp_path, path)
+    table = tmp_path / "mpp.csv"
+    table.write_text("slide,mpp\nplain,0.25\n")
+    assert "512 × 512 px mask" in dry_run(tmp_path, path, "--mpp-table", table)
+    series = write_ome_tiff(tmp_path)
+    assert "512 × 512 px mask" in dry_run(tmp_path, series)
+    assert "128 × 128 px mask" in dry_run(tmp_path, series, "--series", "1", "--mpp", "0.25")
+    arguments = ["tile", path, "--mpp", "0.5", "--patch-size", "64", "--output", tmp_path / "grids"]
+    arguments += ["--mpp-table", table, "--tissue", "none"]
+    result = CliRunner().invoke(group, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    with open_source(tmp_path / "grids" / "plain.zarr") as grid:
+        assert grid.mpp == (0.25, 0.25)
 
 
 def docs_table() -> str:

@@ -74,6 +74,9 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     OpenSlide finds the other levels beside it. Labels, overviews, segmentations and whatever else
     is not a slide are left out; what cannot be read at all is kept, for its reader to say why.
     """
+    paths = list(paths)
+    if not paths:
+        return []  # without an import that takes its time
     from pydicom import dcmread
     from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
