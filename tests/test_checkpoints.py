@@ -223,7 +223,9 @@ def test_the_key_decides_between_several(
 ) -> None:
     other = tensors(lightmuseg_shapes(3), seed=5)
     path = saved(tmp_path / "c.pt", {"student": authors, "ema": {"model": other}})
-    with pytest.raises(BundleError, match=r"under student, ema\.model; name one as --key"):
+    with pytest.raises(
+        BundleError, match=r"under student, ema\.model; `models import --key` takes one"
+    ):
         import_model(path, template, tmp_path / "mine")
     with pytest.raises(BundleError, match=r"under 'teacher'; it does under student, ema\.model"):
         import_model(path, template, tmp_path / "mine", key="teacher")

@@ -74,7 +74,7 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     if not paths:
         raise click.ClickException(f"no bundle in {looked}: expected folders with a model.toml")
     click.echo(f"looked in {looked}", err=True)
-    ctx.exit(failed)
+    ctx.exit(int(failed))
 
 
 @command.command("show")

@@ -84,7 +84,7 @@ def import_model(
         checkpoint: `.safetensors`, or what `torch.save` writes; nothing in it is run.
         template: what the network is and sees; its weights play no part.
         folder: the bundle's.
-        key: where in the checkpoint the tensors are; None = under one of the usual keys.
+        key: where in the checkpoint the tensors are, as "ema.model"; None = at the only such place.
         overwrite: replace a bundle that is there.
 
     Raises:

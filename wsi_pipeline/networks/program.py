@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle, bundle_toml
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.networks import SegmentationNetwork, build
+from wsi_pipeline.networks import SegmentationNetwork, build, create
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.folder import CARD, MODEL_TOML, PROGRAM, written_folder
 from wsi_pipeline.networks.trial import (
@@ -56,7 +56,7 @@ def export_onnx(
     if path.is_dir() or (path.exists() and not overwrite):
         raise BundleError(f"{path} is there already; name another file, or add --overwrite")
     network = _network(bundle)
-    names = list(run(network, random_patches(bundle, 1)))
+    names = _output_names(bundle)
     with warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
         program = torch.onnx.export(
             _Tuple(_inference_form(network)).eval(),
@@ -132,6 +132,15 @@ def _network(bundle: Bundle) -> SegmentationNetwork:
     if not isinstance(network, SegmentationNetwork):
         raise BundleError(f"{bundle.path} is a program already")
     return network
+
+
+def _output_names(bundle: Bundle) -> list[str]:
+    """Return the names of what the network gives, which are those that the bundle speaks of."""
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    with torch.device("meta"):
+        answer = run(create(bundle).eval(), torch.empty(1, *size))
+    check_shapes(answer, bundle, 1)
+    return list(answer)
 
 
 def _inference_form(network: SegmentationNetwork) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ from torch import Tensor, nn
 
 from wsi_pipeline.errors import BundleError
 
-USUAL_KEYS = ("state_dict", "model_state_dict", "model")
-"""Under which a checkpoint holds its tensors, most telling first."""
 NAMES_SHOWN = 8
 """Of each kind, where tensors do not fit."""
 
@@ -25,17 +22,18 @@ def read_state(path: Path, *, key: str | None = None) -> dict[str, Tensor]:
 
     Args:
         path: the file; what it is its content says.
-        key: where in a checkpoint the tensors are, as "ema.model"; None = found by the usual keys.
+        key: where in a checkpoint the tensors are, as "ema.model"; None = at the only such place.
 
     Raises:
         BundleError: no weight file, one that holds more than tensors or several sets of them.
     """
     states = _states(_read(path))
     if key is None:
-        usual = [name for name in ("", *USUAL_KEYS) if name in states]
-        key = next(iter(usual or states), "")
-        if len(states) > 1 and not usual:
-            raise BundleError(f"{path} holds tensors under {', '.join(states)}; name one as --key")
+        if len(states) > 1:
+            raise BundleError(
+                f"{path} holds tensors under {', '.join(states)}; `models import --key` takes one"
+            )
+        key = next(iter(states), "")
     if key not in states:
         where = f"under {key!r}; it does under {', '.join(states)}" if states else "alone"
         raise BundleError(f"{path} holds no mapping of names to tensors {where}")
@@ -118,13 +116,12 @@ def _read(path: Path) -> object:
             return load_file(path)
         if head.startswith(b"PK"):
             _check_archive(path)
-        elif not head.startswith(b"\x80"):
+        elif not head.startswith(b"\x80\x02"):  # a pickle as torch.save once wrote it bare
             raise BundleError(
                 f"cannot read weights from {path}: neither safetensors nor a PyTorch checkpoint; "
                 "a short text may stand for a file that Git LFS has not fetched"
             )
-        with warnings.catch_warnings(action="ignore"):  # of formats that are refused anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except BundleError:
         raise
     except OSError as error:
