@@ -141,19 +141,16 @@ def _forms(
 ) -> dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype]]:
     """Return the network in the forms that may be the fastest, with the format of its input."""
     plain, best = build(bundle).module.to(device), choose_dtype("auto", device)
+    forms: dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype]] = {}
+    if device.type == "cpu" or bundle.network not in NETWORKS:  # on a GPU there is no doubt
+        forms["plain fp32"] = plain, torch.float32
     if bundle.network not in NETWORKS:
-        return {"plain fp32": (plain, torch.float32)}
-    forms: dict[str, tuple[Callable[[torch.Tensor], Any], torch.dtype]] = {
-        "plain fp32": (plain, torch.float32)
-    }
-    for dtype in dict.fromkeys((torch.float32, best)):
+        return forms
+    for dtype in (best,) if device.type != "cpu" else dict.fromkeys((torch.float32, best)):
         folded = for_inference(plain, device=device, dtype=dtype)
         forms[f"folded {str(dtype).removeprefix('torch.')}"] = folded, dtype
-    if device.type != "cpu" and best is not torch.float32:
-        forms = dict(list(forms.items())[-1:])  # there is no doubt about the others
-    if with_compile:
-        compiled = torch.compile(for_inference(plain, device=device, dtype=best))
-        forms["folded, compiled"] = compiled, best
+        if with_compile:
+            forms[f"compiled {str(dtype).removeprefix('torch.')}"] = torch.compile(folded), dtype
     return forms
 
 

@@ -195,10 +195,9 @@ def _own_facts(folder: Path) -> Record:
     """Return what our `run.json` says."""
     run = load_run(folder / "run.json")
     megapixels = run.tissue_mm2 / (run.slide["mpp"][0] * run.slide["mpp"][1])
-    seconds = json.loads((folder / "run.json").read_text("utf-8"))["seconds"]
     return {
-        "job_seconds": seconds["total"],
-        "stages": seconds,
+        "job_seconds": run.seconds["total"],
+        "stages": run.seconds,
         "patches": run.patches["kept"],
         "predicted": run.patches["predicted"],
         "regions": sum(run.regions.values()),

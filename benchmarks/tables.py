@@ -17,6 +17,7 @@ Record = Mapping[str, Any]
 
 EXPORTS = ("pyramid", "tiff", "geojson", "overlay")
 """Stages that follow each other after the blocks; all others are summed over threads."""
+FLOOR = ("decode_seconds", "forward_seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,9 +187,6 @@ def _stages(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in named.items()}
 
 
-FLOOR = ("decode_seconds", "forward_seconds")
-
-
 def draw_stages(rounds: Sequence[Facts], path: Path) -> None:
     """Draw the floor, the whole run and its stages, one bar each, to a PNG.
 
@@ -196,10 +194,8 @@ def draw_stages(rounds: Sequence[Facts], path: Path) -> None:
         rounds: of the comparison with the floor.
         path: file to write.
     """
-    try:
-        from matplotlib.figure import Figure as Chart
-    except ImportError as error:
-        raise SystemExit("the chart needs matplotlib: pip install --group benchmark") from error
+    from matplotlib.figure import Figure as Chart  # here: all else runs without it
+
     ours = _stages([facts["ours"] for facts in rounds])
     floor = _stages([facts["floor"] for facts in rounds])
     job = ours.pop("total")
