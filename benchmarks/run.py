@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--fast", metavar="PYTHON", help="of FAST's environment")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="for `report`")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the measured process ends too
     chosen = {name: shrunk(c, args.shrink) for name, c in COMPARISONS.items()}
     if "all" not in args.names:
         chosen = {name: c for name, c in chosen.items() if name in args.names}
