@@ -168,6 +168,15 @@ def test_a_slide_whose_thumbnail_cannot_be_read_is_refused(jpeg: Path) -> None:
         slide.thumbnail(500)
 
 
+def test_a_turned_photograph_is_read_as_stored_and_said_to_be_turned(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (30, 20), (200, 100, 150)).save(tmp_path / "a.jpg", exif=exif)
+    with open_source(tmp_path / "a.jpg", mpp=1) as slide:
+        assert slide.size == (30, 20)
+        assert "Orientation tag of 6" in slide.doubts[0]
+
+
 # --- headers -----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.options import SelectOptions
-from wsi_pipeline.paths import as_path, dicom_slides, is_ome_zarr, is_remote, name_of
+from wsi_pipeline.paths import as_path, dicom_slides, is_ome_zarr, is_remote, is_zarr_url, name_of
 from wsi_pipeline.store import is_patch_grid
 
 SLIDE_SUFFIXES = frozenset(
@@ -113,7 +113,7 @@ def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
 
 def _iter_remote(path: Path) -> Iterator[Path]:
     """Yield the slide behind a URL, or those right in the folder that it names."""
-    if not str(path).endswith("/"):
+    if not str(path).endswith("/") or is_zarr_url(path):
         yield path
         return
     try:

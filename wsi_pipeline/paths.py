@@ -40,9 +40,16 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
+def is_zarr_url(path: Path) -> bool:
+    """Return whether a URL names a zarr, by its ending: it may be no folder that can be listed."""
+    return urlsplit(str(path)).path.rstrip("/").endswith(".zarr")
+
+
 def name_of(path: Path) -> str:
     """Return the last part of a path, without what a URL may carry behind it."""
-    return path.name if not is_remote(path) else urlsplit(str(path)).path.rpartition("/")[2]
+    if not is_remote(path):
+        return path.name
+    return urlsplit(str(path)).path.rstrip("/").rpartition("/")[2]
 
 
 def is_ome_zarr(path: Path) -> bool:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wsi_pipeline.cli.options import series_option
-from wsi_pipeline.errors import MissingMppError
+from wsi_pipeline.errors import MissingMppError, SourceError
 
 if TYPE_CHECKING:
     from wsi_pipeline.sources import Slide
 
 THUMBNAIL = 512
 """px of the picture on which the kind of light is judged."""
+QUICK = 1 << 26
+"""px of the smallest level up to which that picture is quickly made."""
 
 
 @click.command()
@@ -56,7 +58,6 @@ def describe(path: str | Path, mpp: float | None, series: int | None = None) -> 
 
 
 def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
-    from wsi_pipeline.sources import why_not_brightfield
     from wsi_pipeline.sources.mpp import contradictions, read_mpp
 
     readings = read_mpp(slide.properties)
@@ -72,13 +73,25 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
         "mpp_readings": [asdict(reading) for reading in readings],
         "contradictions": [r.source for r in contradictions(readings, slide.mpp) if has_mpp],
         "doubts": slide.doubts,
-        "not_brightfield": why_not_brightfield(slide.properties, slide.thumbnail(THUMBNAIL)[0]),
+        "not_brightfield": _not_brightfield(slide),
         "bounds": asdict(slide.bounds) if slide.bounds else None,
         "vendor": slide.properties.get("openslide.vendor"),
         "compression": slide.properties.get("tiff.Compression"),
         "backend": slide.backend,
         "fingerprint": slide.fingerprint,
     }
+
+
+def _not_brightfield(slide: Slide) -> str | None:
+    """Return why a slide is not one in bright field, None where it takes too long to say."""
+    from wsi_pipeline.sources import why_not_brightfield
+
+    if min(width * height for width, height in slide.level_sizes) > QUICK:
+        return None
+    try:
+        return why_not_brightfield(slide.properties, slide.thumbnail(THUMBNAIL)[0])
+    except SourceError as error:
+        return str(error).removeprefix(f"{slide.path}: ")
 
 
 def _as_text(facts: dict[str, Any]) -> str:

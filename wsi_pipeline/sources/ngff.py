@@ -14,7 +14,7 @@ import zarr
 from zarr.storage import FsspecStore, ZipStore
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import is_remote, name_of
+from wsi_pipeline.paths import is_remote, is_zarr_url
 from wsi_pipeline.sources.backend import (
     MAX_PIECE,
     Pixels,
@@ -93,7 +93,7 @@ class OmeZarrBackend:
 
 def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
     """Return what zarr opens, and where in it the image is."""
-    if not name_of(path).endswith(".zip"):
+    if is_zarr_url(path) if is_remote(path) else path.is_dir():
         return str(path), ""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         sizes = {entry.filename: entry.file_size for entry in archive.infolist()}

@@ -10,7 +10,7 @@ import numpy as np
 import openslide
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import dicom_slides, is_ome_zarr, is_remote
+from wsi_pipeline.paths import dicom_slides, is_ome_zarr, is_remote, is_zarr_url
 from wsi_pipeline.sources import tiff
 from wsi_pipeline.sources.backend import Backend, one_line
 from wsi_pipeline.sources.ngff import OmeZarrBackend
@@ -62,7 +62,7 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
 def _open(path: Path, series: int | None) -> Backend:
     if not is_remote(path) and path.is_dir():
         return _open_folder(path, series)
-    if is_remote(path) and path.name.rstrip("/").endswith(".zarr"):
+    if is_remote(path) and is_zarr_url(path):
         return OmeZarrBackend(path, series)
     head = _read_head(path)
     if head[:4] in tiff.MAGIC and not _is_dicom(path):  # DICOM leaves the beginning to others

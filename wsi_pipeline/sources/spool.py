@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import rasterio
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from rasterio.errors import NotGeoreferencedWarning
 
 from wsi_pipeline.errors import SourceError
@@ -50,6 +50,7 @@ class Spool:
     """
 
     def __init__(self, path: Path, size: tuple[int, int], *, driver: str, directory: int = 0):
+        """Say which picture; `directory` is the offset of a TIFF's, 0 in other files."""
         self._path = path
         self._size = size
         self._driver = driver
@@ -85,7 +86,11 @@ class Spool:
                 for top in range(0, height, rows)
             )
             if width * height * 3 <= IN_MEMORY:
-                return np.concatenate(list(bands))
+                pixels, top = np.empty((height, width, 3), np.uint8), 0
+                for band in bands:
+                    pixels[top : top + len(band)] = band
+                    top += len(band)
+                return pixels
             with tempfile.TemporaryFile() as file:
                 for band in bands:
                     file.write(band.tobytes())
@@ -104,6 +109,9 @@ class PictureBackend:
             with path.open("rb") as file, Image.open(file, formats=[driver]) as image:
                 self.size = image.size
                 mode, dpi = image.mode, image.info.get("dpi")
+                # of a PNG it may stand after the pixels, all of which would be decoded for it
+                exif = image.getexif() if driver == "JPEG" else {}
+                orientation = exif.get(ExifTags.Base.Orientation, 1)
         except UnidentifiedImageError as error:
             raise SourceError(
                 f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"
@@ -117,7 +125,10 @@ class PictureBackend:
         self.level_sizes: Sizes = (self.size,)
         self.level_downsamples: Downsamples = ((1.0, 1.0),)
         self.level_tiles: Sizes = (self.size,)
-        self.properties: Mapping[str, str] = {"tiff.Compression": driver}
+        self.properties: Mapping[str, str] = {
+            "tiff.Compression": driver,
+            "tiff.Orientation": str(orientation),
+        }
         if dpi and min(dpi) > 0:
             x, y = (str(25400 / float(value)) for value in dpi)
             self.properties = {**self.properties, "picture.mpp-x": x, "picture.mpp-y": y}
@@ -151,7 +162,7 @@ def _local(path: Path) -> Iterator[Path]:
 @contextmanager
 def _opened(path: Path, driver: str, directory: int) -> Iterator[Any]:
     """Yield GDAL's data set of a picture, or of one directory of a TIFF."""
-    name = str(path) if directory == 0 else f"GTIFF_DIR:{directory + 1}:{path}"
+    name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
     with rasterio.Env(**GDAL), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         # no other driver: some open what a file names

@@ -10,7 +10,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,7 +84,7 @@ class TiffBackend:
         self.is_ome = bool(self._slide.ts_tifffile.is_ome)
         # strips that are too large to be decoded for every read: in order, once
         self._spools = {
-            level: Spool(path, size, driver="GTiff", directory=page.index)
+            level: Spool(path, size, driver="GTiff", directory=page.offset)
             for level, (page, size) in enumerate(zip(self._pages, self.level_sizes, strict=True))
             if not page.is_tiled and _decoded_bytes(page) > GIANT
         }
@@ -93,26 +93,12 @@ class TiffBackend:
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
-        if level in self._spools:
-            try:
-                return self._spools[level].read(x, y, width, height)
-            except Exception as error:  # decoders raise anything on damaged strips
-                raise unreadable(self._path, error, level, x, y, width, height) from error
-        pixels = np.empty((height, width, 3), dtype=np.uint8)
-        page = self._pages[level]
-        segments = _segments(page, x, y, width, height)
-        left = iter(segments)  # of a list: threads may draw from it at once
-
-        def work() -> None:
-            scratch = _scratch(page)
-            for segment in left:
-                self._paste(pixels, (x, y), page, segment, scratch)
-
         try:
-            self._share(work, min(count_cpus(), len(segments)))
+            if level in self._spools:
+                return self._spools[level].read(x, y, width, height)
+            return self._read_segments(self._pages[level], x, y, width, height)
         except Exception as error:  # codecs raise anything on damaged tiles
             raise unreadable(self._path, error, level, x, y, width, height) from error
-        return pixels
 
     def busy_regions(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
@@ -144,6 +130,20 @@ class TiffBackend:
         if not isinstance(self._handle, Path):
             self._handle.close()
 
+    def _read_segments(self, page: Any, x: int, y: int, width: int, height: int) -> Pixels:
+        """Decode the tiles or strips that a rectangle touches; return the rectangle."""
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        segments = _segments(page, x, y, width, height)
+        left = iter(segments)  # of a list: threads may draw from it at once
+
+        def work() -> None:
+            scratch = _scratch(page)
+            for segment in left:
+                self._paste(pixels, (x, y), page, segment, scratch)
+
+        self._share(work, min(count_cpus(), len(segments)))
+        return pixels
+
     def _share(self, work: Callable[[], None], threads: int) -> None:
         """Do some work on several threads, of which the calling one is one."""
         helpers = [self._threads.submit(work) for _ in range(threads - 1)]
@@ -173,7 +173,7 @@ class TiffBackend:
             tile = self._tile(page, index, scratch, self._bytes)
         except Exception:
             log.debug("%s: tile %d is tried again", self._path, index, exc_info=True)
-            with FileBytes(self._path).opened() as fresh:
+            with closing(FileBytes(self._path)) as fresh:
                 tile = self._tile(page, index, scratch, fresh)
         if tile is None:
             target[:] = WHITE
@@ -230,14 +230,6 @@ class FileBytes:
         if len(data) != count:
             raise EOFError(f"{len(data):,} bytes found at {offset:,}, {count:,} expected")
         return data
-
-    @contextmanager
-    def opened(self) -> Iterator[FileBytes]:
-        """Close the file afterwards."""
-        try:
-            yield self
-        finally:
-            self.close()
 
     def close(self) -> None:
         """Give the file back."""
@@ -325,7 +317,7 @@ def _check_vendor(file: tifffile.TiffFile) -> None:
     kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
     for kind, found in (kinds | {"Philips TIFF": file.is_philips}).items():
         if found:
-            raise SourceError(f"{kind}, which OpenSlide must read, and does not open")
+            raise SourceError(f"{kind}, which only OpenSlide reads, and only from a local file")
 
 
 def _choose_series(slide: tiffslide.TiffSlide, wanted: int | None) -> int:
