@@ -242,6 +242,12 @@ def test_headers_that_fuzzing_found(slide_path: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(SourceError, match="cannot be opened"):
         open_source(path)
+    data = bytearray(slide_path.read_bytes())
+    (entries,) = struct.unpack_from("<H", data, directory)
+    struct.pack_into("<I", data, directory + 2 + 12 * entries, directory)  # the next is itself
+    path.write_bytes(data)
+    with pytest.raises(SourceError, match="in a circle"):
+        open_source(path)
     big = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16) + struct.pack("<Q", (1 << 64) - 1)
     path.write_bytes(big + slide_path.read_bytes()[directory:])  # as many entries
     with pytest.raises(SourceError, match="truncated"):

@@ -244,11 +244,9 @@ def check_tiff(path: Path) -> None:
         SourceError: what was found, and what to do.
     """
     found = path.stat().st_size
-    if not is_remote(path) and not _has_all_directories(path, found):
-        raise SourceError(
-            f"{path}: truncated: a directory lies beyond the {found:,} bytes found; "
-            "copy the slide again"
-        )
+    wrong = "" if is_remote(path) else _what_is_wrong_with_directories(path, found)
+    if wrong:
+        raise SourceError(f"{path}: {wrong}; copy the slide again")
     try:
         with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
             pages = [level.pages[0] for series in file.series for level in series.levels]
@@ -267,13 +265,13 @@ def check_tiff(path: Path) -> None:
         )
 
 
-def _has_all_directories(path: Path, size: int) -> bool:
-    """Return whether the chain of a TIFF's directories stays inside the file."""
+def _what_is_wrong_with_directories(path: Path, size: int) -> str:
+    """Return how the chain of a TIFF's directories leaves the file or has no end, or ""."""
     with path.open("rb") as file:
         order = "<" if file.read(2) == b"II" else ">"
         is_big = file.read(2) in (b"+\0", b"\0+")
         if not is_big and size >= 1 << 32:
-            return True  # NDPI stretches the format in its own way
+            return ""  # NDPI stretches the format in its own way
         file.seek(8 if is_big else 4)
         pointer, count, entry_size = ("Q", "Q", 20) if is_big else ("I", "H", 12)
         seen = {0}
@@ -283,8 +281,9 @@ def _has_all_directories(path: Path, size: int) -> bool:
                 file.seek(offset)
                 file.seek(_unpack(file, order + count) * entry_size, os.SEEK_CUR)
         except (struct.error, OSError, OverflowError, ValueError):
-            return False
-    return True
+            return f"truncated: a directory lies beyond the {size:,} bytes found"
+    # tifffile follows a circle for ever
+    return "damaged: its directories go round in a circle" if offset else ""
 
 
 def _unpack(file: BinaryIO, kind: str) -> int:
