@@ -31,6 +31,11 @@ Numbers = npt.NDArray[np.int32]
 
 UP, DOWN, LEFT, RIGHT = range(4)
 """The pixel edges at a vertex, by the direction in which they leave it."""
+ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT = range(4)
+"""The pixels around a vertex."""
+RIGHT_HAND = np.array([ABOVE_RIGHT, BELOW_LEFT, ABOVE_LEFT, BELOW_RIGHT])
+"""The pixel on the right hand of who leaves in each direction, as y points down."""
+LEFT_HAND = np.array([ABOVE_LEFT, BELOW_RIGHT, BELOW_LEFT, ABOVE_RIGHT])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,6 +74,8 @@ class Chains:
 
     def keep_chains(self, chains: Bools) -> Chains:
         """Return only those (n,) chains."""
+        if chains.all():
+            return self
         return Chains(
             xy=self.xy[np.repeat(chains, self.sizes)],
             bounds=np.concatenate([[0], np.cumsum(self.sizes[chains])]),
@@ -146,17 +153,15 @@ class _Places:
     Attributes:
         y: (n,).
         x: (n,).
-        right_hand: (4, n) region on the right hand of who leaves in each direction.
-        left_hand: (4, n) region on the left hand.
-        edge: (4, n) whether the two differ.
+        around: (4, n) numbers of the regions at the pixels around.
+        edge: (4, n) whether a border leaves in each direction.
         visit: (4, n) which visit the pixel edge belongs to, where there is one.
         vertex: (v,) of each visit.
     """
 
     y: Numbers
     x: Numbers
-    right_hand: Numbers
-    left_hand: Numbers
+    around: Numbers
     edge: Bools
     visit: Numbers
     vertex: Ints
@@ -164,17 +169,19 @@ class _Places:
     @classmethod
     def of(cls, y: Numbers, x: Numbers, around: Numbers) -> Self:
         """Find the vertices among places, and pair the pixel edges of each."""
-        right_hand, left_hand = around[[1, 2, 0, 3]], around[[0, 3, 2, 1]]
-        edge = right_hand != left_hand
-        kept = np.flatnonzero((edge[UP] | edge[DOWN]) & (edge[LEFT] | edge[RIGHT]))
-        y, x, edge = y[kept], x[kept], edge[:, kept]
-        degree = sum(edge.astype(np.int32))  # row by row: a sum along axis 0 is slow
+        sides = zip(RIGHT_HAND.tolist(), LEFT_HAND.tolist(), strict=True)
+        edge = np.stack([around[right] != around[left] for right, left in sides])
+        is_vertex = (edge[UP] | edge[DOWN]) & (edge[LEFT] | edge[RIGHT])
+        if not is_vertex.all():
+            y, x, around, edge = (a.compress(is_vertex, axis=-1) for a in (y, x, around, edge))
+        up, down, left, right = edge.astype(np.int32)
+        degree = up + down + left + right
         meeting = np.flatnonzero(degree > 2)
-        above_left, above_right, below_left, below_right = around[:, kept[meeting]]
         crossing = degree[meeting] == 4
-        same, same_other = above_left == below_right, above_right == below_left
+        at = around[:, meeting]
+        same, same_other = at[ABOVE_LEFT] == at[BELOW_RIGHT], at[ABOVE_RIGHT] == at[BELOW_LEFT]
         # a region that meets itself goes before background that does
-        around_other = crossing & same & ~(same_other & (above_left == 0))
+        around_other = crossing & same & ~(same_other & (at[ABOVE_LEFT] == 0))
         around_same = crossing & same_other & ~around_other
         node = ~(around_other | around_same)
         count = np.ones(len(y), np.int32)
@@ -188,8 +195,7 @@ class _Places:
         return cls(
             y=y,
             x=x,
-            right_hand=right_hand[:, kept],
-            left_hand=left_hand[:, kept],
+            around=around,
             edge=edge,
             visit=visit,
             vertex=np.repeat(np.arange(len(y)), count),
@@ -208,7 +214,7 @@ class _Places:
         """Return the visits from which and to which chains go along lines."""
         inner = np.flatnonzero(self.edge[direction, order[:-1]] & ~begins[1:])
         here, there = order[inner], order[inner + 1]
-        outgoing = self.right_hand[direction, here] > self.left_hand[direction, here]
+        outgoing = self._is_outgoing(direction, here)
         here, there = self.visit[direction, here], self.visit[_opposite(direction), there]
         return np.where(outgoing, here, there), np.where(outgoing, there, here)
 
@@ -226,7 +232,7 @@ class _Places:
             along=along[vertex],
             onward=port == direction,
             chain=chain[self.visit[port, vertex]],
-            is_last=self.right_hand[port, vertex] > self.left_hand[port, vertex],
+            is_last=self._is_outgoing(port, vertex),
         )
 
     def sides(self, visits: Ints) -> tuple[Numbers, Numbers]:
@@ -234,8 +240,17 @@ class _Places:
         vertex = self.vertex[visits]
         # any of the pixel edges that belong to the visit
         port = ((self.visit[:, vertex] == visits) & self.edge[:, vertex]).argmax(axis=0)
-        one, other = self.right_hand[port, vertex], self.left_hand[port, vertex]
+        one, other = self.around[RIGHT_HAND[port], vertex], self.around[LEFT_HAND[port], vertex]
         return np.maximum(one, other), np.minimum(one, other)
+
+    def _is_outgoing(self, direction: int | Ints, vertex: Ints) -> Bools:
+        """Return whether chains leave vertices in these directions, or come from there."""
+        right, left = (
+            self.around[RIGHT_HAND[direction], vertex],
+            self.around[LEFT_HAND[direction], vertex],
+        )
+        outgoing: Bools = right > left
+        return outgoing
 
 
 def _opposite(direction: int) -> int:

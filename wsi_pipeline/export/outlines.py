@@ -122,9 +122,8 @@ def find_outlines(
         cut = _is_at_cut(chains, tile)
         # a hole over several tiles may be over several blocks: such are known when all are joined
         dropped = _is_small_hole(chains, min_pixels) & ~_any_of(cut, chains)
-        if dropped.any():
-            cut = cut[np.repeat(~dropped, chains.sizes)]
-            chains, ends = chains.keep_chains(~dropped), ends.keep_chains(~dropped)
+        cut = cut[np.repeat(~dropped, chains.sizes)]
+        chains, ends = chains.keep_chains(~dropped), ends.keep_chains(~dropped)
         if tolerance == 0:
             return chains, ends
         at_least = _at_least(chains)

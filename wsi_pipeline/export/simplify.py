@@ -13,6 +13,7 @@ what becomes of others, no order of work matters.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,8 +26,8 @@ LARGEST = 2**30
 """Twice the area of the largest triangle that is told from larger ones, in pixels."""
 NEVER = np.iinfo(np.int64).max
 """Key of a vertex that stays."""
-AT_ONCE = 50_000
-"""Triangles that are looked into at a time, which bounds the memory."""
+TRIANGLES, PAIRS = 20_000, 2_000_000
+"""Triangles, and vertices near them, that are looked at together, which bounds the memory."""
 
 
 def simplify(chains: Chains, *, tolerance: float, is_fixed: Bools, at_least: Ints) -> Chains:
@@ -190,53 +191,56 @@ def _is_blocked(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
     blocked = np.zeros(len(v), bool)
     # a triangle of half a pixel holds no whole numbers but its corners
     larger = np.flatnonzero(lines.key[v] >> 32 != 1)
-    for start in range(0, len(larger), AT_ONCE):
-        part = larger[start : start + AT_ONCE]
-        blocked[part] = _holds_others(lines, grid, v[part])
+    for start in range(0, len(larger), TRIANGLES):
+        part = larger[start : start + TRIANGLES]
+        triangles = _Triangles.of(lines, v[part])
+        of, first, count = _near(grid, triangles)
+        ends = np.cumsum(count)
+        cuts = np.searchsorted(ends, np.arange(PAIRS, int(ends[-1]), PAIRS))
+        for begin, stop in itertools.pairwise([0, *cuts.tolist(), len(of)]):
+            found = grid.order[ranges(first[begin:stop], count[begin:stop])]
+            pairs = np.repeat(of[begin:stop], count[begin:stop])
+            blocked[part[_holding(lines, triangles, pairs, found)]] = True
     return blocked
 
 
-def _holds_others(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
-    a, b = lines.before[v], lines.after[v]
-    x, y = (np.stack([along[a], along[v], along[b]]) for along in (lines.x, lines.y))
-    box = _Box.of(x, y)
-    of, found = _near(grid, x, y, box)
-    # those from a to b in the same chain may be in it; in a ring that may lead over its beginning
-    chain = lines.chain[v]
-    size = lines.end[chain] - lines.begin[chain]
-    step, reach = found - a[of], (b - a) % size
-    step += (step < 0) * size[of]
-    other = (step > reach[of]) | (lines.chain[found] != chain[of])
-    of, found = of[other], found[other]
-    x_found, y_found = lines.x[found], lines.y[found]
-    inside = (x_found >= box.left[of]) & (x_found <= box.right[of])
-    inside &= (y_found >= box.top[of]) & (y_found <= box.bottom[of])
-    of, x_found, y_found = of[inside], x_found[inside], y_found[inside]
-    x, y = x[:, of], y[:, of]
-    ab, bc, ca = (
-        _turn(x_found, y_found, x[i], y[i], x[j], y[j]) for i, j in ((0, 1), (1, 2), (2, 0))
-    )
-    inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
-    for corner in (0, 2):  # a node is a vertex of each chain that ends there
-        inside &= (x_found != x[corner]) | (y_found != y[corner])
-    holds = np.zeros(len(v), bool)
-    holds[of[inside]] = True
-    return holds
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Box:
-    """The rectangles around triangles, (n,) each, both ends included."""
+class _Triangles:
+    """The triangles that some vertices span with their neighbours.
 
+    Attributes:
+        v: (n,) the vertices.
+        before: (n,) the vertex before each.
+        reach: (n,) steps along the chain from there to the one after.
+        x: (3, n) of the corners: before, vertex, after.
+        y: (3, n).
+        left: (n,) least x.
+        right: (n,) largest x.
+        top: (n,) least y.
+        bottom: (n,) largest y.
+    """
+
+    v: Ints
+    before: Numbers
+    reach: Numbers
+    x: Numbers
+    y: Numbers
     left: Numbers
     right: Numbers
     top: Numbers
     bottom: Numbers
 
     @classmethod
-    def of(cls, x: Numbers, y: Numbers) -> Self:
-        """Return the rectangles around (3, n) corners."""
+    def of(cls, lines: _Lines, v: Ints) -> Self:
+        """Return the triangles of vertices as their chains now are."""
+        a, b, chain = lines.before[v], lines.after[v], lines.chain[v]
+        x, y = (np.stack([along[a], along[v], along[b]]) for along in (lines.x, lines.y))
         return cls(
+            v=v,
+            before=a,
+            reach=(b - a) % (lines.end[chain] - lines.begin[chain]),
+            x=x,
+            y=y,
             left=np.minimum(np.minimum(x[0], x[1]), x[2]),
             right=np.maximum(np.maximum(x[0], x[1]), x[2]),
             top=np.minimum(np.minimum(y[0], y[1]), y[2]),
@@ -244,30 +248,49 @@ class _Box:
         )
 
 
-def _near(grid: _Grid, x: Numbers, y: Numbers, box: _Box) -> tuple[Ints, Numbers]:
-    """Return pairs of triangles, by number, and vertices in the cells that they touch.
+def _holding(lines: _Lines, triangles: _Triangles, of: Ints, found: Numbers) -> Ints:
+    """Return which triangles of pairs with vertices hold them, sides included, but must not."""
+    # what is between the triangle's ends in the same chain may be in it
+    chain = lines.chain[found]
+    step = found - triangles.before[of]
+    step += (step < 0) * (lines.end[chain] - lines.begin[chain])  # over a ring's beginning
+    other = (step > triangles.reach[of]) | (chain != lines.chain[triangles.v[of]])
+    of, found = of[other], found[other]
+    x, y = lines.x[found], lines.y[found]
+    near = (x >= triangles.left[of]) & (x <= triangles.right[of])
+    near &= (y >= triangles.top[of]) & (y <= triangles.bottom[of])
+    of, x, y = of[near], x[near], y[near]
+    x_of, y_of = triangles.x[:, of], triangles.y[:, of]
+    ab, bc, ca = (
+        _turn(x, y, x_of[i], y_of[i], x_of[j], y_of[j]) for i, j in ((0, 1), (1, 2), (2, 0))
+    )
+    inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
+    for corner in (0, 2):  # a node is a vertex of each chain that ends there
+        inside &= (x != x_of[corner]) | (y != y_of[corner])
+    held: Ints = of[inside]
+    return held
 
-    Args:
-        grid: the vertices.
-        x: (3, n) of the triangles' corners.
-        y: (3, n).
-        box: around them.
+
+def _near(grid: _Grid, triangles: _Triangles) -> tuple[Ints, Ints, Ints]:
+    """Find the rows of cells that triangles touch.
+
+    Returns:
+        The triangle of each, and the first and the number of its vertices in the grid's order.
     """
-    top, bottom = box.top >> grid.bits, box.bottom >> grid.bits
+    top, bottom = triangles.top >> grid.bits, triangles.bottom >> grid.bits
     rows = bottom - top + 1
     of = np.repeat(np.arange(len(rows)), rows)
     row = ranges(top, rows)
-    left, right = box.left[of], box.right[of]
+    left, right = triangles.left[of], triangles.right[of]
     # the boxes of long oblique ones hold far too many
     large = np.flatnonzero((rows[of] > 2) & (right - left > 2 << grid.bits))
     begin = row[large] << grid.bits
     left[large], right[large] = _reach(
-        x[:, of[large]], y[:, of[large]], begin, begin + (1 << grid.bits) - 1
+        triangles.x[:, of[large]], triangles.y[:, of[large]], begin, begin + (1 << grid.bits) - 1
     )
     row = (row - grid.corner[1]) * grid.width - grid.corner[0]
     first = grid.start[row + (left >> grid.bits)]
-    counts = grid.start[row + (right >> grid.bits) + 1] - first
-    return np.repeat(of, counts), grid.order[ranges(first, counts)]
+    return of, first, grid.start[row + (right >> grid.bits) + 1] - first
 
 
 def _reach(x: Numbers, y: Numbers, top: Ints, bottom: Ints) -> tuple[Ints, Ints]:
