@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from filelock import FileLock, Timeout
-from zarr.errors import BaseZarrError
 
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
 from wsi_pipeline.grid import Block, PatchGrid, Region
@@ -161,10 +160,11 @@ def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
             tissue_downsample=(float(y), float(x)),
             pixels=group.get("pixels"),  # type: ignore[arg-type]
         )
-    except (KeyError, TypeError, ValueError, BaseZarrError) as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"the patch grid {path} is damaged ({error}); write it again") from error
+    except StoreError:
+        raise
+    except Exception as error:  # metadata may be anything, and codecs raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise StoreError(f"the patch grid {path} is damaged ({reason}); write it again") from error
 
 
 def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
