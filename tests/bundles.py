@@ -1,4 +1,4 @@
-"""Bundles that tests make: pointwise TorchScript programs and LightMuSeg with random weights."""
+"""Bundles that tests make: pointwise TorchScript programs and networks with random weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from wsi_pipeline.networks import NETWORKS
 
@@ -133,3 +133,38 @@ def lightmuseg_bundle(
     )
     save_file(network.state_dict(), folder / "model.safetensors")
     return folder
+
+
+def small_unet_bundle(folder: Path, *, patch_size: int = 32) -> Path:
+    """Write a bundle of a U-Net with few and random weights and three classes; return its folder.
+
+    For what does not depend on the network: it is quick.
+    """
+    torch.manual_seed(0)
+    options = {"classes": 3, "widths": [8, 16]}
+    network = NETWORKS["swish_unet"](**options)
+    with torch.no_grad():  # statistics of its own for every norm, so that none is an identity
+        network(torch.rand(4, 3, patch_size, patch_size))
+    write_toml(
+        folder,
+        mpp=0.5,
+        patch_size=patch_size,
+        overlap=0,
+        network='"swish_unet"',
+        weights='"model.safetensors"',
+        network_options="\n".join(f"{key} = {value}" for key, value in options.items()),
+    )
+    save_file(network.state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def spoil(folder: Path) -> None:
+    """Move a small U-Net's last features so far from zero that float32 holds no more of them.
+
+    They come back only where the batch norm is folded before it is rounded.
+    """
+    path, norm = folder / "model.safetensors", "up4.conv.double_conv.4"
+    state = load_file(path)
+    for name, value in {"running_mean": 3e8, "bias": 3e8, "running_var": 1, "weight": 1}.items():
+        state[f"{norm}.{name}"].fill_(value)
+    save_file(state, path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundles import lightmuseg_bundle, pointwise_bundle
+from bundles import pointwise_bundle, small_unet_bundle
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
@@ -39,8 +39,8 @@ def one_line_error(result: Result) -> str:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a bundle of LightMuSeg with random weights, three classes and small patches."""
-    return lightmuseg_bundle(tmp_path_factory.mktemp("models") / "small", mpp=0.5, patch_size=64)
+    """Return a small bundle with random weights and three classes."""
+    return small_unet_bundle(tmp_path_factory.mktemp("models") / "small")
 
 
 @pytest.mark.parametrize("name", command.commands)
@@ -164,7 +164,7 @@ def test_show_says_what_is_not_counted_and_what_lacks(tmp_path: Path) -> None:
 def test_check_says_that_a_bundle_answers(bundle: Path) -> None:
     result = invoke("check", bundle)
     assert result.exit_code == 0, result.output
-    assert "1 × 3 × 64 × 64" in result.stdout
+    assert "1 × 3 × 32 × 32" in result.stdout
     assert "the bundle's" in result.stdout
     assert "answers as its model.toml says" in result.stderr
 
