@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ def _load_exported(path: Path) -> Network:
 
 def _static_batch(program: ExportedProgram) -> int | None:
     """Return the batch size that an exported program insists on, or None where it takes any."""
+    from torch.export.graph_signature import InputKind
+
     names = {
         s.arg.name for s in program.graph_signature.input_specs if s.kind is InputKind.USER_INPUT
     }

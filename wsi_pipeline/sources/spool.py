@@ -13,9 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rasterio
 from PIL import ExifTags, Image, UnidentifiedImageError
-from rasterio.errors import NotGeoreferencedWarning
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import is_remote, name_of
@@ -163,6 +161,9 @@ def _local(path: Path) -> Iterator[Path]:
 def _opened(path: Path, driver: str, directory: int) -> Iterator[Any]:
     """Yield GDAL's data set of a picture, or of one directory of a TIFF."""
     name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
+    import rasterio  # brings GDAL: half of the time to import this package
+    from rasterio.errors import NotGeoreferencedWarning
+
     with rasterio.Env(**GDAL), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         # no other driver: some open what a file names
