@@ -346,8 +346,7 @@ def test_a_read_decodes_each_tile_once_and_left_out_ones_never(tmp_path: Path) -
 @pytest.mark.parametrize("mpp", [0.25, 0.5, 0.6])
 def test_pixels_belong_to_the_caller(slide: Slide, mpp: float) -> None:
     found = slide.at(mpp).read((10, 20), (100, 150))
-    assert found.flags.c_contiguous
-    assert found.flags.writeable
+    assert found.flags.carray  # contiguous, and may be written to
 
 
 @given(
@@ -765,54 +764,6 @@ def test_a_damaged_tile_is_named_and_the_rest_still_read(
         assert "\n" not in str(error.value)
         np.testing.assert_array_equal(view.read((0, 0), (256, 1500)), good)
         slide.close()
-
-
-def real_files() -> list[Path]:
-    root = os.environ.get("WSI_PIPELINE_TEST_DATA") or Path(__file__).parents[2] / "shared/data"
-    folders = [Path(root) / name for name in ("malformed", "wsi")]
-    return sorted(path for f in folders for path in f.rglob("*") if path.suffix != ".dat")
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("path", real_files(), ids=lambda p: f"{p.parent.name}/{p.name}")
-def test_every_real_file_is_opened_or_refused_in_one_line(path: Path) -> None:
-    refused = ""
-    try:
-        with open_source(path, mpp=0.5) as slide:
-            thumbnail, _ = slide.thumbnail(256)
-    except SourceError as error:
-        refused = str(error)
-    if refused:
-        assert "\n" not in refused
-        assert str(path) in refused
-    else:
-        assert "malformed" not in path.parts
-        assert max(thumbnail.shape) <= 256
-
-
-OPENED = {
-    "dicom/multiframe_camelyon_challenge_image.dcm": "openslide",
-    "dicom_highdicom/sm_image.dcm": "openslide",
-    "dicom_panimg/full_no_bot.dcm": "openslide",
-    "large_image/grey10kx5k.tif": "tiffslide",
-    "large_image/yb10kx5k.zstd.tiff": "tiffslide",
-    "mrxs_partial/Mirax2-Fluorescence-2.mrxs": "openslide",
-    "ndpi/test3-DAPI-2-_387_.ndpi": "openslide",
-    "panimg_tiff/no_dzi.tif": "tiffslide",
-    "panimg_tiff/valid_tiff.tif": "tiffslide",
-    "svs/CMU-1-Small-Region.svs": "tiffslide",
-}
-
-
-@pytest.mark.parametrize(("name", "backend"), OPENED.items())
-def test_real_slides_of_many_formats_open(data_dir: Path, name: str, backend: str) -> None:
-    with open_source(data_dir / "wsi" / name, mpp=0.5) as slide:
-        assert slide.backend == backend
-        width, height = slide.size
-        np.testing.assert_array_equal(
-            slide.at(0.5 * max(1, min(width, height) // 100)).read((0, 0), (50, 50)).shape,
-            (50, 50, 3),
-        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is POSIX")

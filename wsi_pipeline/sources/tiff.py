@@ -403,16 +403,15 @@ def _check_page(level: Any) -> None:
 def _check_sizes(page: Any) -> None:
     """Refuse impossible sizes, and tiles that do not fit in memory."""
     check_size((page.imagewidth, page.imagelength))
-    if not page.is_tiled:
-        return
     width, height = _segment_size(page)
-    if min(width, height) < 1 or _decoded_bytes(page) > MAX_PIECE:
+    if min(width, height) < 1 or (page.is_tiled and _decoded_bytes(page) > MAX_PIECE):
         raise SourceError(f"tiles of {width:,} × {height:,} px, which do not fit in memory")
     planes = page.samplesperpixel if page.planarconfig == 2 else 1
     expected = -(-page.imagewidth // width) * -(-page.imagelength // height) * planes
     listed = min(len(page.dataoffsets), len(page.databytecounts))
     if listed < expected:
-        raise SourceError(f"{listed:,} tiles listed where its size makes {expected:,}")
+        kind = "tiles" if page.is_tiled else "strips"
+        raise SourceError(f"{listed:,} {kind} listed where its size makes {expected:,}")
 
 
 def _properties(slide: tiffslide.TiffSlide, page: Any, series: int) -> dict[str, str]:

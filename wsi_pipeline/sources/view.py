@@ -15,7 +15,14 @@ from PIL import Image
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Region
-from wsi_pipeline.sources.backend import WHITE, Backend, Downsamples, Pixels, Sizes
+from wsi_pipeline.sources.backend import (
+    MAX_PIECE,
+    WHITE,
+    Backend,
+    Downsamples,
+    Pixels,
+    Sizes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,41 +149,50 @@ class SlideView:
         width, height = self.backend.level_tiles[self.level]
         for top in range(y0 // height * height, y1, height):
             for left in range(x0 // width * width, x1, width):
-                a, b, c, d = (
-                    max(top, y0),
-                    max(left, x0),
-                    min(top + height, y1),
-                    min(left + width, x1),
-                )
+                a, b = max(top, y0), max(left, x0)
+                c, d = min(top + height, y1), min(left + width, x1)
                 target = pixels[a - y0 : c - y0, b - x0 : d - x0]
                 try:
                     target[:] = self.backend.read_level(self.level, b, a, d - b, c - a)
                 except SourceError as error:
-                    tile = self._replaced(top, left, height, width, bad)
-                    target[:] = tile[a - top : c - top, b - left : d - left]
                     logger.info("%s", error)
+                    tile = self._tile_from_others(top, left)
+                    if tile is not None:
+                        target[:] = tile[a - top : c - top, b - left : d - left]
+                        continue
+                    target[:] = WHITE
+                    if (region := self._tile_region(top, left)) not in bad:
+                        bad.append(region)
         return pixels
 
-    def _replaced(self, top: int, left: int, height: int, width: int, bad: list[Region]) -> Pixels:
-        """Return a tile of the level that cannot be read, from another level or white."""
+    def _tile_size(self, top: int, left: int) -> tuple[int, int]:
+        """Return (height, width) of a stored tile, cut off at the edges of the level."""
+        width, height = self.backend.level_tiles[self.level]
         full_width, full_height = self.backend.level_sizes[self.level]
-        height, width = min(height, full_height - top), min(width, full_width - left)
-        for view in self._same_from_others():
-            try:
-                return view.read((top, left), (height, width))
-            except SourceError:
-                continue
+        return min(height, full_height - top), min(width, full_width - left)
+
+    def _tile_region(self, top: int, left: int) -> Region:
+        """Return where a stored tile lies, in level-0 pixels."""
+        height, width = self._tile_size(top, left)
         dx, dy = self.backend.level_downsamples[self.level]
         x, y = math.floor(left * dx), math.floor(top * dy)
-        region = Region(
-            x=x,
-            y=y,
-            width=min(math.ceil((left + width) * dx), self.backend.size[0]) - x,
-            height=min(math.ceil((top + height) * dy), self.backend.size[1]) - y,
+        right, bottom = math.ceil((left + width) * dx), math.ceil((top + height) * dy)
+        full_width, full_height = self.backend.size
+        return Region(
+            x=x, y=y, width=min(right, full_width) - x, height=min(bottom, full_height) - y
         )
-        if region not in bad:
-            bad.append(region)
-        return np.full((height, width, 3), WHITE, dtype=np.uint8)
+
+    def _tile_from_others(self, top: int, left: int) -> Pixels | None:
+        """Return a stored tile as another level shows it, None where none can."""
+        size = self._tile_size(top, left)
+        if math.prod(size) * 3 > MAX_PIECE:
+            return None
+        for view in self._same_from_others():
+            try:
+                return view.read((top, left), size)
+            except SourceError:
+                continue
+        return None
 
     def _same_from_others(self) -> Iterator[SlideView]:
         """Yield views that show this one's level by computing it from others, the best first."""
