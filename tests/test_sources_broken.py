@@ -242,6 +242,11 @@ def test_headers_that_fuzzing_found(slide_path: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(SourceError, match="cannot be opened"):
         open_source(path)
+    strips = tmp_path / "strips.tif"
+    tifffile.imwrite(strips, np.zeros((24, 18), np.uint8), rowsperstrip=1)
+    set_tag(strips, HEIGHT, 65535)
+    with pytest.raises(SourceError, match="24 strips listed where its size makes 65,535"):
+        open_source(strips, mpp=1)
     data = bytearray(slide_path.read_bytes())
     (entries,) = struct.unpack_from("<H", data, directory)
     struct.pack_into("<I", data, directory + 2 + 12 * entries, directory)  # the next is itself
