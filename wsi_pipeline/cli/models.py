@@ -52,9 +52,10 @@ def command() -> None:
 )
 @click.pass_context
 def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
-    """List the bundles in FOLDER: its own model.toml, and those of the folders in it.
+    """List bundles.
 
-    Without FOLDER: in models/ of the current folder and of the checkout.
+    FOLDER is a bundle, or has bundles in it. Without: models/ of the current folder and of the
+    checkout.
     """
     places = folders or _usual_places()
     paths = [path for place in places for path in _bundles_in(place)]
@@ -81,10 +82,11 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
 @bundle_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(location: str, as_json: bool) -> None:
-    """Show what BUNDLE is: sizes, cost of a patch, classes, input, and where the weights are.
+    """Show what BUNDLE is and costs.
 
-    Parameters and multiply-accumulates (MACs: of convolutions and linear layers) are counted, for
-    the network as stored and as folded for prediction. Memory is what one patch takes in fp32.
+    Classes, input, where the weights are, and the cost of a patch: parameters and
+    multiply-accumulates (MACs: of convolutions and linear layers) are counted, for the network as
+    stored and as folded for prediction. Memory is what one patch takes in fp32.
     """
     facts = describe(load_bundle(location, fetch=False))
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
@@ -94,10 +96,10 @@ def show(location: str, as_json: bool) -> None:
 @bundle_argument
 @click.option("--patch-size", type=Sizes(), help="Try smaller patches.  [default: the bundle's]")
 def check(location: str, patch_size: tuple[int, ...] | None) -> None:
-    """Run BUNDLE on random patches on the CPU: does it answer as its model.toml says?
+    """Try BUNDLE on random patches.
 
-    Shapes and values are checked, and that the form for prediction equals the network. A bundle
-    without weights gets random ones.
+    Does it answer as its model.toml says? Shapes and values are checked on the CPU, and that the
+    form for prediction equals the network. A bundle without weights gets random ones.
     """
     from wsi_pipeline.networks.trial import try_bundle
 
@@ -118,7 +120,9 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     help="Folder of the bundle; its name becomes the model's.",
 )
 @click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
-@click.option("--network", help="The network, for slides, where no bundle is like it.")
+@click.option(
+    "--network", metavar="NAME", help="The network, for slides, where no bundle is like it."
+)
 @click.option("--classes", metavar="NAME,NAME[,…]", help="In the mask's order, background first.")
 @click.option(
     "--mpp",
@@ -139,12 +143,13 @@ def import_(
     key: str | None,
     overwrite: bool,
 ) -> None:
-    """Make a bundle of CHECKPOINT: .pth, .pt or .safetensors. Nothing in it is run.
+    """Make a bundle of CHECKPOINT.
 
-    Say what it is: --like a bundle, but for what --classes, --mpp and --patch-size say; or
-    --network with --classes and --mpp. Tensors that lack, are too many or have another shape are
-    named, and nothing is written. With neither, CHECKPOINT is torchvision's MobileNetV2 or
-    ResNet18, and becomes a file that training can start from.
+    It is a .pth, .pt or .safetensors file; nothing in it is run. Say what it is: --like a bundle,
+    but for what --classes, --mpp and --patch-size say; or --network with --classes and --mpp.
+    Tensors that lack, are too many or have another shape are named, and nothing is written. With
+    neither, CHECKPOINT is torchvision's MobileNetV2 or ResNet18, and becomes a file that training
+    can start from.
     """
     from wsi_pipeline.networks.checkpoints import import_encoder, import_model, make_template
 
@@ -200,10 +205,11 @@ def import_(
 def export(
     location: str, form: ProgramFormat, output: Path, batch_size: int | None, overwrite: bool
 ) -> None:
-    """Write the network of BUNDLE as a program for other runtimes.
+    """Write BUNDLE as a program.
 
-    It takes normalised patches and gives logits: `mask` first, then `label` where the network
-    classifies. It is written only if it agrees with the network on random patches.
+    For other runtimes. It takes normalised patches and gives logits: `mask` first, then `label`
+    where the network classifies. It is written only if it agrees with the network on random
+    patches.
     """
     from wsi_pipeline.networks.program import export_onnx, export_torch
 
