@@ -26,6 +26,9 @@ from wsi_pipeline.sources.backend import (
 
 logger = logging.getLogger(__name__)
 
+Lost = dict[Region, None]
+"""Stored tiles that cannot be read, each once, in the order in which they were met."""
+
 WHOLE_TOLERANCE = 1e-3
 """A ratio this close to a whole number is taken as whole: µm per pixel are not known better."""
 
@@ -88,11 +91,15 @@ class SlideView:
         rows, columns = (list(_pieces(a, a + length, full, step)) for a, length, full, step in axes)
         pieces = [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
         y, x = origin
+        lost = None if bad is None else dict.fromkeys(bad)  # a list of many is slow to search
         if pieces == [(y, x, y + shape[0], x + shape[1])]:
-            return np.require(self._compute(*pieces[0], bad), requirements=["C", "W"])
-        pixels = np.full((*shape, 3), WHITE, dtype=np.uint8)
-        for y0, x0, y1, x1 in pieces:
-            pixels[y0 - y : y1 - y, x0 - x : x1 - x] = self._compute(y0, x0, y1, x1, bad)
+            pixels = np.require(self._compute(*pieces[0], lost), requirements=["C", "W"])
+        else:
+            pixels = np.full((*shape, 3), WHITE, dtype=np.uint8)
+            for y0, x0, y1, x1 in pieces:
+                pixels[y0 - y : y1 - y, x0 - x : x1 - x] = self._compute(y0, x0, y1, x1, lost)
+        if bad is not None:
+            bad[:] = lost or ()
         return pixels
 
     def _steps(self) -> tuple[int, int]:
@@ -101,7 +108,7 @@ class SlideView:
             return sys.maxsize, sys.maxsize
         return _step(self.ratio[0]), _step(self.ratio[1])
 
-    def _compute(self, y0: int, x0: int, y1: int, x1: int, bad: list[Region] | None) -> Pixels:
+    def _compute(self, y0: int, x0: int, y1: int, x1: int, bad: Lost | None) -> Pixels:
         """Return the pixels [y0, y1) × [x0, x1), which lie inside the view."""
         ry, rx = self.ratio
         if ry.is_integer() and rx.is_integer():
@@ -123,9 +130,7 @@ class SlideView:
         rows = (0, y0 * ry - top, image.width, y1 * ry - top)
         return np.asarray(image.resize((image.width, y1 - y0), bilinear, box=rows))
 
-    def _read_level(
-        self, top: int, left: int, bottom: int, right: int, bad: list[Region] | None
-    ) -> Pixels:
+    def _read_level(self, top: int, left: int, bottom: int, right: int, bad: Lost | None) -> Pixels:
         """Return a rectangle of the level, its last pixels repeated beyond its edges."""
         width, height = self.backend.level_sizes[self.level]
         y0, y1 = _clip(top, bottom, height)
@@ -137,7 +142,7 @@ class SlideView:
             return pixels
         return np.pad(pixels, ((before[0], after[0]), (before[1], after[1]), (0, 0)), mode="edge")
 
-    def _read_stored(self, y0: int, x0: int, y1: int, x1: int, bad: list[Region] | None) -> Pixels:
+    def _read_stored(self, y0: int, x0: int, y1: int, x1: int, bad: Lost | None) -> Pixels:
         """Return a rectangle that lies inside the level."""
         try:
             return self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
@@ -161,8 +166,7 @@ class SlideView:
                         target[:] = tile[a - top : c - top, b - left : d - left]
                         continue
                     target[:] = WHITE
-                    if (region := self._tile_region(top, left)) not in bad:
-                        bad.append(region)
+                    bad.setdefault(self._tile_region(top, left))
         return pixels
 
     def _tile_size(self, top: int, left: int) -> tuple[int, int]:
