@@ -132,7 +132,7 @@ def estimate_files(
     masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
     disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
-    store = 15 + blocks  # patch grid, key and lock; the ledger
+    store = 90 + blocks  # patch grid with a thumbnail of 4,096 px, key and lock; the ledger
     single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
     return int(disk), count_files(mask_shape, export.ngff) + store + single
 

@@ -339,6 +339,7 @@ def _log_file(output: Path) -> Iterator[None]:
 @contextmanager
 def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[None]:
     """End the process with a sentence when it takes more memory than allowed for a second."""
+    from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.schedule import used_memory
     from wsi_pipeline.store import GOES_ON
 
@@ -360,6 +361,11 @@ def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[N
     if max_ram is None:
         yield
         return
+    if (used := used_memory()) > max_ram:
+        raise WsiPipelineError(
+            f"{used / 1e9:.2f} GB of memory are taken before any work, --max-ram allows "
+            f"{max_ram / 1e9:.2f} GB; raise it"
+        )
     watcher = threading.Thread(target=watch, args=(max_ram,), daemon=True)
     watcher.start()
     try:
