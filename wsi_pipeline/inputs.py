@@ -196,7 +196,8 @@ def _stem(path: Path) -> str:
 
 
 def _file_name(path: Path) -> str:
-    return name_of(path)
+    name = name_of(path)
+    return name if name.strip(".") else "slide"  # a URL may end in ..
 
 
 def _long_name(path: Path) -> str:

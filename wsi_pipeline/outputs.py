@@ -23,6 +23,7 @@ from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import Output, Settings, as_plain
+from wsi_pipeline.paths import name_of, without_secrets
 from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
@@ -259,7 +260,7 @@ def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
         classes=finished.classes,
         mask_mpp=plan.mask_mpp,
         crop=box,
-        name=finished.slide.path.stem,
+        name=Path(name_of(finished.slide.path)).stem,
         reduced=reduced,
     )
     if finished.settings.export.tiff == "asap":
@@ -284,8 +285,8 @@ def _finish_mask(store: RunStore, finished: Finished) -> Path:
 def slide_facts(slide: Slide) -> dict[str, Any]:
     """Return what `run.json` says of a slide."""
     return {
-        "name": slide.path.name,
-        "path": str(slide.path),
+        "name": name_of(slide.path),
+        "path": without_secrets(str(slide.path)),
         "size": list(slide.size),
         "mpp": list(slide.mpp),
         "mpp_source": slide.mpp_source,

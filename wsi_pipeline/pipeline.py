@@ -28,6 +28,7 @@ from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
 from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
+from wsi_pipeline.paths import name_of, without_secrets
 from wsi_pipeline.report import Run, load_run, write_run_json
 from wsi_pipeline.schedule import free_memory, run_blocks, used_memory
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
@@ -353,7 +354,7 @@ def _begin(
         check(plan)
         _ensure_mask(plan, bundle, slide, settings.export)
         logger.info(
-            "%s: %d patches of %d², %g µm/px", job.path.name, len(plan.grid),
+            "%s: %d patches of %d², %g µm/px", name_of(job.path), len(plan.grid),
             plan.grid.patch_size[0], stored.info.grid_mpp,
         )  # fmt: skip
         return _Begun(
@@ -571,7 +572,7 @@ def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions
             classes=bundle.classes,
             mask_mpp=plan.mask_mpp,
             ngff=export.ngff,
-            name=slide.path.stem,
+            name=Path(name_of(slide.path)).stem,
         )
 
 
@@ -629,12 +630,13 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
     """Return the run of a slide that failed, written down unless its folder holds a good run."""
     reason = " ".join(str(error).split()) or type(error).__name__
     reason = reason.removeprefix(f"{job.path}: ")  # it is said beside the slide's name
+    reason = without_secrets(reason)
     if not isinstance(error, WsiPipelineError):
         reason = f"{type(error).__name__}: {reason}"
     run = Run(
         status="busy" if isinstance(error, BusyError) else "failed",
         reason=reason,
-        slide={"name": job.path.name, "path": str(job.path)},
+        slide={"name": name_of(job.path), "path": without_secrets(str(job.path))},
         model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
         settings=settings.as_plain(),
         versions=versions(),

@@ -194,6 +194,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             threads_per_worker=options.blocks_in_hand,
             processes=False,
             dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
+            worker_dashboard_address="127.0.0.1:0",
             scheduler_kwargs={"dashboard": False},
             memory_limit=0,
         ) as cluster,

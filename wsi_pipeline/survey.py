@@ -12,6 +12,7 @@ from wsi_pipeline.annotations import rasterise, read_polygons
 from wsi_pipeline.errors import AnnotationError, StoreError
 from wsi_pipeline.grid import PatchGrid
 from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
+from wsi_pipeline.paths import name_of
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import GridInfo, StoredGrid
 from wsi_pipeline.tissue import find_tissue, read_tissue, select_patches
@@ -56,7 +57,7 @@ def plan_grid(
     keep = select_patches(tissue, downsample, grid, view.downsample)
     return StoredGrid(
         info=GridInfo(
-            source_name=slide.path.name,
+            source_name=name_of(slide.path),
             fingerprint=slide.fingerprint,
             size=slide.size,
             mpp=slide.mpp,
@@ -106,7 +107,7 @@ def _tissue(
         grown = [p.buffer(max(downsample)) for p in polygons]
         tissue = np.logical_and(tissue, rasterise(grown, shape, downsample=downsample))
     if not tissue.any():
-        logger.warning("%s: no tissue found; --tissue none looks everywhere", slide.path.name)
+        logger.warning("%s: no tissue found; --tissue none looks everywhere", name_of(slide.path))
     return np.asarray(tissue)
 
 

@@ -43,7 +43,13 @@ PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
 
 
 class LogFile(logging.FileHandler):
-    """A log that is not worth failing for."""
+    """A log that is not worth failing for, and that keeps no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return what is written of a record."""
+        from wsi_pipeline.paths import without_secrets
+
+        return without_secrets(super().format(record))
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say once that the log cannot be written, and write no more."""

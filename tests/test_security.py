@@ -1,0 +1,213 @@
+"""What slides, bundles and URLs say is only text: no path, no HTML, no secret that is kept."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import re
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import psutil
+import pytest
+from bundles import pointwise_bundle
+from click.testing import CliRunner, Result
+
+from wsi_pipeline.cli import group
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.options import ScheduleOptions
+from wsi_pipeline.paths import as_path, without_secrets
+from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.mpp import ome_mpp
+
+HOSTILE = "<script>alert(1)</script>"
+
+
+def segment(slide: str, tmp_path: Path, *options: str) -> Result:
+    model = tmp_path / "model"
+    if not model.is_dir():
+        pointwise_bundle(model, mpp=0.25)
+    arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    return CliRunner().invoke(group, ["segment", slide, *arguments, *options])
+
+
+def all_text(folder: Path) -> str:
+    """Return what all files of a folder hold, with their names."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return "\n".join(f"{path}\n{path.read_bytes().decode('latin-1')}" for path in files)
+
+
+# --- names -------------------------------------------------------------------------------------
+
+
+class Tags(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such file names there")
+@pytest.mark.parametrize(
+    "name", ["<img src=x onerror=alert(1)>", "a..", "a\nb", "\"quoted' &amp;", "a%2f..%2fx", "-rf"]
+)
+def test_a_slides_name_is_only_a_name(tmp_path: Path, slide_path: Path, name: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    os.link(slide_path, folder / f"{name}.tif")
+    model = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    toml = (model / "model.toml").read_text("utf-8")
+    (model / "model.toml").write_text(toml.replace('"Tumor"', f'"../{HOSTILE}"'), "utf-8")
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    result = segment(str(folder), tmp_path)
+    assert result.exit_code == 0, result.output
+    output = tmp_path / "out"
+    assert {path for path in tmp_path.rglob("*") if output not in (path, *path.parents)} == before
+    (run,) = [path for path in output.iterdir() if path.is_dir()]
+    assert (run / "run.json").is_file()
+    tags = Tags((output / "report.html").read_text("utf-8")).found
+    assert not {"script", "iframe", "object"} & {tag for tag, _ in tags}
+    assert all((a.get("src") or "data:").startswith("data:") for tag, a in tags if tag == "img")
+    assert not [key for _, attributes in tags for key in attributes if key.startswith("on")]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/a/../../b.svs",
+        "http://127.0.0.1/a/..",
+        "http://127.0.0.1/x/%2e%2e%2f%2e%2e%2fb.svs",
+        "memory://x/../../b.svs",
+    ],
+)
+def test_a_urls_folder_lies_in_the_output(tmp_path: Path, url: str) -> None:
+    (job,) = plan_jobs([as_path(url)], tmp_path / "out")
+    folder = Path(os.path.normpath(job.folder))
+    assert folder.parent == tmp_path / "out"
+
+
+@pytest.mark.parametrize("color", ['"red;}</style><script>"', '["0", 0, 0]', "[0, 0, 256]"])
+def test_a_colour_is_three_numbers(tmp_path: Path, slide_path: Path, color: str) -> None:
+    model = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    toml = (model / "model.toml").read_text("utf-8")
+    (model / "model.toml").write_text(toml.replace("[200, 0, 0]", color), "utf-8")
+    result = segment(str(slide_path), tmp_path)
+    assert result.exit_code == 1
+    assert "is not three integers" in result.output
+
+
+def test_entries_of_a_zip_are_never_unpacked(tmp_path: Path) -> None:
+    path = tmp_path / "in" / "a.zarr.zip"
+    path.parent.mkdir()
+    axes = [{"name": axis, "type": "space"} for axis in "yx"]
+    outside = {"axes": axes, "datasets": [{"path": "../../secret"}]}
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(".zgroup", '{"zarr_format": 2}')
+        archive.writestr(".zattrs", json.dumps({"multiscales": [outside]}))
+        archive.writestr("../../evil.txt", "x")
+        archive.writestr("/evil.txt", "x")
+    with pytest.raises(SourceError):
+        open_source(path, mpp=1)
+    assert sorted(tmp_path.rglob("*")) == [path.parent, path]
+
+
+def test_xml_entities_are_not_multiplied() -> None:
+    entities = "".join(
+        f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 10}">' for n in range(10)
+    )
+    bomb = f'<?xml version="1.0"?><!DOCTYPE OME [{entities}]><OME><Image ID="&e9;"/></OME>'
+    assert ome_mpp(bomb, 0) == {}
+
+
+# --- secrets -----------------------------------------------------------------------------------
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as object stores do."""
+
+    def do_GET(self) -> None:
+        data = Path(self.translate_path(self.path)).read_bytes()
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        start, stop = 0, len(data)
+        if asked:
+            start, stop = int(asked[1]), min(int(asked[2] or stop) + 1, stop)
+        self.send_response(206 if asked else 200)
+        if asked:
+            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(stop - start))
+        self.end_headers()
+        self.wfile.write(data[start:stop])
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def served(tmp_path: Path, slide_path: Path) -> Iterator[str]:
+    """Return the address of a server of one slide."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    os.link(slide_path, folder / "a.tif")
+    handler = functools.partial(Ranges, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("name", ["a.tif", "none.tif"])
+def test_secrets_of_a_url_and_of_the_environment_are_not_kept(
+    tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "tip-top-secret")
+    url = f"http://me:open-sesame@{served}/{name}?X-Amz-Signature=signed-secret"
+    result = segment(url, tmp_path)
+    assert result.exit_code == (0 if name == "a.tif" else 1), result.output
+    kept = all_text(tmp_path / "out")
+    run = json.loads((tmp_path / "out" / Path(name).stem / "run.json").read_text("utf-8"))
+    assert run["slide"]["path"] == f"http://{served}/{name}"
+    assert run["slide"]["name"] == name
+    for secret in ("open-sesame", "signed-secret", "X-Amz-Signature", "tip-top-secret"):
+        assert secret not in kept
+
+
+def test_what_is_no_url_keeps_its_marks() -> None:
+    for text in ("a?b@c", "slides/what?.svs: why? me@home", "C:\\a@b\\c.svs"):
+        assert without_secrets(text) == text
+    assert without_secrets("s3://key:secret@bucket/a.svs?versionId=1 is, s3://b/c is") == (
+        "s3://bucket/a.svs is, s3://b/c is"
+    )
+
+
+# --- the network -------------------------------------------------------------------------------
+
+
+def test_dask_listens_on_loopback_only() -> None:
+    process = psutil.Process()
+
+    def listening() -> set[tuple[str, int]]:
+        connections = process.net_connections("inet")
+        return {tuple(c.laddr) for c in connections if c.status == psutil.CONN_LISTEN}
+
+    before = listening()
+    with open_cluster(ScheduleOptions(workers=2)):
+        hosts = {host for host, _ in listening() - before}
+        assert hosts <= {"127.0.0.1", "::1"}
+    with socket.socket() as own:  # what is looked at can fail
+        own.bind(("127.0.0.1", 0))
+        own.listen()
+        assert own.getsockname() in listening()
