@@ -255,7 +255,7 @@ def test_of_two_processes_one_works_and_the_other_says_so(tmp_path, place, big_p
     assert not list(output.rglob("*.partial"))
 
 
-def test_a_dead_processs_claim_blocks_nobody(tmp_path, place):
+def test_the_claim_of_a_dead_process_blocks_nobody(tmp_path, place):
     output = tmp_path / "out"
     process = start(place, output, model="busy")
     wait_for(process, lambda: (output / "slide" / ".store" / ".lock").exists())
