@@ -20,7 +20,7 @@ from floor import grid_of, timed
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
-from wsi_pipeline.export.ome_zarr import build_pyramid, create_mask, open_mask
+from wsi_pipeline.export.ome_zarr import build_pyramid, create_mask, open_levels, open_mask
 from wsi_pipeline.grid import iter_blocks
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.report import load_run
@@ -56,8 +56,9 @@ def mask_seconds(mask_path: Path, bundle: Bundle, mpp: tuple[float, float]) -> d
             if pixels.any():
                 write += timed(lambda b=block, p=pixels: mask.__setitem__(b.slices, p))
         pyramid = timed(lambda: build_pyramid(path))
+        mask, *reduced = open_levels(path)
         tiff = timed(
-            lambda: write_ome_tiff(Path(folder) / "mask.ome.tif", open_mask(path), **common)
+            lambda: write_ome_tiff(Path(folder) / "mask.ome.tif", mask, reduced=reduced, **common)
         )
     return {"write": write, "pyramid": pyramid, "tiff": tiff}
 

@@ -214,6 +214,10 @@ def test_scaled_and_far_away_they_stay_sound(tmp_path_factory, mask, scale, offs
         assert single.is_valid
     numbers = [v for f in collection["features"] for v in walk(f["geometry"]["coordinates"])]
     assert all(round(v, 2) == v for v in numbers if isinstance(v, int | float))
+    for feature, shape in zip(collection["features"], polygons_of(collection), strict=True):
+        measured = feature["properties"]["measurements"]["Area mm^2"]
+        if simplify == 0:
+            assert measured == pytest.approx(shape.area * 0.25**2 * 1e-6, rel=0.01)
     if mask.any() and simplify == 0:
         total = sum(s.area for s in polygons_of(collection))
         assert total == pytest.approx((mask > 0).sum() * scale**2, rel=0.01)
@@ -247,8 +251,61 @@ def test_the_crop_moves_and_clips(tmp_path):
     assert len(found) == len(shapely.get_parts(expected)) > len(strict(whole)["features"])
     assert min(s.bounds[0] for s in found) >= 0
     assert max(s.bounds[3] for s in found) <= 20
-    ids = [f["id"] for f in strict(cropped)["features"]]
-    assert len(set(ids)) == len(ids)
+    features = strict(cropped)["features"]
+    assert len({f["id"] for f in features}) == len({f["properties"]["name"] for f in features})
+    assert len({f["id"] for f in features}) == len(features)
+
+
+def test_each_part_of_a_region_has_its_own_area(tmp_path):
+    mask = np.zeros((40, 40), np.uint8)
+    mask[10:20, 2:38] = 1
+    mask[20:30, 2:10] = mask[20:30, 30:38] = 1  # an arch, of which the crop leaves the feet
+    mask[35, 35] = 2
+    path = tmp_path / "a.geojson"
+    summary = write(path, mask, dialect(crop=Region(x=0, y=22, width=40, height=18), **EXACT))
+    features = strict(path)["features"]
+    areas = [
+        round(f["properties"]["measurements"]["Area mm^2"] / (0.25**2 * 1e-6)) for f in features
+    ]
+    assert areas == [64, 64, 1]
+    assert [f["properties"]["name"] for f in features] == [
+        "Tumor 1",
+        "Tumor 1, part 2",
+        "Nécrose µ 1",
+    ]
+    assert summary.regions == {"Tumor": 2, "Nécrose µ": 1, "Stroma": 0}
+
+
+def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
+    mask = blobs(3)
+    exact, simple = tmp_path / "e.geojson", tmp_path / "s.geojson"
+    write(exact, mask, dialect(**EXACT))
+    write(simple, mask, dialect(simplify_um=3 * 0.25))
+    same = [
+        [f["properties"]["measurements"] for f in strict(path)["features"]]
+        for path in (exact, simple)
+    ]
+    assert same[0] == same[1]
+    assert exact.stat().st_size > 1.1 * simple.stat().st_size
+
+
+def test_without_probabilities_that_measurement_is_left_out(tmp_path):
+    path = tmp_path / "a.geojson"
+    write(path, blobs(3), dialect(), probability=None)
+    assert {tuple(f["properties"]["measurements"]) for f in strict(path)["features"]} == {
+        ("Area mm^2",)
+    }
+
+
+def test_threads_and_batches_leave_no_trace(tmp_path, monkeypatch):
+    outlines, chosen = outlines_of(blobs(2), tolerance=4), dialect()
+    files = []
+    for threads, batch in ((1, 10**6), (4, 50)):
+        monkeypatch.setattr("wsi_pipeline.export.polygons.BATCH", batch)
+        path = tmp_path / f"{threads}.geojson"
+        write_geojson(path, outlines, chosen, threads=threads)
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
 
 
 def test_many_regions_become_detections(tmp_path):

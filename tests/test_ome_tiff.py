@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export import level_shapes
-from wsi_pipeline.export.ome_tiff import MaskLike, write_asap_tiff, write_ome_tiff
+from wsi_pipeline.export import MaskLike, level_shapes
+from wsi_pipeline.export.ome_tiff import write_asap_tiff, write_ome_tiff
 from wsi_pipeline.export.ome_zarr import create_mask
 
 CLASSES = (

@@ -1,5 +1,7 @@
 """Outlines are exact, joined over blocks, and the same however the mask was cut."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import shapely
@@ -14,7 +16,7 @@ from traced import TILE, outlines_of, pieces_of
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import polygons as polygons_module
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
-from wsi_pipeline.export.polygons import polygons
+from wsi_pipeline.export.polygons import map_polygons, polygons
 from wsi_pipeline.grid import iter_blocks
 
 shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
@@ -349,6 +351,38 @@ def test_batches_leave_no_trace(monkeypatch, batch, tolerance):
     whole = polygons(outlines)
     monkeypatch.setattr(polygons_module, "BATCH", batch)
     assert same(polygons(outlines), whole)
+
+
+class Repeated:
+    """A mask that is computed where it is read, so of any size without memory."""
+
+    def __init__(self, pattern, shape):
+        self.pattern, self.shape = pattern, shape
+
+    def __getitem__(self, key):
+        lines = zip(key, self.pattern.shape, strict=True)
+        return self.pattern[np.ix_(*(np.arange(k.start, k.stop) % n for k, n in lines))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tolerance", "limit"), [(0, 35), (2, 90)])
+def test_memory_is_some_bytes_for_each_vertex_that_is_left(monkeypatch, tolerance, limit):
+    """On noise, with only seven vertices an arc, and three when simplified."""
+    monkeypatch.setattr("wsi_pipeline.export.simplify.VERTICES", 20_000)
+    monkeypatch.setattr("wsi_pipeline.export.polygons.BATCH", 20_000)
+    pattern, peaks, left = blobs(0, side=512, sigma=3), [], []
+    for width in (1024, 4096):
+        mask = Repeated(pattern, (1024, width))
+        pieces = trace_mask(mask, iter_blocks(mask.shape, (512, 512)))
+        tracemalloc.start()
+        outlines = find_outlines(
+            mask, pieces, block_size=512, tolerance=tolerance, tile=512, threads=1
+        )
+        assert sum(map_polygons(outlines, lambda _, shapes: len(shapes), threads=1)) > 1000
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        left.append(len(outlines.arcs.xy))
+    assert peaks[1] - peaks[0] < limit * (left[1] - left[0])
 
 
 def test_a_mask_without_regions_gives_none():

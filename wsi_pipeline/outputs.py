@@ -109,7 +109,7 @@ def write_outputs(finished: Finished) -> Run:
         SourceError: more of the slide is unreadable than the settings allow.
     """
     store = finished.plan.store
-    ledger = {b.index: store.load_block(b, leave_out=("vertices",)) for b in finished.blocks}
+    ledger = {b.index: store.load_block(b) for b in finished.blocks}
     finished = replace(finished, bad=_bad_regions(finished, ledger))
     clock = Clock()
     with writing(store.mask_path):

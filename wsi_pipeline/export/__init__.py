@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from wsi_pipeline.grid import Shape
 
@@ -17,6 +17,17 @@ MOST_THREADS = 8
 """Each takes memory, and more gain little: between numpy's steps they wait for Python's lock."""
 SMALLEST_LEVEL = 1024
 """Reduced levels are added to a mask until its longer side is at most this many pixels."""
+
+
+class MaskLike(Protocol):
+    """A mask to slice: a zarr or numpy array, uint8 (y, x)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return (y, x)."""
+
+    def __getitem__(self, key: Any, /) -> Any:
+        """Return the pixels of two slices with steps."""
 
 
 def level_shapes(shape: Shape) -> list[Shape]:

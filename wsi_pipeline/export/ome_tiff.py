@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from tifffile import COMPRESSION, RESUNIT, TiffWriter
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export import level_shapes, map_in_threads
+from wsi_pipeline.export import MaskLike, level_shapes, map_in_threads
 from wsi_pipeline.store import written_beside
 
 TILE = 512
@@ -28,17 +28,6 @@ BLOCK = 2048
 
 Crop = tuple[int, int, int, int]
 """(y, x, height, width) in mask pixels."""
-
-
-class MaskLike(Protocol):
-    """A mask to slice: a zarr or numpy array, uint8 (y, x)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return (y, x)."""
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """Return the pixels of two slices with steps."""
 
 
 def write_ome_tiff(

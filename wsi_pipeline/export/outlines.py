@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Self
 
 import numpy as np
 
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export import map_in_threads
+from wsi_pipeline.export import MaskLike, map_in_threads
 from wsi_pipeline.export.arcs import (
     Bools,
     Chains,
     Ends,
-    Ints,
     Numbers,
     follow_borders,
     join_fragments,
@@ -30,17 +29,6 @@ TILE = 1024
 """Side of the squares within which arcs are simplified first, so that little is held of each."""
 STRIP = 256
 """Rows of a block that are searched for vertices at a time."""
-
-
-class MaskLike(Protocol):
-    """A mask to slice: a zarr or numpy array, uint8 (y, x)."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return (y, x)."""
-
-    def __getitem__(self, key: Any, /) -> Any:
-        """Return the pixels of two slices."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -126,16 +114,13 @@ def find_outlines(
         chains, ends = chains.keep_chains(~dropped), ends.keep_chains(~dropped)
         if tolerance == 0:
             return chains, ends
-        at_least = _at_least(chains)
-        at_least[ends.chain] = 0  # what goes on elsewhere
-        return simplify(chains, tolerance=tolerance, is_fixed=cut, at_least=at_least), ends
+        cut[chains.bounds[ends.chain + ends.is_last] - ends.is_last] = True
+        return simplify(chains, tolerance=tolerance, is_loose=cut), ends
 
     arcs = join_fragments(list(map_in_threads(follow, blocks, threads=threads)))
     arcs = arcs.keep_chains(~_is_small_hole(arcs, min_pixels))
     if tolerance > 0:
-        untouched = np.zeros(len(arcs.xy), bool)
-        at_least = np.where(_is_only_one(arcs), 2, _at_least(arcs))
-        arcs = simplify(arcs, tolerance=tolerance, is_fixed=untouched, at_least=at_least)
+        arcs = simplify(arcs, tolerance=tolerance)
     return Outlines(regions=regions, arcs=arcs, is_exact=tolerance == 0)
 
 
@@ -238,27 +223,6 @@ def _is_small_hole(chains: Chains, min_pixels: float) -> Bools:
     """Return which chains are holes that are too small, and so hold nothing that is kept."""
     is_hole: Bools = chains.is_ring & (chains.left == 0) & (chains.twice_area < 0)
     return is_hole & (-chains.twice_area < 2 * min_pixels)
-
-
-def _at_least(chains: Chains) -> Ints:
-    """Return how many vertices a chain keeps: so many that no two become the same line."""
-    first, last = chains.xy[chains.bounds[:-1]], chains.xy[chains.bounds[1:] - 1]
-    is_loop = ~chains.is_ring & (first == last).all(axis=1)
-    return np.where(is_loop, 4, 3)
-
-
-def _is_only_one(arcs: Chains) -> Bools:
-    """Return which arcs lead from one node to another to which no other arc leads."""
-    first, last = arcs.bounds[:-1], arcs.bounds[1:] - 1
-    place = arcs.xy[:, 1].astype(np.int64) << 32 | arcs.xy[:, 0]
-    ends = np.sort(np.stack([place[first], place[last]]), axis=0)
-    order = np.lexsort(ends)
-    ends = ends[:, order]
-    is_new = np.append(True, (np.diff(ends) != 0).any(axis=0))
-    is_only_one: Bools = np.empty(len(arcs), bool)
-    is_only_one[order] = is_new & np.append(is_new[1:], True)
-    is_only_one &= (place[first] != place[last]) & ~arcs.is_ring
-    return is_only_one
 
 
 def _is_at_cut(chains: Chains, tile: int) -> Bools:

@@ -26,44 +26,62 @@ LARGEST = 2**30
 """Twice the area of the largest triangle that is told from larger ones, in pixels."""
 NEVER = np.iinfo(np.int64).max
 """Key of a vertex that stays."""
-TRIANGLES, PAIRS = 20_000, 2_000_000
-"""Triangles, and vertices near them, that are looked at together, which bounds the memory."""
+VERTICES, TRIANGLES, PAIRS = 500_000, 20_000, 2_000_000
+"""Of chains, near them, and of both together, that are worked on at a time: bounds the memory."""
 
 
-def simplify(chains: Chains, *, tolerance: float, is_fixed: Bools, at_least: Ints) -> Chains:
-    """Take vertices away from chains that meet nowhere else than at their ends; return the rest.
+def simplify(chains: Chains, *, tolerance: float, is_loose: Bools | None = None) -> Chains:
+    """Take vertices away from chains that meet nowhere else than at vertices; return the rest.
+
+    Vertices at which chains meet stay, and so much between them that no two become one line.
 
     Args:
         chains: arcs, or parts of arcs.
         tolerance: root of the largest triangle to cut off, in pixels.
-        is_fixed: (m,) vertices that stay whatever their triangle, beside those at open ends.
-        at_least: (n,) how many vertices a chain keeps.
+        is_loose: (m,) vertices of parts of arcs that stay only because what comes next is not at
+            hand, or is in other hands; None where the chains are all arcs of a mask, and whole.
     """
     if len(chains) == 0:
         return chains
-    lines = _Lines.of(chains, is_fixed)
-    grid = _Grid.of(lines.x, lines.y)
-    spare = chains.sizes - at_least
-    is_left = np.ones(len(chains.xy), bool)
+    grid = _Grid.of(*(np.ascontiguousarray(column) for column in chains.xy.T))
+    stretches = _Stretches.of(chains, grid.find_meetings(), is_loose)
     limit = np.int64(min(int(2 * tolerance**2) + 1, LARGEST)) << 32
+    full = np.searchsorted(chains.bounds, np.arange(VERTICES, len(chains.xy), VERTICES))
+    parts = itertools.pairwise(np.unique([0, *full.tolist(), len(chains)]).tolist())
+    left = [_thin(chains, slice(*part), grid, stretches, limit) for part in parts]
+    return chains.keep(np.concatenate(left))
+
+
+def _thin(
+    chains: Chains, part: slice, grid: _Grid, stretches: _Stretches, limit: np.int64
+) -> Bools:
+    """Return which vertices of some chains are left."""
+    lines = _Lines.of(chains, part, grid)
+    is_inner, stretch, spare = stretches.of_part(lines, part)
+    is_left = np.ones(len(lines.key), bool)
+    lines.measure(np.flatnonzero(is_inner))
     small = np.flatnonzero(lines.key < limit)
     while len(small):
-        chosen = _spared(lines, lines.least_of(small), spare)
+        chosen = _spared(lines.least_of(small), lines.key, stretch, spare)
         gone = chosen[~_is_blocked(lines, grid, chosen)]
         lines.key[chosen] = NEVER
         is_left[gone] = False
-        spare -= np.bincount(lines.chain[gone], minlength=len(spare))
+        spare -= np.bincount(stretch[gone], minlength=len(spare))
+        beside = lines.remove(gone)
+        beside = beside[is_inner[beside]]
+        lines.measure(beside)
         is_small = np.zeros(len(is_left), bool)
-        is_small[small] = is_small[lines.remove(gone)] = True
+        is_small[small] = is_small[beside] = True
         small = np.flatnonzero(is_small & (lines.key < limit))
-    return chains.keep(is_left)
+    return is_left
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Lines:
-    """Chains whose vertices go one by one: the arrays change.
+    """Some chains, whose vertices go one by one: the arrays change.
 
     Attributes:
+        offset: vertices of the chains before these.
         x: (m,).
         y: (m,).
         chain: (m,) of each vertex.
@@ -71,12 +89,12 @@ class _Lines:
         end: (n,) one past its last.
         before: (m,) the vertex before each; itself at an open end.
         after: (m,) the one after it.
-        is_movable: (m,) whether it may go.
         tie: (m,) what decides between equal triangles: as good as random, since on a staircase all
             are equal, and the same wherever its chain begins.
         key: (m,) twice the triangle's area, and below it `tie`; `NEVER` for those that stay.
     """
 
+    offset: int
     x: Numbers
     y: Numbers
     chain: Numbers
@@ -84,35 +102,31 @@ class _Lines:
     end: Numbers
     before: Numbers
     after: Numbers
-    is_movable: Bools
     tie: npt.NDArray[np.uint32]
     key: Ints
 
     @classmethod
-    def of(cls, chains: Chains, is_fixed: Bools) -> Self:
-        """Return the chains with nothing taken away yet."""
-        m, is_open = len(chains.xy), ~chains.is_ring
-        x, y = (np.ascontiguousarray(column) for column in chains.xy.T)
-        begin, end = (bounds.astype(np.int32) for bounds in (chains.bounds[:-1], chains.bounds[1:]))
+    def of(cls, chains: Chains, part: slice, grid: _Grid) -> Self:
+        """Return some chains with nothing taken away yet, all keys being `NEVER`."""
+        bounds = chains.bounds[part.start : part.stop + 1]
+        offset, m, is_open = int(bounds[0]), int(bounds[-1] - bounds[0]), ~chains.is_ring[part]
+        x, y = grid.x[offset : offset + m], grid.y[offset : offset + m]
+        begin, end = ((ends - offset).astype(np.int32) for ends in (bounds[:-1], bounds[1:]))
         before, after = np.arange(-1, m - 1, dtype=np.int32), np.arange(1, m + 1, dtype=np.int32)
         before[begin] = np.where(is_open, begin, end - 1)
         after[end - 1] = np.where(is_open, end - 1, begin)
-        is_movable = ~is_fixed
-        is_movable[begin[is_open]] = is_movable[end[is_open] - 1] = False
-        lines = cls(
+        return cls(
+            offset=offset,
             x=x,
             y=y,
-            chain=np.repeat(np.arange(len(chains), dtype=np.int32), chains.sizes),
+            chain=np.repeat(np.arange(len(begin), dtype=np.int32), end - begin),
             begin=begin,
             end=end,
             before=before,
             after=after,
-            is_movable=is_movable,
             tie=_scatter(x, y),
             key=np.full(m, NEVER),
         )
-        lines.measure(np.flatnonzero(is_movable))
-        return lines
 
     def measure(self, v: Ints) -> None:
         """Set the keys of some vertices."""
@@ -128,27 +142,28 @@ class _Lines:
         return np.compress(is_least, v)
 
     def remove(self, v: Ints) -> Ints:
-        """Take out vertices, no two of them neighbours; return what lay beside, measured anew."""
+        """Take out vertices, no two of them neighbours; return what lay beside."""
         before, after = self.before[v], self.after[v]
         self.after[before], self.before[after] = after, before
-        beside: Ints = np.concatenate([before, after])
-        beside = np.compress(self.is_movable[beside], beside)
-        self.measure(beside)
-        return beside
+        return np.concatenate([before, after])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Grid:
-    """Vertices by square cells, row by row: those in a row of cells are a slice.
+    """All vertices by square cells, row by row: those in a row of cells are a slice.
 
     Attributes:
+        x: (m,).
+        y: (m,).
         bits: a cell's side is 2 to the power of it.
         corner: (x, y) of the first cell, in cells.
         width: cells in a row.
-        order: (m,) vertices, cell by cell.
+        order: (m,) vertices, cell by cell, and in each place by place.
         start: (cells + 1,) where each cell begins in it.
     """
 
+    x: Numbers
+    y: Numbers
     bits: int
     corner: tuple[int, int]
     width: int
@@ -165,24 +180,110 @@ class _Grid:
         width, height = (high_x >> bits) - corner[0] + 1, (high_y >> bits) - corner[1] + 1
         cell = ((y >> bits) - corner[1]).astype(np.int64) * width + ((x >> bits) - corner[0])
         counts = np.bincount(cell, minlength=width * height)
+        within = (1 << bits) - 1
+        cell = cell << 2 * bits | (y & within) << bits | x & within
         return cls(
+            x=x,
+            y=y,
             bits=bits,
             corner=corner,
             width=width,
-            order=np.argsort(cell, kind="stable").astype(np.int32),
+            order=np.argsort(cell).astype(np.int32),
             start=np.concatenate([[0], np.cumsum(counts)]),
         )
 
+    def find_meetings(self) -> Bools:
+        """Return (m,) which vertices are at the same place as another."""
+        x, y = self.x[self.order], self.y[self.order]
+        same = (x[1:] == x[:-1]) & (y[1:] == y[:-1])
+        meets = np.zeros(len(x), bool)
+        meets[self.order[1:][same]] = meets[self.order[:-1][same]] = True
+        return meets
 
-def _spared(lines: _Lines, v: Ints, spare: Ints) -> Ints:
-    """Return those vertices that may go; of a chain that cannot spare all, the least, or none."""
-    wanted = np.bincount(lines.chain[v], minlength=len(spare))
-    is_tight = (wanted > spare)[lines.chain[v]]
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Stretches:
+    """What of chains lies between two vertices that stay; rings without any are stretches too.
+
+    Attributes:
+        is_inner: (m,) vertices that may go.
+        of_vertex: (m,) the stretch of each of them.
+        first: (n + 1,) where the stretches of each chain begin.
+        spare: (s,) how many of them a stretch need not keep.
+    """
+
+    is_inner: Bools
+    of_vertex: Numbers
+    first: Ints
+    spare: Ints
+
+    @classmethod
+    def of(cls, chains: Chains, meets: Bools, is_loose: Bools | None) -> Self:
+        """Part chains where they meet, end, or are loose."""
+        begin, last, is_open = chains.bounds[:-1], chains.bounds[1:] - 1, ~chains.is_ring
+        is_knot = meets.copy()
+        is_knot[begin[is_open]] = is_knot[last[is_open]] = True
+        is_fixed = is_knot
+        if is_loose is not None:
+            is_knot, is_fixed = is_knot & ~is_loose | meets, is_knot | is_loose
+        begins = is_fixed.copy()
+        begins[last[is_open]] = False
+        begins[begin] = True
+        source = np.flatnonzero(begins)
+        of_vertex = np.cumsum(begins, dtype=np.int32) - np.int32(1)
+        # the last stretch of a ring goes on over its beginning to the first vertex that stays
+        head, tail = of_vertex[begin], of_vertex[last]
+        wraps = ~is_fixed[begin] & (head != tail)
+        target = np.append(source[1:], 0)
+        target[tail] = np.where(chains.is_ring, source[head + wraps], last)
+        renumber = np.arange(len(source), dtype=np.int32)
+        renumber[head[wraps]] = tail[wraps]
+        of_vertex = renumber[of_vertex]
+        keeps = _least(chains.xy, source, target, is_knot, is_whole=is_loose is None)
+        keeps[tail[~is_fixed[begin] & ~wraps]] = 3  # a ring by itself
+        inner = np.bincount(of_vertex[~is_fixed], minlength=len(source))
+        first = np.append(head, len(source))
+        return cls(is_inner=~is_fixed, of_vertex=of_vertex, first=first, spare=inner - keeps)
+
+    def of_part(self, lines: _Lines, part: slice) -> tuple[Bools, Numbers, Ints]:
+        """Return the three for some chains, whose stretches are counted from the first of them."""
+        vertices = slice(lines.offset, lines.offset + len(lines.key))
+        first, stop = self.first[part.start], self.first[part.stop]
+        stretch = self.of_vertex[vertices] - np.int32(first)
+        return self.is_inner[vertices], stretch, self.spare[first:stop].copy()
+
+
+def _least(xy: Numbers, source: Ints, target: Ints, is_knot: Bools, *, is_whole: bool) -> Ints:
+    """Return how many vertices stretches keep between their ends, so that no two become one line.
+
+    Args:
+        xy: (m, 2) vertices.
+        source: (s,) at which stretches begin.
+        target: (s,) at which they end.
+        is_knot: (m,) vertices that stay for good.
+        is_whole: whether all stretches of a mask are there.
+    """
+    ends = np.stack([xy[v, 1].astype(np.int64) << 32 | xy[v, 0] for v in (source, target)])
+    keeps = np.where(ends[0] == ends[1], 2, 1)
+    keeps[~(is_knot[source] & is_knot[target])] = 0
+    if is_whole:
+        ends.sort(axis=0)
+        order = np.lexsort(ends)
+        differs = np.append((np.diff(ends[:, order]) != 0).any(axis=0), True)
+        is_alone = differs & np.insert(differs[:-1], 0, True)
+        keeps[order[is_alone & (keeps[order] == 1)]] = 0
+    return keeps
+
+
+def _spared(v: Ints, key: Ints, stretch: Numbers, spare: Ints) -> Ints:
+    """Return those vertices that may go; of a stretch that cannot spare all, the least, or none."""
+    wanted = np.bincount(stretch[v], minlength=len(spare))
+    is_tight = (wanted > spare)[stretch[v]]
     few = v[is_tight]
-    few = few[np.lexsort((lines.key[few], lines.chain[few]))]
-    few = few[np.diff(lines.chain[few], prepend=-1) != 0]
-    is_over = spare[lines.chain[few]] == 0
-    lines.key[few[is_over]] = NEVER
+    few = few[np.lexsort((key[few], stretch[few]))]
+    few = few[np.diff(stretch[few], prepend=-1) != 0]
+    is_over = spare[stretch[few]] <= 0
+    key[few[is_over]] = NEVER
     return np.concatenate([v[~is_tight], few[~is_over]])
 
 
@@ -200,7 +301,7 @@ def _is_blocked(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
         for begin, stop in itertools.pairwise([0, *cuts.tolist(), len(of)]):
             found = grid.order[ranges(first[begin:stop], count[begin:stop])]
             pairs = np.repeat(of[begin:stop], count[begin:stop])
-            blocked[part[_holding(lines, triangles, pairs, found)]] = True
+            blocked[part[_holding(triangles, pairs, found, grid)]] = True
     return blocked
 
 
@@ -209,8 +310,9 @@ class _Triangles:
     """The triangles that some vertices span with their neighbours.
 
     Attributes:
-        v: (n,) the vertices.
-        before: (n,) the vertex before each.
+        begin: (n,) first vertex of the chain, counted in all chains.
+        size: (n,) of the chain.
+        before: (n,) the vertex before, counted in all chains.
         reach: (n,) steps along the chain from there to the one after.
         x: (3, n) of the corners: before, vertex, after.
         y: (3, n).
@@ -220,7 +322,8 @@ class _Triangles:
         bottom: (n,) largest y.
     """
 
-    v: Ints
+    begin: Numbers
+    size: Numbers
     before: Numbers
     reach: Numbers
     x: Numbers
@@ -235,10 +338,12 @@ class _Triangles:
         """Return the triangles of vertices as their chains now are."""
         a, b, chain = lines.before[v], lines.after[v], lines.chain[v]
         x, y = (np.stack([along[a], along[v], along[b]]) for along in (lines.x, lines.y))
+        size = lines.end[chain] - lines.begin[chain]
         return cls(
-            v=v,
-            before=a,
-            reach=(b - a) % (lines.end[chain] - lines.begin[chain]),
+            begin=lines.begin[chain] + np.int32(lines.offset),
+            size=size,
+            before=a + np.int32(lines.offset),
+            reach=(b - a) % size,
             x=x,
             y=y,
             left=np.minimum(np.minimum(x[0], x[1]), x[2]),
@@ -248,15 +353,15 @@ class _Triangles:
         )
 
 
-def _holding(lines: _Lines, triangles: _Triangles, of: Ints, found: Numbers) -> Ints:
+def _holding(triangles: _Triangles, of: Ints, found: Numbers, grid: _Grid) -> Ints:
     """Return which triangles of pairs with vertices hold them, sides included, but must not."""
     # what is between the triangle's ends in the same chain may be in it
-    chain = lines.chain[found]
+    size, place = triangles.size[of], found - triangles.begin[of]
     step = found - triangles.before[of]
-    step += (step < 0) * (lines.end[chain] - lines.begin[chain])  # over a ring's beginning
-    other = (step > triangles.reach[of]) | (chain != lines.chain[triangles.v[of]])
+    step += (step < 0) * size  # over a ring's beginning
+    other = (step > triangles.reach[of]) | (place < 0) | (place >= size)
     of, found = of[other], found[other]
-    x, y = lines.x[found], lines.y[found]
+    x, y = grid.x[found], grid.y[found]
     near = (x >= triangles.left[of]) & (x <= triangles.right[of])
     near &= (y >= triangles.top[of]) & (y <= triangles.bottom[of])
     of, x, y = of[near], x[near], y[near]
@@ -265,7 +370,7 @@ def _holding(lines: _Lines, triangles: _Triangles, of: Ints, found: Numbers) -> 
         _turn(x, y, x_of[i], y_of[i], x_of[j], y_of[j]) for i, j in ((0, 1), (1, 2), (2, 0))
     )
     inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
-    for corner in (0, 2):  # a node is a vertex of each chain that ends there
+    for corner in (0, 2):  # where chains meet each has a vertex
         inside &= (x != x_of[corner]) | (y != y_of[corner])
     held: Ints = of[inside]
     return held
