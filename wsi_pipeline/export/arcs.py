@@ -269,7 +269,7 @@ def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
 
     Example:
         >>> order, bounds, is_ring = order_paths(np.array([2, -1, 0, 1, 4], np.int32))
-        >>> [order[a:b].tolist() for a, b in itertools.pairwise(bounds)], is_ring.tolist()
+        >>> [order[a:b].tolist() for a, b in zip(bounds, bounds[1:])], is_ring.tolist()
         ([[0, 2], [3, 1], [4]], [True, False, True])
     """
     n = len(following)
