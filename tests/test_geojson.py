@@ -276,6 +276,13 @@ def test_each_part_of_a_region_has_its_own_area(tmp_path):
     assert summary.regions == {"Tumor": 2, "Nécrose µ": 1, "Stroma": 0}
 
 
+def test_nothing_is_written_where_the_frame_shows_nothing(tmp_path):
+    path = tmp_path / "a.geojson"
+    summary = write(path, blobs(), dialect(crop=Region(x=500, y=0, width=40, height=40)))
+    assert strict(path)["features"] == []
+    assert (summary.vertices, set(summary.regions.values())) == (0, {0})
+
+
 def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
     mask = blobs(3)
     exact, simple = tmp_path / "e.geojson", tmp_path / "s.geojson"

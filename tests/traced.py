@@ -1,14 +1,34 @@
-"""Outlines of a small mask, traced in blocks, as the pipeline does it."""
+"""Small masks, and their outlines, traced in blocks as the pipeline does it."""
 
 from __future__ import annotations
 
 import numpy as np
+import shapely
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import ndimage
 
 from wsi_pipeline.export.outlines import Outlines, find_outlines
 from wsi_pipeline.export.regions import PROBABILITY_ONE, Pieces, find_pieces
 from wsi_pipeline.grid import Shape, iter_blocks
 
 TILE = 32
+
+shapes = st.tuples(st.integers(1, 14), st.integers(1, 14))
+masks = shapes.flatmap(lambda s: hnp.arrays(np.uint8, s, elements=st.integers(0, 3)))
+binary = shapes.flatmap(lambda s: hnp.arrays(np.uint8, s, elements=st.sampled_from([0, 1, 1, 1])))
+
+
+def blobs(seed: int, classes: int = 4, side: int = 200, sigma: float = 6) -> np.ndarray:
+    """Return a square mask of blobs, of about `sigma` pixels."""
+    rng = np.random.default_rng(seed)
+    fields = ndimage.gaussian_filter(rng.standard_normal((classes, side, side)), (0, sigma, sigma))
+    return fields.argmax(0).astype(np.uint8)
+
+
+def same(some: np.ndarray, others: np.ndarray) -> bool:
+    """Return whether polygons are the same to the last vertex, in the same order."""
+    return len(some) == len(others) and bool((shapely.to_wkb(some) == shapely.to_wkb(others)).all())
 
 
 def pieces_of(

@@ -203,7 +203,7 @@ def _place(
         is_cut = (bounds[:, :2] < low).any(axis=1) | (bounds[:, 2:] > high).any(axis=1)
         seen = shapely.intersection(shapes[is_cut], shapely.box(*low, *high))
         parts, index = shapely.get_parts(seen, return_index=True)
-        is_areal = shapely.get_dimensions(parts) == 2
+        is_areal = shapely.area(parts) > 0
         owner = np.concatenate([owner[~is_cut], owner[is_cut][index[is_areal]]])
         order = np.argsort(owner, kind="stable")
         shapes = np.concatenate([shapes[~is_cut], parts[is_areal]])[order]
@@ -272,6 +272,8 @@ def _significant(value: float) -> float:
 
 def _iter_coordinates(shapes: Polygons) -> Iterator[list[Any]]:
     """Yield the rings of each polygon as GeoJSON has them, whole numbers as such."""
+    if len(shapes) == 0:
+        return
     _, xy, (rings, polygons) = shapely.to_ragged_array(shapes)
     for first, stop in itertools.pairwise(polygons.tolist()):
         of_rings = rings[first : stop + 1]
