@@ -34,7 +34,7 @@ from shapely import get_num_coordinates, get_num_interior_rings, is_valid
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import Dialect, write_geojson
-from wsi_pipeline.export.ome_zarr import create_mask, open_mask
+from wsi_pipeline.export.ome_zarr import create_mask, open_mask, write_block
 from wsi_pipeline.export.outlines import find_outlines
 from wsi_pipeline.export.polygons import map_polygons, polygons
 from wsi_pipeline.export.regions import PROBABILITY_ONE, Pieces, find_pieces
@@ -100,7 +100,7 @@ def make_mask(path: Path, shape: tuple[int, int]) -> None:
     mask = create_mask(path, shape, classes=CLASSES, mask_mpp=MPP, name="noise")
 
     def write(block: Block) -> None:
-        mask[block.slices] = noise.block(block)
+        write_block(mask, block, noise.block(block))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write, iter_blocks(shape, (BLOCK, BLOCK))))

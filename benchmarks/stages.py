@@ -20,7 +20,13 @@ from floor import grid_of, timed
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
-from wsi_pipeline.export.ome_zarr import build_pyramid, create_mask, open_levels, open_mask
+from wsi_pipeline.export.ome_zarr import (
+    build_pyramid,
+    create_mask,
+    open_levels,
+    open_mask,
+    write_block,
+)
 from wsi_pipeline.grid import iter_blocks
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.report import load_run
@@ -53,8 +59,7 @@ def mask_seconds(mask_path: Path, bundle: Bundle, mpp: tuple[float, float]) -> d
         write = 0.0
         for block in blocks:
             pixels: npt.NDArray[np.uint8] = np.asarray(finished[block.slices])
-            if pixels.any():
-                write += timed(lambda b=block, p=pixels: mask.__setitem__(b.slices, p))
+            write += timed(lambda b=block, p=pixels: write_block(mask, b, p))
         pyramid = timed(lambda: build_pyramid(path))
         mask, *reduced = open_levels(path)
         tiff = timed(

@@ -25,6 +25,7 @@ from wsi_pipeline.export.ome_zarr import (
     is_empty,
     open_mask,
     read_mask,
+    write_block,
 )
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.options import Ngff
@@ -53,7 +54,7 @@ def written(path: Path, labels: np.ndarray, ngff: Any) -> Path:
         path, labels.shape, classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="slide & <1>"
     )
     for block in iter_blocks(labels.shape, (4096, 4096)):
-        mask[block.slices] = labels[block.slices]
+        write_block(mask, block, labels[block.slices])
     build_pyramid(path)
     return path
 
@@ -179,7 +180,8 @@ def test_background_is_not_stored(tmp_path: Path, ngff: Any) -> None:
 @pytest.mark.parametrize("ngff", NGFF)
 def test_a_block_done_again_replaces_what_was_there(tmp_path: Path, ngff: Any) -> None:
     path = written(tmp_path / "m.zarr", np.ones((2000, 1500), np.uint8), ngff)
-    open_mask(path)[:] = 0
+    whole = Block(index=(0, 0), start=(0, 0), stop=(2000, 1500))
+    write_block(open_mask(path), whole, np.zeros(whole.shape, np.uint8))
     build_pyramid(path)
     assert not open_mask(path, level=1)[:].any()
     assert not [p for p in files_in(path) if p.name.isdecimal()]  # no chunk is left
@@ -202,7 +204,7 @@ def test_four_writers_give_what_one_gives(tmp_path: Path, ngff: Any) -> None:
     create_mask(path, labels.shape, classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m")
 
     def write(block: Block) -> None:
-        open_mask(path)[block.slices] = labels[block.slices]
+        write_block(open_mask(path), block, labels[block.slices])
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, iter_blocks(labels.shape, (4096, 4096))))

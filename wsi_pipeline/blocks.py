@@ -23,7 +23,7 @@ from wsi_pipeline.blend import (
     sample_positions,
 )
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.export.ome_zarr import open_mask
+from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
@@ -150,9 +150,8 @@ class SegmentBlocks:
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, self._plan.mask_downsample
             mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
-        if mask.any():
-            with writing(self._plan.store.mask_path):
-                self._mask[block.slices] = mask
+        with writing(self._plan.store.mask_path):
+            write_block(self._mask, block, mask)
         clock.lap("write")
         arrays = {
             "predicted": np.array(predicted),

@@ -136,9 +136,9 @@ def _encode_block(pixels: npt.NDArray[np.uint8]) -> list[list[bytes]]:
     n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
     if not pixels.any():
         return [[_background()] * n_columns] * n_rows
-    padded = np.zeros((n_rows * TILE, n_columns * TILE), np.uint8)
-    padded[: pixels.shape[0], : pixels.shape[1]] = pixels
-    rows = padded.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
+    if pixels.shape != (n_rows * TILE, n_columns * TILE):
+        pixels = np.pad(pixels, [(0, -n % TILE) for n in pixels.shape])
+    rows = pixels.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
     return [[_encode(tile) for tile in row] for row in rows]
 
 

@@ -28,6 +28,8 @@ CHUNK = 1024
 SHARD = 4096
 """Side of a shard of NGFF 0.5: 16 chunks in one file, written by one writer at a time."""
 AXES = ("y", "x")
+CONFIG: Any = {"write_empty_chunks": True}
+"""Not to look for empty chunks: zarr's look takes several times as long as compressing them."""
 
 MaskArray: TypeAlias = "zarr.Array[Any]"
 Mask = npt.NDArray[np.uint8]
@@ -44,8 +46,7 @@ def create_mask(
 ) -> MaskArray:
     """Create an OME-Zarr mask that is all background; return its level 0, uint8 (y, x).
 
-    Chunks that stay background are never stored. Whoever writes must write rectangles made of
-    whole chunks (whole shards with 0.5), each by one writer at a time.
+    Blocks of it are written with `write_block`.
 
     Args:
         path: folder to create; must not hold a zarr group yet.
@@ -62,7 +63,7 @@ def create_mask(
 
 def open_mask(path: Path, *, level: int = 0) -> MaskArray:
     """Open one level of an OME-Zarr mask for reading and writing; return it, uint8 (y, x)."""
-    return zarr.open_array(path / str(level), mode="r+", config={"write_empty_chunks": False})
+    return zarr.open_array(path / str(level), mode="r+", config=CONFIG)
 
 
 def name_classes(path: Path, classes: Sequence[ClassInfo]) -> None:
@@ -76,6 +77,29 @@ def name_classes(path: Path, classes: Sequence[ClassInfo]) -> None:
     attributes: Any = group.attrs.asdict()
     attributes.get("ome", attributes)["image-label"].update(_label(classes))
     group.attrs.put(attributes)
+
+
+def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
+    """Write the pixels of a block; chunks (shards with 0.5) that are all background are not stored.
+
+    Args:
+        mask: a level, open.
+        block: made of whole chunks or shards, and written by nobody else at the same time.
+        pixels: uint8, of the block's shape.
+    """
+    side = _unit(mask)
+    y, x = block.start
+    parts = list(iter_blocks(block.shape, (side, side)))
+    filled = [part for part in parts if pixels[part.slices].any()]
+    if len(filled) == len(parts):
+        mask[block.slices] = pixels
+        return
+    for part in parts:
+        (top, left), (bottom, right) = part.start, part.stop
+        if part in filled:
+            mask[y + top : y + bottom, x + left : x + right] = pixels[part.slices]
+        else:
+            _file(mask, ((y + top) // side, (x + left) // side)).unlink(missing_ok=True)
 
 
 def open_levels(path: Path) -> list[MaskArray]:
@@ -117,12 +141,20 @@ def count_files(shape: Shape, ngff: Ngff) -> int:
 
 def is_empty(mask: MaskArray, block: Block) -> bool:
     """Say, without reading pixels, whether a block has no stored chunk, so is all background."""
-    side = (mask.shards or mask.chunks)[0]
+    side = _unit(mask)
     spans = [range(a // side, -(-b // side)) for a, b in zip(block.start, block.stop, strict=True)]
-    folder = cast("LocalStore", mask.store).root / mask.path
-    return not any(
-        (folder / mask.metadata.encode_chunk_key(key)).exists() for key in itertools.product(*spans)
-    )
+    return not any(_file(mask, key).exists() for key in itertools.product(*spans))
+
+
+def _unit(mask: MaskArray) -> int:
+    """Return the side of what is stored in one file: a chunk, or a shard."""
+    return (mask.shards or mask.chunks)[0]
+
+
+def _file(mask: MaskArray, key: Shape) -> Path:
+    """Return where a chunk or shard is stored, by its row and column."""
+    store = cast("LocalStore", mask.store)
+    return store.root / mask.path / mask.metadata.encode_chunk_key(key)
 
 
 def build_pyramid(path: Path) -> None:
@@ -152,7 +184,7 @@ def _reduce(below: MaskArray, level: MaskArray, block: Block) -> None:
     stop = tuple(min(2 * b, n) for b, n in zip(block.stop, below.shape, strict=True))
     if not is_empty(below, Block(index=block.index, start=start, stop=stop)):
         y, x = (slice(a, b, 2) for a, b in zip(start, stop, strict=True))
-        level[block.slices] = below[y, x]
+        write_block(level, block, np.asarray(below[y, x]))
 
 
 def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
@@ -161,7 +193,7 @@ def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
         "chunks": (CHUNK, CHUNK),
         "dtype": "uint8",
         "fill_value": 0,
-        "config": {"write_empty_chunks": False},
+        "config": CONFIG,
         "overwrite": True,
     }
     # zstd 1 without shuffle writes busy masks at 0.8 GB/s a core; zstd 3 makes them 5 % smaller at
