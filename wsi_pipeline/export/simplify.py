@@ -7,8 +7,8 @@ all vertices whose triangle is smaller than both neighbours' go at once, in roun
 A vertex stays if its triangle, sides included, holds another vertex of the arcs *as they were
 given*, but for those of the same arc between the triangle's ends. Whatever crossed the new edge
 would have to end in the triangle, or to cross the two edges that the new one takes the place of.
-So arcs that meet only at their ends still do, and because what an arc becomes does not depend on
-what becomes of others, no order of work matters.
+So arcs meet where they met before and nowhere else, and because what becomes of one does not
+depend on the others, no order of work matters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ LARGEST = 2**30
 NEVER = np.iinfo(np.int64).max
 """Key of a vertex that stays."""
 VERTICES, TRIANGLES, PAIRS = 500_000, 20_000, 2_000_000
-"""Of chains, near them, and of both together, that are worked on at a time: bounds the memory."""
+"""Vertices of chains, triangles, and pairs of a triangle with a vertex near it, that are worked on
+at a time, which bounds the memory."""
 
 
 def simplify(chains: Chains, *, tolerance: float, is_loose: Bools | None = None) -> Chains:
