@@ -1,7 +1,7 @@
 """From a mask to the arcs of its regions, block by block, in threads.
 
 The mask is never in memory as a whole, only its arcs. They are simplified twice: within tiles, so
-that of each block only what is left needs to be held, and then as wholes, where tiles have cut them.
+that of each block only what is left is held, and then as wholes, where tiles have cut them.
 """
 
 from __future__ import annotations
