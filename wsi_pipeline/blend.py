@@ -266,9 +266,9 @@ def iter_sampled_rows(
     if ratio == (1.0, 1.0):
         columns = slice(start[1] - left, stop[1] - left)
         for first, band in bands:
-            above, below = max(start[0] - first, 0), max(stop[0] - first, 0)
-            if above < min(below, band.shape[1]):
-                yield first + above - start[0], band[:, above:below, columns]
+            begin, end = max(start[0] - first, 0), max(stop[0] - first, 0)
+            if begin < min(end, band.shape[1]):
+                yield first + begin - start[0], band[:, begin:end, columns]
         return
     y, fy = sample_positions(start[0], stop[0], ratio=ratio[0], length=shape[0])
     x, fx = sample_positions(start[1], stop[1], ratio=ratio[1], length=shape[1])
