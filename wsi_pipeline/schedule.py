@@ -31,6 +31,9 @@ from wsi_pipeline.options import ScheduleOptions
 NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
 
+TRIM_EVERY = 4
+"""Blocks after which freed memory goes back: each time costs page faults, never lets peaks add up."""
+
 Result = TypeVar("Result", covariant=True)
 
 
@@ -125,6 +128,9 @@ def _run_block(name: str, block: Block) -> Any:
         return work(block)
     except Exception as error:
         return error
+    finally:
+        if sum(block.index) % TRIM_EVERY == 0:
+            _trim_memory()
 
 
 def _room(in_flight: int, most: int, max_ram: int | None) -> int:
