@@ -32,7 +32,7 @@ NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
 
 TRIM_EVERY = 4
-"""Blocks after which freed memory goes back: each time costs page faults, never lets peaks add up."""
+"""Blocks after which freed memory goes back: it costs page faults, without it peaks add up."""
 
 Result = TypeVar("Result", covariant=True)
 
