@@ -29,6 +29,7 @@ import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
 from mutate import mutate
+from peak import peak_bytes
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.cli import group
@@ -194,10 +195,10 @@ def _serve(pipe: Connection, folder: Path, errors: Path) -> None:
         while True:
             case = pipe.recv()
             faulthandler.dump_traceback_later(SECONDS - 1, file=stream)
-            before = _peak()
+            before = peak_bytes()
             outcome = read(case)
             faulthandler.cancel_dump_traceback_later()
-            if (grown := _peak() - before) > MEMORY:
+            if (grown := peak_bytes() - before) > MEMORY:
                 outcome = Outcome(case=case, ended="memory", said=f"{grown / 1e9:.1f} GB more")
             pipe.send(outcome)
 
@@ -208,12 +209,6 @@ def _limit_addresses() -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + ROOM
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
 
 
 # --- outside -----------------------------------------------------------------------------------
@@ -338,7 +333,7 @@ def main() -> None:
         folder = Path(text)
         case = Case(kind=kind, original=originals(folder)[kind], seed=int(seed))
         outcome = Reader(folder, closing)(case)
-    print(outcome.ended, outcome.said, f"{_peak() / 1e9:.1f} GB", sep="\n")
+    print(outcome.ended, outcome.said, f"{peak_bytes() / 1e9:.1f} GB", sep="\n")
 
 
 if __name__ == "__main__":
