@@ -27,9 +27,17 @@ class BusyError(StoreError):
     """An output folder in which another process is working."""
 
 
+class ClusterError(WsiPipelineError, ConnectionError):
+    """A dask cluster that cannot be reached, or whose workers cannot do the work."""
+
+
 class AnnotationError(WsiPipelineError, ValueError):
     """A GeoJSON or mask file that cannot be used as annotations."""
 
 
 class RecipeError(WsiPipelineError, ValueError):
     """A training recipe that does not hold what it must."""
+
+
+class EvaluationError(WsiPipelineError, ValueError):
+    """Two sides that cannot be compared."""

@@ -12,6 +12,7 @@ Output = Literal["zarr", "tiff", "geojson", "overlay"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
+Queue = Literal["slurm"]
 ProgramFormat = Literal["onnx", "torch-export"]
 
 MPP_TOLERANCE = 0.02
@@ -89,16 +90,21 @@ class ScheduleOptions:
     """Where blocks run.
 
     Attributes:
-        workers: dask workers of the in-process cluster; ignored with `scheduler`.
-        scheduler: address or scheduler file of a running dask scheduler; None = in-process.
-        blocks_in_hand: of a worker of the in-process cluster: while one is predicted, the others
-            are read, written or traced. A GPU needs more of them to be kept busy.
-        max_ram: bytes that the process may take; None = no limit. Workers of a `scheduler` have
-            limits of their own.
+        workers: dask workers of the in-process cluster, or jobs of `cluster`; ignored with
+            `scheduler`.
+        scheduler: address or scheduler file of a running dask scheduler.
+        cluster: a queue to which workers are submitted as jobs, as dask's configuration says.
+        gpus: numbers of this machine's GPUs; with more than one, each gets a process.
+        blocks_in_hand: of a worker of this machine: while one is predicted, the others are read,
+            written or traced. A GPU needs more of them to be kept busy.
+        max_ram: bytes that the process may take; None = no limit. Workers elsewhere have limits
+            of their own.
     """
 
     workers: int = 1
     scheduler: str | None = None
+    cluster: Queue | None = None
+    gpus: tuple[int, ...] = ()
     blocks_in_hand: int = 2
     max_ram: int | None = None
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,32 @@ import numpy as np
 
 from wsi_pipeline.blocks import Plan, SegmentBlocks
 from wsi_pipeline.bundle import Bundle, sha256_of
-from wsi_pipeline.errors import BundleError, BusyError, SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.errors import (
+    BundleError,
+    BusyError,
+    ClusterError,
+    SourceError,
+    StoreError,
+    WsiPipelineError,
+)
 from wsi_pipeline.estimate import Estimate, estimate_files, estimate_memory
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
 from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
-from wsi_pipeline.paths import name_of, without_secrets
+from wsi_pipeline.paths import is_remote, name_of, without_secrets
 from wsi_pipeline.report import Run, load_run, write_run_json
-from wsi_pipeline.schedule import free_memory, run_blocks, used_memory
+from wsi_pipeline.schedule import (
+    Keep,
+    check_shared,
+    cpu_count,
+    free_memory,
+    is_in_process,
+    run_blocks,
+    used_memory,
+    worker_threads,
+)
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.store import (
     PIXEL_CHUNK,
@@ -54,6 +69,8 @@ Progress = Callable[[int, int], None]
 """Called with patches done and patches in all."""
 
 DEFAULTS = Settings()
+SLIDES_AT_ONCE = 32
+"""Whose blocks a cluster elsewhere has at a time: small slides would starve it one by one."""
 BLOCK_SIZE = 2048
 """Side of a block where nothing else is asked for: larger ones take memory and save no time."""
 
@@ -86,20 +103,8 @@ def segment(
     Raises:
         WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
     """
-    begun = _begin(
-        job,
-        bundle,
-        settings=settings,
-        threads=threads,
-        overwrite=overwrite,
-        check=_memory_check(client, bundle, max_ram),
-    )
-    if isinstance(begun, Run):
-        return begun
-    start = time.perf_counter()
-    for _ in _do_blocks(begun, client, progress, max_ram):
-        pass
-    return _finish(begun, time.perf_counter() - start)
+    team = _Team(client, bundle, settings, threads=threads, overwrite=overwrite, max_ram=max_ram)
+    return team.segment(job, progress)
 
 
 def segment_all(
@@ -116,48 +121,34 @@ def segment_all(
     """Segment slides in order; yield each with its run, failed ones too.
 
     While the workers do the blocks of one slide, the next is surveyed and the outputs of the one
-    before are written.
+    before are written; workers elsewhere have the blocks of several slides. Slides that another
+    process has claimed are looked at again when all others are done.
 
     Args:
         jobs: slides and their folders.
         bundle: the model.
         client: of the dask cluster.
         settings: options.
-        threads: of the CPU for one worker's forward passes.
+        threads: of the CPU for one worker's forward passes; None = all, or as many as dask gives
+            a worker elsewhere.
         overwrite: start anew whatever the folders hold.
         max_ram: bytes that this process may take; None = no limit.
-        progress: told of the job and its patches done.
+        progress: told of a job and its patches done, by several threads.
+
+    Raises:
+        ClusterError: the cluster is lost, or cannot do the work.
     """
-    ending: deque[tuple[Job, Future[Run]]] = deque()
-    with ThreadPoolExecutor(1, "begin") as beginner, ThreadPoolExecutor(1, "finish") as finisher:
-        begin = partial(
-            _begin,
-            settings=settings,
-            threads=threads,
-            overwrite=overwrite,
-            check=_memory_check(client, bundle, max_ram),
-        )
-        for job, begun in _iter_ahead(jobs, lambda job: beginner.submit(begin, job, bundle)):
-            end: Future[Run] = Future()
-            try:
-                slide = begun.result()
-                if isinstance(slide, Run):
-                    end.set_result(slide)
-                else:
-                    start = time.perf_counter()
-                    for _ in _do_blocks(
-                        slide, client, partial(progress, job) if progress else None, max_ram
-                    ):
-                        while ending and ending[0][1].done():
-                            yield _ended(*ending.popleft(), bundle, settings)
-                    end = finisher.submit(_finish, slide, time.perf_counter() - start)
-            except Exception as error:
-                end.set_exception(error)
-            ending.append((job, end))
-            while len(ending) > 1 or (ending and ending[0][1].done()):
-                yield _ended(*ending.popleft(), bundle, settings)
-        while ending:
-            yield _ended(*ending.popleft(), bundle, settings)
+    if not jobs:
+        return
+    check_shared(client, jobs[0].folder.parent, _local_paths(jobs[0], bundle))
+    team = _Team(client, bundle, settings, threads=threads, overwrite=overwrite, max_ram=max_ram)
+    busy: list[Job] = []
+    for last_look in (False, True):
+        for job, run in team.segment_all(busy if last_look else jobs, progress):
+            if run.status == "busy" and not last_look:
+                busy.append(job)
+            else:
+                yield job, run
 
 
 def tile(
@@ -343,6 +334,8 @@ def _begin(
         # absolute: workers elsewhere have another current folder
         folder = job.folder.absolute()
         claim.enter_context(RunStore(folder=folder).claim())
+        if not overwrite and (run := _finished(job.folder, key, settings.export)):
+            return run  # by another process, a moment ago
         store = open_run_store(
             folder,
             fingerprint=slide.fingerprint,
@@ -371,76 +364,150 @@ def _begin(
         )
 
 
-def _do_blocks(
-    begun: _Begun, client: Client, progress: Progress | None, max_ram: int | None
-) -> Iterator[int]:
-    """Do the blocks that are left; yield how many patches are done after each."""
-    plan = begun.plan
-    pending = plan.store.pending(begun.blocks)
-    done = len(plan.grid) - _patches_touching(plan, pending)
-    if progress:
-        progress(done, len(plan.grid))
-    if not pending:
-        return
-    with ExitStack() as unfinished:
-        unfinished.push(begun.claim)
+class _Team:
+    """Takes slides through the three steps: begin, do the blocks, finish.
+
+    Args:
+        client: of the dask cluster.
+        bundle: the model.
+        settings: options.
+        threads: of the CPU for one worker's forward passes.
+        overwrite: start anew whatever the folders hold.
+        max_ram: bytes that this process may take.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        bundle: Bundle,
+        settings: Settings,
+        *,
+        threads: int | None,
+        overwrite: bool,
+        max_ram: int | None,
+    ) -> None:
+        self._client, self._bundle, self._settings = client, bundle, settings
+        self._max_ram = max_ram if is_in_process(client) else None
+        self._begin = partial(
+            _begin,
+            bundle=bundle,
+            settings=settings,
+            threads=threads,
+            overwrite=overwrite,
+            check=_memory_check(client, bundle, max_ram),
+        )
+        self._open = (
+            SegmentBlocks if is_in_process(client) else partial(_open_elsewhere, threads=threads)
+        )
+        # in this process one slide a step; it is memory that counts
+        alone = is_in_process(client)
+        self._at_once = 3 if alone else SLIDES_AT_ONCE
+        steps = (1, 1, 1) if alone else (cpu_count(), SLIDES_AT_ONCE, cpu_count())
+        self._beginning, self._computing, self._finishing = map(threading.Semaphore, steps)
+        self._stopped = threading.Event()
+
+    def segment(self, job: Job, progress: Progress | None = None, *, number: int = 0) -> Run:
+        """Segment one slide; return its run. Of several, those of a low number come first."""
+        with self._beginning:
+            begun = self._begin(job)
+        if isinstance(begun, Run):
+            return begun
+        with begun.claim:
+            with self._computing:
+                start = time.perf_counter()
+                for _ in self._do_blocks(begun, progress, number):
+                    if self._stopped.is_set():
+                        raise CancelledError
+                seconds = time.perf_counter() - start
+            with self._finishing:
+                return _finish(begun, seconds)
+
+    def segment_all(
+        self, jobs: Sequence[Job], progress: Callable[[Job, int, int], None] | None
+    ) -> Iterator[tuple[Job, Run]]:
+        """Segment slides, several at once; yield each with its run, in order."""
+        with ThreadPoolExecutor(self._at_once, "slide") as pool:
+            runs = deque(
+                pool.submit(
+                    self.segment, job, partial(progress, job) if progress else None, number=number
+                )
+                for number, job in enumerate(jobs)
+            )
+            try:
+                for job in jobs:
+                    yield job, _ended(job, runs.popleft(), self._bundle, self._settings)
+            except BaseException:  # the caller's generator may have been closed, too
+                self._stopped.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _do_blocks(self, begun: _Begun, progress: Progress | None, number: int) -> Iterator[int]:
+        """Do the blocks that are left; yield how many patches are done after each."""
+        plan = begun.plan
+        pending = plan.store.pending(begun.blocks)
+        done = len(plan.grid) - _patches_touching(plan, pending)
+        if progress:
+            progress(done, len(plan.grid))
+        if not pending:
+            return
         for fresh in run_blocks(
-            client,
+            self._client,
             pending,
-            partial(SegmentBlocks, plan),
-            max_ram=None if client.cluster is None else max_ram,
+            partial(self._open, plan),
+            max_ram=self._max_ram,
+            priority=-number,
         ):
             done = min(done + fresh, len(plan.grid))
             if progress:
                 progress(done, len(plan.grid))
             yield done
-        unfinished.pop_all()
+        if not is_in_process(self._client):
+            plan.store.remove_partials()  # of workers that died
+
+
+def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> SegmentBlocks:
+    """Open a slide on a worker of another process, with the threads that dask gives it."""
+    return SegmentBlocks(replace(plan, threads=threads or worker_threads()), keep)
 
 
 def _finish(begun: _Begun, seconds: float) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
-    with begun.claim:
-        _drop_what_is_old(begun)
-        run = write_outputs(
-            Finished(
-                slide=begun.slide,
-                bundle=begun.bundle,
-                plan=begun.plan,
-                stored=begun.stored,
-                settings=begun.settings,
-                key=begun.key,
-                blocks=begun.blocks,
-            )
+    _drop_what_is_old(begun)
+    run = write_outputs(
+        Finished(
+            slide=begun.slide,
+            bundle=begun.bundle,
+            plan=begun.plan,
+            stored=begun.stored,
+            settings=begun.settings,
+            key=begun.key,
+            blocks=begun.blocks,
         )
-        total = begun.seconds + seconds + time.perf_counter() - start
-        run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
-        write_run_json(begun.job.folder / "run.json", run)
-        return run
+    )
+    total = begun.seconds + seconds + time.perf_counter() - start
+    run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
+    write_run_json(begun.job.folder / "run.json", run)
+    return run
 
 
-def _iter_ahead(
-    jobs: Sequence[Job], submit: Callable[[Job], Future[Run | _Begun]]
-) -> Iterator[tuple[Job, Future[Run | _Begun]]]:
-    """Yield each job and its future, the next of which is on its way."""
-    waiting = iter(jobs)
-    coming = deque((job, submit(job)) for job in islice(waiting, 1))
-    while coming:
-        coming.extend((job, submit(job)) for job in islice(waiting, 1))
-        yield coming.popleft()
+def _local_paths(job: Job, bundle: Bundle) -> list[Path]:
+    return [p.absolute() for p in (bundle.path, job.path) if not is_remote(p)]
 
 
-def _ended(job: Job, end: Future[Run], bundle: Bundle, settings: Settings) -> tuple[Job, Run]:
-    """Return how a slide ended, once it has."""
+def _ended(job: Job, end: Future[Run], bundle: Bundle, settings: Settings) -> Run:
+    """Return the run of a slide once it has ended, well or not."""
     try:
-        return job, end.result()
+        return end.result()
+    except (ClusterError, CancelledError):
+        raise  # no fault of the slide, and the others would fare the same
     except Exception as error:
         # one bad slide must not end the night; what is not ours is a defect: keep its traceback
         expected = isinstance(error, WsiPipelineError)
         logger.log(
             logging.DEBUG if expected else logging.ERROR, "%s failed", job.path, exc_info=True
         )
-        return job, _failed(job, bundle, settings, error)
+        return _failed(job, bundle, settings, error)
 
 
 def _check_modality(bundle: Bundle) -> None:
@@ -545,7 +612,7 @@ def _plan(
         predict=settings.predict,
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
-        threads=threads or os.cpu_count() or 1,
+        threads=threads or cpu_count(),
         outlines="geojson" in settings.export.outputs,
     )
 
@@ -598,9 +665,9 @@ def _peak_memory(plan: Plan, bundle: Bundle, *, workers: int, blocks_in_hand: in
 
 def _memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:
     """Return what refuses a slide that will take more memory than allowed, or warns of it."""
-    threads = client.nthreads()
-    if client.cluster is None or not threads:  # workers elsewhere have limits of their own
+    if not is_in_process(client):  # workers elsewhere have limits of their own
         return lambda plan: None
+    threads = client.nthreads()
     workers, in_hand = len(threads), sum(threads.values()) // len(threads)
     lower = "lower --workers, --block-size or --batch-size"
 

@@ -1,4 +1,4 @@
-"""Run blocks on dask workers: an in-process cluster by default, or a scheduler that runs already.
+"""Run blocks on dask workers: in this process by default, or wherever a dask cluster runs.
 
 Nothing here knows what a block does. A run hands over an *opener*, a picklable callable that each
 worker calls once and that returns the work: a callable of one block. It is given what the worker
@@ -10,29 +10,62 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import platform
 import sys
 import threading
+import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import islice
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol, TypeVar
 
 import dask
 import psutil
-from distributed import Client, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from dask.system import CPU_COUNT
+from distributed import (
+    Client,
+    KilledWorker,
+    LocalCluster,
+    Nanny,
+    Scheduler,
+    SpecCluster,
+    Worker,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+)
 from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
+from distributed.versions import VersionMismatchWarning
 
-from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.errors import ClusterError, WsiPipelineError
 from wsi_pipeline.grid import Block
 from wsi_pipeline.options import ScheduleOptions
+
+logger = logging.getLogger(__name__)
 
 NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
 
 TRIM_EVERY = 4
 """Blocks after which freed memory goes back: it costs page faults, without it peaks add up."""
+
+RETRIES = 2
+"""How often a block that failed on a worker elsewhere is tried on another."""
+
+LOOK_EVERY = 5.0
+"""Seconds after which the workers of a cluster are counted again."""
+
+SAME_VERSION = ("wsi-pipeline", "torch", "dask", "distributed")
+"""Packages that are to be the same on client and workers."""
 
 Result = TypeVar("Result", covariant=True)
 
@@ -58,30 +91,20 @@ Keep = dict[str, Closable]
 Opener = Callable[[Keep], Work[Result]]
 
 
-class _KeepThings(WorkerPlugin):
-    """Lets each worker keep things from run to run, and closes them at the end."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def setup(self, worker: Worker) -> None:
-        setattr(worker, self.name, {})
-
-    def teardown(self, worker: Worker) -> None:
-        for thing in worker.__dict__.pop(self.name).values():
-            thing.close()
-
-
 class _Opened:
-    """Opened work that is closed when no block is in hand: it may be reading from the slide."""
+    """Work that the first block opens, and that is closed when no block is in hand."""
 
-    def __init__(self, work: Work[Any]) -> None:
-        self._work = work
+    def __init__(self, opener: Opener[Any], keep: Keep) -> None:
+        self._opener = opener
+        self._keep = keep
+        self._work: Work[Any] | None = None
         self._in_hand = 0
         self._changed = threading.Condition()
 
     def __call__(self, block: Block) -> Any:
         with self._changed:
+            if self._work is None:
+                self._work = self._opener(self._keep)
             self._in_hand += 1
         try:
             return self._work(block)
@@ -93,44 +116,75 @@ class _Opened:
     def close(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._in_hand == 0)
-        self._work.close()
+        if self._work is not None:
+            self._work.close()
 
 
-class _OpenWork(WorkerPlugin):
-    """Opens the work on each worker, also on one that joins later, and closes it at the end."""
+class _Desk:
+    """What a worker has before it: the work that it opened, and what it keeps from run to run."""
 
-    def __init__(self, name: str, opener: Opener[Any], keep: str) -> None:
+    def __init__(self) -> None:
+        self.keep: Keep = {}
+        self._works: dict[str, _Opened | None] = {}
+        self._changing = threading.Lock()
+
+    def work(self, name: str, opener: Opener[Any]) -> _Opened:
+        with self._changing:
+            work = self._works.setdefault(name, _Opened(opener, self.keep))
+        if work is None:
+            raise RuntimeError(f"{name} is over")  # its caller has gone: nobody will read this
+        return work
+
+    def close(self, name: str) -> None:
+        with self._changing:
+            work, self._works[name] = self._works.get(name), None
+        if work is not None:
+            work.close()
+
+    def clear(self) -> None:
+        for name in list(self._works):
+            self.close(name)
+        for thing in self.keep.values():
+            thing.close()
+        self.keep.clear()
+
+
+class _HasDesk(WorkerPlugin):
+    """Gives each worker a desk, also one that joins later, and clears it at the end."""
+
+    def __init__(self, name: str) -> None:
         self.name = name
-        self._opener = opener
-        self._keep = keep
 
     def setup(self, worker: Worker) -> None:
         # not on self: workers of an in-process cluster share the plugin object
-        opened: Any
-        try:
-            opened = _Opened(self._opener(getattr(worker, self._keep)))
-        except Exception as error:  # goes home with the first block, see _run_block
-            opened = error
-        setattr(worker, self.name, opened)
+        setattr(worker, self.name, _Desk())
 
     async def teardown(self, worker: Worker) -> None:
-        work = worker.__dict__.pop(self.name, None)
-        if isinstance(work, _Opened):
-            await asyncio.to_thread(work.close)
+        await asyncio.to_thread(worker.__dict__.pop(self.name).clear)
 
 
-def _run_block(name: str, block: Block) -> Any:
+@dataclass(frozen=True)
+class _Failure:
+    """How a block failed, and on which worker."""
+
+    error: Exception
+    worker: str
+
+
+def _run_block(desk: str, name: str, opener: Opener[Any], block: Block) -> Any:
     # an error goes home as a value, since dask would print its traceback on the way
-    work = getattr(get_worker(), name)
-    if isinstance(work, Exception):
-        return work
+    worker = get_worker()
     try:
-        return work(block)
+        return getattr(worker, desk).work(name, opener)(block)
     except Exception as error:
-        return error
+        return _Failure(error, worker.address)
     finally:
         if sum(block.index) % TRIM_EVERY == 0:
             _trim_memory()
+
+
+async def _close_work(desk: str, name: str, dask_worker: Worker) -> None:
+    await asyncio.to_thread(getattr(dask_worker, desk).close, name)
 
 
 def _room(in_flight: int, most: int, max_ram: int | None) -> int:
@@ -181,39 +235,266 @@ def free_memory() -> int:
     return min(int(psutil.virtual_memory().available), MEMORY_LIMIT - used_memory())
 
 
+def cpu_count() -> int:
+    """Return how many CPUs this process may use: its container or its job may not have all."""
+    return int(CPU_COUNT)
+
+
+def worker_threads() -> int:
+    """Return how many threads dask gives the worker on which this is called."""
+    return int(get_worker().state.nthreads)
+
+
+def is_in_process(client: Client) -> bool:
+    """Return whether the workers are threads of this process."""
+    return _address(client).startswith("inproc://")
+
+
+def _address(client: Client) -> str:
+    assert client.scheduler is not None  # never None of a client that is not asynchronous
+    return str(client.scheduler.address)
+
+
 @contextmanager
 def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
     """Yield a dask client of the cluster that the options ask for.
 
     Raises:
-        WsiPipelineError: the scheduler does not answer.
+        ClusterError: the scheduler does not answer, the queue takes no jobs, or workers have
+            other versions of this program.
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    if options.scheduler is not None:
-        with _connect(options.scheduler) as client, _keeping(client):
-            yield client
-        return
-    with (
-        dask.config.set({"distributed.admin.tick.limit": "1h"}),  # torch may hold the GIL
-        LocalCluster(
-            n_workers=options.workers,
-            threads_per_worker=options.blocks_in_hand,
-            processes=False,
-            dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
-            worker_dashboard_address="127.0.0.1:0",
-            scheduler_kwargs={"dashboard": False},
-            memory_limit=0,
-        ) as cluster,
-        Client(cluster) as client,
-        _keeping(client),
-    ):
+    with ExitStack() as closing:
+        if options.scheduler is not None:
+            client = closing.enter_context(_connect(options.scheduler))
+        else:
+            # torch may hold the GIL for long
+            closing.enter_context(dask.config.set({"distributed.admin.tick.limit": "1h"}))
+            client = closing.enter_context(Client(closing.enter_context(_start(options))))
+        if not is_in_process(client):
+            closing.enter_context(_watched(client))
+            _check_versions(client)
+        closing.enter_context(_with_desks(client))
         yield client
 
 
+def _start(options: ScheduleOptions) -> SpecCluster:
+    """Return a cluster of this process, of this machine's GPUs, or of a queue's jobs."""
+    if options.cluster is not None:
+        return _start_jobs(options.workers)
+    if len(options.gpus) > 1:
+        return _start_gpu_workers(options)
+    return LocalCluster(
+        n_workers=options.workers,
+        threads_per_worker=options.blocks_in_hand,
+        processes=False,
+        dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
+        worker_dashboard_address="127.0.0.1:0",
+        scheduler_kwargs={"dashboard": has_dashboard()},
+        memory_limit=0,
+    )
+
+
+def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
+    """Return a worker process for each GPU, which sees no other: they share no lock of Python's."""
+    return SpecCluster(
+        scheduler={
+            "cls": Scheduler,
+            "options": {
+                "host": "127.0.0.1",
+                "dashboard": has_dashboard(),
+                "dashboard_address": "127.0.0.1:0",
+            },
+        },
+        workers={
+            gpu: {
+                "cls": Nanny,
+                "options": {
+                    "host": "127.0.0.1",
+                    "nthreads": options.blocks_in_hand,
+                    "memory_limit": 0,
+                    "dashboard_address": "127.0.0.1:0",
+                    "env": {"CUDA_VISIBLE_DEVICES": str(gpu)},
+                },
+            }
+            for gpu in options.gpus
+        },
+    )
+
+
+def _start_jobs(count: int) -> SpecCluster:
+    """Return a cluster whose workers are jobs of SLURM, as dask's configuration describes them."""
+    try:
+        from dask_jobqueue.slurm import SLURMCluster
+    except ImportError as error:
+        raise ClusterError(
+            f'--cluster slurm: {error}; it needs pip install "wsi-pipeline[cluster]"'
+        ) from error
+    try:
+        cluster = SLURMCluster(scheduler_options={"dashboard": has_dashboard()})
+        cluster.scale(jobs=count)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ClusterError(
+            f"--cluster slurm: {_first_line(error)}; say in dask's configuration, under "
+            "jobqueue.slurm, what a job is: at least cores, memory and walltime"
+        ) from error
+    return cluster
+
+
+def has_dashboard() -> bool:
+    """Return whether what dask's dashboard needs is installed."""
+    return find_spec("bokeh") is not None
+
+
+def dashboard_link(client: Client) -> str | None:
+    """Return the URL of the cluster's dashboard, None where it has none."""
+    has_one = "dashboard" in client.scheduler_info(n_workers=0)["services"] and has_dashboard()
+    return str(client.dashboard_link) if has_one else None
+
+
+def _connect(address: str) -> Client:
+    by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
+    try:
+        with warnings.catch_warnings():  # of what differs we say more, and only what matters
+            warnings.simplefilter("ignore", VersionMismatchWarning)
+            return Client(**by_file)
+    except (OSError, ValueError) as error:
+        raise ClusterError(
+            f"no dask scheduler answers at {address}: {_first_line(error)}; is it running?"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 @contextmanager
-def _keeping(client: Client) -> Iterator[None]:
-    name = _keep_name(client)
-    client.register_plugin(_KeepThings(name), name=name)
+def _reaching(client: Client) -> Iterator[None]:
+    """Say in a sentence that the scheduler cannot be reached in the body."""
+    try:
+        yield
+    except (CommClosedError, TimeoutError, OSError, CancelledError, RuntimeError) as error:
+        raise _lost(client) from error
+
+
+def _lost(client: Client) -> ClusterError:
+    return ClusterError(
+        f"the dask scheduler at {_address(client)} is lost; start it again: the same "
+        "command goes on where this one stopped"
+    )
+
+
+@contextmanager
+def _watched(client: Client) -> Iterator[None]:
+    """Log every worker that is lost."""
+    workers = set(client.nthreads())
+    if not workers:
+        logger.warning("no worker at %s yet: waiting for one", _address(client))
+        client.wait_for_workers(1)
+
+    def note(event: tuple[float, dict[str, Any]]) -> None:
+        _, news = event
+        if news.get("action") == "add-worker":
+            workers.add(news["worker"])
+        if news.get("action") == "remove-worker":
+            workers.discard(news["worker"])
+            blocks = len(news["processing-tasks"])
+            if blocks or not news["expected"]:
+                logger.warning(
+                    "worker %s is lost: %d of its blocks are done again by %s",
+                    news["worker"], blocks, "others" if workers else "the next that comes",
+                )  # fmt: skip
+
+    client.subscribe_topic("all", note)
+    try:
+        yield
+    finally:
+        client.unsubscribe_topic("all")
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of what is to be the same on client and workers."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in SAME_VERSION:
+        try:
+            # +cpu and +cu130 are builds of one version
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def _check_versions(client: Client) -> None:
+    """Refuse workers whose programs differ from ours.
+
+    Raises:
+        ClusterError: one has.
+    """
+    ours = _versions()
+    for worker, theirs in _ask_workers(client, _versions).items():
+        different = [
+            f"{name} {theirs[name]} (here {ours[name]})"
+            for name in ours
+            if theirs[name] != ours[name]
+        ]
+        if different:
+            raise ClusterError(
+                f"worker {worker} has {', '.join(different)}; install the same versions on client "
+                "and workers"
+            )
+
+
+def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
+    """Make sure that workers elsewhere see the files of a run under the same paths.
+
+    Args:
+        client: as `open_cluster` yields it.
+        folder: for outputs, on a file system that all share.
+        paths: that must exist as well.
+
+    Raises:
+        ClusterError: a worker does not see one.
+    """
+    if is_in_process(client):
+        return
+    # a new file: a folder of the same name may lie on each worker's own disk
+    with NamedTemporaryFile(dir=folder, prefix=".shared.", suffix=".partial") as fresh:
+        wanted = {fresh.name: str(folder), **{str(path): str(path) for path in paths}}
+        for worker, missing in _ask_workers(client, _missing, list(wanted)).items():
+            if missing:
+                raise ClusterError(
+                    f"worker {worker} does not see {wanted[missing[0]]}; slides, model and output "
+                    "folder must lie under the same paths on all machines of the cluster"
+                )
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
+
+
+def _ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Return the answers of all workers.
+
+    Raises:
+        ClusterError: one cannot answer.
+    """
+    with _reaching(client):
+        answers = client.run(question, *args, on_error="return")
+    for worker, answer in answers.items():
+        if isinstance(answer, ImportError):
+            raise ClusterError(
+                f"worker {worker} cannot import wsi_pipeline ({answer}); install it there"
+            )
+        if isinstance(answer, Exception):
+            raise ClusterError(f"worker {worker}: {_first_line(answer)}")
+    return dict(answers)
+
+
+@contextmanager
+def _with_desks(client: Client) -> Iterator[None]:
+    name = _desk_name(client)
+    with _reaching(client):
+        client.register_plugin(_HasDesk(name), name=name)
     try:
         yield
     finally:
@@ -221,18 +502,12 @@ def _keeping(client: Client) -> Iterator[None]:
             client.unregister_worker_plugin(name)
 
 
-def _keep_name(client: Client) -> str:
-    return f"keep_{client.id}"
+def _desk_name(client: Client) -> str:
+    return f"desk_{client.id}"
 
 
-def _connect(address: str) -> Client:
-    by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
-    try:
-        return Client(**by_file, timeout="10s")
-    except (OSError, ValueError) as error:
-        raise WsiPipelineError(
-            f"no dask scheduler answers at {address}: {error}; is it running?"
-        ) from error
+def _same(thing: Any) -> Any:
+    return thing
 
 
 def run_blocks(
@@ -241,11 +516,13 @@ def run_blocks(
     opener: Opener[Result],
     *,
     max_ram: int | None = None,
+    priority: int = 0,
 ) -> Iterator[Result]:
     """Do every block on some worker; yield the results as they come.
 
     A few blocks per thread are in flight at once, so the number of blocks costs no memory. A block
-    whose worker dies is done again elsewhere.
+    whose worker dies is done again elsewhere, and so is one that fails on a worker elsewhere.
+    Several threads may run blocks with one client.
 
     Args:
         client: as `open_cluster` yields it.
@@ -253,30 +530,99 @@ def run_blocks(
         opener: see the module.
         max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
             limit.
+        priority: of these blocks over those of other calls: the higher are done first.
 
     Raises:
         WsiPipelineError: above `max_ram` with nothing left to put off.
+        ClusterError: the scheduler is lost.
         Exception: what the work raised for a block; once the blocks in hand have ended.
     """
-    name = f"work_{uuid.uuid4().hex}"
-    client.register_plugin(_OpenWork(name, opener, _keep_name(client)), name=name)
+    desk, name = _desk_name(client), f"work_{uuid.uuid4().hex}"
+    retries = 0 if is_in_process(client) else RETRIES
     waiting = iter(blocks)
-    in_hand = max(sum(client.nthreads().values()), 1)
-    in_flight = in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
+    tries: dict[Any, tuple[Block, int]] = {}  # of futures by key
+    with _reaching(client):
+        # a task and no scattered data: it is done again when the worker that has it dies
+        opening = client.submit(_same, opener, pure=False, priority=priority)
 
-    def submit(count: int) -> list[Any]:
-        batch = list(islice(waiting, count))
-        return client.map(_run_block, [name] * len(batch), batch, pure=False) if batch else []
+    def submit(batch: list[Block], number: int = 0, **options: Any) -> list[Any]:
+        if not batch:
+            return []
+        with _reaching(client):
+            futures = client.map(
+                _run_block,
+                [desk] * len(batch),
+                [name] * len(batch),
+                [opening] * len(batch),
+                batch,
+                pure=False,
+                priority=priority,
+                **options,
+            )
+        tries.update({f.key: (block, number) for f, block in zip(futures, batch, strict=True)})
+        return futures
 
-    futures = as_completed(submit(in_flight))
+    def again(future: Any, failure: _Failure) -> list[Any]:
+        block, number = tries[future.key]
+        if number == retries:
+            raise failure.error
+        logger.warning(
+            "block %s failed on worker %s: %s; it is tried again",
+            block.name, failure.worker, _first_line(failure.error),
+        )  # fmt: skip
+        others = [worker for worker in client.nthreads() if worker != failure.worker]
+        where = {"workers": others, "allow_other_workers": True} if others else {}
+        return submit([block], number + 1, **where)
+
+    most, counted = _most_in_flight(client, max_ram), time.monotonic()
+    futures = as_completed(
+        submit(list(islice(waiting, most))),
+        loop=client.loop,
+        with_results=True,
+        raise_errors=False,
+    )
     try:
-        for future in futures:
-            result = future.result()
-            if isinstance(result, Exception):
-                raise result
-            futures.update(submit(_room(futures.count(), in_flight, max_ram)))
-            yield result
+        for batch in futures.batches():
+            results = []
+            for future, result in batch:
+                if failure := _failure(client, future, result):
+                    futures.update(again(future, failure))
+                else:
+                    results.append(result)
+                del tries[future.key]
+            if time.monotonic() > counted + LOOK_EVERY:
+                most, counted = _most_in_flight(client, max_ram), time.monotonic()
+            room = _room(futures.count(), most, max_ram)
+            futures.update(submit(list(islice(waiting, room))))
+            yield from results
     finally:
-        client.cancel(list(futures.futures))
-        client.unregister_worker_plugin(name)
-        _trim_memory()  # what comes next needs none of what an in-process worker held
+        _end(client, [opening, *futures.futures], desk, name)
+
+
+def _most_in_flight(client: Client, max_ram: int | None) -> int:
+    with _reaching(client):
+        in_hand = max(int(sum(client.nthreads().values())), 1)
+    return in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
+
+
+def _failure(client: Client, future: Any, result: Any) -> _Failure | None:
+    """Return how a block failed, None if it did not; raise what no other try could mend."""
+    if future.status == "error":
+        error = result[1]
+        if isinstance(error, KilledWorker):
+            raise WsiPipelineError(
+                f"a block ended {error.allowed_failures + 1} workers, {error.last_worker.address} "
+                "the last; if they ran out of memory, give them more or lower --block-size"
+            )
+        raise error
+    if future.status != "finished":
+        raise _lost(client)
+    return result if isinstance(result, _Failure) else None
+
+
+def _end(client: Client, futures: list[Any], desk: str, name: str) -> None:
+    """Let go of what blocks have left, on all workers."""
+    with suppress(CommClosedError, TimeoutError, OSError, CancelledError, RuntimeError):
+        client.cancel(futures)
+        client.run(_close_work, desk, name, on_error="ignore")
+    _trim_memory()  # what comes next needs none of what an in-process worker held
