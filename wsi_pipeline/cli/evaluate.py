@@ -1,0 +1,184 @@
+"""`wsi-pipeline evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from wsi_pipeline.options import Frame, SelectOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class SizeChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """Width and height."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return (width, height)."""
+        match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", str(value))
+        if not match:
+            self.fail(f"{value!r} is no size; expected it as 98304x65536", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class MeaningChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A class and its mask values."""
+
+    name = "CLASS=VALUE[,VALUE…]"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the class's name and its values."""
+        name, equals, listed = str(value).rpartition("=")
+        values = listed.split(",")
+        if not (name.strip() and equals and all(v.strip().isdecimal() for v in values)):
+            self.fail(f"{value!r} is no class with its values; expected Tumor=1,20", param, ctx)
+        return name.strip(), tuple(map(int, values))
+
+
+class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """An old name and a new one."""
+
+    name = "OLD=NEW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Return the old name and the new one."""
+        old, equals, new = str(value).partition("=")
+        if not (equals and new.strip()):
+            self.fail(f"{value!r} is no renaming; expected Invasive=Tumor", param, ctx)
+        return old.strip(), new.strip()
+
+
+@click.command()
+@click.argument("prediction", type=click.Path(path_type=Path))
+@click.argument("truth", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for evaluation.json, evaluation.csv and a picture of each slide's disagreement.",
+)
+@click.option("--classes", help="Classes to judge, separated by commas  [default: all]")
+@click.option(
+    "--rename",
+    "renamed",
+    type=RenameChoice(),
+    multiple=True,
+    help="Another name for a class, on either side; =NEW names areas without a class.",
+)
+@click.option(
+    "--prediction-values",
+    type=MeaningChoice(),
+    multiple=True,
+    help="What values of a prediction's mask mean, where it does not say; others are background.",
+)
+@click.option(
+    "--truth-values", type=MeaningChoice(), multiple=True, help="Likewise of a truth's mask."
+)
+@click.option(
+    "--ignore",
+    "ignored",
+    type=click.IntRange(min=0),
+    multiple=True,
+    help="A value of the truth's mask that is not judged.",
+)
+@click.option(
+    "--slide",
+    type=click.Path(exists=True, path_type=Path),
+    help="The slide, or a folder of slides, where no run tells size, resolution and bounds.",
+)
+@click.option("--size", type=SizeChoice(), help="The slide's level 0, where no slide is at hand.")
+@click.option(
+    "--mpp",
+    type=click.FloatRange(min=0, min_open=True),
+    help="µm per pixel to compare at  [default: the truth's pixels]",
+)
+@click.option(
+    "--tolerance",
+    type=click.IntRange(min=0),
+    default=2,
+    help="px up to which two borders count as one, for boundary F1.",
+)
+@click.option(
+    "--roi",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GeoJSON polygons outside of which nothing is judged.",
+)
+@click.option(
+    "--for",
+    "frame",
+    type=click.Choice(get_args(Frame)),
+    default=SelectOptions().frame,
+    help="Whose origin GeoJSON and cut masks have on slides with bounds.",
+)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    prediction: Path,
+    truth: Path,
+    as_json: bool,
+    output: Path | None,
+    classes: str | None,
+    renamed: Iterable[tuple[str, str]],
+    prediction_values: Iterable[tuple[str, tuple[int, ...]]],
+    truth_values: Iterable[tuple[str, tuple[int, ...]]],
+    ignored: tuple[int, ...],
+    slide: Path | None,
+    size: tuple[int, int] | None,
+    mpp: float | None,
+    tolerance: int,
+    roi: Path | None,
+    frame: Frame,
+) -> None:
+    """How well does PREDICTION agree with TRUTH?
+
+    Either is a mask (PNG, TIFF, OME-TIFF, OME-Zarr), a folder that `segment` wrote for a slide, or
+    GeoJSON, such as QuPath's annotations; or both are folders of such, matched by their names.
+    Classes are matched by name. docs/evaluation.md tells of the figures.
+    """
+    from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
+    from wsi_pipeline.evaluation.sides import Values
+    from wsi_pipeline.evaluation.write import describe, write_evaluation
+
+    options = CompareOptions(
+        classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
+        prediction_values=Values(classes=_joined(prediction_values)),
+        truth_values=Values(classes=_joined(truth_values), ignored=ignored),
+        renamed=dict(renamed),
+        mpp=mpp,
+        tolerance_px=tolerance,
+        frame=frame,
+        roi=roi,
+    )
+    pairings = pair_up(prediction, truth, slide=slide, size=size)
+    with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
+        found = compare_all(pairings, options, progress=bars)
+    described = describe(found, tolerance_px=tolerance)
+    if output:
+        write_evaluation(output, found, described)
+    click.echo(json.dumps(described, indent=2) if as_json else _table(described))
+
+
+def _joined(entries: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    joined: dict[str, tuple[int, ...]] = {}
+    for name, values in entries:
+        joined[name] = (*joined.get(name, ()), *values)
+    return joined
+
+
+def _table(described: dict[str, Any]) -> str:
+    from wsi_pipeline.evaluation.write import FIGURES, as_rows
+
+    lines = ["\t".join(("slide", "class", *FIGURES))]
+    for row in as_rows(described):
+        cells = ["-" if row[name] is None else f"{row[name]:.4f}" for name in FIGURES]
+        lines.append("\t".join((row["slide"], row["class"], *cells)))
+    return "\n".join(lines)

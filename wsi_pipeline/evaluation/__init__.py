@@ -1,0 +1,1 @@
+"""How well a prediction agrees with the truth, whatever files the two are."""

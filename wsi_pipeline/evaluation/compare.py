@@ -1,0 +1,396 @@
+"""Two sides compared, one slide or a cohort."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.errors import EvaluationError
+from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
+from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block
+from wsi_pipeline.evaluation.picture import Disagreement
+from wsi_pipeline.evaluation.sides import (
+    AREA_SUFFIXES,
+    MASK_SUFFIXES,
+    Canvas,
+    Pair,
+    Side,
+    Values,
+    open_side,
+    reader_of,
+    settle_canvas,
+)
+from wsi_pipeline.export import map_in_threads
+from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.options import Frame
+from wsi_pipeline.paths import is_ome_zarr
+from wsi_pipeline.report import RUN_FILE
+from wsi_pipeline.sources import open_source
+
+logger = logging.getLogger(__name__)
+
+BLOCK = 2048
+"""Side of what is read and counted at once, px of the finest of both sides."""
+BACKGROUND = "Background"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """How two sides are compared.
+
+    Attributes:
+        classes: to judge; others are background. Empty = all, which both sides must have.
+        prediction_values: what the values of a prediction's mask mean.
+        truth_values: likewise of the truth, with values that are not judged.
+        renamed: new names of classes, on either side; "" names areas without a class.
+        mpp: µm per pixel to compare at; None = the truth's pixels, else the prediction's, else
+            level 0.
+        tolerance_px: distance up to which pixels of two borders match, in the pixels compared.
+        frame: origin of GeoJSON and of masks of the bounds only, on slides with bounds.
+        roi: GeoJSON outside of which nothing is judged.
+    """
+
+    classes: tuple[str, ...] = ()
+    prediction_values: Values = field(default_factory=Values)
+    truth_values: Values = field(default_factory=Values)
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    mpp: float | None = None
+    tolerance_px: int = 2
+    frame: Frame = "qupath"
+    roi: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairing:
+    """A prediction with the truth of the same slide.
+
+    Attributes:
+        name: of the slide.
+        prediction: a mask, a run's folder or GeoJSON.
+        truth: likewise.
+        slide: the slide itself, where it is given.
+        size: (width, height) of its level 0, where the user tells it.
+    """
+
+    name: str
+    prediction: Path
+    truth: Path
+    slide: Path | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Comparison:
+    """What the comparison of one slide found.
+
+    Attributes:
+        pairing: what was compared.
+        classes: names in the order of the counts; 0 is the background.
+        tally: the counts.
+        shape: (h, w) in pixels compared.
+        mpp: (x, y) µm per pixel compared, where it is known.
+        picture: uint8 (h, w, 3) of the disagreement, small.
+    """
+
+    pairing: Pairing
+    classes: tuple[str, ...]
+    tally: Tally
+    shape: tuple[int, int]
+    mpp: Pair | None
+    picture: npt.NDArray[np.uint8]
+
+
+def compare_all(
+    pairings: Sequence[Pairing],
+    options: CompareOptions,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Comparison]:
+    """Compare every pair, classes matched by name; return what was found.
+
+    Args:
+        pairings: of one cohort, judged by the same classes.
+        options: how.
+        progress: told the slide, blocks done and blocks in all.
+
+    Raises:
+        EvaluationError: sides that cannot be compared, a class that one side does not know, or one
+            without a pixel in the truth of any slide.
+    """
+    with ExitStack() as closing:
+        opened = [_open(pairing, options, closing) for pairing in pairings]
+        classes = _judged(opened, options)
+        found = [
+            _compare(pairing, sides, canvas, classes, options, progress)
+            for pairing, sides, canvas in opened
+        ]
+    true = sum(c.tally.confusion.sum(1) for c in found)
+    if empty := [name for i, name in enumerate(classes) if i > 0 and true[i] == 0]:
+        raise EvaluationError(
+            f"the truth has no pixel of {', '.join(empty)} to judge; leave the class out with "
+            "--classes, or add slides that have it"
+        )
+    return found
+
+
+Opened = tuple[Pairing, tuple[Side, Side], Canvas]
+
+
+def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Opened:
+    slide = None
+    if pairing.slide:
+        with open_source(pairing.slide) as source:
+            slide = Canvas.of(source)
+
+    def opened(path: Path, values: Values, canvas: Canvas | None) -> Side:
+        return open_side(
+            path,
+            values=values,
+            renamed=options.renamed,
+            canvas=canvas,
+            frame=options.frame,
+            closing=closing,
+        )
+
+    # a side that tells the slide's bounds comes first: GeoJSON of the other may begin there
+    if _tells_slide(pairing.truth):
+        truth = opened(pairing.truth, options.truth_values, slide)
+        prediction = opened(pairing.prediction, options.prediction_values, slide or truth.canvas)
+    else:
+        prediction = opened(pairing.prediction, options.prediction_values, slide)
+        truth = opened(pairing.truth, options.truth_values, slide or prediction.canvas)
+    sides = prediction, truth
+    canvas = settle_canvas(sides, slide, pairing.size)
+    for side in sides:
+        _check_extent(side, canvas)
+    return pairing, sides, canvas
+
+
+def _tells_slide(path: Path) -> bool:
+    return (path / RUN_FILE).is_file()
+
+
+def _check_extent(side: Side, canvas: Canvas) -> None:
+    """Refuse areas that lie mostly outside of the slide: they are of another, or in µm."""
+    if not isinstance(side.content, Areas):
+        return
+    x0, y0, x1, y1 = side.content.extent
+    width, height = canvas.size
+    if x0 >= width or y0 >= height or x1 > 2 * width or y1 > 2 * height:
+        raise EvaluationError(
+            f"{side.path} has areas from ({x0:g}, {y0:g}) to ({x1:g}, {y1:g}), the slide is "
+            f"{width} × {height} px: another slide, or not in level-0 pixels"
+        )
+
+
+def _judged(opened: Sequence[Opened], options: CompareOptions) -> tuple[str, ...]:
+    """Return the classes to judge, the background first."""
+    known: list[dict[str, None]] = [{}, {}]
+    for _, sides, _ in opened:
+        for names, side in zip(known, sides, strict=True):
+            names.update(dict.fromkeys(side.names))
+    predicted, true = known
+    for name in options.classes:
+        lacking = [
+            w for w, names in (("prediction", predicted), ("truth", true)) if name not in names
+        ]
+        if lacking:
+            raise EvaluationError(
+                f"no {' and no '.join(lacking)} knows the class {name!r}; "
+                f"predictions have {_listed(predicted)}, truths {_listed(true)}"
+            )
+    classes = options.classes or tuple(n for n in {**true, **predicted} if n != BACKGROUND)
+    odd = [n for n in classes if n not in predicted or n not in true]
+    if odd or not classes:
+        raise EvaluationError(
+            f"predictions have the classes {_listed(predicted)}, truths {_listed(true)}: "
+            "rename classes with --rename OLD=NEW, or judge only those that --classes names"
+        )
+    return (BACKGROUND, *classes)
+
+
+def _listed(names: Mapping[str, None]) -> str:
+    return ", ".join(repr(n) for n in names) or "none"
+
+
+def _compare(
+    pairing: Pairing,
+    sides: tuple[Side, Side],
+    canvas: Canvas,
+    classes: tuple[str, ...],
+    options: CompareOptions,
+    progress: Callable[[str, int, int], None] | None,
+) -> Comparison:
+    indices = {name: i for i, name in enumerate(classes) if i > 0}
+    prediction, truth = (reader_of(side, canvas, indices, options.frame) for side in sides)
+    downsample = _downsample(sides, canvas, options)
+    width, height = canvas.size
+    shape = math.ceil(height / downsample[0] - 1e-6), math.ceil(width / downsample[1] - 1e-6)
+    roi = _roi(options, canvas)
+    picture = Disagreement(shape)
+    halo = options.tolerance_px + 1
+
+    def count(block: Block) -> tuple[Block, Tally, Mask, Mask]:
+        start = tuple(max(0, a - halo) for a in block.start)
+        stop = tuple(min(n, b + halo) for b, n in zip(block.stop, shape, strict=True))
+        window = (start[0], start[1]), (stop[0] - start[0], stop[1] - start[1])
+        found, true = (side.read(*window, downsample) for side in (prediction, truth))
+        if roi:
+            true[roi.read(*window, downsample) == 0] = IGNORE
+        y, x = (slice(a - s, b - s) for a, b, s in zip(block.start, block.stop, start, strict=True))
+        tally = count_block(
+            found, true, len(classes), core=(y, x), tolerance_px=options.tolerance_px
+        )
+        return block, tally, found[y, x], true[y, x]
+
+    blocks = list(
+        iter_blocks(shape, picture.whole_cells(_block_side(sides, canvas, downsample, options)))
+    )
+    tally = Tally.empty(len(classes))
+    for done, (block, counted, found, true) in enumerate(map_in_threads(count, blocks), 1):
+        tally += counted
+        picture.add(block, found, true)
+        if progress:
+            progress(pairing.name, done, len(blocks))
+    fy, fx = downsample
+    return Comparison(
+        pairing=pairing,
+        classes=classes,
+        tally=tally,
+        shape=shape,
+        mpp=(canvas.mpp[0] * fx, canvas.mpp[1] * fy) if canvas.mpp else None,
+        picture=picture.drawn(),
+    )
+
+
+def _downsample(sides: tuple[Side, Side], canvas: Canvas, options: CompareOptions) -> Pair:
+    """Return (y, x) level-0 pixels per pixel compared."""
+    if options.mpp is not None:
+        if canvas.mpp is None:
+            raise EvaluationError(
+                f"--mpp {options.mpp:g}: nothing says how large a pixel of {sides[0].path} is; "
+                "give the slide with --slide"
+            )
+        return options.mpp / canvas.mpp[1], options.mpp / canvas.mpp[0]
+    own = [side.downsample(canvas, options.frame) for side in reversed(sides)]
+    return next(filter(None, own), (1.0, 1.0))
+
+
+def _block_side(
+    sides: tuple[Side, Side], canvas: Canvas, downsample: Pair, options: CompareOptions
+) -> int:
+    """Return how many pixels are compared at once, so that no side is read in larger pieces."""
+    own = [side.downsample(canvas, options.frame) or downsample for side in sides]
+    return max(1, int(BLOCK * min(map(min, [*own, downsample])) / max(downsample)))
+
+
+def _roi(options: CompareOptions, canvas: Canvas) -> AreaReader | None:
+    if options.roi is None:
+        return None
+    areas = load_areas(options.roi, offset=canvas.offset(options.frame), renamed={"": "Region"})
+    if not areas.annotations:
+        raise EvaluationError(f"{options.roi} holds no areas; --roi expects polygons")
+    return AreaReader(areas, {}, others=1)
+
+
+def pair_up(
+    prediction: Path, truth: Path, *, slide: Path | None, size: tuple[int, int] | None
+) -> list[Pairing]:
+    """Match predictions with truths; return the pairs, one where both are single.
+
+    In folders, what has the same name up to its first suffix belongs together.
+
+    Args:
+        prediction: a mask, run or GeoJSON, or a folder of such.
+        truth: likewise.
+        slide: the slide, or a folder of slides.
+        size: (width, height) of level 0, of all.
+
+    Raises:
+        EvaluationError: a truth without a prediction, or names that are not clear.
+    """
+    if _is_single(prediction) and _is_single(truth):
+        if slide and slide.is_dir() and not is_ome_zarr(slide):
+            slide = _members(slide, slides=True).get(_stem(prediction))
+        return [
+            Pairing(
+                name=_stem(prediction), prediction=prediction, truth=truth, slide=slide, size=size
+            )
+        ]
+    if _is_single(prediction) or _is_single(truth):
+        raise EvaluationError(
+            f"{prediction} and {truth}: give two files (or runs), or two folders of such"
+        )
+    predictions, truths = _members(prediction), _members(truth)
+    if lacking := sorted(truths.keys() - predictions.keys()):
+        raise EvaluationError(
+            f"no prediction in {prediction} for {', '.join(lacking)} of {truth}; there are "
+            f"{', '.join(predictions) or 'none'}"
+        )
+    if not truths:
+        raise EvaluationError(f"no masks, runs or GeoJSON files in {truth}")
+    if more := sorted(predictions.keys() - truths.keys()):
+        logger.warning("no truth in %s for %s: not judged", truth, ", ".join(more))
+    slides = _members(slide, slides=True) if slide and slide.is_dir() else {}
+    return [
+        Pairing(
+            name=name,
+            prediction=predictions[name],
+            truth=path,
+            slide=slides.get(name),
+            size=size,
+        )
+        for name, path in truths.items()
+    ]
+
+
+def _is_single(path: Path) -> bool:
+    return not path.is_dir() or _is_mask_folder(path)
+
+
+def _is_mask_folder(path: Path) -> bool:
+    return (path / RUN_FILE).is_file() or any(
+        (path / n).is_file() for n in (".zattrs", "zarr.json")
+    )
+
+
+def _members(folder: Path, *, slides: bool = False) -> dict[str, Path]:
+    """Return what a folder holds by its name without suffixes."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        fits = (
+            _is_mask_folder(path)
+            if path.is_dir()
+            else (slides or path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES)))
+        )
+        if path.name.startswith(".") or not fits:
+            continue
+        stem = _stem(path)
+        if stem in found and not slides:
+            raise EvaluationError(f"{found[stem]} and {path} have the same name; keep one of them")
+        found.setdefault(stem, path)
+    return found
+
+
+def _stem(path: Path) -> str:
+    """Return a name without the suffixes of files; a run's folder has none.
+
+    Example:
+        >>> _stem(Path("a.b/TCGA-1.2.ome.tif"))
+        'TCGA-1.2'
+    """
+    name = path.name or path.resolve().name
+    if (path / RUN_FILE).is_file():
+        return name
+    lower = name.lower()
+    for suffix in (*AREA_SUFFIXES, ".ome.tiff", ".ome.tif", ".ome.zarr", ".zarr"):
+        if lower.endswith(suffix):
+            return name[: -len(suffix)]
+    return Path(name).stem

@@ -1,0 +1,151 @@
+"""What a comparison leaves: a JSON object, a table and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from wsi_pipeline.evaluation.compare import Comparison
+from wsi_pipeline.evaluation.metrics import (
+    Tally,
+    bootstrap,
+    class_figures,
+    pooled_figures,
+    total,
+)
+from wsi_pipeline.store import make_folder, writing, written_beside
+
+FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
+COLUMNS = (
+    *("slide", "class", *FIGURES),
+    *("truth_px", "prediction_px", "truth_mm2", "prediction_mm2"),
+)
+ALL_SLIDES, ALL_CLASSES = "all slides", "all classes"
+
+
+def describe(found: Sequence[Comparison], *, tolerance_px: int) -> dict[str, Any]:
+    """Return all figures of a cohort as JSON holds them; null stands for what has no meaning.
+
+    Args:
+        found: of each slide.
+        tolerance_px: that boundary F1 was counted with.
+    """
+    classes = found[0].classes
+    tallies = [comparison.tally for comparison in found]
+    pooled = _scores(total(tallies, len(classes)), classes, areas=_areas(found))
+    if len(found) > 1:
+        by_class, together = bootstrap(tallies)
+        for i, name in enumerate(classes):
+            if i > 0:
+                pooled["classes"][name]["interval_95"] = _ends(by_class, i)
+        pooled["together"]["interval_95"] = _ends(together, None)
+    return {
+        "classes": list(classes),
+        "boundary_tolerance_px": tolerance_px,
+        "slides": [
+            {
+                "name": comparison.pairing.name,
+                "prediction": str(comparison.pairing.prediction),
+                "truth": str(comparison.pairing.truth),
+                "size_px": list(reversed(comparison.shape)),
+                "mpp": list(comparison.mpp) if comparison.mpp else None,
+                **_scores(comparison.tally, classes, areas=_areas([comparison])),
+            }
+            for comparison in found
+        ],
+        "pooled": pooled,
+    }
+
+
+def _ends(intervals: Mapping[str, Any], index: int | None) -> dict[str, list[float | None]]:
+    return {
+        name: [_number(end if index is None else end[index]) for end in ends]
+        for name, ends in intervals.items()
+    }
+
+
+def _areas(found: Sequence[Comparison]) -> Tally | None:
+    """Return counts of pixels weighed by their area in µm², None where a size is not known."""
+    if any(comparison.mpp is None for comparison in found):
+        return None
+    confusion = sum(c.tally.confusion * math.prod(c.mpp or ()) for c in found)
+    return Tally(confusion=np.asarray(confusion), borders=found[0].tally.borders)
+
+
+def _scores(tally: Tally, classes: Sequence[str], *, areas: Tally | None) -> dict[str, Any]:
+    by_class = class_figures(tally.confusion, tally.borders)
+    together = pooled_figures(tally.confusion, tally.borders)
+    judged = int(tally.confusion.sum())
+    rows = {}
+    for i, name in enumerate(classes):
+        if i > 0:
+            rows[name] = {k: _number(v[i]) for k, v in by_class.items()} | _sizes(tally, areas, i)
+    return {
+        "judged_px": judged,
+        "accuracy": _number(np.trace(tally.confusion) / judged if judged else math.nan),
+        "classes": rows,
+        "together": {k: _number(v) for k, v in together.items()},
+        "confusion": tally.confusion.tolist(),
+    }
+
+
+def _sizes(tally: Tally, areas: Tally | None, index: int) -> dict[str, Any]:
+    sizes: dict[str, Any] = {}
+    for side, axis in (("truth", 1), ("prediction", 0)):
+        sizes[f"{side}_px"] = int(tally.confusion.sum(axis)[index])
+        mm2 = None if areas is None else float(areas.confusion.sum(axis)[index]) / 1e6
+        sizes[f"{side}_mm2"] = mm2
+    return sizes
+
+
+def _number(value: Any) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def as_rows(described: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a row for each slide and class, then for all slides together, by `COLUMNS`."""
+    parts = [(slide["name"], slide) for slide in described["slides"]]
+    if len(parts) > 1:
+        parts.append((ALL_SLIDES, described["pooled"]))
+    return [
+        {"slide": name, "class": label, **row}
+        for name, part in parts
+        for label, row in [*part["classes"].items(), (ALL_CLASSES, part["together"])]
+        if label != ALL_CLASSES or len(part["classes"]) > 1
+    ]
+
+
+def write_evaluation(
+    folder: Path, found: Sequence[Comparison], described: Mapping[str, Any]
+) -> None:
+    """Write `evaluation.json`, `evaluation.csv` and a picture of each slide; return nothing.
+
+    Args:
+        folder: created where it is missing.
+        found: of each slide.
+        described: from `describe`.
+    """
+    make_folder(folder)
+    buffer = io.StringIO(newline="")
+    table = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", restval="")
+    table.writeheader()
+    table.writerows(as_rows(described))
+    texts = {
+        "evaluation.json": json.dumps(described, indent=2, allow_nan=False) + "\n",
+        "evaluation.csv": buffer.getvalue(),
+    }
+    with writing(folder):
+        for name, text in texts.items():
+            with written_beside(folder / name) as partial:
+                partial.write_text(text, "utf-8")
+        for comparison in found:
+            with written_beside(folder / f"{comparison.pairing.name}.png") as partial:
+                Image.fromarray(comparison.picture).save(partial, "PNG")
