@@ -42,7 +42,6 @@ from distributed import (
     as_completed,
     get_worker,
 )
-from distributed.comm.core import CommClosedError
 from distributed.system import MEMORY_LIMIT
 from distributed.versions import VersionMismatchWarning
 
@@ -66,6 +65,9 @@ LOOK_EVERY = 5.0
 
 SAME_VERSION = ("wsi-pipeline", "torch", "dask", "distributed")
 """Packages that are to be the same on client and workers."""
+
+UNREACHABLE = (OSError, CancelledError, RuntimeError)
+"""What dask raises when the scheduler is gone."""
 
 Result = TypeVar("Result", covariant=True)
 
@@ -264,6 +266,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             other versions of this program.
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say what it would
     with ExitStack() as closing:
         if options.scheduler is not None:
             client = closing.enter_context(_connect(options.scheduler))
@@ -373,8 +376,15 @@ def _reaching(client: Client) -> Iterator[None]:
     """Say in a sentence that the scheduler cannot be reached in the body."""
     try:
         yield
-    except (CommClosedError, TimeoutError, OSError, CancelledError, RuntimeError) as error:
+    except UNREACHABLE as error:
         raise _lost(client) from error
+
+
+def _try(client: Client, request: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Ask for what does not matter once the scheduler is gone, and then do not wait for it."""
+    if client.status == "running":
+        with suppress(*UNREACHABLE):
+            request(*args, **options)
 
 
 def _lost(client: Client) -> ClusterError:
@@ -498,8 +508,7 @@ def _with_desks(client: Client) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(CommClosedError, TimeoutError, OSError):  # the scheduler may be gone
-            client.unregister_worker_plugin(name)
+        _try(client, client.unregister_worker_plugin, name)
 
 
 def _desk_name(client: Client) -> str:
@@ -592,7 +601,7 @@ def run_blocks(
                 del tries[future.key]
             if time.monotonic() > counted + LOOK_EVERY:
                 most, counted = _most_in_flight(client, max_ram), time.monotonic()
-            room = _room(futures.count(), most, max_ram)
+            room = max(_room(futures.count(), most, max_ram), 0)  # there may be fewer workers
             futures.update(submit(list(islice(waiting, room))))
             yield from results
     finally:
@@ -622,7 +631,6 @@ def _failure(client: Client, future: Any, result: Any) -> _Failure | None:
 
 def _end(client: Client, futures: list[Any], desk: str, name: str) -> None:
     """Let go of what blocks have left, on all workers."""
-    with suppress(CommClosedError, TimeoutError, OSError, CancelledError, RuntimeError):
-        client.cancel(futures)
-        client.run(_close_work, desk, name, on_error="ignore")
+    _try(client, client.cancel, futures)
+    _try(client, client.run, _close_work, desk, name, on_error="ignore")
     _trim_memory()  # what comes next needs none of what an in-process worker held
