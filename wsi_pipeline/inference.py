@@ -41,6 +41,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def count_gpus() -> int:
+    """Return how many GPUs this machine shows."""
+    return torch.cuda.device_count()
+
+
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the number format to compute in; "auto" is bf16 where the hardware has it."""
     if precision != "auto":
