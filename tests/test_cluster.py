@@ -149,9 +149,7 @@ def test_a_killed_worker_costs_nothing_and_is_said(tmp_path, place, slide_pixels
 
 
 @pytest.mark.slow
-def test_a_killed_scheduler_is_one_sentence_and_the_rest_is_finished(
-    tmp_path, place, slide_pixels
-):
+def test_a_killed_scheduler_is_one_sentence_and_the_rest_is_finished(tmp_path, place, slide_pixels):
     output = tmp_path / "out"
     with cluster(tmp_path / "dask", 2) as dask:
         process = start(place, output, "--scheduler", dask.file, model="busy")

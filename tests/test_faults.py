@@ -23,7 +23,7 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import _room
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.store import RunStore, this_process
 
 NOT_COMPARED = {"run.json", ".store"}
 
@@ -373,10 +373,10 @@ def test_a_replaced_slide_is_refused_with_the_choice(tmp_path, place, make_slide
 def test_partials_of_living_processes_are_left_alone(tmp_path):
     store = RunStore(folder=tmp_path)
     (store.path / "blocks").mkdir(parents=True)
-    mine, other = (tmp_path / f".mask.ome.tif.{n}.partial" for n in (os.getpid(), 1))
+    mine, other = (tmp_path / f".mask.ome.tif.{n}.partial" for n in (this_process(), "other-1"))
     for path in (mine, other):
         path.write_text("half")
-    store.remove_partials(os.getpid())
+    store.remove_partials(this_process())
     assert not mine.exists()
     assert other.exists()
     store.remove_partials()

@@ -107,11 +107,11 @@ def test_a_damaged_grid_is_refused(tmp_path, damage):
 def test_the_ledger_holds_what_is_finished(tmp_path):
     store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
     other = Block(index=(0, 0), start=(0, 0), stop=(1, 1))
-    assert not store.has_blocks()
+    assert not store.blocks()
     store.finish_block(BLOCK, {"pixels": np.arange(5), "predicted": np.array(7)})
     assert store.pending([other, BLOCK]) == [other]
     again = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
-    assert again.has_blocks()
+    assert len(again.blocks()) == 1
     assert again.load_block(BLOCK)["pixels"].tolist() == [0, 1, 2, 3, 4]
     again.forget_blocks()
     assert again.pending([BLOCK]) == [BLOCK]
@@ -131,7 +131,7 @@ def test_other_settings_begin_anew_and_leave_old_outputs(tmp_path):
     store.finish_block(BLOCK, {"pixels": np.arange(5)})
     (tmp_path / "run" / "annotations.geojson").write_text("{}")
     changed = open_run_store(tmp_path / "run", fingerprint="a", key="other", overwrite=False)
-    assert not changed.has_blocks()
+    assert not changed.blocks()
     assert (tmp_path / "run" / "annotations.geojson").is_file()
 
 

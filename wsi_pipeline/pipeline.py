@@ -41,6 +41,7 @@ from wsi_pipeline.schedule import (
     check_shared,
     cpu_count,
     free_memory,
+    gpu_share,
     is_in_process,
     run_blocks,
     used_memory,
@@ -387,7 +388,6 @@ class _Team:
         max_ram: int | None,
     ) -> None:
         self._client, self._bundle, self._settings = client, bundle, settings
-        self._max_ram = max_ram if is_in_process(client) else None
         self._begin = partial(
             _begin,
             bundle=bundle,
@@ -396,11 +396,11 @@ class _Team:
             overwrite=overwrite,
             check=_memory_check(client, bundle, max_ram),
         )
-        self._open = (
-            SegmentBlocks if is_in_process(client) else partial(_open_elsewhere, threads=threads)
-        )
-        # in this process one slide a step; it is memory that counts
         alone = is_in_process(client)
+        self._max_ram = max_ram if alone else None
+        self._resources = {} if alone or settings.predict.device == "cpu" else gpu_share(client)
+        self._open = SegmentBlocks if alone else partial(_open_elsewhere, threads=threads)
+        # in this process one slide a step, for the sake of memory
         self._at_once = 3 if alone else SLIDES_AT_ONCE
         steps = (1, 1, 1) if alone else (cpu_count(), SLIDES_AT_ONCE, cpu_count())
         self._beginning, self._computing, self._finishing = map(threading.Semaphore, steps)
@@ -456,6 +456,7 @@ class _Team:
             partial(self._open, plan),
             max_ram=self._max_ram,
             priority=-number,
+            resources=self._resources,
         ):
             done = min(done + fresh, len(plan.grid))
             if progress:
@@ -629,7 +630,7 @@ def _block_size(settings: Settings) -> int:
 def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
     """Create the mask unless an interrupted run has begun one."""
     path = plan.store.mask_path
-    if path.is_dir() or (plan.store.has_blocks() and plan.store.finished_mask_path.is_dir()):
+    if path.is_dir() or (plan.store.blocks() and plan.store.finished_mask_path.is_dir()):
         return
     plan.store.forget_blocks()
     with writing(path), written_beside(path) as partial:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import logging
+import os
 import platform
 import sys
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -242,6 +243,16 @@ def cpu_count() -> int:
     return int(CPU_COUNT)
 
 
+def gpu_share(client: Client) -> dict[str, float]:
+    """Return what a block takes of the workers that announce GPUs; nothing where none does."""
+    shares = [share for share in _ask_workers(client, _gpu_share).values() if share]
+    return {"GPU": min(shares)} if shares else {}
+
+
+def _gpu_share(dask_worker: Worker) -> float:
+    return float(dask_worker.state.total_resources.get("GPU", 0) / dask_worker.state.nthreads)
+
+
 def worker_threads() -> int:
     """Return how many threads dask gives the worker on which this is called."""
     return int(get_worker().state.nthreads)
@@ -300,6 +311,8 @@ def _start(options: ScheduleOptions) -> SpecCluster:
 
 def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
     """Return a worker process for each GPU, which sees no other: they share no lock of Python's."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # a queue may have set it
+    names = {gpu: shown[gpu] if any(shown) else str(gpu) for gpu in options.gpus}
     return SpecCluster(
         scheduler={
             "cls": Scheduler,
@@ -317,10 +330,10 @@ def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
                     "nthreads": options.blocks_in_hand,
                     "memory_limit": 0,
                     "dashboard_address": "127.0.0.1:0",
-                    "env": {"CUDA_VISIBLE_DEVICES": str(gpu)},
+                    "env": {"CUDA_VISIBLE_DEVICES": name},
                 },
             }
-            for gpu in options.gpus
+            for gpu, name in names.items()
         },
     )
 
@@ -526,6 +539,7 @@ def run_blocks(
     *,
     max_ram: int | None = None,
     priority: int = 0,
+    resources: Mapping[str, float] | None = None,
 ) -> Iterator[Result]:
     """Do every block on some worker; yield the results as they come.
 
@@ -540,6 +554,7 @@ def run_blocks(
         max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
             limit.
         priority: of these blocks over those of other calls: the higher are done first.
+        resources: what each block takes of a worker, in dask's sense, as from `gpu_share`.
 
     Raises:
         WsiPipelineError: above `max_ram` with nothing left to put off.
@@ -566,6 +581,7 @@ def run_blocks(
                 batch,
                 pure=False,
                 priority=priority,
+                resources=dict(resources or {}) or None,
                 **options,
             )
         tries.update({f.key: (block, number) for f, block in zip(futures, batch, strict=True)})

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import zipfile
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,8 @@ VERSION = 1
 PIXEL_CHUNK = 1024
 """Side of a chunk of stored pixels, in grid pixels."""
 LOCK_FILE = ".lock"
+CLAIM_PATIENCE = 0.2
+"""Seconds: who only looks whether a folder is claimed has it for a moment."""
 GOES_ON = "the same command goes on where this one stopped"
 
 
@@ -184,10 +187,15 @@ def _pair(value: Any, kind: type) -> Any:
     return (kind(first), kind(second))
 
 
+def this_process() -> str:
+    """Return what marks the files of this process, also on a disk that machines share."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 @contextmanager
 def written_beside(target: Path) -> Iterator[Path]:
     """Yield a path beside `target` that takes its place once the body has ended well."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{this_process()}.partial")
     try:
         yield partial
         if target.is_dir():
@@ -239,7 +247,7 @@ def make_folder(folder: Path) -> None:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.partial"
+        probe = folder / f".{this_process()}.partial"
         try:
             probe.write_bytes(b"0")  # a full disk takes an empty file
         finally:
@@ -307,7 +315,18 @@ class RunStore:
 
     def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""
-        return claim_folder(self.folder, lock_file=f"{self.path.name}/{LOCK_FILE}")
+        lock_file = f"{self.path.name}/{LOCK_FILE}"
+        return claim_folder(self.folder, lock_file=lock_file, timeout=CLAIM_PATIENCE)
+
+    def is_claimed(self) -> bool:
+        """Return whether a process is working in the folder."""
+        if not (self.path / LOCK_FILE).is_file():
+            return False
+        try:
+            self.claim().close()
+        except BusyError:
+            return True
+        return False
 
     @property
     def key_path(self) -> Path:
@@ -321,17 +340,17 @@ class RunStore:
         """Return the blocks that the ledger does not hold."""
         return [block for block in blocks if not self._block_path(block).is_file()]
 
-    def has_blocks(self) -> bool:
-        """Return whether the ledger holds any block."""
-        return any((self.path / "blocks").glob("[0-9]*.npz"))
+    def blocks(self) -> list[Path]:
+        """Return the files of the blocks in the ledger."""
+        return list((self.path / "blocks").glob("[0-9]*.npz"))
 
     def forget_blocks(self) -> None:
         """Empty the ledger."""
         for path in (self.path / "blocks").iterdir():
             path.unlink()
 
-    def remove_partials(self, process: int | None = None) -> None:
-        """Remove what a process has left half written; None = any, which needs a claim."""
+    def remove_partials(self, process: str | None = None) -> None:
+        """Remove what `this_process` has left half written; None = any, which needs a claim."""
         owner = "" if process is None else f".{process}"
         for folder in (self.folder, self.path, self.path / "blocks"):
             for path in folder.glob(f".*{owner}.partial"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 
 class Bars:
-    """One bar at a time, a new one for each slide.
+    """One bar at a time; of several slides the first that is not through.
 
     Args:
         quiet: draw nothing.
@@ -20,22 +21,26 @@ class Bars:
         self._quiet, self._unit = quiet, unit
         self._name = ""
         self._bar: Any = None
+        self._drawing = threading.RLock()
 
     def __call__(self, name: str, done: int, total: int) -> None:
-        """Show how far `name` is."""
-        if self._bar is None or name != self._name:
-            self.close()
-            self._name = name
-            self._bar = tqdm(
-                desc=name, total=total, initial=done, unit=f" {self._unit}", disable=self._quiet
-            )
-        self._bar.update(done - self._bar.n)
+        """Show how far `name` is, unless another is shown."""
+        with self._drawing:
+            if self._bar is None or (name != self._name and self._bar.n >= self._bar.total):
+                self.close()
+                self._name = name
+                self._bar = tqdm(
+                    desc=name, total=total, initial=done, unit=f" {self._unit}", disable=self._quiet
+                )
+            if name == self._name:
+                self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
         """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        with self._drawing:
+            if self._bar is not None:
+                self._bar.close()
+                self._bar = None
 
     def __enter__(self) -> Self:
         return self

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +27,7 @@ from wsi_pipeline.options import (
     Output,
     Precision,
     PredictOptions,
+    Queue,
     ScheduleOptions,
     SelectOptions,
     Settings,
@@ -37,6 +38,8 @@ MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
 LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
+SUMMARY_SHARE = 0.02
+"""Of the time that may go into summaries on the way: those of many slides take some."""
 SUMMARY_PATIENCE = 60
 """Seconds to wait while another process writes the summary."""
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
@@ -71,6 +74,19 @@ class Shard(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
         if not 1 <= index <= count:
             self.fail(f"{value!r}: I must lie between 1 and N", param, ctx)
         return index, count
+
+
+class Gpus(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """Numbers of GPUs with commas between."""
+
+    name = "N,N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, ...]:
+        """Return the numbers, each once."""
+        numbers = str(value).split(",")
+        if not all(number.isdecimal() for number in numbers):
+            self.fail(f"{value!r} is no list of numbers such as 0,2", param, ctx)
+        return tuple(dict.fromkeys(map(int, numbers)))
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -176,12 +192,18 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
     "--workers",
     type=click.IntRange(min=1),
     default=SCHEDULE.workers,
-    help="Workers of the in-process cluster.",
+    help="Workers of the in-process cluster, or jobs of --cluster.",
 )
+@click.option("--gpus", type=Gpus(), help="This machine's GPUs to use  [default: all]")
 @click.option(
     "--max-ram", type=Size(), help="Memory that this process may take, such as 8GB.  [default: all]"
 )
 @click.option("--scheduler", help="Address or scheduler file of a running dask scheduler.")
+@click.option(
+    "--cluster",
+    type=click.Choice(get_args(Queue)),
+    help="Queue to which workers are submitted, as dask's configuration says.",
+)
 @click.option("--shard", type=Shard(), help="Do only the I-th of N shares of the slides.")
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
@@ -196,26 +218,37 @@ def command(
     """
     from wsi_pipeline.bundle import load_bundle
     from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+    from wsi_pipeline.status import note_jobs
+    from wsi_pipeline.store import make_folder
 
+    if options["scheduler"] and options["cluster"]:
+        raise click.UsageError("--scheduler and --cluster exclude each other")
+    gpus = _gpus(options)
+    if options["gpus"] and len(gpus) == 1:
+        options["device"] = f"cuda:{gpus[0]}"
     settings = _settings(options)
     bundle = load_bundle(model)
     table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
-    jobs = plan_jobs(find_slides(list(inputs), output=output), output, table)
+    jobs = every = plan_jobs(find_slides(list(inputs), output=output), output, table)
+    if not every:
+        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
     if options["shard"]:
         index, count = options["shard"]
-        jobs = jobs[index - 1 :: count]
-    if not jobs:
-        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
+        jobs = every[index - 1 :: count]
     schedule = ScheduleOptions(
         workers=options["workers"],
         scheduler=options["scheduler"],
-        blocks_in_hand=_blocks_in_hand(options["device"], options["workers"]),
+        cluster=options["cluster"],
+        gpus=gpus,
+        blocks_in_hand=_blocks_in_hand(options["device"], len(gpus) or options["workers"]),
         max_ram=options["max_ram"],
     )
     if options["dry_run"]:
         if not _dry_run(jobs, bundle, settings, schedule):
             ctx.exit(1)
         return
+    make_folder(output)
+    note_jobs(output, every)
     not_done = _run(
         jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"]
     )
@@ -223,13 +256,32 @@ def command(
         ctx.exit(1)
 
 
+def _gpus(options: dict[str, Any]) -> tuple[int, ...]:
+    """Return which GPUs of this machine to use; none where another option says what does."""
+    chosen: tuple[int, ...] | None = options["gpus"]
+    elsewhere = options["scheduler"] or options["cluster"]
+    if elsewhere or options["device"] not in ("auto", "cuda"):
+        if chosen:
+            raise click.UsageError("--gpus is for --device auto or cuda, on this machine")
+        return ()
+    from wsi_pipeline.inference import count_gpus
+
+    count = count_gpus()
+    if absent := [gpu for gpu in chosen or () if gpu >= count]:
+        raise click.UsageError(
+            f"--gpus {absent[0]}: this machine shows {count} GPUs, numbered from 0"
+        )
+    return chosen or tuple(range(count))
+
+
 def _blocks_in_hand(device: str, workers: int) -> int:
     """Return how many blocks a worker needs in hand: on a GPU as many as cores can prepare."""
     from wsi_pipeline.inference import choose_device
+    from wsi_pipeline.schedule import cpu_count
 
     if choose_device(device).type == "cpu":
         return SCHEDULE.blocks_in_hand
-    return max(SCHEDULE.blocks_in_hand, min((os.cpu_count() or 1) // workers, MOST_BLOCKS_IN_HAND))
+    return max(SCHEDULE.blocks_in_hand, min(cpu_count() // workers, MOST_BLOCKS_IN_HAND))
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -274,23 +326,25 @@ def _run(
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.pipeline import segment_all
-    from wsi_pipeline.schedule import open_cluster
-    from wsi_pipeline.store import GOES_ON, RunStore, make_folder
+    from wsi_pipeline.schedule import dashboard_link, open_cluster
+    from wsi_pipeline.store import GOES_ON, RunStore, this_process
 
     def tidy() -> None:
         for job in jobs:
-            RunStore(folder=job.folder).remove_partials(os.getpid())
+            RunStore(folder=job.folder).remove_partials(this_process())
 
-    threads = None if schedule.scheduler else _threads(schedule)
+    threads = None if schedule.scheduler or schedule.cluster else _threads(schedule)
     runs: dict[Path, Any] = {}
-    make_folder(output)
     with (
         stopping(tidy, f"stopped: {GOES_ON}"),
         _bounded_memory(schedule.max_ram, tidy),
         _log_file(output),
         open_cluster(schedule) as client,
         Bars(quiet=quiet, unit="patches") as bars,
+        _summary(output) as summary,
     ):
+        if not quiet and (link := dashboard_link(client)):
+            click.echo(f"dashboard: {link}", err=True)
         for job, run in segment_all(
             jobs,
             bundle,
@@ -303,6 +357,7 @@ def _run(
         ):
             bars.close()
             runs[job.folder] = run
+            summary.add(job.folder, run)
             if run.status != "done":
                 click.echo(f"{run.status}: {job.path}: {run.reason}", err=True)
             elif not quiet:
@@ -310,21 +365,55 @@ def _run(
                 click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
             for warning in run.warnings:
                 click.echo(f"warning: {job.path.name}: {warning}", err=True)
-    _write_summary(output, {f: run for f, run in runs.items() if run.status == "failed"})
     return sum(run.status != "done" or bool(run.bad_regions) for run in runs.values())
 
 
-def _write_summary(output: Path, failed: dict[Path, Any]) -> None:
-    """Write summary and report of all that the folder holds, and of what has failed besides."""
-    from wsi_pipeline.report import find_runs, write_report, write_summary
-    from wsi_pipeline.store import claim_folder
+class Summary:
+    """Summary and report, written again and again as slides finish.
 
-    # one process after the other, so that the last to write has seen the runs of all
-    with claim_folder(output, timeout=SUMMARY_PATIENCE):
-        # slides that earlier calls or other shards have done belong to the picture too
-        every = find_runs(output) | failed
-        write_summary(output, every)
-        write_report(output, every)
+    Args:
+        output: folder of the runs.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._failed: dict[Path, Any] = {}
+        self._next = 0.0
+
+    def add(self, folder: Path, run: Any) -> None:
+        """Take in how a slide ended; write, unless writing takes too much of the time."""
+        from wsi_pipeline.errors import BusyError
+
+        if run.status == "failed":
+            self._failed[folder] = run
+        start = time.monotonic()
+        if start >= self._next:
+            with suppress(BusyError):  # another process writes just this
+                self.write(timeout=0)
+            now = time.monotonic()
+            self._next = now + (now - start) / SUMMARY_SHARE
+
+    def write(self, *, timeout: float = SUMMARY_PATIENCE) -> None:
+        """Write of all that the folder holds, and of what has failed besides."""
+        from wsi_pipeline.report import find_runs, write_report, write_summary
+        from wsi_pipeline.store import claim_folder
+
+        # one process after the other, so that the last to write has seen the runs of all
+        with claim_folder(self._output, timeout=timeout):
+            # slides that earlier calls or other shards have done belong to the picture too
+            every = find_runs(self._output) | self._failed
+            write_summary(self._output, every)
+            write_report(self._output, every)
+
+
+@contextmanager
+def _summary(output: Path) -> Iterator[Summary]:
+    """Yield a summary that is written a last time however the body ends."""
+    summary = Summary(output)
+    try:
+        yield summary
+    finally:
+        summary.write()
 
 
 @contextmanager
@@ -382,8 +471,10 @@ def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[N
 
 
 def _threads(schedule: ScheduleOptions) -> int:
-    """Return how many of the CPU each worker gets."""
-    return max((os.cpu_count() or 1) // schedule.workers, 1)
+    """Return how many of this machine's CPUs each worker gets."""
+    from wsi_pipeline.schedule import cpu_count
+
+    return max(cpu_count() // (len(schedule.gpus) or schedule.workers), 1)
 
 
 def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: ScheduleOptions) -> bool:
@@ -391,9 +482,9 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.estimate import patches_per_second
     from wsi_pipeline.pipeline import estimate
+    from wsi_pipeline.schedule import cpu_count
 
-    cores = os.cpu_count() or 1
-    rate = patches_per_second(bundle, settings.predict, threads=cores)
+    rate = patches_per_second(bundle, settings.predict, threads=cpu_count())
     found = []
     for job in jobs:
         try:

@@ -1,0 +1,49 @@
+"""`wsi-pipeline status`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument(
+    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with the folder of every slide.")
+def command(folder: Path, as_json: bool) -> None:
+    """Show how far the slides of an output folder are.
+
+    DIR: the --output of `segment`, whichever machines are working on it.
+    """
+    from wsi_pipeline.status import read_status
+
+    status = read_status(folder)
+    if as_json:
+        click.echo(json.dumps(asdict(status), indent=2))
+        return
+    at_work = ", ".join(f"{name} ({blocks} blocks)" for name, blocks in status.running.items())
+    click.echo(f"done     {len(status.done)}")
+    click.echo(f"running  {len(status.running)}{at_work and '  ' + at_work}")
+    click.echo(f"failed   {len(status.failed)}")
+    click.echo(f"waiting  {len(status.waiting)}")
+    if status.slides_per_hour is not None:
+        click.echo(f"rate     {status.slides_per_hour:.3g} slides/h")
+    if status.seconds_left is not None:
+        click.echo(f"left     about {_duration(status.seconds_left)}")
+    for name, reason in status.failed.items():
+        click.echo(f"failed: {name}: {reason}")
+
+
+def _duration(seconds: float) -> str:
+    """Return seconds for people.
+
+    Example:
+        >>> [_duration(s) for s in (20, 150, 86400)]
+        ['1 min', '3 min', '24 h 0 min']
+    """
+    hours, minutes = divmod(max(round(seconds / 60 + 0.49), 1), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -1,0 +1,108 @@
+"""How far an output folder is, from nothing but what lies in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.inputs import Job
+from wsi_pipeline.paths import name_of
+from wsi_pipeline.report import RUN_FILE, Run, find_runs
+from wsi_pipeline.store import RunStore, claim_folder, writing, written_beside
+
+JOBS_FILE = ".slides.json"
+"""In an output folder: the slide of each run's folder, of all commands that wrote into it."""
+PATIENCE = 60
+"""Seconds to wait while other processes note their slides."""
+RECENT = 100
+"""Slides from which the rate is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How far an output folder is.
+
+    Attributes:
+        done: folders of finished slides, relative to the output folder, as all others.
+        running: blocks done by folder of a slide in which a process is working.
+        failed: reasons by folder.
+        waiting: folders of slides that are not begun, or begun by a process that has ended.
+        slides_per_hour: of the latest slides, while any process worked; None before the first.
+        seconds_left: at that rate; None unless a process is working.
+    """
+
+    done: list[str]
+    running: dict[str, int]
+    failed: dict[str, str]
+    waiting: list[str]
+    slides_per_hour: float | None
+    seconds_left: float | None
+
+
+def note_jobs(output: Path, jobs: Iterable[Job]) -> None:
+    """Add slides to what an output folder is to hold.
+
+    Args:
+        output: the folder.
+        jobs: slides and their folders.
+    """
+    with claim_folder(output, timeout=PATIENCE):
+        noted = _load_jobs(output)
+        every = noted | {job.folder.name: name_of(job.path) for job in jobs}
+        if every == noted:
+            return
+        path = output / JOBS_FILE
+        with writing(path), written_beside(path) as beside:
+            beside.write_text(json.dumps(every, indent=0), "utf-8")
+
+
+def _load_jobs(output: Path) -> dict[str, str]:
+    """Return the slides' names by folder; nothing where no command has noted any."""
+    try:
+        return dict(json.loads((output / JOBS_FILE).read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def read_status(output: Path) -> Status:
+    """Return how far an output folder is.
+
+    Raises:
+        StoreError: no command has written there.
+    """
+    runs = {folder.name: run for folder, run in find_runs(output).items()}
+    names = sorted(_load_jobs(output).keys() | runs.keys())
+    if not names:
+        raise StoreError(f"{output} holds no runs; expected the --output of `segment`")
+    stores = {name: RunStore(folder=output / name) for name in names}
+    running = {name: len(s.blocks()) for name, s in stores.items() if s.is_claimed()}
+    ended = {name: run for name, run in runs.items() if name not in running}
+    waiting = [name for name in names if name not in running and name not in ended]
+    rate = _slides_per_second(output, runs)
+    left = (len(running) + len(waiting)) / rate if rate and running else None
+    return Status(
+        done=[name for name, run in ended.items() if run.status == "done"],
+        running=running,
+        failed={name: run.reason for name, run in ended.items() if run.status == "failed"},
+        waiting=waiting,
+        slides_per_hour=3600 * rate if rate else None,
+        seconds_left=left,
+    )
+
+
+def _slides_per_second(output: Path, runs: dict[str, Run]) -> float | None:
+    """Return the rate of the latest slides while any process worked."""
+    spans = []
+    for name, run in runs.items():
+        if run.status == "done":
+            end = (output / name / RUN_FILE).stat().st_mtime
+            spans.append((end, end - run.seconds["total"]))
+    latest = sorted(spans)[-RECENT:]
+    worked, until = 0.0, float("-inf")
+    for start, end in sorted((start, end) for end, start in latest):
+        worked += max(end - max(start, until), 0)
+        until = max(until, end)
+    return len(latest) / worked if worked else None
