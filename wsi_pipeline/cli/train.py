@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from wsi_pipeline.cli.options import output_option
+from wsi_pipeline.cli.options import output_option, overwrite_option
 
 
 @click.command()
@@ -24,10 +25,20 @@ from wsi_pipeline.cli.options import output_option
 @click.option(
     "--folds",
     default="all",
-    metavar="all|none|PATIENT[,PATIENT…]",
-    help="Patients to hold out, each in a training of its own, before the one on all.",
+    metavar="all|none|NAME[,NAME…]",
+    help="Patients or groups to hold out, each in a training of its own, before the one on all.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where to train; auto is the GPU where there is one.",
+)
+@click.option(
+    "--devices", type=click.IntRange(min=1), default=1, help="How many, each its own process."
 )
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@overwrite_option
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -35,29 +46,75 @@ def command(
     data_dir: Path | None,
     output: Path,
     folds: str,
+    device: str,
+    devices: int,
     threads: int | None,
+    overwrite: bool,
 ) -> None:
     """Train the network of RECIPE.toml, measure it by patient, and write a bundle.
 
     Every patient is held out in turn and judged by a network that has not seen them; the bundle's
     weights are trained on all and lie in the --output folder. docs/training.md tells of recipes.
+    The same command again goes on where it stopped.
     """
     import torch
 
-    from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.train import train
 
     if threads:
         torch.set_num_threads(threads)
-    with Bars(quiet=ctx.obj["quiet"], unit="step") as bars:
+    with Bar(quiet=ctx.obj["quiet"]) as bar:
         scores = train(
             load_recipe(recipe_path),
             data_dir or recipe_path.parent,
             output,
             folds={"all": None, "none": ()}.get(folds, tuple(folds.split(","))),
-            progress=bars,
+            device=device,
+            devices=devices,
+            overwrite=overwrite,
+            progress=bar.show,
         )
     for patient, classes in scores.items():
         for name, score in classes.items():
             click.echo(f"{patient}\t{name}\tDice {score.dice:.3f}\tIoU {score.iou:.3f}")
+
+
+class Bar:
+    """One bar for each training, with its loss and best validation Dice.
+
+    Args:
+        quiet: draw nothing.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._name = ""
+        self._bar: Any = None
+
+    def show(self, name: str, done: int, total: int, loss: float, best: float | None) -> None:
+        """Show how far a training is."""
+        from tqdm import tqdm
+
+        if self._bar is None or name != self._name:
+            self.close()
+            self._name = name
+            # where a killed training goes on, steps done before do not count for the rate
+            self._bar = tqdm(
+                desc=name, total=total, initial=done - 1, unit=" steps", disable=self._quiet
+            )
+        told = {"loss": f"{loss:.3f}"} | ({} if best is None else {"Dice": f"{best:.3f}"})
+        self._bar.set_postfix(told, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -14,23 +14,31 @@ DARKEST = 1 / 255
 
 
 def augment(
-    images: Tensor, truths: Tensor, spec: AugmentSpec, generator: Generator
+    images: Tensor, truths: Tensor, spec: AugmentSpec, generator: Generator, *, stained: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Vary a batch of crops; return the new images and truths.
 
     Args:
-        images: (N, 3, H, W) float32 in [0, 1].
-        truths: (N, H, W) uint8 class index.
+        images: (N, C, *sides) float32 in [0, 1].
+        truths: (N, *sides) uint8 class index.
         spec: how strongly.
         generator: of the random numbers.
+        stained: whether they are of slides, with stains in red, green and blue, and glass.
     """
-    images, truths = empty_glass(images, truths, spec.glass, generator)
-    images = vary_stain(images, spec, generator)
+    if stained:
+        images, truths = empty_glass(images, truths, spec.glass, generator)
+        images = vary_stain(images, spec, generator)
     images = vary_contrast(images, spec.contrast, generator)
-    images = blur(images, spec.blur, generator)
-    level = spec.noise * torch.rand(len(images), 1, 1, 1, generator=generator)
+    if images.ndim == 4:
+        images = blur(images, spec.blur, generator)
+    level = spec.noise * torch.rand(_one_each(images), generator=generator)
     images = images + level * torch.randn(images.shape, generator=generator)
     return images.clamp(0, 1), truths
+
+
+def _one_each(images: Tensor) -> tuple[int, ...]:
+    """Return the shape of one number for each image."""
+    return len(images), *(1,) * (images.ndim - 1)
 
 
 def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tensor:
@@ -53,8 +61,8 @@ def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tenso
 
 def vary_contrast(images: Tensor, deviation: float, generator: Generator) -> Tensor:
     """Stretch or squeeze each image's values about their mean; return the images."""
-    factor = (deviation * torch.randn(len(images), 1, 1, 1, generator=generator)).exp()
-    mean = images.mean((1, 2, 3), keepdim=True)
+    factor = (deviation * torch.randn(_one_each(images), generator=generator)).exp()
+    mean = images.flatten(1).mean(1).reshape(_one_each(images))
     return ((images - mean) * factor + mean).clamp(0, 1)
 
 
@@ -66,10 +74,11 @@ def blur(images: Tensor, largest: float, generator: Generator) -> Tensor:
         return images
     offsets = torch.arange(-4, 5, dtype=torch.float32)
     taps = (-(offsets**2) / (2 * sigma**2)).exp()
-    taps = (taps / taps.sum()).expand(3, 1, 1, -1)
+    channels = images.shape[1]
+    taps = (taps / taps.sum()).expand(channels, 1, 1, -1)
     padded = functional.pad(images, (4, 4, 4, 4), mode="reflect")
-    rows = functional.conv2d(padded, taps, groups=3)
-    return functional.conv2d(rows, taps.transpose(2, 3), groups=3)
+    rows = functional.conv2d(padded, taps, groups=channels)
+    return functional.conv2d(rows, taps.transpose(2, 3), groups=channels)
 
 
 def empty_glass(

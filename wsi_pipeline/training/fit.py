@@ -1,82 +1,391 @@
-"""The optimisation: crops in, averaged weights out."""
+"""The optimisation: crops in, averaged weights out; killed at any time, it goes on."""
 
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Sequence
+from collections.abc import Generator as Steps
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.networks import create
+from wsi_pipeline.networks.base import SegmentationNetwork
 from wsi_pipeline.networks.encoders import load_imagenet
+from wsi_pipeline.store import writing, written_beside
 from wsi_pipeline.training.augment import augment
-from wsi_pipeline.training.losses import segmentation_loss
-from wsi_pipeline.training.recipe import Recipe
-from wsi_pipeline.training.samples import Sample, draw, random_crop
+from wsi_pipeline.training.crops import Sampler, Survey, random_crop
+from wsi_pipeline.training.losses import network_loss
+from wsi_pipeline.training.measure import mean_dice, measure, normalise
+from wsi_pipeline.training.recipe import Recipe, TrainSpec
+from wsi_pipeline.training.samples import IGNORE, Sample
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 logger = logging.getLogger(__name__)
 
-LOG_EVERY = 100
-"""Steps between two words on the loss."""
+LOG_EVERY = 20
+"""Steps between two rows of the history."""
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LARGEST_GRADIENT = 5.0
+"""Norm to which the gradients of a step are clipped."""
+LAST, BEST = "last.pt", "best.pt"
+
+Progress = Callable[[int, int, float, float | None], None]
+"""Told steps done, steps in all, the loss, and the best validation Dice so far, if any."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Learner:
+    """What is learnt from, looked through once.
+
+    Attributes:
+        samples: the images.
+        surveys: of each, where which class is.
+    """
+
+    samples: Sequence[Sample]
+    surveys: Sequence[Survey]
+
+
+@dataclass(kw_only=True)
+class Progressed:
+    """How far a training is; a checkpoint holds it.
+
+    Attributes:
+        step: done.
+        history: rows of what happened.
+        best: validation Dice of the best weights, None before the first look.
+        stale: looks since then.
+        losses: since the last row.
+    """
+
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    stale: int = 0
+    losses: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fitted:
+    """A trained network.
+
+    Attributes:
+        network: with averaged weights, on the CPU, in eval mode.
+        history: a row every few steps: step, loss, learning_rate, and validation_dice.
+    """
+
+    network: nn.Module
+    history: list[dict[str, float]]
+
+
+def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fabric:
+    """Return what puts networks and batches on one device or several, at a precision.
+
+    Lightning's Fabric: gradients of several processes, mixed precision with its scaling, and no
+    loop of its own, so that every step can be repeated.
+
+    Args:
+        recipe: says the precision.
+        device: "auto", "cpu" or "cuda".
+        devices: how many; each is a process that runs the same command.
+
+    Raises:
+        RecipeError: it is not installed, or there are no such devices.
+    """
+    if not find_spec("lightning_fabric"):
+        raise RecipeError('no lightning-fabric here: pip install "wsi-pipeline[train]"')
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    wanted = "cuda" if device == "auto" and torch.cuda.is_available() else device
+    if wanted == "cuda" and torch.cuda.device_count() < devices:
+        raise RecipeError(f"{devices} GPUs are wanted, {torch.cuda.device_count()} are here")
+    fabric = Fabric(
+        accelerator="cpu" if wanted == "auto" else wanted,
+        devices=devices,
+        # some networks hold weights that are never called, as the authors' checkpoints do
+        strategy=DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto",
+        # not SLURM's tasks, which it would take for its processes
+        plugins=[LightningEnvironment()],
+        precision=PRECISIONS[recipe.train.precision],  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
 
 
 def fit(
     recipe: Recipe,
-    samples: Sequence[Sample],
+    learner: Learner,
     *,
+    validation: Sequence[Sample] = (),
+    fabric: Fabric | None = None,
     data_dir: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> nn.Module:
-    """Train the recipe's network on samples; return it with averaged weights, in eval mode.
+    folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Train the recipe's network; return it with averaged weights.
+
+    Every step's random numbers follow from the seed and the step alone. So a training that is
+    killed goes on from its last checkpoint and ends, on the same machine, with the same weights.
 
     Args:
         recipe: says how.
-        samples: to learn from.
+        learner: what to learn from.
+        validation: of other patients: the weights that do best on them are kept, and the training
+            ends when they do no better for long.
+        fabric: from `open_fabric`; None = the CPU.
         data_dir: where `train.encoder` lies, where the recipe names one.
-        progress: told steps done and steps in all, after every step.
+        folder: for checkpoints; what lies there is gone on from. None = without.
+        progress: told after every step.
     """
     spec = recipe.train
+    fabric = fabric or open_fabric(recipe, device="cpu")
     torch.manual_seed(spec.seed)
-    generator = Generator().manual_seed(spec.seed)
     network = create(recipe.bundle)
+    _check_network(network, recipe)
     if spec.encoder:
         _start_from_imagenet(network, spec.encoder, data_dir or Path())
-    # channels_last: 15 % faster steps than the default on CPUs with AVX2
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(_parameter_groups(network, spec.weight_decay))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, spec.learning_rate, total_steps=spec.steps, pct_start=spec.warm_up
-    )
+    if network.ndim == 2:  # 15 % faster steps than the default on CPUs with AVX2
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(fabric.device)
     mean = get_ema_multi_avg_fn(spec.average)  # type: ignore[no-untyped-call]
     average = AveragedModel(network, multi_avg_fn=mean, use_buffers=True)
-    for step in range(spec.steps):
-        images, truths = _batch(recipe, samples, generator)
-        logits = network(images.to(memory_format=torch.channels_last))
-        loss = segmentation_loss(logits, truths, recipe.bundle.activation)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-        optimizer.step()
-        schedule.step()
-        average.update_parameters(network)
-        if progress:
-            progress(step + 1, spec.steps)
-        if (step + 1) % LOG_EVERY == 0:
-            logger.info("step %d of %d: loss %.3f", step + 1, spec.steps, float(loss.detach()))
-    trained: nn.Module = average.module
-    trained.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return trained.eval()
+    optimizer = _optimizer(network, spec)
+    schedule = _schedule(optimizer, spec)
+    model, optimizer = fabric.setup(network, optimizer)
+    state = State(
+        network=network, average=average, optimizer=optimizer, schedule=schedule, fabric=fabric
+    )
+    at = state.load(folder) if folder else Progressed()
+    sampler = Sampler(learner.samples, learner.surveys, balance=spec.balance)
+    size_multiple = network.size_multiple
+
+    def batches(step: int) -> list[Batch]:
+        return [
+            _batch(recipe, sampler, size_multiple, (step, fabric.global_rank, part))
+            for part in range(spec.accumulate)
+        ]
+
+    steps = cast(
+        "Steps[list[Batch]]", map_in_threads(batches, range(at.step, spec.steps), threads=1)
+    )
+    with closing(steps):  # one thread makes the next crops while the network learns from these
+        for parts in steps:
+            if spec.patience and at.stale >= spec.patience:
+                break
+            rate = float(schedule.get_last_lr()[0])
+            at.losses.append(learn(recipe, model, optimizer, parts, at.step, fabric))
+            schedule.step()
+            average.update_parameters(network)
+            at.step += 1
+            loss, is_last = at.losses[-1], at.step == spec.steps
+            is_look = bool(validation) and (is_last or at.step % spec.validate_every == 0)
+            if is_last or is_look or at.step % LOG_EVERY == 0:
+                _log(at, rate)
+            if is_look:
+                dice = mean_dice(measure(_ready(average), recipe.bundle, validation), recipe.bundle)
+                state.compare(at, float(fabric.broadcast(dice)), folder)
+            if folder and (is_last or at.step % spec.checkpoint_every == 0):
+                state.save(folder, at)
+            if progress:
+                progress(at.step, spec.steps, loss, at.best)
+    trained = _ready(average)
+    if state.best is not None:
+        trained.load_state_dict(state.best)
+    trained.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return Fitted(network=trained, history=at.history)
 
 
-def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """Return images in [0, 1], (N, C, H, W), less the mean and over the deviation."""
-    mean = torch.tensor(spec.mean)[:, None, None]
-    return (images - mean) / torch.tensor(spec.std)[:, None, None]
+Batch = tuple[Tensor, Tensor, Tensor | None]
+"""Normalised images (N, C, *sides), truths (N, *sides), and labels (N,) where there are any."""
+
+
+@dataclass(kw_only=True, eq=False)
+class State:
+    """All that changes from step to step, kept in checkpoints.
+
+    Attributes:
+        network: that learns.
+        average: of its weights.
+        optimizer: with its moments.
+        schedule: of the learning rate.
+        fabric: with the scale of the loss, where the precision needs one.
+        best: averaged weights that did best on the validation patients, None before the first look.
+    """
+
+    network: nn.Module
+    average: AveragedModel
+    optimizer: Any
+    schedule: lr_scheduler.LRScheduler
+    fabric: Fabric
+    best: dict[str, Tensor] | None = None
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "network": self.network,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "precision": self.fabric.strategy.precision,
+        }
+
+    def save(self, folder: Path, at: Progressed) -> None:
+        """Write the last checkpoint; it appears when it is complete."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        self._write(folder / LAST, parts | {"progressed": asdict(at)})
+
+    def load(self, folder: Path) -> Progressed:
+        """Go back to the last checkpoint of a folder, where there is one; return how far it is.
+
+        Raises:
+            RecipeError: it is damaged.
+        """
+        if not (folder / LAST).is_file():
+            return Progressed()
+        held = _read(folder / LAST)
+        for name, part in self._parts().items():
+            part.load_state_dict(held[name])
+        at = Progressed(**held["progressed"])
+        if at.best is not None:
+            self.best = _read(folder / BEST)
+        return at
+
+    def compare(self, at: Progressed, dice: float, folder: Path | None) -> None:
+        """Keep the averaged weights if they do better on the validation patients than any before.
+
+        Args:
+            at: told of it.
+            dice: that they reach.
+            folder: for the best checkpoint, or None.
+        """
+        at.history[-1]["validation_dice"] = dice
+        if at.best is not None and dice <= at.best:
+            at.stale += 1
+            return
+        at.best, at.stale = dice, 0
+        kept = self.average.module.state_dict()
+        self.best = {name: tensor.detach().cpu().clone() for name, tensor in kept.items()}
+        if folder:
+            self._write(folder / BEST, self.best)
+
+    def _write(self, path: Path, held: dict[str, Any]) -> None:
+        if self.fabric.is_global_zero:
+            with writing(path), written_beside(path) as partial:
+                torch.save(held, partial)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise RecipeError(f"the checkpoint {path} is damaged; train with --overwrite") from error
+    return held
+
+
+def _ready(average: AveragedModel) -> nn.Module:
+    module: nn.Module = average.module
+    return module.eval()
+
+
+def learn(
+    recipe: Recipe, model: Any, optimizer: Any, parts: Sequence[Batch], step: int, fabric: Fabric
+) -> float:
+    """Do one step of the optimiser; return its loss.
+
+    Args:
+        recipe: says the loss.
+        model: and
+        optimizer: as the fabric has set them up.
+        parts: whose gradients are averaged.
+        step: of which the random numbers of dropout follow.
+        fabric: of devices and precision.
+    """
+    spec, total = recipe.train, 0.0
+    optimizer.zero_grad()
+    for i, (images, truths, labels) in enumerate(parts):
+        # of dropout
+        torch.manual_seed(_seed(spec.seed, step, fabric.global_rank, i))
+        images = images.to(fabric.device)
+        if images.ndim == 4:
+            images = images.to(memory_format=torch.channels_last)
+        with fabric.no_backward_sync(model, enabled=i + 1 < len(parts)):
+            loss = network_loss(
+                model(images),
+                truths.to(fabric.device),
+                None if labels is None else labels.to(fabric.device),
+                recipe.bundle.activation,
+                kind=spec.loss,
+                label_weight=spec.label_weight,
+            ) / len(parts)
+            fabric.backward(loss)
+        total += float(loss.detach())
+    fabric.clip_gradients(model, optimizer, max_norm=LARGEST_GRADIENT)
+    optimizer.step()
+    return total
+
+
+def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:
+    """Return the crops of a step, of a process and of a part of it."""
+    spec, variation = recipe.train, recipe.augment
+    generator = Generator().manual_seed(_seed(spec.seed, *where))
+    low, high = (side // multiple for side in spec.crop)
+    size = multiple * int(torch.randint(low, high + 1, (), generator=generator))
+    images, truths, labels = [], [], []
+    for _ in range(spec.batch_size):
+        sample, place = sampler.draw(generator)
+        image, truth = random_crop(
+            sample, place, size, generator, scale=variation.scale, rotate=variation.rotate
+        )
+        images.append(image)
+        truths.append(truth)
+        shown = ((truth > 0) & (truth != IGNORE)).any()
+        labels.append(int(shown) if sample.label is None else sample.label)
+    stained = recipe.bundle.modality == "slide" and recipe.bundle.input.channels == 3
+    batch, truth = augment(
+        torch.stack(images), torch.stack(truths), variation, generator, stained=stained
+    )
+    said = torch.tensor(labels) if recipe.bundle.labels else None
+    return normalise(batch, recipe.bundle.input), truth, said
+
+
+def _seed(*parts: int) -> int:
+    """Return a seed that follows from whole numbers and is another for every others."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _log(at: Progressed, rate: float) -> None:
+    """Add a row to the history."""
+    row = {"step": at.step, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
+    at.history.append(row)
+    at.losses.clear()
+    logger.info("step %d: loss %.3f", at.step, row["loss"])
+
+
+def _check_network(network: SegmentationNetwork, recipe: Recipe) -> None:
+    spec, multiple = recipe.train, network.size_multiple
+    if any(side % multiple for side in spec.crop):
+        raise RecipeError(
+            f"train.crop {list(spec.crop)}: {recipe.bundle.network} takes multiples of {multiple}"
+        )
+    if spec.batch_size < 2 and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
+        raise RecipeError(
+            f"train.batch_size is 1: {recipe.bundle.network} normalises over a batch, of 2 or more"
+        )
 
 
 def _start_from_imagenet(network: nn.Module, location: str, data_dir: Path) -> None:
@@ -87,32 +396,24 @@ def _start_from_imagenet(network: nn.Module, location: str, data_dir: Path) -> N
     load_imagenet(encoder, location if "://" in location else data_dir / location)
 
 
-def _batch(
-    recipe: Recipe, samples: Sequence[Sample], generator: Generator
-) -> tuple[Tensor, Tensor]:
-    spec = recipe.train
-    low, high = (side // 32 for side in spec.crop)
-    size = 32 * int(torch.randint(low, high + 1, (), generator=generator))
-    crops = [
-        random_crop(
-            draw(samples, generator),
-            size,
-            generator,
-            scale=recipe.augment.scale,
-            rotate=recipe.augment.rotate,
-        )
-        for _ in range(spec.batch_size)
+def _optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
+    """Return the optimiser: kernels decay; biases and norms, which have one axis, do not."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in network.parameters() if p.ndim > 1]},
+        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    images, truths = (torch.stack(side) for side in zip(*crops, strict=True))
-    images, truths = augment(images, truths, recipe.augment, generator)
-    return normalise(images, recipe.bundle.input), truths
+    kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
+    return kind(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
 
-def _parameter_groups(network: nn.Module, decay: float) -> list[dict[str, object]]:
-    """Return weights with decay, and biases and norms, which have one axis, without."""
-    kernels = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    return [
-        {"params": kernels, "weight_decay": decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+def _schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec) -> lr_scheduler.LRScheduler:
+    match spec.schedule:
+        case "one-cycle":
+            return lr_scheduler.OneCycleLR(
+                optimizer, spec.learning_rate, total_steps=spec.steps, pct_start=spec.warm_up
+            )
+        case "cosine":
+            return lr_scheduler.CosineAnnealingLR(optimizer, spec.steps, spec.learning_rate / 100)
+        case "polynomial":
+            return lr_scheduler.PolynomialLR(optimizer, spec.steps, power=0.9)
+    return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

@@ -1,23 +1,62 @@
-"""Losses between logits and class indices, with ignored pixels left out."""
+"""Losses between what a network says and class indices, with ignored pixels left out."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from wsi_pipeline.bundle import Activation
-from wsi_pipeline.training.samples import IGNORE
+from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.training.recipe import Loss
+
+Said = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+"""Logits of the mask; several for deep supervision; or `mask` and `label`."""
 
 
-def segmentation_loss(logits: Tensor, truth: Tensor, activation: Activation) -> Tensor:
-    """Return cross-entropy plus soft Dice, unweighted, a scalar.
+def network_loss(
+    said: Said,
+    truth: Tensor,
+    labels: Tensor | None,
+    activation: Activation,
+    *,
+    kind: Loss = "ce+dice",
+    label_weight: float = 1.0,
+) -> Tensor:
+    """Return the loss of a batch, a scalar: deep supervision sums over its maps, unweighted.
 
     Args:
-        logits: (N, K, H, W); K = 1 with sigmoid.
-        truth: (N, H, W) uint8 class index, or IGNORE.
+        said: by the network.
+        truth: (N, *sides) uint8 class index, or IGNORE.
+        labels: (N,) int64 index of what is to be said of the whole patch, or None.
         activation: "sigmoid" for one logit, "softmax" for one a class.
+        kind: of the mask's loss.
+        label_weight: of the cross-entropy of the labels.
     """
+    if isinstance(said, Mapping):
+        loss = segmentation_loss(said["mask"], truth, activation, kind=kind)
+        if labels is None:
+            return loss
+        return loss + label_weight * functional.cross_entropy(said["label"].float(), labels)
+    maps = [said] if isinstance(said, Tensor) else said
+    losses = [segmentation_loss(logits, truth, activation, kind=kind) for logits in maps]
+    return torch.stack(losses).sum()
+
+
+def segmentation_loss(
+    logits: Tensor, truth: Tensor, activation: Activation, *, kind: Loss = "ce+dice"
+) -> Tensor:
+    """Return cross-entropy, soft Dice, or their unweighted sum, a scalar.
+
+    Args:
+        logits: (N, K, *sides); K = 1 with sigmoid.
+        truth: (N, *sides) uint8 class index, or IGNORE.
+        activation: "sigmoid" for one logit, "softmax" for one a class.
+        kind: which of the two.
+    """
+    logits = logits.float()
     known = (truth != IGNORE).float()
     index = truth.long() * known.long()
     if activation == "sigmoid":
@@ -30,19 +69,23 @@ def segmentation_loss(logits: Tensor, truth: Tensor, activation: Activation) -> 
         target = functional.one_hot(index, logits.shape[1]).movedim(-1, 1).float()
         entropy = functional.cross_entropy(logits, index, reduction="none")
         probabilities = logits.softmax(1)
-    mean = (entropy * known).sum() / known.sum().clamp_min(1)
-    return mean + soft_dice_loss(probabilities * known[:, None], target * known[:, None])
+    wanted, parts = kind.split("+"), []
+    if "ce" in wanted:
+        parts.append((entropy * known).sum() / known.sum().clamp_min(1))
+    if "dice" in wanted:
+        parts.append(soft_dice_loss(probabilities * known[:, None], target * known[:, None]))
+    return torch.stack(parts).sum()
 
 
 def soft_dice_loss(probabilities: Tensor, target: Tensor, *, smooth: float = 1.0) -> Tensor:
     """Return 1 − soft Dice, averaged over images and classes.
 
     Args:
-        probabilities: (N, K, H, W) in [0, 1].
-        target: (N, K, H, W) of 0 and 1.
+        probabilities: (N, K, *sides) in [0, 1].
+        target: (N, K, *sides) of 0 and 1.
         smooth: added to both sides, so that an empty class found empty costs nothing.
     """
-    axes = (2, 3)
+    axes = tuple(range(2, target.ndim))
     overlap = (probabilities * target).sum(axes)
     total = probabilities.sum(axes) + target.sum(axes)
     return torch.mean(1 - (2 * overlap + smooth) / (total + smooth))

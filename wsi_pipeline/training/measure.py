@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from wsi_pipeline.blend import Windows, iter_blended_rows
-from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.grid import PatchGrid, Shape
-from wsi_pipeline.training.fit import normalise
-from wsi_pipeline.training.samples import IGNORE, Sample
+from wsi_pipeline.blend import Windows
+from wsi_pipeline.bundle import Bundle, InputSpec
+from wsi_pipeline.evaluation.metrics import IGNORE, Tally, class_figures, count_block
+from wsi_pipeline.grid import Block, PatchGrid, Shape, iter_blocks
+from wsi_pipeline.training.samples import Sample
+
+REGION = {2: 1024, 3: 256}
+"""Side of what is predicted and counted at once, by the number of axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,23 +35,80 @@ class Score:
     everywhere_dice: float
 
 
-def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Score]:
-    """Predict whole images by overlapping patches; return each foreground class's score."""
+def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Tally]:
+    """Predict whole images by overlapping patches; return each patient's counts.
+
+    Args:
+        network: in eval mode.
+        bundle: says patch size, overlap and normalisation.
+        samples: to judge by; only what is known of them is predicted, region by region.
+    """
     count = len(bundle.classes)
-    overlap, predicted, true = (torch.zeros(count, dtype=torch.int64) for _ in range(3))
+    tallies: dict[str, Tally] = {}
     for sample in samples:
-        mask = predict(network, bundle, sample.image)
-        known = sample.truth != IGNORE
-        truth, mask = sample.truth[known].long(), mask[known].long()
-        overlap += torch.bincount(truth[truth == mask], minlength=count)
-        predicted += torch.bincount(mask, minlength=count)
-        true += torch.bincount(truth, minlength=count)
-    pixels = int(true.sum())
+        tally = tallies.get(sample.patient, Tally.empty(count))
+        for found, truth in _predicted(network, bundle, sample):
+            tally += count_block(
+                found.reshape(len(found), -1).numpy(),
+                truth.reshape(len(truth), -1).numpy(),
+                count,
+                tolerance_px=-1,  # borders are not asked for
+            )
+        tallies[sample.patient] = tally
+    return tallies
+
+
+def _predicted(
+    network: nn.Module, bundle: Bundle, sample: Sample
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield mask and truth of the regions of a sample of which anything is known."""
+    side = REGION[len(sample.shape)]
+    whole = all(n <= 2 * side for n in sample.shape)
+    blocks = iter_blocks(sample.shape, sample.shape if whole else (side,) * len(sample.shape))
+    for block in blocks:
+        if not sample.source.may_know(block.start, block.shape):
+            continue
+        start, stop = _with_context(block, sample.shape, bundle.input.patch_size)
+        image, truth = sample.read(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+        if bool((truth != IGNORE).any()):
+            inside = tuple(
+                slice(a - s, b - s) for a, b, s in zip(block.start, block.stop, start, strict=True)
+            )
+            yield predict(network, bundle, image)[inside], truth[inside]
+
+
+def _with_context(block: Block, shape: Shape, margin: Shape) -> tuple[Shape, Shape]:
+    """Return a region's corners, a patch farther out as far as the image goes."""
+    start = tuple(max(0, a - m) for a, m in zip(block.start, margin, strict=True))
+    stop = tuple(min(n, b + m) for b, n, m in zip(block.stop, shape, margin, strict=True))
+    return start, stop
+
+
+def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
+    """Return each class's score but the background's; 0 where a figure has no meaning."""
+    figures = class_figures(tally.confusion, tally.borders)
+    true, pixels = tally.confusion.sum(1), max(1, int(tally.confusion.sum()))
     return {
-        info.name: _score(int(overlap[i]), int(predicted[i]), int(true[i]), pixels)
+        info.name: Score(
+            dice=_or_nothing(figures["dice"][i]),
+            iou=_or_nothing(figures["iou"][i]),
+            share=int(true[i]) / pixels,
+            everywhere_dice=2 * int(true[i]) / (pixels + int(true[i])),
+        )
         for i, info in enumerate(bundle.classes)
         if i > 0
     }
+
+
+def mean_dice(tallies: Mapping[str, Tally], bundle: Bundle) -> float:
+    """Return the mean over the classes of the Dice of all patients' pixels together."""
+    whole = sum(tallies.values(), start=Tally.empty(len(bundle.classes)))
+    scores = scores_of(whole, bundle)
+    return sum(s.dice for s in scores.values()) / len(scores)
+
+
+def _or_nothing(value: float) -> float:
+    return 0.0 if value != value else float(value)
 
 
 @torch.inference_mode()
@@ -59,50 +118,47 @@ def predict(network: nn.Module, bundle: Bundle, image: Tensor) -> Tensor:
     Args:
         network: in eval mode.
         bundle: says patch size, overlap and normalisation.
-        image: (3, H, W) uint8.
+        image: (C, *shape), uint8 or float32 in [0, 1].
 
     Returns:
-        (H, W) uint8 class index.
+        (*shape) uint8 class index.
     """
-    spec = bundle.input
-    height, width = image.shape[1:]
-    side_y, side_x = spec.patch_size
-    beyond = (0, max(0, side_x - width), 0, max(0, side_y - height))
-    padded = functional.pad(image[None].float() / 255, beyond, mode="reflect")
-    grid = PatchGrid.cover(tuple(padded.shape[2:]), spec.patch_size, spec.overlap)
-    windows = Windows(grid, "gaussian", image.device)
-    channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
-    rows = iter_blended_rows(
-        _chances(network, bundle, padded, grid),
-        (0, 0),
-        grid.shape,
-        windows=windows,
-        patch_rows=side_y,
-        channels=channels,
-        device=image.device,
-    )
-    chances = torch.cat([band.clone() for _, band in rows], dim=1)[:, :height, :width]
-    found = chances[0] > 0.5 if bundle.activation == "sigmoid" else chances.argmax(0)
+    spec, device = bundle.input, next(iter(network.parameters()), image).device
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    shape = tuple(image.shape[1:])
+    # what lies beyond a small image is mirrored at its middle, as often as needed
+    padded = _padded(image, spec.patch_size)
+    grid = PatchGrid.cover(tuple(padded.shape[1:]), spec.patch_size, spec.overlap)
+    windows = Windows(grid, "gaussian", device)
+    sigmoid = bundle.activation == "sigmoid"
+    chances = torch.zeros(1 if sigmoid else len(bundle.classes), *grid.shape)
+    weights = torch.zeros(grid.shape)
+    for origin in map(tuple, grid.origins.tolist()):
+        place = tuple(slice(a, a + n) for a, n in zip(origin, spec.patch_size, strict=True))
+        patch = normalise(padded[(slice(None), *place)][None].to(device), spec)
+        said = network(patch)
+        logits = (said["mask"] if isinstance(said, Mapping) else said)[0].float()
+        weight = windows.weight(origin)
+        part = (logits.sigmoid() if sigmoid else logits.softmax(0)) * weight
+        chances[(slice(None), *place)] += part.cpu()
+        weights[place] += weight.cpu()
+    chances = (chances / weights)[(slice(None), *map(slice, shape))]
+    found = chances[0] > 0.5 if sigmoid else chances.argmax(0)
     return found.to(torch.uint8)
 
 
-def _chances(
-    network: nn.Module, bundle: Bundle, image: Tensor, grid: PatchGrid
-) -> Iterator[tuple[Shape, Tensor]]:
-    """Yield origin and probabilities of each patch of an image (1, 3, H, W) in [0, 1]."""
-    side_y, side_x = bundle.input.patch_size
-    for y, x in grid.origins.tolist():
-        patch = normalise(image[:, :, y : y + side_y, x : x + side_x], bundle.input)
-        logits = network(patch)[0]
-        sigmoid = bundle.activation == "sigmoid"
-        yield (y, x), logits.sigmoid() if sigmoid else logits.softmax(0)
+def _padded(image: Tensor, least: Shape) -> Tensor:
+    """Return an image at least as large as a patch."""
+    for axis, side in enumerate(least, 1):
+        length = image.shape[axis]
+        if length < side:
+            there_and_back = torch.cat([torch.arange(length), torch.arange(length).flip(0)])
+            image = image.index_select(axis, there_and_back[torch.arange(side) % (2 * length)])
+    return image
 
 
-def _score(overlap: int, predicted: int, true: int, pixels: int) -> Score:
-    union = predicted + true - overlap
-    return Score(
-        dice=2 * overlap / max(1, predicted + true),
-        iou=overlap / max(1, union),
-        share=true / max(1, pixels),
-        everywhere_dice=2 * true / max(1, pixels + true),
-    )
+def normalise(images: Tensor, spec: InputSpec) -> Tensor:
+    """Return images in [0, 1], (N, C, *sides), less the mean and over the deviation."""
+    shape = (-1, *(1,) * (images.ndim - 2))
+    mean = torch.tensor(spec.mean, device=images.device).reshape(shape)
+    return (images - mean) / torch.tensor(spec.std, device=images.device).reshape(shape)

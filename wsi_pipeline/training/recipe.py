@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from wsi_pipeline.bundle import Bundle, parse_bundle
 from wsi_pipeline.errors import BundleError, RecipeError
+from wsi_pipeline.options import Frame
+
+Loss = Literal["ce+dice", "ce", "dice"]
+Optimizer = Literal["adamw", "adam"]
+Schedule = Literal["one-cycle", "cosine", "polynomial", "constant"]
+TrainPrecision = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,36 +25,90 @@ class TrainSpec:
 
     Attributes:
         steps: of the optimiser.
-        batch_size: crops a step.
-        crop: smallest and largest side of a crop, px; each step draws a multiple of 32 between.
-        learning_rate: the highest; warm-up before, cosine after it.
-        warm_up: share of the steps that the learning rate rises.
-        weight_decay: AdamW's.
+        batch_size: crops that go through the network at once, on each device.
+        accumulate: batches whose gradients make one step.
+        crop: smallest and largest side of a crop, px; each step draws a multiple of what the
+            network takes between them.
+        balance: share of crops around a pixel of a class drawn evenly; the others around one drawn
+            by area.
+        loss: "ce" is cross-entropy, binary with sigmoid; "dice" is soft Dice.
+        label_weight: of the loss of what the network says of the whole patch.
+        optimizer: with the decay of weights decoupled (AdamW), or without (Adam).
+        learning_rate: the highest.
+        schedule: "one-cycle" warms up, then falls as a cosine; "cosine" falls to a hundredth;
+            "polynomial" falls to nothing with the power 0.9.
+        warm_up: share of the steps that the learning rate rises, of one-cycle.
+        weight_decay: of kernels, not of biases and norms.
         average: decay of the moving average of the weights, which is what is kept.
         encoder: file with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
+        precision: of the forward pass; weights and their updates stay fp32.
+        validate_every: steps between two looks at the validation patients, where there are any.
+        patience: looks without a better Dice after which the training ends; 0 = never.
+        checkpoint_every: steps between two checkpoints, from which a killed training goes on.
         seed: of everything random.
     """
 
     steps: int = 1500
     batch_size: int = 8
+    accumulate: int = 1
     crop: tuple[int, int] = (192, 256)
+    balance: float = 0.5
+    loss: Loss = "ce+dice"
+    label_weight: float = 1.0
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 2e-3
+    schedule: Schedule = "one-cycle"
     warm_up: float = 0.15
     weight_decay: float = 0.02
     average: float = 0.99
     encoder: str | None = None
+    precision: TrainPrecision = "fp32"
+    validate_every: int = 200
+    patience: int = 0
+    checkpoint_every: int = 200
     seed: int = 42
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
         low, high = self.crop
-        if not 32 <= low <= high or low % 32 or high % 32:
-            raise ValueError(f"train.crop {self.crop} must be two multiples of 32, rising")
-        if self.steps < 1 or self.batch_size < 2:
-            raise ValueError("train.steps must be at least 1 and train.batch_size at least 2")
-        if not 0 < self.warm_up < 1 or not 0 <= self.average < 1:
-            raise ValueError("train.warm_up and train.average must lie between 0 and 1")
+        if not 1 <= low <= high:
+            raise ValueError(f"train.crop {self.crop} must be two sides in px, rising")
+        for name in ("steps", "batch_size", "accumulate", "validate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1")
+        if not 0 < self.warm_up < 1 or not 0 <= self.average < 1 or not 0 <= self.balance <= 1:
+            raise ValueError("train.warm_up, average and balance must lie between 0 and 1")
+        choices = {
+            "loss": Loss,
+            "optimizer": Optimizer,
+            "schedule": Schedule,
+            "precision": TrainPrecision,
+        }
+        for name, words in choices.items():
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(
+                    f"train.{name} {getattr(self, name)!r} is none of {get_args(words)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSpec:
+    """Which patients are held out.
+
+    Attributes:
+        folds: groups of patients, each held out once; 0 = every patient for himself.
+        validation: share of the patients learnt from, but one at least, that are left out of the
+            learning to choose the best weights by and to stop early; 0 = none.
+    """
+
+    folds: int = 0
+    validation: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.folds < 0 or self.folds == 1 or not 0 <= self.validation < 1:
+            raise ValueError("split.folds must be 0 or at least 2, split.validation 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +147,66 @@ class AugmentSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Images of one patient with their masks.
+    """Images of one patient, or of several, with their masks or annotations.
 
     Attributes:
+        images: a path or glob, relative to the data folder: pictures, volumes, or, with
+            `annotations`, slides and patch grids.
+        classes: mask values, or names of annotations, of each class but the background, by the
+            class's name.
         patient: who they are from; decides the splits.
-        images: a path or glob, relative to the data folder.
-        masks: a folder or file; in a folder a mask has its image's name and ends in .png.
-        mpp: µm per pixel of image and mask.
-        classes: mask values of each class but the background, by the class's name.
-        ignore: mask values that are neither learnt nor judged. All other values are background.
+        patients: in place of `patient`, a regular expression; what it finds in a file's name, its
+            first group where it has one, is the patient.
+        masks: a folder or file.
+        mask_name: of the mask in that folder; `{stem}` is the image's name without suffix.
+        annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
+        background: names of annotations that are background. Areas of other classes, and what lies
+            in no area, are neither learnt nor judged.
+        frame: origin of annotations on slides with bounds.
+        mpp: µm per pixel of pictures and masks; of a slide, in place of what its file says.
+        ignore: mask values that are neither learnt nor judged. All others are background.
+        label: what the network is to say of the whole patch, one of the bundle's labels; None with
+            labels = whether there is a pixel of any class in it.
     """
 
-    patient: str
     images: str
-    masks: str
-    mpp: float
-    classes: dict[str, tuple[int, ...]]
+    classes: dict[str, tuple[int | str, ...]]
+    patient: str | None = None
+    patients: str | None = None
+    masks: str | None = None
+    mask_name: str = "{stem}.png"
+    annotations: str | None = None
+    background: tuple[str, ...] = ()
+    frame: Frame = "qupath"
+    mpp: float | None = None
     ignore: tuple[int, ...] = ()
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what is missing or contradicts itself."""
+        where = f"data {self.images!r}"
+        if (self.patient is None) == (self.patients is None):
+            raise ValueError(f"{where}: lacks 'patient' or 'patients', or has both")
+        if (self.masks is None) == (self.annotations is None):
+            raise ValueError(f"{where}: lacks 'masks' or 'annotations', or has both")
+        kind: type = int if self.annotations is None else str
+        given = [v for values in self.classes.values() for v in values]
+        if not all(type(v) is kind for v in given):
+            raise ValueError(f"{where}: classes has {given}; expected {NAMES_OF[kind]}")
+        if len(set(given)) != len(given):
+            raise ValueError(f"{where}: classes has {given}; the same twice")
+        if self.patients is not None:
+            try:
+                re.compile(self.patients)
+            except re.error as error:
+                raise ValueError(f"{where}: patients is no regular expression: {error}") from error
+        if self.mpp is not None and not 0 < self.mpp < math.inf:
+            raise ValueError(f"{where}: mpp is {self.mpp}; expected µm per pixel above 0")
+        if self.frame not in get_args(Frame):
+            raise ValueError(f"{where}: frame {self.frame!r} is none of {get_args(Frame)}")
+
+
+NAMES_OF: dict[type, str] = {int: "mask values", str: "names of annotations"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +217,7 @@ class Recipe:
         bundle: what is trained, without weights.
         train: the optimisation.
         augment: the variations.
+        split: which patients are held out.
         data: the images.
         notes: where the data come from, for the model card, Markdown.
         limits: what the network is not to be trusted with, for the model card, Markdown.
@@ -120,6 +226,7 @@ class Recipe:
     bundle: Bundle
     train: TrainSpec
     augment: AugmentSpec
+    split: SplitSpec
     data: tuple[DataSpec, ...]
     notes: str = ""
     limits: str = ""
@@ -146,7 +253,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _parse(table: dict[str, Any], path: Path) -> Recipe:
-    unknown = table.keys() - {"bundle", "train", "augment", "data", "notes", "limits"}
+    unknown = table.keys() - {"bundle", "train", "augment", "split", "data", "notes", "limits"}
     if unknown:
         raise RecipeError(f"{path}: unknown {sorted(unknown)}")
     try:
@@ -154,17 +261,13 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
     except BundleError as error:
         raise RecipeError(str(error)) from error
     data = tuple(_data(entry) for entry in table["data"])
-    names = {c.name for c in bundle.classes[1:]}
     for entry in data:
-        if unknown := entry.classes.keys() - names:
-            raise RecipeError(
-                f"{path}: data of patient {entry.patient} has classes {sorted(unknown)}, "
-                f"the bundle has {sorted(names)}"
-            )
+        _check_data(entry, bundle)
     return Recipe(
         bundle=bundle,
         train=TrainSpec(**_tuples(table.get("train", {}))),
         augment=AugmentSpec(**table.get("augment", {})),
+        split=SplitSpec(**table.get("split", {})),
         data=data,
         notes=str(table.get("notes", "")).strip(),
         limits=str(table.get("limits", "")).strip(),
@@ -173,10 +276,25 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
 
 def _data(entry: dict[str, Any]) -> DataSpec:
     classes = {name: tuple(values) for name, values in entry["classes"].items()}
-    spec = DataSpec(**{**_tuples(entry), "classes": classes})
-    if not spec.mpp > 0:
-        raise ValueError(f"mpp of patient {spec.patient} is {spec.mpp}; expected µm per pixel")
-    return spec
+    return DataSpec(**{**_tuples(entry), "classes": classes})
+
+
+def _check_data(entry: DataSpec, bundle: Bundle) -> None:
+    """Refuse what the bundle does not know, and what its modality cannot have."""
+    where = f"data {entry.images!r}"
+    names = {c.name for c in bundle.classes[1:]}
+    if unknown := entry.classes.keys() - names:
+        raise ValueError(f"{where}: has classes {sorted(unknown)}, the bundle has {sorted(names)}")
+    if bundle.modality != "slide" and entry.annotations is not None:
+        raise ValueError(
+            f"{where}: annotations are for slides, the bundle is for {bundle.modality}s"
+        )
+    if bundle.modality == "slide" and entry.masks is not None and entry.mpp is None:
+        raise ValueError(f"{where}: lacks 'mpp', µm per pixel of pictures and masks")
+    if entry.label is not None and entry.label not in bundle.labels:
+        raise ValueError(f"{where}: label {entry.label!r} is none of {list(bundle.labels)}")
+    if entry.label is None and bundle.labels and len(bundle.labels) != 2:
+        raise ValueError(f"{where}: lacks 'label', one of {list(bundle.labels)}")
 
 
 def _tuples(table: dict[str, Any]) -> dict[str, Any]:

@@ -1,23 +1,53 @@
-"""Images and masks in, at the network's resolution; random crops out."""
+"""What is learnt from: images with their truth, left on disk, at the network's resolution."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import hashlib
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Generator, Tensor
-from torch.nn import functional
+from torch import Tensor
 
-from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.errors import RecipeError, WsiPipelineError
+from wsi_pipeline.evaluation.areas import AreaReader, load_areas
+from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.evaluation.sides import AREA_SUFFIXES, Canvas
+from wsi_pipeline.grid import Shape
+from wsi_pipeline.options import MPP_TOLERANCE
+from wsi_pipeline.sources import SlideView, open_source
+from wsi_pipeline.training.pictures import Read, read_picture, read_volume
 from wsi_pipeline.training.recipe import DataSpec, Recipe
 
-IGNORE = 255
-"""Truth of pixels that are neither learnt nor judged."""
+__all__ = ["IGNORE", "Sample", "load_samples"]
+
+IN_MEMORY = 2 << 30
+"""Bytes of decoded pictures and volumes that are kept, so that the next crop need not decode."""
+
+
+class Source(Protocol):
+    """Pixels and truth of one image, read where they are asked for."""
+
+    @property
+    def shape(self) -> Shape:
+        """Return the pixels along each axis."""
+
+    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return (C, *shape), uint8 or float32 in [0, 1], and (*shape) uint8 class index."""
+
+    def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
+        """Return (*shape) uint8 class index, or IGNORE."""
+
+    def may_know(self, origin: Shape, shape: Shape) -> bool:
+        """Return whether the truth of any pixel there may be known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,145 +57,264 @@ class Sample:
     Attributes:
         patient: who it is from.
         name: of the file.
-        image: (3, H, W) uint8.
-        truth: (H, W) uint8 class index, or IGNORE.
+        source: of its pixels.
+        label: index of what is to be said of the whole, or None.
+        digest: of the picture's pixels, or of the slide's file: the same picture under another
+            name has the same.
     """
 
     patient: str
     name: str
-    image: Tensor
-    truth: Tensor
+    source: Source
+    label: int | None = None
+    digest: str = ""
+
+    @property
+    def shape(self) -> Shape:
+        """Return the pixels along each axis."""
+        return self.source.shape
+
+    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Read a rectangle that lies inside; return image (C, *shape) and truth (*shape)."""
+        return self.source.read(origin, shape)
+
+    def read_all(self) -> tuple[Tensor, Tensor]:
+        """Return the whole image and its truth."""
+        return self.source.read((0,) * len(self.shape), self.shape)
 
 
-def load_samples(recipe: Recipe, data_dir: Path) -> list[Sample]:
-    """Load all images of a recipe, brought to the network's mpp once; return them.
+class Cache:
+    """Decoded pictures, the ones last used, up to a number of bytes.
+
+    Args:
+        limit: bytes.
+    """
+
+    def __init__(self, limit: int = IN_MEMORY) -> None:
+        self._limit = limit
+        self._held: OrderedDict[Path, Read] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path, load: Callable[[], Read]) -> Read:
+        """Return what is held under a path, or load it."""
+        with self._lock:
+            if path in self._held:
+                self._held.move_to_end(path)
+                return self._held[path]
+        found = load()
+        with self._lock:
+            self._held[path] = found
+            while sum(map(_bytes, self._held.values())) > self._limit and len(self._held) > 1:
+                self._held.popitem(last=False)
+        return found
+
+
+def _bytes(read: Read) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in read)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Decoded:
+    """A picture or volume that is decoded whole when it is needed.
+
+    Attributes:
+        path: of the file.
+        shape: at the network's resolution.
+        load: decodes it and its mask.
+        cache: keeps it.
+    """
+
+    path: Path
+    shape: Shape
+    load: Callable[[], Read]
+    cache: Cache
+
+    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return (C, *shape) and (*shape), as in `Source`."""
+        image, truth = self.cache.get(self.path, self.load)
+        window = _window(origin, shape)
+        return image[(slice(None), *window)], truth[window]
+
+    def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
+        """Return (*shape) uint8 class index, or IGNORE."""
+        return self.read(origin, shape)[1]
+
+    def may_know(self, origin: Shape, shape: Shape) -> bool:
+        """Return True: masks tell of every pixel."""
+        return True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Annotated:
+    """A slide, or a patch grid, with annotations.
+
+    Attributes:
+        view: of the slide, at the network's resolution.
+        areas: the annotations.
+    """
+
+    view: SlideView
+    areas: AreaReader
+
+    @property
+    def shape(self) -> Shape:
+        """Return (height, width) at the network's resolution."""
+        return self.view.shape
+
+    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+        """Return (3, *shape) and (*shape), as in `Source`."""
+        (y, x), (height, width) = origin, shape
+        pixels = self.view.read((y, x), (height, width))
+        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+        return image, self.read_truth(origin, shape)
+
+    def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
+        """Return (*shape) uint8 class index, or IGNORE."""
+        (y, x), (height, width) = origin, shape
+        return torch.from_numpy(self.areas.read((y, x), (height, width), self.view.downsample))
+
+    def may_know(self, origin: Shape, shape: Shape) -> bool:
+        """Return whether any area lies there."""
+        (y, x), (height, width) = origin, shape
+        return self.areas.touches((y, x), (height, width), self.view.downsample)
+
+
+def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sample]:
+    """Open all images of a recipe; return them as samples.
+
+    Pictures are decoded once, to know their size and whether one occurs twice.
 
     Args:
         recipe: says which.
         data_dir: the folder that the recipe's paths start from.
+        closing: takes the slides, which stay open.
 
     Raises:
         RecipeError: a file that is missing, unreadable or does not match its mask.
     """
-    names = [c.name for c in recipe.bundle.classes]
-    mpp = recipe.bundle.mpp
-    return [
-        _load_sample(image, mask, spec, names, mpp)
-        for spec in recipe.data
-        for image, mask in _pairs(spec, data_dir)
-    ]
+    cache = Cache()
+    samples: list[Sample] = []
+    for spec in recipe.data:
+        for image, truth in _pairs(spec, data_dir):
+            try:
+                if spec.annotations is None:
+                    samples.append(_decoded(image, truth, spec, recipe, cache))
+                else:
+                    samples.append(_annotated(image, truth, spec, recipe, closing))
+            except (WsiPipelineError, OSError) as error:
+                if isinstance(error, RecipeError):
+                    raise
+                raise RecipeError(f"cannot learn from {image} with {truth}: {error}") from error
+    return samples
 
 
 def _pairs(spec: DataSpec, data_dir: Path) -> list[tuple[Path, Path]]:
+    """Return images with their masks or annotations."""
     images = sorted(data_dir.glob(spec.images))
     if not images:
-        raise RecipeError(f"no image of patient {spec.patient} matches {data_dir / spec.images}")
-    masks = data_dir / spec.masks
-    pairs = [(i, masks / f"{i.stem}.png" if masks.is_dir() else masks) for i in images]
-    if not masks.is_dir() and len(pairs) > 1:
-        raise RecipeError(f"{len(pairs)} images match {spec.images}, but {spec.masks} is one mask")
-    return pairs
+        raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
+    told = data_dir / (spec.masks or spec.annotations or "")
+    if not told.is_dir():
+        if len(images) > 1:
+            raise RecipeError(
+                f"{len(images)} images match {spec.images}, but {told.name} is one file"
+            )
+        return [(images[0], told)]
+    if spec.masks is not None:
+        return [(image, told / spec.mask_name.format(stem=stem(image))) for image in images]
+    return [(image, _annotations_of(image, told)) for image in images]
 
 
-def _load_sample(
-    image_path: Path, mask_path: Path, spec: DataSpec, names: Sequence[str], mpp: float
-) -> Sample:
-    try:
-        with Image.open(image_path) as opened:
-            image = opened.convert("RGB")
-        with Image.open(mask_path) as opened:
-            codes = np.asarray(opened)
-    except (OSError, UnidentifiedImageError) as error:
-        raise RecipeError(f"cannot read {image_path} with {mask_path}: {error}") from error
-    if codes.shape != (image.height, image.width):
-        raise RecipeError(
-            f"{mask_path} is {codes.shape[::-1]} px in {codes.ndim} axes, "
-            f"its image is {image.size}; expected one value a pixel"
-        )
-    truth = Image.fromarray(_class_indices(codes, spec, names))
-    factor = spec.mpp / mpp
-    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)  # antialiased when reducing
-        truth = truth.resize(size, Image.Resampling.NEAREST)
-    return Sample(
-        patient=spec.patient,
-        name=image_path.name,
-        image=torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous(),
-        truth=torch.from_numpy(np.array(truth)),
-    )
+def _annotations_of(image: Path, folder: Path) -> Path:
+    for suffix in AREA_SUFFIXES:
+        for name in (stem(image), image.name):
+            if (path := folder / f"{name}{suffix}").is_file():
+                return path
+    raise RecipeError(f"{folder} has no {stem(image)}.geojson, the annotations of {image}")
 
 
-def _class_indices(
-    codes: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], spec: DataSpec, names: Sequence[str]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    table = np.zeros(256, np.uint8)
-    for name, values in spec.classes.items():
-        table[list(values)] = names.index(name)
-    table[list(spec.ignore)] = IGNORE
-    return table[codes.astype(np.uint8)]
+def stem(path: Path) -> str:
+    """Return a file's name without its suffix, or suffixes where the last is gzip's.
 
-
-def draw(samples: Sequence[Sample], generator: Generator) -> Sample:
-    """Draw a patient, then one of its images by area; return the image."""
-    patients = sorted({s.patient for s in samples})
-    patient = patients[int(torch.randint(len(patients), (), generator=generator))]
-    own = [s for s in samples if s.patient == patient]
-    areas = torch.tensor([float(s.truth.numel()) for s in own])
-    return own[int(torch.multinomial(areas, 1, generator=generator))]
-
-
-def random_crop(
-    sample: Sample, size: int, generator: Generator, *, scale: float, rotate: float
-) -> tuple[Tensor, Tensor]:
-    """Cut a square, turned, flipped and scaled at random; return it with its truth.
-
-    What lies beyond the image is mirrored.
-
-    Args:
-        sample: to cut from.
-        size: side of the crop, px.
-        generator: of the random numbers.
-        scale: largest enlargement and reduction.
-        rotate: share of crops turned by any angle, not only right ones.
-
-    Returns:
-        (3, size, size) float32 in [0, 1] and (size, size) uint8.
+    Example:
+        >>> stem(Path("MAMA_001.nii.gz")), stem(Path("TCGA-A1.2.png"))
+        ('MAMA_001', 'TCGA-A1.2')
     """
-    turn, any_angle, zoom, mirror, at_y, at_x = torch.rand(6, generator=generator).tolist()
-    angle = 2 * math.pi * turn if any_angle < rotate else math.pi / 2 * int(4 * turn)
-    step = math.exp((2 * zoom - 1) * math.log(scale))  # image px per crop px
-    reach = size * step / 2
-    height, width = sample.truth.shape
-    centre = [_place(height, reach, at_y), _place(width, reach, at_x)]
-    # the window holds the crop at any angle; two pixels more for the interpolation
-    window = [
-        slice(max(0, int(c - reach * 1.4143) - 2), min(n, int(c + reach * 1.4143) + 3))
-        for c, n in zip(centre, (height, width), strict=True)
-    ]
-    image = sample.image[:, window[0], window[1]].float() / 255
-    truth = sample.truth[window[0], window[1]].float()
-    flip = -1.0 if mirror < 0.5 else 1.0
-    theta = torch.tensor(
-        [[math.cos(angle) * flip, -math.sin(angle)], [math.sin(angle) * flip, math.cos(angle)]]
+    return Path(path.stem).stem if path.suffix == ".gz" else path.stem
+
+
+def _whose(spec: DataSpec) -> str:
+    return f"patient {spec.patient}" if spec.patient is not None else "any patient"
+
+
+def _patient(image: Path, spec: DataSpec) -> str:
+    if spec.patients is None:
+        return str(spec.patient)
+    match = re.search(spec.patients, image.name)
+    if not match:
+        raise RecipeError(f"{image}: its name has no {spec.patients!r}, which finds the patient")
+    return match[1] if match.re.groups else match[0]
+
+
+def _decoded(image: Path, mask: Path, spec: DataSpec, recipe: Recipe, cache: Cache) -> Sample:
+    table = _table(spec, recipe)
+    reader = read_volume if recipe.bundle.modality == "volume" else read_picture
+
+    def load() -> Read:
+        return reader(image, mask, table=table, spec=recipe.bundle.input, mpp=spec.mpp)
+
+    pixels, truth = cache.get(image, load)
+    return Sample(
+        patient=_patient(image, spec),
+        name=image.name,
+        source=Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache),
+        label=_label(spec, recipe),
+        digest=hashlib.sha256(np.ascontiguousarray(pixels.numpy()).tobytes()).hexdigest(),
     )
-    steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) * step
-    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1) @ theta.T  # (x, y)
-    corner = torch.tensor([centre[1] - window[1].start, centre[0] - window[0].start])
-    extent = torch.tensor([truth.shape[1], truth.shape[0]], dtype=torch.float32)
-    where = (2 * (grid + corner) / extent - 1)[None]
-    return (
-        _sampled(image, where, "bilinear"),
-        _sampled(truth[None], where, "nearest")[0].to(torch.uint8),
+
+
+def _annotated(
+    path: Path, annotations: Path, spec: DataSpec, recipe: Recipe, closing: ExitStack
+) -> Sample:
+    slide = closing.enter_context(open_source(path, mpp=spec.mpp))
+    offset = Canvas.of(slide).offset(spec.frame)
+    areas = load_areas(annotations, offset=offset, renamed={})
+    indices = dict.fromkeys(spec.background, 0)
+    for name, given in spec.classes.items():
+        indices |= dict.fromkeys(map(str, given), _index(name, recipe))
+    if not indices.keys() & set(areas.names):
+        raise RecipeError(
+            f"{annotations} has areas of {list(areas.names)}, "
+            f"the recipe looks for {sorted(indices)}"
+        )
+    return Sample(
+        patient=_patient(path, spec),
+        name=path.name,
+        source=Annotated(
+            view=slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE),
+            areas=AreaReader(areas, indices, others=IGNORE, outside=IGNORE),
+        ),
+        label=_label(spec, recipe),
+        digest=slide.fingerprint,
     )
 
 
-def _place(length: int, reach: float, at: float) -> float:
-    """Return a centre such that the crop lies inside, or the middle where it cannot."""
-    return length / 2 if length <= 2 * reach else reach + at * (length - 2 * reach)
+def _table(spec: DataSpec, recipe: Recipe) -> npt.NDArray[np.uint8]:
+    """Return the class index of each mask value."""
+    table = np.zeros(1 << 16, np.uint8)
+    for name, values in spec.classes.items():
+        table[[int(value) for value in values]] = _index(name, recipe)
+    table[list(spec.ignore)] = IGNORE
+    return table
 
 
-def _sampled(image: Tensor, where: Tensor, mode: str) -> Tensor:
-    return functional.grid_sample(
-        image[None], where, mode=mode, padding_mode="reflection", align_corners=False
-    )[0]
+def _index(name: str, recipe: Recipe) -> int:
+    return [c.name for c in recipe.bundle.classes].index(name)
+
+
+def _label(spec: DataSpec, recipe: Recipe) -> int | None:
+    return None if spec.label is None else recipe.bundle.labels.index(spec.label)
+
+
+def _window(origin: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(origin, shape, strict=True))

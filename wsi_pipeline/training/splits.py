@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.training.recipe import SplitSpec
 from wsi_pipeline.training.samples import Sample
 
 
@@ -29,23 +32,68 @@ class Split:
             raise RecipeError(f"split {self.name}: one side has no images; add patients")
         if both := {s.patient for s in self.train} & {s.patient for s in self.test}:
             raise RecipeError(f"split {self.name}: patients on both sides: {sorted(both)}")
-        seen = {s.image.numpy().tobytes() for s in self.train}
-        if same := [s.name for s in self.test if s.image.numpy().tobytes() in seen]:
+        seen = {s.digest: s for s in self.train}
+        if same := [f"{s.name} is {seen[s.digest].name}" for s in self.test if s.digest in seen]:
             raise RecipeError(f"split {self.name}: the same picture on both sides: {same}")
 
 
-def leave_one_patient_out(samples: Sequence[Sample]) -> list[Split]:
-    """Hold out each patient in turn; return the splits, by patient.
+def plan_splits(
+    samples: Sequence[Sample], spec: SplitSpec, *, seed: int, wanted: Collection[str] | None = None
+) -> list[Split]:
+    """Hold out each patient, or each group of patients, in turn; return the splits.
+
+    Args:
+        samples: of all patients.
+        spec: how many groups.
+        seed: of the dealing into groups.
+        wanted: names of the splits to return; None = all.
 
     Raises:
-        RecipeError: fewer than two patients, or a picture that two patients share.
+        RecipeError: too few patients, names that do not exist, or a picture that is on both sides.
     """
     patients = sorted({s.patient for s in samples})
+    if spec.folds > len(patients):
+        raise RecipeError(f"split.folds is {spec.folds}; there are {len(patients)} patients")
+    if spec.folds:
+        dealt = np.random.default_rng(seed).permutation(patients).tolist()
+        groups = {str(i + 1): set(dealt[i :: spec.folds]) for i in range(spec.folds)}
+    else:
+        groups = {patient: {patient} for patient in patients}
+    if unknown := set(wanted or ()) - groups.keys():
+        what = "fold" if spec.folds else "patient"
+        raise RecipeError(f"no {what} {sorted(unknown)} to hold out; there are {list(groups)}")
     return [
         Split(
-            name=patient,
-            train=tuple(s for s in samples if s.patient != patient),
-            test=tuple(s for s in samples if s.patient == patient),
+            name=name,
+            train=tuple(s for s in samples if s.patient not in group),
+            test=tuple(s for s in samples if s.patient in group),
         )
-        for patient in patients
+        for name, group in groups.items()
+        if wanted is None or name in wanted
     ]
+
+
+def leave_out_validation(
+    samples: Sequence[Sample], share: float, *, seed: int
+) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    """Set patients aside by whom the best weights are chosen; return who is left, and them.
+
+    Args:
+        samples: to learn from.
+        share: of the patients; one at least, where it is above 0.
+        seed: of the choice.
+
+    Raises:
+        RecipeError: nobody would be left, or a picture is on both sides.
+    """
+    if share == 0:
+        return samples, ()
+    patients = sorted({s.patient for s in samples})
+    count = max(1, round(share * len(patients)))
+    chosen = set(np.random.default_rng(seed).permutation(patients)[:count].tolist())
+    split = Split(
+        name="validation",
+        train=tuple(s for s in samples if s.patient not in chosen),
+        test=tuple(s for s in samples if s.patient in chosen),
+    )
+    return split.train, split.test

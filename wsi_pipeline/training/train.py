@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.training.fit import fit
-from wsi_pipeline.training.measure import Score, measure
+from wsi_pipeline.evaluation.metrics import Tally
+from wsi_pipeline.export import map_in_threads
+from wsi_pipeline.store import claim_folder, writing, written_beside
+from wsi_pipeline.training.crops import Survey, survey
+from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
+from wsi_pipeline.training.measure import Score, measure, scores_of
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample, load_samples
-from wsi_pipeline.training.splits import Split, leave_one_patient_out
-from wsi_pipeline.training.write import write_bundle
+from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
+from wsi_pipeline.training.write import Trained, write_bundle, write_history
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being trained, steps done and steps in all."""
+Progress = Callable[[str, int, int, float, float | None], None]
+"""Told what is being trained, steps done, steps in all, loss, best validation Dice so far."""
+STATE = ".training"
+"""Folder in a bundle's, with what a killed training goes on from."""
+EVERYBODY = "all patients"
 
 
 def train(
@@ -27,47 +42,148 @@ def train(
     output: Path,
     *,
     folds: Collection[str] | None = None,
+    device: str = "auto",
+    devices: int = 1,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Measure a recipe by leaving patients out, train it on all, write the bundle; return scores.
+
+    Killed, the same call goes on where it stopped.
 
     Args:
         recipe: what and how to train.
         data_dir: the folder that the recipe's paths start from.
         output: the bundle's folder.
-        folds: patients to hold out, each in its own training; None = every patient, empty = none.
+        folds: splits to measure by, each in its own training: patients, or the numbers of groups;
+            None = all, empty = none.
+        device: "auto", "cpu" or "cuda".
+        devices: how many.
+        overwrite: start anew.
         progress: told after every step.
 
     Returns:
         Held-out patient → class → score.
 
     Raises:
-        RecipeError: data that are missing or do not fit, or a leak between the sides of a split.
+        RecipeError: data that are missing or do not fit, a leak between the sides of a split, or a
+            folder with another training.
+        BusyError: another process trains in the folder.
     """
-    samples = load_samples(recipe, data_dir)
-    scores = {}
-    for split in _splits(samples, folds):
-        told = _named(f"without {split.name}", progress)
-        network = fit(recipe, split.train, data_dir=data_dir, progress=told)
-        scores[split.name] = measure(network, recipe.bundle, split.test)
-        for name, score in scores[split.name].items():
-            logger.info("held out %s: %s Dice %.3f", split.name, name, score.dice)
-    told = _named("all patients", progress)
-    network = fit(recipe, samples, data_dir=data_dir, progress=told)
-    write_bundle(network, recipe, samples, scores, output)
-    return scores
-
-
-def _splits(samples: Sequence[Sample], folds: Collection[str] | None) -> list[Split]:
-    if folds is not None and not folds:
-        return []
-    splits = leave_one_patient_out(samples)
-    if unknown := set(folds or ()) - {s.name for s in splits}:
-        raise RecipeError(
-            f"no patient {sorted(unknown)} to hold out; there are {[s.name for s in splits]}"
+    fabric = open_fabric(recipe, device=device, devices=devices)
+    with ExitStack() as closing:
+        samples = load_samples(recipe, data_dir, closing)
+        n_classes = len(recipe.bundle.classes)
+        looked = list(map_in_threads(lambda sample: survey(sample, n_classes), samples))
+        surveys = {id(s): found for s, found in zip(samples, looked, strict=True)}
+        _check_classes(recipe, looked)
+        splits = (
+            []
+            if folds is not None and not folds
+            else plan_splits(samples, recipe.split, seed=recipe.train.seed, wanted=folds)
         )
-    return [s for s in splits if folds is None or s.name in folds]
+        key = _key(recipe, samples, looked)
+        if fabric.is_global_zero:
+            closing.enter_context(claim_folder(output / STATE))
+            _open_state(output / STATE, key, overwrite=overwrite)
+        fabric.barrier()
+
+        def learn(name: str, own: Sequence[Sample]) -> Fitted:
+            learning, validation = leave_out_validation(
+                own, recipe.split.validation, seed=recipe.train.seed
+            )
+            folder = output / STATE / _folder_name(name)
+            folder.mkdir(parents=True, exist_ok=True)
+            fitted = fit(
+                recipe,
+                Learner(samples=learning, surveys=[surveys[id(s)] for s in learning]),
+                validation=validation,
+                fabric=fabric,
+                data_dir=data_dir,
+                folder=folder,
+                progress=partial(progress, name) if progress else None,
+            )
+            if fabric.is_global_zero:
+                write_history(folder, fitted.history)
+            return fitted
+
+        tallies: dict[str, Tally] = {}
+        for split in splits:
+            tallies |= _judged(recipe, split, learn, output / STATE)
+        fitted = learn(EVERYBODY, samples)
+        if fabric.is_global_zero:
+            trained = Trained(samples=samples, surveys=looked, tallies=tallies, fingerprint=key)
+            write_bundle(fitted.network, recipe, trained, output)
+            write_history(output, fitted.history)
+    return {patient: scores_of(tally, recipe.bundle) for patient, tally in tallies.items()}
 
 
-def _named(name: str, progress: Progress | None) -> Callable[[int, int], None] | None:
-    return partial(progress, name) if progress else None
+def _judged(
+    recipe: Recipe, split: Split, learn: Callable[[str, Sequence[Sample]], Fitted], folder: Path
+) -> dict[str, Tally]:
+    """Return the counts of a split's patients, from an earlier call where it got that far."""
+    name = f"without {split.name}"
+    path = folder / _folder_name(name) / "held_out.json"
+    if path.is_file():
+        held = json.loads(path.read_text("utf-8"))
+        return {patient: _tally(np.array(counts)) for patient, counts in held.items()}
+    fitted = learn(name, split.train)
+    tallies = measure(fitted.network, recipe.bundle, split.test)
+    for patient, tally in tallies.items():
+        for label, score in scores_of(tally, recipe.bundle).items():
+            logger.info("held out %s: %s Dice %.3f", patient, label, score.dice)
+    with writing(path), written_beside(path) as partial:
+        counts = {patient: tally.confusion.tolist() for patient, tally in tallies.items()}
+        partial.write_text(json.dumps(counts), "utf-8")
+    return tallies
+
+
+def _tally(confusion: npt.NDArray[np.int64]) -> Tally:
+    return Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64))
+
+
+def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
+    """Refuse a class of which there is nothing to learn."""
+    totals = np.sum([found.totals for found in surveys], axis=0)
+    names = [info.name for info in recipe.bundle.classes]
+    if empty := [name for name, total in zip(names, totals, strict=True) if total == 0]:
+        raise RecipeError(
+            f"no pixel of any image is {', '.join(empty)}; look at the recipe's classes, or leave "
+            "the class out of the bundle"
+        )
+
+
+def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:
+    """Return a digest of all that the weights depend on."""
+    settings = {
+        name: asdict(getattr(recipe, name)) for name in ("bundle", "train", "augment", "split")
+    }
+    data = [
+        (s.patient, s.name, s.label, s.digest, found.digest)
+        for s, found in zip(samples, surveys, strict=True)
+    ]
+    text = json.dumps([settings, data], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
+    """Make the folder ready for the training of a key, emptied if that is asked for."""
+    path = folder / "key.json"
+    found: Mapping[str, str] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    if overwrite:
+        for part in folder.iterdir():
+            if part.is_dir():
+                shutil.rmtree(part)
+    elif found and found.get("key") != key:
+        raise RecipeError(
+            f"{folder.parent} holds a training by another recipe, or on other data; "
+            "choose another --output, or --overwrite"
+        )
+    with writing(path), written_beside(path) as partial:
+        partial.write_text(json.dumps({"key": key}), "utf-8")
+
+
+def _folder_name(name: str) -> str:
+    """Return a name of letters that no other split has."""
+    kept = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+    return f"{kept[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

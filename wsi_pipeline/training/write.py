@@ -1,39 +1,57 @@
-"""A trained network out, as a bundle with its card."""
+"""A trained network out, as a bundle with its card; and how the training went."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
+from wsi_pipeline.evaluation.metrics import Tally, bootstrap
 from wsi_pipeline.networks.weights import kept_state
-from wsi_pipeline.store import written_beside
-from wsi_pipeline.training.measure import Score
+from wsi_pipeline.store import writing, written_beside
+from wsi_pipeline.training.crops import Survey
+from wsi_pipeline.training.measure import scores_of
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample
 
 WEIGHTS = "model.safetensors"
-Scores = Mapping[str, Mapping[str, Score]]
-"""Held-out patient → class → score."""
+MANY = 60
+"""Patients above which the card does not list them."""
+HISTORY, CURVES = "history.csv", "curves.png"
 
 
-def write_bundle(
-    network: nn.Module,
-    recipe: Recipe,
-    samples: Sequence[Sample],
-    scores: Scores,
-    folder: Path,
-) -> None:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trained:
+    """What a network was trained on, and what its like do on patients that they have not seen.
+
+    Attributes:
+        samples: that it was trained on.
+        surveys: of each.
+        tallies: of each held-out patient.
+        fingerprint: of the recipe and the data.
+    """
+
+    samples: Sequence[Sample]
+    surveys: Sequence[Survey]
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: Path) -> None:
     """Write `model.toml`, weights and model card of a trained network; return nothing.
 
     Args:
         network: trained.
         recipe: by which.
-        samples: on which.
-        scores: of networks trained likewise without the patient they are judged on.
+        trained: on what, and how well.
         folder: to write into; made where it is missing, its three files replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,67 +63,179 @@ def write_bundle(
     with written_beside(folder / WEIGHTS) as partial:
         partial.write_bytes(save(state))
     (folder / "model.toml").write_text(bundle_toml(recipe.bundle, weights=WEIGHTS), "utf-8")
-    (folder / "README.md").write_text(model_card(recipe, samples, scores), "utf-8")
+    (folder / "README.md").write_text(model_card(recipe, trained), "utf-8")
 
 
-def model_card(recipe: Recipe, samples: Sequence[Sample], scores: Scores) -> str:
+def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write a training's history as CSV, and its curves where matplotlib is there.
+
+    Args:
+        folder: of the files.
+        history: rows of step, loss, learning_rate, and validation_dice where one was taken.
+    """
+    columns = ("step", "loss", "learning_rate", "validation_dice")
+    buffer = io.StringIO(newline="")
+    table = csv.DictWriter(buffer, columns, restval="")
+    table.writeheader()
+    table.writerows(history)
+    with writing(folder), written_beside(folder / HISTORY) as partial:
+        partial.write_text(buffer.getvalue(), "utf-8")
+    if find_spec("matplotlib"):
+        with writing(folder), written_beside(folder / CURVES) as partial:
+            _draw(partial, history)
+
+
+def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    from matplotlib.figure import Figure  # of the train extra; no window is wanted
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["step"] for row in history], [row["loss"] for row in history], color="#4575b4")
+    axes.set(xlabel="step", ylabel="loss")
+    looks = [row for row in history if "validation_dice" in row]
+    if looks:
+        right = axes.twinx()
+        steps, dice = zip(*((row["step"], row["validation_dice"]) for row in looks), strict=True)
+        right.plot(steps, dice, color="#d73027", marker="o")
+        right.set(ylabel="Dice of the validation patients", ylim=(0, 1))
+    figure.savefig(path, format="png", dpi=120)
+
+
+def model_card(recipe: Recipe, trained: Trained) -> str:
     """Return the card: what the network is, learnt from, and how well it does; Markdown."""
-    bundle, train = recipe.bundle, recipe.train
+    bundle = recipe.bundle
     names = ", ".join(c.name for c in bundle.classes[1:])
     patch = " × ".join(map(str, bundle.input.patch_size))
-    start = f"from the encoder weights `{train.encoder}`" if train.encoder else "from scratch"
     sections = [
         f"# {bundle.name}",
-        f"`{bundle.network}` for {names} at {bundle.mpp} µm per pixel, in patches of {patch} px.",
+        f"`{bundle.network}` for {names} {_resolution(recipe)}, in patches of {patch} px.",
         "**For research and demonstration. Not a medical device; not for diagnosis.**",
         "## Training data",
         recipe.notes,
-        _data_table(recipe, samples),
+        _data_table(recipe, trained),
+        _class_table(recipe, trained),
+        f"Fingerprint of recipe and data: `{trained.fingerprint[:16]}`.",
         "## Training",
-        f"{train.steps:,} steps of {train.batch_size} crops of {train.crop[0]} to "
-        f"{train.crop[1]} px, {start}; cross-entropy and soft Dice; AdamW, learning rate up to "
-        f"{train.learning_rate:g}; moving average of the weights; seed {train.seed}. Colours, "
-        "geometry, focus and empty glass are varied at random.",
+        _training(recipe),
         "## How well it does",
-        _score_table(scores),
+        _score_table(recipe, trained.tallies),
     ]
     if recipe.limits:
         sections += ["## Limits", recipe.limits]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _data_table(recipe: Recipe, samples: Sequence[Sample]) -> str:
-    area_mm2 = (recipe.bundle.mpp / 1000) ** 2
-    rows = ["| patient | images | area mm² |", "|---|---:|---:|"]
-    for patient in sorted({s.patient for s in samples}):
-        own = [s.truth.numel() for s in samples if s.patient == patient]
-        rows.append(f"| {patient} | {len(own)} | {sum(own) * area_mm2:.2f} |")
+def _resolution(recipe: Recipe) -> str:
+    spec = recipe.bundle.input
+    if spec.mpp is not None:
+        return f"at {spec.mpp} µm per pixel"
+    if spec.fit is not None:
+        return f"in images brought to {spec.fit[0]} × {spec.fit[1]} px"
+    return f"in volumes of {' × '.join(f'{s:g}' for s in spec.spacing_mm or ())} mm"
+
+
+def _training(recipe: Recipe) -> str:
+    spec, split = recipe.train, recipe.split
+    losses = {"ce": "cross-entropy", "dice": "soft Dice", "ce+dice": "cross-entropy and soft Dice"}
+    start = f"from the encoder weights `{spec.encoder}`" if spec.encoder else "from scratch"
+    batch = f"{spec.batch_size * spec.accumulate} crops of {spec.crop[0]} to {spec.crop[1]} px"
+    chosen = (
+        f" {split.validation:.0%} of the patients were left out of the learning to choose the "
+        "best weights by."
+        if split.validation
+        else ""
+    )
+    return (
+        f"{spec.steps:,} steps of {batch}, {start}; {losses[spec.loss]}; {spec.optimizer}, "
+        f"learning rate up to {spec.learning_rate:g}, {spec.schedule}; {spec.precision}; moving "
+        f"average of the weights; seed {spec.seed}. Colours, geometry and focus are varied at "
+        f"random; {spec.balance:.0%} of the crops are drawn evenly over the classes.{chosen}"
+    )
+
+
+def _amount(pixels: int, recipe: Recipe) -> str:
+    if recipe.bundle.input.mpp is None:
+        return f"{pixels:,} px"
+    return f"{pixels * (recipe.bundle.mpp / 1000) ** 2:.2f} mm²"
+
+
+def _data_table(recipe: Recipe, trained: Trained) -> str:
+    """Return a row for each patient, or a sentence where there are many."""
+    own: dict[str, list[int]] = {}
+    for i, sample in enumerate(trained.samples):
+        own.setdefault(sample.patient, []).append(i)
+    known = {p: sum(int(trained.surveys[i].totals.sum()) for i in of) for p, of in own.items()}
+    if len(own) > MANY:
+        total = _amount(sum(known.values()), recipe)
+        return f"{len(trained.samples)} images of {len(own)} patients, {total} with known classes."
+    rows = ["| patient | images | known |", "|---|---:|---:|"]
+    rows += [f"| {p} | {len(own[p])} | {_amount(known[p], recipe)} |" for p in sorted(own)]
     return "\n".join(rows)
 
 
-def _score_table(scores: Scores) -> str:
-    if not scores:
+def _class_table(recipe: Recipe, trained: Trained) -> str:
+    totals = np.stack([found.totals for found in trained.surveys])
+    rows = ["| class | patients | known |", "|---|---:|---:|"]
+    for i, info in enumerate(recipe.bundle.classes):
+        having = {s.patient for s, n in zip(trained.samples, totals[:, i], strict=True) if n}
+        amount = _amount(int(totals[:, i].sum()), recipe)
+        rows.append(f"| {info.name} | {len(having)} | {amount} |")
+    return "\n".join(rows)
+
+
+def _score_table(recipe: Recipe, tallies: Mapping[str, Tally]) -> str:
+    if not tallies:
         return "Not measured."
+    split = recipe.split
+    how = (
+        f"{split.folds} groups of patients, each left out once"
+        if split.folds
+        else "Leave one patient out"
+    )
     rows = [
-        "Leave one patient out: for each row a network was trained by the same recipe on the "
-        "other patients only. Overlapping patches, pixels of a patient pooled. The weights here "
-        "are trained on all patients, so no patient of the table is new to them.\n",
+        f"{how}: for each row a network was trained by the same recipe without that patient. "
+        "Overlapping patches, pixels of a patient pooled. The weights here are trained on all "
+        "patients, so no patient of the table is new to them.\n",
         "| held-out patient | class | Dice | IoU | share of class | Dice of “everywhere” |",
         "|---|---|---:|---:|---:|---:|",
     ]
+    scores = {patient: scores_of(tally, recipe.bundle) for patient, tally in tallies.items()}
     cells = [(p, c, s) for p, classes in scores.items() for c, s in classes.items()]
-    rows += [
-        f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.everywhere_dice:.3f} |"
-        for p, c, s in cells
-    ]
+    if len(scores) <= MANY:
+        rows += [
+            f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.everywhere_dice:.3f} |"
+            for p, c, s in cells
+        ]
     for name in dict.fromkeys(c for _, c, _ in cells):
-        own = [s for _, c, s in cells if c == name]
+        own = [s for _, c, s in cells if c == name and s.share > 0] or [
+            s for _, c, s in cells if c == name
+        ]
         dice, iou, share, everywhere = (
             sum(getattr(s, f) for s in own) / len(own)
             for f in ("dice", "iou", "share", "everywhere_dice")
         )
         rows.append(
-            f"| **mean** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
+            f"| **mean of {len(own)}** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
             f"| {everywhere:.3f} |"
         )
-    return "\n".join(rows)
+    return "\n".join([*rows, *_intervals(recipe, tallies)])
+
+
+def _intervals(recipe: Recipe, tallies: Mapping[str, Tally]) -> list[str]:
+    """Return a line for each class: the figures of all pixels together, and how sure they are."""
+    if len(tallies) < 2:
+        return []
+    by_class, _ = bootstrap(list(tallies.values()))
+    whole = sum(tallies.values(), start=Tally.empty(len(recipe.bundle.classes)))
+    lines = [
+        "",
+        "Pixels of all patients together, with 95 % intervals by drawing patients anew:",
+        "",
+    ]
+    for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
+        dice, iou = by_class["dice"][:, i], by_class["iou"][:, i]
+        lines.append(
+            f"- {name}: Dice {score.dice:.3f} ({dice[0]:.3f} to {dice[1]:.3f}), "
+            f"IoU {score.iou:.3f} ({iou[0]:.3f} to {iou[1]:.3f})"
+        )
+    return lines

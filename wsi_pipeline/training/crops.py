@@ -1,0 +1,200 @@
+"""Where to look: patients and classes drawn evenly, then a crop, turned and scaled."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.grid import Shape, iter_blocks
+from wsi_pipeline.training.samples import IGNORE, Sample
+
+BLOCK_SIDE = {2: 1024, 3: 128}
+"""Side of what is looked through at once for places, by the number of axes."""
+KEPT = 64
+"""Places of each class that are kept of a block."""
+
+Places = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Survey:
+    """Where in a sample which class is.
+
+    Attributes:
+        counts: (blocks, K) int64 pixels.
+        places: of each block and class, (n, d) int32 some of its pixels.
+        digest: of the truth.
+    """
+
+    counts: npt.NDArray[np.int64]
+    places: list[list[Places]]
+    digest: str
+
+    @property
+    def totals(self) -> npt.NDArray[np.int64]:
+        """Return (K,) pixels of each class."""
+        return np.asarray(self.counts.sum(0))
+
+
+def survey(sample: Sample, n_classes: int) -> Survey:
+    """Look through a sample's truth, block by block; return where which class is."""
+    side = BLOCK_SIDE[len(sample.shape)]
+    counts, places = [np.zeros(n_classes, np.int64)], [[np.empty((0, 0), np.int32)] * n_classes]
+    digest = hashlib.sha256(str(sample.shape).encode())
+    for block in iter_blocks(sample.shape, (side,) * len(sample.shape)):
+        if not sample.source.may_know(block.start, block.shape):
+            continue
+        truth = sample.source.read_truth(block.start, block.shape).numpy()
+        digest.update(f"{block.name}".encode())
+        digest.update(np.ascontiguousarray(truth).tobytes())
+        found = np.bincount(truth[truth != IGNORE].ravel(), minlength=n_classes)
+        counts.append(found[:n_classes])
+        rng = np.random.default_rng(block.index)
+        places.append([_some(truth == i, block.start, rng) for i in range(n_classes)])
+    return Survey(counts=np.stack(counts), places=places, digest=digest.hexdigest())
+
+
+def _some(mask: npt.NDArray[np.bool_], start: Shape, rng: np.random.Generator) -> Places:
+    """Return up to `KEPT` of the marked pixels, (n, d), counted from the sample's corner."""
+    flat = np.flatnonzero(mask)
+    if len(flat) > KEPT:
+        flat = np.sort(rng.choice(flat, KEPT, replace=False))
+    return np.asarray(np.stack(np.unravel_index(flat, mask.shape), 1) + start, dtype=np.int32)
+
+
+class Sampler:
+    """Draws samples, and places in them.
+
+    Args:
+        samples: to draw from.
+        surveys: of each.
+        balance: share of the draws that take a class evenly; the others go by area.
+
+    Raises:
+        RecipeError: nothing to draw, as all is unknown.
+    """
+
+    def __init__(
+        self, samples: Sequence[Sample], surveys: Sequence[Survey], *, balance: float
+    ) -> None:
+        self._samples = samples
+        self._surveys = surveys
+        self._balance = balance
+        self._totals = np.stack([s.totals for s in surveys])  # (samples, K)
+        self._owners: dict[str, list[int]] = {}
+        for i, sample in enumerate(samples):
+            if self._totals[i].sum():
+                self._owners.setdefault(sample.patient, []).append(i)
+        if not self._owners:
+            raise RecipeError("no pixel of any image has a known class; look at classes and ignore")
+        self._classes = np.flatnonzero(self._totals.sum(0)).tolist()
+
+    def draw(self, generator: Generator) -> tuple[Sample, Shape]:
+        """Draw a patient, one of its images, and a pixel of it whose class is known."""
+        wanted = torch.rand((), generator=generator).item() < self._balance
+        chosen = self._classes[_pick(len(self._classes), generator)]
+        classes = [chosen] if wanted else self._classes
+        amounts = self._totals[:, classes].sum(1)
+        having = [p for p in sorted(self._owners) if amounts[self._owners[p]].sum()]
+        own = self._owners[having[_pick(len(having), generator)]]
+        i = own[_weighted(amounts[own], generator)]
+        blocks = self._surveys[i].counts
+        block = _weighted(blocks[:, classes].sum(1), generator)
+        index = classes[_weighted(blocks[block, classes], generator)]
+        places = self._surveys[i].places[block][index]
+        place = places[_pick(len(places), generator)]
+        return self._samples[i], tuple(int(p) for p in place)
+
+
+def _pick(count: int, generator: Generator) -> int:
+    return int(torch.randint(count, (), generator=generator))
+
+
+def _weighted(amounts: npt.NDArray[np.int64], generator: Generator) -> int:
+    return int(
+        torch.multinomial(torch.from_numpy(amounts.astype(np.float64)), 1, generator=generator)
+    )
+
+
+def random_crop(
+    sample: Sample,
+    place: Shape,
+    size: int,
+    generator: Generator,
+    *,
+    scale: float,
+    rotate: float,
+) -> tuple[Tensor, Tensor]:
+    """Cut a square or cube around a place, turned, flipped and scaled; return it with its truth.
+
+    Turns are about the first axis of a volume. What lies beyond the image is mirrored.
+
+    Args:
+        sample: to cut from.
+        place: a pixel that lies somewhere in the crop, array order.
+        size: side of the crop, px.
+        generator: of the random numbers.
+        scale: largest enlargement and reduction.
+        rotate: share of crops turned by any angle, not only right ones.
+
+    Returns:
+        (C, *sides) float32 in [0, 1] and (*sides) uint8.
+    """
+    axes = len(sample.shape)
+    turn, any_angle, zoom, mirror, flip_z = torch.rand(5, generator=generator).tolist()
+    within = torch.rand(axes, generator=generator).tolist()
+    angle = 2 * math.pi * turn if any_angle < rotate else math.pi / 2 * int(4 * turn)
+    step = math.exp((2 * zoom - 1) * math.log(scale))  # image px per crop px
+    reach = size * step / 2
+    centre = [
+        _inside(p + 0.5 + (2 * w - 1) * reach, n, reach)
+        for p, w, n in zip(place, within, sample.shape, strict=True)
+    ]
+    # the window holds the crop at any angle; two pixels more for the interpolation
+    radius = [reach] * (axes - 2) + [reach * 1.4143] * 2
+    start = [max(0, int(c - r) - 2) for c, r in zip(centre, radius, strict=True)]
+    stop = [min(n, int(c + r) + 3) for c, r, n in zip(centre, radius, sample.shape, strict=True)]
+    shape = tuple(b - a for a, b in zip(start, stop, strict=True))
+    image, truth = sample.read(tuple(start), shape)
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    theta = _turned(angle, -1.0 if mirror < 0.5 else 1.0)
+    steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) * step
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1) @ theta.T  # (x, y)
+    if axes == 3:
+        depth = (steps * (-1.0 if flip_z < 0.5 else 1.0))[:, None, None, None]
+        plane = grid.expand(size, -1, -1, -1)
+        grid = torch.cat([plane, depth.expand(-1, size, size, -1)], dim=-1)  # (x, y, z)
+    corner = torch.tensor([c - a for c, a in zip(centre, start, strict=True)][::-1])
+    extent = torch.tensor(shape[::-1], dtype=torch.float32)
+    where = (2 * (grid + corner) / extent - 1)[None].float()
+    return (
+        _sampled(image, where, "bilinear"),
+        _sampled(truth[None].float(), where, "nearest")[0].to(torch.uint8),
+    )
+
+
+def _turned(angle: float, flip: float) -> Tensor:
+    """Return the 2 × 2 matrix of a turn and a mirroring."""
+    return torch.tensor(
+        [[math.cos(angle) * flip, -math.sin(angle)], [math.sin(angle) * flip, math.cos(angle)]]
+    )
+
+
+def _inside(centre: float, length: int, reach: float) -> float:
+    """Return the nearest centre such that the crop lies inside, or the middle if it cannot."""
+    return length / 2 if length <= 2 * reach else min(max(centre, reach), length - reach)
+
+
+def _sampled(image: Tensor, where: Tensor, mode: str) -> Tensor:
+    return functional.grid_sample(
+        image[None], where, mode=mode, padding_mode="reflection", align_corners=False
+    )[0]
