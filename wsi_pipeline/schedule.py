@@ -284,7 +284,10 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
         else:
             # torch may hold the GIL for long
             closing.enter_context(dask.config.set({"distributed.admin.tick.limit": "1h"}))
-            client = closing.enter_context(Client(closing.enter_context(_start(options))))
+            cluster = closing.enter_context(
+                _start(options) if options.cluster is None else _start_jobs(options.workers)
+            )
+            client = closing.enter_context(Client(cluster))
         if not is_in_process(client):
             closing.enter_context(_watched(client))
             _check_versions(client)
@@ -293,9 +296,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
 
 
 def _start(options: ScheduleOptions) -> SpecCluster:
-    """Return a cluster of this process, of this machine's GPUs, or of a queue's jobs."""
-    if options.cluster is not None:
-        return _start_jobs(options.workers)
+    """Return a cluster of this process, or of this machine's GPUs."""
     if len(options.gpus) > 1:
         return _start_gpu_workers(options)
     return LocalCluster(
@@ -338,23 +339,41 @@ def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
     )
 
 
-def _start_jobs(count: int) -> SpecCluster:
-    """Return a cluster whose workers are jobs of SLURM, as dask's configuration describes them."""
+@contextmanager
+def _start_jobs(count: int) -> Iterator[SpecCluster]:
+    """Yield a cluster whose workers are jobs of SLURM, as dask's configuration describes them."""
     try:
         from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
         raise ClusterError(
             f'--cluster slurm: {error}; it needs pip install "wsi-pipeline[cluster]"'
         ) from error
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tells each failed job once more
+    loopback = {"dashboard_address": "127.0.0.1:0"}
+    told = dask.config.get("jobqueue.slurm.scheduler-options", None) or {}
     try:
-        cluster = SLURMCluster(scheduler_options={"dashboard": has_dashboard()})
-        cluster.scale(jobs=count)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise ClusterError(
-            f"--cluster slurm: {_first_line(error)}; say in dask's configuration, under "
-            "jobqueue.slurm, what a job is: at least cores, memory and walltime"
-        ) from error
-    return cluster
+        cluster = SLURMCluster(scheduler_options=loopback | told)
+    except (ValueError, OSError) as error:
+        raise _no_jobs(error) from error
+    with ExitStack() as closing:
+        closing.callback(cluster.close)
+        try:
+            while len(cluster.worker_spec) < count:
+                cluster.worker_spec.update(cluster.new_worker_spec())
+            cluster.sync(cluster._correct_state)  # submits; scale() would lose the error
+        except RuntimeError as error:
+            cluster.workers.clear()  # or closing waits for jobs that there are not
+            cluster._created.clear()
+            raise _no_jobs(error) from error
+        yield cluster
+
+
+def _no_jobs(error: Exception) -> ClusterError:
+    reason = " ".join(str(error).rpartition("stderr:")[2].split())
+    return ClusterError(
+        f"--cluster slurm: {reason}; say in dask's configuration, under jobqueue.slurm, what a "
+        "job is: at least cores, memory and walltime"
+    )
 
 
 def has_dashboard() -> bool:

@@ -18,6 +18,7 @@ stop() {
 start() {
     chmod 755 "$dir"
     mkdir -p "$dir/state" "$dir/spool"
+    memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
     (umask 077 && head -c 1024 /dev/urandom > "$dir/munge.key")
     cat > "$dir/slurm.conf" <<END
 ClusterName=test
@@ -40,7 +41,7 @@ SlurmctldPidFile=$dir/slurmctld.pid
 SlurmdPidFile=$dir/slurmd.pid
 SlurmctldLogFile=$dir/slurmctld.log
 SlurmdLogFile=$dir/slurmd.log
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$memory State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 END
     export SLURM_CONF=$dir/slurm.conf
