@@ -14,7 +14,18 @@ import pytest
 import zarr
 from bundles import Busy, Pointwise, classify, pointwise_bundle
 
+from wsi_pipeline import (
+    ExportOptions,
+    ScheduleOptions,
+    Settings,
+    find_slides,
+    load_bundle,
+    open_cluster,
+    plan_jobs,
+    segment_all,
+)
 from wsi_pipeline.report import load_run
+from wsi_pipeline.store import RunStore
 
 SLIDES = 3
 
@@ -123,6 +134,40 @@ def assert_masks(output, slide_pixels):
     assert not list(output.rglob("*.partial"))
 
 
+def test_a_slide_in_another_hand_is_looked_at_again_in_the_end(tmp_path, place):
+    jobs = plan_jobs(find_slides([str(place / "slides")], output=tmp_path), tmp_path)
+    settings = Settings(export=ExportOptions(outputs=("zarr",)))
+    claim = RunStore(folder=jobs[0].folder).claim()
+    with open_cluster(ScheduleOptions()) as client:
+        done = []
+        for job, run in segment_all(
+            jobs, load_bundle(place / "quick"), client=client, settings=settings
+        ):
+            done.append((job.folder.name, run.status))
+            claim.close()  # the other process has died
+    assert done == [("1", "done"), ("2", "done"), ("0", "done")]
+
+
+@pytest.mark.slow
+def test_two_shards_at_the_same_moment_do_every_slide_once(tmp_path, place, slide_pixels):
+    output = tmp_path / "out"
+    both = [start(place, output, "--shard", f"{n}/2", model="busy") for n in (1, 2)]
+    growing = set()
+    while any(process.poll() is None for process in both):
+        if (output / "summary.csv").exists():
+            growing.add(len((output / "summary.csv").read_text().splitlines()) - 1)
+        time.sleep(0.02)
+    for process in both:
+        assert process.communicate() == (None, "")
+        assert process.returncode == 0
+    assert_masks(output, slide_pixels)
+    assert growing >= {1, SLIDES}  # the summary grew as slides finished
+    log = [load_run(output / str(n) / "run.json").seconds["total"] for n in range(SLIDES)]
+    again = run(place, output, model="busy")  # finds all of them done
+    assert again.returncode == 0
+    assert log == [load_run(output / str(n) / "run.json").seconds["total"] for n in range(SLIDES)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 4])
 def test_worker_processes_give_the_masks(tmp_path, place, slide_pixels, workers):
@@ -182,6 +227,7 @@ def test_workers_of_another_version_are_refused(tmp_path, place):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="unshare is not installed")
 def test_a_folder_that_workers_do_not_share_is_named(tmp_path, place):
     """The worker has a folder of the same name, on a disk of its own."""

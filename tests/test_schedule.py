@@ -7,13 +7,14 @@ import sys
 import threading
 import time
 
+import dask
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
 
-from wsi_pipeline.errors import BundleError, SourceError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
 from wsi_pipeline.grid import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.schedule import open_cluster, run_blocks
+from wsi_pipeline.schedule import check_shared, gpu_share, open_cluster, run_blocks
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 
@@ -100,10 +101,99 @@ def test_no_blocks_no_work():
 
 def test_a_scheduler_that_does_not_answer_is_named():
     with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),  # dask's own settings hold
         pytest.raises(WsiPipelineError, match=r"127\.0\.0\.1:9.*running"),
         open_cluster(ScheduleOptions(scheduler="tcp://127.0.0.1:9")),
     ):
         pass
+
+
+class Named(Recorder):
+    """Work that tells which worker did it."""
+
+    def __call__(self, block):
+        return get_worker().name
+
+
+class FailingOnOne(Named):
+    """Work that one worker cannot do."""
+
+    def __call__(self, block):
+        if get_worker().name == "plain":
+            raise SourceError("the disk is not mounted")
+        return super().__call__(block)
+
+
+@pytest.fixture
+def two_workers():
+    """Return the address of a scheduler with two workers, one of which announces GPUs."""
+    host = {"host": "127.0.0.1", "dashboard": False}
+    options = {"plain": {"nthreads": 1}, "with GPUs": {"nthreads": 4, "resources": {"GPU": 2}}}
+    workers = {
+        name: {"cls": Worker, "options": host | own | {"name": name}}
+        for name, own in options.items()
+    }
+    with SpecCluster(workers=workers, scheduler={"cls": Scheduler, "options": host}) as cluster:
+        yield cluster.scheduler_address
+
+
+def test_where_workers_announce_gpus_they_get_all_blocks(two_workers):
+    with open_cluster(ScheduleOptions(scheduler=two_workers)) as client:
+        share = gpu_share(client)
+        assert share == {"GPU": 0.5}
+        assert set(run_blocks(client, BLOCKS, Named)) == {"plain", "with GPUs"}
+        assert set(run_blocks(client, BLOCKS, Named, resources=share)) == {"with GPUs"}
+
+
+def test_a_block_that_fails_on_one_worker_is_done_by_another(two_workers, caplog):
+    with open_cluster(ScheduleOptions(scheduler=two_workers)) as client:
+        done = list(run_blocks(client, BLOCKS, FailingOnOne))
+    assert done == ["with GPUs"] * len(BLOCKS)
+    assert "the disk is not mounted; it is tried again" in caplog.text
+
+
+def test_a_block_that_fails_everywhere_fails(two_workers):
+    with (
+        open_cluster(ScheduleOptions(scheduler=two_workers)) as client,
+        pytest.raises(SourceError, match="cannot be read"),
+    ):
+        list(run_blocks(client, BLOCKS, Failing))
+
+
+def test_blocks_of_several_threads_are_done_by_priority(two_workers):
+    """Those of the first slide end before most of the second, which began at the same time."""
+    order = []
+
+    def slide(number):
+        order.extend(number for _ in run_blocks(client, BLOCKS, Recorder, priority=-number))
+
+    with open_cluster(ScheduleOptions(scheduler=two_workers)) as client:
+        threads = [threading.Thread(target=slide, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert sorted(order) == [0] * len(BLOCKS) + [1] * len(BLOCKS) + [2] * len(BLOCKS)
+    last = [len(order) - order[::-1].index(number) for number in range(3)]
+    assert last == sorted(last)
+
+
+def test_files_that_workers_do_not_see_are_named(two_workers, tmp_path):
+    with open_cluster(ScheduleOptions(scheduler=two_workers)) as client:
+        check_shared(client, tmp_path, [tmp_path])
+        with pytest.raises(ClusterError, match=r"does not see .*nowhere"):
+            check_shared(client, tmp_path, [tmp_path / "nowhere"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_gpu_gets_a_process_that_sees_no_other(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")  # as a queue would have set it
+    with open_cluster(ScheduleOptions(gpus=(0, 2))) as client:
+        seen = client.run(os.getenv, "CUDA_VISIBLE_DEVICES")
+        pids = client.run(os.getpid)
+        assert all("//127.0.0.1:" in worker for worker in seen)
+    assert sorted(seen.values()) == ["4", "6"]
+    assert len({os.getpid(), *pids.values()}) == 3
 
 
 class Slow:
