@@ -2,6 +2,7 @@
 
 import threading
 from concurrent.futures import wait
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -189,6 +190,67 @@ def test_two_blocks_share_what_one_predicts():
     for thread in threads:
         thread.join(20)
     assert found == {"first": [1, 2], "mine": [3], "second": [2, 3]}
+
+
+def test_passes_begin_in_the_order_of_claims():
+    cache = PatchCache(np.full(4, 2), max_bytes=10**6)
+    begun, inside, rest = [], threading.Event(), threading.Event()
+
+    def first():
+        with cache.claim(np.array([1, 2])) as claim:
+            inside.set()
+            assert not second_begins.wait(0.2)
+            cache.wait_for_turn(claim)
+            begun.append("first")
+            cache.end_turn(claim)
+            assert second_begins.wait(10)  # before this one is done
+            fresh = predictions(claim)
+            for patch in (1, 2):
+                claim.result(patch, fresh)
+            rest.set()
+
+    def second():
+        inside.wait(10)
+        with cache.claim(np.array([3])) as claim:
+            cache.wait_for_turn(claim)
+            begun.append("second")
+            second_begins.set()
+
+    second_begins = threading.Event()
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert begun == ["first", "second"]
+    assert rest.is_set()
+
+
+def test_who_predicts_nothing_or_fails_holds_up_nobody():
+    cache = PatchCache(np.full(3, 9), max_bytes=10**6)
+    claimed(cache, [1, 2])
+    with cache.claim(np.array([1, 2])) as idle, cache.claim(np.array([0])) as busy:
+        assert idle.mine.size == 0
+        cache.wait_for_turn(idle)
+        cache.wait_for_turn(busy)
+    with cache.claim(np.array([0])) as last:
+        with suppress(BundleError), cache.claim(np.array([1])):
+            raise BundleError("before its turn")
+        cache.wait_for_turn(last)
+
+
+def test_others_may_follow_when_the_last_pass_is_queued(tmp_path):
+    predictor = Predictor(
+        load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128)), device="cpu", threads=1
+    )
+    begun = threading.Event()
+    found = predictor.predict(REGION, ORIGINS, begun=begun.set)
+    next(found)
+    assert not begun.is_set()
+    for _ in range(3):
+        next(found)
+    assert begun.is_set()
+    assert len(list(found)) == 1
 
 
 def test_an_error_reaches_who_waits_and_nothing_of_it_stays():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import wait
 from dataclasses import astuple, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,6 @@ class SegmentBlocks:
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         self._cache = PatchCache(plan.uses(), max_bytes=CACHE_BYTES)
-        self._computing = threading.Lock()
         self._bad: list[Region] = []
         self._noting = threading.Lock()
         self._mask = open_mask(plan.store.mask_path)
@@ -178,15 +177,16 @@ class SegmentBlocks:
             pixels, corner = self._read(claim.mine)
             region = self._predictor.upload(pixels)
             clock.lap("read")
-            wait(claim.others.values())  # before the lock: whoever predicts them needs it
-            with self._computing:
-                clock.skip()
-                fresh = self._predictor.predict(
-                    region, self._plan.grid.origins[claim.mine] - corner
-                )
-                placed = self._placed(wanted, claim, fresh)
-                mask, probability = self._classify(self._pieces(placed, block), block)
-                clock.lap("predict")
+            self._cache.wait_for_turn(claim)
+            clock.skip()
+            fresh = self._predictor.predict(
+                region,
+                self._plan.grid.origins[claim.mine] - corner,
+                begun=partial(self._cache.end_turn, claim),
+            )
+            placed = self._placed(wanted, claim, fresh)
+            mask, probability = self._classify(self._pieces(placed, block), block)
+            clock.lap("predict")
         return mask, probability, len(claim.mine)
 
     def _placed(

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,13 +120,18 @@ class Predictor:
         return region
 
     def predict(
-        self, region: torch.Tensor, origins: npt.NDArray[np.int64]
+        self,
+        region: torch.Tensor,
+        origins: npt.NDArray[np.int64],
+        *,
+        begun: Callable[[], None] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Predict patches of a region; yield the probabilities of each in turn.
 
         Args:
             region: uint8 (h, w, C) on the device, holding all the patches.
             origins: (n, 2) first corners (y, x) within the region.
+            begun: called when all passes are queued: those of another region may follow.
 
         Yields:
             float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
@@ -139,6 +144,8 @@ class Predictor:
             for first in range(0, len(origins), self._batch):
                 batch = origins[first : first + self._batch]
                 ahead.append(self._pool.submit(self._forward, region, batch))
+                if begun is not None and first + len(batch) == len(origins):
+                    begun()
                 if len(ahead) > self._passes:  # one more than runs, so that no core waits
                     yield from ahead.popleft().result()
             while ahead:
@@ -232,13 +239,16 @@ class PatchCache:
         self._lock = threading.Lock()
         self._futures: dict[int, Future[torch.Tensor]] = {}
         self._bytes = 0
+        self._queue: list[Claim] = []
+        self._moved = threading.Condition(self._lock)
 
     @contextmanager
     def claim(self, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
         """Yield what one block has to predict itself and what it gets from others.
 
-        Claims are made whole and in turn, so a block waits for earlier ones only and none waits
-        in a circle. If the body fails, those who wait for it get its error.
+        Claims are made whole and in turn, and passes are to be begun in that order, see
+        `wait_for_turn`: so a block waits for earlier ones only and none waits in a circle. If the
+        body fails, those who wait for it get its error.
 
         Args:
             patches: indices, ascending, of all that the block needs.
@@ -249,16 +259,33 @@ class PatchCache:
             mine = [p for p, future in futures.items() if future is None]
             made: dict[int, Future[torch.Tensor]] = {p: Future() for p in mine if self._uses[p] > 0}
             self._futures.update(made)
-        others = {p: future for p, future in futures.items() if future is not None}
+            others = {p: future for p, future in futures.items() if future is not None}
+            claim = Claim(mine=np.array(mine, np.int64), made=made, others=others)
+            self._queue.append(claim)
         try:
-            yield Claim(mine=np.array(mine, np.int64), made=made, others=others)
+            yield claim
         except BaseException as error:
             for future in made.values():
                 if not future.done():
                     future.set_exception(error)
             raise
         finally:
+            self.end_turn(claim)
             self._settle(made)
+
+    def wait_for_turn(self, claim: Claim) -> None:
+        """Wait until the passes of all earlier claims are begun."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._queue[0] is claim)
+        if len(claim.mine) == 0:
+            self.end_turn(claim)
+
+    def end_turn(self, claim: Claim) -> None:
+        """Let the next claim begin its passes, unless that was done before."""
+        with self._moved:
+            if claim in self._queue:
+                self._queue.remove(claim)
+                self._moved.notify_all()
 
     def _settle(self, made: Mapping[int, Future[torch.Tensor]]) -> None:
         """Count what a block made; drop what failed, is needed no more, or is too much."""
