@@ -30,7 +30,7 @@ from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
-from wsi_pipeline.networks import build
+from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.training.augment import blur, empty_glass, vary_contrast, vary_stain
@@ -1127,10 +1127,45 @@ def test_two_processes_learn_together(folder: Path) -> None:
     build(load_bundle(folder / "b"))
 
 
-def test_the_shipped_recipe_is_a_recipe() -> None:
-    recipe = load_recipe(ROOT / "workflows" / "train" / "bcss-demo.toml")
-    assert recipe.bundle.name == "lightmuseg-bcss-demo"
-    assert len({d.patient for d in recipe.data}) == 3
+RECIPES = sorted((ROOT / "workflows" / "train").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_shipped_recipes_train_networks_that_there_are(path: Path) -> None:
+    recipe = load_recipe(path)
+    with torch.device("meta"):
+        network = create(recipe.bundle)
+    assert all(side % network.size_multiple == 0 for side in recipe.train.crop)
+    assert f"`{path.name}`" in (path.parent / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "baseline"),
+    [
+        ("bcss-binary", "bcss-binary-unet"),
+        ("bcss-wsss", "bcss-wsss-unet"),
+        ("bcss-demo", "bcss-demo-unet"),
+        ("busi-swish-unet", "busi-unet"),
+        ("inbreast", "inbreast-dense"),
+        ("dce-mri", "dce-mri-unet3d"),
+    ],
+)
+def test_baselines_are_trained_identically(name: str, baseline: str) -> None:
+    ours, other = (load_recipe(ROOT / f"workflows/train/{n}.toml") for n in (name, baseline))
+    assert ours.data == other.data
+    assert ours.augment == other.augment
+    assert ours.split == other.split
+    assert ours.bundle.input == other.bundle.input
+    assert dataclasses.replace(ours.train, encoder=None) == dataclasses.replace(
+        other.train, encoder=None
+    )
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.toml").write_text(f'extends = "{other}.toml"', "utf-8")
+    with pytest.raises(RecipeError, match=r"extends a\.toml, which extends it"):
+        load_recipe(tmp_path / "a.toml")
 
 
 def test_the_shipped_recipe_finds_its_data(data_dir: Path) -> None:

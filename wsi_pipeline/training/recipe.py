@@ -158,7 +158,8 @@ class DataSpec:
         patients: in place of `patient`, a regular expression; what it finds in a file's name, its
             first group where it has one, is the patient.
         masks: a folder or file.
-        mask_name: of the mask in that folder; `{stem}` is the image's name without suffix.
+        mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
+            `{patient}` the patient.
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
         background: names of annotations that are background. Areas of other classes, and what lies
             in no area, are neither learnt nor judged.
@@ -235,21 +236,44 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe; return it.
 
+    With `extends`, the name of another recipe in the same folder, it says only what differs.
+
     Raises:
         RecipeError: not a recipe, or one that contradicts itself.
     """
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
-    except OSError as error:
-        raise RecipeError(f"no recipe at {path}: {error.strerror}") from error
+    table = _read(path)
     try:
         return _parse(table, path)
     except KeyError as error:
         raise RecipeError(f"{path} lacks {error}") from error
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def _read(path: Path, over: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the table of a recipe, laid over that of the one it extends, where it does."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"no recipe at {path}: {error.strerror}") from error
+    if "extends" not in table:
+        return table
+    base = path.with_name(str(table.pop("extends")))
+    if base in (path, *over):
+        raise RecipeError(f"{path} extends {base.name}, which extends it")
+    return _laid_over(_read(base, (path, *over)), table)
+
+
+def _laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with the values of another in place of its own, but options of a network."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        deeper = isinstance(value, dict) and isinstance(below, dict) and key != "network_options"
+        merged[key] = _laid_over(below, value) if deeper else value
+    return merged
 
 
 def _parse(table: dict[str, Any], path: Path) -> Recipe:

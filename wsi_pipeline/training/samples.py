@@ -221,8 +221,17 @@ def _pairs(spec: DataSpec, data_dir: Path) -> list[tuple[Path, Path]]:
             )
         return [(images[0], told)]
     if spec.masks is not None:
-        return [(image, told / spec.mask_name.format(stem=stem(image))) for image in images]
+        return [(image, told / _mask_name(image, spec)) for image in images]
     return [(image, _annotations_of(image, told)) for image in images]
+
+
+def _mask_name(image: Path, spec: DataSpec) -> str:
+    try:
+        return spec.mask_name.format(stem=stem(image), patient=_patient(image, spec))
+    except (KeyError, IndexError, ValueError) as error:
+        raise RecipeError(
+            f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}} or {{patient}}"
+        ) from error
 
 
 def _annotations_of(image: Path, folder: Path) -> Path:
