@@ -61,6 +61,9 @@ TRIM_EVERY = 4
 RETRIES = 2
 """How often a block that failed on a worker elsewhere is tried on another."""
 
+LEAST_IN_FLIGHT = 16
+"""Blocks of a slide that a cluster elsewhere has, so that requests are worth their time."""
+
 LOOK_EVERY = 5.0
 """Seconds after which the workers of a cluster are counted again."""
 
@@ -622,23 +625,20 @@ def run_blocks(
     futures = as_completed(
         submit(list(islice(waiting, most))),
         loop=client.loop,
-        with_results=True,
-        raise_errors=False,
     )
     try:
         for batch in futures.batches():
-            results = []
-            for future, result in batch:
-                if failure := _failure(client, future, result):
-                    futures.update(again(future, failure))
-                else:
-                    results.append(result)
+            found = _results(client, batch)
+            for future, result in zip(batch, found, strict=True):
+                if isinstance(result, _Failure):
+                    futures.update(again(future, result))
                 del tries[future.key]
             if time.monotonic() > counted + LOOK_EVERY:
                 most, counted = _most_in_flight(client, max_ram), time.monotonic()
-            room = max(_room(futures.count(), most, max_ram), 0)  # there may be fewer workers
-            futures.update(submit(list(islice(waiting, room))))
-            yield from results
+            room = _room(futures.count(), most, max_ram)
+            if room >= (1 if max_ram else most // 2):  # one request for many, where they can wait
+                futures.update(submit(list(islice(waiting, room))))
+            yield from (result for result in found if not isinstance(result, _Failure))
     finally:
         _end(client, [opening, *futures.futures], desk, name)
 
@@ -646,22 +646,27 @@ def run_blocks(
 def _most_in_flight(client: Client, max_ram: int | None) -> int:
     with _reaching(client):
         in_hand = max(int(sum(client.nthreads().values())), 1)
-    return in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
+    if is_in_process(client):
+        return in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
+    return max(2 * in_hand, LEAST_IN_FLIGHT)
 
 
-def _failure(client: Client, future: Any, result: Any) -> _Failure | None:
-    """Return how a block failed, None if it did not; raise what no other try could mend."""
-    if future.status == "error":
-        error = result[1]
-        if isinstance(error, KilledWorker):
-            raise WsiPipelineError(
-                f"a block ended {error.allowed_failures + 1} workers, {error.last_worker.address} "
-                "the last; if they ran out of memory, give them more or lower --block-size"
-            )
-        raise error
-    if future.status != "finished":
-        raise _lost(client)
-    return result if isinstance(result, _Failure) else None
+def _results(client: Client, futures: list[Any]) -> list[Any]:
+    """Return what came home of blocks; raise what no other try could mend."""
+    for future in futures:
+        if future.status == "error":
+            error = future.exception()
+            if isinstance(error, KilledWorker):
+                raise WsiPipelineError(
+                    f"a block ended {error.allowed_failures + 1} workers, "
+                    f"{error.last_worker.address} the last; if they ran out of memory, give them "
+                    "more or lower --block-size"
+                )
+            raise error
+        if future.status != "finished":
+            raise _lost(client)
+    with _reaching(client):
+        return list(client.gather(futures))
 
 
 def _end(client: Client, futures: list[Any], desk: str, name: str) -> None:
