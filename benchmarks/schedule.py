@@ -51,7 +51,8 @@ def cluster(folder: Path, workers: int) -> Iterator[tuple[Path, psutil.Process]]
     """Yield the file and the process of a scheduler with workers of one thread."""
     file = folder / "scheduler.json"
     file.unlink(missing_ok=True)
-    common = ["--host", "127.0.0.1", "--scheduler-file", str(file), "--no-dashboard"]
+    common = ["--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0"]
+    common += ["--scheduler-file", str(file)]
     alone = ["--nthreads", "1", "--no-nanny", "--local-directory", str(folder)]
     commands = [["dask_scheduler", "--port", "0", "--no-show", *common]]
     commands += [["dask_worker", *alone, *common]] * workers

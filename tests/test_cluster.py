@@ -70,7 +70,8 @@ class Cluster:
         return subprocess.Popen(
             [
                 *(sys.executable, "-m", f"distributed.cli.{program}", "--host", "127.0.0.1"),
-                *("--scheduler-file", self.file, "--no-dashboard", *map(str, options)),
+                *("--scheduler-file", self.file, "--dashboard-address", "127.0.0.1:0"),
+                *map(str, options),
             ],
             cwd=self.folder,  # and not a checkout, where another version would be found
             env=os.environ | environment,

@@ -127,7 +127,7 @@ class FailingOnOne(Named):
 @pytest.fixture
 def two_workers():
     """Return the address of a scheduler with two workers, one of which announces GPUs."""
-    host = {"host": "127.0.0.1", "dashboard": False}
+    host = {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}
     options = {"plain": {"nthreads": 1}, "with GPUs": {"nthreads": 4, "resources": {"GPU": 2}}}
     workers = {
         name: {"cls": Worker, "options": host | own | {"name": name}}
@@ -214,7 +214,7 @@ class Slow:
 def test_a_killed_workers_blocks_are_done_by_another():
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0"
         ) as cluster,
         Client(cluster) as client,
     ):
