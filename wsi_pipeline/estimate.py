@@ -24,10 +24,12 @@ GPU_BYTES = 1200 * 10**6
 """CUDA's own libraries in the main memory."""
 OUTPUT_BYTES = 250 * 10**6
 """Pyramid, TIFF and overlay, written while the next slide's blocks are done."""
-VERTEX_BYTES = 200
-"""Of main memory, while outlines are simplified."""
-PX_PER_VERTEX = 2000
-"""Mask pixels on tissue for each vertex of an outline: a guess, which noisy masks belie."""
+VERTEX_BYTES = 75
+"""Of main memory, for each that is left of an outline."""
+PX_PER_VERTEX = 300
+"""Mask pixels on tissue for each vertex that is left, on real tissue; busy masks have many more."""
+MOST_PLANES = 1024
+"""Activations, in planes of a patch, which no network of the package reaches."""
 PROGRAM_PLANES = 64
 """Activations of a program, of which none but its input is known, in planes of a patch."""
 MASK_PX_BYTES = 16
@@ -60,10 +62,24 @@ class Estimate:
     mask_shape: Shape
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelBytes:
+    """What a model takes.
+
+    Attributes:
+        weights: bytes of the weights.
+        activations: of one patch in float32.
+    """
+
+    weights: float
+    activations: float
+
+
 def estimate_memory(
     bundle: Bundle,
     predict: PredictOptions,
     *,
+    model: ModelBytes,
     block_size: int,
     ratio: tuple[float, float],
     patches: int,
@@ -77,6 +93,7 @@ def estimate_memory(
     Args:
         bundle: the model.
         predict: options.
+        model: what it takes.
         block_size: side of a block in mask pixels.
         ratio: (y, x) grid pixels per mask pixel.
         patches: to predict.
@@ -93,28 +110,37 @@ def estimate_memory(
     block = block_size**2 * MASK_PX_BYTES + math.prod(sides) * GRID_PX_BYTES
     total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
     total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
-    model, each = _model_bytes(bundle)
     if device.type == "cpu":
-        batch = predict.batch_size or 1
+        batch, each = predict.batch_size or 1, model.activations
         if choose_dtype(predict.precision, device) is not torch.float32:
             each /= 2
         # finished predictions wait for their turn beside those that are made
         made = (2 * threads + 1) * batch * channels * patch_px * 4
         straddling = min(CACHE_BYTES, patches * channels * patch_px * 4)
-        total += workers * (2 * model + threads * batch * each + made + bands + straddling)
+        total += workers * (2 * model.weights + threads * batch * each + made + bands + straddling)
     else:
-        total += GPU_BYTES + workers * model
+        total += GPU_BYTES + workers * model.weights
     return int(total)
 
 
-def _model_bytes(bundle: Bundle) -> tuple[float, float]:
-    """Return the bytes of the weights, and of the activations of one patch in float32."""
+def most_model_bytes(bundle: Bundle) -> ModelBytes:
+    """Return, at once, what the model certainly does not exceed."""
+    weights = bundle.weights_path.stat().st_size if bundle.weights_path else 0
+    return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * MOST_PLANES)
+
+
+def model_bytes(bundle: Bundle) -> ModelBytes:
+    """Return what the model takes; it is built for that and run on shapes, in a second or two."""
     module = build(bundle).module
     weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     size = (bundle.input.channels, *bundle.input.patch_size)
     if isinstance(module, SegmentationNetwork):
-        return weights, peak_memory(module, size) - weights
-    return weights, PROGRAM_PLANES * math.prod(bundle.input.patch_size) * 4
+        return ModelBytes(weights=weights, activations=peak_memory(module, size) - weights)
+    return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * PROGRAM_PLANES)
+
+
+def _plane_bytes(bundle: Bundle) -> int:
+    return math.prod(bundle.input.patch_size) * 4
 
 
 def estimate_files(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,14 @@ from wsi_pipeline.errors import (
     StoreError,
     WsiPipelineError,
 )
-from wsi_pipeline.estimate import Estimate, estimate_files, estimate_memory
+from wsi_pipeline.estimate import (
+    Estimate,
+    ModelBytes,
+    estimate_files,
+    estimate_memory,
+    model_bytes,
+    most_model_bytes,
+)
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import Job
@@ -211,6 +218,7 @@ def estimate(
     blocks_in_hand: int = 2,
     threads: int | None = None,
     rate: float,
+    model: ModelBytes,
 ) -> Estimate:
     """Return what a slide will take, from its headers and thumbnail; nothing is written.
 
@@ -222,6 +230,7 @@ def estimate(
         blocks_in_hand: of each.
         threads: of the CPU for one worker's forward passes; None = all.
         rate: patches per second, of all workers together.
+        model: what it takes.
 
     Raises:
         WsiPipelineError: the slide or the model cannot be used; the message says why.
@@ -242,7 +251,7 @@ def estimate(
     return Estimate(
         patches=len(plan.grid),
         seconds=len(plan.grid) / rate,
-        memory=_peak_memory(plan, bundle, workers=workers, blocks_in_hand=blocks_in_hand),
+        memory=_peak_memory(plan, bundle, model, workers=workers, blocks_in_hand=blocks_in_hand),
         disk=disk,
         files=files,
         mask_shape=plan.mask_shape,
@@ -650,10 +659,13 @@ def _tissue_px(plan: Plan) -> float:
     return min(covered, math.prod(plan.mask_shape))
 
 
-def _peak_memory(plan: Plan, bundle: Bundle, *, workers: int, blocks_in_hand: int) -> int:
+def _peak_memory(
+    plan: Plan, bundle: Bundle, model: ModelBytes, *, workers: int, blocks_in_hand: int
+) -> int:
     return estimate_memory(
         bundle,
         plan.predict,
+        model=model,
         block_size=min(plan.block_size, max(plan.mask_shape)),
         ratio=plan.ratio,
         patches=len(plan.grid),
@@ -671,10 +683,14 @@ def _memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callab
     threads = client.nthreads()
     workers, in_hand = len(threads), sum(threads.values()) // len(threads)
     lower = "lower --workers, --block-size or --batch-size"
+    peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
+    most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))
 
     def check(plan: Plan) -> None:
-        needed = _peak_memory(plan, bundle, workers=workers, blocks_in_hand=in_hand)
         free = free_memory() + used_memory()
+        if peak(plan, model=most) <= min(free, max_ram or free):
+            return  # without losing time
+        needed = peak(plan, model=exact())
         if max_ram is not None and needed > max_ram:
             raise WsiPipelineError(
                 f"about {needed / 1e9:.1f} GB of memory are needed, --max-ram allows "

@@ -480,11 +480,12 @@ def _threads(schedule: ScheduleOptions) -> int:
 def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: ScheduleOptions) -> bool:
     """Say what a run would take, a line for each slide and one for all; return whether it could."""
     from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.estimate import patches_per_second
+    from wsi_pipeline.estimate import model_bytes, patches_per_second
     from wsi_pipeline.pipeline import estimate
     from wsi_pipeline.schedule import cpu_count
 
     rate = patches_per_second(bundle, settings.predict, threads=cpu_count())
+    model = model_bytes(bundle)
     found = []
     for job in jobs:
         try:
@@ -496,6 +497,7 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
                 blocks_in_hand=schedule.blocks_in_hand,
                 threads=_threads(schedule),
                 rate=rate,
+                model=model,
             )
         except WsiPipelineError as error:
             click.echo(f"{job.path}\twould fail: {error}")
