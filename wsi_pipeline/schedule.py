@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from itertools import islice
@@ -55,6 +56,11 @@ logger = logging.getLogger(__name__)
 NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
 
+IN_PROCESS = {
+    "distributed.admin.tick.limit": "1h",  # torch may hold the GIL for long
+    "distributed.worker.profile.enabled": False,  # it takes the GIL a hundred times a second
+}
+"""Dask's configuration where its threads share a process with ours."""
 TRIM_EVERY = 4
 """Blocks after which freed memory goes back: it costs page faults, without it peaks add up."""
 
@@ -129,12 +135,14 @@ class _Opened:
 class _Desk:
     """What a worker has before it: the work that it opened, and what it keeps from run to run."""
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None]) -> None:
+        self._check = check
         self.keep: Keep = {}
         self._works: dict[str, _Opened | None] = {}
         self._changing = threading.Lock()
 
     def work(self, name: str, opener: Opener[Any]) -> _Opened:
+        self._check()  # those that join later are not asked before
         with self._changing:
             work = self._works.setdefault(name, _Opened(opener, self.keep))
         if work is None:
@@ -160,10 +168,15 @@ class _HasDesk(WorkerPlugin):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._versions = _versions()  # ours, wherever the worker is
 
     def setup(self, worker: Worker) -> None:
         # not on self: workers of an in-process cluster share the plugin object
-        setattr(worker, self.name, _Desk())
+        setattr(
+            worker,
+            self.name,
+            _Desk(partial(_check_same, worker.address, _versions(), self._versions)),
+        )
 
     async def teardown(self, worker: Worker) -> None:
         await asyncio.to_thread(worker.__dict__.pop(self.name).clear)
@@ -285,8 +298,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
         if options.scheduler is not None:
             client = closing.enter_context(_connect(options.scheduler))
         else:
-            # torch may hold the GIL for long
-            closing.enter_context(dask.config.set({"distributed.admin.tick.limit": "1h"}))
+            closing.enter_context(dask.config.set(IN_PROCESS))
             cluster = closing.enter_context(
                 _start(options) if options.cluster is None else _start_jobs(options.workers)
             )
@@ -386,8 +398,9 @@ def has_dashboard() -> bool:
 
 def dashboard_link(client: Client) -> str | None:
     """Return the URL of the cluster's dashboard, None where it has none."""
-    has_one = "dashboard" in client.scheduler_info(n_workers=0)["services"] and has_dashboard()
-    return str(client.dashboard_link) if has_one else None
+    with _reaching(client):
+        has_one = has_dashboard() and "dashboard" in client.scheduler_info()["services"]
+        return str(client.dashboard_link) if has_one else None
 
 
 def _connect(address: str) -> Client:
@@ -432,10 +445,11 @@ def _lost(client: Client) -> ClusterError:
 @contextmanager
 def _watched(client: Client) -> Iterator[None]:
     """Log every worker that is lost."""
-    workers = set(client.nthreads())
-    if not workers:
-        logger.warning("no worker at %s yet: waiting for one", _address(client))
-        client.wait_for_workers(1)
+    with _reaching(client):
+        if not client.nthreads():
+            logger.warning("no worker at %s yet: waiting for one", _address(client))
+            client.wait_for_workers(1)
+        workers = set(client.nthreads())
 
     def note(event: tuple[float, dict[str, Any]]) -> None:
         _, news = event
@@ -475,22 +489,23 @@ def _check_versions(client: Client) -> None:
     Raises:
         ClusterError: one has.
     """
-    ours = _versions()
     for worker, theirs in _ask_workers(client, _versions).items():
-        different = [
-            f"{name} {theirs[name]} (here {ours[name]})"
-            for name in ours
-            if theirs[name] != ours[name]
-        ]
-        if different:
-            raise ClusterError(
-                f"worker {worker} has {', '.join(different)}; install the same versions on client "
-                "and workers"
-            )
+        _check_same(worker, theirs, _versions())
+
+
+def _check_same(worker: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    different = [
+        f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name]
+    ]
+    if different:
+        raise ClusterError(
+            f"worker {worker} has {', '.join(different)}; install the same versions on client "
+            "and workers"
+        )
 
 
 def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
-    """Make sure that workers elsewhere see the files of a run under the same paths.
+    """Make sure that all workers see the files of a run under the same paths.
 
     Args:
         client: as `open_cluster` yields it.
@@ -500,8 +515,6 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
     Raises:
         ClusterError: a worker does not see one.
     """
-    if is_in_process(client):
-        return
     # a new file: a folder of the same name may lie on each worker's own disk
     with NamedTemporaryFile(dir=folder, prefix=".shared.", suffix=".partial") as fresh:
         wanted = {fresh.name: str(folder), **{str(path): str(path) for path in paths}}
@@ -617,15 +630,13 @@ def run_blocks(
             "block %s failed on worker %s: %s; it is tried again",
             block.name, failure.worker, _first_line(failure.error),
         )  # fmt: skip
-        others = [worker for worker in client.nthreads() if worker != failure.worker]
+        with _reaching(client):
+            others = [worker for worker in client.nthreads() if worker != failure.worker]
         where = {"workers": others, "allow_other_workers": True} if others else {}
         return submit([block], number + 1, **where)
 
     most, counted = _most_in_flight(client, max_ram), time.monotonic()
-    futures = as_completed(
-        submit(list(islice(waiting, most))),
-        loop=client.loop,
-    )
+    futures = as_completed(submit(list(islice(waiting, most))), loop=client.loop)
     try:
         for batch in futures.batches():
             found = _results(client, batch)
