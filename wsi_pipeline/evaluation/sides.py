@@ -161,14 +161,22 @@ class MaskReader:
         if not (len(rows) and len(columns)):
             return result
         top, left = int(rows[0]), int(columns[0])
-        window = self._mask.pixels[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
-        values = np.asarray(window)[np.ix_(rows - top, columns - left)]
+        values = np.asarray(
+            self._mask.pixels[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
+        )
+        if not (_is_run(rows) and _is_run(columns)):
+            values = values[np.ix_(rows - top, columns - left)]
         if (largest := int(values.max(initial=0))) > LARGEST_VALUE or values.min(initial=0) < 0:
             raise EvaluationError(
                 f"{self._mask.path} holds the value {largest}; a mask has 0 to {LARGEST_VALUE}"
             )
-        result[np.ix_(is_row, is_column)] = self._table[values]
+        result[is_row[0] : is_row[-1] + 1, is_column[0] : is_column[-1] + 1] = self._table[values]
         return result
+
+
+def _is_run(index: npt.NDArray[np.int64]) -> bool:
+    """Return whether indices count up one by one."""
+    return bool((np.diff(index) == 1).all())
 
 
 def _nearest(
