@@ -42,6 +42,11 @@ def test_help_lists_every_command():
         ["segment", "x.svs", "--model", "m", "--output", "o", "--tissue", "missing.png"],
         ["segment", "x.svs", "--model", "m", "--output", "o", "--shard", "3/2"],
         ["segment", "x.svs", "--model", "m", "--output", "o", "--outputs", "zarr,pdf"],
+        ["segment", "x.svs", "--model", "m", "--output", "o", "--gpus", "first"],
+        ["segment", "x.svs", "--model", "m", "--output", "o", "--gpus", "0", "--device", "cpu"],
+        ["segment", "x.svs", "--model", "m", "--output", "o", "--gpus", "99"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--cluster", "slurm", "--scheduler", "tcp://h"],
+        ["status", "no-such-folder"],
         ["tile", "x.svs", "--output", "o"],
         ["tile", "x.svs", "--mpp", "1", "--patch-size", "64", "--overlap", "64", "--output", "o"],
     ],
@@ -86,7 +91,7 @@ def test_shards_share_out_all_slides(tmp_path, slide_path):
     for number in range(5):
         (slides / f"{number}.tif").write_bytes(slide_path.read_bytes())
     bundle = pointwise_bundle(tmp_path / "m", mpp=1.0, patch_size=128)
-    for shard in ("1/2", "2/2"):
+    for shard in ("1/2", "2/2", "7/9"):
         result = invoke(
             "-q", "segment", slides, "--model", bundle, "--output", tmp_path / "o",
             "--outputs", "zarr", "--mask-mpp", "1", "--shard", shard,
@@ -94,6 +99,8 @@ def test_shards_share_out_all_slides(tmp_path, slide_path):
         assert result.exit_code == 0, result.output
         done = sorted(p.parent.name for p in (tmp_path / "o").glob("*/run.json"))
         assert done == (["0", "2", "4"] if shard == "1/2" else ["0", "1", "2", "3", "4"])
+    status = json.loads(invoke("status", tmp_path / "o", "--json").stdout)
+    assert status["done"] == ["0", "1", "2", "3", "4"]
     rows = (tmp_path / "o" / "summary.csv").read_text().splitlines()
     assert len(rows) == 6  # with the header: the second call keeps the first's
 

@@ -59,6 +59,7 @@ from wsi_pipeline.store import (
     PIXEL_CHUNK,
     RunStore,
     StoredGrid,
+    make_folder,
     open_patch_grid,
     open_run_store,
     run_key,
@@ -148,7 +149,10 @@ def segment_all(
     """
     if not jobs:
         return
-    check_shared(client, jobs[0].folder.parent, _local_paths(jobs[0], bundle))
+    if not is_in_process(client):
+        output = jobs[0].folder.parent
+        make_folder(output)
+        check_shared(client, output.absolute(), _local_paths(jobs[0], bundle))
     team = _Team(client, bundle, settings, threads=threads, overwrite=overwrite, max_ram=max_ram)
     busy: list[Job] = []
     for last_look in (False, True):
