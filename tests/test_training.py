@@ -933,6 +933,11 @@ def test_crops_that_the_network_does_not_take_are_refused(
         fit(changed(recipe, crop=(63, 64)), learner(samples))
 
 
+def test_a_precision_that_the_device_lacks_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(RecipeError, match="which CPUs do not have"):
+        open_fabric(changed(recipe, precision="fp16"), device="cpu")
+
+
 def test_a_few_pictures_are_learnt_by_heart(recipe: Recipe, samples: list[Sample]) -> None:
     quick = changed(recipe, steps=60, average=0.5, learning_rate=0.01)
     network = fit(dataclasses.replace(quick, augment=QUIET), learner(samples)).network

@@ -161,9 +161,7 @@ class MaskReader:
         if not (len(rows) and len(columns)):
             return result
         top, left = int(rows[0]), int(columns[0])
-        values = np.asarray(
-            self._mask.pixels[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1]
-        )
+        values = np.asarray(self._mask.pixels[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1])
         if not (_is_run(rows) and _is_run(columns)):
             values = values[np.ix_(rows - top, columns - left)]
         if (largest := int(values.max(initial=0))) > LARGEST_VALUE or values.min(initial=0) < 0:

@@ -104,7 +104,7 @@ def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fa
         devices: how many; each is a process that runs the same command.
 
     Raises:
-        RecipeError: it is not installed, or there are no such devices.
+        RecipeError: it is not installed, there are no such devices, or not at that precision.
     """
     if not find_spec("lightning_fabric"):
         raise RecipeError('no lightning-fabric here: pip install "wsi-pipeline[train]"')
@@ -115,8 +115,11 @@ def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fa
     wanted = "cuda" if device == "auto" and torch.cuda.is_available() else device
     if wanted == "cuda" and torch.cuda.device_count() < devices:
         raise RecipeError(f"{devices} GPUs are wanted, {torch.cuda.device_count()} are here")
+    accelerator = "cpu" if wanted == "auto" else wanted
+    if accelerator == "cpu" and recipe.train.precision == "fp16":
+        raise RecipeError('train.precision is "fp16", which CPUs do not have; take bf16 or fp32')
     fabric = Fabric(
-        accelerator="cpu" if wanted == "auto" else wanted,
+        accelerator=accelerator,
         devices=devices,
         # some networks hold weights that are never called, as the authors' checkpoints do
         strategy=DDPStrategy(find_unused_parameters=True) if devices > 1 else "auto",

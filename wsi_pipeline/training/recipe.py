@@ -271,8 +271,9 @@ def _laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in own.items():
         below = base.get(key)
-        deeper = isinstance(value, dict) and isinstance(below, dict) and key != "network_options"
-        merged[key] = _laid_over(below, value) if deeper else value
+        if isinstance(value, dict) and isinstance(below, dict) and key != "network_options":
+            value = _laid_over(below, value)
+        merged[key] = value
     return merged
 
 

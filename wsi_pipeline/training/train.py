@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.export import map_in_threads
@@ -75,7 +76,7 @@ def train(
         samples = load_samples(recipe, data_dir, closing)
         n_classes = len(recipe.bundle.classes)
         looked = list(map_in_threads(lambda sample: survey(sample, n_classes), samples))
-        surveys = {id(s): found for s, found in zip(samples, looked, strict=True)}
+        surveys = dict(zip(samples, looked, strict=True))
         _check_classes(recipe, looked)
         splits = (
             []
@@ -96,7 +97,7 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             fitted = fit(
                 recipe,
-                Learner(samples=learning, surveys=[surveys[id(s)] for s in learning]),
+                Learner(samples=learning, surveys=[surveys[s] for s in learning]),
                 validation=validation,
                 fabric=fabric,
                 data_dir=data_dir,
@@ -155,14 +156,12 @@ def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
 
 def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:
     """Return a digest of all that the weights depend on."""
-    settings = {
-        name: asdict(getattr(recipe, name)) for name in ("bundle", "train", "augment", "split")
-    }
+    settings = [asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
     data = [
         (s.patient, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)
     ]
-    text = json.dumps([settings, data], sort_keys=True, default=str)
+    text = json.dumps([bundle_table(recipe.bundle), settings, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
