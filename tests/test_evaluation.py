@@ -501,6 +501,26 @@ def test_a_truth_without_prediction_is_refused(tmp_path: Path) -> None:
         pair_up(tmp_path / "p", tmp_path / "t", slide=None, size=None)
 
 
+def test_slides_of_a_cohort_are_found_by_name(tmp_path: Path, slide_path: Path) -> None:
+    for name in ("a", "b"):
+        write_png(tmp_path / f"p/{name}.png", random_mask(0))
+        write_png(tmp_path / f"t/{name}.png", random_mask(0))
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides/a.tif").symlink_to(slide_path)
+    (tmp_path / "slides/a.csv").write_text("no slide")
+    folders = tmp_path / "p", tmp_path / "t"
+    with pytest.raises(ValueError, match=r"no slide in .*slides for b of"):
+        pair_up(*folders, slide=tmp_path / "slides", size=None)
+    (tmp_path / "slides/b.tif").symlink_to(slide_path)
+    pairings = pair_up(*folders, slide=tmp_path / "slides", size=None)
+    assert [p.slide.name for p in pairings] == ["a.tif", "b.tif"]
+    files = tmp_path / "p/b.png", tmp_path / "t/a.png"
+    (single,) = pair_up(*files, slide=tmp_path / "slides", size=None)
+    assert single.slide.name == "b.tif"
+    (single,) = pair_up(*files, slide=tmp_path / "slides/a.tif", size=None)
+    assert single.slide.name == "a.tif"
+
+
 @pytest.mark.parametrize(
     "options", [["--rename", "x"], ["--size", "3"], ["--truth-values", "Tumor"]]
 )

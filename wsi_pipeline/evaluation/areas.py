@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import shapely
 from shapely import Polygon, STRtree
 
@@ -81,7 +82,7 @@ def load_areas(
     if nameless:
         raise AnnotationError(
             f"{path}: {nameless} of {len(found)} areas have no class; give them one in QuPath, "
-            f'or {IGNORED_CLASS} or {REGION_CLASS}, or name them all by a renaming of ""'
+            f"{IGNORED_CLASS} where none fits (`evaluate` names them all with --rename =CLASS)"
         )
     return Areas(
         path=path,
@@ -123,10 +124,9 @@ class AreaReader:
             shape: (h, w) in pixels.
             downsample: (y, x) level-0 pixels per pixel.
         """
-        (y, x), (height, width), (fy, fx) = origin, shape, downsample
-        window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
-        seen = np.sort(self._tree.query(window, predicate="intersects"))
-        place = {"origin": (y * fy, x * fx), "downsample": downsample}
+        seen = np.sort(self._near(origin, shape, downsample))
+        corner = (origin[0] * downsample[0], origin[1] * downsample[1])
+        place = {"origin": corner, "downsample": downsample}
         mask = _burn(
             [(self._polygons[i], self._values[i]) for i in seen], shape, self._outside, **place
         )
@@ -140,9 +140,15 @@ class AreaReader:
         self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
     ) -> bool:
         """Return whether any area shares a point with a rectangle, given as in `read`."""
+        return len(self._near(origin, shape, downsample)) > 0
+
+    def _near(
+        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
+    ) -> npt.NDArray[np.int64]:
+        """Return the indices of the polygons that share a point with a rectangle."""
         (y, x), (height, width), (fy, fx) = origin, shape, downsample
         window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
-        return len(self._tree.query(window, predicate="intersects")) > 0
+        return np.asarray(self._tree.query(window, predicate="intersects"))
 
 
 def _burn(

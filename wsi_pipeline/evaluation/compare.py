@@ -29,8 +29,8 @@ from wsi_pipeline.evaluation.sides import (
 )
 from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.inputs import find_slides
 from wsi_pipeline.options import Frame
-from wsi_pipeline.paths import is_ome_zarr
 from wsi_pipeline.report import RUN_FILE
 from wsi_pipeline.sources import open_source
 
@@ -314,16 +314,15 @@ def pair_up(
         size: (width, height) of level 0, of all.
 
     Raises:
-        EvaluationError: a truth without a prediction, or names that are not clear.
+        EvaluationError: a truth without a prediction or slide, or names that are not clear.
     """
+    slides = _slides(slide) if slide else {}
     if _is_single(prediction) and _is_single(truth):
-        if slide and slide.is_dir() and not is_ome_zarr(slide):
-            slide = _members(slide, slides=True).get(_stem(prediction))
-        return [
-            Pairing(
-                name=_stem(prediction), prediction=prediction, truth=truth, slide=slide, size=size
-            )
-        ]
+        name = _stem(prediction)
+        if len(slides) > 1 and name not in slides:
+            raise EvaluationError(f"no slide {name} in {slide}; name one of {', '.join(slides)}")
+        own = slides.get(name, next(iter(slides.values()), None))
+        return [Pairing(name=name, prediction=prediction, truth=truth, slide=own, size=size)]
     if _is_single(prediction) or _is_single(truth):
         raise EvaluationError(
             f"{prediction} and {truth}: give two files (or runs), or two folders of such"
@@ -338,7 +337,8 @@ def pair_up(
         raise EvaluationError(f"no masks, runs or GeoJSON files in {truth}")
     if more := sorted(predictions.keys() - truths.keys()):
         logger.warning("no truth in %s for %s: not judged", truth, ", ".join(more))
-    slides = _members(slide, slides=True) if slide and slide.is_dir() else {}
+    if slide and (lacking := sorted(truths.keys() - slides.keys())):
+        raise EvaluationError(f"no slide in {slide} for {', '.join(lacking)} of {truth}")
     return [
         Pairing(
             name=name,
@@ -361,21 +361,25 @@ def _is_mask_folder(path: Path) -> bool:
     )
 
 
-def _members(folder: Path, *, slides: bool = False) -> dict[str, Path]:
-    """Return what a folder holds by its name without suffixes."""
+def _slides(path: Path) -> dict[str, Path]:
+    """Return a slide, or those of a folder, by name without suffix."""
+    found = {_stem(slide): slide for slide in find_slides([str(path)], output=path / "none")}
+    if not found:
+        raise EvaluationError(f"no slides in {path}")
+    return found
+
+
+def _members(folder: Path) -> dict[str, Path]:
+    """Return what a folder holds, masks, runs and GeoJSON, by name without suffixes."""
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        fits = (
-            _is_mask_folder(path)
-            if path.is_dir()
-            else (slides or path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES)))
-        )
-        if path.name.startswith(".") or not fits:
+        is_file = path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES))
+        if path.name.startswith(".") or not (_is_mask_folder(path) if path.is_dir() else is_file):
             continue
-        stem = _stem(path)
-        if stem in found and not slides:
-            raise EvaluationError(f"{found[stem]} and {path} have the same name; keep one of them")
-        found.setdefault(stem, path)
+        name = _stem(path)
+        if name in found:
+            raise EvaluationError(f"{found[name]} and {path} have the same name; keep one of them")
+        found[name] = path
     return found
 
 
