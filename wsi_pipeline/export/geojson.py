@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import shapely
 
 from wsi_pipeline.annotations import mend_polygon, survive_float32
@@ -109,17 +109,17 @@ def write_geojson(
     """
     make = partial(_make_batch, outlines.regions, _numbers(outlines.regions), dialect)
     counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()
-    with written_beside(path) as beside, beside.open("w", encoding="utf-8", newline="\n") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
-        separator = "\n"
+    with written_beside(path) as beside, beside.open("wb") as file:
+        file.write(b'{"type":"FeatureCollection","features":[')
+        separator = b"\n"
         for batch in map_polygons(outlines, make, threads=threads):
             for feature in batch.features:
                 file.write(separator + feature)
-                separator = ",\n"
+                separator = b",\n"
             counts += batch.counts
             vertices += batch.vertices
             dropped += batch.dropped
-        file.write("\n]}\n")
+        file.write(b"\n]}\n")
     if vertices > MANY_VERTICES:
         logger.warning(
             "%s has %d vertices; QuPath imports it slowly: raise --simplify or --min-area",
@@ -144,9 +144,9 @@ def _numbers(regions: Regions) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Batch:
-    """Features as text, and what they hold."""
+    """Features as JSON, and what they hold."""
 
-    features: list[str]
+    features: list[bytes]
     counts: npt.NDArray[np.int64]
     vertices: int
     dropped: list[str]
@@ -177,7 +177,7 @@ def _make_batch(
     columns = (region.tolist(), numbers[region].tolist(), nth.tolist(), area_mm2.tolist())
     return _Batch(
         features=[
-            json.dumps(_feature(regions, dialect, *of), ensure_ascii=False, allow_nan=False)
+            orjson.dumps(_feature(regions, dialect, *of), option=orjson.OPT_SERIALIZE_NUMPY)
             for of in zip(*columns, _iter_coordinates(shapes), strict=True)
         ],
         counts=np.bincount(regions.value[region], minlength=len(dialect.classes)),
@@ -242,7 +242,7 @@ def _feature(
     number: int,
     nth: int,
     area_mm2: float,
-    coordinates: list[Any],
+    coordinates: list[npt.NDArray[Any]],
 ) -> dict[str, Any]:
     """Return the feature of the nth polygon of a region, which is that number in its class."""
     info = dialect.classes[int(regions.value[region])]
@@ -270,8 +270,8 @@ def _significant(value: float) -> float:
     return float(f"{value:.7g}")  # QuPath keeps float32
 
 
-def _iter_coordinates(shapes: Polygons) -> Iterator[list[Any]]:
-    """Yield the rings of each polygon as GeoJSON has them, whole numbers as such."""
+def _iter_coordinates(shapes: Polygons) -> Iterator[list[npt.NDArray[Any]]]:
+    """Yield the rings of each polygon, (n, 2), whole numbers as such."""
     if len(shapes) == 0:
         return
     _, xy, (rings, polygons) = shapely.to_ragged_array(shapes)
@@ -279,5 +279,5 @@ def _iter_coordinates(shapes: Polygons) -> Iterator[list[Any]]:
         of_rings = rings[first : stop + 1]
         places = xy[of_rings[0] : of_rings[-1]]
         is_whole = (places == np.rint(places)).all()
-        points = (places.astype(np.int64) if is_whole else places).tolist()
+        points = places.astype(np.int64) if is_whole else places
         yield [points[a:b] for a, b in itertools.pairwise((of_rings - of_rings[0]).tolist())]
