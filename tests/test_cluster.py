@@ -179,6 +179,7 @@ def test_worker_processes_give_the_masks(tmp_path, place, slide_pixels, workers)
     assert_masks(tmp_path / "out", slide_pixels)
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing_and_is_said(tmp_path, place, slide_pixels):
     output = tmp_path / "out"
     with cluster(tmp_path / "dask", 2) as dask:
@@ -214,18 +215,40 @@ def test_a_killed_scheduler_is_one_sentence_and_the_rest_is_finished(tmp_path, p
     assert_masks(output, slide_pixels)
 
 
-def test_workers_of_another_version_are_refused(tmp_path, place):
+@pytest.fixture
+def other_version(tmp_path):
+    """Return a folder of packages in which this one has another version."""
     other = tmp_path / "packages" / "wsi_pipeline-0.0.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: wsi-pipeline\nVersion: 0.0.9\n")
+    return str(other.parent)
+
+
+def test_workers_of_another_version_are_refused(tmp_path, place, other_version):
     with cluster(tmp_path / "dask", 0) as dask:
-        dask.add_worker(PYTHONPATH=str(other.parent))
+        dask.add_worker(PYTHONPATH=other_version)
         result = run(place, tmp_path / "out", "--scheduler", dask.file)
     assert result.returncode == 1
     *_, line = result.stderr.splitlines()
     assert "has wsi-pipeline 0.0.9 (here " in line
     assert "same versions" in line
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_worker_of_another_version_that_comes_later_gets_no_say(
+    tmp_path, place, slide_pixels, other_version
+):
+    output = tmp_path / "out"
+    with cluster(tmp_path / "dask", 1) as dask:
+        process = start(place, output, "--scheduler", dask.file, model="busy")
+        wait_for(lambda: blocks_done(output) >= 1)
+        dask.add_worker(PYTHONPATH=other_version)
+        stderr = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, stderr
+    assert "has wsi-pipeline 0.0.9" in stderr
+    assert "it is tried again" in stderr
+    assert_masks(output, slide_pixels)
 
 
 @pytest.mark.slow
