@@ -1,4 +1,4 @@
-"""What the networks share: what each says of itself, the check of its input, the joining step."""
+"""What the networks share: what each says of itself, the check of its input, the U's two ways."""
 
 from __future__ import annotations
 
@@ -51,6 +51,34 @@ class SegmentationNetwork(nn.Module):
         if any(side % multiple for side in x.shape[2:]):
             size = " × ".join(str(side) for side in x.shape[2:])
             raise ValueError(f"a patch of {size} px: {name} takes multiples of {multiple}")
+
+
+def contract(down: nn.ModuleList, pool: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Go the way down a U-Net; return the features of the bottom and the skips, full size first.
+
+    Args:
+        down: a stage for each size, the bottom last.
+        pool: halves the size between stages.
+        x: (N, channels, *patch).
+    """
+    skips: list[Tensor] = []
+    for stage in down[:-1]:
+        skips.append(stage(x))
+        x = pool(skips[-1])
+    return down[-1](x), skips
+
+
+def expand(up: nn.ModuleList, x: Tensor, skips: list[Tensor]) -> Tensor:
+    """Go the way up a U-Net; return the features at full size.
+
+    Args:
+        up: a stage for each size above the bottom, full size last; takes features and a skip.
+        x: the features of the bottom.
+        skips: as `contract` returns them; the list is emptied, so that none is held too long.
+    """
+    for stage in up:
+        x = stage(x, skips.pop())
+    return x
 
 
 class Up(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.base import SegmentationNetwork, contract, expand
 
 
 class ConvBlock(nn.Module):
@@ -127,14 +127,9 @@ class HighResUNet(SegmentationNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W)."""
         self.check_patches(x)
-        skips: list[Tensor] = []  # 16 channels at full size to 512 at 1/32
-        for block in self.down[:-1]:
-            skips.append(block(x))
-            x = self.pool(skips[-1])
-        x = self.down[-1](x)  # 1024, 1/64
-        for up in self.up:
-            x = up(x, skips.pop())
-        out: Tensor = self.head(x)
+        # skips of 16 channels at full size to 512 at 1/32; 1024 at 1/64
+        x, skips = contract(self.down, self.pool, x)
+        out: Tensor = self.head(expand(self.up, x, skips))
         return out
 
 

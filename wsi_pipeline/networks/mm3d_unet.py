@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork, Up
+from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, expand
 
 Plan = Literal["A", "B"]
 WIDTHS = (64, 128, 256, 512)
@@ -81,15 +81,10 @@ class MM3DUNet(SegmentationNetwork):
             `mask`, (N, classes, D, H, W), and `label`, (N, labels).
         """
         self.check_patches(x)
-        skips: list[Tensor] = []  # 64 channels at full size, 128 at 1/2, 256 at 1/4
-        for stage in self.down[:-1]:
-            skips.append(stage(x))
-            x = self.pool(skips[-1])
-        x = self.down[-1](x)  # 512, 1/8
+        # skips of 64 channels at full size, 128 at 1/2, 256 at 1/4; 512 at 1/8
+        x, skips = contract(self.down, self.pool, x)
         label = self.act(x.mean((2, 3, 4)))
-        for up in self.up:
-            x = up(x, skips.pop())
-        return {"mask": self.head(x), "label": label}
+        return {"mask": self.head(expand(self.up, x, skips)), "label": label}
 
 
 def _plan_a(channels: int) -> tuple[list[nn.Sequential], list[Up]]:

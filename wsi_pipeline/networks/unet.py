@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork, Up
+from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, expand
 
 Beta = Literal["fixed", "scalar", "channel"]
 STAGES_3D = ((32, 64), (64, 128), (128, 256), (256, 512))
@@ -221,14 +221,9 @@ class UNet3D(SegmentationNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (N, classes, D, H, W), of normalised patches, (N, channels, D, H, W)."""
         self.check_patches(x)
-        skips: list[Tensor] = []  # 64 channels at full size, 128 at 1/2, 256 at 1/4
-        for stage in self.down[:-1]:
-            skips.append(stage(x))
-            x = self.pool(skips[-1])
-        x = self.down[-1](x)  # 512, 1/8
-        for up in self.up:
-            x = up(x, skips.pop())
-        out: Tensor = self.head(x)
+        # skips of 64 channels at full size, 128 at 1/2, 256 at 1/4; 512 at 1/8
+        x, skips = contract(self.down, self.pool, x)
+        out: Tensor = self.head(expand(self.up, x, skips))
         return out
 
 
