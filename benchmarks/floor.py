@@ -30,7 +30,7 @@ from reader import Tiles, make_raw
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.grid import PatchGrid
-from wsi_pipeline.inference import choose_device, choose_dtype
+from wsi_pipeline.inference import choose_device, choose_dtype, use_one_core
 from wsi_pipeline.networks import NETWORKS, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import MPP_TOLERANCE, SelectOptions
@@ -174,16 +174,12 @@ def _predict(
         module(patches)
 
     if not batches[0].is_cuda:
-        with ThreadPoolExecutor(CORES, initializer=_use_one_core) as pool:
+        with ThreadPoolExecutor(CORES, initializer=use_one_core) as pool:
             list(pool.map(forward, todo))
     else:
         for patches in todo:
             forward(patches)
         torch.cuda.synchronize(batches[0].device)
-
-
-def _use_one_core() -> None:
-    torch.set_num_threads(1)
 
 
 def main() -> None:

@@ -129,7 +129,7 @@ class SegmentBlocks:
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         self._cache = PatchCache(plan.uses(), max_bytes=CACHE_BYTES)
-        self._bad: list[Region] = []
+        self._bad: set[Region] = set()
         self._noting = threading.Lock()
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None
@@ -209,7 +209,7 @@ class SegmentBlocks:
         bad: list[Region] = []
         pixels = self._view.read((y, x), (height, width), bad=bad)
         with self._noting:
-            self._bad += [region for region in bad if region not in self._bad]
+            self._bad.update(bad)
         return pixels, low
 
     def _mark_unreadable(
@@ -223,10 +223,12 @@ class SegmentBlocks:
         Whoever read a patch of the block has done so before the block was predicted.
         """
         plan, found = self._plan, []
+        with self._noting:
+            bad = sorted(self._bad, key=lambda r: (r.y, r.x, r.height, r.width))
+        if not bad:
+            return []
         origins = plan.grid.origins[plan.grid.touching(*plan.box(block))]
         scale = np.array(plan.downsample) / plan.mask_downsample  # mask pixels per grid pixel
-        with self._noting:
-            bad = sorted(self._bad, key=lambda r: (r.y, r.x))
         for region in bad:
             low = np.array([region.y, region.x]) / plan.mask_downsample
             high = low + np.array([region.height, region.width]) / plan.mask_downsample

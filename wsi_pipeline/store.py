@@ -15,7 +15,7 @@ import os
 import shutil
 import socket
 import zipfile
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -375,10 +375,8 @@ class RunStore:
         with writing(path), written_beside(path) as partial, partial.open("wb") as file:
             np.savez_compressed(file, allow_pickle=False, **dict(arrays))
 
-    def load_block(
-        self, block: Block, *, leave_out: Container[str] = ()
-    ) -> dict[str, npt.NDArray[Any]]:
-        """Return what `finish_block` was given, but for the arrays to leave on disk.
+    def load_block(self, block: Block) -> dict[str, npt.NDArray[Any]]:
+        """Return what `finish_block` was given.
 
         Raises:
             StoreError: the file is damaged.
@@ -386,7 +384,7 @@ class RunStore:
         path = self._block_path(block)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays if name not in leave_out}
+                return dict(arrays)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise StoreError(f"{path} is damaged ({error}); run again with --overwrite") from error
 
