@@ -382,6 +382,14 @@ def test_crops_without_scale_or_rotation_are_pixels_of_the_image_in_eight_poses(
     assert found == set(range(8))
 
 
+def test_crops_may_stay_upright() -> None:
+    truth = torch.arange(64 * 64).remainder(251).reshape(64, 64).to(torch.uint8)
+    sample = make_sample("A", truth.expand(3, -1, -1), truth)
+    for seed in range(20):
+        _, cut = random_crop(sample, (9, 9), 64, seeded(seed), scale=1, rotate=1, turn=0)
+        assert torch.equal(cut, truth)
+
+
 def test_volumes_are_cut_in_three_axes() -> None:
     truth = torch.arange(16**3).remainder(251).reshape(16, 16, 16).to(torch.uint8)
     sample = make_sample("A", truth[None], truth)
@@ -391,7 +399,7 @@ def test_volumes_are_cut_in_three_axes() -> None:
         for k in range(4)
     ]  # fmt: skip
     found = set()
-    for seed in range(120):
+    for seed in range(240):
         image, cut = random_crop(sample, (8, 8, 8), 16, seeded(seed), scale=1, rotate=0)
         np.testing.assert_allclose((image[0] * 255).numpy(), cut.numpy(), atol=0.02)
         found.add(next(i for i, pose in enumerate(poses) if np.array_equal(pose, cut.numpy())))

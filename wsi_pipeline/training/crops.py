@@ -133,6 +133,7 @@ def random_crop(
     *,
     scale: float,
     rotate: float,
+    turn: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Cut a square or cube around a place, turned, flipped and scaled; return it with its truth.
 
@@ -144,15 +145,18 @@ def random_crop(
         size: side of the crop, px.
         generator: of the random numbers.
         scale: largest enlargement and reduction.
-        rotate: share of crops turned by any angle, not only right ones.
+        rotate: share of the turned crops that are by any angle, not only right ones.
+        turn: share of crops that are turned and flipped; the others stay upright.
 
     Returns:
         (C, *sides) float32 in [0, 1] and (*sides) uint8.
     """
     axes = len(sample.shape)
-    turn, any_angle, zoom, mirror, flip_z = torch.rand(5, generator=generator).tolist()
+    upright, by, any_angle, zoom, mirror, flip_z = torch.rand(6, generator=generator).tolist()
     within = torch.rand(axes, generator=generator).tolist()
-    angle = 2 * math.pi * turn if any_angle < rotate else math.pi / 2 * int(4 * turn)
+    angle = 2 * math.pi * by if any_angle < rotate else math.pi / 2 * int(4 * by)
+    if upright >= turn:
+        angle, mirror, flip_z = 0.0, 1.0, 1.0
     step = math.exp((2 * zoom - 1) * math.log(scale))  # image px per crop px
     reach = size * step / 2
     centre = [

@@ -352,7 +352,13 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
     for _ in range(spec.batch_size):
         sample, place = sampler.draw(generator)
         image, truth = random_crop(
-            sample, place, size, generator, scale=variation.scale, rotate=variation.rotate
+            sample,
+            place,
+            size,
+            generator,
+            scale=variation.scale,
+            rotate=variation.rotate,
+            turn=variation.turn,
         )
         images.append(image)
         truths.append(truth)

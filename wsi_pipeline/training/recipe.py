@@ -117,7 +117,8 @@ class AugmentSpec:
 
     Attributes:
         scale: largest enlargement and reduction; 1 = none.
-        rotate: share of crops turned by any angle; all are turned by right angles and flipped.
+        turn: share of crops that are turned and flipped; the others stay upright.
+        rotate: share of those that are turned by any angle, not only right ones.
         stain: deviation of the logarithm of each stain's density.
         mixing: deviation of the mixing of the colour channels' optical densities.
         density: deviation of the logarithm of the overall optical density.
@@ -129,6 +130,7 @@ class AugmentSpec:
     """
 
     scale: float = 1.4
+    turn: float = 1.0
     rotate: float = 0.5
     stain: float = 0.35
     mixing: float = 0.1
