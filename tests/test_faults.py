@@ -3,7 +3,6 @@
 The oracle is the slide's pixels and an undisturbed run of the same command.
 """
 
-import os
 import random
 import re
 import shutil
