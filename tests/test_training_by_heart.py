@@ -1,0 +1,104 @@
+"""Networks learn one real image by heart: recipe, data, crops, loss, bundle, measuring."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from sklearn.metrics import f1_score
+
+from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.networks import build
+from wsi_pipeline.training.measure import predict
+from wsi_pipeline.training.recipe import load_recipe
+from wsi_pipeline.training.samples import IGNORE, load_samples
+from wsi_pipeline.training.train import train
+
+RECIPE = """
+[bundle]
+name = "by-heart"
+{bundle}
+
+[bundle.input]
+{input}
+
+[bundle.output]
+{output}
+
+[train]
+learning_rate = 3e-3
+average = 0.9
+weight_decay = 0.0
+validate_every = 1000
+{train}
+
+[augment]
+scale = 1
+rotate = 0
+stain = 0
+mixing = 0
+density = 0
+tint = 0
+contrast = 0
+blur = 0
+noise = 0
+glass = 0
+
+[[data]]
+patient = "one"
+{data}
+"""
+RGB = "channels = 3\nmean = [0.485, 0.456, 0.406]\nstd = [0.229, 0.224, 0.225]"
+GREY = "channels = 1\nmean = [0.3]\nstd = [0.3]"
+LESION = 'classes = [{ name = "Background" }, { name = "Lesion", color = [200, 0, 0] }]'
+SIGMOID, SOFTMAX = 'activation = "sigmoid"\n', 'activation = "softmax"\n'
+BUSI = 'images = "us/busi/images/malignant_3.png"\nmasks = "us/busi/masks/malignant_3.png"\n'
+CASES = {
+    "nmtnet": {
+        "bundle": 'modality = "image"\nnetwork = "nmtnet"\n'
+        "network_options = { classes = 1, labels = 2 }",
+        "input": f"fit = [64, 64]\npatch_size = [64, 64]\noverlap = [0, 0]\n{RGB}",
+        "output": SIGMOID + LESION + '\nlabels = ["Benign", "Malignant"]',
+        "train": "steps = 200\nbatch_size = 4\ncrop = [64, 64]",
+        "data": BUSI + 'classes = { Lesion = [1] }\nlabel = "Malignant"',
+    },
+    "swish_unet": {
+        "bundle": 'modality = "image"\nnetwork = "swish_unet"\nnetwork_options = { classes = 2 }',
+        "input": f"fit = [64, 64]\npatch_size = [64, 64]\noverlap = [0, 0]\n{RGB}",
+        "output": SOFTMAX + LESION,
+        "train": "steps = 200\nbatch_size = 4\ncrop = [64, 64]",
+        "data": BUSI + "classes = { Lesion = [1] }",
+    },
+    "highres_unet": {
+        "bundle": 'modality = "image"\nnetwork = "highres_unet"\nnetwork_options = { classes = 1 }',
+        "input": f"fit = [128, 128]\npatch_size = [128, 128]\noverlap = [0, 0]\n{GREY}",
+        "output": SIGMOID + LESION,
+        "train": "steps = 150\nbatch_size = 2\ncrop = [128, 128]",
+        "data": 'images = "mammo/mammogram_mastery/images/barrdistorted_1002_0.3_0.3_2432.png"\n'
+        'masks = "mammo/mammogram_mastery/masks/barrdistorted_1002_0.3_0.3_2432.png"\n'
+        f"classes = {{ Lesion = {list(range(128, 256))} }}",
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_learns_a_real_image_by_heart(tmp_path: Path, data_dir: Path, name: str) -> None:
+    for folder in ("us", "mammo"):
+        if not (data_dir / folder).is_dir():
+            pytest.skip(f"no {folder} in the real data")
+        (tmp_path / folder).symlink_to(data_dir / folder)
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(**CASES[name]), "utf-8")
+    recipe = load_recipe(tmp_path / "recipe.toml")
+    train(recipe, tmp_path, tmp_path / "bundle", folds=(), device="cpu")
+    bundle = load_bundle(tmp_path / "bundle")
+    network = build(bundle).module
+    with ExitStack() as closing:
+        (sample,) = load_samples(recipe, tmp_path, closing)
+        image, truth = sample.read_all()
+    found = predict(network, bundle, image)
+    known = truth != IGNORE
+    classes = list(range(1, len(bundle.classes)))
+    dice = f1_score(truth[known], found[known], labels=classes, average=None)
+    assert dice.min() >= 0.95, dice
