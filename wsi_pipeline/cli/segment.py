@@ -325,6 +325,7 @@ def _run(
 ) -> int:
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.paths import without_secrets
     from wsi_pipeline.pipeline import segment_all
     from wsi_pipeline.schedule import dashboard_link, open_cluster
     from wsi_pipeline.store import GOES_ON, RunStore, this_process
@@ -359,7 +360,8 @@ def _run(
             runs[job.folder] = run
             summary.add(job.folder, run)
             if run.status != "done":
-                click.echo(f"{run.status}: {job.path}: {run.reason}", err=True)
+                path = without_secrets(str(job.path))
+                click.echo(f"{run.status}: {path}: {run.reason}", err=True)
             elif not quiet:
                 areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
                 click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
@@ -481,6 +483,7 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
     """Say what a run would take, a line for each slide and one for all; return whether it could."""
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.estimate import model_bytes, patches_per_second
+    from wsi_pipeline.paths import without_secrets
     from wsi_pipeline.pipeline import estimate
     from wsi_pipeline.schedule import cpu_count
 
@@ -500,11 +503,12 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
                 model=model,
             )
         except WsiPipelineError as error:
-            click.echo(f"{job.path}\twould fail: {error}")
+            click.echo(without_secrets(f"{job.path}\twould fail: {error}"))
             continue
         found.append(one)
         height, width = one.mask_shape
-        click.echo(f"{job.path}\t{width} × {height} px mask\t{_needs(one)}\t→ {job.folder}")
+        path = without_secrets(str(job.path))
+        click.echo(f"{path}\t{width} × {height} px mask\t{_needs(one)}\t→ {job.folder}")
     if len(jobs) > 1 and found:
         total = type(found[0])(
             patches=sum(e.patches for e in found),

@@ -55,6 +55,7 @@ def command(
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
     from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+    from wsi_pipeline.paths import without_secrets
     from wsi_pipeline.pipeline import tile
     from wsi_pipeline.store import is_patch_grid
 
@@ -92,7 +93,7 @@ def command(
                 reason = str(error).removeprefix(f"{job.path}: ")
                 if isinstance(error, MissingMppError):
                     reason = reason.replace("--mpp", "--slide-mpp")
-                click.echo(f"failed: {job.path}: {reason}", err=True)
+                click.echo(without_secrets(f"failed: {job.path}: {reason}"), err=True)
                 failed += 1
                 continue
             bars.close()
