@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -127,14 +128,17 @@ def test_the_demo_bundle_calls_glass_background() -> None:
 
 
 def test_the_demo_bundle_tells_tumour_from_necrosis_on_a_real_region(data_dir: Path) -> None:
-    from wsi_pipeline.training.measure import measure
+    from wsi_pipeline.training.measure import measure, scores_of
     from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.samples import load_samples
 
     recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")
     if not (data_dir / "bcss_a0sk").is_dir():
         pytest.skip("no BCSS tiles in the real data")
-    tiles = [s for s in load_samples(recipe, data_dir) if s.patient == "TCGA-A1-A0SK"][:6]
+    patient = "TCGA-A1-A0SK"
     bundle = load_bundle(MODELS / "lightmuseg-bcss-demo")
-    score = measure(build(bundle).module, bundle, tiles)["Tumor"]
+    with ExitStack() as closing:
+        tiles = [s for s in load_samples(recipe, data_dir, closing) if s.patient == patient][:6]
+        tally = measure(build(bundle).module, bundle, tiles)[patient]
+    score = scores_of(tally, bundle)["Tumor"]
     assert score.dice > max(0.75, score.everywhere_dice)

@@ -703,7 +703,7 @@ def _memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callab
         if needed > free:
             logger.warning(
                 "%s takes about %.1f GB of memory, %.1f GB are free; %s",
-                plan.slide_path.name, needed / 1e9, free / 1e9, lower,
+                name_of(plan.slide_path), needed / 1e9, free / 1e9, lower,
             )  # fmt: skip
 
     return check

@@ -325,7 +325,7 @@ def _run(
 ) -> int:
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
-    from wsi_pipeline.paths import without_secrets
+    from wsi_pipeline.paths import name_of, without_secrets
     from wsi_pipeline.pipeline import segment_all
     from wsi_pipeline.schedule import dashboard_link, open_cluster
     from wsi_pipeline.store import GOES_ON, RunStore, this_process
@@ -354,7 +354,7 @@ def _run(
             threads=threads,
             overwrite=overwrite,
             max_ram=schedule.max_ram,
-            progress=lambda job, done, total: bars(job.path.name, done, total),
+            progress=lambda job, done, total: bars(name_of(job.path), done, total),
         ):
             bars.close()
             runs[job.folder] = run
@@ -364,9 +364,9 @@ def _run(
                 click.echo(f"{run.status}: {path}: {run.reason}", err=True)
             elif not quiet:
                 areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
-                click.echo(f"done: {job.path.name} → {job.folder} ({areas})", err=True)
+                click.echo(f"done: {name_of(job.path)} → {job.folder} ({areas})", err=True)
             for warning in run.warnings:
-                click.echo(f"warning: {job.path.name}: {warning}", err=True)
+                click.echo(f"warning: {name_of(job.path)}: {warning}", err=True)
     return sum(run.status != "done" or bool(run.bad_regions) for run in runs.values())
 
 

@@ -55,7 +55,7 @@ def command(
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
     from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
-    from wsi_pipeline.paths import without_secrets
+    from wsi_pipeline.paths import name_of, without_secrets
     from wsi_pipeline.pipeline import tile
     from wsi_pipeline.store import is_patch_grid
 
@@ -87,7 +87,7 @@ def command(
                     patch_size=patch_size,
                     overlap=overlap,
                     select=job.select(select),
-                    progress=partial(bars, job.path.name),
+                    progress=partial(bars, name_of(job.path)),
                 )
             except WsiPipelineError as error:
                 reason = str(error).removeprefix(f"{job.path}: ")
