@@ -247,7 +247,7 @@ def test_a_worker_of_another_version_that_comes_later_gets_no_say(
         stderr = process.communicate(timeout=300)[1]
     assert process.returncode == 0, stderr
     assert "has wsi-pipeline 0.0.9" in stderr
-    assert "it is tried again" in stderr
+    assert "it is sent away" in stderr
     assert_masks(output, slide_pixels)
 
 

@@ -624,6 +624,11 @@ def run_blocks(
 
     def again(future: Any, failure: _Failure) -> list[Any]:
         block, number = tries[future.key]
+        if isinstance(failure.error, ClusterError):  # the worker's fault, and of each next block
+            logger.warning("%s; it is sent away", failure.error)
+            with _reaching(client):
+                client.retire_workers([failure.worker])
+            return submit([block], number)
         if number == retries:
             raise failure.error
         logger.warning(
