@@ -1,7 +1,8 @@
-"""The two networks of the benchmarks, as bundles for us and as programs for the peers.
+"""The networks of the benchmarks, as bundles for us and as programs for the peers.
 
 `null` is one 1×1 convolution: what a run with it takes is the engine. `lightmuseg` is the shipped
-LightMuSeg with a random head of five classes. Both take patches of 512 px at 0.5 µm/px.
+LightMuSeg with a random head of five classes. Both take patches of 512 px at 0.5 µm/px. `shipped`
+is models/lightmuseg-bcss-demo itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from wsi_pipeline.networks import build
 
 PATCH = 512
 MPP = 0.5
-NETWORKS = ("null", "lightmuseg")
+NETWORKS = ("null", "lightmuseg", "shipped")
 TRAINED = Path(__file__).parents[1] / "models" / "lightmuseg-bcss-demo" / "model.safetensors"
 COLOURS = ((244, 244, 244), (222, 178, 210), (190, 120, 180), (140, 80, 150), (90, 45, 110))
 """Glass and four stains of tissue: the null network gives a pixel the nearest of them."""
@@ -56,9 +57,11 @@ def write_bundle(folder: Path, network: str, tissue: npt.NDArray[np.uint8]) -> B
 
     Args:
         folder: of the bundle.
-        network: one of `NETWORKS`.
+        network: one of `NETWORKS`; what is shipped is returned from where it lies.
         tissue: uint8 (n, n, 3); the random head is scaled so that it sees all classes there.
     """
+    if network == "shipped":
+        return load_bundle(TRAINED.parent)
     if not folder.is_dir():
         beside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
