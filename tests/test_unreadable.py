@@ -104,3 +104,24 @@ def test_a_coarser_level_fills_in(tmp_path, make_slide, slide_pixels):
     where = area(mask.shape)
     assert (mask[~where] == classify(slide_pixels)[~where]).all()
     assert (mask[where] == classify(slide_pixels)[where]).mean() > 0.95  # edges are blurred
+
+
+def test_a_grid_of_a_broken_slide_is_written_and_remembers_what_is_lost(
+    tmp_path, broken, slide_pixels
+):
+    arguments = ["--mpp", "0.25", "--patch-size", "256", "--tissue", "none"]
+    result = CliRunner().invoke(
+        group, ["tile", str(broken), *arguments, "--output", str(tmp_path / "grids")]
+    )
+    assert result.exit_code == 1
+    assert "3 parts of slide.tif cannot be read" in result.output
+    grid = tmp_path / "grids" / "slide.zarr"
+    pixels = zarr.open_array(grid / "pixels", mode="r")[:]
+    where = area(pixels.shape[:2])
+    assert (pixels[where] == 255).all()
+    assert (pixels[~where] == slide_pixels[~where]).all()
+    result, folder = segment(grid, tmp_path, "--max-unreadable", "20")
+    assert result.exit_code == 1
+    mask = zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
+    assert (mask[where] == 3).all()
+    assert (mask[~where] == classify(slide_pixels)[~where]).all()

@@ -37,7 +37,7 @@ from wsi_pipeline.estimate import (
     most_model_bytes,
 )
 from wsi_pipeline.export import ome_zarr
-from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
 from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
@@ -60,6 +60,7 @@ from wsi_pipeline.store import (
     RunStore,
     StoredGrid,
     make_folder,
+    note_unreadable,
     open_patch_grid,
     open_run_store,
     run_key,
@@ -175,6 +176,8 @@ def tile(
 ) -> StoredGrid:
     """Write a slide as a zarr patch grid with its pixels, in bounded memory; return it opened.
 
+    Stored tiles that cannot be read are white, and named in the grid.
+
     Args:
         path: of the slide.
         target: folder of the grid, which appears whole or not at all.
@@ -204,12 +207,14 @@ def tile(
             with written_beside(target) as partial:
                 pixels = write_patch_grid(partial, stored, with_pixels=True).pixels
                 assert pixels is not None
+                bad: list[Region] = []
                 for done, block in enumerate(blocks, start=1):
                     y, x = block.start
                     height, width = block.shape
-                    pixels[block.slices] = view.read((y, x), (height, width))
+                    pixels[block.slices] = view.read((y, x), (height, width), bad=bad)
                     if progress:
                         progress(done, len(blocks))
+                note_unreadable(partial, bad)
     return open_patch_grid(target)
 
 

@@ -81,6 +81,7 @@ class StoredGrid:
         thumbnail: uint8 (h, w, 3), of the same size as `tissue`.
         tissue_downsample: (y, x) level-0 pixels per pixel of both.
         pixels: zarr array uint8 (*shape, 3), white where no kept patch lies; None without.
+        unreadable: parts of the slide that could not be read, in level-0 pixels; white in `pixels`.
     """
 
     info: GridInfo
@@ -89,6 +90,7 @@ class StoredGrid:
     thumbnail: npt.NDArray[np.uint8]
     tissue_downsample: tuple[float, float]
     pixels: zarr.Array[Any] | None
+    unreadable: tuple[Region, ...] = ()
 
     @property
     def grid(self) -> PatchGrid:
@@ -123,6 +125,16 @@ def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> St
             fill_value=255,
         )
     return open_patch_grid(path, mode="r+")
+
+
+def note_unreadable(path: Path, regions: Iterable[Region]) -> None:
+    """Write down, in a patch grid, which parts of the slide could not be read; return nothing.
+
+    Args:
+        path: of the grid.
+        regions: in level-0 pixels.
+    """
+    zarr.open_group(path, mode="r+").attrs["unreadable"] = [asdict(region) for region in regions]
 
 
 def is_patch_grid(path: Path) -> bool:
@@ -162,6 +174,7 @@ def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
             thumbnail=np.asarray(thumbnail[:], dtype=np.uint8),
             tissue_downsample=(float(y), float(x)),
             pixels=group.get("pixels"),  # type: ignore[arg-type]
+            unreadable=tuple(Region(**region) for region in attrs.get("unreadable", ())),
         )
     except StoreError:
         raise

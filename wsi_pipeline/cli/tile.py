@@ -98,5 +98,12 @@ def command(
                 continue
             bars.close()
             click.echo(f"done: {target} ({len(stored.patches)} patches)", err=True)
+            if stored.unreadable:
+                click.echo(
+                    f"{len(stored.unreadable)} parts of {name_of(job.path)} cannot be read: they "
+                    "are white in the grid, which names them, and unreadable to segment",
+                    err=True,
+                )
+                failed += 1
     if failed:
         ctx.exit(1)

@@ -9,7 +9,10 @@ import numpy as np
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.sources.backend import Downsamples, Pixels, Sizes, unreadable
-from wsi_pipeline.store import PIXEL_CHUNK, GridInfo, open_patch_grid
+from wsi_pipeline.store import GridInfo, open_patch_grid
+
+PIECE = 256
+"""Side of what is marked as unreadable at the least, in stored pixels."""
 
 
 class StoredBackend:
@@ -27,13 +30,22 @@ class StoredBackend:
         self.size = stored.info.size
         height, width = stored.info.shape
         self.level_sizes: Sizes = ((width, height),)
-        self.level_tiles: Sizes = ((PIXEL_CHUNK, PIXEL_CHUNK),)
+        self.level_tiles: Sizes = ((PIECE, PIECE),)
         y, x = stored.info.downsample
         self.level_downsamples: Downsamples = ((x, y),)
+        self._unreadable = [
+            (r.x / x, r.y / y, (r.x + r.width) / x, (r.y + r.height) / y) for r in stored.unreadable
+        ]
         self.properties: Mapping[str, str] = _properties(stored.info)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle of the canvas; return uint8 (height, width, 3)."""
+        if any(
+            left < x + width and x < right and top < y + height and y < bottom
+            for left, top, right, bottom in self._unreadable
+        ):
+            lost = OSError("so it was in the slide that `tile` read")
+            raise unreadable(self._path, lost, level, x, y, width, height)
         try:
             return np.asarray(self._pixels[y : y + height, x : x + width], dtype=np.uint8)
         except Exception as error:  # codecs raise anything on damaged chunks
