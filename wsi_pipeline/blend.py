@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -238,55 +239,74 @@ def sample_positions(
 
 def iter_sampled_rows(
     bands: Iterable[tuple[int, torch.Tensor]],
-    left: int,
+    left: int | Shape,
     *,
-    start: tuple[int, int],
-    stop: tuple[int, int],
-    ratio: tuple[float, float],
-    shape: tuple[int, int],
+    start: Shape,
+    stop: Shape,
+    ratio: Sequence[float],
+    shape: Shape,
     rows: int = 512,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Interpolate probabilities bilinearly at the mask's pixels; yield them strip by strip.
+    """Interpolate probabilities linearly at the mask's pixels; yield them strip by strip.
 
     Every value depends on its own mask pixel alone, never on how the mask is cut.
 
     Args:
-        bands: first grid row, and (C, h, w) of that and the following rows, from the top down and
-            without gaps, as `iter_blended_rows` yields them.
-        left: first grid column of the bands.
-        start: (y, x) first mask pixel wanted.
+        bands: first grid row, and (C, rows, *rest) of that and the following rows, from the top
+            down and without gaps, as `iter_blended_rows` yields them.
+        left: first grid pixel of the bands along the other axes; a number where there is but one.
+        start: first mask pixel wanted.
         stop: one past the last.
-        ratio: (y, x) grid pixels per mask pixel.
-        shape: (y, x) of the whole grid.
+        ratio: grid pixels per mask pixel along each axis.
+        shape: of the whole grid.
         rows: mask rows of a strip, which bounds the memory.
 
     Yields:
-        First row of the strip relative to `start`, and (C, rows, width).
+        First row of the strip relative to `start`, and (C, rows, *rest).
     """
-    if ratio == (1.0, 1.0):
-        columns = slice(start[1] - left, stop[1] - left)
+    corner = (left,) if isinstance(left, int) else left
+    if all(r == 1.0 for r in ratio):
+        axes = zip(start[1:], stop[1:], corner, strict=True)
+        rest = tuple(slice(a - first, b - first) for a, b, first in axes)
         for first, band in bands:
             begin, end = max(start[0] - first, 0), max(stop[0] - first, 0)
             if begin < min(end, band.shape[1]):
-                yield first + begin - start[0], band[:, begin:end, columns]
+                yield first + begin - start[0], band[(slice(None), slice(begin, end), *rest)]
         return
-    y, fy = sample_positions(start[0], stop[0], ratio=ratio[0], length=shape[0])
-    x, fx = sample_positions(start[1], stop[1], ratio=ratio[1], length=shape[1])
-    below, right = y + (fy > 0), x + (fx > 0)
+    places = [
+        sample_positions(a, b, ratio=r, length=n)
+        for a, b, r, n in zip(start, stop, ratio, shape, strict=True)
+    ]
+    (y, fy), *others = places
+    below = y + (fy > 0)
     done, last = 0, None
     for first, band in bands:
         device = band.device
-        x0, x1, wx = (torch.from_numpy(a).to(device) for a in (x - left, right - left, fx))
         held = band if last is None else torch.cat([last, band], dim=1)
         top = first - (held.shape[1] - band.shape[1])
         last = held[:, -1:].clone()
         ready = int(np.searchsorted(below, top + held.shape[1]))  # rows that need none below
         for row in range(done, ready, rows):
             part = slice(row, min(row + rows, ready))
-            y0, y1, wy = (torch.from_numpy(a[part]).to(device) for a in (y - top, below - top, fy))
-            # a + (b - a) * w in single steps: no fused rounding that would depend on the strip
-            upper, lower = held[:, y0], held[:, y1]
-            line = upper + (lower - upper) * wy[:, None]
-            before, after = line[:, :, x0], line[:, :, x1]
-            yield row, before + (after - before) * wx
+            line = _between(held, 1, y[part] - top, fy[part], device)
+            for axis, ((x, fx), low) in enumerate(zip(others, corner, strict=True), start=2):
+                line = _between(line, axis, x - low, fx, device)
+            yield row, line
         done = max(done, ready)
+
+
+def _between(
+    field: torch.Tensor,
+    axis: int,
+    floor: np.ndarray,
+    fraction: np.ndarray,
+    device: torch.device,
+) -> torch.Tensor:
+    """Interpolate between neighbours along one axis of (C, *box)."""
+    low, high, weight = (
+        torch.from_numpy(a).to(device) for a in (floor, floor + (fraction > 0), fraction)
+    )
+    before: tuple[Any, ...] = (slice(None),) * axis
+    lower, upper = field[(*before, low)], field[(*before, high)]
+    # a + (b - a) * w in single steps: no fused rounding that would depend on the strip
+    return lower + (upper - lower) * weight.view(-1, *[1] * (field.ndim - axis - 1))

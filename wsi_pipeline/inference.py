@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
+Answer = tuple[torch.Tensor, torch.Tensor | None]
+"""Probabilities (N, K, *patch), and (N, L) of what is said of whole patches."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -103,7 +105,8 @@ class Predictor:
         row = bundle.input.patch_size[-1]  # a row of pixels is normalised at one go
         mean = torch.tensor(bundle.input.mean, device=self.device).repeat(row)
         std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scale = {torch.uint8: 1 / (255 * std), torch.float32: 1 / std}
+        self._shift = -mean / std
         self._static_batch = network.batch_size
         self._batch = network.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
 
@@ -112,8 +115,12 @@ class Predictor:
         """Return how many patches keep the device busy."""
         return self._batch * self._passes
 
-    def upload(self, pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-        """Bring the pixels of a region, uint8 (h, w, C), to the device; return them there."""
+    def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
+        """Bring the pixels of a region to the device; return them there.
+
+        Args:
+            pixels: (*region, C), uint8, or float32 in units of full scale.
+        """
         region = torch.from_numpy(pixels)
         if self.device.type == "cuda":
             return region.pin_memory().to(self.device, non_blocking=True)
@@ -125,13 +132,16 @@ class Predictor:
         origins: npt.NDArray[np.int64],
         *,
         begun: Callable[[], None] | None = None,
+        labels: list[torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Predict patches of a region; yield the probabilities of each in turn.
 
         Args:
-            region: uint8 (h, w, C) on the device, holding all the patches.
-            origins: (n, 2) first corners (y, x) within the region.
+            region: (*region, C) on the device, as `upload` returns it, holding all the patches.
+            origins: (n, d) first corners within the region, array order.
             begun: called when all passes are queued: those of another region may follow.
+            labels: gets (L,) probabilities of what the network says of each patch as a whole, in
+                turn, where it classifies.
 
         Yields:
             float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
@@ -139,7 +149,14 @@ class Predictor:
         Raises:
             BundleError: the network fails, or answers in another shape than the bundle says.
         """
-        ahead: deque[Future[torch.Tensor]] = deque()
+        ahead: deque[Future[Answer]] = deque()
+
+        def taken() -> torch.Tensor:
+            mask, said = ahead.popleft().result()
+            if labels is not None and said is not None:
+                labels.extend(said)
+            return mask
+
         try:
             for first in range(0, len(origins), self._batch):
                 batch = origins[first : first + self._batch]
@@ -147,9 +164,9 @@ class Predictor:
                 if begun is not None and first + len(batch) == len(origins):
                     begun()
                 if len(ahead) > self._passes:  # one more than runs, so that no core waits
-                    yield from ahead.popleft().result()
+                    yield from taken()
             while ahead:
-                yield from ahead.popleft().result()
+                yield from taken()
         finally:
             for future in ahead:
                 future.cancel()
@@ -159,14 +176,18 @@ class Predictor:
         self._pool.shutdown()
 
     @torch.inference_mode()
-    def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Return the probabilities (n, K, *patch) of some patches in one pass, if they fit in."""
-        height, width = self._bundle.input.patch_size
-        patches = [region[y : y + height, x : x + width] for y, x in origins]
+    def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
+        """Return the probabilities of some patches, in one pass if they fit in."""
+        size, count = self._bundle.input.patch_size, len(origins)
+        patches = [
+            region[tuple(slice(a, a + n) for a, n in zip(origin, size, strict=True))]
+            for origin in origins.tolist()
+        ]
         # always full batches: on the way a patch is rounded differently in one of another size
-        patches += [torch.zeros_like(patches[0])] * (self._batch - len(patches))
+        patches += [torch.zeros_like(patches[0])] * (self._batch - count)
         try:
-            return self._run(torch.stack(patches))[: len(origins)]
+            mask, labels = self._run(torch.stack(patches))
+            return mask[:count], None if labels is None else labels[:count]
         except torch.OutOfMemoryError:
             if self._static_batch or self._batch == 1:
                 raise BundleError(
@@ -176,12 +197,15 @@ class Predictor:
         self._batch = len(patches) // 2
         torch.cuda.empty_cache()
         logger.warning("out of memory: going on with %d patches at a time", self._batch)
-        halves = range(0, len(origins), self._batch)
-        return torch.cat([self._forward(region, origins[i : i + self._batch]) for i in halves])
+        halves = range(0, count, self._batch)
+        answers = [self._forward(region, origins[i : i + self._batch]) for i in halves]
+        said = [labels for _, labels in answers if labels is not None]
+        return torch.cat([mask for mask, _ in answers]), torch.cat(said) if said else None
 
-    def _run(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return the probabilities (N, K, *patch) of patches, uint8 (N, *patch, C)."""
-        values = patches.flatten(-2).float().mul_(self._scale).add_(self._shift)
+    def _run(self, patches: torch.Tensor) -> Answer:
+        """Return the probabilities of patches, (N, *patch, C) in full scale or uint8."""
+        scale = self._scale[patches.dtype]
+        values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
         inputs = values.view(patches.shape).movedim(-1, 1)  # (N, C, *patch), channels last
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
@@ -196,15 +220,27 @@ class Predictor:
                 f"{self._bundle.name} failed on a batch {tuple(inputs.shape)}: "
                 f"{str(error).strip().splitlines()[-1]}"
             ) from error
-        logits: torch.Tensor = output["mask"] if isinstance(output, dict) else output
+        answer = output if isinstance(output, dict) else {"mask": output}
         expected = (len(inputs), self.channels, *self._bundle.input.patch_size)
+        logits = self._checked(answer["mask"], expected)
+        mask = logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
+        if not self._bundle.labels:
+            return mask, None
+        if "label" not in answer:
+            raise BundleError(
+                f"{self._bundle.name} answered without label; its model.toml has "
+                f"{len(self._bundle.labels)} labels"
+            )
+        shape = (len(inputs), len(self._bundle.labels))
+        return mask, self._checked(answer["label"], shape).softmax(1)
+
+    def _checked(self, logits: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
         if tuple(logits.shape) != expected:
             raise BundleError(
                 f"{self._bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
                 f"makes it {expected}"
             )
-        logits = logits.float().contiguous()  # classes apart: fast from here on
-        return logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
+        return logits.float().contiguous()  # classes apart: fast from here on
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""
