@@ -338,7 +338,7 @@ def test_a_crop_holds_the_place_it_is_for() -> None:
     truth[140, 30] = 1
     sample = make_sample("A", torch.zeros(3, 200, 150, dtype=torch.uint8), truth)
     for seed in range(40):
-        _, cut = random_crop(sample, (140, 30), 64, seeded(seed), scale=1, rotate=0)
+        _, cut = random_crop(sample, (140, 30), 64, QUIET, seeded(seed))
         assert (cut == 1).sum() == 1
 
 
@@ -358,7 +358,8 @@ def test_image_and_truth_are_cut_alike(
     truth = (((y // 16) + (x // 16)) % 2).to(torch.uint8)
     sample = make_sample("A", (truth * 200).expand(3, -1, -1), truth)
     place = (seed % height, seed % width)
-    image, cut = random_crop(sample, place, size, seeded(seed), scale=scale, rotate=rotate)
+    spec = AugmentSpec(scale=scale, rotate=rotate)
+    image, cut = random_crop(sample, place, size, spec, seeded(seed))
     assert image.shape == (3, size, size)
     assert cut.shape == (size, size)
     assert set(cut.unique().tolist()) <= {0, 1}
@@ -375,7 +376,7 @@ def test_crops_without_scale_or_rotation_are_pixels_of_the_image_in_eight_poses(
     poses = [np.rot90(b, k) for b in (base, base[:, ::-1]) for k in range(4)]
     found = set()
     for seed in range(60):
-        image, cut = random_crop(sample, (5, 60), 64, seeded(seed), scale=1, rotate=0)
+        image, cut = random_crop(sample, (5, 60), 64, QUIET, seeded(seed))
         # a crop as large as the image lies exactly upon it
         np.testing.assert_allclose((image[0] * 255).numpy(), cut.numpy(), atol=0.01)
         found.add(next(i for i, pose in enumerate(poses) if np.array_equal(pose, cut.numpy())))
@@ -385,9 +386,27 @@ def test_crops_without_scale_or_rotation_are_pixels_of_the_image_in_eight_poses(
 def test_crops_may_stay_upright() -> None:
     truth = torch.arange(64 * 64).remainder(251).reshape(64, 64).to(torch.uint8)
     sample = make_sample("A", truth.expand(3, -1, -1), truth)
+    upright = AugmentSpec(scale=1, rotate=1, turn=0)
     for seed in range(20):
-        _, cut = random_crop(sample, (9, 9), 64, seeded(seed), scale=1, rotate=1, turn=0)
+        _, cut = random_crop(sample, (9, 9), 64, upright, seeded(seed))
         assert torch.equal(cut, truth)
+
+
+def test_upright_crops_lean_and_are_mirrored_as_far_as_the_recipe_says() -> None:
+    # a slope to the right: the crop's slope tells how it was turned
+    slope = (torch.arange(128) / 128).expand(128, -1)
+    sample = make_sample("A", slope[None], torch.zeros(128, 128, dtype=torch.uint8))
+    spec = AugmentSpec(scale=1, rotate=1, turn=0, tilt=15, mirror=0.25)
+    turned = []
+    for seed in range(200):
+        (crop,), _ = random_crop(sample, (64, 64), 32, spec, seeded(seed))
+        down, right = (float(d[16, 16]) * 128 for d in torch.gradient(crop))
+        assert math.hypot(down, right) == pytest.approx(1, abs=1e-3)
+        turned.append((math.degrees(math.atan2(down, abs(right))), right < 0))
+    angles, mirrored = zip(*turned, strict=True)
+    assert -15 <= min(angles) < -13
+    assert 13 < max(angles) <= 15
+    assert 0.15 < sum(mirrored) / len(mirrored) < 0.35
 
 
 def test_volumes_are_cut_in_three_axes() -> None:
@@ -400,7 +419,7 @@ def test_volumes_are_cut_in_three_axes() -> None:
     ]  # fmt: skip
     found = set()
     for seed in range(240):
-        image, cut = random_crop(sample, (8, 8, 8), 16, seeded(seed), scale=1, rotate=0)
+        image, cut = random_crop(sample, (8, 8, 8), 16, QUIET, seeded(seed))
         np.testing.assert_allclose((image[0] * 255).numpy(), cut.numpy(), atol=0.02)
         found.add(next(i for i, pose in enumerate(poses) if np.array_equal(pose, cut.numpy())))
     assert len(found) == 16
@@ -483,7 +502,7 @@ def test_an_annotated_slide_and_its_tiles_give_the_same_crops(
             crops = []
             for sampler, generator in zip(samplers, generators, strict=True):
                 sample, place = sampler.draw(generator)
-                crops.append(random_crop(sample, place, 64, generator, scale=1.4, rotate=0.5))
+                crops.append(random_crop(sample, place, 64, AugmentSpec(), generator))
             for slide_side, tile_side in zip(*crops, strict=True):
                 assert torch.equal(slide_side, tile_side)
 
@@ -1158,6 +1177,7 @@ def test_the_shipped_recipes_train_networks_that_there_are(path: Path) -> None:
         ("bcss-binary", "bcss-binary-unet"),
         ("bcss-wsss", "bcss-wsss-unet"),
         ("bcss-demo", "bcss-demo-unet"),
+        ("bcss-compare", "bcss-compare-unet"),
         ("busi-swish-unet", "busi-unet"),
         ("inbreast", "inbreast-dense"),
         ("dce-mri", "dce-mri-unet3d"),

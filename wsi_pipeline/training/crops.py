@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.grid import Shape, iter_blocks
+from wsi_pipeline.training.recipe import AugmentSpec
 from wsi_pipeline.training.samples import IGNORE, Sample
 
 BLOCK_SIDE = {2: 1024, 3: 128}
@@ -126,14 +127,7 @@ def _weighted(amounts: npt.NDArray[np.int64], generator: Generator) -> int:
 
 
 def random_crop(
-    sample: Sample,
-    place: Shape,
-    size: int,
-    generator: Generator,
-    *,
-    scale: float,
-    rotate: float,
-    turn: float = 1.0,
+    sample: Sample, place: Shape, size: int, spec: AugmentSpec, generator: Generator
 ) -> tuple[Tensor, Tensor]:
     """Cut a square or cube around a place, turned, flipped and scaled; return it with its truth.
 
@@ -143,10 +137,8 @@ def random_crop(
         sample: to cut from.
         place: a pixel that lies somewhere in the crop, array order.
         size: side of the crop, px.
+        spec: how strongly it may be turned and scaled.
         generator: of the random numbers.
-        scale: largest enlargement and reduction.
-        rotate: share of the turned crops that are by any angle, not only right ones.
-        turn: share of crops that are turned and flipped; the others stay upright.
 
     Returns:
         (C, *sides) float32 in [0, 1] and (*sides) uint8.
@@ -154,10 +146,13 @@ def random_crop(
     axes = len(sample.shape)
     upright, by, any_angle, zoom, mirror, flip_z = torch.rand(6, generator=generator).tolist()
     within = torch.rand(axes, generator=generator).tolist()
-    angle = 2 * math.pi * by if any_angle < rotate else math.pi / 2 * int(4 * by)
-    if upright >= turn:
-        angle, mirror, flip_z = 0.0, 1.0, 1.0
-    step = math.exp((2 * zoom - 1) * math.log(scale))  # image px per crop px
+    if upright < spec.turn:
+        angle = 2 * math.pi * by if any_angle < spec.rotate else math.pi / 2 * int(4 * by)
+        is_mirrored, is_upside_down = mirror < 0.5, flip_z < 0.5
+    else:
+        angle = math.radians(spec.tilt) * (2 * by - 1)
+        is_mirrored, is_upside_down = mirror < spec.mirror, False
+    step = math.exp((2 * zoom - 1) * math.log(spec.scale))  # image px per crop px
     reach = size * step / 2
     centre = [
         _inside(p + 0.5 + (2 * w - 1) * reach, n, reach)
@@ -170,11 +165,11 @@ def random_crop(
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     image, truth = sample.read(tuple(start), shape)
     image = image.float() / 255 if image.dtype == torch.uint8 else image
-    theta = _turned(angle, -1.0 if mirror < 0.5 else 1.0)
+    theta = _turned(angle, -1.0 if is_mirrored else 1.0)
     steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) * step
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1) @ theta.T  # (x, y)
     if axes == 3:
-        depth = (steps * (-1.0 if flip_z < 0.5 else 1.0))[:, None, None, None]
+        depth = (-steps if is_upside_down else steps)[:, None, None, None]
         plane = grid.expand(size, -1, -1, -1)
         grid = torch.cat([plane, depth.expand(-1, size, size, -1)], dim=-1)  # (x, y, z)
     corner = torch.tensor([c - a for c, a in zip(centre, start, strict=True)][::-1])

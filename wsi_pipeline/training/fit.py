@@ -351,15 +351,7 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
     images, truths, labels = [], [], []
     for _ in range(spec.batch_size):
         sample, place = sampler.draw(generator)
-        image, truth = random_crop(
-            sample,
-            place,
-            size,
-            generator,
-            scale=variation.scale,
-            rotate=variation.rotate,
-            turn=variation.turn,
-        )
+        image, truth = random_crop(sample, place, size, variation, generator)
         images.append(image)
         truths.append(truth)
         shown = ((truth > 0) & (truth != IGNORE)).any()

@@ -119,6 +119,8 @@ class AugmentSpec:
         scale: largest enlargement and reduction; 1 = none.
         turn: share of crops that are turned and flipped; the others stay upright.
         rotate: share of those that are turned by any angle, not only right ones.
+        tilt: largest angle by which those that stay upright lean to either side, degrees.
+        mirror: share of those that are flipped left to right.
         stain: deviation of the logarithm of each stain's density.
         mixing: deviation of the mixing of the colour channels' optical densities.
         density: deviation of the logarithm of the overall optical density.
@@ -132,6 +134,8 @@ class AugmentSpec:
     scale: float = 1.4
     turn: float = 1.0
     rotate: float = 0.5
+    tilt: float = 0.0
+    mirror: float = 0.0
     stain: float = 0.35
     mixing: float = 0.1
     density: float = 0.3
