@@ -441,19 +441,20 @@ def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
         raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
+    """Return the folder of this program in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "wsi_pipeline"
 
 
 def _cache_path(url: str, sha256: str) -> Path:
-    return _cache_dir() / f"{sha256}{Path(urllib.parse.urlparse(url).path).suffix}"
+    return cache_dir() / f"{sha256}{Path(urllib.parse.urlparse(url).path).suffix}"
 
 
 def _local_toml(location: str) -> Path:
     if location.startswith(("http://", "https://")):
         key = hashlib.sha256(location.encode()).hexdigest()[:16]
-        return _fetch(location, _cache_dir() / key / "model.toml")
+        return _fetch(location, cache_dir() / key / "model.toml")
     path = Path(location)
     return path / "model.toml" if path.suffix != ".toml" else path
 

@@ -15,8 +15,12 @@ MASK = "image-label"
 """Marks an OME-Zarr that is a mask, not a slide."""
 
 
-def as_path(text: str | Path) -> Path:
+def as_path(text: str | Path, **options: Any) -> Path:
     """Return the path that a text names; a URL gives one of fsspec's, with the same methods.
+
+    Args:
+        text: a path, or a URL; one of a file here, `file://`, gives its path.
+        options: for fsspec's client of the URL.
 
     Raises:
         SourceError: a URL that cannot be used here.
@@ -26,12 +30,14 @@ def as_path(text: str | Path) -> Path:
     try:
         from upath import UPath
 
-        path = UPath(text)
+        path = UPath(text, **options)
         _ = path.fs  # the client of this protocol
     except (ImportError, ValueError) as error:
         raise SourceError(
-            f'{text}: {error}; remote slides need pip install "wsi-pipeline[remote]"'
+            f'{without_secrets(f"{text}: {error}")}; URLs need pip install "wsi-pipeline[remote]"'
         ) from error
+    if path.protocol in ("file", "local"):
+        return Path(path.path)
     remote: Any = path  # a path in all but its type
     return remote  # type: ignore[no-any-return]
 
