@@ -1,14 +1,19 @@
-"""What a worker does with one block: read once, predict, blend, write its mask, trace it."""
+"""What a worker does with one block: read once, predict, blend, write its mask, trace it.
+
+All but where pixels come from, and what is peculiar to slides, is the same in two dimensions and
+in three.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +34,14 @@ from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.prepared import Preparation, open_scan
 from wsi_pipeline.store import RunStore, writing
 
 if TYPE_CHECKING:
     from wsi_pipeline.schedule import Keep
 
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+"""(*box, C)."""
 CACHE_BYTES = 256 * 2**20
 """Predictions of patches that straddle blocks, kept by each worker."""
 STAGES = ("read", "predict", "write", "polygons")
@@ -41,56 +49,43 @@ STAGES = ("read", "predict", "write", "polygons")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """All that a worker must know to do any block of a slide.
+class Plan(ABC):
+    """What a worker must know to do any block of a mask, in any number of dimensions.
 
     Attributes:
-        slide_path: of the slide or stored grid.
-        slide_mpp: µm per level-0 pixel where the file does not say.
-        slide_series: which image of a file with several.
+        path: of the source.
         bundle_path: folder of the bundle.
         store: the run's working folder.
         grid: the patches to predict.
-        grid_mpp: resolution that the model wants.
-        downsample: (y, x) level-0 pixels per grid pixel.
-        mask_shape: (y, x) of the mask.
-        mask_downsample: (y, x) level-0 pixels per mask pixel.
-        mask_mpp: (x, y) µm per mask pixel.
-        block_size: side of a block in mask pixels.
+        mask_shape: pixels along each axis of the mask.
+        block_shape: of a block in mask pixels.
         predict: how.
-        roi: GeoJSON to which the mask is limited.
-        roi_offset: (x, y) of its origin in level-0 pixels.
         threads: of the CPU for one worker's forward passes.
         outlines: whether to trace regions for polygons.
     """
 
-    slide_path: Path
-    slide_mpp: float | None
-    slide_series: int | None
+    path: Path
     bundle_path: Path
     store: RunStore
     grid: PatchGrid
-    grid_mpp: float
-    downsample: tuple[float, float]
-    mask_shape: tuple[int, int]
-    mask_downsample: tuple[float, float]
-    mask_mpp: tuple[float, float]
-    block_size: int
+    mask_shape: Shape
+    block_shape: Shape
     predict: PredictOptions
-    roi: Path | None
-    roi_offset: tuple[int, int]
     threads: int
     outlines: bool
 
     @property
-    def ratio(self) -> tuple[float, float]:
-        """Return (y, x) grid pixels per mask pixel."""
-        y, x = (m / g for m, g in zip(self.mask_downsample, self.downsample, strict=True))
-        return y, x
+    @abstractmethod
+    def ratio(self) -> tuple[float, ...]:
+        """Return grid pixels per mask pixel along each axis."""
+
+    def seen(self, block: Block) -> Block:
+        """Return where a block's mask lies to the grid."""
+        return block
 
     def box(self, block: Block) -> tuple[Shape, Shape]:
         """Return the grid pixels [start, stop) whose probabilities a block's mask needs."""
-        low, high = [], []
+        low, high, block = [], [], self.seen(block)
         axes = zip(block.start, block.stop, self.ratio, self.grid.shape, strict=True)
         for start, stop, ratio, length in axes:
             floor, fraction = sample_positions(start, stop, ratio=ratio, length=length)
@@ -100,8 +95,7 @@ class Plan:
 
     def blocks(self) -> list[Block]:
         """Return the blocks that some patch touches; all others stay background."""
-        size = (self.block_size, self.block_size)
-        every = iter_blocks(self.mask_shape, size)
+        every = iter_blocks(self.mask_shape, self.block_shape)
         return [block for block in every if len(self.grid.touching(*self.box(block)))]
 
     def uses(self) -> npt.NDArray[np.int64]:
@@ -112,23 +106,208 @@ class Plan:
         return count
 
 
-class SegmentBlocks:
-    """A worker's tools for the blocks of one slide: open slide, predictor, mask.
+@dataclass(frozen=True, kw_only=True)
+class SlidePlan(Plan):
+    """All that a worker must know to do any block of a slide, or of a stored grid.
+
+    Attributes:
+        mpp: µm per level-0 pixel where the file does not say.
+        series: which image of a file with several.
+        grid_mpp: resolution that the model wants.
+        downsample: (y, x) level-0 pixels per grid pixel.
+        mask_downsample: (y, x) level-0 pixels per mask pixel.
+        mask_mpp: (x, y) µm per mask pixel.
+        roi: GeoJSON to which the mask is limited.
+        roi_offset: (x, y) of its origin in level-0 pixels.
+    """
+
+    mpp: float | None
+    series: int | None
+    grid_mpp: float
+    downsample: tuple[float, float]
+    mask_downsample: tuple[float, float]
+    mask_mpp: tuple[float, float]
+    roi: Path | None
+    roi_offset: tuple[int, int]
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Return (y, x) grid pixels per mask pixel."""
+        return tuple(m / g for m, g in zip(self.mask_downsample, self.downsample, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanPlan(Plan):
+    """All that a worker must know to do any block of a planar image or a volume.
+
+    Attributes:
+        prepared: how its pixels become those of the grid.
+        frame: which of a file with several.
+    """
+
+    prepared: Preparation
+    frame: int | None = None
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Return grid pixels per mask pixel along each axis."""
+        return tuple(1 / step for step in self.prepared.step)
+
+    def seen(self, block: Block) -> Block:
+        """Return where a block's mask lies to the grid, which may be mirrored."""
+        if not self.prepared.is_mirrored:
+            return block
+        width = self.mask_shape[-1]
+        start = (*block.start[:-1], width - block.stop[-1])
+        return replace(block, start=start, stop=(*block.stop[:-1], width - block.start[-1]))
+
+
+class BlockWorker(ABC):
+    """A worker's tools for the blocks of one mask: open source, predictor, what is predicted.
 
     Args:
-        plan: of the slide.
-        keep: what the worker keeps from slide to slide.
+        plan: of the source.
+        keep: what the worker keeps from source to source.
     """
 
     def __init__(self, plan: Plan, keep: Keep) -> None:
         bundle = load_bundle(plan.bundle_path)
         self._plan = plan
         self._classes = len(bundle.classes)
-        self._slide = open_source(plan.slide_path, mpp=plan.slide_mpp, series=plan.slide_series)
-        self._view = self._slide.at(plan.grid_mpp, tolerance=MPP_TOLERANCE)
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         self._cache = PatchCache(plan.uses(), max_bytes=CACHE_BYTES)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the source; the predictor is kept for the next."""
+
+    @abstractmethod
+    def __call__(self, block: Block) -> int:
+        """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
+
+    @abstractmethod
+    def _pixels(self, start: Shape, shape: Shape) -> Pixels:
+        """Return the source's pixels in a box of the grid."""
+
+    def _predict(
+        self, block: Block, clock: Clock, labels: list[torch.Tensor] | None = None
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, npt.NDArray[np.int64]]:
+        """Return class and probability of a block's mask pixels, and the patches it took."""
+        start, stop = self._plan.box(block)
+        wanted = self._plan.grid.touching(start, stop)
+        with self._cache.claim(wanted) as claim:
+            pixels, corner = self._read(claim.mine)
+            region = self._predictor.upload(pixels)
+            clock.lap("read")
+            self._cache.wait_for_turn(claim)
+            clock.skip()
+            fresh = self._predictor.predict(
+                region,
+                self._plan.grid.origins[claim.mine] - corner,
+                begun=partial(self._cache.end_turn, claim),
+                labels=labels,
+            )
+            placed = self._placed(wanted, claim, fresh)
+            mask, probability = self._classify(self._pieces(placed, block), block)
+            clock.lap("predict")
+        return mask, probability, claim.mine
+
+    def _placed(
+        self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]
+    ) -> Iterator[tuple[Shape, torch.Tensor]]:
+        """Yield origin and prediction of each patch."""
+        for patch in patches:
+            yield tuple(self._plan.grid.origins[patch].tolist()), claim.result(patch, fresh)
+
+    def _read(self, patches: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:
+        """Read the pixels of patches at one go; return them and their first grid pixel."""
+        grid = self._plan.grid
+        axes = len(grid.shape)
+        if len(patches) == 0:
+            return np.zeros((0,) * axes + (1,), np.uint8), np.zeros(axes, np.int64)
+        origins = grid.origins[patches]
+        low, high = origins.min(axis=0), origins.max(axis=0) + np.array(grid.patch_size)
+        return self._pixels(tuple(low.tolist()), tuple((high - low).tolist())), low
+
+    def _pieces(
+        self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block
+    ) -> Iterator[tuple[Shape, torch.Tensor]]:
+        """Yield the first pixel and the probabilities (C, *part) of parts of a block's mask."""
+        plan, seen = self._plan, self._plan.seen(block)
+        start, stop = plan.box(block)
+        if self._windows.exclusive and all(r == 1.0 for r in plan.ratio):
+            for first, part in iter_owned(predictions, start, stop, windows=self._windows):
+                yield tuple(a - low for a, low in zip(first, start, strict=True)), part
+            return
+        bands = iter_blended_rows(
+            predictions,
+            start,
+            stop,
+            windows=self._windows,
+            patch_rows=plan.grid.patch_size[0],
+            channels=self._predictor.channels,
+            device=self._predictor.device,
+        )
+        rows = iter_sampled_rows(
+            bands,
+            start[1:],
+            start=seen.start,
+            stop=seen.stop,
+            ratio=plan.ratio,
+            shape=plan.grid.shape,
+        )
+        for row, sampled in rows:
+            yield (row, *(0 for _ in start[1:])), sampled
+
+    @torch.inference_mode()
+    def _classify(
+        self, pieces: Iterator[tuple[Shape, torch.Tensor]], block: Block
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None]:
+        """Return class and probability (in 1/65535) at each mask pixel of a block."""
+        mask = np.zeros(block.shape, np.uint8)
+        probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
+        for first, probabilities in pieces:
+            best, chosen = _best(probabilities)
+            part = tuple(slice(a, a + n) for a, n in zip(first, best.shape, strict=True))
+            mask[part] = chosen
+            if probability is not None:
+                probability[part] = np.rint(best * PROBABILITY_ONE)
+        return mask, probability
+
+    def _enter(
+        self,
+        block: Block,
+        mask: npt.NDArray[np.uint8],
+        probability: npt.NDArray[np.uint16] | None,
+        clock: Clock,
+        arrays: dict[str, npt.NDArray[Any]],
+    ) -> None:
+        """Trace a block whose mask is written, and enter it in the ledger."""
+        counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
+        arrays = arrays | {"counts": counts.numpy()}
+        if probability is not None:
+            pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))
+            arrays |= pieces.as_arrays()
+            clock.lap("polygons")
+        arrays |= {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}
+        self._plan.store.finish_block(block, arrays)
+
+
+class SegmentBlocks(BlockWorker):
+    """A worker's tools for the blocks of one slide.
+
+    Args:
+        plan: of the slide.
+        keep: what the worker keeps from slide to slide.
+    """
+
+    _plan: SlidePlan
+
+    def __init__(self, plan: SlidePlan, keep: Keep) -> None:
+        super().__init__(plan, keep)
+        self._slide = open_source(plan.path, mpp=plan.mpp, series=plan.series)
+        self._view = self._slide.at(plan.grid_mpp, tolerance=MPP_TOLERANCE)
         self._bad: set[Region] = set()
         self._noting = threading.Lock()
         self._mask = open_mask(plan.store.mask_path)
@@ -144,7 +323,7 @@ class SegmentBlocks:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
         use_one_core()
         clock = Clock()
-        mask, probability, predicted = self._predict(block, clock)
+        mask, probability, patches = self._predict(block, clock)
         bad = self._mark_unreadable(mask, probability, block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, self._plan.mask_downsample
@@ -153,64 +332,19 @@ class SegmentBlocks:
             write_block(self._mask, block, mask)
         clock.lap("write")
         arrays = {
-            "predicted": np.array(predicted),
-            "counts": torch.bincount(
-                torch.from_numpy(mask).flatten(), minlength=self._classes + 1
-            ).numpy(),
+            "predicted": np.array(len(patches)),
             "bad": np.array([astuple(region) for region in bad], np.int64).reshape(-1, 4),
         }
-        if probability is not None:
-            pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))
-            arrays |= pieces.as_arrays()
-            clock.lap("polygons")
-        arrays |= {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}
-        self._plan.store.finish_block(block, arrays)
-        return predicted
+        self._enter(block, mask, probability, clock, arrays)
+        return len(patches)
 
-    def _predict(
-        self, block: Block, clock: Clock
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, int]:
-        """Return class and probability of a block's mask pixels, and how many patches it took."""
-        start, stop = self._plan.box(block)
-        wanted = self._plan.grid.touching(start, stop)
-        with self._cache.claim(wanted) as claim:
-            pixels, corner = self._read(claim.mine)
-            region = self._predictor.upload(pixels)
-            clock.lap("read")
-            self._cache.wait_for_turn(claim)
-            clock.skip()
-            fresh = self._predictor.predict(
-                region,
-                self._plan.grid.origins[claim.mine] - corner,
-                begun=partial(self._cache.end_turn, claim),
-            )
-            placed = self._placed(wanted, claim, fresh)
-            mask, probability = self._classify(self._pieces(placed, block), block)
-            clock.lap("predict")
-        return mask, probability, len(claim.mine)
-
-    def _placed(
-        self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]
-    ) -> Iterator[tuple[Shape, torch.Tensor]]:
-        """Yield origin and prediction of each patch."""
-        for patch in patches:
-            yield tuple(self._plan.grid.origins[patch].tolist()), claim.result(patch, fresh)
-
-    def _read(
-        self, patches: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Read the pixels of patches at one go; return them and their first grid pixel."""
-        if len(patches) == 0:
-            return np.zeros((0, 0, 3), np.uint8), np.zeros(2, np.int64)
-        origins = self._plan.grid.origins[patches]
-        low, high = origins.min(axis=0), origins.max(axis=0) + np.array(self._plan.grid.patch_size)
-        y, x = low.tolist()
-        height, width = (high - low).tolist()
+    def _pixels(self, start: Shape, shape: Shape) -> Pixels:
+        """Return the slide's pixels in a box of the grid; note what cannot be read."""
         bad: list[Region] = []
-        pixels = self._view.read((y, x), (height, width), bad=bad)
+        pixels = self._view.read((start[0], start[1]), (shape[0], shape[1]), bad=bad)
         with self._noting:
             self._bad.update(bad)
-        return pixels, low
+        return pixels
 
     def _mark_unreadable(
         self,
@@ -244,56 +378,60 @@ class SegmentBlocks:
                 found.append(region)
         return found
 
-    def _pieces(
-        self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yield row, column and probabilities (C, h, w) of parts of a block's mask."""
-        plan = self._plan
-        start, stop = plan.box(block)
-        if self._windows.exclusive and plan.ratio == (1.0, 1.0):
-            for (y, x), part in iter_owned(predictions, start, stop, windows=self._windows):
-                yield y - start[0], x - start[1], part
-            return
-        bands = iter_blended_rows(
-            predictions,
-            start,
-            stop,
-            windows=self._windows,
-            patch_rows=plan.grid.patch_size[0],
-            channels=self._predictor.channels,
-            device=self._predictor.device,
-        )
-        rows = iter_sampled_rows(
-            bands,
-            start[1],
-            start=(block.start[0], block.start[1]),
-            stop=(block.stop[0], block.stop[1]),
-            ratio=plan.ratio,
-            shape=(plan.grid.shape[0], plan.grid.shape[1]),
-        )
-        for row, sampled in rows:
-            yield row, 0, sampled
 
-    @torch.inference_mode()
-    def _classify(
-        self, pieces: Iterator[tuple[int, int, torch.Tensor]], block: Block
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None]:
-        """Return class and probability (in 1/65535) at each mask pixel of a block."""
-        mask = np.zeros(block.shape, np.uint8)
-        probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
-        for row, column, probabilities in pieces:
-            best, chosen = _best(probabilities)
-            part = slice(row, row + best.shape[0]), slice(column, column + best.shape[1])
-            mask[part] = chosen
+class ScanBlocks(BlockWorker):
+    """A worker's tools for the blocks of one planar image or volume.
+
+    Args:
+        plan: of the image or volume.
+        keep: what the worker keeps from one to the next.
+    """
+
+    _plan: ScanPlan
+
+    def __init__(self, plan: ScanPlan, keep: Keep) -> None:
+        super().__init__(plan, keep)
+        self._scan = open_scan(plan.path, axes=len(plan.mask_shape), frame=plan.frame)
+        self._mask = plan.store.open_mask()
+
+    def close(self) -> None:
+        """Close the file; the predictor is kept for the next."""
+        self._scan.close()
+
+    def __call__(self, block: Block) -> int:
+        """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
+        use_one_core()
+        clock, labels = Clock(), list[torch.Tensor]()
+        mask, probability, patches = self._predict(block, clock, labels)
+        if self._plan.prepared.is_mirrored:
+            mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
-                probability[part] = np.rint(best * PROBABILITY_ONE)
-        return mask, probability
+                probability = np.ascontiguousarray(probability[..., ::-1])
+        with writing(self._plan.store.mask_path):
+            self._mask[block.slices] = mask
+        clock.lap("write")
+        arrays: dict[str, npt.NDArray[Any]] = {"predicted": np.array(len(patches))}
+        if labels:
+            arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
+        self._enter(block, mask, probability, clock, arrays)
+        return len(patches)
+
+    def _pixels(self, start: Shape, shape: Shape) -> Pixels:
+        return self._plan.prepared.read(self._scan, start, shape)
+
+
+def open_blocks(plan: Plan, keep: Keep) -> BlockWorker:
+    """Open a source on a worker; return what does its blocks."""
+    if isinstance(plan, ScanPlan):
+        return ScanBlocks(plan, keep)
+    assert isinstance(plan, SlidePlan)
+    return SegmentBlocks(plan, keep)
 
 
 def _best(
     probabilities: torch.Tensor,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """Return the highest probability and its class of (C, h, w); the first of equals."""
+    """Return the highest probability and its class of (C, *part); the first of equals."""
     if len(probabilities) == 1:
         probabilities = torch.cat([1 - probabilities, probabilities])
     if probabilities.device.type != "cpu":

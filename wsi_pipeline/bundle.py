@@ -22,12 +22,21 @@ from wsi_pipeline.errors import BundleError
 
 Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
+Scale = Literal["range", "minmax", "zscore"]
+Interpolation = Literal["linear", "cubic"]
 FOREIGN = ("exported", "torchscript")
 """Networks that come as a program in the bundle's folder."""
 AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
 """Of a patch."""
 RESOLUTION: Mapping[Modality, str] = {"slide": "mpp", "image": "fit", "volume": "spacing_mm"}
 """The key of `[input]` that says at what resolution the network sees."""
+PREPARATION: Mapping[str, Collection[Modality]] = {
+    "scale": ("image", "volume"),
+    "orient": ("image",),
+    "pad": ("image",),
+    "interpolation": ("image", "volume"),
+}
+"""The keys of `[input]` that say how pixels are prepared, and of what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +65,12 @@ class InputSpec:
         overlap: pixels between neighbouring patches, array order.
         mean: per channel, after scaling to [0, 1].
         std: per channel.
+        scale: which values of an image or volume become 0 and 1: those of the file's own "range",
+            the least and largest of the body ("minmax"), or these two numbers. "zscore": the
+            body's mean and mean + standard deviation.
+        orient: "left" = an image is mirrored where its right half is the brighter.
+        pad: "square" = an image's shorter side is padded to the longer before `fit`.
+        interpolation: where pixels are not taken as they are.
     """
 
     mpp: float | None = None
@@ -66,6 +81,10 @@ class InputSpec:
     overlap: tuple[int, ...] = (128, 128)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    scale: Scale | tuple[float, ...] = "range"
+    orient: Literal["left"] | None = None
+    pad: Literal["square"] | None = None
+    interpolation: Interpolation = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +249,12 @@ def bundle_toml(bundle: Bundle, *, weights: str | None) -> str:
 
 def bundle_table(bundle: Bundle) -> dict[str, Any]:
     """Return what the `model.toml` of a bundle holds, but for the weights."""
-    spec = {key: value for key, value in asdict(bundle.input).items() if value is not None}
+    usual = {f.name: f.default for f in fields(InputSpec) if f.name in PREPARATION}
+    spec = {
+        key: value
+        for key, value in asdict(bundle.input).items()
+        if value is not None and value != usual.get(key)
+    }
     output: dict[str, Any] = {"activation": bundle.activation}
     output["classes"] = [
         {"name": c.name} | ({"color": list(c.color)} if c.color else {}) for c in bundle.classes
@@ -296,9 +320,12 @@ def _input_spec(table: Mapping[str, Any], modality: Modality) -> InputSpec:
         )
     if own not in table:
         raise ValueError(f"lacks input.{own}, the resolution of {modality}s")
+    if others := [k for k, kinds in PREPARATION.items() if k in table and modality not in kinds]:
+        raise ValueError(f"input.{others[0]} is not for {modality}s")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}
     spec = InputSpec(**values)
     count = spec.channels
+    least, *most = spec.scale if isinstance(spec.scale, tuple) else (0, 1)
     rules = {
         "mpp": (_are_reals((spec.mpp,), 1, above=0), "µm per pixel above 0"),
         "fit": (_are_sizes(spec.fit, 2), "[height, width] in pixels above 0"),
@@ -307,8 +334,22 @@ def _input_spec(table: Mapping[str, Any], modality: Modality) -> InputSpec:
         "patch_size": (_are_sizes(spec.patch_size, axes), f"{axes} numbers of pixels above 0"),
         "mean": (_are_reals(spec.mean, count), f"{count} values, one a channel"),
         "std": (_are_reals(spec.std, count, above=0), f"{count} values above 0, one a channel"),
+        "scale": (
+            spec.scale in get_args(Scale)
+            or (_are_reals(spec.scale, 2) and _are_reals(tuple(most), 1, above=least)),
+            f"one of {', '.join(get_args(Scale))}, or [low, high]",
+        ),
+        "orient": (spec.orient in (None, "left"), '"left", or nothing'),
+        "pad": (
+            spec.pad is None or (spec.pad == "square" and len({*(spec.fit or ())}) == 1),
+            '"square" with a fit of equal sides, or nothing',
+        ),
+        "interpolation": (
+            spec.interpolation in get_args(Interpolation),
+            f"one of {', '.join(get_args(Interpolation))}",
+        ),
     }
-    for key in (own, "channels", "patch_size", "mean", "std"):
+    for key in (own, "channels", "patch_size", "mean", "std", *PREPARATION):
         holds, expected = rules[key]
         if not holds:
             raise ValueError(f"input.{key} is {_shown(getattr(spec, key))}; expected {expected}")

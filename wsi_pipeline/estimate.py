@@ -36,6 +36,8 @@ MASK_PX_BYTES = 16
 """Of a block: class, probability, number of the piece and what finding pieces takes."""
 GRID_PX_BYTES = 9
 """Of a block: its pixels, the tiles that they are cut out of, and their way to the device."""
+SCAN_PX_BYTES = 16
+"""The same of an image or volume, in float32."""
 DISK_PX_BYTES = 0.02
 """Mask pixel on tissue, compressed, in one format with its pyramid."""
 DISK_VERTEX_BYTES = 25
@@ -80,8 +82,8 @@ def estimate_memory(
     predict: PredictOptions,
     *,
     model: ModelBytes,
-    block_size: int,
-    ratio: tuple[float, float],
+    block_shape: Shape,
+    ratio: tuple[float, ...],
     patches: int,
     blocks_in_hand: int,
     workers: int,
@@ -94,8 +96,8 @@ def estimate_memory(
         bundle: the model.
         predict: options.
         model: what it takes.
-        block_size: side of a block in mask pixels.
-        ratio: (y, x) grid pixels per mask pixel.
+        block_shape: of a block in mask pixels.
+        ratio: grid pixels per mask pixel along each axis.
         patches: to predict.
         blocks_in_hand: of all workers together.
         workers: each with a model of its own.
@@ -105,9 +107,10 @@ def estimate_memory(
     device = choose_device(predict.device)
     patch, channels = bundle.input.patch_size, len(bundle.classes)
     patch_px = math.prod(patch)
-    sides = [block_size * r + 2 * p for r, p in zip(ratio, patch, strict=True)]
-    bands = 2 * patch[0] * sides[1] * (channels + 1) * 4
-    block = block_size**2 * MASK_PX_BYTES + math.prod(sides) * GRID_PX_BYTES
+    sides = [b * r + 2 * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
+    bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
+    grid_px = GRID_PX_BYTES if bundle.modality == "slide" else SCAN_PX_BYTES
+    block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
     total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
     total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
     if device.type == "cpu":
@@ -188,8 +191,8 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
         for _ in range(2):  # the first time, kernels are chosen and memory is got
             start = time.perf_counter()
             region = predictor.upload(pixels)
-            for probabilities in predictor.predict(region, np.zeros((count, 2), np.int64)):
-                probabilities[0, 0, 0].item()  # waits for a GPU
+            for probabilities in predictor.predict(region, np.zeros((count, pixels.ndim - 1), np.int64)):
+                probabilities.flatten()[0].item()  # waits for a GPU
             seconds = time.perf_counter() - start
     finally:
         predictor.close()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.blocks import STAGES, Clock, Plan
+from wsi_pipeline.blocks import STAGES, Clock, SlidePlan
 from wsi_pipeline.bundle import Bundle, ClassInfo
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import geojson, ome_tiff, ome_zarr, overlay
@@ -63,7 +63,7 @@ class Finished:
 
     slide: Slide
     bundle: Bundle
-    plan: Plan
+    plan: SlidePlan
     stored: StoredGrid
     settings: Settings
     key: str
@@ -225,7 +225,7 @@ def _write_polygons(
     outlines = find_outlines(
         mask,
         {**traced, **trace_mask(mask, rest)},
-        block_size=finished.plan.block_size,
+        block_size=finished.plan.block_shape[0],
         tolerance=dialect.tolerance,
         min_pixels=dialect.min_pixels,
     )

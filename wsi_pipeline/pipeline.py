@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_pipeline.blocks import Plan, SegmentBlocks
+from wsi_pipeline.blocks import BlockWorker, Plan, SlidePlan, open_blocks
 from wsi_pipeline.bundle import Bundle, sha256_of
 from wsi_pipeline.errors import (
     BundleError,
@@ -322,7 +322,7 @@ class _Begun:
     slide: Slide
     key: str
     stored: StoredGrid
-    plan: Plan
+    plan: SlidePlan
     blocks: list[Block]
     claim: ExitStack
     seconds: float
@@ -417,7 +417,7 @@ class _Team:
         alone = is_in_process(client)
         self._max_ram = max_ram if alone else None
         self._resources = {} if alone or settings.predict.device == "cpu" else gpu_share(client)
-        self._open = SegmentBlocks if alone else partial(_open_elsewhere, threads=threads)
+        self._open = open_blocks if alone else partial(_open_elsewhere, threads=threads)
         # in this process one slide a step, for the sake of memory
         self._at_once = 3 if alone else SLIDES_AT_ONCE
         steps = (1, 1, 1) if alone else (cpu_count(), SLIDES_AT_ONCE, cpu_count())
@@ -484,9 +484,9 @@ class _Team:
             plan.store.remove_partials()  # of workers that died
 
 
-def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> SegmentBlocks:
-    """Open a slide on a worker of another process, with the threads that dask gives it."""
-    return SegmentBlocks(replace(plan, threads=threads or worker_threads()), keep)
+def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> BlockWorker:
+    """Open a source on a worker of another process, with the threads that dask gives it."""
+    return open_blocks(replace(plan, threads=threads or worker_threads()), keep)
 
 
 def _finish(begun: _Begun, seconds: float) -> Run:
@@ -604,7 +604,7 @@ def _plan(
     stored: StoredGrid,
     settings: Settings,
     threads: int | None,
-) -> Plan:
+) -> SlidePlan:
     width, height = slide.size
     downsample, shape = (1.0, 1.0), (height, width)
     if (mask_mpp := settings.predict.mask_mpp) is not None:
@@ -615,10 +615,10 @@ def _plan(
                 f"--mask-mpp {mask_mpp:g} is finer than the slide's {max(slide.mpp):g} µm/px; "
                 "leave it out for full resolution"
             )
-    return Plan(
-        slide_path=slide.path.absolute(),
-        slide_mpp=settings.select.mpp,
-        slide_series=settings.select.series,
+    return SlidePlan(
+        path=slide.path.absolute(),
+        mpp=settings.select.mpp,
+        series=settings.select.series,
         bundle_path=bundle.path.absolute(),
         store=store,
         grid=stored.grid,
@@ -627,7 +627,7 @@ def _plan(
         mask_shape=shape,
         mask_downsample=downsample,
         mask_mpp=(downsample[1] * slide.mpp[0], downsample[0] * slide.mpp[1]),
-        block_size=_block_size(settings),
+        block_shape=(_block_size(settings),) * 2,
         predict=settings.predict,
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
@@ -645,7 +645,7 @@ def _block_size(settings: Settings) -> int:
     return size
 
 
-def _ensure_mask(plan: Plan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
+def _ensure_mask(plan: SlidePlan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
     """Create the mask unless an interrupted run has begun one."""
     path = plan.store.mask_path
     if path.is_dir() or (plan.store.blocks() and plan.store.finished_mask_path.is_dir()):
@@ -675,7 +675,7 @@ def _peak_memory(
         bundle,
         plan.predict,
         model=model,
-        block_size=min(plan.block_size, max(plan.mask_shape)),
+        block_shape=tuple(min(b, max(plan.mask_shape)) for b in plan.block_shape),
         ratio=plan.ratio,
         patches=len(plan.grid),
         blocks_in_hand=workers * blocks_in_hand,
@@ -708,7 +708,7 @@ def _memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callab
         if needed > free:
             logger.warning(
                 "%s takes about %.1f GB of memory, %.1f GB are free; %s",
-                name_of(plan.slide_path), needed / 1e9, free / 1e9, lower,
+                name_of(plan.path), needed / 1e9, free / 1e9, lower,
             )  # fmt: skip
 
     return check

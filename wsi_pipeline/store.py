@@ -27,7 +27,7 @@ import zarr
 from filelock import FileLock, Timeout
 
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
-from wsi_pipeline.grid import Block, PatchGrid, Region
+from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 
 logger = logging.getLogger(__name__)
 
@@ -325,6 +325,21 @@ class RunStore:
     def finished_mask_path(self) -> Path:
         """Return where the whole mask lies."""
         return self.folder / "mask.ome.zarr"
+
+    def create_mask(self, shape: Shape, *, chunk: int) -> None:
+        """Create the mask of an image or volume where it grows, all background.
+
+        Args:
+            shape: of the mask.
+            chunk: side of a chunk.
+        """
+        with writing(self.mask_path), written_beside(self.mask_path) as partial:
+            group = zarr.open_group(partial, mode="w-")
+            group.create_array("0", shape=shape, chunks=(chunk,) * len(shape), dtype=np.uint8)
+
+    def open_mask(self) -> zarr.Array[Any]:
+        """Open a mask that `create_mask` made, to be read and written; return it."""
+        return zarr.open_array(self.mask_path / "0", mode="r+")
 
     def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""
