@@ -42,11 +42,18 @@ class Job:
         path: of the slide.
         folder: of the run.
         mpp: µm per level-0 pixel where a table gives them, in place of what the file says.
+        target: folder behind a URL to which the run is moved when it is whole; None = it stays.
     """
 
     path: Path
     folder: Path
     mpp: float | None = None
+    target: Path | None = None
+
+    @property
+    def home(self) -> Path:
+        """Return the folder in which users find the run."""
+        return self.target or self.folder
 
     def select(self, options: SelectOptions) -> SelectOptions:
         """Return the options for this slide, with its own µm per pixel."""
@@ -157,7 +164,11 @@ def read_mpp_table(path: Path) -> dict[str, float]:
 
 
 def plan_jobs(
-    slides: list[Path], output: Path, mpp_table: Mapping[str, float] | None = None
+    slides: list[Path],
+    output: Path,
+    mpp_table: Mapping[str, float] | None = None,
+    *,
+    target: Path | None = None,
 ) -> list[Job]:
     """Give each slide a folder of its own; return the jobs.
 
@@ -168,6 +179,7 @@ def plan_jobs(
         slides: their paths.
         output: folder of the runs.
         mpp_table: µm per level-0 pixel by file name, with or without extension.
+        target: folder behind a URL to which the runs are moved when they are whole.
 
     Raises:
         SourceError: a table that names none of the slides.
@@ -188,7 +200,10 @@ def plan_jobs(
         raise SourceError(
             f"the table of µm per pixel names none of the slides, {_file_name(slides[0])}…"
         )
-    return [Job(path=p, folder=output / chosen.get(p, _long_name(p)), mpp=mpps[p]) for p in slides]
+    return [
+        Job(path=p, folder=output / name, mpp=mpps[p], target=target / name if target else None)
+        for p, name in ((p, chosen.get(p, _long_name(p))) for p in slides)
+    ]
 
 
 def _stem(path: Path) -> str:

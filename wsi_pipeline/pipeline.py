@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import threading
 import time
 from collections import deque
@@ -40,9 +41,10 @@ from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
-from wsi_pipeline.outputs import FILES, Finished, drop_outputs, versions, write_outputs
+from wsi_pipeline.outputs import ASAP_FILE, FILES, Finished, drop_outputs, versions, write_outputs
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
-from wsi_pipeline.report import Run, load_run, write_run_json
+from wsi_pipeline.remote import reaching, upload
+from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.schedule import (
     Keep,
     check_shared,
@@ -347,14 +349,20 @@ def _begin(
     ):
         _check_modality(bundle)
         key = run_key(_identity(slide, bundle, settings))
-        if not overwrite and (run := _finished(job.folder, key, settings.export)):
+        in_hand = job.target is not None and job.folder.is_dir()
+        if not overwrite and not in_hand and (run := _finished(job.home, key, settings.export)):
             logger.info("%s is done already", job.folder)
             return run
         # absolute: workers elsewhere have another current folder
         folder = job.folder.absolute()
         claim.enter_context(RunStore(folder=folder).claim())
-        if not overwrite and (run := _finished(job.folder, key, settings.export)):
+        if not overwrite and (run := _finished(job.home, key, settings.export)):
+            if job.target:
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
             return run  # by another process, a moment ago
+        if job.target and not overwrite and (run := _finished(folder, key, settings.export)):
+            _move_home(job)  # which an earlier run could not
+            return run
         store = open_run_store(
             folder,
             fingerprint=slide.fingerprint,
@@ -438,7 +446,12 @@ class _Team:
                         raise CancelledError
                 seconds = time.perf_counter() - start
             with self._finishing:
-                return _finish(begun, seconds)
+                run = _finish(begun, seconds)
+                if run.status == "done":
+                    _move_home(job)
+                elif job.target:
+                    _note_failure(job, run)
+                return run
 
     def segment_all(
         self, jobs: Sequence[Job], progress: Callable[[Job, int, int], None] | None
@@ -510,6 +523,23 @@ def _finish(begun: _Begun, seconds: float) -> Run:
     return run
 
 
+def _move_home(job: Job) -> None:
+    """Move a run that is whole to the URL where users look, if they asked for that.
+
+    Raises:
+        StoreError: the URL cannot be written; the run stays here.
+    """
+    if job.target is None:
+        return
+    try:
+        upload(job.folder, job.target, last=RUN_FILE, replaced=[*FILES.values(), ASAP_FILE])
+    except StoreError as error:
+        raise StoreError(
+            f"{error}; the outputs stay in {job.folder}, and the same command uploads them"
+        ) from error
+    shutil.rmtree(job.folder, ignore_errors=True)
+
+
 def _local_paths(job: Job, bundle: Bundle) -> list[Path]:
     return [p.absolute() for p in (bundle.path, job.path) if not is_remote(p)]
 
@@ -578,10 +608,11 @@ def _drop_what_is_old(begun: _Begun) -> None:
 
 def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
-    path = folder / "run.json"
-    if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
-        return None
-    run = load_run(path)
+    path = folder / RUN_FILE
+    with reaching(folder):
+        if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
+            return None
+        run = load_run(path)
     wanted = {"key": key, "export": as_plain(export)}
     same = run.status == "done" and wanted.items() <= run.settings.items()
     return run if same else None
@@ -734,13 +765,19 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
         settings=settings.as_plain(),
         versions=versions(),
     )
-    path = job.folder / "run.json"
-    if run.status == "busy":
-        return run
+    if run.status == "failed":
+        _note_failure(job, run)
+    return run
+
+
+def _note_failure(job: Job, run: Run) -> None:
+    """Write down where users look that a slide failed, unless a good run is there."""
+    path = job.home / RUN_FILE
     try:
-        if not path.is_file() or load_run(path).status == "failed":
-            job.folder.mkdir(parents=True, exist_ok=True)
-            write_run_json(path, run)
+        with reaching(path):
+            if not path.is_file() or load_run(path).status == "failed":
+                if job.target is None:
+                    job.folder.mkdir(parents=True, exist_ok=True)
+                write_run_json(path, run)
     except OSError:
         logger.debug("cannot write %s", path, exc_info=True)
-    return run

@@ -21,7 +21,7 @@ from urllib.parse import quote_from_bytes
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export.overlay import read_preview
-from wsi_pipeline.store import writing, written_beside
+from wsi_pipeline.remote import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -239,8 +239,7 @@ def _no_formula(text: str) -> str:
 
 def _write_text(path: Path, text: str) -> None:
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
-    with writing(path), written_beside(path) as beside:
-        beside.write_bytes(text.encode("utf-8", "backslashreplace"))
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.inputs import Job
-from wsi_pipeline.paths import name_of
+from wsi_pipeline.paths import is_remote, name_of, without_secrets
+from wsi_pipeline.remote import fetch, reaching, write_whole
 from wsi_pipeline.report import RUN_FILE, Run, find_runs
-from wsi_pipeline.store import RunStore, claim_folder, writing, written_beside
+from wsi_pipeline.store import RunStore, claim_folder
 
 JOBS_FILE = ".slides.json"
 """In an output folder: the slide of each run's folder, of all commands that wrote into it."""
@@ -42,42 +43,55 @@ class Status:
     seconds_left: float | None
 
 
-def note_jobs(output: Path, jobs: Iterable[Job]) -> None:
+def note_jobs(output: Path, jobs: Iterable[Job], *, target: Path | None = None) -> None:
     """Add slides to what an output folder is to hold.
 
     Args:
         output: the folder.
         jobs: slides and their folders.
+        target: folder behind a URL to which the runs are moved; it holds the note then, written
+            in any case, to find out whether it can be.
+
+    Raises:
+        StoreError: the note cannot be written.
     """
+    home = target or output
     with claim_folder(output, timeout=PATIENCE):
-        noted = _load_jobs(output)
+        noted = _load_jobs(home)
         every = noted | {job.folder.name: name_of(job.path) for job in jobs}
-        if every == noted:
-            return
-        path = output / JOBS_FILE
-        with writing(path), written_beside(path) as beside:
-            beside.write_text(json.dumps(every, indent=0), "utf-8")
+        if target or every != noted:
+            write_whole(home / JOBS_FILE, json.dumps(every, indent=0).encode())
 
 
 def _load_jobs(output: Path) -> dict[str, str]:
     """Return the slides' names by folder; nothing where no command has noted any."""
     try:
-        return dict(json.loads((output / JOBS_FILE).read_text("utf-8")))
+        with reaching(output):
+            return dict(json.loads((output / JOBS_FILE).read_text("utf-8")))
     except (OSError, ValueError, TypeError):
         return {}
 
 
-def read_status(output: Path) -> Status:
+def read_status(output: Path, work: Path | None = None) -> Status:
     """Return how far an output folder is.
+
+    Args:
+        output: the folder, or its URL.
+        work: of a URL, the folder in which its slides are worked on here.
 
     Raises:
         StoreError: no command has written there.
     """
+    work, home = work or output, output
+    if is_remote(home):
+        output = work / ".status"
+        fetch(home, output, first=RUN_FILE)
     runs = {folder.name: run for folder, run in find_runs(output).items()}
-    names = sorted(_load_jobs(output).keys() | runs.keys())
+    names = sorted(_load_jobs(home).keys() | runs.keys())
     if not names:
-        raise StoreError(f"{output} holds no runs; expected the --output of `segment`")
-    stores = {name: RunStore(folder=output / name) for name in names}
+        home_name = without_secrets(str(home))
+        raise StoreError(f"{home_name} holds no runs; expected the --output of `segment`")
+    stores = {name: RunStore(folder=work / name) for name in names}
     running = {name: len(s.blocks()) for name, s in stores.items() if s.is_claimed()}
     ended = {name: run for name, run in runs.items() if name not in running}
     waiting = [name for name in names if name not in running and name not in ended]

@@ -27,6 +27,32 @@ class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         return Path(value)
 
 
+class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A folder, here or, where that is allowed, behind a URL.
+
+    Args:
+        url: whether it is.
+        exists: whether a folder here must be there.
+    """
+
+    def __init__(self, *, url: bool, exists: bool = False) -> None:
+        self._url, self._exists = url, exists
+        self.name = "DIR|URL" if url else "DIR"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+        """Return the path; one of fsspec's for a URL."""
+        if "://" not in str(value):
+            kind = click.Path(exists=self._exists, file_okay=False, path_type=Path)
+            folder: Path = kind.convert(value, param, ctx)
+            return folder
+        from wsi_pipeline.paths import as_path, without_secrets
+
+        if not self._url:
+            self.fail(f"{without_secrets(value)} is a URL; expected a folder here", param, ctx)
+        # other machines write there, too
+        return as_path(value, use_listings_cache=False)
+
+
 series_option = click.option(
     "--series",
     type=click.IntRange(min=0),
@@ -86,9 +112,31 @@ output_option = click.option(
     "--output",
     "-o",
     required=True,
-    type=click.Path(file_okay=False, path_type=Path),
+    type=OutputChoice(url=False),
     help="Folder for the results.",
+)
+work_option = click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="With a URL as output: folder here for slides in hand  [default: in the user's cache]",
 )
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Start anew instead of going on where an earlier run stopped."
 )
+
+
+def choose_work(output: Path, work: Path | None) -> Path:
+    """Return the folder in which slides are worked on: `output` itself unless that is a URL.
+
+    Args:
+        output: of `segment`.
+        work: what --work says.
+    """
+    from wsi_pipeline.paths import is_remote
+    from wsi_pipeline.remote import work_folder
+
+    if is_remote(output):
+        return work or work_folder(output)
+    if work:
+        raise click.UsageError("--work is for a URL as output; a folder is worked in itself")
+    return output

@@ -8,16 +8,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from wsi_pipeline.cli.options import (
+    OutputChoice,
+    choose_work,
     inputs_argument,
-    output_option,
     overwrite_option,
     select_options,
+    work_option,
 )
 from wsi_pipeline.cli.stop import end, stopping
 from wsi_pipeline.options import (
@@ -38,6 +41,8 @@ MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
 LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
+REPORT_FOLDER = ".report"
+"""In the work folder of a URL: copies of what summary and report are written from."""
 SUMMARY_SHARE = 0.02
 """Of the time that may go into summaries on the way: those of many slides take some."""
 SUMMARY_PATIENCE = 60
@@ -121,7 +126,14 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 @click.command()
 @inputs_argument
 @click.option("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
-@output_option
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=OutputChoice(url=True),
+    help="Folder for the results, or its URL, such as s3://bucket/runs.",
+)
+@work_option
 @select_options()
 @click.option(
     "--overlap", type=click.IntRange(min=0), help="px between patches  [default: the bundle's]"
@@ -209,7 +221,13 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context
 def command(
-    ctx: click.Context, /, inputs: tuple[str, ...], model: str, output: Path, **options: Any
+    ctx: click.Context,
+    /,
+    inputs: tuple[str, ...],
+    model: str,
+    output: Path,
+    work: Path | None,
+    **options: Any,
 ) -> None:
     """Segment slides: masks at full resolution, QuPath polygons, overviews and a report.
 
@@ -218,6 +236,7 @@ def command(
     """
     from wsi_pipeline.bundle import load_bundle
     from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+    from wsi_pipeline.paths import is_remote
     from wsi_pipeline.status import note_jobs
     from wsi_pipeline.store import make_folder
 
@@ -229,7 +248,10 @@ def command(
     settings = _settings(options)
     bundle = load_bundle(model)
     table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
-    jobs = every = plan_jobs(find_slides(list(inputs), output=output), output, table)
+    target = output if is_remote(output) else None
+    output = choose_work(output, work)
+    slides = find_slides(list(inputs), output=output)
+    jobs = every = plan_jobs(slides, output, table, target=target)
     if not every:
         raise click.UsageError(f"no slides found in {', '.join(inputs)}")
     if options["shard"]:
@@ -248,9 +270,9 @@ def command(
             ctx.exit(1)
         return
     make_folder(output)
-    note_jobs(output, every)
+    note_jobs(output, every, target=target)
     not_done = _run(
-        jobs, bundle, output, settings, schedule, options["overwrite"], ctx.obj["quiet"]
+        jobs, bundle, output, target, settings, schedule, options["overwrite"], ctx.obj["quiet"]
     )
     if not_done:
         ctx.exit(1)
@@ -318,6 +340,7 @@ def _run(
     jobs: list[Any],
     bundle: Any,
     output: Path,
+    target: Path | None,
     settings: Settings,
     schedule: ScheduleOptions,
     overwrite: bool,
@@ -342,7 +365,7 @@ def _run(
         _log_file(output),
         open_cluster(schedule) as client,
         Bars(quiet=quiet, unit="patches") as bars,
-        _summary(output) as summary,
+        _summary(output, target) as summary,
     ):
         if not quiet and (link := dashboard_link(client)):
             click.echo(f"dashboard: {link}", err=True)
@@ -364,7 +387,8 @@ def _run(
                 click.echo(f"{run.status}: {path}: {run.reason}", err=True)
             elif not quiet:
                 areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
-                click.echo(f"done: {name_of(job.path)} → {job.folder} ({areas})", err=True)
+                home = without_secrets(str(job.home))
+                click.echo(f"done: {name_of(job.path)} → {home} ({areas})", err=True)
             for warning in run.warnings:
                 click.echo(f"warning: {name_of(job.path)}: {warning}", err=True)
     return sum(run.status != "done" or bool(run.bad_regions) for run in runs.values())
@@ -375,43 +399,71 @@ class Summary:
 
     Args:
         output: folder of the runs.
+        target: folder behind a URL to which they are moved; None = they stay.
     """
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, output: Path, target: Path | None) -> None:
+        self._output, self._target = output, target
         self._failed: dict[Path, Any] = {}
         self._next = 0.0
 
     def add(self, folder: Path, run: Any) -> None:
         """Take in how a slide ended; write, unless writing takes too much of the time."""
-        from wsi_pipeline.errors import BusyError
+        from wsi_pipeline.errors import BusyError, StoreError
 
         if run.status == "failed":
             self._failed[folder] = run
         start = time.monotonic()
         if start >= self._next:
-            with suppress(BusyError):  # another process writes just this
+            # another process writes just this; or the URL is out of reach, which may pass
+            with suppress(StoreError if self._target else BusyError):
                 self.write(timeout=0)
             now = time.monotonic()
             self._next = now + (now - start) / SUMMARY_SHARE
 
     def write(self, *, timeout: float = SUMMARY_PATIENCE) -> None:
         """Write of all that the folder holds, and of what has failed besides."""
-        from wsi_pipeline.report import find_runs, write_report, write_summary
+        from wsi_pipeline.remote import fetch, write_whole
+        from wsi_pipeline.report import LINKED_FILES, RUN_FILE
         from wsi_pipeline.store import claim_folder
 
         # one process after the other, so that the last to write has seen the runs of all
         with claim_folder(self._output, timeout=timeout):
-            # slides that earlier calls or other shards have done belong to the picture too
-            every = find_runs(self._output) | self._failed
-            write_summary(self._output, every)
-            write_report(self._output, every)
+            if self._target is None:
+                self._write(self._output)
+                return
+            copies = self._output / REPORT_FOLDER
+            look = partial(
+                fetch,
+                self._target,
+                copies,
+                first=RUN_FILE,
+                whole=("overlay.png",),
+                named=LINKED_FILES,
+            )
+            look()
+            changed = True
+            while changed:
+                self._write(copies)
+                for name in ("summary.csv", "report.html"):
+                    write_whole(self._target / name, (copies / name).read_bytes())
+                # other machines are not locked out: the last to write has seen the runs of all
+                changed = look()
+
+    def _write(self, folder: Path) -> None:
+        from wsi_pipeline.report import find_runs, write_report, write_summary
+
+        failed = {folder / path.name: run for path, run in self._failed.items()}
+        # slides that earlier calls or other shards have done belong to the picture too
+        every = find_runs(folder) | failed
+        write_summary(folder, every)
+        write_report(folder, every)
 
 
 @contextmanager
-def _summary(output: Path) -> Iterator[Summary]:
+def _summary(output: Path, target: Path | None) -> Iterator[Summary]:
     """Yield a summary that is written a last time however the body ends."""
-    summary = Summary(output)
+    summary = Summary(output, target)
     try:
         yield summary
     finally:
@@ -508,7 +560,8 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
         found.append(one)
         height, width = one.mask_shape
         path = without_secrets(str(job.path))
-        click.echo(f"{path}\t{width} × {height} px mask\t{_needs(one)}\t→ {job.folder}")
+        home = without_secrets(str(job.home))
+        click.echo(f"{path}\t{width} × {height} px mask\t{_needs(one)}\t→ {home}")
     if len(jobs) > 1 and found:
         total = type(found[0])(
             patches=sum(e.patches for e in found),
@@ -518,7 +571,8 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
             files=sum(e.files for e in found),
             mask_shape=(),
         )
-        click.echo(f"total of {len(found)} slides\t\t{_needs(total)}\t→ {jobs[0].folder.parent}")
+        home = without_secrets(str(jobs[0].home.parent))
+        click.echo(f"total of {len(found)} slides\t\t{_needs(total)}\t→ {home}")
     click.echo(f"estimated from {rate:.3g} patches/s of this machine", err=True)
     return len(found) == len(jobs)
 

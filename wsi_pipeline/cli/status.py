@@ -8,20 +8,22 @@ from pathlib import Path
 
 import click
 
+from wsi_pipeline.cli.options import OutputChoice, choose_work, work_option
+
 
 @click.command()
-@click.argument(
-    "folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="DIR", type=OutputChoice(url=True, exists=True))
+@work_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with the folder of every slide.")
-def command(folder: Path, as_json: bool) -> None:
+def command(folder: Path, work: Path | None, as_json: bool) -> None:
     """Show how far the slides of an output folder are.
 
-    DIR: the --output of `segment`, whichever machines are working on it.
+    DIR: the --output of `segment`, whichever machines are working on it. Of a URL only those slides
+    count as running on which this machine works.
     """
     from wsi_pipeline.status import read_status
 
-    status = read_status(folder)
+    status = read_status(folder, choose_work(folder, work))
     if as_json:
         click.echo(json.dumps(asdict(status), indent=2))
         return
