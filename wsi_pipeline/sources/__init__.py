@@ -10,7 +10,7 @@ from typing import Any
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
 from wsi_pipeline.paths import as_path, is_remote
-from wsi_pipeline.sources.backend import Backend
+from wsi_pipeline.sources.backend import Backend, sampled_digest
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.slide import open_slide_file
 from wsi_pipeline.sources.stain import why_not_brightfield
@@ -19,9 +19,6 @@ from wsi_pipeline.sources.view import Slide, SlideView
 from wsi_pipeline.store import is_patch_grid
 
 __all__ = ["Slide", "SlideView", "open_source", "why_not_brightfield"]
-
-SAMPLE = 1 << 18
-"""Bytes read at the head, the middle and the tail of a file for its fingerprint."""
 
 
 def open_source(path: str | Path, *, mpp: float | None = None, series: int | None = None) -> Slide:
@@ -102,12 +99,7 @@ def _fingerprint(path: Path) -> str:
     """
     if not path.is_file():
         return _folder_digest(hashlib.sha256(), path)
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for offset in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
-            file.seek(offset)
-            digest.update(file.read(SAMPLE))
+    digest = sampled_digest(path)
     companions = path.with_suffix("")
     if is_remote(path) or companions == path or not companions.is_dir():
         return digest.hexdigest()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import SourceError
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 Pixels = npt.NDArray[np.uint8]
 Sizes = tuple[tuple[int, int], ...]
@@ -27,6 +31,9 @@ is 760,000 × 250,000."""
 
 MAX_PIECE = 1 << 28
 """Bytes that one stored tile or chunk may have when decoded: all of it must fit in memory."""
+
+SAMPLE = 1 << 18
+"""Bytes read at the head, the middle and the tail of a file for its fingerprint."""
 
 
 class Backend(Protocol):
@@ -93,6 +100,17 @@ def check_size(size: tuple[int, int]) -> None:
         raise SourceError(f"{size[0]} × {size[1]} px: nothing to see")
     if max(size) > MAX_SIDE or math.prod(size) > MAX_PIXELS:
         raise SourceError(f"its header says {size[0]:,} × {size[1]:,} px, which no slide has")
+
+
+def sampled_digest(path: Path) -> _Hash:
+    """Return the SHA-256 object of a file's size, head, middle and tail: cheap for any size."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for offset in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
+            file.seek(offset)
+            digest.update(file.read(SAMPLE))
+    return digest
 
 
 def count_cpus() -> int:

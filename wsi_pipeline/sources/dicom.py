@@ -7,7 +7,7 @@ says of others is not passed on.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_color_lut, apply_modality_lut, iter_pixels, pixel_array
+from pydicom.pixels.decoders.base import (
+    JPEGExtended12BitDecoder,
+    JPEGLosslessDecoder,
+    JPEGLosslessSV1Decoder,
+)
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
+from pydicom.pixels.utils import iter_pixels, pixel_array
 from pydicom.uid import UID, VLWholeSlideMicroscopyImageStorage
 
 from wsi_pipeline.errors import SourceError
@@ -43,6 +49,24 @@ TAGS = (
 
 TISSUE_REGION, CENTIMETRE = 1, 3
 """Codes of a two-dimensional picture, and of cm, in the regions of ultrasound (PS3.3 C.8.5.5)."""
+
+PHOTOMETRIC = (
+    "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR",
+    "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT",
+)  # fmt: skip
+"""What pixels are read; all of YBR become RGB."""
+
+NO_IMAGES = (
+    "1.2.840.10008.5.1.4.1.1.66.",  # segmentations of all kinds
+    "1.2.840.10008.5.1.4.1.1.30",  # parametric maps
+    "1.2.840.10008.5.1.4.1.1.481.",  # doses and other objects of radiotherapy
+)
+"""How the UIDs of kinds begin whose pixels are not values of a picture."""
+
+# what pydicom itself, Pillow and pyjpegls do not decode, or not with 12 bits
+for _decoder in (JPEGExtended12BitDecoder, JPEGLosslessDecoder, JPEGLosslessSV1Decoder):
+    if "imagecodecs" not in _decoder.available_plugins:
+        _decoder.add_plugin("imagecodecs", ("wsi_pipeline.sources.dicom_jpeg", "decode_frame"))
 
 Range = tuple[float, float]
 Stored = npt.NDArray[Any]
@@ -75,14 +99,12 @@ def read_header(path: Path) -> Dataset:
         with _quiet():
             header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
             _check(header)
-    except SourceError as error:
-        raise SourceError(f"{path}: {error}") from None
+    except SourceError:
+        raise
     except InvalidDicomError:
-        raise SourceError(
-            f"{path}: begins without the mark of DICOM; save it again as a DICOM file"
-        ) from None
+        raise SourceError("begins without the mark of DICOM; save it again as DICOM") from None
     except Exception as error:  # pydicom raises anything on damaged files
-        raise SourceError(f"{path}: cannot be read as DICOM ({type(error).__name__})") from error
+        raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from error
     return header
 
 
@@ -92,8 +114,12 @@ def _check(header: Dataset) -> None:
         raise SourceError("a DICOM whole-slide image; segment it with a bundle for slides")
     if "Rows" not in header or "Columns" not in header or "BitsAllocated" not in header:
         raise SourceError(f"a DICOM file without pixels ({sop_class.name or 'of no kind'})")
-    if sop_class.name.endswith("Segmentation Storage"):
-        raise SourceError("a DICOM segmentation, not an image; name the image it was made of")
+    if sop_class.startswith(NO_IMAGES):
+        raise SourceError(f"no image, but DICOM's {sop_class.name}; name the image it was made of")
+    if header.get("PhotometricInterpretation") not in PHOTOMETRIC:
+        raise SourceError(
+            f"colours as {header.get('PhotometricInterpretation')}; expected grey, RGB or YBR"
+        )
     rows, columns = header.Rows, header.Columns
     if min(rows, columns) < 1:
         raise SourceError(f"{columns} × {rows} px: nothing to see")
@@ -111,6 +137,12 @@ def count_frames(header: Dataset) -> int:
     return int(header.get("NumberOfFrames") or 1)
 
 
+def groups_of(header: Dataset, frame: int) -> list[Dataset]:
+    """Return the functional groups of a frame, its own before those that all share."""
+    own = header.get("PerFrameFunctionalGroupsSequence") or []
+    return [*own[frame : frame + 1], *(header.get("SharedFunctionalGroupsSequence") or [])]
+
+
 def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]:
     """Decode one frame; return its pixels, (y, x) or RGB (y, x, 3), and what they mean.
 
@@ -121,33 +153,35 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
         with _quiet():
             stored = pixel_array(path, index=frame)
             if header.PhotometricInterpretation == "PALETTE COLOR":
-                return apply_color_lut(stored, header), _palette_values(header)
+                bits = header.RedPaletteColorLookupTableDescriptor[2]
+                return apply_color_lut(stored, header), Values(full=(0, 2**bits - 1))
             if header.get("ModalityLUTSequence"):
                 bits = header.ModalityLUTSequence[0].LUTDescriptor[2]
                 return apply_modality_lut(stored, header), values(header, full=(0, 2**bits - 1))
-            return stored, values(header)
-    except SourceError:
-        raise
+            return stored, values(header, groups_of(header, frame))
     except Exception as error:  # pydicom and its decoders raise anything on damaged pixels
-        raise _undecodable(path, header, error) from error
+        raise _undecodable(header, error) from error
 
 
-def iter_frames(path: Path, header: Dataset) -> Iterator[Stored]:
-    """Yield the stored frames of a file in its order, (y, x).
+def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], None]) -> None:
+    """Decode all frames of a file in its order; hand each, (y, x), over with its number.
 
     Raises:
         SourceError: its pixels cannot be decoded.
     """
     try:
         with _quiet():
-            yield from iter_pixels(path)
+            for frame, stored in enumerate(iter_pixels(path)):
+                take(frame, stored)
     except Exception as error:
-        raise _undecodable(path, header, error) from error
+        raise _undecodable(header, error) from error
 
 
-def _undecodable(path: Path, header: Dataset, error: Exception) -> SourceError:
+def _undecodable(header: Dataset, error: Exception) -> SourceError:
     syntax = UID(header.file_meta.TransferSyntaxUID)
-    return SourceError(f"{path}: its pixels ({syntax.name}) cannot be decoded: {one_line(error)}")
+    return SourceError(
+        f"its pixels ({syntax.name}) cannot be decoded, damaged or cut off: {one_line(error)}"
+    )
 
 
 def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None = None) -> Values:
@@ -160,14 +194,14 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
     """
     slope, intercept = 1.0, 0.0
     if full is None:
-        rescaling = _part(header, groups, "PixelValueTransformationSequence")
+        rescaling = part(header, groups, "PixelValueTransformationSequence")
         slope = float(rescaling.get("RescaleSlope") or 1)
         intercept = float(rescaling.get("RescaleIntercept") or 0)
     bits = int(header.get("BitsStored") or header.BitsAllocated)
     signed = bool(header.get("PixelRepresentation"))
     stored = full or ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1))
     ends = sorted(slope * end + intercept for end in stored)
-    window = _window(_part(header, groups, "FrameVOILUTSequence"))
+    window = _window(part(header, groups, "FrameVOILUTSequence"))
     if header.get("PhotometricInterpretation") == "MONOCHROME1":
         slope, intercept = -slope, sum(ends) - intercept
         window = window and (sum(ends) - window[1], sum(ends) - window[0])
@@ -179,13 +213,14 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
     )
 
 
-def _palette_values(header: Dataset) -> Values:
-    bits = header.RedPaletteColorLookupTableDescriptor[2]
-    return Values(full=(0, 2**bits - 1))
+def part(header: Dataset, groups: Sequence[Dataset], name: str) -> Dataset:
+    """Return the item of the first functional group that has one, or the file's own attributes.
 
-
-def _part(header: Dataset, groups: Sequence[Dataset], name: str) -> Dataset:
-    """Return the item of the first functional group that has one, or the file's own attributes."""
+    Args:
+        header: of the file.
+        groups: the frame's functional groups, its own before the shared ones.
+        name: of the sequence that holds the item.
+    """
     return next((group[name].value[0] for group in groups if group.get(name)), header)
 
 
@@ -206,3 +241,59 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def burnt_in(header: Dataset) -> list[str]:
+    """Return a sentence where the file says that writing is part of its picture."""
+    if header.get("BurnedInAnnotation") != "YES":
+        return []
+    return ["it says that annotation is burnt into its pixels: the network sees it, too"]
+
+
+def planar_spacing(header: Dataset) -> tuple[tuple[float, float] | None, list[str]]:
+    """Return (y, x) mm between pixels, None where the file does not say, and what is doubtful."""
+    if regions := header.get("SequenceOfUltrasoundRegions"):
+        return _ultrasound_spacing(regions)
+    measures = part(header, groups_of(header, 0), "PixelMeasuresSequence")
+    if measures.get("PixelSpacing"):
+        return pair(measures.PixelSpacing), []
+    scanned = header.get("NominalScannedPixelSpacing")
+    if scanned:
+        return pair(scanned), ["its pixel spacing is that of a scanned film, not of the body"]
+    if not header.get("ImagerPixelSpacing"):
+        return None, []
+    y, x = pair(header.ImagerPixelSpacing)
+    factor = float(header.get("EstimatedRadiographicMagnificationFactor") or 0)
+    if factor > 0:
+        return (y / factor, x / factor), [
+            f"its pixel spacing is that of the detector, divided by the magnification of {factor:g}"
+        ]
+    return (y, x), ["its pixel spacing is that of the detector: what it shows is smaller"]
+
+
+def pair(spacing: Sequence[Any]) -> tuple[float, float]:
+    """Return (y, x) mm of a spacing, as numbers.
+
+    Raises:
+        SourceError: sizes that no pixel has.
+    """
+    y, x = (float(v) for v in spacing)
+    if not (0 < y < np.inf and 0 < x < np.inf):
+        raise SourceError(f"pixels of {y:g} × {x:g} mm; expected sizes above 0")
+    return y, x
+
+
+def _ultrasound_spacing(
+    regions: Sequence[Dataset],
+) -> tuple[tuple[float, float] | None, list[str]]:
+    """Return the spacing of the two-dimensional pictures in one of ultrasound, where all agree."""
+    found = {
+        (abs(float(region.PhysicalDeltaY)) * 10, abs(float(region.PhysicalDeltaX)) * 10)
+        for region in regions
+        if region.get("RegionSpatialFormat") == TISSUE_REGION
+        and region.get("PhysicalUnitsXDirection") == CENTIMETRE
+        and region.get("PhysicalUnitsYDirection") == CENTIMETRE
+    }
+    if len(found) > 1:
+        return None, [f"its {len(found)} ultrasound regions have pixels of different sizes"]
+    return (pair(found.pop()) if found else None), []

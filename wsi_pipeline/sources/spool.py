@@ -70,7 +70,7 @@ class Spool:
     def _decoded(self) -> npt.NDArray[np.uint8]:
         width, height = self._size
         rows = max(1, BAND // (width * 3))
-        with _local(self._path) as path, _opened(path, self._driver, self._directory) as dataset:
+        with _local(self._path) as path, opened(path, self._driver, self._directory) as dataset:
             if (dataset.width, dataset.height) != self._size:
                 raise ValueError(f"{dataset.width} × {dataset.height} px, {self._size} expected")
             if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
@@ -158,8 +158,8 @@ def _local(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(path: Path, driver: str, directory: int) -> Iterator[Any]:
-    """Yield GDAL's data set of a picture, or of one directory of a TIFF."""
+def opened(path: Path, driver: str, directory: int = 0) -> Iterator[Any]:
+    """Yield GDAL's data set of a picture, or of one directory of a TIFF, by its offset."""
     name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
     import rasterio  # brings GDAL: half of the time to import this package
     from rasterio.errors import NotGeoreferencedWarning

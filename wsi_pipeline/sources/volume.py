@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import hashlib
+import math
+import re
 import tempfile
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydicom import Dataset
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape
+from wsi_pipeline.sources.backend import one_line, sampled_digest
+from wsi_pipeline.sources.dicom import decode_frames, read_header
 from wsi_pipeline.sources.image import as_meant
+from wsi_pipeline.sources.radiology import kind_of, series_in
+from wsi_pipeline.sources.series import Stack, stack_series
+from wsi_pipeline.sources.spool import DENSEST
+
+SHEARED = 1e-3
+"""Cosine up to which two axes count as standing at right angles."""
+
+PIECE = 1 << 24
+"""Bytes unpacked at once."""
+
+MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
+"""Of NIfTI's units of length."""
+
+NRRD_TYPES = {
+    name: code
+    for code, names in {
+        "i1": "signed char, int8, int8_t",
+        "u1": "uchar, unsigned char, uint8, uint8_t",
+        "i2": "short, short int, signed short, signed short int, int16, int16_t",
+        "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
+        "i4": "int, signed int, int32, int32_t",
+        "u4": "uint, unsigned int, uint32, uint32_t",
+        "f4": "float",
+        "f8": "double",
+    }.items()
+    for name in names.split(", ")
+}
+NRRD_SPACES = {
+    "right-anterior-superior": "ras",
+    "left-anterior-superior": "las",
+    "left-posterior-superior": "lps",
+}
 
 SLAB = 1 << 25
 """Voxels looked at together for the least and the largest value."""
@@ -78,13 +120,11 @@ class Voxels:
         with self._lock:
             if self._spool is None:
                 assert self._decode is not None
-                spool = tempfile.TemporaryFile()
-                try:
+                with ExitStack() as stack:
+                    spool = stack.enter_context(tempfile.TemporaryFile())
                     self._decode(spool)
                     spool.flush()
-                except BaseException:
-                    spool.close()
-                    raise
+                    stack.pop_all()
                 self._spool = spool
             return self._spool
 
@@ -168,4 +208,304 @@ def open_volume(path: Path) -> Volume:
     Raises:
         SourceError: no volume, or one that cannot be read.
     """
-    raise SourceError(f"{path}: no volume that is read here")
+    kind = "DICOM" if path.is_dir() else kind_of(path)
+    openers = {"NIfTI": _open_nifti, "NRRD": _open_nrrd, "DICOM": _open_dicom}
+    if kind not in openers:
+        what = f"a planar image ({kind})" if kind else "no volume that is known here"
+        raise SourceError(f"{path}: {what}; expected NIfTI, NRRD or a series of DICOM")
+    try:
+        return openers[kind](path)
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from error
+    except ImportError as error:
+        raise SourceError(
+            f'{path}: {kind} needs {error.name}: pip install "wsi-pipeline[radiology]"'
+        ) from error
+    except Exception as error:  # readers raise anything on damaged files
+        raise SourceError(f"{path}: cannot be read as {kind}: {one_line(error)}") from error
+
+
+def _open_nifti(path: Path) -> Volume:
+    import nibabel
+
+    opened = nibabel.load(path)
+    if not isinstance(opened, nibabel.Nifti1Image):  # of which Nifti2Image is a child
+        raise SourceError("a NIfTI of two files; save it as one, .nii or .nii.gz")
+    image: Any = opened
+    header, stored = image.header, image.dataobj
+    if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]):
+        axes = " × ".join(map(str, image.shape))
+        raise SourceError(
+            f"{axes} voxels on {len(image.shape)} axes; expected one volume, on three"
+        )
+    to_mm = MM_PER_UNIT[header.get_xyzt_units()[0]]
+    affine = np.diag([to_mm, to_mm, to_mm, 1.0]) @ image.affine
+    voxels = _file_voxels(
+        path,
+        (image.shape[2], image.shape[1], image.shape[0]),
+        stored.dtype,
+        offset=int(stored.offset),
+        unpack=_gunzip if _is_gzip(path) else None,
+        slope=float(stored.slope),
+        intercept=float(stored.inter),
+    )
+    doubts = []
+    if not header["sform_code"] and not header["qform_code"]:
+        doubts.append(
+            "it does not say how it lies in the body; its axes count as right, front, top"
+        )
+    said = np.array([to_mm * float(v) for v in header.get_zooms()[:3]])
+    if not np.allclose(said, _lengths(affine), rtol=0.01):
+        doubts.append(
+            f"its voxels are {_mm(_lengths(affine))} by its affine, {_mm(said)} by its header; "
+            "the first count"
+        )
+    return _volume(path, voxels, affine, "nibabel", doubts)
+
+
+def _open_nrrd(path: Path) -> Volume:
+    import nrrd
+
+    with path.open("rb") as file:
+        header = nrrd.read_header(file)
+        offset = file.tell()
+    if "data file" in header or "datafile" in header:
+        raise SourceError("a NRRD whose voxels lie in another file; save it as one")
+    sizes = [int(n) for n in header["sizes"]]
+    kinds = header.get("kinds", ["domain"] * 3)
+    if len(sizes) != 3 or any(kind not in ("domain", "space") for kind in kinds):
+        axes = " × ".join(map(str, sizes))
+        raise SourceError(f"{axes} values on axes of {', '.join(kinds)}; expected three of space")
+    if header.get("line skip") or header.get("byte skip"):
+        raise SourceError("a NRRD that skips lines or bytes; save it without")
+    affine, doubts = _nrrd_affine(header)
+    unpackers = {
+        "raw": None,
+        "gzip": gzip.open,
+        "gz": gzip.open,
+        "bzip2": bz2.open,
+        "bz2": bz2.open,
+    }
+    if header["encoding"] not in unpackers:
+        raise SourceError(f"voxels stored as {header['encoding']}; expected raw, gzip or bzip2")
+    voxels = _file_voxels(
+        path,
+        (sizes[2], sizes[1], sizes[0]),
+        np.dtype((">" if header.get("endian") == "big" else "<") + NRRD_TYPES[header["type"]]),
+        offset=offset,
+        unpack=unpackers[header["encoding"]],
+        packed_from=offset,
+    )
+    return _volume(path, voxels, affine, "pynrrd", doubts)
+
+
+def _nrrd_affine(header: Mapping[str, Any]) -> tuple[npt.NDArray[np.float64], list[str]]:
+    """Return the affine to RAS+ of a NRRD, and what is doubtful."""
+    space = str(header.get("space", "")).lower()
+    names = NRRD_SPACES.get(space, space)
+    affine, doubts = np.eye(4), []
+    if "space directions" in header:
+        affine[:3, :3] = np.array(header["space directions"], np.float64).T
+    elif "spacings" in header:
+        affine[:3, :3] = np.diag(np.array(header["spacings"], np.float64))
+    else:
+        raise SourceError("does not say how large its voxels are; save it with space directions")
+    affine[:3, 3] = header.get("space origin", (0, 0, 0))
+    if re.fullmatch("[rl][ap][si]", names) is None:
+        doubts.append("it does not say how it lies in the body; its axes count as left, back, top")
+        names = "lps"
+    signs = [1.0 if name in "ras" else -1.0 for name in names]
+    return np.diag([*signs, 1.0]) @ affine, doubts
+
+
+def _open_dicom(path: Path) -> Volume:
+    files, doubts = _series_files(path)
+    stack = stack_series(files)
+    slopes, intercepts = (
+        np.array([getattr(v, name) for v in stack.values]).reshape(-1, 1, 1)
+        for name in ("slope", "intercept")
+    )
+    windows = {v.window for v in stack.values}
+    dtype = np.result_type(*{_dtype(header) for _, _, header in stack.slices})
+    voxels = Voxels(
+        path,
+        stack.shape,
+        dtype,
+        decode=partial(_decode_slices, stack, dtype),
+        slope=slopes,
+        intercept=intercepts,
+    )
+    digest = hashlib.sha256()
+    for file in dict.fromkeys(file for file, _, _ in stack.slices):
+        digest.update(sampled_digest(file).digest())
+    return Volume(
+        path=path,
+        shape=stack.shape,
+        spacing_mm=stack.spacing_mm,
+        affine=stack.affine,
+        fingerprint=digest.hexdigest(),
+        backend="pydicom",
+        doubts=(*doubts, *stack.doubts),
+        voxels=voxels,
+        window=windows.pop() if len(windows) == 1 else None,
+        dicom=tuple(dict.fromkeys(file for file, _, _ in stack.slices)),
+    )
+
+
+def _series_files(path: Path) -> tuple[list[tuple[Path, Dataset]], list[str]]:
+    """Return paths and headers of the series that a path stands for, copies left out."""
+    folder = path if path.is_dir() else path.parent
+    wanted = None if path.is_dir() else str(read_header(path).get("SeriesInstanceUID", ""))
+    found = series_in(folder)
+    if wanted is None and len(found) != 1:
+        firsts = ", ".join(sorted(files[0][0].name for files in found.values())[:5])
+        what = f"name one file of each, as {firsts}" if found else "expected one"
+        raise SourceError(f"a folder of {len(found)} DICOM series; {what}")
+    files = found[wanted] if wanted is not None else next(iter(found.values()))
+    files.sort(key=lambda file: file[0] != path)  # of copies, that which was named
+    once = {header.get("SOPInstanceUID", file): (file, header) for file, header in files[::-1]}
+    copies = len(files) - len(once)
+    return list(once.values()), [f"{copies} copies of slices are left out"] if copies else []
+
+
+def _dtype(header: Dataset) -> np.dtype[Any]:
+    """Return what pydicom decodes the pixels of a file to."""
+    kind = "i" if header.get("PixelRepresentation") else "u"
+    return np.dtype(f"{kind}{max(1, header.BitsAllocated // 8)}")
+
+
+def _decode_slices(stack: Stack, dtype: np.dtype[Any], spool: BinaryIO) -> None:
+    """Write the stored slices of a series to a file in their order."""
+    places = {(path, frame): z for z, (path, frame, _) in enumerate(stack.slices)}
+    nbytes = stack.shape[1] * stack.shape[2] * dtype.itemsize
+
+    def take(path: Path, frame: int, stored: npt.NDArray[Any]) -> None:
+        spool.seek(places[path, frame] * nbytes)
+        spool.write(stored.astype(dtype, copy=False).tobytes())
+
+    for path, header in {path: header for path, _, header in stack.slices}.items():
+        try:
+            decode_frames(path, header, partial(take, path))
+        except SourceError as error:
+            raise SourceError(f"{path}: {error}") from error
+
+
+def _file_voxels(
+    path: Path,
+    shape: Shape,
+    dtype: np.dtype[Any],
+    *,
+    offset: int,
+    unpack: Callable[[BinaryIO], Any] | None,
+    packed_from: int = 0,
+    slope: float = 1.0,
+    intercept: float = 0.0,
+) -> Voxels:
+    """Return the voxels of a file, mapped or, where they are compressed, unpacked once.
+
+    Args:
+        path: of the file.
+        shape: (z, y, x).
+        dtype: as stored.
+        offset: bytes before the first voxel, in the file or in what is unpacked.
+        unpack: opens a compressed stream.
+        packed_from: byte of the file where the stream begins; then no offset counts within.
+        slope: factor of stored voxels.
+        intercept: what is added to them.
+    """
+    if min(shape) < 1:
+        raise SourceError(f"{' × '.join(map(str, shape[::-1]))} voxels: nothing to see")
+    if dtype.kind not in "uif":
+        raise SourceError(f"voxels of {dtype}; expected whole or real numbers")
+    nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
+    decode = None
+    if unpack is None and size < offset + nbytes:
+        raise SourceError(
+            f"is cut off: {size:,} bytes, of {offset + nbytes:,} that its header says"
+        )
+    if unpack is not None:
+        if nbytes > DENSEST * size:
+            raise SourceError(f"its header says {nbytes:,} bytes, which {size:,} cannot hold")
+        skip = 0 if packed_from else offset
+        decode = partial(_unpack, path, unpack, packed_from, skip, nbytes)
+    return Voxels(
+        path,
+        shape,
+        dtype,
+        offset=offset if decode is None else 0,
+        decode=decode,
+        slope=slope,
+        intercept=intercept,
+    )
+
+
+def _gunzip(packed: BinaryIO) -> Any:
+    return gzip.GzipFile(fileobj=packed, mode="rb")
+
+
+def _bunzip(packed: BinaryIO) -> Any:
+    return bz2.BZ2File(packed)
+
+
+def _unpack(
+    path: Path,
+    unpack: Callable[[BinaryIO], Any],
+    packed_from: int,
+    skip: int,
+    nbytes: int,
+    spool: BinaryIO,
+) -> None:
+    """Write the voxels of a compressed file to another."""
+    try:
+        with path.open("rb") as packed:
+            packed.seek(packed_from)
+            with unpack(packed) as stream:
+                stream.read(skip)
+                left = nbytes
+                while left and (piece := stream.read(min(left, PIECE))):
+                    spool.write(piece)
+                    left -= len(piece)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise SourceError(f"{path}: cannot be unpacked: {one_line(error)}") from error
+    if left:
+        raise SourceError(f"{path}: is cut off: {left:,} of {nbytes:,} bytes are missing")
+
+
+def _volume(
+    path: Path,
+    voxels: Voxels,
+    affine: npt.NDArray[np.float64],
+    backend: str,
+    doubts: list[str],
+) -> Volume:
+    """Return a volume, its affine checked."""
+    lengths = _lengths(affine)
+    if not np.isfinite(affine).all() or lengths.min() <= 0:
+        raise SourceError(f"voxels of {_mm(lengths)}; expected sizes above 0")
+    axes = affine[:3, :3] / lengths
+    if np.abs(axes.T @ axes - np.eye(3)).max() > SHEARED:
+        raise SourceError("its axes do not stand at right angles (sheared); resample it upright")
+    return Volume(
+        path=path,
+        shape=voxels.shape,
+        spacing_mm=tuple(map(float, lengths[::-1])),
+        affine=affine,
+        fingerprint=sampled_digest(path).hexdigest(),
+        backend=backend,
+        doubts=tuple(doubts),
+        voxels=voxels,
+    )
+
+
+def _lengths(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return (x, y, z) mm between voxels."""
+    return np.asarray(np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def _mm(lengths: npt.NDArray[np.float64]) -> str:
+    return " × ".join(f"{length:.4g}" for length in lengths) + " mm"
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
