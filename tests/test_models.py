@@ -139,6 +139,6 @@ def test_the_demo_bundle_tells_tumour_from_necrosis_on_a_real_region(data_dir: P
     bundle = load_bundle(MODELS / "lightmuseg-bcss-demo")
     with ExitStack() as closing:
         tiles = [s for s in load_samples(recipe, data_dir, closing) if s.patient == patient][:6]
-        tally = measure(build(bundle).module, bundle, tiles)[patient]
-    score = scores_of(tally, bundle)["Tumor"]
+        judged = measure(build(bundle).module, bundle, tiles)[patient]
+    score = scores_of(judged.pixels, bundle)["Tumor"]
     assert score.dice > max(0.75, score.everywhere_dice)

@@ -37,11 +37,11 @@ from wsi_pipeline.training.augment import blur, empty_glass, vary_contrast, vary
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
-from wsi_pipeline.training.measure import measure, predict, scores_of
+from wsi_pipeline.training.measure import Judged, accuracy, measure, predict, scores_of
 from wsi_pipeline.training.recipe import AugmentSpec, Recipe, SplitSpec, load_recipe
 from wsi_pipeline.training.samples import IGNORE, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
-from wsi_pipeline.training.write import Trained, write_bundle
+from wsi_pipeline.training.write import Trained, model_card, write_bundle, write_history
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -398,7 +398,7 @@ def test_upright_crops_lean_and_are_mirrored_as_far_as_the_recipe_says() -> None
     sample = make_sample("A", slope[None], torch.zeros(128, 128, dtype=torch.uint8))
     spec = AugmentSpec(scale=1, rotate=1, turn=0, tilt=15, mirror=0.25)
     turned = []
-    for seed in range(200):
+    for seed in range(100):
         (crop,), _ = random_crop(sample, (64, 64), 32, spec, seeded(seed))
         down, right = (float(d[16, 16]) * 128 for d in torch.gradient(crop))
         assert math.hypot(down, right) == pytest.approx(1, abs=1e-3)
@@ -823,8 +823,8 @@ def test_scores_are_what_counting_says(recipe: Recipe) -> None:
     truth[16:48] = 1  # overlap: rows 16 to 31
     truth[:, 32:] = IGNORE
     sample = make_sample("A", image, truth)
-    tally = measure(Darkness(), recipe.bundle, [sample])["A"]
-    score = scores_of(tally, recipe.bundle)["Tumor"]
+    judged = measure(Darkness(), recipe.bundle, [sample])["A"]
+    score = scores_of(judged.pixels, recipe.bundle)["Tumor"]
     assert score.dice == pytest.approx(0.5)
     assert score.iou == pytest.approx(1 / 3)
     assert score.share == pytest.approx(0.5)
@@ -841,8 +841,53 @@ def test_large_images_are_measured_region_by_region(
     whole = measure(Darkness(), recipe.bundle, [sample])["A"]
     monkeypatch.setattr("wsi_pipeline.training.measure.REGION", {2: 48})
     parts = measure(Darkness(), recipe.bundle, [sample])["A"]
-    np.testing.assert_array_equal(parts.confusion, whole.confusion)
-    assert whole.confusion.sum() == 130 * 170
+    np.testing.assert_array_equal(parts.pixels.confusion, whole.pixels.confusion)
+    assert whole.pixels.confusion.sum() == 130 * 170
+
+
+class Gloomy(Darkness):
+    """Says besides that a patch is malignant where any of it is dark."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        mask = super().forward(x)
+        dark = mask.amax((1, 2, 3))
+        return {"mask": mask, "label": torch.stack([-dark, dark], dim=1)}
+
+
+@pytest.fixture
+def saying(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(
+        recipe, bundle=dataclasses.replace(recipe.bundle, labels=("Benign", "Malignant"))
+    )
+
+
+def test_labels_are_judged_patch_by_patch(saying: Recipe) -> None:
+    image = torch.full((3, 64, 208), 255, dtype=torch.uint8)  # patches start at 0, 48, 96, 144
+    image[..., 60] = image[..., 203] = 0  # dark in the first two patches and in the last
+    truth = torch.zeros(64, 208, dtype=torch.uint8)
+    truth[:, 100] = 1  # truly in the second and the third
+    parts = make_sample("A", image, truth)
+    unknown = torch.full_like(truth, IGNORE)
+    unknown[:, :48] = 0
+    whole = dataclasses.replace(make_sample("B", image, unknown), label=1)
+    judged = measure(Gloomy(), saying.bundle, [parts, whole])
+    assert judged["A"].labels.tolist() == [[0, 2], [1, 1]]
+    assert judged["B"].labels.tolist() == [[0, 0], [0, 1]]
+    assert accuracy(judged) == pytest.approx(2 / 5)
+
+
+def test_a_card_says_how_often_labels_are_right(saying: Recipe, samples: list[Sample]) -> None:
+    nothing = Judged.empty(saying.bundle)
+    judged = {
+        patient: dataclasses.replace(nothing, labels=np.array(counts))
+        for patient, counts in {"A": [[6, 0], [0, 0]], "B": [[0, 1], [1, 0]]}.items()
+    }
+    trained = Trained(samples=samples, surveys=learner(samples).surveys, judged=judged)
+    card = model_card(saying, trained)
+    # both patients, A alone, or B alone: 6 of 8, all, or none
+    assert "0.750 (0.000 to 1.000) are right" in card
+    assert "the commonest label, 0.875 would be" in card
+    assert "| Benign | 6 | 1 |\n| Malignant | 1 | 0 |" in card
 
 
 # -- fitting and writing ----------------------------------------------------------------------
@@ -920,6 +965,23 @@ def test_the_best_weights_are_kept_and_a_training_without_progress_ends(
         assert torch.equal(tensor, kept[1][name]), name
 
 
+def test_history_tells_how_often_labels_are_right(
+    folder: Path, saying: Recipe, samples: list[Sample]
+) -> None:
+    bundle = dataclasses.replace(
+        saying.bundle, network="nmtnet", network_options={"classes": 1, "labels": 2}
+    )
+    recipe = changed(dataclasses.replace(saying, bundle=bundle), steps=1)
+    train, held_out = samples[:2], samples[2:]
+    fitted = fit(recipe, learner(train), validation=held_out)
+    judged = measure(fitted.network, bundle, held_out)
+    assert fitted.history[-1]["validation_accuracy"] == accuracy(judged)
+    write_history(folder, fitted.history)
+    with (folder / "history.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["validation_accuracy"]) == accuracy(judged)
+
+
 def test_parts_of_a_batch_make_one_step_like_the_whole(recipe: Recipe) -> None:
     images = torch.rand(6, 3, 8, 8, generator=seeded())
     truths = torch.randint(0, 2, (6, 8, 8), generator=seeded(1)).to(torch.uint8)
@@ -968,8 +1030,8 @@ def test_a_precision_that_the_device_lacks_is_refused(recipe: Recipe) -> None:
 def test_a_few_pictures_are_learnt_by_heart(recipe: Recipe, samples: list[Sample]) -> None:
     quick = changed(recipe, steps=60, average=0.5, learning_rate=0.01)
     network = fit(dataclasses.replace(quick, augment=QUIET), learner(samples)).network
-    tallies = measure(network, recipe.bundle, samples).values()
-    score = scores_of(sum(tallies, start=Tally.empty(2)), recipe.bundle)["Tumor"]
+    judged = measure(network, recipe.bundle, samples).values()
+    score = scores_of(sum(judged, start=Judged.empty(recipe.bundle)).pixels, recipe.bundle)["Tumor"]
     assert score.dice > 0.9
     assert score.everywhere_dice < 0.5
 
@@ -1014,9 +1076,9 @@ def test_a_written_bundle_loads_and_predicts_the_same(
 ) -> None:
     known = learner(samples)
     network = fit(recipe, known).network
-    tallies = measure(network, recipe.bundle, samples)
+    judged = measure(network, recipe.bundle, samples)
     trained = Trained(
-        samples=samples, surveys=known.surveys, tallies=tallies, fingerprint="0123456789abcdef01"
+        samples=samples, surveys=known.surveys, judged=judged, fingerprint="0123456789abcdef01"
     )
     write_bundle(network, recipe, trained, folder / "bundle")
     assert sorted(p.name for p in (folder / "bundle").iterdir()) == [
@@ -1038,7 +1100,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
         "Discs only.",
         "Not a medical device",
         "`0123456789abcdef`",
-        f"{scores_of(tallies['A'], recipe.bundle)['Tumor'].dice:.3f}",
+        f"{scores_of(judged['A'].pixels, recipe.bundle)['Tumor'].dice:.3f}",
         "| A | 2 |",
         "| Tumor | 2 |",
         "95 % intervals",

@@ -176,18 +176,33 @@ def bootstrap(
         level: of confidence.
         seed: of the draws.
     """
-    count = len(tallies)
-    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    confusion = np.tensordot(draws, np.stack([t.confusion for t in tallies]), axes=1)
-    borders = np.tensordot(draws, np.stack([t.borders for t in tallies]), axes=1)
+    confusion = drawn_anew([t.confusion for t in tallies], seed=seed)
+    borders = drawn_anew([t.borders for t in tallies], seed=seed)
     return (
-        {k: _interval(v, level) for k, v in class_figures(confusion, borders).items()},
-        {k: _interval(v, level) for k, v in pooled_figures(confusion, borders).items()},
+        {k: interval(v, level) for k, v in class_figures(confusion, borders).items()},
+        {k: interval(v, level) for k, v in pooled_figures(confusion, borders).items()},
     )
 
 
-def _interval(values: Reals, level: float) -> Reals:
-    """Return the lower and upper end over the first axis; NaN where no draw has a value."""
+def drawn_anew(counts: Sequence[Counts], *, seed: int = 0) -> Counts:
+    """Draw slides, or patients, with replacement; return the sums, (draws, …) int64.
+
+    Args:
+        counts: of each, all of one shape.
+        seed: of the draws, the same for any counts of as many.
+    """
+    count = len(counts)
+    draws = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    return np.asarray(np.tensordot(draws, np.stack(counts), axes=1))
+
+
+def interval(values: Reals, level: float = 0.95) -> Reals:
+    """Return the lower and upper end over the first axis; NaN where no draw has a value.
+
+    Args:
+        values: of each draw.
+        level: of confidence.
+    """
     empty = np.isnan(values).all(axis=0)
     ends = np.nanquantile(np.where(empty, 0.0, values), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.asarray(np.where(empty, np.nan, ends))

@@ -27,9 +27,9 @@ from wsi_pipeline.store import writing, written_beside
 from wsi_pipeline.training.augment import augment
 from wsi_pipeline.training.crops import Sampler, Survey, random_crop
 from wsi_pipeline.training.losses import network_loss
-from wsi_pipeline.training.measure import mean_dice, measure, normalise
+from wsi_pipeline.training.measure import accuracy, mean_dice, measure, normalise
 from wsi_pipeline.training.recipe import Recipe, TrainSpec
-from wsi_pipeline.training.samples import IGNORE, Sample
+from wsi_pipeline.training.samples import Sample
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -85,7 +85,8 @@ class Fitted:
 
     Attributes:
         network: with averaged weights, on the CPU, in eval mode.
-        history: a row every few steps: step, loss, learning_rate, and validation_dice.
+        history: a row every few steps: step, loss, learning_rate, validation_dice, and
+            validation_accuracy of a network that classifies.
     """
 
     network: nn.Module
@@ -201,7 +202,10 @@ def fit(
             if is_last or is_look or at.step % LOG_EVERY == 0:
                 _log(at, rate)
             if is_look:
-                dice = mean_dice(measure(_ready(average), recipe.bundle, validation), recipe.bundle)
+                judged = measure(_ready(average), recipe.bundle, validation)
+                if recipe.bundle.labels:
+                    at.history[-1]["validation_accuracy"] = accuracy(judged)
+                dice = mean_dice(judged, recipe.bundle)
                 state.compare(at, float(fabric.broadcast(dice)), folder)
             if folder and (is_last or at.step % spec.checkpoint_every == 0):
                 state.save(folder, at)
@@ -354,8 +358,7 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
         image, truth = random_crop(sample, place, size, variation, generator)
         images.append(image)
         truths.append(truth)
-        shown = ((truth > 0) & (truth != IGNORE)).any()
-        labels.append(int(shown) if sample.label is None else sample.label)
+        labels.append(sample.label_of(truth))
     stained = recipe.bundle.modality == "slide" and recipe.bundle.input.channels == 3
     batch, truth = augment(
         torch.stack(images), torch.stack(truths), variation, generator, stained=stained

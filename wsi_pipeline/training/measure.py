@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ from wsi_pipeline.training.samples import Sample
 
 REGION = {2: 1024, 3: 256}
 """Side of what is predicted and counted at once, by the number of axes."""
+
+
+Said = tuple[tuple[slice, ...], int]
+"""Where a patch lies, and the index of the label that the network gave it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,33 +41,48 @@ class Score:
     everywhere_dice: float
 
 
-def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Tally]:
-    """Predict whole images by overlapping patches; return each patient's counts.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """What was right and wrong in a patient's images; judgements of several may be added.
+
+    Attributes:
+        pixels: counts of the mask's.
+        labels: (L, L) int64 patches, rows the true label, columns what the network said.
+    """
+
+    pixels: Tally
+    labels: npt.NDArray[np.int64]
+
+    @classmethod
+    def empty(cls, bundle: Bundle) -> Judged:
+        """Return the judgement of nothing."""
+        count = len(bundle.labels)
+        return cls(
+            pixels=Tally.empty(len(bundle.classes)), labels=np.zeros((count, count), np.int64)
+        )
+
+    def __add__(self, other: Judged) -> Judged:
+        return Judged(pixels=self.pixels + other.pixels, labels=self.labels + other.labels)
+
+
+def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Judged]:
+    """Predict whole images by overlapping patches; return what was right of each patient.
 
     Args:
         network: in eval mode.
         bundle: says patch size, overlap and normalisation.
         samples: to judge by; only what is known of them is predicted, region by region.
     """
-    count = len(bundle.classes)
-    tallies: dict[str, Tally] = {}
+    judged: dict[str, Judged] = {}
     for sample in samples:
-        tally = tallies.get(sample.patient, Tally.empty(count))
-        for found, truth in _predicted(network, bundle, sample):
-            tally += count_block(
-                found.reshape(len(found), -1).numpy(),
-                truth.reshape(len(truth), -1).numpy(),
-                count,
-                tolerance_px=-1,  # borders are not asked for
-            )
-        tallies[sample.patient] = tally
-    return tallies
+        judged.setdefault(sample.patient, Judged.empty(bundle))
+        for found in _judged(network, bundle, sample):
+            judged[sample.patient] += found
+    return judged
 
 
-def _predicted(
-    network: nn.Module, bundle: Bundle, sample: Sample
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield mask and truth of the regions of a sample of which anything is known."""
+def _judged(network: nn.Module, bundle: Bundle, sample: Sample) -> Iterator[Judged]:
+    """Yield what was right in the regions of a sample of which anything is known."""
     side = REGION[len(sample.shape)]
     whole = all(n <= 2 * side for n in sample.shape)
     blocks = iter_blocks(sample.shape, sample.shape if whole else (side,) * len(sample.shape))
@@ -70,11 +91,24 @@ def _predicted(
             continue
         start, stop = _with_context(block, sample.shape, bundle.input.patch_size)
         image, truth = sample.read(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
-        if bool((truth != IGNORE).any()):
-            inside = tuple(
-                slice(a - s, b - s) for a, b, s in zip(block.start, block.stop, start, strict=True)
-            )
-            yield predict(network, bundle, image)[inside], truth[inside]
+        if not bool((truth != IGNORE).any()):
+            continue
+        inside = tuple(
+            slice(a - s, b - s) for a, b, s in zip(block.start, block.stop, start, strict=True)
+        )
+        said: list[Said] = []
+        found, known = predict(network, bundle, image, said=said)[inside], truth[inside]
+        judged = Judged.empty(bundle)
+        for place, label in said:
+            if bool((truth[place] != IGNORE).any()):
+                judged.labels[sample.label_of(truth[place]), label] += 1
+        pixels = count_block(
+            found.reshape(len(found), -1).numpy(),
+            known.reshape(len(known), -1).numpy(),
+            len(bundle.classes),
+            tolerance_px=-1,  # borders are not asked for
+        )
+        yield replace(judged, pixels=pixels)
 
 
 def _with_context(block: Block, shape: Shape, margin: Shape) -> tuple[Shape, Shape]:
@@ -100,11 +134,16 @@ def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
     }
 
 
-def mean_dice(tallies: Mapping[str, Tally], bundle: Bundle) -> float:
+def mean_dice(judged: Mapping[str, Judged], bundle: Bundle) -> float:
     """Return the mean over the classes of the Dice of all patients' pixels together."""
-    whole = sum(tallies.values(), start=Tally.empty(len(bundle.classes)))
-    scores = scores_of(whole, bundle)
+    scores = scores_of(sum(judged.values(), start=Judged.empty(bundle)).pixels, bundle)
     return sum(s.dice for s in scores.values()) / len(scores)
+
+
+def accuracy(judged: Mapping[str, Judged]) -> float:
+    """Return the share of all patients' patches that were given the right label."""
+    labels = sum(found.labels for found in judged.values())
+    return float(np.trace(labels) / np.sum(labels))
 
 
 def _or_nothing(value: float) -> float:
@@ -112,13 +151,16 @@ def _or_nothing(value: float) -> float:
 
 
 @torch.inference_mode()
-def predict(network: nn.Module, bundle: Bundle, image: Tensor) -> Tensor:
+def predict(
+    network: nn.Module, bundle: Bundle, image: Tensor, *, said: list[Said] | None = None
+) -> Tensor:
     """Predict one image of any size by the bundle's patches; return its mask.
 
     Args:
         network: in eval mode.
         bundle: says patch size, overlap and normalisation.
         image: (C, *shape), uint8 or float32 in [0, 1].
+        said: gets what the network says of each patch as a whole, where the bundle has labels.
 
     Returns:
         (*shape) uint8 class index.
@@ -136,8 +178,10 @@ def predict(network: nn.Module, bundle: Bundle, image: Tensor) -> Tensor:
     for origin in map(tuple, grid.origins.tolist()):
         place = tuple(slice(a, a + n) for a, n in zip(origin, spec.patch_size, strict=True))
         patch = normalise(padded[(slice(None), *place)][None].to(device), spec)
-        said = network(patch)
-        logits = (said["mask"] if isinstance(said, Mapping) else said)[0].float()
+        answer = network(patch)
+        if said is not None and bundle.labels:
+            said.append((place, int(answer["label"][0].argmax())))
+        logits = (answer["mask"] if isinstance(answer, Mapping) else answer)[0].float()
         weight = windows.weight(origin)
         part = (logits.sigmoid() if sigmoid else logits.softmax(0)) * weight
         chances[(slice(None), *place)] += part.cpu()

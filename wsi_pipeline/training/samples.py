@@ -78,6 +78,12 @@ class Sample:
         """Read a rectangle that lies inside; return image (C, *shape) and truth (*shape)."""
         return self.source.read(origin, shape)
 
+    def label_of(self, truth: Tensor) -> int:
+        """Return what is to be said of a part with that truth: whether it shows any class."""
+        if self.label is not None:
+            return self.label
+        return int(((truth > 0) & (truth != IGNORE)).any())
+
     def read_all(self) -> tuple[Tensor, Tensor]:
         """Return the whole image and its truth."""
         return self.source.read((0,) * len(self.shape), self.shape)

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
@@ -22,7 +21,7 @@ from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.store import claim_folder, writing, written_beside
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
-from wsi_pipeline.training.measure import Score, measure, scores_of
+from wsi_pipeline.training.measure import Judged, Score, accuracy, measure, scores_of
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
@@ -108,39 +107,46 @@ def train(
                 write_history(folder, fitted.history)
             return fitted
 
-        tallies: dict[str, Tally] = {}
+        judged: dict[str, Judged] = {}
         for split in splits:
-            tallies |= _judged(recipe, split, learn, output / STATE)
+            judged |= _judged(recipe, split, learn, output / STATE)
         fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
-            trained = Trained(samples=samples, surveys=looked, tallies=tallies, fingerprint=key)
+            trained = Trained(samples=samples, surveys=looked, judged=judged, fingerprint=key)
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
-    return {patient: scores_of(tally, recipe.bundle) for patient, tally in tallies.items()}
+    return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
 
 
 def _judged(
     recipe: Recipe, split: Split, learn: Callable[[str, Sequence[Sample]], Fitted], folder: Path
-) -> dict[str, Tally]:
+) -> dict[str, Judged]:
     """Return the counts of a split's patients, from an earlier call where it got that far."""
     name = f"without {split.name}"
     path = folder / _folder_name(name) / "held_out.json"
     if path.is_file():
         held = json.loads(path.read_text("utf-8"))
-        return {patient: _tally(np.array(counts)) for patient, counts in held.items()}
+        return {patient: _from_json(counts) for patient, counts in held.items()}
     fitted = learn(name, split.train)
-    tallies = measure(fitted.network, recipe.bundle, split.test)
-    for patient, tally in tallies.items():
-        for label, score in scores_of(tally, recipe.bundle).items():
-            logger.info("held out %s: %s Dice %.3f", patient, label, score.dice)
+    judged = measure(fitted.network, recipe.bundle, split.test)
+    for patient, found in judged.items():
+        for class_name, score in scores_of(found.pixels, recipe.bundle).items():
+            logger.info("held out %s: %s Dice %.3f", patient, class_name, score.dice)
+    if recipe.bundle.labels:
+        logger.info("held out %s: labels of %.1f %% right", split.name, 100 * accuracy(judged))
     with writing(path), written_beside(path) as partial:
-        counts = {patient: tally.confusion.tolist() for patient, tally in tallies.items()}
-        partial.write_text(json.dumps(counts), "utf-8")
-    return tallies
+        partial.write_text(json.dumps({p: _as_json(found) for p, found in judged.items()}), "utf-8")
+    return judged
 
 
-def _tally(confusion: npt.NDArray[np.int64]) -> Tally:
-    return Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64))
+def _as_json(judged: Judged) -> dict[str, list[list[int]]]:
+    return {"pixels": judged.pixels.confusion.tolist(), "labels": judged.labels.tolist()}
+
+
+def _from_json(counts: Mapping[str, list[list[int]]]) -> Judged:
+    confusion = np.array(counts["pixels"])
+    pixels = Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64))
+    return Judged(pixels=pixels, labels=np.array(counts["labels"], np.int64))
 
 
 def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:

@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
-from wsi_pipeline.evaluation.metrics import Tally, bootstrap
+from wsi_pipeline.evaluation.metrics import bootstrap, drawn_anew, interval
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.store import writing, written_beside
 from wsi_pipeline.training.crops import Survey
-from wsi_pipeline.training.measure import scores_of
+from wsi_pipeline.training.measure import Judged, accuracy, scores_of
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample
 
@@ -35,13 +35,13 @@ class Trained:
     Attributes:
         samples: that it was trained on.
         surveys: of each.
-        tallies: of each held-out patient.
+        judged: what was right of each held-out patient.
         fingerprint: of the recipe and the data.
     """
 
     samples: Sequence[Sample]
     surveys: Sequence[Survey]
-    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    judged: Mapping[str, Judged] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -71,9 +71,10 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
     Args:
         folder: of the files.
-        history: rows of step, loss, learning_rate, and validation_dice where one was taken.
+        history: rows of step, loss, learning_rate, and validation_dice and validation_accuracy
+            where they were taken.
     """
-    columns = ("step", "loss", "learning_rate", "validation_dice")
+    columns = ("step", "loss", "learning_rate", "validation_dice", "validation_accuracy")
     buffer = io.StringIO(newline="")
     table = csv.DictWriter(buffer, columns, restval="")
     table.writeheader()
@@ -118,7 +119,8 @@ def model_card(recipe: Recipe, trained: Trained) -> str:
         "## Training",
         _training(recipe),
         "## How well it does",
-        _score_table(recipe, trained.tallies),
+        _score_table(recipe, trained.judged),
+        _label_table(recipe, trained.judged),
     ]
     if recipe.limits:
         sections += ["## Limits", recipe.limits]
@@ -183,8 +185,8 @@ def _class_table(recipe: Recipe, trained: Trained) -> str:
     return "\n".join(rows)
 
 
-def _score_table(recipe: Recipe, tallies: Mapping[str, Tally]) -> str:
-    if not tallies:
+def _score_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+    if not judged:
         return "Not measured."
     split = recipe.split
     how = (
@@ -199,7 +201,7 @@ def _score_table(recipe: Recipe, tallies: Mapping[str, Tally]) -> str:
         "| held-out patient | class | Dice | IoU | share of class | Dice of “everywhere” |",
         "|---|---|---:|---:|---:|---:|",
     ]
-    scores = {patient: scores_of(tally, recipe.bundle) for patient, tally in tallies.items()}
+    scores = {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
     cells = [(p, c, s) for p, classes in scores.items() for c, s in classes.items()]
     if len(scores) <= MANY:
         rows += [
@@ -218,15 +220,15 @@ def _score_table(recipe: Recipe, tallies: Mapping[str, Tally]) -> str:
             f"| **mean of {len(own)}** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
             f"| {everywhere:.3f} |"
         )
-    return "\n".join([*rows, *_intervals(recipe, tallies)])
+    return "\n".join([*rows, *_intervals(recipe, judged)])
 
 
-def _intervals(recipe: Recipe, tallies: Mapping[str, Tally]) -> list[str]:
+def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
     """Return a line for each class: the figures of all pixels together, and how sure they are."""
-    if len(tallies) < 2:
+    if len(judged) < 2:
         return []
-    by_class, _ = bootstrap(list(tallies.values()))
-    whole = sum(tallies.values(), start=Tally.empty(len(recipe.bundle.classes)))
+    by_class, _ = bootstrap([found.pixels for found in judged.values()])
+    whole = sum(judged.values(), start=Judged.empty(recipe.bundle)).pixels
     lines = [
         "",
         "Pixels of all patients together, with 95 % intervals by drawing patients anew:",
@@ -239,3 +241,26 @@ def _intervals(recipe: Recipe, tallies: Mapping[str, Tally]) -> list[str]:
             f"IoU {score.iou:.3f} ({iou[0]:.3f} to {iou[1]:.3f})"
         )
     return lines
+
+
+def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+    """Return how often what was said of a whole patch is right, "" where nothing is said."""
+    whole = sum(judged.values(), start=Judged.empty(recipe.bundle)).labels
+    if not whole.any():
+        return ""
+    right = f"{accuracy(judged):.3f}"
+    if len(judged) > 1:
+        sums = drawn_anew([found.labels for found in judged.values()])
+        low, high = interval(np.trace(sums, axis1=1, axis2=2) / sums.sum((1, 2)))
+        right += f" ({low:.3f} to {high:.3f})"
+    commonest = whole.sum(1).max() / whole.sum()
+    names = recipe.bundle.labels
+    return "\n".join(
+        [
+            f"Labels of whole patches: {right} are right; if all were given the commonest label, "
+            f"{commonest:.3f} would be. Patches:\n",
+            f"| true label | {' | '.join(f'said {name}' for name in names)} |",
+            "|---|" + "---:|" * len(names),
+            *(f"| {n} | {' | '.join(map(str, of))} |" for n, of in zip(names, whole, strict=True)),
+        ]
+    )
