@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -88,3 +88,27 @@ def slide_path(
     """Return a lossless tiled TIFF of two levels, 1931 × 1487, 0.25 µm/px by resolution tags."""
     path = tmp_path_factory.mktemp("slide") / "synthetic slide.tif"
     return make_slide(path, slide_pixels, SLIDE_MPP, levels=(1, 4))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """Serve S3 on loopback; yield the address of a public bucket, as http and with its name."""
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    served = server.ThreadedMotoServer("127.0.0.1", 0)
+    served.start()
+    host, port = served.get_host_and_port()
+    names = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in names.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="slides", ACL="public-read")
+        client.close()
+        yield names["AWS_ENDPOINT_URL"]
+    served.stop()

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -619,30 +619,6 @@ def test_damaged_zarrs_are_refused_in_one_line(tmp_path: Path, damage: str) -> N
 
 
 # --- elsewhere ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """Serve S3 on loopback; yield the address of a public bucket, as http and with its name."""
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    served = server.ThreadedMotoServer("127.0.0.1", 0)
-    served.start()
-    host, port = served.get_host_and_port()
-    names = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in names.items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="slides", ACL="public-read")
-        client.close()
-        yield names["AWS_ENDPOINT_URL"]
-    served.stop()
 
 
 def upload(path: Path) -> None:
