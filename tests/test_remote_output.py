@@ -26,7 +26,7 @@ from click.testing import CliRunner
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.paths import as_path
-from wsi_pipeline.remote import fetch, reaching, upload, work_folder
+from wsi_pipeline.remote import check_listed, fetch, reaching, upload, work_folder, write_whole
 
 SLIDE = "a [1] é"
 """Of the slide: what a client may take for a pattern, and what is no ASCII."""
@@ -320,6 +320,17 @@ def test_what_a_client_raises_becomes_a_sentence_without_secrets():
     assert "hidden" not in str(error.value)
     with pytest.raises(ZeroDivisionError), reaching(Path("here")):
         raise ZeroDivisionError
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path):
+    path = as_path(f"memory://{tmp_path.name}/note", use_listings_cache=False)
+    with pytest.raises(StoreError, match="cannot be used"):
+        check_listed(path)
+    write_whole(path.parent / "other", b"")
+    with pytest.raises(StoreError, match="note was written and is not listed"):
+        check_listed(path)
+    write_whole(path, b"")
+    check_listed(path)
 
 
 def test_copies_follow_what_is_there(tmp_path):

@@ -44,7 +44,7 @@ def reaching(path: Path) -> Iterator[None]:
         raise StoreError(
             without_secrets(
                 f"{path} cannot be used: {reason}; expected a bucket or folder that may be "
-                "read, written and deleted from, and credentials where its own tools look for them"
+                "listed, read and written, and credentials where its own tools look for them"
             )
         ) from error
 
@@ -62,6 +62,19 @@ def write_whole(path: Path, data: bytes) -> None:
         return
     with writing(path), written_beside(path) as beside:
         beside.write_bytes(data)
+
+
+def check_listed(path: Path) -> None:
+    """Make sure that a file, just written behind a URL, is found in its folder; return nothing.
+
+    Raises:
+        StoreError: the folder cannot be listed, as behind `https://`.
+    """
+    remote: Any = path
+    with reaching(path.parent):
+        listed = remote.fs.ls(remote.parent.path, detail=False)
+        if path.name not in {name.rpartition("/")[2] for name in listed}:
+            raise FileNotFoundError(f"{path.name} was written and is not listed")
 
 
 def work_folder(target: Path) -> Path:

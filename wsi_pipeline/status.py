@@ -10,7 +10,7 @@ from pathlib import Path
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
-from wsi_pipeline.remote import fetch, reaching, write_whole
+from wsi_pipeline.remote import check_listed, fetch, reaching, write_whole
 from wsi_pipeline.report import RUN_FILE, Run, find_runs
 from wsi_pipeline.store import RunStore, claim_folder
 
@@ -53,7 +53,7 @@ def note_jobs(output: Path, jobs: Iterable[Job], *, target: Path | None = None) 
             in any case, to find out whether it can be.
 
     Raises:
-        StoreError: the note cannot be written.
+        StoreError: the note cannot be written, or is not found again.
     """
     home = target or output
     with claim_folder(output, timeout=PATIENCE):
@@ -61,6 +61,8 @@ def note_jobs(output: Path, jobs: Iterable[Job], *, target: Path | None = None) 
         every = noted | {job.folder.name: name_of(job.path) for job in jobs}
         if target or every != noted:
             write_whole(home / JOBS_FILE, json.dumps(every, indent=0).encode())
+        if target:
+            check_listed(home / JOBS_FILE)
 
 
 def _load_jobs(output: Path) -> dict[str, str]:
