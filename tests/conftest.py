@@ -90,9 +90,9 @@ def slide_path(
     return make_slide(path, slide_pixels, SLIDE_MPP, levels=(1, 4))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # clients of S3 are kept, with the address that they began with
 def bucket() -> Iterator[str]:
-    """Serve S3 on loopback; yield the address of a public bucket, as http and with its name."""
+    """Serve S3 on loopback; yield its address as http. There is a public bucket, `slides`."""
     boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     served = server.ThreadedMotoServer("127.0.0.1", 0)
