@@ -37,6 +37,7 @@ def write_overlay(
     *,
     classes: Sequence[ClassInfo],
     tissue: BoolMask | None = None,
+    captions: Sequence[str] | None = None,
 ) -> None:
     """Write a PNG of the thumbnail under translucent, outlined classes, with a legend below.
 
@@ -49,9 +50,15 @@ def write_overlay(
         mask: (h, w) uint8 class index, sampled to the thumbnail's size.
         classes: in the mask's order; 0 is the background.
         tissue: (h, w) bool; drawn as a thin line where given.
+        captions: what the legend says of each class but the background, in place of shares.
     """
     picture = _draw(thumbnail, mask, classes, tissue)
-    legend = _legend(_entries(mask, classes, tissue), picture.shape[1])
+    if captions is None:
+        entries = _entries(mask, classes, tissue)
+    else:
+        colors = [c.color or (0, 0, 0) for c in classes[1:]]
+        entries = list(zip(colors, captions, strict=True))
+    legend = _legend(entries, picture.shape[1])
     info = PngInfo()
     info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())
     with written_beside(path) as beside:

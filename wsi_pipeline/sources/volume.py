@@ -143,7 +143,7 @@ class Volume:
         doubts: sentences that a user should read.
         voxels: what is stored.
         window: values that the file wants to be shown, where it says.
-        dicom: files of the slices in order; one for all where it has many frames; else empty.
+        slices: (file, frame) of each DICOM slice in order; empty where it is not DICOM.
         channels: always 1.
     """
 
@@ -156,8 +156,13 @@ class Volume:
     doubts: tuple[str, ...]
     voxels: Voxels
     window: tuple[float, float] | None = None
-    dicom: tuple[Path, ...] = ()
+    slices: tuple[tuple[Path, int], ...] = ()
     channels: int = 1
+
+    @property
+    def dicom(self) -> tuple[Path, ...]:
+        """Return the files of a DICOM series in the order of its slices, each once."""
+        return tuple(dict.fromkeys(path for path, _ in self.slices))
 
     @cached_property
     def value_range(self) -> tuple[float, float]:
@@ -348,7 +353,7 @@ def _open_dicom(path: Path) -> Volume:
         doubts=(*doubts, *stack.doubts),
         voxels=voxels,
         window=windows.pop() if len(windows) == 1 else None,
-        dicom=tuple(dict.fromkeys(file for file, _, _ in stack.slices)),
+        slices=tuple((file, frame) for file, frame, _ in stack.slices),
     )
 
 

@@ -1,0 +1,178 @@
+"""The mask of DICOM images as a DICOM segmentation (PS3.3 A.51), written by highdicom.
+
+Patient, study and frame of reference are those of the images, as the standard asks; every frame
+names the image that it was made of.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from pydicom import Dataset, dcmread
+from pydicom.sr.coding import Code
+from pydicom.uid import generate_uid
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.export import MaskLike
+from wsi_pipeline.sources.image import Image
+from wsi_pipeline.sources.volume import Volume
+from wsi_pipeline.store import written_beside
+
+MORPHOLOGY = Code("49755003", "SCT", "Morphologically Abnormal Structure")
+TISSUE = Code("85756007", "SCT", "Tissue")
+KNOWN = {
+    "lesion": Code("52988006", "SCT", "Lesion"),
+    "mass": Code("4147007", "SCT", "Mass"),
+    "tumor": Code("108369006", "SCT", "Neoplasm"),
+    "tumour": Code("108369006", "SCT", "Neoplasm"),
+    "neoplasm": Code("108369006", "SCT", "Neoplasm"),
+}
+"""SNOMED CT's codes of classes by their names; others get a code of this package's own scheme."""
+
+SCHEME = "99WSIPIPELINE"
+"""Designator of a private coding scheme; such begin with 99 (PS3.16 8.2)."""
+
+NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+MAY_BE_EMPTY = (
+    "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber",
+    "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName",
+)  # fmt: skip
+"""What a segmentation must have but need not know (type 2)."""
+
+LONGEST = 64
+"""Characters of a value of representation LO."""
+
+
+def write_dicom_seg(
+    path: Path,
+    mask: MaskLike,
+    *,
+    scan: Image | Volume,
+    classes: Sequence[ClassInfo],
+    model: str,
+    version: str,
+) -> None:
+    """Write class indices as a binary DICOM segmentation, one segment for each foreground class.
+
+    Segment n is class n. Frames without any pixel of a segment are left out, as the standard
+    allows.
+
+    Args:
+        path: file to write; appears when it is complete.
+        mask: uint8 (y, x) or (z, y, x) class index, as the scan lies; taken whole.
+        scan: the DICOM image or series that was segmented.
+        classes: in the mask's order; 0 is the background.
+        model: name of the bundle.
+        version: that tells its weights from others.
+
+    Raises:
+        StoreError: images that lack what a segmentation must name, or that cannot be referred to.
+    """
+    slices = scan.slices if isinstance(scan, Volume) else ((scan.path, scan.frame),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they quote values, which may be the patient's
+        sources = [_source(file) for file in dict.fromkeys(file for file, _ in slices)]
+        frames = _frames(
+            np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:]), slices, sources
+        )
+        try:
+            segmentation = _segmentation(frames, sources, classes, model, version)
+        except Exception as error:  # highdicom raises anything, and may quote values
+            raise StoreError(
+                f"{path}: no segmentation can be written of {scan.path} ({type(error).__name__}); "
+                "its DICOM attributes are not as the standard has them"
+            ) from error
+        with written_beside(path) as beside:
+            segmentation.save_as(beside)
+
+
+def _source(path: Path) -> Dataset:
+    """Return all that a file says but its pixels."""
+    header = dcmread(path, stop_before_pixels=True)
+    if missing := [name for name in NEEDED if not header.get(name)]:
+        raise StoreError(f"{path}: without {', '.join(missing)} no segmentation can refer to it")
+    for name in MAY_BE_EMPTY:
+        if name not in header:
+            setattr(header, name, None)
+    return header
+
+
+def _frames(
+    mask: npt.NDArray[np.uint8],
+    slices: Sequence[tuple[Path, int]],
+    sources: Sequence[Dataset],
+) -> npt.NDArray[np.uint8]:
+    """Return the mask's slices in the order in which the files have their frames."""
+    counts = [int(source.get("NumberOfFrames") or 1) for source in sources]
+    if max(counts) == 1:
+        return mask
+    if len(sources) > 1:
+        raise StoreError(
+            f"{slices[0][0].parent}: slices in {len(sources)} files of many frames; a segmentation "
+            "refers to one such file"
+        )
+    frames = np.zeros((counts[0], *mask.shape[1:]), np.uint8)
+    frames[[frame for _, frame in slices]] = mask
+    return frames
+
+
+def _segmentation(
+    frames: npt.NDArray[np.uint8],
+    sources: Sequence[Dataset],
+    classes: Sequence[ClassInfo],
+    model: str,
+    version: str,
+) -> Any:
+    """Return the segmentation as highdicom has it."""
+    import highdicom
+    from highdicom.seg import Segmentation
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name=model[:LONGEST],
+        family=Code("123110", "DCM", "Artificial Intelligence"),
+        version=version[:LONGEST],
+    )
+    return Segmentation(
+        source_images=sources,
+        pixel_array=frames,
+        segmentation_type="BINARY",
+        segment_descriptions=[
+            _segment(number, found, algorithm) for number, found in enumerate(classes) if number
+        ],
+        series_instance_uid=generate_uid(prefix=None),
+        series_number=1000,
+        series_description=f"Segmentation: {model}"[:LONGEST],
+        sop_instance_uid=generate_uid(prefix=None),
+        instance_number=1,
+        manufacturer="wsi_pipeline",
+        manufacturer_model_name="wsi_pipeline",
+        software_versions=version_of("wsi-pipeline"),
+        device_serial_number="none",
+        content_label="SEGMENTATION",
+        content_description=f"Made by {model}"[:LONGEST],
+    )
+
+
+def _segment(number: int, found: ClassInfo, algorithm: Any) -> Any:
+    """Return what is said of one class."""
+    from highdicom.color import CIELabColor
+    from highdicom.seg import SegmentDescription
+
+    kind = KNOWN.get(found.name.lower())
+    own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
+    return SegmentDescription(
+        segment_number=number,
+        segment_label=found.name[:LONGEST],
+        segmented_property_category=MORPHOLOGY if kind else TISSUE,
+        segmented_property_type=kind or own,
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=algorithm,
+        display_color=CIELabColor.from_rgb(*(found.color or (0, 0, 0))),
+    )

@@ -1,0 +1,273 @@
+"""How many lesions a mask holds and how large they are, counted in slabs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cc3d
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import ConvexHull, QhullError
+from scipy.spatial.distance import cdist
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export import MaskLike
+from wsi_pipeline.grid import Shape
+
+SLAB = 1 << 25
+"""Pixels labelled at once."""
+
+MM3_PER_ML = 1000
+
+LISTED = 100
+"""Lesions of a class that are listed one by one, the largest; all are counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesion:
+    """One connected piece of a class.
+
+    Attributes:
+        pixels: pixels or voxels.
+        size: mm2 of a planar image, ml of a volume; None without spacing.
+        diameter_mm: the longest straight line from edge to edge of it; None without spacing.
+        start: first corner of its box, array order.
+        stop: one past the last corner.
+    """
+
+    pixels: int
+    size: float | None
+    diameter_mm: float | None
+    start: Shape
+    stop: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesions:
+    """The lesions of one class.
+
+    Attributes:
+        name: of the class.
+        count: of all lesions.
+        pixels: of all together.
+        size: of all together, mm2 or ml; None without spacing.
+        largest: one by one, the largest first; at most `LISTED`.
+    """
+
+    name: str
+    count: int
+    pixels: int
+    size: float | None
+    largest: tuple[Lesion, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Pieces:
+    """What the slabs of a mask hold: one row for each piece of each slab."""
+
+    classes: npt.NDArray[np.uint8]  # (n,)
+    pixels: npt.NDArray[np.int64]  # (n,)
+    start: npt.NDArray[np.int64]  # (n, d)
+    stop: npt.NDArray[np.int64]  # (n, d)
+    slab: npt.NDArray[np.int64]  # (n,) number of the slab; ascending
+    lesion: npt.NDArray[np.int64]  # (n,) number of the lesion that it is part of
+
+
+def count_lesions(
+    mask: MaskLike, classes: Sequence[ClassInfo], spacing_mm: Sequence[float] | None
+) -> list[Lesions]:
+    """Count the connected pieces of each class; return them for all classes but the background.
+
+    Pixels that touch in a corner belong to one lesion, as in the polygons that QuPath is given.
+
+    Args:
+        mask: uint8 (y, x) or (z, y, x) class index.
+        classes: in the mask's order; 0 is the background.
+        spacing_mm: mm between pixels along each axis; None where nobody knows.
+    """
+    pieces = _label(mask)
+    first = np.unique(pieces.lesion, return_index=True)[1]
+    pixels = np.zeros(len(first), np.int64)
+    np.add.at(pixels, pieces.lesion, pieces.pixels)
+    start, stop = pieces.start[first], pieces.stop[first]
+    np.minimum.at(start, pieces.lesion, pieces.start)
+    np.maximum.at(stop, pieces.lesion, pieces.stop)
+    by_class = [np.flatnonzero(pieces.classes[first] == i) for i in range(len(classes))]
+    listed = [own[np.argsort(-pixels[own], kind="stable")][:LISTED] for own in by_class]
+    diameters = {}
+    if spacing_mm is not None:
+        diameters = _diameters(mask, pieces, np.concatenate(listed[1:]), spacing_mm)
+
+    def size(count: int) -> float | None:
+        if spacing_mm is None:
+            return None
+        return count * math.prod(spacing_mm) / (1 if len(spacing_mm) == 2 else MM3_PER_ML)
+
+    return [
+        Lesions(
+            name=classes[i].name,
+            count=len(by_class[i]),
+            pixels=int(pixels[by_class[i]].sum()),
+            size=size(int(pixels[by_class[i]].sum())),
+            largest=tuple(
+                Lesion(
+                    pixels=int(pixels[lesion]),
+                    size=size(int(pixels[lesion])),
+                    diameter_mm=diameters.get(int(lesion)),
+                    start=tuple(map(int, start[lesion])),
+                    stop=tuple(map(int, stop[lesion])),
+                )
+                for lesion in listed[i]
+            ),
+        )
+        for i in range(1, len(classes))
+    ]
+
+
+def _label(mask: MaskLike) -> _Pieces:
+    """Label a mask slab by slab; return its pieces, joined to lesions where they touch."""
+    dims = len(mask.shape)
+    parts, pairs = [], [np.empty((0, 2), np.int64)]
+    before: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = None
+    known = 0
+    for number, (begin, slab) in enumerate(_slabs(mask)):
+        labels, n = _labelled(slab)
+        found = cc3d.statistics(labels, no_slice_conversion=True)
+        boxes = np.asarray(found["bounding_boxes"], np.int64).reshape(-1, dims, 2)[1 : n + 1]
+        start, stop = boxes[..., 0], boxes[..., 1] + 1
+        start[:, 0] += begin
+        stop[:, 0] += begin
+        kinds = np.zeros(n + 1, np.uint8)
+        inside = np.flatnonzero(slab)
+        kinds[labels.ravel()[inside]] = slab.ravel()[inside]
+        counts = np.asarray(found["voxel_counts"], np.int64)[1 : n + 1]
+        parts.append((kinds[1:], counts, start, stop, np.full(n, number)))
+        rows = labels[[0, -1]].astype(np.int64) + (known - 1)  # of the pieces in the outer layers
+        if before is not None:
+            pairs.append(_touching(*before, slab[0], rows[0]))
+        before = (slab[-1].copy(), rows[1])
+        known += n
+    classes, pixels, starts, stops, slabs = (np.concatenate(p) for p in zip(*parts, strict=True))
+    a, b = np.concatenate(pairs).T
+    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(known, known))
+    return _Pieces(
+        classes=classes,
+        pixels=pixels,
+        start=starts,
+        stop=stops,
+        slab=slabs,
+        lesion=connected_components(graph, directed=False)[1].astype(np.int64),
+    )
+
+
+def _slabs(mask: MaskLike) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+    """Yield where each part of a mask along its first axis begins, and the part."""
+    step = max(1, SLAB // math.prod(mask.shape[1:]))
+    for begin in range(0, mask.shape[0], step):
+        yield begin, np.ascontiguousarray(mask[begin : begin + step], np.uint8)
+
+
+def _labelled(slab: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[Any], int]:
+    """Return the connected pieces of each class of a slab, from 1, and how many there are."""
+    labels, n = cc3d.connected_components(
+        slab, connectivity=8 if slab.ndim == 2 else 26, return_N=True
+    )
+    return labels, int(n)
+
+
+def _touching(
+    mask: npt.NDArray[np.uint8],
+    rows: npt.NDArray[np.int64],
+    next_mask: npt.NDArray[np.uint8],
+    next_rows: npt.NDArray[np.int64],
+) -> npt.NDArray[np.int64]:
+    """Return (n, 2) pairs of pieces of one class that touch between two neighbouring layers.
+
+    Args:
+        mask: class index of the last layer of a slab.
+        rows: of its pieces.
+        next_mask: of the first layer of the next slab.
+        next_rows: of its pieces.
+    """
+    found = []
+    for shift in itertools.product((-1, 0, 1), repeat=mask.ndim):
+        near = tuple(
+            slice(max(s, 0), n + min(s, 0)) for s, n in zip(shift, mask.shape, strict=True)
+        )
+        far = tuple(
+            slice(max(-s, 0), n - max(s, 0)) for s, n in zip(shift, mask.shape, strict=True)
+        )
+        same = (mask[near] == next_mask[far]) & (mask[near] > 0)
+        found.append(np.unique(np.stack([rows[near][same], next_rows[far][same]], 1), axis=0))
+    return np.concatenate(found)
+
+
+def _diameters(
+    mask: MaskLike, pieces: _Pieces, lesions: npt.NDArray[np.int64], spacing_mm: Sequence[float]
+) -> dict[int, float]:
+    """Return the longest line in each of some lesions, in mm, from edge to edge."""
+    points: dict[int, list[npt.NDArray[np.float64]]] = {int(lesion): [] for lesion in lesions}
+    rows = np.flatnonzero(np.isin(pieces.lesion, lesions))
+    for number, (begin, slab) in enumerate(_slabs(mask)):
+        own = rows[pieces.slab[rows] == number]
+        labels = _labelled(slab)[0] if len(own) else slab
+        first = np.searchsorted(pieces.slab, number)  # piece of the slab's label 1
+        for row in own:
+            corner = pieces.start[row].copy()
+            corner[0] -= begin
+            extent = pieces.stop[row] - pieces.start[row]
+            box = tuple(slice(a, a + n) for a, n in zip(corner, extent, strict=True))
+            ends = _row_ends(labels[box] == row - first + 1) + pieces.start[row]
+            points[int(pieces.lesion[row])].append(_outermost(ends * np.array(spacing_mm)))
+    return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}
+
+
+def _row_ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Return (n, d) indices of the first and the last pixel of each row that has any.
+
+    Example:
+        >>> _row_ends(np.array([[False, True, True], [False, False, False]])).tolist()
+        [[0, 1], [0, 2]]
+    """
+    rows = np.argwhere(inside.any(axis=-1))
+    filled = inside[tuple(rows.T)]
+    first = filled.argmax(axis=1)
+    last = filled.shape[1] - 1 - filled[:, ::-1].argmax(axis=1)
+    return np.concatenate([np.column_stack([rows, first]), np.column_stack([rows, last])])
+
+
+def _outermost(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the corners of the convex hull; all points where they lie in a plane or a line."""
+    try:
+        return np.asarray(points[ConvexHull(points).vertices])
+    except (QhullError, ValueError):  # flat, or fewer than a hull needs
+        return points
+
+
+def _longest(centers: npt.NDArray[np.float64], spacing_mm: Sequence[float]) -> float:
+    """Return the longest distance between the middles of the faces of some pixels, in mm.
+
+    Example:
+        >>> _longest(np.array([[0.0, 0.0], [0.0, 9.0]]), (1.0, 1.0))  # ten pixels in a row
+        10.0
+    """
+    spacing = np.array(spacing_mm)
+    centers = _outermost(centers)
+    parts = np.array_split(centers, -(-len(centers) // 1000))
+    between = max(float(cdist(part, centers).max()) for part in parts)
+    longest = 0.0
+    for part in parts:  # from middle to face it is half a pixel, at both ends
+        a, b = np.nonzero(cdist(part, centers) >= between - spacing.max())
+        apart = np.abs(part[a] - centers[b])
+        for i, j in itertools.combinations_with_replacement(range(len(spacing)), 2):
+            reach = np.zeros(len(spacing))
+            reach[i] += spacing[i] / 2
+            reach[j] += spacing[j] / 2
+            longest = max(longest, float(np.linalg.norm(apart + reach, axis=1).max(initial=0)))
+    return longest

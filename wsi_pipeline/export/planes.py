@@ -1,0 +1,169 @@
+"""Three orthogonal slices of a volume with the mask over them, as a picture for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export import MaskLike
+from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.overlay import write_overlay
+from wsi_pipeline.grid import Shape
+from wsi_pipeline.sources.volume import Volume
+
+SIDE = 480
+"""Pixels of the longest side of the volume in the picture."""
+
+SLAB = 1 << 25
+"""Voxels looked at together."""
+
+PLANES = (("R", "A", 2, 1, 0), ("R", "S", 1, 2, 0), ("A", "S", 0, 2, 1))
+"""What is at the left and at the top of each picture, and the axis of the body (0 to the right, 1
+to the front, 2 to the top) that it is perpendicular to, that its rows and that its columns follow:
+axial, coronal and sagittal, as radiologists look at them."""
+
+INK = (255, 220, 0)
+
+Reader = Callable[[Shape, Shape], npt.NDArray[Any]]
+"""Returns the box of a volume at a start, of a shape."""
+
+
+def write_planes_overlay(
+    path: Path,
+    volume: Volume,
+    mask: MaskLike,
+    classes: Sequence[ClassInfo],
+    lesions: Sequence[Lesions] | None = None,
+) -> None:
+    """Write a PNG of axial, coronal and sagittal slices through the largest lesion, outlined.
+
+    The patient's right is at the left, the front at the left or the top; without any lesion the
+    slices go through the middle of the volume. Proportions are those of the body.
+
+    Args:
+        path: file to write; appears when it is complete.
+        volume: that was segmented.
+        mask: uint8 (z, y, x) class index.
+        classes: in the mask's order; 0 is the background.
+        lesions: as `count_lesions` finds them, where they are counted already.
+    """
+    if lesions is None:
+        lesions = count_lesions(mask, classes, volume.spacing_mm)
+    at = _middle(lesions, volume.shape)
+    axis_of, is_forward = _body_axes(volume.affine)
+    window = volume.window
+    planes, masks = [], []
+    for _, _, across, down, along in PLANES:
+        axes = (axis_of[down], axis_of[along])
+        flips = tuple(
+            slice(None, None, -1) if is_forward[body] else slice(None) for body in (down, along)
+        )
+        found = []
+        for read in (_volume_reader(volume), _mask_reader(mask)):
+            plane = _plane(read, volume.shape, axis_of[across], at[axis_of[across]])
+            found.append((plane if axes[0] < axes[1] else plane.T)[flips])
+        size = _size(volume, axes)
+        planes.append(_resized(found[0], size, Image.Resampling.BILINEAR))
+        masks.append(_resized(found[1], size, Image.Resampling.NEAREST))
+    if window is None:
+        shown = np.concatenate([plane.ravel() for plane in planes])
+        window = (float(np.percentile(shown, 1)), float(np.percentile(shown, 99.5)))
+    low, high = window
+    grey = [np.clip((plane - low) / max(high - low, 1e-6) * 255, 0, 255) for plane in planes]
+    letters = [plane[:2] for plane in PLANES]
+    pictures = [
+        _lettered(g.astype(np.uint8), *sides) for g, sides in zip(grey, letters, strict=True)
+    ]
+    write_overlay(
+        path,
+        _side_by_side(pictures),
+        _side_by_side([m.astype(np.uint8) for m in masks]),
+        classes=classes,
+        captions=[_caption(own) for own in lesions],
+    )
+
+
+def _caption(own: Lesions) -> str:
+    return f"{own.name}: {own.count} lesion{'s' * (own.count != 1)}, {own.size or 0:.2f} ml"
+
+
+def _middle(lesions: Sequence[Lesions], shape: Shape) -> Shape:
+    """Return the middle of the largest lesion's box, which three planes through it all meet."""
+    listed = [lesion for own in lesions for lesion in own.largest]
+    if not listed:
+        return tuple(n // 2 for n in shape)
+    largest = max(listed, key=lambda lesion: lesion.pixels)
+    return tuple((a + b - 1) // 2 for a, b in zip(largest.start, largest.stop, strict=True))
+
+
+def _body_axes(affine: npt.NDArray[np.float64]) -> tuple[list[int], list[bool]]:
+    """Return the array axis (z, y, x) next to each axis of the body, and whether it runs along."""
+    import nibabel
+
+    io_orientation: Any = nibabel.orientations.io_orientation
+    turned = io_orientation(affine)  # of x, y and z: axis of the body, direction
+    axes = [2 - int(np.flatnonzero(turned[:, 0] == body)[0]) for body in range(3)]
+    return axes, [bool(turned[2 - axis, 1] > 0) for axis in axes]
+
+
+def _volume_reader(volume: Volume) -> Reader:
+    return lambda start, shape: volume.read(start, shape)[..., 0]
+
+
+def _mask_reader(mask: MaskLike) -> Reader:
+    return lambda start, shape: np.asarray(
+        mask[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))], np.float32
+    )
+
+
+def _plane(read: Reader, shape: Shape, axis: int, at: int) -> npt.NDArray[np.float32]:
+    """Return the slice of an array at an index along an axis, read a slab at a time."""
+    start, size = [0, 0, 0], list(shape)
+    start[axis], size[axis] = at, 1
+    step = max(1, SLAB // (shape[1] * shape[2])) if axis else 1
+    parts = []
+    for z in range(start[0], start[0] + size[0], step):
+        depth = min(step, start[0] + size[0] - z)
+        parts.append(read((z, *start[1:]), (depth, *size[1:])))
+    return np.concatenate(parts).squeeze(axis)
+
+
+def _size(volume: Volume, axes: tuple[int, int]) -> tuple[int, int]:
+    """Return the (height, width) in pixels of a plane, rows and columns along array axes."""
+    lengths = [n * mm for n, mm in zip(volume.shape, volume.spacing_mm, strict=True)]
+    height, width = (max(1, round(SIDE * lengths[axis] / max(lengths))) for axis in axes)
+    return height, width
+
+
+def _resized(
+    plane: npt.NDArray[np.float32], size: tuple[int, int], how: Image.Resampling
+) -> npt.NDArray[np.float32]:
+    picture = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+    return np.asarray(picture.resize(size[::-1], how))
+
+
+def _lettered(grey: npt.NDArray[np.uint8], left: str, top: str) -> npt.NDArray[np.uint8]:
+    """Return a picture in RGB with letters for the sides of the body."""
+    picture = Image.fromarray(grey).convert("RGB")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    draw.text((3, picture.height / 2), left, INK, font, anchor="lm")
+    draw.text((picture.width / 2, 2), top, INK, font, anchor="mt")
+    return np.asarray(picture)
+
+
+def _side_by_side(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """Return pictures in one row, centred, on black."""
+    height = max(picture.shape[0] for picture in pictures)
+    padded = []
+    for picture in pictures:
+        above = (height - picture.shape[0]) // 2
+        below = height - picture.shape[0] - above
+        rest = [(0, 0)] * (picture.ndim - 2)
+        padded.append(np.pad(picture, [(above, below), (4, 4), *rest]))
+    return np.concatenate(padded, axis=1)
