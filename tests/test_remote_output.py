@@ -164,10 +164,10 @@ def test_a_run_at_a_url_equals_one_on_disk(place, url, cache, monkeypatch, tmp_p
 
 
 def test_another_run_leaves_nothing_of_the_one_before(place, url, tmp_path):
-    for options in (["--tiff", "asap"], ["--outputs", "zarr", "--mask-mpp", 1]):
-        for output in (url, tmp_path / "local"):
-            result = segment(place, output, *options)
-            assert result.exit_code == 0, result.output
+    other = ["--outputs", "zarr", "--mask-mpp", 1]
+    for output, options in ((url, ["--tiff", "asap"]), (url, other), (tmp_path / "local", other)):
+        result = segment(place, output, *options)
+        assert result.exit_code == 0, result.output
     same_files(objects(url), files(tmp_path / "local"))
 
 
