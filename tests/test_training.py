@@ -33,7 +33,7 @@ from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.training.augment import blur, empty_glass, vary_contrast, vary_stain
+from wsi_pipeline.training.augment import augment, blur, empty_glass, vary_contrast, vary_stain
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
@@ -571,9 +571,28 @@ def test_pictures_are_brought_to_fit_with_masks_of_any_kind(tmp_path: Path) -> N
         assert torch.equal(truth, torch.from_numpy(disc[::2, ::2].astype(np.uint8)))
     deep_image, plain = samples[0].read_all()[0], samples[1].read_all()[0]
     assert deep_image.dtype == torch.float32
-    assert float(deep_image.min()) < 0.01
-    assert float(deep_image.max()) > 0.99
-    assert plain.unique().tolist() == [70]
+    assert float(deep_image.mean()) == pytest.approx(deep.mean() / 65535, rel=1e-4)
+    assert float(deep_image[0, 0, 0]) < 1200 / 65535 < 25000 / 65535 < float(deep_image[0, -1, -1])
+    assert plain.unique().tolist() == pytest.approx([70 / 255])
+
+
+def test_mammograms_lie_as_the_network_wants_them_with_their_masks(tmp_path: Path) -> None:
+    y, x = np.ogrid[:120, :80]
+    breast = (y - 60) ** 2 / 50**2 + (x - 79) ** 2 / 60**2 < 1  # at the right edge
+    lesion = breast & (y < 50)
+    pixels = (np.where(breast, 500, 20) + 400 * lesion).astype(np.uint16)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    Image.fromarray(lesion).save(tmp_path / "a_mask.png")
+    recipe = image_recipe(tmp_path, images="a.png", masks="a_mask.png")
+    spec = dataclasses.replace(
+        recipe.bundle.input, fit=(120, 120), channels=1, scale="minmax", orient="left", pad="square"
+    )
+    bundle = dataclasses.replace(recipe.bundle, input=spec)
+    (sample,) = load(dataclasses.replace(recipe, bundle=bundle), tmp_path)
+    image, truth = sample.read_all()
+    assert torch.equal(truth[:, :80], torch.from_numpy(lesion[:, ::-1].astype(np.uint8)))
+    assert (truth[:, 80:] == IGNORE).all()
+    assert torch.equal(image[0] == 1, truth == 1)  # the lesion is the brightest of the breast
 
 
 def test_a_mask_in_colour_is_refused(tmp_path: Path) -> None:
@@ -593,8 +612,9 @@ def test_volumes_are_brought_to_their_spacing(tmp_path: Path) -> None:
         nibabel.save(nibabel.Nifti1Image(array, np.diag([1.0, 2.0, 4.0, 1])), tmp_path / name)
     recipe = image_recipe(tmp_path, images="v.nii.gz", masks="v_mask.nii.gz")
     spec = dataclasses.replace(
-        recipe.bundle.input, fit=None, spacing_mm=(2.0, 2.0, 2.0), channels=1
-    )
+        recipe.bundle.input, fit=None, spacing_mm=(2.0, 2.0, 2.0), channels=1,
+        patch_size=(16, 16, 16), overlap=(0, 0, 0),
+    )  # fmt: skip
     bundle = dataclasses.replace(recipe.bundle, modality="volume", input=spec)
     (sample,) = load(dataclasses.replace(recipe, bundle=bundle), tmp_path)
     image, truth = sample.read_all()
@@ -605,6 +625,33 @@ def test_volumes_are_brought_to_their_spacing(tmp_path: Path) -> None:
     assert torch.equal(truth, box)
     assert float(image[0, 6:10, 12:18, 3:5].min()) > 0.9
     assert float(image[0, :2].max()) < 0.1
+
+
+def test_volumes_may_be_scored_by_their_body(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    z, y, x = np.indices((16, 16, 16)) - 8
+    body = z**2 + y**2 + x**2 < 40
+    rng = np.random.default_rng(0)
+    values = np.where(body, rng.normal(800, 50, body.shape), rng.normal(10, 3, body.shape))
+    for name, array in (("v.nii", values.round().astype(np.int16)), ("m.nii", body * np.uint8(1))):
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), tmp_path / name)
+    recipe = image_recipe(tmp_path, images="v.nii", masks="m.nii")
+    spec = dataclasses.replace(
+        recipe.bundle.input, fit=None, spacing_mm=(1.0, 1.0, 1.0), channels=1, scale="zscore",
+        patch_size=(16, 16, 16), overlap=(0, 0, 0),
+    )  # fmt: skip
+    bundle = dataclasses.replace(recipe.bundle, modality="volume", input=spec)
+    (sample,) = load(dataclasses.replace(recipe, bundle=bundle), tmp_path)
+    image, truth = sample.read_all()
+    inside = image[0][truth == 1]
+    assert float(inside.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(inside.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    # variations do not cut off what lies beyond [0, 1]
+    spec_of = dataclasses.replace(QUIET, noise=1e-4)
+    varied, _ = augment(
+        image[None], truth[None], spec_of, seeded(), stained=False, bounded=False
+    )  # fmt: skip
+    torch.testing.assert_close(varied[0], image, rtol=0, atol=1e-3)
 
 
 def test_a_cache_forgets_what_was_used_longest_ago() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
@@ -14,26 +16,34 @@ DARKEST = 1 / 255
 
 
 def augment(
-    images: Tensor, truths: Tensor, spec: AugmentSpec, generator: Generator, *, stained: bool = True
+    images: Tensor,
+    truths: Tensor,
+    spec: AugmentSpec,
+    generator: Generator,
+    *,
+    stained: bool = True,
+    bounded: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Vary a batch of crops; return the new images and truths.
 
     Args:
-        images: (N, C, *sides) float32 in [0, 1].
+        images: (N, C, *sides) float32 of full scale 1.
         truths: (N, *sides) uint8 class index.
         spec: how strongly.
         generator: of the random numbers.
         stained: whether they are of slides, with stains in red, green and blue, and glass.
+        bounded: whether values lie in [0, 1] and are to stay there.
     """
+    limits = (0.0, 1.0) if bounded else (-math.inf, math.inf)
     if stained:
         images, truths = empty_glass(images, truths, spec.glass, generator)
         images = vary_stain(images, spec, generator)
-    images = vary_contrast(images, spec.contrast, generator)
+    images = vary_contrast(images, spec.contrast, generator).clamp(*limits)
     if images.ndim == 4:
         images = blur(images, spec.blur, generator)
     level = spec.noise * torch.rand(_one_each(images), generator=generator)
     images = images + level * torch.randn(images.shape, generator=generator)
-    return images.clamp(0, 1), truths
+    return images.clamp(*limits), truths
 
 
 def _one_each(images: Tensor) -> tuple[int, ...]:
@@ -63,7 +73,7 @@ def vary_contrast(images: Tensor, deviation: float, generator: Generator) -> Ten
     """Stretch or squeeze each image's values about their mean; return the images."""
     factor = (deviation * torch.randn(_one_each(images), generator=generator)).exp()
     mean = images.flatten(1).mean(1).reshape(_one_each(images))
-    return ((images - mean) * factor + mean).clamp(0, 1)
+    return (images - mean) * factor + mean
 
 
 def blur(images: Tensor, largest: float, generator: Generator) -> Tensor:

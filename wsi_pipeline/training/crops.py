@@ -141,7 +141,7 @@ def random_crop(
         generator: of the random numbers.
 
     Returns:
-        (C, *sides) float32 in [0, 1] and (*sides) uint8.
+        (C, *sides) float32 of full scale 1 and (*sides) uint8.
     """
     axes = len(sample.shape)
     upright, by, any_angle, zoom, mirror, flip_z = torch.rand(6, generator=generator).tolist()

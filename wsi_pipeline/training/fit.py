@@ -361,7 +361,12 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
         labels.append(sample.label_of(truth))
     stained = recipe.bundle.modality == "slide" and recipe.bundle.input.channels == 3
     batch, truth = augment(
-        torch.stack(images), torch.stack(truths), variation, generator, stained=stained
+        torch.stack(images),
+        torch.stack(truths),
+        variation,
+        generator,
+        stained=stained,
+        bounded=recipe.bundle.input.scale != "zscore",
     )
     said = torch.tensor(labels) if recipe.bundle.labels else None
     return normalise(batch, recipe.bundle.input), truth, said

@@ -159,7 +159,7 @@ def predict(
     Args:
         network: in eval mode.
         bundle: says patch size, overlap and normalisation.
-        image: (C, *shape), uint8 or float32 in [0, 1].
+        image: (C, *shape), uint8 or float32 of full scale 1.
         said: gets what the network says of each patch as a whole, where the bundle has labels.
 
     Returns:
@@ -202,7 +202,7 @@ def _padded(image: Tensor, least: Shape) -> Tensor:
 
 
 def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """Return images in [0, 1], (N, C, *sides), less the mean and over the deviation."""
+    """Return images of full scale 1, (N, C, *sides), less the mean and over the deviation."""
     shape = (-1, *(1,) * (images.ndim - 2))
     mean = torch.tensor(spec.mean, device=images.device).reshape(shape)
     return (images - mean) / torch.tensor(spec.std, device=images.device).reshape(shape)

@@ -1,8 +1,7 @@
-"""Pictures and volumes decoded with their masks, brought to what the network wants."""
+"""Pictures, images and volumes with their masks, as the network sees them."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +10,22 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.nn import functional
 
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.sources.prepared import Preparation, open_scan, prepare
+from wsi_pipeline.sources.volume import open_volume
 
 Read = tuple[Tensor, Tensor]
-"""(C, *shape), uint8 or float32 in [0, 1], and (*shape) uint8 class index."""
+"""(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
 Table = npt.NDArray[np.uint8]
 
 
 def read_picture(
-    path: Path, mask_path: Path, *, table: Table, spec: InputSpec, mpp: float | None
+    path: Path, mask_path: Path, *, table: Table, channels: int, factor: float
 ) -> Read:
-    """Decode a picture with its mask; return both at the network's resolution.
+    """Decode a tile of a slide with its mask; return both at the network's resolution.
 
     Pictures of 8 bits keep their values; others are brought to [0, 1] by their least and largest.
 
@@ -32,15 +33,15 @@ def read_picture(
         path: of the picture.
         mask_path: of the mask, of the same size.
         table: class index of each mask value.
-        spec: says the resolution, `fit` or `mpp`, and the channels.
-        mpp: µm per pixel of both, for `mpp`.
+        channels: that the network sees, 1 or 3.
+        factor: pixels of the network per pixel of both, along an axis.
 
     Raises:
         RecipeError: unreadable, or of different sizes.
     """
     try:
         with Image.open(path) as opened:
-            image = _pixels(opened, spec.channels)
+            image = _pixels(opened, channels)
         with Image.open(mask_path) as opened:
             codes = np.asarray(opened)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -50,13 +51,8 @@ def read_picture(
         raise RecipeError(
             f"{mask_path} is {truth.shape[::-1]} px, its image is {tuple(image.shape[:0:-1])}"
         )
-    if spec.fit is not None:
-        size = (spec.fit[0], spec.fit[1])
-    else:
-        factor = (mpp or 1.0) / (spec.mpp or 1.0)
-        height, width = (max(1, round(n * factor)) for n in truth.shape)
-        size = (height, width)
-    return _resized(image, size), _resized_mask(truth, size)
+    height, width = (max(1, round(n * factor)) for n in truth.shape)
+    return _resized(image, (height, width)), _resized_mask(truth, (height, width))
 
 
 def _pixels(image: Image.Image, channels: int) -> Tensor:
@@ -111,53 +107,58 @@ def _resized_mask(truth: Table, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(truth))
 
 
-def read_volume(
-    path: Path, mask_path: Path, *, table: Table, spec: InputSpec, mpp: float | None = None
-) -> Read:
-    """Decode a NIfTI volume with its mask; return both at the network's spacing.
+def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> Read:
+    """Decode a planar image or a volume with its mask; return both as the network sees them.
 
-    Axes become (z, y, x). Values are brought to [0, 1] between the 0.5th and 99.5th percentile, so
-    that one bright vessel does not darken the rest.
+    The pixels are those that `segment` would show it. What is padded is unknown.
 
     Args:
-        path: of the volume.
+        path: of the image or volume.
         mask_path: of the mask, of the same size.
         table: class index of each mask value.
-        spec: says the spacing.
-        mpp: not for volumes.
+        spec: how the network wants to see it.
 
     Raises:
-        RecipeError: unreadable, of another number of axes, or of different sizes.
+        SourceError: unreadable.
+        RecipeError: of different sizes, or a mask that is none.
     """
-    if not find_spec("nibabel"):
-        raise RecipeError('volumes are read with nibabel: pip install "wsi-pipeline[train]"')
-    import nibabel
+    axes = len(spec.patch_size)
+    with open_scan(path, axes=axes) as scan:
+        truth = _class_index(_codes(mask_path, axes), table, mask_path)
+        if truth.shape != scan.shape:
+            raise RecipeError(
+                f"{mask_path} is {_sides(truth.shape)} px, its image is {_sides(scan.shape)}"
+            )
+        made = prepare(scan, spec)
+        pixels = made.read(scan, (0,) * axes, made.shape)
+    image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+    return image, torch.from_numpy(_on_grid(truth, made))
 
-    try:
-        opened: Any = nibabel.load(path)
-        mask: Any = nibabel.load(mask_path)
-        values, codes = np.asarray(opened.dataobj), np.asarray(mask.dataobj)
-        spacing = [float(v) for v in opened.header.get_zooms()[:3]]
-    except Exception as error:  # nibabel raises anything on damaged files
-        raise RecipeError(f"cannot read {path} with {mask_path}: {error}") from error
-    if values.ndim != 3 or values.shape != codes.shape:
-        raise RecipeError(
-            f"{path} is {values.shape}, {mask_path} is {codes.shape}; expected three equal axes"
-        )
-    truth = _class_index(codes.T, table, mask_path)
-    low, high = np.percentile(values, [0.5, 99.5])
-    scaled = np.clip((values.T.astype(np.float32) - low) / max(high - low, 1e-6), 0, 1)
-    size = [
-        max(1, round(n * own / wanted))
-        for n, own, wanted in zip(
-            truth.shape, reversed(spacing), spec.spacing_mm or (1, 1, 1), strict=True
-        )
+
+def _codes(path: Path, axes: int) -> npt.NDArray[Any]:
+    """Return a mask's values, in the axes of its image."""
+    if axes == 2:
+        try:
+            with Image.open(path) as opened:
+                return _one_band(np.asarray(opened), path)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise RecipeError(f"cannot read {path}: {error}") from error
+    with open_volume(path) as volume:
+        return volume.read((0, 0, 0), volume.shape)[..., 0]
+
+
+def _sides(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
+
+
+def _on_grid(truth: Table, made: Preparation) -> Table:
+    """Return the class index nearest to the centre of each pixel of the network's grid."""
+    if made.is_mirrored:
+        truth = truth[:, ::-1]
+    beyond = [(0, n - m) for n, m in zip(made.padded_shape, truth.shape, strict=True)]
+    truth = np.pad(truth, beyond, constant_values=IGNORE)
+    nearest = [
+        np.minimum((np.arange(n) + 0.5) * step, of - 1).astype(np.intp)
+        for n, step, of in zip(made.shape, made.step, made.padded_shape, strict=True)
     ]
-    image = torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))[None, None]
-    mask_tensor = torch.from_numpy(np.ascontiguousarray(truth))[None, None]
-    if size != list(truth.shape):
-        image = functional.interpolate(image, size=size, mode="trilinear")
-        mask_tensor = functional.interpolate(mask_tensor.float(), size=size, mode="nearest-exact")
-    return image[0].expand(spec.channels, -1, -1, -1).contiguous(), mask_tensor[0, 0].to(
-        torch.uint8
-    )
+    return truth[np.ix_(*nearest)]

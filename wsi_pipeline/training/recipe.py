@@ -320,6 +320,8 @@ def _check_data(entry: DataSpec, bundle: Bundle) -> None:
         raise ValueError(
             f"{where}: annotations are for slides, the bundle is for {bundle.modality}s"
         )
+    if bundle.modality != "slide" and entry.mpp is not None:
+        raise ValueError(f"{where}: mpp is for slides, the bundle is for {bundle.modality}s")
     if bundle.modality == "slide" and entry.masks is not None and entry.mpp is None:
         raise ValueError(f"{where}: lacks 'mpp', µm per pixel of pictures and masks")
     if entry.label is not None and entry.label not in bundle.labels:

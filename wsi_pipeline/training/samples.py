@@ -24,7 +24,7 @@ from wsi_pipeline.evaluation.sides import AREA_SUFFIXES, Canvas
 from wsi_pipeline.grid import Shape
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
-from wsi_pipeline.training.pictures import Read, read_picture, read_volume
+from wsi_pipeline.training.pictures import Read, read_picture, read_scan
 from wsi_pipeline.training.recipe import DataSpec, Recipe
 
 __all__ = ["IGNORE", "Sample", "load_samples"]
@@ -41,7 +41,7 @@ class Source(Protocol):
         """Return the pixels along each axis."""
 
     def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Return (C, *shape), uint8 or float32 in [0, 1], and (*shape) uint8 class index."""
+        """Return (C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
 
     def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
         """Return (*shape) uint8 class index, or IGNORE."""
@@ -273,10 +273,13 @@ def _patient(image: Path, spec: DataSpec) -> str:
 
 def _decoded(image: Path, mask: Path, spec: DataSpec, recipe: Recipe, cache: Cache) -> Sample:
     table = _table(spec, recipe)
-    reader = read_volume if recipe.bundle.modality == "volume" else read_picture
+    wanted = recipe.bundle.input
 
     def load() -> Read:
-        return reader(image, mask, table=table, spec=recipe.bundle.input, mpp=spec.mpp)
+        if spec.mpp is None:
+            return read_scan(image, mask, table=table, spec=wanted)
+        factor = spec.mpp / recipe.bundle.mpp
+        return read_picture(image, mask, table=table, channels=wanted.channels, factor=factor)
 
     pixels, truth = cache.get(image, load)
     return Sample(
