@@ -25,8 +25,12 @@ from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.paths import as_path
 from wsi_pipeline.remote import check_listed, fetch, reaching, upload, work_folder, write_whole
+from wsi_pipeline.report import Run, write_run_json
+from wsi_pipeline.status import note_jobs, read_status
+from wsi_pipeline.store import RunStore
 
 SLIDE = "a [1] é"
 """Of the slide: what a client may take for a pattern, and what is no ASCII."""
@@ -320,6 +324,25 @@ def test_what_a_client_raises_becomes_a_sentence_without_secrets():
     assert "hidden" not in str(error.value)
     with pytest.raises(ZeroDivisionError), reaching(Path("here")):
         raise ZeroDivisionError
+
+
+def test_a_url_of_this_machine_is_a_folder(tmp_path):
+    assert as_path(f"file://{tmp_path}/runs") == tmp_path / "runs"
+
+
+def test_status_counts_what_is_there_and_what_is_in_hand_here(tmp_path):
+    target = as_path(f"memory://{tmp_path.name}/runs", use_listings_cache=False)
+    slides = [tmp_path / f"{name}.tif" for name in "abc"]
+    jobs = plan_jobs(slides, tmp_path / "work", target=target)
+    note_jobs(tmp_path / "work", jobs[:2], target=target)
+    note_jobs(tmp_path / "elsewhere", jobs[2:], target=target)
+    run = Run(status="failed", reason="oh", slide={}, model={}, settings={}, versions={})
+    write_run_json(jobs[0].home / "run.json", run)
+    with RunStore(folder=jobs[1].folder).claim():
+        status = read_status(target, tmp_path / "work")
+    assert (status.failed, status.running, status.waiting) == ({"a": "oh"}, {"b": 0}, ["c"])
+    with pytest.raises(StoreError, match="holds no runs"):
+        read_status(target / "none", tmp_path / "none")
 
 
 def test_a_folder_that_cannot_be_listed_is_refused(tmp_path):
