@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
 from pydicom.sr.coding import Code
-from pydicom.uid import generate_uid
+from pydicom.uid import UID, SecondaryCaptureImageStorage, generate_uid
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
@@ -79,16 +79,23 @@ def write_dicom_seg(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they quote values, which may be the patient's
         sources = [_source(file) for file in dict.fromkeys(file for file, _ in slices)]
-        frames = _frames(
-            np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:]), slices, sources
-        )
+        if isinstance(scan, Volume):
+            for source in sources:
+                source.SliceThickness = source.get("SliceThickness") or scan.spacing_mm[0]
+        frames = np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:])
+        film = _as_single_image(sources[0])
+        if film is None:
+            frames = _in_file_order(frames, slices, sources)
         try:
             segmentation = _segmentation(frames, sources, classes, model, version)
-        except Exception as error:  # highdicom raises anything, and may quote values
+            if film is not None:
+                _refer_to_frame(segmentation, film, slices[0][1])
+            _drop_half_measures(segmentation)
+        except Exception as error:  # highdicom raises anything
             raise StoreError(
                 f"{path}: no segmentation can be written of {scan.path} ({type(error).__name__}); "
                 "its DICOM attributes are not as the standard has them"
-            ) from error
+            ) from None  # it may quote values, which may be the patient's
         with written_beside(path) as beside:
             segmentation.save_as(beside)
 
@@ -104,7 +111,42 @@ def _source(path: Path) -> Dataset:
     return header
 
 
-def _frames(
+def _as_single_image(header: Dataset) -> UID | None:
+    """Make a film seem to be a single image; return the class that it is of, None for others.
+
+    highdicom knows of files with many frames only those that say where each frame lies.
+    """
+    if "NumberOfFrames" not in header or "SharedFunctionalGroupsSequence" in header:
+        return None
+    film = UID(header.SOPClassUID)
+    header.SOPClassUID = SecondaryCaptureImageStorage
+    del header.NumberOfFrames
+    return film
+
+
+def _refer_to_frame(segmentation: Dataset, film: UID, frame: int) -> None:
+    """Say that a segmentation was made of one frame, from 0, of a film of some class."""
+    for element in segmentation.iterall():
+        if element.keyword == "ReferencedSOPClassUID":
+            element.value = film
+    for groups in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in groups.DerivationImageSequence:
+            for source in derivation.SourceImageSequence:
+                source.ReferencedFrameNumber = frame + 1
+
+
+def _drop_half_measures(segmentation: Dataset) -> None:
+    """Leave out pixel measures without a thickness, as X-rays have none: highdicom reads no such.
+
+    The standard asks for them only where no source image is named.
+    """
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    measures = shared.get("PixelMeasuresSequence")
+    if measures and "SliceThickness" not in measures[0]:
+        del shared.PixelMeasuresSequence
+
+
+def _in_file_order(
     mask: npt.NDArray[np.uint8],
     slices: Sequence[tuple[Path, int]],
     sources: Sequence[Dataset],
@@ -155,6 +197,7 @@ def _segmentation(
         manufacturer_model_name="wsi_pipeline",
         software_versions=version_of("wsi-pipeline"),
         device_serial_number="none",
+        omit_empty_frames=bool(frames.any()),  # of which one at least must be there
         content_label="SEGMENTATION",
         content_description=f"Made by {model}"[:LONGEST],
     )

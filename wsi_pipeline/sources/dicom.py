@@ -104,7 +104,8 @@ def read_header(path: Path) -> Dataset:
     except InvalidDicomError:
         raise SourceError("begins without the mark of DICOM; save it again as DICOM") from None
     except Exception as error:  # pydicom raises anything on damaged files
-        raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from error
+        # without what it says, which may quote values that are the patient's
+        raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
     return header
 
 
