@@ -34,6 +34,7 @@ from wsi_pipeline.store import RunStore
 
 SLIDE = "a [1] é"
 """Of the slide: what a client may take for a pattern, and what is no ASCII."""
+SMALL = ("--outputs", "overlay", "--mask-mpp", 1)
 CLIENTS = {}
 """Of S3 without credentials; kept, since they are not closed."""
 METADATA = (".zattrs", ".zgroup", ".zarray", ".zmetadata")
@@ -241,9 +242,9 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
 def test_a_kill_after_the_upload_leaves_nothing_here(place, url, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("wsi_pipeline.pipeline.shutil.rmtree", lambda *args, **options: None)
-        assert segment(place, url, "--outputs", "overlay").exit_code == 0
+        assert segment(place, url, *SMALL).exit_code == 0
     assert slides_in_hand(cache) == [SLIDE]
-    assert segment(place, url, "--outputs", "overlay").exit_code == 0
+    assert segment(place, url, *SMALL).exit_code == 0
     assert slides_in_hand(cache) == []
 
 
@@ -251,7 +252,7 @@ def test_two_machines_write_one_summary(place, url, monkeypatch, tmp_path):
     for number in "12":
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / number))
         shutil.copy(place / f"{SLIDE}.tif", tmp_path / f"{number}.tif")
-        result = segment(place, url, "--outputs", "overlay", slide=tmp_path / f"{number}.tif")
+        result = segment(place, url, *SMALL, slide=tmp_path / f"{number}.tif")
         assert result.exit_code == 0, result.output
     found = objects(url)
     assert [line[:1] for line in found["summary.csv"].splitlines()[1:]] == [b"1", b"2"]
