@@ -336,7 +336,7 @@ if {where!r} == "key":  # half emptied
 elif {where!r} == "drop":  # half of the old outputs removed
     outputs.shutil.rmtree = die
 else:  # mask in place, nothing else written
-    outputs._write_polygons = die
+    outputs.write_polygons = die
 group(sys.argv[1:])
 """
     line = command(place, output)

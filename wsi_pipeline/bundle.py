@@ -30,7 +30,7 @@ AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
 """Of a patch."""
 RESOLUTION: Mapping[Modality, str] = {"slide": "mpp", "image": "fit", "volume": "spacing_mm"}
 """The key of `[input]` that says at what resolution the network sees."""
-PREPARATION: Mapping[str, Collection[Modality]] = {
+PREPARATION: Mapping[str, tuple[Modality, ...]] = {
     "scale": ("image", "volume"),
     "orient": ("image",),
     "pad": ("image",),

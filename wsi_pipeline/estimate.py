@@ -11,7 +11,6 @@ import torch
 
 from wsi_pipeline.blocks import CACHE_BYTES
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.export.ome_zarr import count_files
 from wsi_pipeline.grid import Shape
 from wsi_pipeline.inference import Predictor, choose_device, choose_dtype
 from wsi_pipeline.networks import SegmentationNetwork, build
@@ -53,7 +52,7 @@ class Estimate:
         memory: bytes of the process at its peak.
         disk: bytes of all files.
         files: at most.
-        mask_shape: (y, x) of the mask.
+        mask_shape: pixels along each axis of the mask.
     """
 
     patches: int
@@ -147,23 +146,24 @@ def _plane_bytes(bundle: Bundle) -> int:
 
 
 def estimate_files(
-    mask_shape: Shape, export: ExportOptions, *, blocks: int, tissue_px: float
+    export: ExportOptions, *, mask_files: int, blocks: int, tissue_px: float
 ) -> tuple[int, int]:
     """Return the bytes of a run's files, about, and the largest number of them.
 
     Args:
-        mask_shape: (y, x).
         export: options.
+        mask_files: at most, of the mask itself.
         blocks: that hold patches.
         tissue_px: mask pixels that patches cover.
     """
     vertices = tissue_px / PX_PER_VERTEX
-    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
+    outputs = export.outputs or ()
+    masks = 1 + ("tiff" in outputs) * (1 + (export.tiff == "asap"))
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
-    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
+    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in outputs)
     store = 90 + blocks  # patch grid with a thumbnail of 4,096 px, key and lock; the ledger
-    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
-    return int(disk), count_files(mask_shape, export.ngff) + store + single
+    single = len(set(outputs) - {"zarr"}) + (export.tiff == "asap") + 1
+    return int(disk), mask_files + store + single
 
 
 def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int) -> float:
@@ -187,11 +187,12 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
     shape = (*bundle.input.patch_size, bundle.input.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     count = predictor.patches_at_once
+    origins = np.zeros((count, len(bundle.input.patch_size)), np.int64)
     try:
         for _ in range(2):  # the first time, kernels are chosen and memory is got
             start = time.perf_counter()
             region = predictor.upload(pixels)
-            for probabilities in predictor.predict(region, np.zeros((count, pixels.ndim - 1), np.int64)):
+            for probabilities in predictor.predict(region, origins):
                 probabilities.flatten()[0].item()  # waits for a GPU
             seconds = time.perf_counter() - start
     finally:

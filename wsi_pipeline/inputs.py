@@ -207,7 +207,10 @@ def plan_jobs(
 
 
 def _stem(path: Path) -> str:
-    return PurePosixPath(_file_name(path)).stem.removesuffix(".zarr").removesuffix(".ome")
+    stem = PurePosixPath(_file_name(path)).stem
+    for suffix in (".zarr", ".ome", ".nii"):  # before .zip, .zarr and .gz
+        stem = stem.removesuffix(suffix)
+    return stem
 
 
 def _file_name(path: Path) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Output = Literal["zarr", "tiff", "geojson", "overlay"]
+Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
@@ -17,6 +18,24 @@ ProgramFormat = Literal["onnx", "torch-export"]
 
 MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
+OUTPUTS: Mapping[str, tuple[Output, ...]] = {
+    "slide": ("zarr", "tiff", "geojson", "overlay"),
+    "image": ("png", "dicom", "geojson", "overlay"),
+    "volume": ("nifti", "dicom", "overlay"),
+}
+"""What can be written, by a model's modality."""
+FOR_SLIDES = {
+    "select": {"mpp": "--mpp", "tissue": "--tissue", "roi": "--roi", "frame": "--for"},
+    "predict": {"mask_mpp": "--mask-mpp"},
+    "export": {
+        "ngff": "--ngff",
+        "tiff": "--tiff",
+        "simplify_um": "--simplify",
+        "min_area_um2": "--min-area",
+        "max_unreadable": "--max-unreadable",
+    },
+}
+"""Options by group that mean nothing for images and volumes, and what the command calls them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +44,8 @@ class SelectOptions:
 
     Attributes:
         mpp: the slide's µm per pixel at level 0 where the file does not say; else None.
-        series: which image of a file with several, from 0; None = the largest of RGB.
+        series: which image of a file with several, from 0; None = the largest of RGB, or the frame
+            that the file names.
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
         roi: GeoJSON polygons to which the mask is limited.
         frame: origin of GeoJSON that is read, where the slide has bounds.
@@ -49,7 +69,7 @@ class PredictOptions:
         precision: "auto" picks the fastest that the device has.
         batch_size: patches in one forward pass; None = chosen for the device.
         block_size: side of a block in mask pixels, a multiple of the mask's chunk; None = 2,048,
-            or 4,096, the side of a shard, with OME-Zarr 0.5.
+            or 4,096, the side of a shard, with OME-Zarr 0.5; 256 in volumes.
         mask_mpp: µm per pixel of the mask; None = the slide's level 0.
     """
 
@@ -67,7 +87,7 @@ class ExportOptions:
     """What is written from a finished mask, and how.
 
     Attributes:
-        outputs: which files to write.
+        outputs: which files to write; None = all of `OUTPUTS`.
         ngff: version of the OME-Zarr mask.
         tiff: "ome" for QuPath; "asap" writes ASAP's kind beside it.
         simplify_um: root of the largest triangle that simplification may cut off, in µm; 0 = exact.
@@ -76,7 +96,7 @@ class ExportOptions:
         max_unreadable: share of the patches' area that may be unreadable; beyond, a slide fails.
     """
 
-    outputs: tuple[Output, ...] = ("zarr", "tiff", "geojson", "overlay")
+    outputs: tuple[Output, ...] | None = None
     ngff: Ngff = "0.4"
     tiff: TiffKind = "ome"
     simplify_um: float = 1.0
@@ -126,6 +146,31 @@ class Settings:
     def as_plain(self) -> dict[str, dict[str, Any]]:
         """Return the options by group, as JSON holds them."""
         return {name: as_plain(getattr(self, name)) for name in ("select", "predict", "export")}
+
+    def why_not(self, modality: str) -> str:
+        """Return what of the options does not fit a model's modality, "" where all do.
+
+        Args:
+            modality: "slide", "image" or "volume".
+
+        Example:
+            >>> Settings(predict=PredictOptions(mask_mpp=1.0)).why_not("volume")
+            '--mask-mpp is for slides'
+        """
+        fitting = OUTPUTS[modality]
+        if wrong := [name for name in self.export.outputs or () if name not in fitting]:
+            return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
+        if modality == "slide":
+            return ""
+        if modality == "volume" and self.select.series is not None:
+            return "--series is for slides and images"
+        usual = Settings()
+        for group, names in FOR_SLIDES.items():
+            given, default = getattr(self, group), getattr(usual, group)
+            for name, flag in names.items():
+                if getattr(given, name) != getattr(default, name):
+                    return f"{flag} is for slides"
+        return ""
 
 
 def as_plain(options: Any) -> dict[str, Any]:

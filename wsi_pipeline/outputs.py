@@ -6,19 +6,19 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.blocks import STAGES, Clock, SlidePlan
+from wsi_pipeline.blocks import STAGES, Clock, Plan, SlidePlan
 from wsi_pipeline.bundle import Bundle, ClassInfo
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.export import geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
@@ -36,6 +36,9 @@ LITTLE_TISSUE = 0.005
 FILES: dict[Output, str] = {
     "zarr": "mask.ome.zarr",
     "tiff": "mask.ome.tif",
+    "png": "mask.png",
+    "nifti": "mask.nii.gz",
+    "dicom": "mask.dcm",
     "geojson": "annotations.geojson",
     "overlay": "overlay.png",
 }
@@ -43,6 +46,7 @@ FILES: dict[Output, str] = {
 ASAP_FILE = "mask.asap.tif"
 UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
 """Class, after the bundle's own, of what patches cover and nothing can read."""
+NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
 Ledger = dict[Shape, dict[str, npt.NDArray[Any]]]
 
 
@@ -115,18 +119,39 @@ def write_outputs(finished: Finished) -> Run:
     with writing(store.mask_path):
         mask_path = _finish_mask(store, finished)
     clock.lap("pyramid")
-    written, failures = geojson.Written(regions={}, vertices=0, dropped=[]), []
-    writers: dict[Output, Callable[[Path], geojson.Written | None]] = {
-        "geojson": lambda path: _write_polygons(path, finished, ledger, mask_path),
+    written: list[geojson.Written] = []
+    writers: dict[Output, Callable[[Path], object]] = {
+        "geojson": lambda path: written.append(
+            write_polygons(path, finished, ledger, ome_zarr.open_mask(mask_path))
+        ),
         "tiff": lambda path: _write_tiffs(path, finished, mask_path),
         "overlay": lambda path: _write_overlay(path, finished, mask_path),
     }
+    failures = write_each(writers, finished.settings.export.outputs or (), store.folder, clock)
+    return _describe(finished, ledger, clock, written[0] if written else NOTHING, failures)
+
+
+def write_each(
+    writers: Mapping[Output, Callable[[Path], object]],
+    wanted: Collection[Output],
+    folder: Path,
+    clock: Clock,
+) -> list[str]:
+    """Write the files that are wanted; return a sentence for each that could not be written.
+
+    Args:
+        writers: of each output, in their order.
+        wanted: which of them.
+        folder: of the run.
+        clock: gets a lap for each.
+    """
+    failures = []
     for output, write in writers.items():
-        if output not in finished.settings.export.outputs:
+        if output not in wanted:
             continue
-        path = store.folder / FILES[output]
+        path = folder / FILES[output]
         try:
-            written = write(path) or written
+            write(path)
         except Exception as error:  # the mask is whole: whatever fails here must not cost it
             logger.debug("writing %s failed", path, exc_info=True)
             failures.append(
@@ -135,7 +160,7 @@ def write_outputs(finished: Finished) -> Run:
                 else f"{path.name} could not be written: {error}"
             )
         clock.lap(output)
-    return _describe(finished, ledger, clock, written, failures)
+    return failures
 
 
 def _bad_regions(finished: Finished, ledger: Ledger) -> tuple[Region, ...]:
@@ -199,7 +224,7 @@ def _describe(
             "kept": len(plan.grid),
             "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
         },
-        seconds=_seconds(ledger, clock),
+        seconds=seconds_of(ledger, clock),
         area_mm2={
             c.name: float(n * pixel_mm2)
             for c, n in zip(finished.classes[1:], pixels[1:], strict=False)
@@ -216,10 +241,31 @@ def _describe(
     )
 
 
-def _write_polygons(
-    path: Path, finished: Finished, ledger: Ledger, mask_path: Path
-) -> geojson.Written:
-    dialect, mask = finished.dialect(), ome_zarr.open_mask(mask_path)
+class Traced(Protocol):
+    """What polygons are written from."""
+
+    @property
+    def plan(self) -> Plan:
+        """Return the plan of the blocks."""
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Return the blocks that some patch touched."""
+
+    def dialect(self) -> geojson.Dialect:
+        """Return how regions become features."""
+
+
+def write_polygons(path: Path, finished: Traced, ledger: Ledger, mask: MaskLike) -> geojson.Written:
+    """Write the regions of a mask in two dimensions; return what was written.
+
+    Args:
+        path: of the GeoJSON.
+        finished: the run.
+        ledger: what is known of each block.
+        mask: class of each pixel.
+    """
+    dialect = finished.dialect()
     traced = {i: Pieces.from_arrays(a) for i, a in ledger.items() if "top" in a}
     rest = [block for block in finished.blocks if block.index not in traced]
     outlines = find_outlines(
@@ -274,7 +320,7 @@ def _finish_mask(store: RunStore, finished: Finished) -> Path:
         ome_zarr.build_pyramid(store.mask_path)
         if finished.bad:
             ome_zarr.name_classes(store.mask_path, finished.classes)
-        if "zarr" not in finished.settings.export.outputs:
+        if "zarr" not in (finished.settings.export.outputs or ()):
             return store.mask_path
         if store.finished_mask_path.is_dir():
             shutil.rmtree(store.finished_mask_path)
@@ -315,7 +361,7 @@ def _full_count(grid: PatchGrid) -> int:
     return len(PatchGrid.cover(grid.shape, grid.patch_size, overlap))
 
 
-def _seconds(ledger: Ledger, clock: Clock) -> dict[str, float]:
+def seconds_of(ledger: Ledger, clock: Clock) -> dict[str, float]:
     """Return seconds per stage; those of blocks are summed over threads and interrupted runs."""
     total = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
     return {name: round(value, 3) for name, value in {**total, **clock.seconds}.items()}

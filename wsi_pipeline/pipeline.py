@@ -1,4 +1,4 @@
-"""The main job, top to bottom: a slide and a bundle in, a run's folder out."""
+"""The main job, top to bottom: a slide, image or volume and a bundle in, a run's folder out."""
 
 from __future__ import annotations
 
@@ -40,11 +40,28 @@ from wsi_pipeline.estimate import (
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.inputs import Job
-from wsi_pipeline.options import MPP_TOLERANCE, ExportOptions, SelectOptions, Settings, as_plain
+from wsi_pipeline.options import (
+    MPP_TOLERANCE,
+    OUTPUTS,
+    ExportOptions,
+    SelectOptions,
+    Settings,
+    as_plain,
+)
 from wsi_pipeline.outputs import ASAP_FILE, FILES, Finished, drop_outputs, versions, write_outputs
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
 from wsi_pipeline.remote import reaching, upload
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.scans import (
+    FinishedScan,
+    count_chunks,
+    fitting_outputs,
+    make_mask,
+    open_one,
+    plan_scan,
+    scan_identity,
+    write_scan,
+)
 from wsi_pipeline.schedule import (
     Keep,
     check_shared,
@@ -57,6 +74,7 @@ from wsi_pipeline.schedule import (
     worker_threads,
 )
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
+from wsi_pipeline.sources.prepared import Scan
 from wsi_pipeline.store import (
     PIXEL_CHUNK,
     RunStore,
@@ -247,15 +265,20 @@ def estimate(
         WsiPipelineError: the slide or the model cannot be used; the message says why.
     """
     select = job.select(settings.select)
-    settings = replace(settings, select=select)
-    with open_source(job.path, mpp=select.mpp, series=select.series) as slide:
-        _check_modality(bundle)
-        stored = survey(slide, bundle, settings)
+    settings = _fitting(replace(settings, select=select), bundle)
+    with _open(job.path, bundle, settings) as source:
         store = RunStore(folder=job.folder.absolute())
-        plan = _plan(slide, bundle, store, stored, settings, threads)
+        if isinstance(source, Slide):
+            stored = survey(source, bundle, settings)
+            plan: Plan = _plan(source, bundle, store, stored, settings, threads)
+            mask_files = ome_zarr.count_files(plan.mask_shape, settings.export.ngff)
+        else:
+            settings = fitting_outputs(source, settings)
+            plan = plan_scan(source, bundle, store, settings, threads or cpu_count())
+            mask_files = count_chunks(plan.mask_shape)
     disk, files = estimate_files(
-        plan.mask_shape,
         settings.export,
+        mask_files=mask_files,
         blocks=len(plan.blocks()),
         tissue_px=_tissue_px(plan),
     )
@@ -303,29 +326,17 @@ def survey(slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """A slide of which the blocks are to be done.
+    """A source of which the blocks are to be done.
 
     Attributes:
         job: its path and folder.
-        bundle: the model.
-        settings: options.
-        slide: closed again.
-        key: of the run.
-        stored: the patch grid.
-        plan: for the workers.
-        blocks: that hold anything.
-        claim: of the folder, to be closed when the slide is finished, or will not be.
+        run: what it will be once they are: plan and blocks, and what outputs are written from.
+        claim: of the folder, to be closed when the source is finished, or will not be.
         seconds: that it took to get here.
     """
 
     job: Job
-    bundle: Bundle
-    settings: Settings
-    slide: Slide
-    key: str
-    stored: StoredGrid
-    plan: SlidePlan
-    blocks: list[Block]
+    run: Finished | FinishedScan
     claim: ExitStack
     seconds: float
 
@@ -339,16 +350,15 @@ def _begin(
     overwrite: bool,
     check: Callable[[Plan], None],
 ) -> Run | _Begun:
-    """Open a slide and its run's folder, survey it; return it, or its run if that is done."""
+    """Open a source and its run's folder, survey it; return it, or its run if that is done."""
     start = time.perf_counter()
-    select = job.select(settings.select)
-    settings = replace(settings, select=select)
-    with (
-        open_source(job.path, mpp=select.mpp, series=select.series) as slide,
-        ExitStack() as claim,
-    ):
-        _check_modality(bundle)
-        key = run_key(_identity(slide, bundle, settings))
+    settings = replace(settings, select=job.select(settings.select))
+    with _open(job.path, bundle, settings) as source, ExitStack() as claim:
+        if isinstance(source, Slide):
+            key = run_key(_identity(source, bundle, settings))
+        else:
+            settings = fitting_outputs(source, settings)
+            key = run_key(scan_identity(source, bundle, settings))
         in_hand = job.target is not None and job.folder.is_dir()
         if not overwrite and not in_hand and (run := _finished(job.home, key, settings.export)):
             logger.info("%s is done already", job.folder)
@@ -365,30 +375,73 @@ def _begin(
             return run
         store = open_run_store(
             folder,
-            fingerprint=slide.fingerprint,
+            fingerprint=source.fingerprint,
             key=key,
             overwrite=overwrite,
         )
-        stored = _kept_survey(store, slide, bundle, settings)
-        plan = _plan(slide, bundle, store, stored, settings, threads)
-        check(plan)
-        _ensure_mask(plan, bundle, slide, settings.export)
-        logger.info(
-            "%s: %d patches of %d², %g µm/px", name_of(job.path), len(plan.grid),
-            plan.grid.patch_size[0], stored.info.grid_mpp,
-        )  # fmt: skip
+        begun: Finished | FinishedScan
+        if isinstance(source, Slide):
+            begun = _begin_slide(source, bundle, store, settings, threads, key, check)
+        else:
+            begun = _begin_scan(source, bundle, store, settings, threads, key, check)
         return _Begun(
-            job=job,
-            bundle=bundle,
-            settings=settings,
-            slide=slide,
-            key=key,
-            stored=stored,
-            plan=plan,
-            blocks=plan.blocks(),
-            claim=claim.pop_all(),
-            seconds=time.perf_counter() - start,
+            job=job, run=begun, claim=claim.pop_all(), seconds=time.perf_counter() - start
         )
+
+
+def _open(path: Path, bundle: Bundle, settings: Settings) -> Slide | Scan:
+    """Open what a bundle is for: here is asked which of the three it is, and nowhere below."""
+    if bundle.modality == "slide":
+        return open_source(path, mpp=settings.select.mpp, series=settings.select.series)
+    return open_one(path, bundle, settings)
+
+
+def _begin_slide(
+    slide: Slide,
+    bundle: Bundle,
+    store: RunStore,
+    settings: Settings,
+    threads: int | None,
+    key: str,
+    check: Callable[[Plan], None],
+) -> Finished:
+    """Survey a slide, plan its blocks and create its mask; return what it will be."""
+    stored = _kept_survey(store, slide, bundle, settings)
+    plan = _plan(slide, bundle, store, stored, settings, threads)
+    check(plan)
+    _ensure_mask(plan, bundle, slide, settings.export)
+    logger.info(
+        "%s: %d patches of %d², %g µm/px", name_of(slide.path), len(plan.grid),
+        plan.grid.patch_size[0], stored.info.grid_mpp,
+    )  # fmt: skip
+    return Finished(
+        slide=slide,
+        bundle=bundle,
+        plan=plan,
+        stored=stored,
+        settings=settings,
+        key=key,
+        blocks=plan.blocks(),
+    )
+
+
+def _begin_scan(
+    scan: Scan,
+    bundle: Bundle,
+    store: RunStore,
+    settings: Settings,
+    threads: int | None,
+    key: str,
+    check: Callable[[Plan], None],
+) -> FinishedScan:
+    """Measure an image or volume, plan its blocks, create its mask; return what it will be."""
+    plan = plan_scan(scan, bundle, store, settings, threads or cpu_count())
+    check(plan)
+    make_mask(plan)
+    logger.info("%s: %d patches", name_of(scan.path), len(plan.grid))
+    return FinishedScan(
+        scan=scan, bundle=bundle, plan=plan, settings=settings, key=key, blocks=plan.blocks()
+    )
 
 
 class _Team:
@@ -413,6 +466,7 @@ class _Team:
         overwrite: bool,
         max_ram: int | None,
     ) -> None:
+        settings = _fitting(settings, bundle)
         self._client, self._bundle, self._settings = client, bundle, settings
         self._begin = partial(
             _begin,
@@ -474,8 +528,8 @@ class _Team:
 
     def _do_blocks(self, begun: _Begun, progress: Progress | None, number: int) -> Iterator[int]:
         """Do the blocks that are left; yield how many patches are done after each."""
-        plan = begun.plan
-        pending = plan.store.pending(begun.blocks)
+        plan = begun.run.plan
+        pending = plan.store.pending(begun.run.blocks)
         done = len(plan.grid) - _patches_touching(plan, pending)
         if progress:
             progress(done, len(plan.grid))
@@ -506,17 +560,7 @@ def _finish(begun: _Begun, seconds: float) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
     _drop_what_is_old(begun)
-    run = write_outputs(
-        Finished(
-            slide=begun.slide,
-            bundle=begun.bundle,
-            plan=begun.plan,
-            stored=begun.stored,
-            settings=begun.settings,
-            key=begun.key,
-            blocks=begun.blocks,
-        )
-    )
+    run = write_outputs(begun.run) if isinstance(begun.run, Finished) else write_scan(begun.run)
     total = begun.seconds + seconds + time.perf_counter() - start
     run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
     write_run_json(begun.job.folder / "run.json", run)
@@ -559,11 +603,16 @@ def _ended(job: Job, end: Future[Run], bundle: Bundle, settings: Settings) -> Ru
         return _failed(job, bundle, settings, error)
 
 
-def _check_modality(bundle: Bundle) -> None:
-    if bundle.modality != "slide":
-        raise BundleError(
-            f"{bundle.name} is for a {bundle.modality}; segment takes bundles for slides"
-        )
+def _fitting(settings: Settings, bundle: Bundle) -> Settings:
+    """Return the settings with all outputs of the bundle's modality where none are named.
+
+    Raises:
+        BundleError: an option that means nothing to it.
+    """
+    if reason := settings.why_not(bundle.modality):
+        raise BundleError(f"{reason}; {bundle.name} is for {bundle.modality}s")
+    outputs = settings.export.outputs or OUTPUTS[bundle.modality]
+    return replace(settings, export=replace(settings.export, outputs=outputs))
 
 
 def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any]:
@@ -594,11 +643,11 @@ def _drop_what_is_old(begun: _Begun) -> None:
     folder = begun.job.folder
     path = folder / "run.json"
     try:
-        same = load_run(path).settings.get("key") == begun.key
+        same = load_run(path).settings.get("key") == begun.run.key
     except StoreError:
         same = False
     # a run moves its mask before it writes anything else: once it has, the rest is its own too
-    moved = not begun.plan.store.mask_path.is_dir()
+    moved = not begun.run.plan.store.mask_path.is_dir()
     with writing(folder):
         if same or moved:
             path.unlink(missing_ok=True)
@@ -610,7 +659,9 @@ def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE
     with reaching(folder):
-        if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
+        if not path.is_file() or not all(
+            (folder / FILES[o]).exists() for o in export.outputs or ()
+        ):
             return None
         run = load_run(path)
     wanted = {"key": key, "export": as_plain(export)}
@@ -663,7 +714,7 @@ def _plan(
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
         threads=threads or cpu_count(),
-        outlines="geojson" in settings.export.outputs,
+        outlines="geojson" in (settings.export.outputs or ()),
     )
 
 

@@ -30,14 +30,21 @@ MANY_RUNS = 200
 """Above this number of runs the report's pictures are half as wide, so that it still opens."""
 SHARED = ("model", "settings", "versions")
 """What of a run is usually the same for all slides and then told once."""
+NOT_OF_SLIDES = ("area_px", "volume_ml", "lesions", "labels")
+"""Fields that are left out where they are empty."""
 LINKED_FILES = (
     "overlay.png",
     "annotations.geojson",
     "mask.ome.tif",
     "mask.asap.tif",
+    "mask.png",
+    "mask.nii.gz",
+    "mask.dcm",
     "run.json",
 )
 GREY = (128, 128, 128)
+Colors = Mapping[tuple[str, str], str]
+"""CSS colour of a class, by its name and the unit of its amount."""
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -129,6 +136,10 @@ class Run:
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
         bad_regions: parts of the slide that could not be read.
         warnings: where the result may differ from what was asked.
+        area_px: per class, of an image whose pixels have no known size, in place of `area_mm2`.
+        volume_ml: per class, of a volume, likewise.
+        lesions: of images and volumes, per class: how many, and the size of each.
+        labels: probability of each, where the network classifies.
     """
 
     status: Literal["done", "failed", "busy"]
@@ -146,11 +157,26 @@ class Run:
     frame: dict[str, Any] = field(default_factory=dict)
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    area_px: dict[str, float] = field(default_factory=dict)
+    volume_ml: dict[str, float] = field(default_factory=dict)
+    lesions: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Return how much there is of each class, in `unit`."""
+        return self.area_mm2 or self.volume_ml or self.area_px
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of the amounts, as people write it."""
+        return "ml" if self.volume_ml else "px" if self.area_px else "mm²"
 
 
 def write_run_json(path: Path, run: Run) -> None:
     """Write a run as strict JSON; the file appears when it is complete."""
-    text = json.dumps(asdict(run), indent=2, ensure_ascii=False, allow_nan=False)
+    facts = {k: v for k, v in asdict(run).items() if v or k not in NOT_OF_SLIDES}
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
     _write_text(path, text + "\n")
 
 
@@ -196,41 +222,61 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
     """
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer)
-    names = class_names(runs.values())
+    names = list(dict.fromkeys(itertools.chain.from_iterable(r.area_mm2 for r in runs.values())))
+    more = list(dict.fromkeys(itertools.chain.from_iterable(map(_more_columns, runs.values()))))
     rows.writerow(
         [
             *("folder", "slide", "status", "reason", "width_px", "height_px", "mpp_x", "mpp_y"),
             *("patches", "tissue_mm2"),
             *(_no_formula(f"{name}_mm2") for name in names),
             "seconds",
+            *map(_no_formula, more),
         ]
     )
-    rows.writerows(_summary_row(output_dir, folder, run, names) for folder, run in runs.items())
+    rows.writerows(
+        _summary_row(output_dir, folder, run, names, more) for folder, run in runs.items()
+    )
     _write_text(output_dir / "summary.csv", buffer.getvalue())
 
 
-def class_names(runs: Iterable[Run]) -> list[str]:
-    """Return the classes of all runs, each once, in the order of their first appearance."""
-    return list(dict.fromkeys(itertools.chain.from_iterable(run.area_mm2 for run in runs)))
+def _more_columns(run: Run) -> dict[str, float]:
+    """Return what a row has only of images and volumes, by its column."""
+    spacing = run.slide.get("spacing_mm") or ()
+    found = {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
+    if len(size := run.slide.get("size", ())) == 3:
+        found["depth_px"] = size[2]
+    if run.unit != "mm²":
+        found |= {f"{name}_{run.unit}": round(n, 6) for name, n in run.amounts.items()}
+    for name, lesions in run.lesions.items():
+        found[f"{name}_lesions"] = lesions["count"]
+        if lesions["largest_mm"] is not None:
+            found[f"{name}_largest_mm"] = round(lesions["largest_mm"], 3)
+    return found | {f"probability_{label}": round(p, 6) for label, p in run.labels.items()}
 
 
 def _summary_row(
-    output_dir: Path, folder: Path, run: Run, names: Sequence[str]
+    output_dir: Path, folder: Path, run: Run, names: Sequence[str], more: Sequence[str]
 ) -> list[str | int | float]:
     """Return one row; numbers that a failed run lacks are empty."""
-    done = run.status == "done"
+    done, own = run.status == "done", _more_columns(run)
     return [
         _no_formula(os.path.relpath(folder, output_dir)),
         _no_formula(run.slide["name"]),
         run.status,
         _no_formula(run.reason),
-        *run.slide.get("size", ("", "")),
+        *run.slide.get("size", ("", ""))[:2],
         *run.slide.get("mpp", ("", "")),
         run.patches.get("kept", ""),
-        round(run.tissue_mm2, 6) if done else "",
+        round(run.tissue_mm2, 6) if done and _has_tissue(run) else "",
         *(round(run.area_mm2[name], 6) if name in run.area_mm2 else "" for name in names),
         run.seconds.get("total", ""),
+        *(own.get(name, "") for name in more),
     ]
+
+
+def _has_tissue(run: Run) -> bool:
+    """Return whether a run is, or may be, that of a slide: others have no tissue to look for."""
+    return "spacing_mm" not in run.slide
 
 
 def _no_formula(text: str) -> str:
@@ -269,15 +315,18 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
     _write_text(output_dir / "report.html", page)
 
 
-def _totals(runs: Sequence[Run], colors: Mapping[str, str]) -> str:
+def _totals(runs: Sequence[Run], colors: Colors) -> str:
     """Return the row of figures at the top."""
     done = sum(run.status == "done" for run in runs)
     tissue = math.fsum(run.tissue_mm2 for run in runs)
-    figures = [("slides done", f"{done} of {len(runs)}", ""), ("tissue", f"{_mm2(tissue)} mm²", "")]
-    for name, color in colors.items():
-        area = math.fsum(run.area_mm2.get(name, 0.0) for run in runs)
-        share = f"{_percent(area, tissue)} of the tissue"
-        figures.append((f"{name}, {share}", f"{_mm2(area)} mm²", f"border-left-color:{color}"))
+    what = "slides" if all(map(_has_tissue, runs)) else "images"
+    figures = [(f"{what} done", f"{done} of {len(runs)}", "")]
+    if what == "slides" or tissue:
+        figures.append(("tissue", f"{_mm2(tissue)} mm²", ""))
+    for (name, unit), color in colors.items():
+        area = math.fsum(run.amounts.get(name, 0.0) for run in runs if run.unit == unit)
+        label = f"{name}, {_percent(area, tissue)} of the tissue" if what == "slides" else name
+        figures.append((label, f"{_mm2(area)} {unit}", f"border-left-color:{color}"))
     return (
         '<div class="totals">'
         + "".join(
@@ -298,15 +347,18 @@ def _failures(runs: Iterable[Run]) -> str:
     return _section("Failed", f"<table>{head}{rows}</table>", style="failed") if rows else ""
 
 
-def _table(output_dir: Path, runs: Mapping[Path, Run], colors: Mapping[str, str]) -> str:
-    largest = max((a for run in runs.values() for a in run.area_mm2.values()), default=0.0)
-    heads = ["patches", "tissue mm²", *(f"{name} mm²" for name in colors), "time"]
+def _table(output_dir: Path, runs: Mapping[Path, Run], colors: Colors) -> str:
+    largest = max((a for run in runs.values() for a in run.amounts.values()), default=0.0)
+    heads = ["patches", "tissue mm²", *(f"{name} {unit}" for name, unit in colors), "time"]
     head = "".join(f'<th class="n">{escape(text)}</th>' for text in heads)
     rows = [
         f'<tr><td><a href="#{_anchor(output_dir, folder)}">{escape(run.slide["name"])}</a>'
         f'{_badge(run)}</td><td class="n">{run.patches.get("kept", "")}</td>'
-        f'<td class="n">{_mm2(run.tissue_mm2) if run.patches else ""}</td>'
-        + "".join(_area_cell(run.area_mm2.get(n), color, largest) for n, color in colors.items())
+        f'<td class="n">{_mm2(run.tissue_mm2) if run.patches and _has_tissue(run) else ""}</td>'
+        + "".join(
+            _area_cell(run.amounts.get(name) if run.unit == unit else None, color, largest)
+            for (name, unit), color in colors.items()
+        )
         + f'<td class="n">{_duration(run.seconds.get("total"))}</td></tr>'
         for folder, run in runs.items()
     ]
@@ -325,15 +377,18 @@ def _card(
     run: Run,
     side: int,
     own_facts: list[tuple[str, str]],
-    colors: Mapping[str, str],
+    colors: Colors,
 ) -> str:
     """Return picture, areas, warnings, files and facts of one run."""
-    shares = [(area, colors[name]) for name, area in run.area_mm2.items()]
+    shares = [(area, colors[name, run.unit]) for name, area in run.amounts.items()]
     areas = "".join(
-        f'<li><span><i style="background:{colors[name]}"></i>{escape(name)}</span>'
-        f"<span>{_mm2(area)} mm² · {_percent(area, run.tissue_mm2)} · "
-        f"{run.regions.get(name, 0):,} regions</span></li>"
-        for name, area in run.area_mm2.items()
+        f'<li><span><i style="background:{colors[name, run.unit]}"></i>{escape(name)}</span>'
+        f"<span>{_mm2(area)} {run.unit} · {_detail(run, name)}</span></li>"
+        for name, area in run.amounts.items()
+    )
+    areas += "".join(
+        f"<li><span>{escape(label)}</span><span>probability {p:.3f}</span></li>"
+        for label, p in run.labels.items()
     )
     warnings = "".join(f'<p class="warning">{escape(text)}</p>' for text in run.warnings)
     reason = f'<p class="warning">{escape(run.reason)}</p>' if run.reason else ""
@@ -347,10 +402,21 @@ def _card(
         f'<article id="{_anchor(output_dir, folder)}">'
         f"<h3>{escape(run.slide['name'])}{_badge(run)}</h3>"
         f'<a href="{_link(output_dir, folder / "overlay.png")}">{_image(folder, side)}</a>'
-        f"{_bar(shares, run.tissue_mm2) if shares else ''}<ul>{areas}</ul>{reason}{warnings}"
+        f"{_bar(shares, run.tissue_mm2) if shares and _has_tissue(run) else ''}"
+        f"<ul>{areas}</ul>{reason}{warnings}"
         f'<p class="files">{links}</p>'
         f"<details><summary>more</summary>{_list(own + own_facts)}</details></article>"
     )
+
+
+def _detail(run: Run, name: str) -> str:
+    """Return what a card tells of a class beside its area."""
+    if _has_tissue(run):
+        share = _percent(run.area_mm2[name], run.tissue_mm2)
+        return f"{share} · {run.regions.get(name, 0):,} regions"
+    lesions = run.lesions[name]
+    count, largest = lesions["count"], lesions["largest_mm"]
+    return f"{count:,} lesions" + (f", the largest {largest:.1f} mm" if largest else "")
 
 
 def _section(title: str, content: str, style: str = "") -> str:
@@ -418,13 +484,13 @@ def _image(folder: Path, side: int) -> str:
     return f'<img src="data:image/jpeg;base64,{jpeg}" alt="slide with mask" loading="lazy">'
 
 
-def _colors(runs: Iterable[Run]) -> dict[str, str]:
-    """Return the CSS colour of each class; grey where the run does not say."""
+def _colors(runs: Iterable[Run]) -> Colors:
+    """Return the CSS colour of each class in each unit; grey where the run does not say."""
     runs = list(runs)
     known = {name: color for run in runs for name, color in run.colors.items()}
     return {
-        name: "rgb({},{},{})".format(*map(int, known.get(name) or GREY))
-        for name in class_names(runs)
+        (name, unit): "rgb({},{},{})".format(*map(int, known.get(name) or GREY))
+        for name, unit in dict.fromkeys((name, run.unit) for run in runs for name in run.amounts)
     }
 
 

@@ -186,6 +186,30 @@ def import_(
     click.echo(str(output))
 
 
+@command.command("init")
+@bundle_argument
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the bundle; its name becomes the model's.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the weights.")
+@overwrite_option
+def init(location: str, output: Path, seed: int, overwrite: bool) -> None:
+    """Make a bundle like BUNDLE with random weights.
+
+    It has learnt nothing: what it marks means nothing. To try files, settings and machines before
+    there are weights.
+    """
+    from wsi_pipeline.networks.checkpoints import init_model
+
+    init_model(load_bundle(location, fetch=False), output, seed=seed, overwrite=overwrite)
+    click.echo("random weights: what this model marks means nothing", err=True)
+    click.echo(str(output))
+
+
 @command.command("export")
 @bundle_argument
 @click.option("--format", "form", required=True, type=click.Choice(get_args(ProgramFormat)))

@@ -158,8 +158,9 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 )
 @click.option(
     "--block-size",
-    type=click.IntRange(min=1024),
-    help="Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096]",
+    type=click.IntRange(min=64),
+    help="Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096; 256 in "
+    "volumes]",
 )
 @click.option(
     "--mask-mpp",
@@ -169,9 +170,7 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 @click.option(
     "--outputs",
     type=Outputs(),
-    default=EXPORT.outputs,
-    show_default=",".join(EXPORT.outputs),
-    help="What to write.",
+    help="What to write  [default: all that there is for the model's modality]",
 )
 @click.option(
     "--ngff", type=click.Choice(get_args(Ngff)), default=EXPORT.ngff, help="OME-Zarr version."
@@ -231,12 +230,15 @@ def command(
 ) -> None:
     """Segment slides: masks at full resolution, QuPath polygons, overviews and a report.
 
+    A model for images or volumes takes those, and its masks are in their own geometry.
+
     INPUT: files, folders (searched recursively), patterns, or a .txt file with one path a line.
     Running the same command again goes on where it stopped.
     """
     from wsi_pipeline.bundle import load_bundle
     from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
     from wsi_pipeline.paths import is_remote
+    from wsi_pipeline.sources.radiology import find_images, find_volumes
     from wsi_pipeline.status import note_jobs
     from wsi_pipeline.store import make_folder
 
@@ -247,13 +249,22 @@ def command(
         options["device"] = f"cuda:{gpus[0]}"
     settings = _settings(options)
     bundle = load_bundle(model)
+    reason = settings.why_not(bundle.modality)
+    if options["mpp_table"] and bundle.modality != "slide":
+        reason = "--mpp-table is for slides"
+    if reason:
+        raise click.UsageError(f"{reason}; {bundle.name} is for {bundle.modality}s")
+    if options["mpp_table"] and bundle.modality != "slide":
+        raise click.UsageError(
+            f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s"
+        )
     table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
     target = output if is_remote(output) else None
     output = choose_work(output, work)
-    slides = find_slides(list(inputs), output=output)
-    jobs = every = plan_jobs(slides, output, table, target=target)
+    find = {"slide": find_slides, "image": find_images, "volume": find_volumes}[bundle.modality]
+    jobs = every = plan_jobs(find(list(inputs), output=output), output, table, target=target)
     if not every:
-        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
+        raise click.UsageError(f"no {bundle.modality}s found in {', '.join(inputs)}")
     if options["shard"]:
         index, count = options["shard"]
         jobs = every[index - 1 :: count]
@@ -386,9 +397,10 @@ def _run(
                 path = without_secrets(str(job.path))
                 click.echo(f"{run.status}: {path}: {run.reason}", err=True)
             elif not quiet:
-                areas = ", ".join(f"{name} {mm2:.4g} mm²" for name, mm2 in run.area_mm2.items())
+                facts = [f"{name} {n:.4g} {run.unit}" for name, n in run.amounts.items()]
+                facts += [f"{label} {p:.3f}" for label, p in run.labels.items()]
                 home = without_secrets(str(job.home))
-                click.echo(f"done: {name_of(job.path)} → {home} ({areas})", err=True)
+                click.echo(f"done: {name_of(job.path)} → {home} ({', '.join(facts)})", err=True)
             for warning in run.warnings:
                 click.echo(f"warning: {name_of(job.path)}: {warning}", err=True)
     return sum(run.status != "done" or bool(run.bad_regions) for run in runs.values())
@@ -558,10 +570,10 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
             click.echo(without_secrets(f"{job.path}\twould fail: {error}"))
             continue
         found.append(one)
-        height, width = one.mask_shape
+        size = " × ".join(map(str, reversed(one.mask_shape)))
         path = without_secrets(str(job.path))
         home = without_secrets(str(job.home))
-        click.echo(f"{path}\t{width} × {height} px mask\t{_needs(one)}\t→ {home}")
+        click.echo(f"{path}\t{size} px mask\t{_needs(one)}\t→ {home}")
     if len(jobs) > 1 and found:
         total = type(found[0])(
             patches=sum(e.patches for e in found),
@@ -572,7 +584,7 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
             mask_shape=(),
         )
         home = without_secrets(str(jobs[0].home.parent))
-        click.echo(f"total of {len(found)} slides\t\t{_needs(total)}\t→ {home}")
+        click.echo(f"total of {len(found)} {bundle.modality}s\t\t{_needs(total)}\t→ {home}")
     click.echo(f"estimated from {rate:.3g} patches/s of this machine", err=True)
     return len(found) == len(jobs)
 

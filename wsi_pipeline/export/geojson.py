@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ class Dialect:
         min_area_um2: see there.
         namespace: what makes ids of this slide and model differ from others'.
         metadata: shown with each object.
+        unit: of areas; "px^2" where nobody knows how large a pixel is, and `mpp` is 1,000.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -56,6 +57,7 @@ class Dialect:
     min_area_um2: float
     namespace: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    unit: Literal["mm^2", "px^2"] = "mm^2"
 
     @property
     def mask_mpp(self) -> tuple[float, float]:
@@ -248,7 +250,7 @@ def _feature(
     info = dialect.classes[int(regions.value[region])]
     y, x = regions.first[region].tolist()
     identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{dialect.namespace}/{info.name}/{y},{x}/{nth}")
-    measurements = {"Area mm^2": _significant(area_mm2)}
+    measurements = {f"Area {dialect.unit}": _significant(area_mm2)}
     if regions.probability is not None:
         measurements["Mean probability"] = round(float(regions.probability[region]), 4)
     return {

@@ -44,7 +44,10 @@ def build(bundle: Bundle) -> Network:
         return load_foreign(bundle)
     module = create(bundle)
     if bundle.weights_path is None:
-        raise BundleError(f"the bundle {bundle.path} has no weights; name them in its model.toml")
+        raise BundleError(
+            f"the bundle {bundle.path} has no weights; bring some in with `models import`, or try "
+            "it with random ones of `models init`"
+        )
     load_weights(module, bundle.weights_path, unused=module.unused)
     return Network(module=module.eval(), batch_size=None)
 

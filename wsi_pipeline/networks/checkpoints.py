@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_pipeline.bundle import (
     FOREIGN,
@@ -108,6 +110,55 @@ def import_model(
         (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
         build(load_bundle(partial))
     return load_bundle(place)
+
+
+def init_model(template: Bundle, folder: Path, *, seed: int = 0, overwrite: bool = False) -> Bundle:
+    """Write a bundle with random weights, to try what is around the network; return it.
+
+    Args:
+        template: what the network is and sees; its weights play no part.
+        folder: the bundle's.
+        seed: of the weights.
+        overwrite: replace a bundle that is there.
+
+    Raises:
+        BundleError: a foreign program, whose weights are its own, or a folder that is taken.
+    """
+    if template.network in FOREIGN:
+        raise BundleError(f"{template.path} is a program: its weights are in it")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = create(template)
+        _balance(network, template)
+    bundle = replace(template, name=folder.resolve().name)
+    with written_folder(folder, overwrite=overwrite) as partial:
+        save_file(kept_state(network), partial / WEIGHTS)
+        (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
+        (partial / CARD).write_text(
+            f"# {bundle.name}\n\n`{bundle.network}` with random weights (seed {seed}), as "
+            f"{template.name}. It has learnt nothing and finds nothing: a bundle to try the "
+            "pipeline with.\n",
+            "utf-8",
+        )
+    return load_bundle(folder)
+
+
+@torch.no_grad()
+def _balance(network: SegmentationNetwork, bundle: Bundle) -> None:
+    """Let batch norms and the last biases know coarse noise, so that all classes occur on it."""
+    sides = (2 * network.size_multiple,) * network.ndim
+    coarse = torch.rand(4, bundle.input.channels, *(side // 4 for side in sides))
+    noise = functional.interpolate(coarse * 4 - 2, sides)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    network.train()(noise)
+    answer = network.eval()(noise)
+    logits = answer["mask"] if isinstance(answer, Mapping) else answer
+    heads = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    (*_, head) = (m for m in heads if m.out_channels == logits.shape[1] and m.bias is not None)
+    assert head.bias is not None
+    head.bias -= logits.transpose(0, 1).flatten(1).median(1).values
 
 
 def import_encoder(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -223,13 +223,15 @@ def _measure(scan: Scan, channels: int) -> _Body:
 
     every = max(1, math.prod(scan.shape) // SAMPLE_PX)
     sample = np.concatenate([slab.ravel()[::every] for slab in _iter_slabs(scan, channels)])
-    threshold = threshold_triangle(sample) if np.ptp(sample) > 0 else -math.inf
-    darkest, least, largest, columns = math.inf, math.inf, -math.inf, 0.0
+    find: Any = threshold_triangle  # which has no types
+    threshold = float(find(sample)) if np.ptp(sample) > 0 else -math.inf
+    darkest, least, largest = math.inf, math.inf, -math.inf
+    columns = np.zeros(scan.shape[-1])
     count, total, squares = 0, 0.0, 0.0
     about = float(sample.mean())  # squares of what is far from 0 would lose digits
     for slab in _iter_slabs(scan, channels):
         darkest = min(darkest, float(slab.min()))
-        columns = columns + slab.sum(axis=(*range(slab.ndim - 2), -1), dtype=np.float64)
+        columns += slab.sum(axis=(*range(slab.ndim - 2), -1), dtype=np.float64)
         body = slab[slab > threshold].astype(np.float64)
         if body.size:
             least, largest = min(least, float(body.min())), max(largest, float(body.max()))
@@ -244,7 +246,7 @@ def _measure(scan: Scan, channels: int) -> _Body:
         largest=largest,
         mean=mean + about,
         deviation=max(squares / count - mean**2, 0.0) ** 0.5,
-        is_right=bool(np.sum(columns[-half:]) > np.sum(columns[:half])),
+        is_right=bool(columns[-half:].sum() > columns[:half].sum()),
     )
 
 

@@ -1,0 +1,331 @@
+"""Planar images and volumes: what their runs depend on, how they are cut, what is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pictures
+
+from wsi_pipeline.blocks import Clock, ScanPlan
+from wsi_pipeline.bundle import AXES, Bundle, ClassInfo, sha256_of
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.export import MaskLike, geojson, overlay
+from wsi_pipeline.export.dicom_seg import write_dicom_seg
+from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.nifti import write_nifti
+from wsi_pipeline.export.planes import write_planes_overlay
+from wsi_pipeline.export.png import write_mask_png
+from wsi_pipeline.grid import Block, PatchGrid, Shape
+from wsi_pipeline.options import Output, Settings
+from wsi_pipeline.outputs import (
+    NOTHING,
+    Ledger,
+    seconds_of,
+    versions,
+    write_each,
+    write_polygons,
+)
+from wsi_pipeline.paths import name_of, without_secrets
+from wsi_pipeline.report import Run
+from wsi_pipeline.sources.prepared import Scan, open_scan, prepare
+from wsi_pipeline.sources.volume import Volume
+from wsi_pipeline.store import RunStore
+
+BLOCK_SIDE = {2: 2048, 3: 256}
+"""Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
+CHUNK = {2: 1024, 3: 64}
+"""Side of a chunk of the mask while it grows; blocks are made of whole ones."""
+PICTURE_SIDE = 1600
+"""Longest side of an overlay, px."""
+
+
+def open_one(path: Path, bundle: Bundle, settings: Settings) -> Scan:
+    """Open an image or volume for a bundle; return it.
+
+    Raises:
+        SourceError: it is something else, or cannot be read.
+    """
+    return open_scan(path, axes=AXES[bundle.modality], frame=settings.select.series)
+
+
+def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, Any]:
+    """Return everything that the mask depends on."""
+    left_out = ("device", "batch_size", "block_size")
+    return {
+        "scan": scan.fingerprint,
+        "spacing_mm": scan.spacing_mm,
+        "frame": settings.select.series,
+        "model": sha256_of(bundle.path / "model.toml"),
+        "weights": bundle.weights_sha256,
+        "predict": {k: v for k, v in asdict(settings.predict).items() if k not in left_out},
+        "block": settings.predict.block_size,  # whose names the ledger holds
+        "version": version("wsi-pipeline"),
+    }
+
+
+def fitting_outputs(scan: Scan, settings: Settings) -> Settings:
+    """Return the settings without the outputs that this image or volume cannot have."""
+    wanted = tuple(o for o in settings.export.outputs or () if o != "dicom" or is_dicom(scan))
+    return replace(settings, export=replace(settings.export, outputs=wanted))
+
+
+def is_dicom(scan: Scan) -> bool:
+    """Return whether an image or volume came as DICOM."""
+    return scan.backend == "pydicom"
+
+
+def plan_scan(
+    scan: Scan, bundle: Bundle, store: RunStore, settings: Settings, threads: int
+) -> ScanPlan:
+    """Lay patches over an image or volume; return the plan for the workers.
+
+    Raises:
+        SourceError: it cannot be read, or does not fit the model.
+        StoreError: a block size or overlap that cannot be.
+    """
+    spec, axes = bundle.input, len(scan.shape)
+    prepared = prepare(scan, spec)
+    overlap = settings.predict.overlap
+    try:
+        grid = PatchGrid.cover(
+            prepared.shape, spec.patch_size, spec.overlap if overlap is None else (overlap,) * axes
+        )
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    return ScanPlan(
+        path=scan.path.absolute(),
+        bundle_path=bundle.path.absolute(),
+        store=store,
+        grid=grid,
+        mask_shape=scan.shape,
+        block_shape=_block_shape(axes, prepared.step, settings),
+        predict=settings.predict,
+        threads=threads,
+        outlines="geojson" in (settings.export.outputs or ()),
+        prepared=prepared,
+        frame=settings.select.series,
+    )
+
+
+def _block_shape(axes: int, step: tuple[float, ...], settings: Settings) -> Shape:
+    """Return whole chunks of the mask: fewer along an axis whose pixels are coarser."""
+    unit, size = CHUNK[axes], settings.predict.block_size
+    if size and size % unit:
+        raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
+    if axes == 2:  # tracing wants squares
+        return (size or BLOCK_SIDE[axes],) * axes
+    sides = (min((size or BLOCK_SIDE[axes]) * min(s, 1.0), 1e6) for s in step)
+    return tuple(max(unit, round(side / unit) * unit) for side in sides)
+
+
+def make_mask(plan: ScanPlan) -> None:
+    """Create the mask unless an interrupted run has begun one."""
+    if not plan.store.mask_path.is_dir():
+        plan.store.forget_blocks()
+        plan.store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+
+
+def count_chunks(shape: Shape) -> int:
+    """Return the largest number of files that a growing mask of this shape can have.
+
+    Example:
+        >>> count_chunks((512, 1024, 1024)), count_chunks((3000, 2000))
+        (2050, 8)
+    """
+    return math.prod(-(-n // CHUNK[len(shape)]) for n in shape) + 2  # of metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedScan:
+    """A run whose blocks are all done, and what its files are written from.
+
+    Attributes:
+        scan: closed again.
+        bundle: the model.
+        plan: of the blocks.
+        settings: options.
+        key: of the run.
+        blocks: all.
+    """
+
+    scan: Scan
+    bundle: Bundle
+    plan: ScanPlan
+    settings: Settings
+    key: str
+    blocks: list[Block]
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Return the classes of the mask."""
+        return self.bundle.classes
+
+    def dialect(self) -> geojson.Dialect:
+        """Return how regions become features: exactly, in pixels."""
+        spacing = self.scan.spacing_mm or (1.0, 1.0)
+        return geojson.Dialect(
+            classes=self.classes,
+            downsample=(1.0, 1.0),
+            mpp=(spacing[1] * 1000, spacing[0] * 1000),
+            crop=None,
+            simplify_um=0,
+            min_area_um2=0,
+            namespace=f"{self.scan.fingerprint}/{self.bundle.weights_sha256}",
+            metadata={
+                "model": self.bundle.name,
+                "weights_sha256": self.bundle.weights_sha256,
+                "run": self.key,
+                "software": f"wsi_pipeline {version('wsi-pipeline')}",
+            },
+            unit="mm^2" if self.scan.spacing_mm else "px^2",
+        )
+
+
+def write_scan(finished: FinishedScan) -> Run:
+    """Write what was asked for of an image or volume; return the run.
+
+    An output that fails is named in the run and costs no other.
+    """
+    plan, settings = finished.plan, finished.settings
+    ledger = {b.index: plan.store.load_block(b) for b in finished.blocks}
+    mask, clock = plan.store.open_mask(), Clock()
+    lesions = count_lesions(mask, finished.classes, finished.scan.spacing_mm)
+    clock.lap("lesions")
+    written: list[geojson.Written] = []
+    with open_one(plan.path, finished.bundle, settings) as scan:
+        writers: dict[Output, Callable[[Path], object]] = {
+            "png": lambda path: write_mask_png(path, mask, classes=finished.classes),
+            "nifti": lambda path: _write_nifti(path, mask, scan),
+            "dicom": lambda path: write_dicom_seg(
+                path,
+                mask,
+                scan=scan,
+                classes=finished.classes,
+                model=finished.bundle.name,
+                version=finished.bundle.weights_sha256[:16],
+            ),
+            "geojson": lambda path: written.append(write_polygons(path, finished, ledger, mask)),
+            "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
+        }
+        failures = write_each(writers, settings.export.outputs or (), plan.store.folder, clock)
+    run = Run(
+        status="failed" if failures else "done",
+        reason="; ".join(failures),
+        slide=_facts(finished.scan),
+        model={"name": finished.bundle.name, "weights_sha256": finished.bundle.weights_sha256},
+        settings={
+            "key": finished.key,
+            **settings.as_plain(),
+            "prepared": asdict(plan.prepared),
+        },
+        versions=versions(),
+        patches={
+            "grid": len(plan.grid),
+            "kept": len(plan.grid),
+            "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
+        },
+        seconds=seconds_of(ledger, clock),
+        colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
+        regions=(written[0] if written else NOTHING).regions,
+        lesions={found.name: _lesions(found, len(plan.mask_shape)) for found in lesions},
+        labels=_labels(finished.bundle, ledger),
+        warnings=list(finished.scan.doubts),
+    )
+    return replace(run, **_amounts(finished, lesions))
+
+
+def _amounts(finished: FinishedScan, lesions: Iterable[Lesions]) -> dict[str, Any]:
+    """Return how much there is of each class, in the unit that is known."""
+    if finished.scan.spacing_mm is None:
+        return {"area_px": {found.name: found.pixels for found in lesions}}
+    name = "volume_ml" if isinstance(finished.scan, Volume) else "area_mm2"
+    return {name: {found.name: found.size for found in lesions}}
+
+
+def _lesions(found: Lesions, axes: int) -> dict[str, Any]:
+    """Return what `run.json` says of the lesions of a class; corners are (x, y) or (x, y, z)."""
+    size = "area_mm2" if axes == 2 else "volume_ml"
+    diameters = [lesion.diameter_mm for lesion in found.largest]
+    return {
+        "count": found.count,
+        "largest_mm": max((d for d in diameters if d is not None), default=None),
+        "listed": [
+            {
+                "pixels": lesion.pixels,
+                size: lesion.size,
+                "diameter_mm": lesion.diameter_mm,
+                "start": list(reversed(lesion.start)),
+                "stop": list(reversed(lesion.stop)),
+            }
+            for lesion in found.largest
+        ],
+    }
+
+
+def _labels(bundle: Bundle, ledger: Ledger) -> dict[str, float]:
+    """Return the probability of each label: that of the patch where the first is least probable.
+
+    So of "no tumor" and "tumor" the patch counts that looks most like tumor.
+    """
+    found = [arrays["labels"] for arrays in ledger.values() if "labels" in arrays]
+    if not found:
+        return {}
+    patches = np.concatenate(found)
+    chosen = patches[np.argmin(patches[:, 0])].tolist()
+    return dict(zip(bundle.labels, chosen, strict=True))
+
+
+def _facts(scan: Scan) -> dict[str, Any]:
+    """Return what `run.json` says of an image or volume."""
+    spacing = scan.spacing_mm
+    return {
+        "name": name_of(scan.path),
+        "path": without_secrets(str(scan.path)),
+        "size": list(reversed(scan.shape)),
+        "spacing_mm": list(reversed(spacing)) if spacing else None,
+        "backend": scan.backend,
+        "fingerprint": scan.fingerprint,
+    }
+
+
+def _write_nifti(path: Path, mask: MaskLike, scan: Scan) -> None:
+    assert isinstance(scan, Volume)  # images have no such output
+    write_nifti(path, mask, scan)
+
+
+def _write_overlay(
+    path: Path,
+    finished: FinishedScan,
+    scan: Scan,
+    mask: MaskLike,
+    lesions: Sequence[Lesions],
+) -> None:
+    if isinstance(scan, Volume):
+        write_planes_overlay(path, scan, mask, finished.classes, lesions)
+        return
+    height, width = scan.shape
+    share = min(1.0, PICTURE_SIDE / max(height, width))
+    shape = max(1, round(height * share)), max(1, round(width * share))
+    rows, columns = (
+        (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(shape, scan.shape, strict=True)
+    )
+    overlay.write_overlay(
+        path, _picture(scan, shape), mask[:, :][np.ix_(rows, columns)], classes=finished.classes
+    )
+
+
+def _picture(scan: Scan, shape: Shape) -> npt.NDArray[np.uint8]:
+    """Return an image as people see it, uint8 (h, w, 3)."""
+    black, white = scan.value_range
+    values = scan.read((0, 0), scan.shape) - np.float32(black)
+    values *= np.float32(255 / max(white - black, 1e-12))
+    pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    picture = Pictures.fromarray(np.repeat(pixels, 4 - scan.channels, axis=-1)[..., :3])
+    return np.asarray(picture.resize((shape[1], shape[0]), Pictures.Resampling.BOX))
