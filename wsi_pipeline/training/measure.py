@@ -18,8 +18,6 @@ from wsi_pipeline.training.samples import Sample
 
 REGION = {2: 1024, 3: 256}
 """Side of what is predicted and counted at once, by the number of axes."""
-
-
 Said = tuple[tuple[slice, ...], int]
 """Where a patch lies, and the index of the label that the network gave it."""
 
@@ -100,7 +98,9 @@ def _judged(network: nn.Module, bundle: Bundle, sample: Sample) -> Iterator[Judg
         found, known = predict(network, bundle, image, said=said)[inside], truth[inside]
         judged = Judged.empty(bundle)
         for place, label in said:
-            if bool((truth[place] != IGNORE).any()):
+            # around a region others are looked at, too; they count where they begin
+            is_own = all(i.start <= p.start < i.stop for i, p in zip(inside, place, strict=True))
+            if is_own and bool((truth[place] != IGNORE).any()):
                 judged.labels[sample.label_of(truth[place]), label] += 1
         pixels = count_block(
             found.reshape(len(found), -1).numpy(),

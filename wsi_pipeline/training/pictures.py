@@ -14,12 +14,15 @@ from torch import Tensor
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.grid import Shape
 from wsi_pipeline.sources.prepared import Preparation, open_scan, prepare
 from wsi_pipeline.sources.volume import open_volume
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
 Table = npt.NDArray[np.uint8]
+UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError)
+"""What Pillow raises on a damaged picture."""
 
 
 def read_picture(
@@ -42,15 +45,10 @@ def read_picture(
     try:
         with Image.open(path) as opened:
             image = _pixels(opened, channels)
-        with Image.open(mask_path) as opened:
-            codes = np.asarray(opened)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise RecipeError(f"cannot read {path} with {mask_path}: {error}") from error
-    truth = _class_index(_one_band(codes, mask_path), table, mask_path)
-    if truth.shape != image.shape[1:]:
-        raise RecipeError(
-            f"{mask_path} is {truth.shape[::-1]} px, its image is {tuple(image.shape[:0:-1])}"
-        )
+    except UNREADABLE as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+    truth = _class_index(_codes(mask_path, 2), table, mask_path)
+    _check_same(truth.shape, tuple(image.shape[1:]), mask_path)
     height, width = (max(1, round(n * factor)) for n in truth.shape)
     return _resized(image, (height, width)), _resized_mask(truth, (height, width))
 
@@ -125,10 +123,7 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
     axes = len(spec.patch_size)
     with open_scan(path, axes=axes) as scan:
         truth = _class_index(_codes(mask_path, axes), table, mask_path)
-        if truth.shape != scan.shape:
-            raise RecipeError(
-                f"{mask_path} is {_sides(truth.shape)} px, its image is {_sides(scan.shape)}"
-            )
+        _check_same(truth.shape, scan.shape, mask_path)
         made = prepare(scan, spec)
         pixels = made.read(scan, (0,) * axes, made.shape)
     image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
@@ -141,14 +136,17 @@ def _codes(path: Path, axes: int) -> npt.NDArray[Any]:
         try:
             with Image.open(path) as opened:
                 return _one_band(np.asarray(opened), path)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise RecipeError(f"cannot read {path}: {error}") from error
     with open_volume(path) as volume:
         return volume.read((0, 0, 0), volume.shape)[..., 0]
 
 
-def _sides(shape: tuple[int, ...]) -> str:
-    return " × ".join(map(str, shape))
+def _check_same(mask: Shape, image: Shape, path: Path) -> None:
+    """Refuse a mask of another size than its image."""
+    if mask != image:
+        sides = [" × ".join(map(str, shape[::-1])) for shape in (mask, image)]
+        raise RecipeError(f"{path} has {sides[0]} pixels, its image {sides[1]}")
 
 
 def _on_grid(truth: Table, made: Preparation) -> Table:

@@ -249,8 +249,9 @@ def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
     if not whole.any():
         return ""
     right = f"{accuracy(judged):.3f}"
-    if len(judged) > 1:
-        sums = drawn_anew([found.labels for found in judged.values()])
+    each = [found.labels for found in judged.values() if found.labels.any()]
+    if len(each) > 1:
+        sums = drawn_anew(each)
         low, high = interval(np.trace(sums, axis1=1, axis2=2) / sums.sum((1, 2)))
         right += f" ({low:.3f} to {high:.3f})"
     commonest = whole.sum(1).max() / whole.sum()
