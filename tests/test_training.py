@@ -264,9 +264,7 @@ def test_ignored_mask_values_are_neither_class(folder: Path, recipe: Recipe) -> 
 
 def test_a_mask_of_another_size_is_refused(folder: Path, recipe: Recipe) -> None:
     Image.new("L", (95, 96)).save(folder / "B/one_mask.png")
-    with pytest.raises(
-        RecipeError, match=r"one_mask\.png has 95 × 96 pixels, its image 96 × 96"
-    ):
+    with pytest.raises(RecipeError, match=r"one_mask\.png has 95 × 96 pixels, its image 96 × 96"):
         load(recipe, folder)
 
 
