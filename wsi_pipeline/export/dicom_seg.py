@@ -6,7 +6,6 @@ names the image that it was made of.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -21,6 +20,7 @@ from pydicom.uid import UID, SecondaryCaptureImageStorage, generate_uid
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
+from wsi_pipeline.sources.dicom import quiet
 from wsi_pipeline.sources.image import Image
 from wsi_pipeline.sources.volume import Volume
 from wsi_pipeline.store import written_beside
@@ -76,8 +76,7 @@ def write_dicom_seg(
         StoreError: images that lack what a segmentation must name, or that cannot be referred to.
     """
     slices = scan.slices if isinstance(scan, Volume) else ((scan.path, scan.frame),)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they quote values, which may be the patient's
+    with quiet():
         sources = [_source(file) for file in dict.fromkeys(file for file, _ in slices)]
         if isinstance(scan, Volume):
             for source in sources:

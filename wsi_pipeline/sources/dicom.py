@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
+from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import (
     JPEGExtended12BitDecoder,
@@ -96,7 +97,7 @@ def read_header(path: Path) -> Dataset:
         SourceError: no DICOM file, or one without pixels that are read here.
     """
     try:
-        with _quiet():
+        with quiet():
             header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
             _check(header)
     except SourceError:
@@ -151,7 +152,7 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
         SourceError: its pixels cannot be decoded.
     """
     try:
-        with _quiet():
+        with quiet():
             stored = pixel_array(path, index=frame)
             if header.PhotometricInterpretation == "PALETTE COLOR":
                 bits = header.RedPaletteColorLookupTableDescriptor[2]
@@ -171,7 +172,7 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
         SourceError: its pixels cannot be decoded.
     """
     try:
-        with _quiet():
+        with quiet():
             for frame, stored in enumerate(iter_pixels(path)):
                 take(frame, stored)
     except Exception as error:
@@ -237,9 +238,9 @@ def _window(item: Dataset) -> Range | None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep pydicom's warnings back: they quote values, which may be the patient's."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         yield
 

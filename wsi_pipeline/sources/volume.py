@@ -66,7 +66,7 @@ SLAB = 1 << 25
 class Voxels:
     """Stored voxels (z, y, x) in a file, or decoded once into a temporary one.
 
-    Each reading maps the file anew, so that what was read does not stay in memory.
+    They are read, not mapped: pages that a mapping has touched would count as this process's.
 
     Attributes:
         shape: (z, y, x).
@@ -84,7 +84,7 @@ class Voxels:
         slope: npt.ArrayLike = 1.0,
         intercept: npt.ArrayLike = 0.0,
     ) -> None:
-        """Say where they lie; `decode` writes them to a file, where they cannot be mapped.
+        """Say where they lie; `decode` writes them to a file, where they are not stored as such.
 
         `slope` and `intercept` are numbers, or (z, 1, 1).
         """
@@ -96,37 +96,54 @@ class Voxels:
         self._slope = np.asarray(slope, np.float64)
         self._intercept = np.asarray(intercept, np.float64)
         self._lock = threading.Lock()
-        self._spool: BinaryIO | None = None
+        self._file: BinaryIO | None = None
 
     def read(self, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
         """Read a box that lies inside; return (z, y, x), values as they are meant."""
-        box = tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-        source: Any = self._path if self._decode is None else self._decoded()
-        stored = np.memmap(source, self.dtype, "r", self._offset, self.shape)[box]
-        slope, intercept = (v[box[0]] if v.ndim else v for v in (self._slope, self._intercept))
+        stored = self._stored(start, shape)
+        slope, intercept = (
+            v[start[0] : start[0] + shape[0]] if v.ndim else v
+            for v in (self._slope, self._intercept)
+        )
         values = as_meant(stored, slope, intercept)
-        if values.dtype.kind == "f" and self.dtype.kind == "f" and not np.isfinite(values).all():
+        if self.dtype.kind == "f" and not np.isfinite(values).all():
             raise SourceError(f"{self._path}: holds values that are no numbers (NaN or infinite)")
         return values
 
     def close(self) -> None:
-        """Give the temporary file back."""
+        """Give the file back; a temporary one is gone."""
         with self._lock:
-            if self._spool is not None:
-                self._spool.close()
-                self._spool = None
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
-    def _decoded(self) -> BinaryIO:
+    def _stored(self, start: Shape, shape: Shape) -> npt.NDArray[Any]:
+        """Return the stored voxels of a box, read in whole rows."""
+        (z, y, x), (depth, height, width) = start, shape
+        stored = np.empty(shape, self.dtype)
+        rows = np.empty((height, self.shape[2]), self.dtype)
         with self._lock:
-            if self._spool is None:
-                assert self._decode is not None
-                with ExitStack() as stack:
-                    spool = stack.enter_context(tempfile.TemporaryFile())
-                    self._decode(spool)
-                    spool.flush()
-                    stack.pop_all()
-                self._spool = spool
-            return self._spool
+            file = self._opened()
+            for i in range(depth):
+                row = (z + i) * self.shape[1] + y
+                file.seek(self._offset + row * rows.strides[0])
+                if file.readinto(rows.view(np.uint8)) < rows.nbytes:  # type: ignore[attr-defined]
+                    raise SourceError(f"{self._path}: has become shorter while it was read")
+                stored[i] = rows[:, x : x + width]
+        return stored
+
+    def _opened(self) -> BinaryIO:
+        """Return the file of the voxels, for whoever has the lock."""
+        if self._file is None:
+            with ExitStack() as stack:
+                if self._decode is None:
+                    file: BinaryIO = stack.enter_context(self._path.open("rb"))
+                else:
+                    file = stack.enter_context(tempfile.TemporaryFile())
+                    self._decode(file)
+                stack.pop_all()
+            self._file = file
+        return self._file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
