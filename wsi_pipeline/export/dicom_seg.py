@@ -42,9 +42,9 @@ SCHEME = "99WSIPIPELINE"
 NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
 MAY_BE_EMPTY = (
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber",
-    "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName",
+    "StudyID", "StudyDate", "StudyTime", "ReferringPhysicianName", "SliceThickness",
 )  # fmt: skip
-"""What a segmentation must have but need not know (type 2)."""
+"""What must be there but need not be known (type 2), and what highdicom asks for."""
 
 LONGEST = 64
 """Characters of a value of representation LO."""

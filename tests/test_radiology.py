@@ -1,0 +1,113 @@
+"""Which files of a folder are images and volumes, and which of DICOM belong together."""
+
+import gzip
+
+import nibabel
+import numpy as np
+import pytest
+import tifffile
+from dicoms import write, write_series
+from imagecodecs import jpeg_encode, png_encode
+from pydicom.uid import SegmentationStorage
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.sources.image import open_image
+from wsi_pipeline.sources.radiology import find_images, find_volumes, kind_of
+from wsi_pipeline.sources.volume import open_volume
+
+VOXELS = np.zeros((3, 4, 5), np.int16)
+GREY = np.zeros((4, 5), np.uint8)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of all kinds, and what a user has beside them."""
+    folder = tmp_path / "mixed"
+    write_series(folder / "ct", VOXELS)
+    write_series(folder / "two", VOXELS)
+    write_series(folder / "other", VOXELS)
+    for path in (folder / "other").iterdir():
+        path.rename(folder / "two" / f"b{path.name}")
+    (folder / "other").rmdir()
+    write(folder / "two" / "segmentation.dcm", GREY, SOPClassUID=SegmentationStorage)
+    nibabel.Nifti1Image(VOXELS, np.eye(4)).to_filename(folder / "brain.nii.gz")
+    (folder / "us.png").write_bytes(png_encode(GREY))
+    (folder / "damaged.nii").write_bytes(b"damaged")
+    (folder / "README.md").write_text("what this is")
+    (folder / ".hidden.png").write_bytes(png_encode(GREY))
+    (folder / "out").mkdir()
+    (folder / "out" / "mask.png").write_bytes(png_encode(GREY))
+    return folder
+
+
+def test_a_folder_gives_one_path_for_each_volume(mixed):
+    found = find_volumes([str(mixed)], mixed / "out")
+    names = [path.relative_to(mixed).as_posix() for path in found]
+    assert names == [
+        "brain.nii.gz", "ct", "damaged.nii",
+        "two/bslice000", "two/segmentation.dcm", "two/slice000", "us.png",
+    ]  # fmt: skip
+    opened, refused = [], []
+    for path in found:
+        try:
+            open_volume(path).close()
+            opened.append(path.name)
+        except SourceError as error:
+            refused.append(str(error))
+    assert opened == ["brain.nii.gz", "ct", "bslice000", "slice000"]
+    for path, says in zip(
+        ["damaged.nii", "two/segmentation.dcm", "us.png"],
+        ["no volume", "Segmentation", "a planar image"],
+        strict=True,
+    ):
+        (sentence,) = (text for text in refused if text.startswith(f"{mixed / path}: "))
+        assert says in sentence
+
+
+def test_a_folder_gives_each_planar_image(mixed):
+    found = find_images([str(mixed)], mixed / "out")
+    names = [path.relative_to(mixed).as_posix() for path in found]
+    series = [f"{b}slice00{i}" for b in ("b", "") for i in range(3)]
+    assert names == [
+        "brain.nii.gz", *(f"ct/slice00{i}" for i in range(3)), "damaged.nii",
+        *sorted([*(f"two/{name}" for name in series), "two/segmentation.dcm"]), "us.png",
+    ]  # fmt: skip
+    with pytest.raises(SourceError, match=r"a volume \(NIfTI\)"):
+        open_image(mixed / "brain.nii.gz")
+
+
+def test_a_series_counts_once_however_it_is_named(mixed):
+    for named in (["ct"], ["ct/slice001"], ["ct/*"], ["ct/slice002", "ct"]):
+        assert find_volumes([str(mixed / name) for name in named], mixed / "out") == [mixed / "ct"]
+    (mixed / "list.txt").write_text("ct/slice000\nbrain.nii.gz\n")
+    found = find_volumes([str(mixed / "list.txt")], mixed / "out")
+    assert found == [mixed / "ct", mixed / "brain.nii.gz"]
+
+
+def test_what_does_not_exist_is_said(tmp_path):
+    with pytest.raises(SourceError, match="no such file, folder or pattern"):
+        find_images([str(tmp_path / "none*")], tmp_path / "out")
+    with pytest.raises(SourceError, match="copy it"):
+        find_volumes(["https://example.org/a.nii"], tmp_path / "out")
+
+
+def test_kinds_are_told_by_content(tmp_path):
+    path = tmp_path / "a"
+    for kind, data in {
+        "PNG": png_encode(GREY),
+        "JPEG": jpeg_encode(GREY),
+        "NRRD": b"NRRD0004\n",
+        "": b"anything",
+    }.items():
+        path.write_bytes(data)
+        assert kind_of(path) == kind
+    tifffile.imwrite(tmp_path / "b", GREY, bigtiff=True)
+    assert kind_of(tmp_path / "b") == "TIFF"
+    for version in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        version(VOXELS, np.eye(4)).to_filename(tmp_path / "c.nii")
+        assert kind_of(tmp_path / "c.nii") == "NIfTI"
+    path.write_bytes(gzip.compress((tmp_path / "c.nii").read_bytes()))
+    assert kind_of(path) == "NIfTI"
+    path.write_bytes(path.read_bytes()[:12])
+    assert kind_of(path) == ""
+    assert kind_of(write(tmp_path / "d", GREY)) == "DICOM"
