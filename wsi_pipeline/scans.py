@@ -23,7 +23,7 @@ from wsi_pipeline.export.nifti import write_nifti
 from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.grid import Block, PatchGrid, Shape
-from wsi_pipeline.options import Output, Settings
+from wsi_pipeline.options import Output, Settings, as_plain
 from wsi_pipeline.outputs import (
     NOTHING,
     Ledger,
@@ -223,7 +223,7 @@ def write_scan(finished: FinishedScan) -> Run:
         settings={
             "key": finished.key,
             **settings.as_plain(),
-            "prepared": asdict(plan.prepared),
+            "prepared": as_plain(plan.prepared),
         },
         versions=versions(),
         patches={
