@@ -1,4 +1,4 @@
-"""`info`: what a slide file says about itself."""
+"""`info`: what a slide, image or volume says about itself."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from wsi_pipeline.errors import MissingMppError, SourceError
 
 if TYPE_CHECKING:
     from wsi_pipeline.sources import Slide
+    from wsi_pipeline.sources.prepared import Scan
 
 THUMBNAIL = 512
 """px of the picture on which the kind of light is judged."""
@@ -33,22 +34,34 @@ QUICK = 1 << 26
 def command(path: str, as_json: bool, mpp: float | None, series: int | None) -> None:
     """Show size, levels, µm per pixel and where they come from, for a slide or a patch grid.
 
-    PATH may be a URL.
+    Of a planar image or a volume: size, spacing and how it lies. PATH may be a URL.
     """
     facts = describe(path, mpp, series)
-    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
+    text = _as_text if "levels" in facts else _scan_as_text
+    click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text(facts))
 
 
 def describe(path: str | Path, mpp: float | None, series: int | None = None) -> dict[str, Any]:
-    """Open a slide; return what it says, ready for JSON.
+    """Open a slide, image or volume; return what it says, ready for JSON.
 
     Args:
-        path: of the slide or patch grid.
-        mpp: µm per level-0 pixel in place of what the file says.
+        path: of the file, folder or patch grid.
+        mpp: µm per level-0 pixel of a slide in place of what the file says.
         series: which image of a file with several; None = the largest of RGB.
     """
+    from wsi_pipeline.paths import as_path
     from wsi_pipeline.sources import open_source
+    from wsi_pipeline.sources.prepared import open_scan
 
+    if axes := _axes(as_path(path)):
+        try:
+            scan = open_scan(as_path(path), axes=axes, frame=series)
+        except SourceError:
+            if axes == 2:
+                raise
+            scan = open_scan(as_path(path), axes=2, frame=series)  # DICOM may be either
+        with scan:
+            return _scan_facts(scan)
     try:
         with open_source(path, mpp=mpp, series=series) as slide:
             return _facts(slide, has_mpp=True)
@@ -80,6 +93,54 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
         "backend": slide.backend,
         "fingerprint": slide.fingerprint,
     }
+
+
+def _axes(path: Path) -> int:
+    """Return 2 for what is or may be an image, 3 for what is or may be a volume, 0 for a slide."""
+    from wsi_pipeline.paths import dicom_slides, is_ome_zarr, is_remote
+    from wsi_pipeline.sources.radiology import kind_of, series_in
+    from wsi_pipeline.store import is_patch_grid
+
+    if is_remote(path) or not path.exists():
+        return 0
+    if path.is_dir():
+        is_slide = is_patch_grid(path) or is_ome_zarr(path)
+        found = [] if is_slide else [f for files in series_in(path).values() for f, _ in files]
+        return 3 if found and not dicom_slides(found) else 0
+    kind = kind_of(path)
+    if kind == "DICOM":
+        return 0 if dicom_slides([path]) else 3
+    return {"NIfTI": 3, "NRRD": 3, "PNG": 2, "JPEG": 2}.get(kind, 0)
+
+
+def _scan_facts(scan: Scan) -> dict[str, Any]:
+    affine = getattr(scan, "affine", None)
+    return {
+        "path": str(scan.path),
+        "size": list(reversed(scan.shape)),
+        "channels": scan.channels,
+        "spacing_mm": list(reversed(scan.spacing_mm)) if scan.spacing_mm else None,
+        "affine": None if affine is None else affine.tolist(),
+        "doubts": scan.doubts,
+        "backend": scan.backend,
+        "fingerprint": scan.fingerprint,
+    }
+
+
+def _scan_as_text(facts: dict[str, Any]) -> str:
+    """Return the facts of an image or volume as lines for people."""
+    spacing = facts["spacing_mm"]
+    rows = [
+        ("size", " × ".join(map(str, facts["size"])) + " px"),
+        ("channels", str(facts["channels"])),
+        ("spacing", " × ".join(f"{mm:g}" for mm in spacing) + " mm" if spacing else "not known"),
+        *(("but", text) for text in facts["doubts"]),
+    ]
+    if facts["affine"]:
+        lines = [" ".join(f"{v:10.4g}" for v in row) for row in facts["affine"][:3]]
+        rows += zip(("to RAS+ mm", "", ""), lines, strict=True)
+    rows += [(name, facts[name]) for name in ("backend", "fingerprint")]
+    return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in rows)])
 
 
 def _not_brightfield(slide: Slide) -> str | None:
