@@ -256,7 +256,7 @@ def test_copies_of_slices_are_left_out_and_it_is_said(tmp_path):
     folder = write_series(tmp_path, VOXELS)
     shutil.copyfile(folder / "slice002", folder / "copy of slice002")
     assert (read_all(folder) == VOXELS).all()
-    assert open_volume(folder).doubts == ("1 copies of slices are left out",)
+    assert open_volume(folder).doubts == ("copies of slices are left out: 1",)
 
 
 def test_the_fingerprint_follows_the_content(tmp_path):

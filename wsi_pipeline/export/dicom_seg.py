@@ -82,7 +82,7 @@ def write_dicom_seg(
             for source in sources:
                 source.SliceThickness = source.get("SliceThickness") or scan.spacing_mm[0]
         frames = np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:])
-        film = _as_single_image(sources[0])
+        film = _as_single_image(sources[0]) if isinstance(scan, Image) else None
         if film is None:
             frames = _in_file_order(frames, slices, sources)
         try:
@@ -90,6 +90,10 @@ def write_dicom_seg(
             if film is not None:
                 _refer_to_frame(segmentation, film, slices[0][1])
             _drop_half_measures(segmentation)
+        except ImportError as error:
+            raise StoreError(
+                f'{path}: needs {error.name}: pip install "wsi-pipeline[radiology]"'
+            ) from error
         except Exception as error:  # highdicom raises anything
             raise StoreError(
                 f"{path}: no segmentation can be written of {scan.path} ({type(error).__name__}); "

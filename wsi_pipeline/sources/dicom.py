@@ -175,6 +175,8 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
         with quiet():
             for frame, stored in enumerate(iter_pixels(path)):
                 take(frame, stored)
+    except OSError:
+        raise  # of the file, or of what takes them
     except Exception as error:
         raise _undecodable(header, error) from error
 
@@ -252,11 +254,11 @@ def burnt_in(header: Dataset) -> list[str]:
     return ["it says that annotation is burnt into its pixels: the network sees it, too"]
 
 
-def planar_spacing(header: Dataset) -> tuple[tuple[float, float] | None, list[str]]:
+def planar_spacing(header: Dataset, frame: int) -> tuple[tuple[float, float] | None, list[str]]:
     """Return (y, x) mm between pixels, None where the file does not say, and what is doubtful."""
     if regions := header.get("SequenceOfUltrasoundRegions"):
         return _ultrasound_spacing(regions)
-    measures = part(header, groups_of(header, 0), "PixelMeasuresSequence")
+    measures = part(header, groups_of(header, frame), "PixelMeasuresSequence")
     if measures.get("PixelSpacing"):
         return pair(measures.PixelSpacing), []
     scanned = header.get("NominalScannedPixelSpacing")

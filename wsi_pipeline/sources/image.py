@@ -118,7 +118,7 @@ def _open_dicom(path: Path, frame: int | None) -> Image:
     header = read_header(path)
     named = int(header.get("RepresentativeFrameNumber") or 1) - 1
     chosen, doubts = _choose(frame, count_frames(header), named)
-    spacing, unsure = planar_spacing(header)
+    spacing, unsure = planar_spacing(header, chosen)
     pixels, meaning = read_frame(path, header, chosen)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     return _image(

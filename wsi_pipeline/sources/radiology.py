@@ -7,14 +7,14 @@ import gzip
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal
-
-from pydicom import Dataset
+from typing import TYPE_CHECKING, Literal
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import as_path, is_ome_zarr, is_remote
-from wsi_pipeline.sources.dicom import read_header
 from wsi_pipeline.store import is_patch_grid
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 Kind = Literal["PNG", "JPEG", "TIFF", "DICOM", "NIfTI", "NRRD", ""]
 
@@ -109,6 +109,8 @@ def series_in(folder: Path) -> dict[str, list[tuple[Path, Dataset]]]:
 
     What is DICOM but no image, and what cannot be read, is left out.
     """
+    from wsi_pipeline.sources.dicom import read_header
+
     found: dict[str, list[tuple[Path, Dataset]]] = {}
     for path in _iter_dicom(folder):
         try:
@@ -121,6 +123,8 @@ def series_in(folder: Path) -> dict[str, list[tuple[Path, Dataset]]]:
 
 def _series_uid(path: Path) -> str | None:
     """Return the series that a file is a slice of; None where it is none."""
+    from wsi_pipeline.sources.dicom import read_header  # takes its time; slides do without
+
     try:
         if path.is_dir() or kind_of(path) != "DICOM":
             return None

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from wsi_pipeline.sources.dicom import Values, burnt_in, count_frames, groups_of
 
 UNEVEN = 0.02
 """Share of the spacing by which gaps between slices may differ: positions are rounded."""
+CROOKED = 1e-3
+"""By which direction cosines may differ: they are rounded, too."""
 LEANING = 0.5
 """Pixels by which a slice may lie beside the others before the volume counts as tilted."""
 
@@ -133,12 +136,15 @@ def _check_alike(slices: Sequence[_Slice]) -> None:
         raise SourceError("slices in colour; expected one value a voxel")
     if any(header.get("ModalityLUTSequence") for header in headers):
         raise SourceError("values through a table (modality LUT); expected slope and intercept")
-    for what, found in {
+    kinds: dict[str, list[Any]] = {
         "sizes": [(h.Columns, h.Rows) for h in headers],
-        "pixel spacings": [tuple(np.round(s.spacing, 4)) for s in slices],
-        "orientations": [tuple(np.round(s.directions.ravel(), 3) + 0.0) for s in slices],
+        "pixel spacings": [np.allclose(s.spacing, slices[0].spacing, 1e-3) for s in slices],
+        "orientations": [
+            np.allclose(s.directions, slices[0].directions, atol=CROOKED) for s in slices
+        ],
         "frames of reference": [h.get("FrameOfReferenceUID") for h in headers],
-    }.items():
+    }
+    for what, found in kinds.items():
         counts = Counter(found)
         if len(counts) > 1:
             numbers = " and ".join(str(n) for _, n in counts.most_common(3))
@@ -147,7 +153,8 @@ def _check_alike(slices: Sequence[_Slice]) -> None:
                 "give each group a folder, and a SeriesInstanceUID, of its own"
             )
     lengths = np.linalg.norm(slices[0].directions, axis=1)
-    if np.abs(lengths - 1).max() > 1e-3 or abs(np.prod(slices[0].directions, axis=0).sum()) > 1e-3:
+    cosine = slices[0].directions[0] @ slices[0].directions[1]
+    if np.abs(lengths - 1).max() > CROOKED or abs(cosine) > CROOKED:
         raise SourceError("rows and columns that do not stand at right angles")
 
 

@@ -122,27 +122,35 @@ class Voxels:
         (z, y, x), (depth, height, width) = start, shape
         stored = np.empty(shape, self.dtype)
         rows = np.empty((height, self.shape[2]), self.dtype)
-        with self._lock:
-            file = self._opened()
-            for i in range(depth):
-                row = (z + i) * self.shape[1] + y
-                file.seek(self._offset + row * rows.strides[0])
-                if file.readinto(rows.view(np.uint8)) < rows.nbytes:  # type: ignore[attr-defined]
-                    raise SourceError(f"{self._path}: has become shorter while it was read")
-                stored[i] = rows[:, x : x + width]
+        try:
+            with self._lock:
+                file: Any = self._opened()
+                for i in range(depth):
+                    row = (z + i) * self.shape[1] + y
+                    file.seek(self._offset + row * rows.strides[0])
+                    if file.readinto(rows.view(np.uint8)) < rows.nbytes:
+                        raise SourceError(f"{self._path}: has become shorter while it was read")
+                    stored[i] = rows[:, x : x + width]
+        except SourceError:
+            raise
+        except OSError as error:
+            place = f" (decoded to {tempfile.gettempdir()})" if self._decode else ""
+            raise SourceError(f"{self._path}: cannot be read{place}: {error.strerror}") from error
         return stored
 
     def _opened(self) -> BinaryIO:
         """Return the file of the voxels, for whoever has the lock."""
-        if self._file is None:
-            with ExitStack() as stack:
-                if self._decode is None:
-                    file: BinaryIO = stack.enter_context(self._path.open("rb"))
-                else:
-                    file = stack.enter_context(tempfile.TemporaryFile())
-                    self._decode(file)
-                stack.pop_all()
-            self._file = file
+        if self._file is not None:
+            return self._file
+        file: Any
+        with ExitStack() as stack:
+            if self._decode is None:
+                file = stack.enter_context(self._path.open("rb"))
+            else:
+                file = stack.enter_context(tempfile.TemporaryFile())
+                self._decode(file)
+            stack.pop_all()
+        self._file = file
         return self._file
 
 
@@ -236,6 +244,8 @@ def open_volume(path: Path) -> Volume:
         what = f"a planar image ({kind})" if kind else "no volume that is known here"
         raise SourceError(f"{path}: {what}; expected NIfTI, NRRD or a series of DICOM")
     try:
+        import nibabel  # noqa: F401  what is written of a volume of any kind needs it
+
         return openers[kind](path)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
@@ -303,10 +313,10 @@ def _open_nrrd(path: Path) -> Volume:
     affine, doubts = _nrrd_affine(header)
     unpackers = {
         "raw": None,
-        "gzip": gzip.open,
-        "gz": gzip.open,
-        "bzip2": bz2.open,
-        "bz2": bz2.open,
+        "gzip": _gunzip,
+        "gz": _gunzip,
+        "bzip2": _bunzip,
+        "bz2": _bunzip,
     }
     if header["encoding"] not in unpackers:
         raise SourceError(f"voxels stored as {header['encoding']}; expected raw, gzip or bzip2")
@@ -377,17 +387,21 @@ def _open_dicom(path: Path) -> Volume:
 def _series_files(path: Path) -> tuple[list[tuple[Path, Dataset]], list[str]]:
     """Return paths and headers of the series that a path stands for, copies left out."""
     folder = path if path.is_dir() else path.parent
-    wanted = None if path.is_dir() else str(read_header(path).get("SeriesInstanceUID", ""))
     found = series_in(folder)
-    if wanted is None and len(found) != 1:
-        firsts = ", ".join(sorted(files[0][0].name for files in found.values())[:5])
-        what = f"name one file of each, as {firsts}" if found else "expected one"
-        raise SourceError(f"a folder of {len(found)} DICOM series; {what}")
-    files = found[wanted] if wanted is not None else next(iter(found.values()))
-    files.sort(key=lambda file: file[0] != path)  # of copies, that which was named
-    once = {header.get("SOPInstanceUID", file): (file, header) for file, header in files[::-1]}
-    copies = len(files) - len(once)
-    return list(once.values()), [f"{copies} copies of slices are left out"] if copies else []
+    if path.is_dir():
+        if len(found) != 1:
+            firsts = ", ".join(sorted(files[0][0].name for files in found.values())[:5])
+            what = f"name one file of each, as {firsts}" if found else "expected one"
+            raise SourceError(f"a folder of {len(found)} DICOM series; {what}")
+        (files,) = found.values()
+    else:
+        named = read_header(path)
+        files = [*found.get(str(named.get("SeriesInstanceUID", "")), []), (path, named)]
+    # of copies that which was named stays: it comes last
+    once = {header.get("SOPInstanceUID", file): (file, header) for file, header in files}
+    copies = len({file for file, _ in files}) - len(once)
+    said = [f"copies of slices are left out: {copies}"] if copies else []
+    return list(once.values()), said
 
 
 def _dtype(header: Dataset) -> np.dtype[Any]:
@@ -423,7 +437,7 @@ def _file_voxels(
     slope: float = 1.0,
     intercept: float = 0.0,
 ) -> Voxels:
-    """Return the voxels of a file, mapped or, where they are compressed, unpacked once.
+    """Return the voxels of a file, as they lie there or, where they are compressed, unpacked once.
 
     Args:
         path: of the file.
