@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import pytest
@@ -278,3 +279,49 @@ def test_weights_that_cannot_be_fetched_are_refused(folder: Path, cache: Path) -
 def test_digests_are_of_the_whole_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
     assert sha256_of(tmp_path / "a") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
+
+
+IMAGES = MODEL.replace('"slide"', '"image"').replace(
+    "mpp = 0.5", 'fit = [512, 512]\nscale = "minmax"\norient = "left"\npad = "square"'
+)
+
+
+def test_preparation_is_read_and_written(folder: Path) -> None:
+    (folder / "model.toml").write_text(IMAGES, "utf-8")
+    bundle = load_bundle(folder)
+    assert (bundle.input.scale, bundle.input.orient, bundle.input.pad) == (
+        "minmax",
+        "left",
+        "square",
+    )
+    assert bundle.input.interpolation == "linear"
+    text = bundle_toml(bundle, weights="model.safetensors")
+    assert "interpolation" not in text
+    (folder / "model.toml").write_text(text, "utf-8")
+    assert load_bundle(folder) == bundle
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('scale = "minmax"', 'scale = "most"', "input.scale is most; expected one of range, minm"),
+        ('scale = "minmax"', "scale = [1, 1]", "input.scale is [1, 1]; expected"),
+        ('scale = "minmax"', "scale = [1]", "input.scale is [1]; expected"),
+        ('orient = "left"', 'orient = "right"', "input.orient is right; expected"),
+        ("fit = [512, 512]", "fit = [512, 256]", 'input.pad is square; expected "square" with'),
+        ('pad = "square"', 'interpolation = "best"', "input.interpolation is best; expected one"),
+    ],
+)
+def test_preparation_that_means_nothing_is_refused(
+    folder: Path, old: str, new: str, told: str
+) -> None:
+    (folder / "model.toml").write_text(IMAGES.replace(old, new), "utf-8")
+    with pytest.raises(BundleError, match=re.escape(told)):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("key", ['scale = "range"', 'interpolation = "cubic"'])
+def test_preparation_is_not_for_slides(folder: Path, key: str) -> None:
+    change(folder, "mpp = 0.5", f"mpp = 0.5\n{key}")
+    with pytest.raises(BundleError, match="is not for slides"):
+        load_bundle(folder)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.cli.models import command
-from wsi_pipeline.networks import NETWORKS
+from wsi_pipeline.networks import NETWORKS, build
 from wsi_pipeline.networks.encoders import ResNet18
 
 ROOT = Path(__file__).parents[1]
@@ -265,6 +265,39 @@ def test_import_of_an_encoder_says_that_it_is_no_model(tmp_path: Path) -> None:
     assert "no model" in result.stderr
     assert "nmtnet" in result.stderr
     assert len(load_file(result.stdout.strip())) == 120
+
+
+# -- init -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nmtnet-ultrasound", "swish-unet-breast"])
+def test_init_writes_random_weights_with_which_every_class_occurs(
+    tmp_path: Path, name: str
+) -> None:
+    arguments = ("init", ROOT / "models" / name, "--output")
+    for folder in ("a", "b"):
+        result = invoke(*arguments, tmp_path / folder)
+        assert result.exit_code == 0, result.output
+        assert "means nothing" in result.stderr
+    first, second = (load_bundle(tmp_path / folder) for folder in ("a", "b"))
+    assert first.name == "a"
+    assert first.input == load_bundle(ROOT / "models" / name).input
+    assert first.weights_sha256 == second.weights_sha256
+    assert "learnt nothing" in (tmp_path / "a" / "README.md").read_text("utf-8")
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        noise = torch.nn.functional.interpolate(torch.rand(1, 3, 16, 16) * 4 - 2, 64)
+        answer = build(first).module(noise)
+    mask = (answer["mask"] if isinstance(answer, dict) else answer)[0]
+    chosen = mask.argmax(0) if len(mask) > 1 else mask[0] > 0
+    assert 0.05 < chosen.float().mean() < 0.95
+    assert "is there already" in one_line_error(invoke(*arguments, tmp_path / "a"))
+
+
+def test_init_of_a_program_is_refused(tmp_path: Path) -> None:
+    bundle = pointwise_bundle(tmp_path / "program", mpp=0.5)
+    result = invoke("init", bundle, "--output", tmp_path / "out")
+    assert "is a program" in one_line_error(result)
 
 
 # -- export -----------------------------------------------------------------------------------

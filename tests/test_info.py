@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 import tifffile
 from click.testing import CliRunner
+from PIL import Image
+from scans import blobs, write_series
 
 from wsi_pipeline.cli import group
 
@@ -102,3 +105,19 @@ def test_a_bad_file_ends_in_one_line_and_exit_code_1(tmp_path: Path) -> None:
     assert ran.stderr.count("\n") == 1
     assert str(path) in ran.stderr
     assert CliRunner().invoke(group, ["info", str(path), "--mpp", "0"]).exit_code == 2
+
+
+def test_an_image_and_a_volume_are_described(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(tmp_path / "us.png")
+    found = facts(tmp_path / "us.png")
+    assert (found["size"], found["channels"], found["spacing_mm"]) == ([30, 20], 1, None)
+    assert "spacing      not known" in info(tmp_path / "us.png")
+    affine = np.diag([0.5, 2.0, 3.0, 1.0])
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), affine), tmp_path / "mr.nii")
+    found = facts(tmp_path / "mr.nii")
+    assert (found["size"], found["spacing_mm"]) == ([4, 5, 6], [0.5, 2.0, 3.0])
+    assert found["affine"] == affine.tolist()
+    assert "0.5 × 2 × 3 mm" in info(tmp_path / "mr.nii")
+    write_series(tmp_path / "ct", blobs((5, 9, 8)), spacing=(2.0, 1.0, 1.0), seed=0)
+    for path in (tmp_path / "ct", tmp_path / "ct" / "000.dcm"):
+        assert facts(path)["size"] == [8, 9, 5]
