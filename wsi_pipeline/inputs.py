@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import hashlib
 import math
 from collections import Counter
@@ -13,7 +12,14 @@ from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.options import SelectOptions
-from wsi_pipeline.paths import as_path, dicom_slides, is_ome_zarr, is_remote, is_zarr_url, name_of
+from wsi_pipeline.paths import (
+    dicom_slides,
+    is_ome_zarr,
+    is_remote,
+    is_zarr_url,
+    name_of,
+    named_paths,
+)
 from wsi_pipeline.store import is_patch_grid
 
 SLIDE_SUFFIXES = frozenset(
@@ -65,32 +71,22 @@ def find_slides(inputs: list[str], *, output: Path) -> list[Path]:
 
     A folder gives the files with a slide's suffix, OME-Zarr slides and stored patch grids, and of
     DICOM files one for each slide; a file that is named itself is taken whatever its suffix.
-    `.txt` and `.csv` files name one path or URL a line, paths relative to the file's folder.
 
     Args:
-        inputs: as on the command line.
+        inputs: as on the command line, see `named_paths`.
         output: folder of the runs, in which no slides are looked for.
 
     Raises:
         SourceError: an input that does not exist.
     """
     found: dict[Path, None] = {}
-    for text in inputs:
-        path = as_path(text)
+    for path in (path for text in inputs for path in named_paths(text)):
         if is_remote(path):
             found.update(dict.fromkeys(_iter_remote(path)))
-        elif path.suffix.lower() in (".txt", ".csv") and path.is_file():
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-            named = [line if "://" in line else path.parent / line for line in lines if line]
-            found.update(dict.fromkeys(map(as_path, named)))
         elif path.is_dir() and not _is_folder_slide(path):
             found.update(dict.fromkeys(_iter_folder(path, output.absolute())))
-        elif path.exists():
-            found[path] = None
-        elif matches := sorted(glob.glob(text, recursive=True)):
-            found.update(dict.fromkeys(map(Path, matches)))
         else:
-            raise SourceError(f"{text}: no such file, folder or pattern")
+            found[path] = None
     return list(found)
 
 

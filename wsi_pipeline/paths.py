@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 from collections.abc import Iterable
@@ -40,6 +41,26 @@ def as_path(text: str | Path, **options: Any) -> Path:
         return Path(path.path)
     remote: Any = path  # a path in all but its type
     return remote  # type: ignore[no-any-return]
+
+
+def named_paths(text: str) -> list[Path]:
+    """Return what one input of a command line names: a path, those of a list file, or a pattern's.
+
+    `.txt` and `.csv` files name one path or URL a line, paths relative to the file's folder.
+
+    Raises:
+        SourceError: it does not exist.
+    """
+    path = as_path(text)
+    if is_remote(path):
+        return [path]
+    if path.suffix.lower() in (".txt", ".csv") and path.is_file():
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        return [as_path(line if "://" in line else path.parent / line) for line in lines if line]
+    found = [path] if path.exists() else list(map(Path, sorted(glob.glob(text, recursive=True))))
+    if not found:
+        raise SourceError(f"{text}: no such file, folder or pattern")
+    return found
 
 
 def is_remote(path: Path) -> bool:

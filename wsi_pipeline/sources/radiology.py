@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import as_path, is_ome_zarr, is_remote
+from wsi_pipeline.paths import is_ome_zarr, is_remote, named_paths
 from wsi_pipeline.store import is_patch_grid
 
 if TYPE_CHECKING:
@@ -140,21 +139,13 @@ def _iter_dicom(folder: Path) -> Iterator[Path]:
 
 
 def _iter_paths(inputs: Iterable[str], output: Path) -> Iterator[Path]:
-    for text in inputs:
-        path = as_path(text)
+    for path in (path for text in inputs for path in named_paths(text)):
         if is_remote(path):
-            raise SourceError(f"{text}: images and volumes are read from here only; copy it")
-        if path.suffix.lower() in (".txt", ".csv") and path.is_file():
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-            yield from (path.parent / line for line in lines if line)
-        elif path.is_dir():
+            raise SourceError(f"{path}: images and volumes are read from here only; copy it")
+        if path.is_dir():
             yield from _iter_folder(path, output.absolute())
-        elif path.exists():
-            yield path
-        elif matches := sorted(glob.glob(text, recursive=True)):
-            yield from map(Path, matches)
         else:
-            raise SourceError(f"{text}: no such file, folder or pattern")
+            yield path
 
 
 def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
