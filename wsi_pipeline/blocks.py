@@ -33,6 +33,7 @@ from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
+from wsi_pipeline.schedule import map_large_arrays
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.prepared import Preparation, open_scan
 from wsi_pipeline.store import RunStore, writing
@@ -391,6 +392,8 @@ class ScanBlocks(BlockWorker):
 
     def __init__(self, plan: ScanPlan, keep: Keep) -> None:
         super().__init__(plan, keep)
+        if len(plan.mask_shape) > 2:
+            map_large_arrays()
         self._scan = open_scan(plan.path, axes=len(plan.mask_shape), frame=plan.frame)
         self._mask = plan.store.open_mask()
 

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,7 +296,7 @@ class PatchCache:
             made: dict[int, Future[torch.Tensor]] = {p: Future() for p in mine if self._uses[p] > 0}
             self._futures.update(made)
             others = {p: future for p, future in futures.items() if future is not None}
-            claim = Claim(mine=np.array(mine, np.int64), made=made, others=others)
+            claim = Claim(mine=np.array(mine, np.int64), made=made, others=others, kept=self._keep)
             self._queue.append(claim)
         try:
             yield claim
@@ -323,17 +323,24 @@ class PatchCache:
                 self._queue.remove(claim)
                 self._moved.notify_all()
 
-    def _settle(self, made: Mapping[int, Future[torch.Tensor]]) -> None:
-        """Count what a block made; drop what failed, is needed no more, or is too much."""
+    def _keep(self, prediction: torch.Tensor) -> None:
+        """Count a prediction that others may wait for."""
         with self._lock:
-            for patch, future in made.items():
-                if not future.done() or future.exception() is not None:
-                    del self._futures[patch]
-                else:
-                    self._bytes += future.result().nbytes
-            for patch, future in list(self._futures.items()):
-                if future.done() and (self._uses[patch] <= 0 or self._bytes > self._max_bytes):
-                    self._bytes -= self._futures.pop(patch).result().nbytes
+            self._bytes += prediction.nbytes
+            self._drop()
+
+    def _settle(self, failed: Iterable[int]) -> None:
+        """Drop what a block was to make and has not, and what it was the last to need."""
+        with self._lock:
+            for patch in failed:
+                del self._futures[patch]
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let go what is needed no more, or too much."""
+        for patch, future in list(self._futures.items()):
+            if future.done() and (self._uses[patch] <= 0 or self._bytes > self._max_bytes):
+                self._bytes -= self._futures.pop(patch).result().nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -342,19 +349,24 @@ class Claim:
 
     Attributes:
         mine: (n,) indices of the patches to predict, ascending.
-        made: those of them that others may wait for.
-        others: patches that another block predicts or has predicted.
+        made: those of them that others may wait for, and that are not made yet.
+        others: patches that another block predicts or has predicted, and that were not asked for.
+        kept: told of each prediction that others may wait for.
     """
 
     mine: npt.NDArray[np.int64]
-    made: Mapping[int, Future[torch.Tensor]]
-    others: Mapping[int, Future[torch.Tensor]]
+    made: dict[int, Future[torch.Tensor]]
+    others: dict[int, Future[torch.Tensor]]
+    kept: Callable[[torch.Tensor], None]
 
     def result(self, patch: int, fresh: Iterator[torch.Tensor]) -> torch.Tensor:
-        """Return the prediction of a patch; `fresh` yields those of `mine` in order."""
-        if (future := self.others.get(patch)) is not None:
+        """Return the prediction of a patch, once; `fresh` yields those of `mine` in order."""
+        if (future := self.others.pop(patch, None)) is not None:
             return future.result()
         prediction = next(fresh)
         if (future := self.made.get(patch)) is not None:
-            future.set_result(prediction.clone())  # a view would keep its whole batch
+            copy = prediction.clone()  # a view would keep its whole batch
+            future.set_result(copy)
+            del self.made[patch]
+            self.kept(copy)
         return prediction

@@ -53,6 +53,8 @@ from wsi_pipeline.options import ScheduleOptions
 
 logger = logging.getLogger(__name__)
 
+M_MMAP_THRESHOLD = -3
+"""The number of this option in glibc."""
 NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
 
@@ -227,6 +229,15 @@ def _trim_memory() -> None:
     """Give freed memory back: glibc keeps what each thread freed, so that peaks would add up."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def map_large_arrays() -> None:
+    """Let arrays above 4 MiB go back when they are freed; those of volumes are such.
+
+    glibc comes to keep what is below 32 MiB, each thread its own, in pieces that fit no other.
+    """
+    if sys.platform == "linux" and (set_option := getattr(ctypes.CDLL(None), "mallopt", None)):
+        set_option(M_MMAP_THRESHOLD, 4 << 20)
 
 
 def read_size(text: str) -> int:

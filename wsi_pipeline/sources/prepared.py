@@ -26,7 +26,7 @@ Pixels = npt.NDArray[np.float32]
 Weights: TypeAlias = csr_array
 """(n, m): share of each of m source pixels in each of n grid pixels along an axis."""
 
-SLAB_PX = 1 << 23
+SLAB_PX = 1 << 22
 """Source pixels read at a time."""
 SAMPLE_PX = 1 << 22
 """Of the source's, from which the threshold between body and background is taken."""
@@ -81,13 +81,11 @@ class Preparation:
         """
         low = [max(a, 0) for a in start]
         high = [min(a + n, m) for a, n, m in zip(start, shape, self.shape, strict=True)]
-        pixels = np.full((*shape, 1), self.outside, np.float32)
+        colours = 1 if self.channels == 1 else scan.channels
+        pixels = np.full((*shape, colours), self.outside, np.float32)
         if all(a < b for a, b in zip(low, high, strict=True)):
             inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            found = self._resampled(scan, low, high)
-            if found.shape[-1] > 1:
-                pixels = np.repeat(pixels, found.shape[-1], axis=-1)
-            pixels[inside] = found
+            self._resample(scan, low, high, out=pixels[inside])
         pixels -= np.float32(self.black)
         pixels *= np.float32(1 / (self.white - self.black))
         if self.is_clipped:
@@ -96,22 +94,23 @@ class Preparation:
             return pixels
         return np.repeat(pixels, self.channels, axis=-1)
 
-    def _resampled(self, scan: Scan, low: Sequence[int], high: Sequence[int]) -> Pixels:
-        """Return the source's values at grid pixels that lie inside, (*box, C)."""
+    def _resample(self, scan: Scan, low: Sequence[int], high: Sequence[int], out: Pixels) -> None:
+        """Write the source's values at grid pixels that lie inside into (*box, C)."""
         axes = [
             axis_weights(a, b, step=step, length=n, interpolation=self.interpolation)
             for a, b, step, n in zip(low, high, self.step, self.padded_shape, strict=True)
         ]
         (first, stop, weights), *rest = axes
+        rows = out if weights is None else np.empty((stop - first, *out.shape[1:]), np.float32)
         across = math.prod(b - a for a, b, _ in rest)
-        slabs = []
         for top, bottom in _spans(first, stop, max(1, SLAB_PX // across)):
             start = (top, *(a for a, _, _ in rest))
             slab = self._source(scan, start, (bottom, *(b for _, b, _ in rest)))
             for axis, (_, _, own) in enumerate(rest, start=1):
                 slab = _mixed(slab, axis, own)
-            slabs.append(slab)
-        return _mixed(np.concatenate(slabs), 0, weights)
+            rows[top - first : bottom - first] = slab
+        if weights is not None:
+            out[...] = _mixed(rows, 0, weights)
 
     def _source(self, scan: Scan, start: Shape, stop: Shape) -> Pixels:
         """Return the source's values in a box of the mirrored and padded frame."""
