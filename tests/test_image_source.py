@@ -337,7 +337,7 @@ def broken(tmp_path, name):
         "text.dcm": "no image that is known here",
         "slide.dcm": "whole-slide image",
         "seg.dcm": "Segmentation",
-        "hsv.dcm": "HSV",
+        "hsv.dcm": "colours of a kind",
         "rows.dcm": "nothing to see",
         "huge.dcm": "too many to hold",
         "missing.png": "No such file",
@@ -374,3 +374,15 @@ def test_nothing_of_the_patient_is_told(tmp_path, caplog, capfd, recwarn):
     for value in (*PATIENT.values(), "SECRET"):
         if len(value) > 2:
             assert value not in " ".join(told)
+
+
+def test_what_lies_behind_a_damaged_value_is_not_told(tmp_path):
+    path = write(tmp_path / "a.dcm", GREY8)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"UI", data.index(b"\x08\x00\x16\x00"))  # the class, whose length becomes wrong
+    data[at + 2 : at + 4] = len(data[at:-2000]).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(SourceError) as caught:
+        open_image(path)
+    assert b"SECRET" in data
+    assert "SECRET" not in str(caught.value)

@@ -6,6 +6,7 @@ says of others is not passed on.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,9 @@ def read_header(path: Path) -> Dataset:
     try:
         with quiet():
             header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
+            # values are made of bytes when they are first asked for: here, where nothing is told
+            for _ in (*header.file_meta, *header.iterall()):
+                pass
             _check(header)
     except SourceError:
         raise
@@ -115,13 +119,13 @@ def _check(header: Dataset) -> None:
     if sop_class == VLWholeSlideMicroscopyImageStorage:
         raise SourceError("a DICOM whole-slide image; segment it with a bundle for slides")
     if "Rows" not in header or "Columns" not in header or "BitsAllocated" not in header:
-        raise SourceError(f"a DICOM file without pixels ({sop_class.name or 'of no kind'})")
+        raise SourceError(f"a DICOM file without pixels ({_name(sop_class)})")
     if sop_class.startswith(NO_IMAGES):
-        raise SourceError(f"no image, but DICOM's {sop_class.name}; name the image it was made of")
-    if header.get("PhotometricInterpretation") not in PHOTOMETRIC:
         raise SourceError(
-            f"colours as {header.get('PhotometricInterpretation')}; expected grey, RGB or YBR"
+            f"no image, but DICOM's {_name(sop_class)}; name the image it was made of"
         )
+    if header.get("PhotometricInterpretation") not in PHOTOMETRIC:
+        raise SourceError("colours of a kind that is not read; expected grey, RGB or YBR")
     rows, columns = header.Rows, header.Columns
     if min(rows, columns) < 1:
         raise SourceError(f"{columns} × {rows} px: nothing to see")
@@ -132,6 +136,11 @@ def _check(header: Dataset) -> None:
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         raise SourceError("does not say how its pixels are stored (no transfer syntax)")
+
+
+def _name(uid: UID) -> str:
+    """Return the name of a known UID; a damaged one may hold what lies behind it in the file."""
+    return uid.name if uid.name != uid else "of an unknown kind"
 
 
 def count_frames(header: Dataset) -> int:
@@ -182,10 +191,9 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
 
 
 def _undecodable(header: Dataset, error: Exception) -> SourceError:
-    syntax = UID(header.file_meta.TransferSyntaxUID)
-    return SourceError(
-        f"its pixels ({syntax.name}) cannot be decoded, damaged or cut off: {one_line(error)}"
-    )
+    syntax = _name(header.file_meta.TransferSyntaxUID)
+    said = re.sub("'[^']*'", "…", one_line(error))  # values, as in `_name`
+    return SourceError(f"its pixels ({syntax}) cannot be decoded, damaged or cut off: {said}")
 
 
 def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None = None) -> Values:

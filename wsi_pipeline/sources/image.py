@@ -22,7 +22,11 @@ from wsi_pipeline.sources.dicom import (
     read_header,
 )
 from wsi_pipeline.sources.radiology import Kind, kind_of
-from wsi_pipeline.sources.spool import opened
+from wsi_pipeline.sources.spool import DENSEST, opened
+from wsi_pipeline.sources.tiff import check_tiff
+
+SMALL = 1 << 24
+"""Decoded bytes up to which a header is believed; blank pages may come to almost nothing."""
 
 SUFFIXES = frozenset(["", ".png", ".jpg", ".jpeg", ".tif", ".tiff"])
 """Of pictures; slides may begin like a picture, too."""
@@ -106,6 +110,8 @@ def open_image(path: Path, *, frame: int | None = None) -> Image:
     if kind != "DICOM" and kind not in DRIVERS:
         what = f"a volume ({kind})" if kind else "no image that is known here"
         raise SourceError(f"{path}: {what}; expected a planar image: PNG, JPEG, TIFF or DICOM")
+    if kind == "TIFF":
+        check_tiff(path)
     try:
         return _open_dicom(path, frame) if kind == "DICOM" else _open_picture(path, kind, frame)
     except SourceError as error:
@@ -229,7 +235,10 @@ def _check_picture(path: Path, dataset: Any, about: Mapping[str, str]) -> None:
     if space not in ("RGB", "YCbCr"):
         raise SourceError(f"colours as {space}; expected grey or RGB")
     itemsize = dataset.count * np.dtype(dataset.dtypes[0]).itemsize
-    if dataset.width * dataset.height * itemsize > MAX_PIECE:
+    decoded, stored = dataset.width * dataset.height * itemsize, path.stat().st_size
+    if decoded > max(SMALL, DENSEST * stored):
+        raise SourceError(f"its header says {decoded:,} bytes, which {stored:,} cannot hold")
+    if decoded > MAX_PIECE:
         raise SourceError(
             f"{dataset.width:,} × {dataset.height:,} px of {itemsize} bytes are more than the "
             f"{MAX_PIECE >> 20} MiB of a planar image; a slide needs a bundle for slides"

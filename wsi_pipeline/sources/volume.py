@@ -24,7 +24,7 @@ from pydicom import Dataset
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape
 from wsi_pipeline.sources.backend import one_line, sampled_digest
-from wsi_pipeline.sources.dicom import decode_frames, read_header
+from wsi_pipeline.sources.dicom import decode_frames, quiet, read_header
 from wsi_pipeline.sources.image import as_meant
 from wsi_pipeline.sources.radiology import kind_of, series_in
 from wsi_pipeline.sources.series import Stack, stack_series
@@ -246,7 +246,8 @@ def open_volume(path: Path) -> Volume:
     try:
         import nibabel  # noqa: F401  what is written of a volume of any kind needs it
 
-        return openers[kind](path)
+        with np.errstate(all="ignore"):  # of affines that are refused
+            return openers[kind](path)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
     except ImportError as error:
@@ -260,7 +261,8 @@ def open_volume(path: Path) -> Volume:
 def _open_nifti(path: Path) -> Volume:
     import nibabel
 
-    opened = nibabel.load(path)
+    with quiet():
+        opened = nibabel.load(path)
     if not isinstance(opened, nibabel.Nifti1Image):  # of which Nifti2Image is a child
         raise SourceError("a NIfTI of two files; save it as one, .nii or .nii.gz")
     image: Any = opened
