@@ -1,12 +1,14 @@
 """Which files of a folder are images and volumes, and which of DICOM belong together."""
 
 import gzip
+import random
 
 import nibabel
+import nrrd
 import numpy as np
 import pytest
 import tifffile
-from dicoms import write, write_series
+from dicoms import write, write_enhanced, write_series
 from imagecodecs import jpeg_encode, png_encode
 from pydicom.uid import SegmentationStorage
 
@@ -111,3 +113,51 @@ def test_kinds_are_told_by_content(tmp_path):
     path.write_bytes(path.read_bytes()[:12])
     assert kind_of(path) == ""
     assert kind_of(write(tmp_path / "d", GREY)) == "DICOM"
+
+
+def damaged(original, path, draw):
+    """Write a copy of a file of which a few bytes are changed, lost or cut off."""
+    data = bytearray(original.read_bytes())
+    for _ in range(draw.choice((1, 1, 2, 5))):
+        at = draw.randrange(min(len(data), draw.choice((400, 1200, len(data)))))
+        kind = draw.random()
+        if kind < 0.5:
+            number = draw.choice((0, 1, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000))
+            data[at : at + 4] = number.to_bytes(4, "little")
+        elif kind < 0.8:
+            data[at] = draw.randrange(256)
+        elif kind < 0.9:
+            del data[at : at + draw.randrange(1, 9)]
+        else:
+            del data[max(1, at) :]
+    path.write_bytes(data)
+
+
+def test_damaged_files_are_refused_or_read(tmp_path, caplog):
+    folder = tmp_path / "whole"
+    write_series(folder, VOXELS)
+    write(folder / "us.dcm", np.zeros((8, 9, 3), np.uint8))
+    write_enhanced(folder / "ct.dcm", VOXELS, order=range(3), spacing=(1, 1, 1))
+    nibabel.Nifti1Image(VOXELS, np.eye(4)).to_filename(folder / "a.nii")
+    nibabel.Nifti1Image(VOXELS.astype(np.float32), np.eye(4)).to_filename(folder / "b.nii.gz")
+    nrrd.write(str(folder / "c.nrrd"), VOXELS, {"spacings": [1, 1, 1]})
+    (folder / "d.png").write_bytes(png_encode(GREY))
+    (folder / "e.jpg").write_bytes(jpeg_encode(GREY))
+    tifffile.imwrite(folder / "f.tif", GREY)
+    originals = sorted(folder.iterdir())
+    refused = 0
+    for seed in range(200):
+        original = originals[seed % len(originals)]
+        path = tmp_path / original.name
+        damaged(original, path, random.Random(seed))
+        for open_one in (open_image, open_volume):
+            try:
+                with open_one(path) as scan:
+                    scan.read((0,) * len(scan.shape), scan.shape)
+                    assert scan.value_range
+            except SourceError as error:
+                refused += 1
+                assert str(error).startswith(str(tmp_path)), error  # noqa: PT017
+                assert len(str(error).splitlines()) == 1  # noqa: PT017
+        path.unlink()
+    assert refused > 200  # each of them at least as the other kind

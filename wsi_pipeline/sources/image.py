@@ -231,6 +231,8 @@ def _check_picture(path: Path, dataset: Any, about: Mapping[str, str]) -> None:
     """Refuse slides, colours that are not RGB, and what does not fit in memory."""
     if path.suffix.lower() not in SUFFIXES:
         raise SourceError("by its name no planar image; a slide needs a bundle for slides")
+    if dataset.count > 4:
+        raise SourceError(f"{dataset.count} bands; expected grey or RGB")
     space = about.get("SOURCE_COLOR_SPACE", "RGB")
     if space not in ("RGB", "YCbCr"):
         raise SourceError(f"colours as {space}; expected grey or RGB")
