@@ -35,8 +35,10 @@ MASK_PX_BYTES = 16
 """Of a block: class, probability, number of the piece and what finding pieces takes."""
 GRID_PX_BYTES = 9
 """Of a block: its pixels, the tiles that they are cut out of, and their way to the device."""
-SCAN_PX_BYTES = 16
+SCAN_PX_BYTES = 6
 """The same of an image or volume, in float32."""
+FREE_SHARE = 0.7
+"""Of the free memory, which passes over images and volumes may take."""
 DISK_PX_BYTES = 0.02
 """Mask pixel on tissue, compressed, in one format with its pyramid."""
 DISK_VERTEX_BYTES = 25
@@ -106,9 +108,9 @@ def estimate_memory(
     device = choose_device(predict.device)
     patch, channels = bundle.input.patch_size, len(bundle.classes)
     patch_px = math.prod(patch)
-    sides = [b * r + 2 * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
+    grid_px, reach = (GRID_PX_BYTES, 2) if bundle.modality == "slide" else (SCAN_PX_BYTES, 1)
+    sides = [b * r + reach * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
     bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
-    grid_px = GRID_PX_BYTES if bundle.modality == "slide" else SCAN_PX_BYTES
     block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
     total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
     total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
@@ -123,6 +125,21 @@ def estimate_memory(
     else:
         total += GPU_BYTES + workers * model.weights
     return int(total)
+
+
+def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
+    """Return how many passes at once, each on one core, fit into the memory; 1 at least.
+
+    Args:
+        model: what it takes.
+        threads: of the CPU.
+        free: bytes.
+
+    Example:
+        >>> passes_that_fit(ModelBytes(weights=0, activations=5e9), 16, free=32 * 10**9)
+        4
+    """
+    return max(1, min(threads, int(FREE_SHARE * free / model.activations)))
 
 
 def most_model_bytes(bundle: Bundle) -> ModelBytes:

@@ -36,6 +36,7 @@ from wsi_pipeline.estimate import (
     estimate_memory,
     model_bytes,
     most_model_bytes,
+    passes_that_fit,
 )
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, Region, iter_blocks
@@ -274,7 +275,8 @@ def estimate(
             mask_files = ome_zarr.count_files(plan.mask_shape, settings.export.ngff)
         else:
             settings = fitting_outputs(source, settings)
-            plan = plan_scan(source, bundle, store, settings, threads or cpu_count())
+            passes = passes_that_fit(model, threads or cpu_count(), free=free_memory())
+            plan = plan_scan(source, bundle, store, settings, passes)
             mask_files = count_chunks(plan.mask_shape)
     disk, files = estimate_files(
         settings.export,
@@ -467,6 +469,12 @@ class _Team:
         max_ram: int | None,
     ) -> None:
         settings = _fitting(settings, bundle)
+        alone = is_in_process(client)
+        if alone and bundle.modality != "slide":  # whose patches are small
+            wanted, free = threads or cpu_count(), free_memory()
+            threads = passes_that_fit(most_model_bytes(bundle), wanted, free=free)
+            if threads < wanted:
+                threads = passes_that_fit(model_bytes(bundle), wanted, free=free)
         self._client, self._bundle, self._settings = client, bundle, settings
         self._begin = partial(
             _begin,
@@ -476,7 +484,6 @@ class _Team:
             overwrite=overwrite,
             check=_memory_check(client, bundle, max_ram),
         )
-        alone = is_in_process(client)
         self._max_ram = max_ram if alone else None
         self._resources = {} if alone or settings.predict.device == "cpu" else gpu_share(client)
         self._open = open_blocks if alone else partial(_open_elsewhere, threads=threads)

@@ -157,7 +157,7 @@ def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
         raise StoreError(f"{path} is not a patch grid; expected a folder that `tile` wrote")
     try:
         group = zarr.open_group(path, mode=mode)  # type: ignore[arg-type]
-        attrs = dict(group.attrs)
+        attrs: dict[str, Any] = dict(group.attrs)
         if attrs["version"] != VERSION:
             raise StoreError(
                 f"{path} is a patch grid of version {attrs['version']}; this program reads "
