@@ -42,8 +42,8 @@ BLOCK_SIDE = {2: 2048, 3: 256}
 """Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
 CHUNK = {2: 1024, 3: 64}
 """Side of a chunk of the mask while it grows; blocks are made of whole ones."""
-PICTURE_SIDE = 1600
-"""Longest side of an overlay, px."""
+PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
+"""Longest side of an overlay, px, and what a smaller image is enlarged to, whole times."""
 
 
 def open_one(path: Path, bundle: Bundle, settings: Settings) -> Scan:
@@ -311,7 +311,7 @@ def _write_overlay(
         write_planes_overlay(path, scan, mask, finished.classes, lesions)
         return
     height, width = scan.shape
-    share = min(1.0, PICTURE_SIDE / max(height, width))
+    share = min(max(SMALLEST_SIDE // max(height, width), 1), PICTURE_SIDE / max(height, width))
     shape = max(1, round(height * share)), max(1, round(width * share))
     rows, columns = (
         (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(shape, scan.shape, strict=True)
