@@ -20,7 +20,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.grid import Shape
 
-SLAB = 1 << 25
+SLAB = 1 << 24
 """Pixels labelled at once."""
 
 MM3_PER_ML = 1000
@@ -204,15 +204,17 @@ def _touching(
             slice(max(-s, 0), n - max(s, 0)) for s, n in zip(shift, mask.shape, strict=True)
         )
         same = (mask[near] == next_mask[far]) & (mask[near] > 0)
-        found.append(np.unique(np.stack([rows[near][same], next_rows[far][same]], 1), axis=0))
-    return np.concatenate(found)
+        both = rows[near][same] << 32 | next_rows[far][same]
+        found.append(np.unique(both[np.diff(both, prepend=-1) != 0]))  # mostly runs of one pair
+    pairs = np.unique(np.concatenate(found))
+    return np.column_stack([pairs >> 32, pairs & 0xFFFFFFFF])
 
 
 def _diameters(
     mask: MaskLike, pieces: _Pieces, lesions: npt.NDArray[np.int64], spacing_mm: Sequence[float]
 ) -> dict[int, float]:
     """Return the longest line in each of some lesions, in mm, from edge to edge."""
-    points: dict[int, list[npt.NDArray[np.float64]]] = {int(lesion): [] for lesion in lesions}
+    points: dict[int, list[npt.NDArray[np.int64]]] = {int(lesion): [] for lesion in lesions}
     rows = np.flatnonzero(np.isin(pieces.lesion, lesions))
     for number, (begin, slab) in enumerate(_slabs(mask)):
         own = rows[pieces.slab[rows] == number]
@@ -224,7 +226,7 @@ def _diameters(
             extent = pieces.stop[row] - pieces.start[row]
             box = tuple(slice(a, a + n) for a, n in zip(corner, extent, strict=True))
             ends = _row_ends(labels[box] == row - first + 1) + pieces.start[row]
-            points[int(pieces.lesion[row])].append(_outermost(ends * np.array(spacing_mm)))
+            points[int(pieces.lesion[row])].append(_outermost(ends))
     return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}
 
 
@@ -242,23 +244,35 @@ def _row_ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.column_stack([rows, first]), np.column_stack([rows, last])])
 
 
-def _outermost(points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the corners of the convex hull; all points where they lie in a plane or a line."""
+def _outermost(points: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the corners of the convex hull; more where points lie in a plane or a line.
+
+    Of the points on one line along an axis only the ends can be corners.
+
+    Example:
+        >>> _outermost(np.argwhere(np.ones((9, 9, 9)))).tolist()[::7]
+        [[0, 0, 0], [8, 8, 8]]
+    """
+    for axis in range(points.shape[1]):
+        lines = np.delete(points, axis, axis=1)
+        order = np.lexsort((points[:, axis], *lines.T[::-1]))
+        differs = (lines[order][1:] != lines[order][:-1]).any(axis=1)
+        points = points[order][np.append(True, differs) | np.append(differs, True)]
     try:
-        return np.asarray(points[ConvexHull(points).vertices])
+        return np.asarray(points[np.sort(ConvexHull(points).vertices)])
     except (QhullError, ValueError):  # flat, or fewer than a hull needs
         return points
 
 
-def _longest(centers: npt.NDArray[np.float64], spacing_mm: Sequence[float]) -> float:
+def _longest(pixels: npt.NDArray[np.int64], spacing_mm: Sequence[float]) -> float:
     """Return the longest distance between the middles of the faces of some pixels, in mm.
 
     Example:
-        >>> _longest(np.array([[0.0, 0.0], [0.0, 9.0]]), (1.0, 1.0))  # ten pixels in a row
+        >>> _longest(np.array([[0, 0], [0, 9]]), (1.0, 1.0))  # ten pixels in a row
         10.0
     """
     spacing = np.array(spacing_mm)
-    centers = _outermost(centers)
+    centers = _outermost(pixels) * spacing
     parts = np.array_split(centers, -(-len(centers) // 1000))
     between = max(float(cdist(part, centers).max()) for part in parts)
     longest = 0.0
