@@ -395,6 +395,14 @@ def test_options_for_slides_are_refused(folder, tmp_path, options, told):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_dicom_segmentation_of_what_is_no_dicom_is_refused(folder, tmp_path):
+    arguments = ["--model", folder / "images", "--output", tmp_path, "--outputs", "png,dicom"]
+    result = command("segment", folder / "in" / "one.png", *arguments)
+    assert result.exit_code == 1
+    assert "is no DICOM" in result.stderr
+    assert load_run(tmp_path / "one" / "run.json").status == "failed"
+
+
 def test_the_library_refuses_them_too(folder, tmp_path):
     (job,) = plan_jobs([folder / "in" / "one.png"], tmp_path)
     settings = Settings(select=SelectOptions(tissue="none"))

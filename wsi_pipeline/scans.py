@@ -15,7 +15,7 @@ from PIL import Image as Pictures
 
 from wsi_pipeline.blocks import Clock, ScanPlan
 from wsi_pipeline.bundle import AXES, Bundle, ClassInfo, sha256_of
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import MaskLike, geojson, overlay
 from wsi_pipeline.export.dicom_seg import write_dicom_seg
 from wsi_pipeline.export.lesions import Lesions, count_lesions
@@ -23,7 +23,7 @@ from wsi_pipeline.export.nifti import write_nifti
 from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.grid import Block, PatchGrid, Shape
-from wsi_pipeline.options import Output, Settings, as_plain
+from wsi_pipeline.options import OUTPUTS, Output, Settings, as_plain
 from wsi_pipeline.outputs import (
     NOTHING,
     Ledger,
@@ -71,14 +71,21 @@ def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, A
 
 
 def fitting_outputs(scan: Scan, settings: Settings) -> Settings:
-    """Return the settings without the outputs that this image or volume cannot have."""
-    wanted = tuple(o for o in settings.export.outputs or () if o != "dicom" or is_dicom(scan))
+    """Return the settings without the DICOM segmentation where the input is no DICOM.
+
+    Raises:
+        SourceError: it was asked for by name.
+    """
+    outputs = settings.export.outputs or ()
+    if scan.backend == "pydicom" or "dicom" not in outputs:
+        return settings
+    if outputs not in OUTPUTS.values():
+        raise SourceError(
+            f"{scan.path} is no DICOM, which a DICOM segmentation must refer to; leave dicom out "
+            "of --outputs"
+        )
+    wanted = tuple(output for output in outputs if output != "dicom")
     return replace(settings, export=replace(settings.export, outputs=wanted))
-
-
-def is_dicom(scan: Scan) -> bool:
-    """Return whether an image or volume came as DICOM."""
-    return scan.backend == "pydicom"
 
 
 def plan_scan(
