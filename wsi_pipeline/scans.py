@@ -57,7 +57,7 @@ def open_one(path: Path, bundle: Bundle, settings: Settings) -> Scan:
 
 def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, Any]:
     """Return everything that the mask depends on."""
-    left_out = ("device", "batch_size", "block_size")
+    left_out = ("device", "batch_size")
     return {
         "scan": scan.fingerprint,
         "spacing_mm": scan.spacing_mm,
@@ -65,7 +65,6 @@ def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, A
         "model": sha256_of(bundle.path / "model.toml"),
         "weights": bundle.weights_sha256,
         "predict": {k: v for k, v in asdict(settings.predict).items() if k not in left_out},
-        "block": settings.predict.block_size,  # whose names the ledger holds
         "version": version("wsi-pipeline"),
     }
 
@@ -128,7 +127,7 @@ def _block_shape(axes: int, step: tuple[float, ...], settings: Settings) -> Shap
         raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
     if axes == 2:  # tracing wants squares
         return (size or BLOCK_SIDE[axes],) * axes
-    sides = (min((size or BLOCK_SIDE[axes]) * min(s, 1.0), 1e6) for s in step)
+    sides = ((size or BLOCK_SIDE[axes]) * min(s, 1.0) for s in step)
     return tuple(max(unit, round(side / unit) * unit) for side in sides)
 
 
