@@ -84,7 +84,7 @@ def count_lesions(
 ) -> list[Lesions]:
     """Count the connected pieces of each class; return them for all classes but the background.
 
-    Pixels that touch in a corner belong to one lesion, as in the polygons that QuPath is given.
+    Pixels that touch in a corner belong to one lesion; polygons part them, as regions of slides.
 
     Args:
         mask: uint8 (y, x) or (z, y, x) class index.
