@@ -21,6 +21,7 @@ FOUND = [
     ("TIFF, ZSTD", 69),  # directories that go round in a circle: tifffile never ended
     ("patch grid", 143),  # a chunk of its metadata that zstd does not take: a traceback
     ("OME-TIFF, several files", 394),  # 65,535 rows, 24 strips: hours in a list of bad ones
+    ("DICOM WSI, large", 29),  # a UID that is none: pydicom's warning quoted it
 ]
 """Kinds and seeds for which there was a defect."""
 

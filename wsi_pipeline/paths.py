@@ -5,7 +5,9 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -114,6 +116,16 @@ def _zarr_attributes(path: Path) -> dict[str, Any]:
     return {}
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep pydicom's warnings back: they quote values, which may be the patient's."""
+    from pydicom.config import disable_value_validation
+
+    with warnings.catch_warnings(), disable_value_validation():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     """Choose from DICOM files; return one for each whole-slide image, that of the largest level.
 
@@ -130,20 +142,21 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     largest: dict[str, tuple[int, Path]] = {}
     for path in paths:
         try:
-            header = dcmread(
-                path,
-                stop_before_pixels=True,
-                specific_tags=[
-                    "SOPClassUID", "SeriesInstanceUID", "ImageType",
-                    "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
-                ],
-            )  # fmt: skip
-            if header.SOPClassUID != VLWholeSlideMicroscopyImageStorage:
-                continue
-            if "VOLUME" not in header.ImageType:
-                continue
-            area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
-            series = str(header.SeriesInstanceUID)
+            with quiet():
+                header = dcmread(
+                    path,
+                    stop_before_pixels=True,
+                    specific_tags=[
+                        "SOPClassUID", "SeriesInstanceUID", "ImageType",
+                        "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
+                    ],
+                )  # fmt: skip
+                if header.SOPClassUID != VLWholeSlideMicroscopyImageStorage:
+                    continue
+                if "VOLUME" not in header.ImageType:
+                    continue
+                area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
+                series = str(header.SeriesInstanceUID)
         except Exception:  # pydicom raises anything on damaged files
             damaged.append(path)
             continue

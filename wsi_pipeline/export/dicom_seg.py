@@ -20,7 +20,7 @@ from pydicom.uid import UID, SecondaryCaptureImageStorage, generate_uid
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.sources.dicom import quiet
+from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.image import Image
 from wsi_pipeline.sources.volume import Volume
 from wsi_pipeline.store import written_beside

@@ -7,9 +7,7 @@ says of others is not passed on.
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
-from pydicom.config import disable_value_validation
 from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import (
     JPEGExtended12BitDecoder,
@@ -29,6 +26,7 @@ from pydicom.pixels.utils import iter_pixels, pixel_array
 from pydicom.uid import UID, VLWholeSlideMicroscopyImageStorage
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.backend import MAX_PIECE, one_line
 
 TAGS = (
@@ -245,14 +243,6 @@ def _window(item: Dataset) -> Range | None:
     if item.get("VOILUTFunction", "LINEAR") == "LINEAR":
         center, width = center - 0.5, width - 1
     return (center - width / 2, center + width / 2) if width > 0 else None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings back: they quote values, which may be the patient's."""
-    with warnings.catch_warnings(), disable_value_validation():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def burnt_in(header: Dataset) -> list[str]:

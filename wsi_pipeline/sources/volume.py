@@ -23,8 +23,9 @@ from pydicom import Dataset
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape
+from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.backend import one_line, sampled_digest
-from wsi_pipeline.sources.dicom import decode_frames, quiet, read_header
+from wsi_pipeline.sources.dicom import decode_frames, read_header
 from wsi_pipeline.sources.image import as_meant
 from wsi_pipeline.sources.radiology import kind_of, series_in
 from wsi_pipeline.sources.series import Stack, stack_series
