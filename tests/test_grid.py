@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wsi_pipeline.grid import PatchGrid, iter_blocks
@@ -19,6 +19,7 @@ def grids(draw, dimensions=(1, 2, 3)):
     return PatchGrid.cover(shape, patch, overlap)
 
 
+@settings(deadline=None)  # a volume takes as long as the machine is busy
 @given(grids())
 def test_every_pixel_is_covered_and_no_patch_lies_outside(grid):
     covered = np.zeros(grid.shape, int)
