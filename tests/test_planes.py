@@ -6,10 +6,18 @@ import pytest
 from PIL import Image
 
 from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export.lesions import count_lesions
 from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.sources.volume import open_volume
 
 CLASSES = [ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(0, 0, 255))]
+
+
+def write(path, volume, mask):
+    lesions = count_lesions(mask, CLASSES, volume.spacing_mm)
+    write_planes_overlay(path, volume, mask, CLASSES, lesions)
+
+
 LENGTHS = (60, 90, 120)
 """mm to the right, front and top; spacings below divide them."""
 
@@ -49,7 +57,7 @@ def test_every_orientation_gives_the_same_picture(tmp_path, axes, signs, spacing
     nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "a.nii")
     path = tmp_path / "overlay.png"
     with open_volume(tmp_path / "a.nii") as volume:
-        write_planes_overlay(path, volume, inside.T.astype(np.uint8), CLASSES)
+        write(path, volume, inside.T.astype(np.uint8))
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
     # 480 px are 120 mm; beside each picture lie 4 px of black
     sizes = [(90, 60), (120, 60), (120, 90)]  # mm down and along: axial, coronal, sagittal
@@ -72,8 +80,6 @@ def test_every_orientation_gives_the_same_picture(tmp_path, axes, signs, spacing
 def test_without_lesions_the_middle_is_shown(tmp_path):
     nibabel.save(nibabel.Nifti1Image(np.zeros((6, 7, 8), np.int16), np.eye(4)), tmp_path / "a.nii")
     with open_volume(tmp_path / "a.nii") as volume:
-        write_planes_overlay(
-            tmp_path / "overlay.png", volume, np.zeros((8, 7, 6), np.uint8), CLASSES
-        )
+        write(tmp_path / "overlay.png", volume, np.zeros((8, 7, 6), np.uint8))
     with Image.open(tmp_path / "overlay.png") as picture:
         assert picture.size == (360 + 360 + 420 + 24, 480 + 35)

@@ -44,7 +44,7 @@ NIFTI = ("nifti",)
 FULL = "scale = [0.0, 1024.0]"
 
 
-def run(path, bundle, output, *, workers=1, outputs=None, **predict):
+def run(path, bundle, output, *, workers=1, outputs=(), **predict):
     options = {"precision": "fp32", "device": "cpu"} | predict
     settings = Settings(predict=PredictOptions(**options), export=ExportOptions(outputs=outputs))
     (job,) = plan_jobs([Path(path)], Path(output))

@@ -30,7 +30,7 @@ from wsi_pipeline.blend import (
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
-from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, iter_blocks
+from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, box_slices, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
 from wsi_pipeline.schedule import map_large_arrays
@@ -270,7 +270,7 @@ class BlockWorker(ABC):
         probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
         for first, probabilities in pieces:
             best, chosen = _best(probabilities)
-            part = tuple(slice(a, a + n) for a, n in zip(first, best.shape, strict=True))
+            part = box_slices(first, best.shape)
             mask[part] = chosen
             if probability is not None:
                 probability[part] = np.rint(best * PROBABILITY_ONE)

@@ -174,12 +174,11 @@ def estimate_files(
         tissue_px: mask pixels that patches cover.
     """
     vertices = tissue_px / PX_PER_VERTEX
-    outputs = export.outputs or ()
-    masks = 1 + ("tiff" in outputs) * (1 + (export.tiff == "asap"))
+    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
-    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in outputs)
+    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
     store = 90 + blocks  # patch grid with a thumbnail of 4,096 px, key and lock; the ledger
-    single = len(set(outputs) - {"zarr"}) + (export.tiff == "asap") + 1
+    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
     return int(disk), mask_files + store + single
 
 

@@ -7,7 +7,7 @@ pixels of the source at the resolution the network wants. Blocks count in pixels
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -131,6 +131,16 @@ class Block:
     def slices(self) -> tuple[slice, ...]:
         """Return the slices of the mask that the block owns."""
         return tuple(slice(a, b) for a, b in zip(self.start, self.stop, strict=True))
+
+
+def box_slices(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the slices of a box of some shape that begins at `start`.
+
+    Example:
+        >>> box_slices((2, 5), (3, 4))
+        (slice(2, 5, None), slice(5, 9, None))
+    """
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
 
 
 def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:

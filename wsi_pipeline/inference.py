@@ -17,6 +17,7 @@ import torch
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.grid import box_slices
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import Precision
@@ -179,10 +180,7 @@ class Predictor:
     def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
         """Return the probabilities of some patches, in one pass if they fit in."""
         size, count = self._bundle.input.patch_size, len(origins)
-        patches = [
-            region[tuple(slice(a, a + n) for a, n in zip(origin, size, strict=True))]
-            for origin in origins.tolist()
-        ]
+        patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
         # always full batches: on the way a patch is rounded differently in one of another size
         patches += [torch.zeros_like(patches[0])] * (self._batch - count)
         try:
@@ -327,7 +325,8 @@ class PatchCache:
         """Count a prediction that others may wait for."""
         with self._lock:
             self._bytes += prediction.nbytes
-            self._drop()
+            if self._bytes > self._max_bytes:  # what is needed no more goes with the block
+                self._drop()
 
     def _settle(self, failed: Iterable[int]) -> None:
         """Drop what a block was to make and has not, and what it was the last to need."""

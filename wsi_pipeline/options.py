@@ -87,7 +87,7 @@ class ExportOptions:
     """What is written from a finished mask, and how.
 
     Attributes:
-        outputs: which files to write; None = all of `OUTPUTS`.
+        outputs: which files to write; none named = all of `OUTPUTS`.
         ngff: version of the OME-Zarr mask.
         tiff: "ome" for QuPath; "asap" writes ASAP's kind beside it.
         simplify_um: root of the largest triangle that simplification may cut off, in µm; 0 = exact.
@@ -96,7 +96,7 @@ class ExportOptions:
         max_unreadable: share of the patches' area that may be unreadable; beyond, a slide fails.
     """
 
-    outputs: tuple[Output, ...] | None = None
+    outputs: tuple[Output, ...] = ()
     ngff: Ngff = "0.4"
     tiff: TiffKind = "ome"
     simplify_um: float = 1.0
@@ -158,7 +158,7 @@ class Settings:
             '--mask-mpp is for slides'
         """
         fitting = OUTPUTS[modality]
-        if wrong := [name for name in self.export.outputs or () if name not in fitting]:
+        if wrong := [name for name in self.export.outputs if name not in fitting]:
             return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
         if modality == "slide":
             return ""

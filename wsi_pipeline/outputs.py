@@ -24,7 +24,7 @@ from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import Output, Settings, as_plain
 from wsi_pipeline.paths import name_of, without_secrets
-from wsi_pipeline.report import Run
+from wsi_pipeline.report import RUN_FILE, Run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
 
@@ -44,6 +44,8 @@ FILES: dict[Output, str] = {
 }
 """The file of each output."""
 ASAP_FILE = "mask.asap.tif"
+OUTPUT_FILES = (*FILES.values(), ASAP_FILE)
+"""All that a run may write beside `run.json`."""
 UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
 """Class, after the bundle's own, of what patches cover and nothing can read."""
 NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
@@ -95,13 +97,18 @@ class Finished:
             simplify_um=self.settings.export.simplify_um,
             min_area_um2=self.settings.export.min_area_um2,
             namespace=f"{self.slide.fingerprint}/{self.bundle.weights_sha256}",
-            metadata={
-                "model": self.bundle.name,
-                "weights_sha256": self.bundle.weights_sha256,
-                "run": self.key,
-                "software": f"wsi_pipeline {version('wsi-pipeline')}",
-            },
+            metadata=made_by(self.bundle, self.key),
         )
+
+
+def made_by(bundle: Bundle, key: str) -> dict[str, str]:
+    """Return what each object tells of its origin; `key` is the run's."""
+    return {
+        "model": bundle.name,
+        "weights_sha256": bundle.weights_sha256,
+        "run": key,
+        "software": f"wsi_pipeline {version('wsi-pipeline')}",
+    }
 
 
 def write_outputs(finished: Finished) -> Run:
@@ -127,7 +134,7 @@ def write_outputs(finished: Finished) -> Run:
         "tiff": lambda path: _write_tiffs(path, finished, mask_path),
         "overlay": lambda path: _write_overlay(path, finished, mask_path),
     }
-    failures = write_each(writers, finished.settings.export.outputs or (), store.folder, clock)
+    failures = write_each(writers, finished.settings.export.outputs, store.folder, clock)
     return _describe(finished, ledger, clock, written[0] if written else NOTHING, failures)
 
 
@@ -186,7 +193,7 @@ def _bad_regions(finished: Finished, ledger: Ledger) -> tuple[Region, ...]:
 def drop_outputs(folder: Path) -> None:
     """Remove what an earlier run of another kind left, so that no file contradicts `run.json`."""
     # run.json first: without it nobody takes what comes next for another run's
-    for name in ("run.json", *FILES.values(), ASAP_FILE):
+    for name in (RUN_FILE, *OUTPUT_FILES):
         path = folder / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -320,7 +327,7 @@ def _finish_mask(store: RunStore, finished: Finished) -> Path:
         ome_zarr.build_pyramid(store.mask_path)
         if finished.bad:
             ome_zarr.name_classes(store.mask_path, finished.classes)
-        if "zarr" not in (finished.settings.export.outputs or ()):
+        if "zarr" not in finished.settings.export.outputs:
             return store.mask_path
         if store.finished_mask_path.is_dir():
             shutil.rmtree(store.finished_mask_path)

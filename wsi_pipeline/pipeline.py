@@ -49,7 +49,14 @@ from wsi_pipeline.options import (
     Settings,
     as_plain,
 )
-from wsi_pipeline.outputs import ASAP_FILE, FILES, Finished, drop_outputs, versions, write_outputs
+from wsi_pipeline.outputs import (
+    FILES,
+    OUTPUT_FILES,
+    Finished,
+    drop_outputs,
+    versions,
+    write_outputs,
+)
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
 from wsi_pipeline.remote import reaching, upload
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
@@ -570,7 +577,7 @@ def _finish(begun: _Begun, seconds: float) -> Run:
     run = write_outputs(begun.run) if isinstance(begun.run, Finished) else write_scan(begun.run)
     total = begun.seconds + seconds + time.perf_counter() - start
     run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
-    write_run_json(begun.job.folder / "run.json", run)
+    write_run_json(begun.job.folder / RUN_FILE, run)
     return run
 
 
@@ -583,7 +590,7 @@ def _move_home(job: Job) -> None:
     if job.target is None:
         return
     try:
-        upload(job.folder, job.target, last=RUN_FILE, replaced=[*FILES.values(), ASAP_FILE])
+        upload(job.folder, job.target, last=RUN_FILE, replaced=OUTPUT_FILES)
     except StoreError as error:
         raise StoreError(
             f"{error}; the outputs stay in {job.folder}, and the same command uploads them"
@@ -648,7 +655,7 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
 def _drop_what_is_old(begun: _Begun) -> None:
     """Remove what new outputs will replace or contradict, `run.json` in any case."""
     folder = begun.job.folder
-    path = folder / "run.json"
+    path = folder / RUN_FILE
     try:
         same = load_run(path).settings.get("key") == begun.run.key
     except StoreError:
@@ -666,9 +673,7 @@ def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE
     with reaching(folder):
-        if not path.is_file() or not all(
-            (folder / FILES[o]).exists() for o in export.outputs or ()
-        ):
+        if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
             return None
         run = load_run(path)
     wanted = {"key": key, "export": as_plain(export)}
@@ -721,7 +726,7 @@ def _plan(
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
         threads=threads or cpu_count(),
-        outlines="geojson" in (settings.export.outputs or ()),
+        outlines="geojson" in settings.export.outputs,
     )
 
 

@@ -27,6 +27,7 @@ from wsi_pipeline.options import OUTPUTS, Output, Settings, as_plain
 from wsi_pipeline.outputs import (
     NOTHING,
     Ledger,
+    made_by,
     seconds_of,
     versions,
     write_each,
@@ -75,7 +76,7 @@ def fitting_outputs(scan: Scan, settings: Settings) -> Settings:
     Raises:
         SourceError: it was asked for by name.
     """
-    outputs = settings.export.outputs or ()
+    outputs = settings.export.outputs
     if scan.backend == "pydicom" or "dicom" not in outputs:
         return settings
     if outputs not in OUTPUTS.values():
@@ -114,7 +115,7 @@ def plan_scan(
         block_shape=_block_shape(axes, prepared.step, settings),
         predict=settings.predict,
         threads=threads,
-        outlines="geojson" in (settings.export.outputs or ()),
+        outlines="geojson" in settings.export.outputs,
         prepared=prepared,
         frame=settings.select.series,
     )
@@ -184,12 +185,7 @@ class FinishedScan:
             simplify_um=0,
             min_area_um2=0,
             namespace=f"{self.scan.fingerprint}/{self.bundle.weights_sha256}",
-            metadata={
-                "model": self.bundle.name,
-                "weights_sha256": self.bundle.weights_sha256,
-                "run": self.key,
-                "software": f"wsi_pipeline {version('wsi-pipeline')}",
-            },
+            metadata=made_by(self.bundle, self.key),
             unit="mm^2" if self.scan.spacing_mm else "px^2",
         )
 
@@ -220,7 +216,7 @@ def write_scan(finished: FinishedScan) -> Run:
             "geojson": lambda path: written.append(write_polygons(path, finished, ledger, mask)),
             "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
         }
-        failures = write_each(writers, settings.export.outputs or (), plan.store.folder, clock)
+        failures = write_each(writers, settings.export.outputs, plan.store.folder, clock)
     run = Run(
         status="failed" if failures else "done",
         reason="; ".join(failures),

@@ -35,6 +35,13 @@ class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 
 
 bundle_argument = click.argument("location", metavar="BUNDLE")
+bundle_output_option = click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of the bundle; its name becomes the model's.",
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace a bundle that is there.")
 
 
@@ -112,13 +119,7 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
 
 @command.command("import")
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
-@click.option(
-    "--output",
-    "-o",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the bundle; its name becomes the model's.",
-)
+@bundle_output_option
 @click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
 @click.option(
     "--network", metavar="NAME", help="The network, for slides, where no bundle is like it."
@@ -188,13 +189,7 @@ def import_(
 
 @command.command("init")
 @bundle_argument
-@click.option(
-    "--output",
-    "-o",
-    required=True,
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of the bundle; its name becomes the model's.",
-)
+@bundle_output_option
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the weights.")
 @overwrite_option
 def init(location: str, output: Path, seed: int, overwrite: bool) -> None:

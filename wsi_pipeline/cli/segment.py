@@ -254,10 +254,6 @@ def command(
         reason = "--mpp-table is for slides"
     if reason:
         raise click.UsageError(f"{reason}; {bundle.name} is for {bundle.modality}s")
-    if options["mpp_table"] and bundle.modality != "slide":
-        raise click.UsageError(
-            f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s"
-        )
     table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
     target = output if is_remote(output) else None
     output = choose_work(output, work)
@@ -336,7 +332,7 @@ def _settings(options: dict[str, Any]) -> Settings:
             }
         ),
         export=ExportOptions(
-            outputs=options["outputs"],
+            outputs=options["outputs"] or (),
             ngff=options["ngff"],
             tiff=options["tiff"],
             simplify_um=options["simplify"],

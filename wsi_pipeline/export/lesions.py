@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.grid import Shape
+from wsi_pipeline.grid import Shape, box_slices
 
 SLAB = 1 << 24
 """Pixels labelled at once."""
@@ -224,7 +224,7 @@ def _diameters(
             corner = pieces.start[row].copy()
             corner[0] -= begin
             extent = pieces.stop[row] - pieces.start[row]
-            box = tuple(slice(a, a + n) for a, n in zip(corner, extent, strict=True))
+            box = box_slices(corner, extent)
             ends = _row_ends(labels[box] == row - first + 1) + pieces.start[row]
             points[int(pieces.lesion[row])].append(_outermost(ends))
     return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}

@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.lesions import Lesions
 from wsi_pipeline.export.overlay import write_overlay
-from wsi_pipeline.grid import Shape
+from wsi_pipeline.grid import Shape, box_slices
 from wsi_pipeline.sources.volume import Volume
 
 SIDE = 480
@@ -39,7 +39,7 @@ def write_planes_overlay(
     volume: Volume,
     mask: MaskLike,
     classes: Sequence[ClassInfo],
-    lesions: Sequence[Lesions] | None = None,
+    lesions: Sequence[Lesions],
 ) -> None:
     """Write a PNG of axial, coronal and sagittal slices through the largest lesion, outlined.
 
@@ -51,10 +51,8 @@ def write_planes_overlay(
         volume: that was segmented.
         mask: uint8 (z, y, x) class index.
         classes: in the mask's order; 0 is the background.
-        lesions: as `count_lesions` finds them, where they are counted already.
+        lesions: of the mask, as `count_lesions` finds them.
     """
-    if lesions is None:
-        lesions = count_lesions(mask, classes, volume.spacing_mm)
     at = _middle(lesions, volume.shape)
     axis_of, is_forward = _body_axes(volume.affine)
     window = volume.window
@@ -117,9 +115,7 @@ def _volume_reader(volume: Volume) -> Reader:
 
 
 def _mask_reader(mask: MaskLike) -> Reader:
-    return lambda start, shape: np.asarray(
-        mask[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))], np.float32
-    )
+    return lambda start, shape: np.asarray(mask[box_slices(start, shape)], np.float32)
 
 
 def _plane(read: Reader, shape: Shape, axis: int, at: int) -> npt.NDArray[np.float32]:

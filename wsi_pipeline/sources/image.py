@@ -12,7 +12,7 @@ import numpy.typing as npt
 import tifffile
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.grid import Shape
+from wsi_pipeline.grid import Shape, box_slices
 from wsi_pipeline.sources.backend import MAX_PIECE, check_size, one_line, sampled_digest
 from wsi_pipeline.sources.dicom import (
     burnt_in,
@@ -75,7 +75,7 @@ class Image:
             start: (y, x) of its first pixel.
             shape: (y, x) pixels.
         """
-        return as_meant(self.stored[_slices(start, shape)], self.slope, self.intercept)
+        return as_meant(self.stored[box_slices(start, shape)], self.slope, self.intercept)
 
     def close(self) -> None:
         """Do nothing: the file is closed already."""
@@ -274,7 +274,3 @@ def _pixels(dataset: Any, about: Mapping[str, str]) -> tuple[npt.NDArray[Any], f
     if pixels.shape[2] not in (1, 3):
         raise SourceError(f"{pixels.shape[2]} bands; expected grey or RGB")
     return pixels, 2.0**bits - 1 if pixels.dtype.kind == "u" else None, hidden
-
-
-def _slices(start: Shape, shape: Shape) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -88,8 +89,9 @@ def find_volumes(inputs: list[str], output: Path) -> list[Path]:
     found: dict[Path, None] = {}
     series: dict[tuple[Path, str], Path] = {}
     alone: dict[Path, bool] = {}
+    uid_of = cache(_series_uid)  # reads a header
     for path in find_images(inputs, output):
-        uid = _series_uid(path)
+        uid = uid_of(path)
         if uid is None:
             found[path] = None
             continue
@@ -98,7 +100,7 @@ def find_volumes(inputs: list[str], output: Path) -> list[Path]:
         if first is not path:
             continue
         if folder not in alone:
-            alone[folder] = len({_series_uid(p) for p in _iter_dicom(folder)}) == 1
+            alone[folder] = len({uid_of(p) for p in _iter_dicom(folder)}) == 1
         found[folder if alone[folder] else path] = None
     return list(found)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from wsi_pipeline.blend import Windows
 from wsi_pipeline.bundle import Bundle, InputSpec
 from wsi_pipeline.evaluation.metrics import IGNORE, Tally, class_figures, count_block
-from wsi_pipeline.grid import Block, PatchGrid, Shape, iter_blocks
+from wsi_pipeline.grid import Block, PatchGrid, Shape, box_slices, iter_blocks
 from wsi_pipeline.training.samples import Sample
 
 REGION = {2: 1024, 3: 256}
@@ -176,7 +176,7 @@ def predict(
     chances = torch.zeros(1 if sigmoid else len(bundle.classes), *grid.shape)
     weights = torch.zeros(grid.shape)
     for origin in map(tuple, grid.origins.tolist()):
-        place = tuple(slice(a, a + n) for a, n in zip(origin, spec.patch_size, strict=True))
+        place = box_slices(origin, spec.patch_size)
         patch = normalise(padded[(slice(None), *place)][None].to(device), spec)
         answer = network(patch)
         if said is not None and bundle.labels:

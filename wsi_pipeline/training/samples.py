@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from wsi_pipeline.errors import RecipeError, WsiPipelineError
 from wsi_pipeline.evaluation.areas import AreaReader, load_areas
 from wsi_pipeline.evaluation.metrics import IGNORE
 from wsi_pipeline.evaluation.sides import AREA_SUFFIXES, Canvas
-from wsi_pipeline.grid import Shape
+from wsi_pipeline.grid import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
 from wsi_pipeline.training.pictures import Read, read_picture, read_scan
@@ -138,7 +138,7 @@ class Decoded:
     def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
         """Return (C, *shape) and (*shape), as in `Source`."""
         image, truth = self.cache.get(self.path, self.load)
-        window = _window(origin, shape)
+        window = box_slices(origin, shape)
         return image[(slice(None), *window)], truth[window]
 
     def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
@@ -332,7 +332,3 @@ def _index(name: str, recipe: Recipe) -> int:
 
 def _label(spec: DataSpec, recipe: Recipe) -> int | None:
     return None if spec.label is None else recipe.bundle.labels.index(spec.label)
-
-
-def _window(origin: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(origin, shape, strict=True))
