@@ -10,6 +10,7 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from PIL import Image
 from skimage.data import immunohistochemistry
 
 from wsi_pipeline import PatchGrid, open_source
@@ -175,3 +176,33 @@ def test_the_gpu_benchmark_counts_patches(work, tmp_path):
     (path,) = tmp_path.glob("*.json")
     (facts,) = json.loads(path.read_text("utf-8"))["rounds"]
     assert facts["patches"] == 2 * SIDE // 512
+
+
+def test_trained_networks_are_compared_by_patient(tmp_path):
+    workflows = BENCHMARKS.parent / "workflows/train"
+    pixels = {"A": [[60, 10], [10, 20]], "B": [[50, 0], [30, 20]]}  # rows true, columns predicted
+    pairs = []
+    for recipe, shift in (("bcss-compare.toml", 0), ("bcss-compare-unet.toml", 10)):
+        for patient, ((rest, over), (missed, found)) in pixels.items():
+            fold = tmp_path / recipe / ".training" / f"without_{patient}"
+            fold.mkdir(parents=True)
+            counts = {"pixels": [[rest, over], [missed - shift, found + shift]], "labels": []}
+            (fold / "held_out.json").write_text(json.dumps({patient: counts}), "utf-8")
+            rows = ["step,loss,held_out_dice", "20,1.5,", "40,1.25,0.5"]
+            (fold / "history.csv").write_text("\n".join(rows), "utf-8")
+        pairs.append(f"{workflows / recipe}={tmp_path / recipe}")
+    output = tmp_path / "compared"
+    run = start("compare_training.py", *pairs, "--output", output)
+    assert run.returncode == 0, run.stderr
+    said = output.with_suffix(".md").read_text("utf-8")
+    assert said.strip() == run.stdout.strip()
+    # 2 · found / (2 · found + over + missed), found / (found + over + missed), by hand
+    assert "| A | 0.667 | 0.500 | 0.857 | 0.750 | 0.462 |" in said
+    assert "| B | 0.571 | 0.400 | 0.750 | 0.600 | 0.667 |" in said
+    assert "| **mean** | **0.619** | **0.450** | **0.804** | **0.675** | 0.564 |" in said
+    assert "- lightmuseg (7.05 M): Dice 0.615 (0.571 to 0.667), IoU 0.444 (0.400 to 0.500)" in said
+    assert "- unet (31.04 M): Dice 0.800 (0.750 to 0.857)" in said
+    with Image.open(output.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+    nothing = f"{workflows / 'bcss-compare.toml'}={tmp_path}"
+    assert "no held-out patient" in start("compare_training.py", nothing, "--output", output).stderr

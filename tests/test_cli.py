@@ -1,8 +1,10 @@
 """Exit codes and messages; what commands do is tested with the modules they call."""
 
+import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from bundles import pointwise_bundle
 from click.testing import CliRunner
 
 from wsi_pipeline.cli import COMMANDS, group
+from wsi_pipeline.cli.progress import new_bar
 
 ROOT = Path(__file__).parents[1]
 
@@ -203,3 +206,19 @@ def test_the_demo_makes_its_own_slide_where_there_is_no_other(tmp_path, monkeypa
     assert {"overlay.png", "annotations.geojson", "report.html"} <= {p.name for p in shown}
     run = json.loads((output / "demo slide" / "run.json").read_text("utf-8"))
     assert run["slide"]["size"] == [2048, 2048]
+
+
+@pytest.mark.parametrize(("terminal", "most"), [(True, 1000), (False, 3)])
+def test_a_bar_leaves_few_states_in_a_file(monkeypatch, terminal, most):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr("sys.stderr", written)
+    bar = new_bar("slide", total=50, initial=0, unit="blocks", quiet=False)
+    for _ in range(50):
+        time.sleep(0.01)
+        bar.update(1)
+    bar.close()
+    states = written.getvalue().count("slide:")
+    assert 1 < states <= most
+    assert (states > 3) == terminal
+    assert "50/50" in written.getvalue()

@@ -37,7 +37,7 @@ from wsi_pipeline.training.augment import augment, blur, empty_glass, vary_contr
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
-from wsi_pipeline.training.measure import Judged, accuracy, measure, predict, scores_of
+from wsi_pipeline.training.measure import Judged, accuracy, mean_dice, measure, predict, scores_of
 from wsi_pipeline.training.recipe import AugmentSpec, Recipe, SplitSpec, load_recipe
 from wsi_pipeline.training.samples import IGNORE, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
@@ -202,6 +202,11 @@ def test_a_recipe_holds_what_its_file_says(recipe: Recipe) -> None:
         ("steps = 3", 'loss = "mse"', "loss 'mse' is none of"),
         ("steps = 3", "balance = 2", "must lie between 0 and 1"),
         ("[train]", "[split]\nfolds = 1\n[train]", "split.folds must be 0 or at least 2"),
+        (
+            "[train]",
+            '[split]\nwatch = "no"\n[train]',
+            "split.watch is .no.; expected true",
+        ),
         ('patient = "A"', 'patient = "A"\npatients = "A"', "'patient' or 'patients', or has both"),
         ('patient = "A"', 'patients = "("', "no regular expression"),
         ('masks = "A/masks"', "", "lacks 'masks' or 'annotations'"),
@@ -1010,6 +1015,22 @@ def test_the_best_weights_are_kept_and_a_training_without_progress_ends(
         assert torch.equal(tensor, kept[1][name]), name
 
 
+def test_held_out_patients_are_watched_and_nothing_follows_from_it(
+    recipe: Recipe, samples: list[Sample], folder: Path
+) -> None:
+    recipe = changed(recipe, steps=6, validate_every=2)
+    plain = fit(recipe, learner(samples[:2]))
+    watched = fit(recipe, learner(samples[:2]), watched=samples[2:])
+    assert_same_weights(plain.network, watched.network)
+    looks = {r["step"]: r["held_out_dice"] for r in watched.history if "held_out_dice" in r}
+    assert list(looks) == [2, 4, 6]
+    assert looks[6] == mean_dice(measure(plain.network, recipe.bundle, samples[2:]), recipe.bundle)
+    write_history(folder, watched.history)
+    with (folder / "history.csv").open(newline="") as file:
+        told = [row["held_out_dice"] for row in csv.DictReader(file)]
+    assert told == [str(looks[step]) for step in (2, 4, 6)]
+
+
 def test_history_tells_how_often_labels_are_right(
     folder: Path, saying: Recipe, samples: list[Sample]
 ) -> None:
@@ -1199,6 +1220,18 @@ def test_the_command_measures_by_patient_and_writes_a_bundle(folder: Path) -> No
     assert "holds a training by another recipe, or on other data" in said
     run_train(folder, "--folds", "none", "--overwrite")
     assert (folder / "bundle/model.safetensors").read_bytes() != before
+
+
+def test_each_fold_has_the_curve_of_its_held_out_patient(folder: Path) -> None:
+    text = (folder / "recipe.toml").read_text("utf-8")
+    (folder / "recipe.toml").write_text(f"{text}\n[split]\nwatch = true\n", "utf-8")
+    printed = run_train(folder, "--folds", "B")
+    (path,) = (folder / "bundle/.training").glob("without_B-*/history.csv")
+    with path.open(encoding="utf-8", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert f"Dice {float(last['held_out_dice']):.3f}" in printed
+    with (folder / "bundle/history.csv").open(encoding="utf-8", newline="") as file:
+        assert not any(row["held_out_dice"] for row in csv.DictReader(file))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
+
+SECONDS_IN_FILES = 60.0
+"""Between two states of a bar in the log of a batch job: a night of them stays readable."""
+
+
+def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> Any:
+    """Return a bar on stderr, redrawn at once on a terminal, and seldom in a file.
+
+    Args:
+        name: that is drawn before it.
+        total: what there is to do.
+        initial: what was done before, which does not count for the rate.
+        unit: what is counted.
+        quiet: draw nothing.
+    """
+    seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_FILES
+    return tqdm(
+        desc=name,
+        total=total,
+        initial=initial,
+        unit=f" {unit}",
+        disable=quiet,
+        mininterval=seconds,
+        maxinterval=max(10.0, seconds),
+    )
 
 
 class Bars:
@@ -29,8 +55,8 @@ class Bars:
             if self._bar is None or (name != self._name and self._bar.n >= self._bar.total):
                 self.close()
                 self._name = name
-                self._bar = tqdm(
-                    desc=name, total=total, initial=done, unit=f" {self._unit}", disable=self._quiet
+                self._bar = new_bar(
+                    name, total=total, initial=done, unit=self._unit, quiet=self._quiet
                 )
             if name == self._name:
                 self._bar.update(done - self._bar.n)

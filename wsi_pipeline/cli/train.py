@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from wsi_pipeline.cli.options import output_option, overwrite_option
+from wsi_pipeline.cli.progress import new_bar
 
 
 @click.command()
@@ -94,14 +95,11 @@ class Bar:
 
     def show(self, name: str, done: int, total: int, loss: float, best: float | None) -> None:
         """Show how far a training is."""
-        from tqdm import tqdm
-
         if self._bar is None or name != self._name:
             self.close()
             self._name = name
-            # where a killed training goes on, steps done before do not count for the rate
-            self._bar = tqdm(
-                desc=name, total=total, initial=done - 1, unit=" steps", disable=self._quiet
+            self._bar = new_bar(
+                name, total=total, initial=done - 1, unit="steps", quiet=self._quiet
             )
         told = {"loss": f"{loss:.3f}"} | ({} if best is None else {"Dice": f"{best:.3f}"})
         self._bar.set_postfix(told, refresh=False)

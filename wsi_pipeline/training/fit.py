@@ -85,8 +85,8 @@ class Fitted:
 
     Attributes:
         network: with averaged weights, on the CPU, in eval mode.
-        history: a row every few steps: step, loss, learning_rate, validation_dice, and
-            validation_accuracy of a network that classifies.
+        history: a row every few steps: step, loss, learning_rate, validation_dice,
+            validation_accuracy of a network that classifies, and held_out_dice.
     """
 
     network: nn.Module
@@ -137,6 +137,7 @@ def fit(
     learner: Learner,
     *,
     validation: Sequence[Sample] = (),
+    watched: Sequence[Sample] = (),
     fabric: Fabric | None = None,
     data_dir: Path | None = None,
     folder: Path | None = None,
@@ -152,6 +153,7 @@ def fit(
         learner: what to learn from.
         validation: of other patients: the weights that do best on them are kept, and the training
             ends when they do no better for long.
+        watched: of held-out patients, judged as often, for the history alone.
         fabric: from `open_fabric`; None = the CPU.
         data_dir: where `train.encoder` lies, where the recipe names one.
         folder: for checkpoints; what lies there is gone on from. None = without.
@@ -198,10 +200,14 @@ def fit(
             average.update_parameters(network)
             at.step += 1
             loss, is_last = at.losses[-1], at.step == spec.steps
-            is_look = bool(validation) and (is_last or at.step % spec.validate_every == 0)
+            is_due = is_last or at.step % spec.validate_every == 0
+            is_look = bool(validation or watched) and is_due
             if is_last or is_look or at.step % LOG_EVERY == 0:
                 _log(at, rate)
-            if is_look:
+            if is_look and watched:
+                seen = measure(_ready(average), recipe.bundle, watched)
+                at.history[-1]["held_out_dice"] = mean_dice(seen, recipe.bundle)
+            if is_look and validation:
                 judged = measure(_ready(average), recipe.bundle, validation)
                 if recipe.bundle.labels:
                     at.history[-1]["validation_accuracy"] = accuracy(judged)

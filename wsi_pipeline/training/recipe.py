@@ -43,7 +43,8 @@ class TrainSpec:
         encoder: file with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
         precision: of the forward pass; weights and their updates stay fp32.
-        validate_every: steps between two looks at the validation patients, where there are any.
+        validate_every: steps between two looks at the validation patients, where there are any, and
+            at the held-out ones, with `split.watch`.
         patience: looks without a better Dice after which the training ends; 0 = never.
         checkpoint_every: steps between two checkpoints, from which a killed training goes on.
         seed: of everything random.
@@ -100,15 +101,20 @@ class SplitSpec:
         folds: groups of patients, each held out once; 0 = every patient for himself.
         validation: share of the patients learnt from, but one at least, that are left out of the
             learning to choose the best weights by and to stop early; 0 = none.
+        watch: whether the held-out patients are judged every `validate_every` steps too, for the
+            curve alone: nothing is chosen by it.
     """
 
     folds: int = 0
     validation: float = 0.0
+    watch: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         if self.folds < 0 or self.folds == 1 or not 0 <= self.validation < 1:
             raise ValueError("split.folds must be 0 or at least 2, split.validation 0 to below 1")
+        if not isinstance(self.watch, bool):
+            raise ValueError(f"split.watch is {self.watch!r}; expected true or false")
 
 
 @dataclass(frozen=True, kw_only=True)

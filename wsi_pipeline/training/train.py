@@ -88,7 +88,7 @@ def train(
             _open_state(output / STATE, key, overwrite=overwrite)
         fabric.barrier()
 
-        def learn(name: str, own: Sequence[Sample]) -> Fitted:
+        def learn(name: str, own: Sequence[Sample], held_out: Sequence[Sample] = ()) -> Fitted:
             learning, validation = leave_out_validation(
                 own, recipe.split.validation, seed=recipe.train.seed
             )
@@ -98,6 +98,7 @@ def train(
                 recipe,
                 Learner(samples=learning, surveys=[surveys[s] for s in learning]),
                 validation=validation,
+                watched=held_out if recipe.split.watch else (),
                 fabric=fabric,
                 data_dir=data_dir,
                 folder=folder,
@@ -119,7 +120,7 @@ def train(
 
 
 def _judged(
-    recipe: Recipe, split: Split, learn: Callable[[str, Sequence[Sample]], Fitted], folder: Path
+    recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
 ) -> dict[str, Judged]:
     """Return the counts of a split's patients, from an earlier call where it got that far."""
     name = f"without {split.name}"
@@ -127,7 +128,7 @@ def _judged(
     if path.is_file():
         held = json.loads(path.read_text("utf-8"))
         return {patient: _from_json(counts) for patient, counts in held.items()}
-    fitted = learn(name, split.train)
+    fitted = learn(name, split.train, split.test)
     judged = measure(fitted.network, recipe.bundle, split.test)
     for patient, found in judged.items():
         for class_name, score in scores_of(found.pixels, recipe.bundle).items():

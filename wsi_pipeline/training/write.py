@@ -26,6 +26,8 @@ WEIGHTS = "model.safetensors"
 MANY = 60
 """Patients above which the card does not list them."""
 HISTORY, CURVES = "history.csv", "curves.png"
+LOOKS = {"validation_dice": "validation patients", "held_out_dice": "held-out patients"}
+"""Columns of the history that hold a Dice, and whose."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,10 +73,10 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
     Args:
         folder: of the files.
-        history: rows of step, loss, learning_rate, and validation_dice and validation_accuracy
-            where they were taken.
+        history: rows of step, loss, learning_rate, and validation_dice, validation_accuracy and
+            held_out_dice where they were taken.
     """
-    columns = ("step", "loss", "learning_rate", "validation_dice", "validation_accuracy")
+    columns = ("step", "loss", "learning_rate", *LOOKS, "validation_accuracy")
     buffer = io.StringIO(newline="")
     table = csv.DictWriter(buffer, columns, restval="")
     table.writeheader()
@@ -93,12 +95,17 @@ def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     axes = figure.subplots()
     axes.plot([row["step"] for row in history], [row["loss"] for row in history], color="#4575b4")
     axes.set(xlabel="step", ylabel="loss")
-    looks = [row for row in history if "validation_dice" in row]
-    if looks:
+    looks = {
+        whose: [(row["step"], row[column]) for row in history if column in row]
+        for column, whose in LOOKS.items()
+    }
+    if any(looks.values()):
         right = axes.twinx()
-        steps, dice = zip(*((row["step"], row["validation_dice"]) for row in looks), strict=True)
-        right.plot(steps, dice, color="#d73027", marker="o")
-        right.set(ylabel="Dice of the validation patients", ylim=(0, 1))
+        for (whose, dice), color in zip(looks.items(), ("#d73027", "#1a9850"), strict=True):
+            if dice:
+                right.plot(*zip(*dice, strict=True), color=color, marker="o", label=whose)
+        right.set(ylabel="Dice", ylim=(0, 1))
+        right.legend(loc="lower left")
     figure.savefig(path, format="png", dpi=120)
 
 
