@@ -1015,6 +1015,17 @@ def test_the_best_weights_are_kept_and_a_training_without_progress_ends(
         assert torch.equal(tensor, kept[1][name]), name
 
 
+def test_crops_made_by_several_threads_are_the_same(
+    recipe: Recipe, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, steps=6)
+    plain = fit(recipe, learner(samples))
+    monkeypatch.setattr("wsi_pipeline.training.fit._crop_threads", lambda fabric: 4)
+    threaded = fit(recipe, learner(samples))
+    assert_same_weights(plain.network, threaded.network)
+    assert threaded.history == plain.history
+
+
 def test_held_out_patients_are_watched_and_nothing_follows_from_it(
     recipe: Recipe, samples: list[Sample], folder: Path
 ) -> None:

@@ -188,9 +188,10 @@ def fit(
         ]
 
     steps = cast(
-        "Steps[list[Batch]]", map_in_threads(batches, range(at.step, spec.steps), threads=1)
+        "Steps[list[Batch]]",
+        map_in_threads(batches, range(at.step, spec.steps), threads=_crop_threads(fabric)),
     )
-    with closing(steps):  # one thread makes the next crops while the network learns from these
+    with closing(steps):  # the next crops are made while the network learns from these
         for parts in steps:
             if spec.patience and at.stale >= spec.patience:
                 break
@@ -350,6 +351,15 @@ def learn(
     fabric.clip_gradients(model, optimizer, max_norm=LARGEST_GRADIENT)
     optimizer.step()
     return total
+
+
+def _crop_threads(fabric: Fabric) -> int | None:
+    """Return how many threads make crops; None = as many as there are cores.
+
+    A GPU is through with a batch several times faster than one core makes the next. On a CPU the
+    network needs the cores.
+    """
+    return 1 if fabric.device.type == "cpu" else None
 
 
 def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:
