@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Settings,
     )
     from wsi_pipeline.pipeline import segment, segment_all, tile
+    from wsi_pipeline.reexport import export_again
     from wsi_pipeline.report import Run, load_run
     from wsi_pipeline.schedule import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
@@ -55,6 +56,7 @@ __all__ = [
     "StoreError",
     "StoredGrid",
     "WsiPipelineError",
+    "export_again",
     "find_slides",
     "load_bundle",
     "load_run",
@@ -80,6 +82,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
             "ExportOptions", "PredictOptions", "ScheduleOptions", "SelectOptions", "Settings",
         ),
         "pipeline": ("segment", "segment_all", "tile"),
+        "reexport": ("export_again",),
         "report": ("Run", "load_run"),
         "schedule": ("open_cluster",),
         "sources": ("Slide", "SlideView", "open_source"),

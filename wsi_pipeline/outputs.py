@@ -22,7 +22,7 @@ from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
-from wsi_pipeline.options import Output, Settings, as_plain
+from wsi_pipeline.options import Frame, Output, Settings, TiffKind, as_plain
 from wsi_pipeline.paths import name_of, without_secrets
 from wsi_pipeline.report import RUN_FILE, Run
 from wsi_pipeline.sources import Slide
@@ -97,15 +97,20 @@ class Finished:
             simplify_um=self.settings.export.simplify_um,
             min_area_um2=self.settings.export.min_area_um2,
             namespace=f"{self.slide.fingerprint}/{self.bundle.weights_sha256}",
-            metadata=made_by(self.bundle, self.key),
+            metadata=made_by(model_facts(self.bundle), self.key),
         )
 
 
-def made_by(bundle: Bundle, key: str) -> dict[str, str]:
-    """Return what each object tells of its origin; `key` is the run's."""
+def model_facts(bundle: Bundle) -> dict[str, str]:
+    """Return what `run.json` says of a model."""
+    return {"name": bundle.name, "weights_sha256": bundle.weights_sha256}
+
+
+def made_by(model: Mapping[str, str], key: str) -> dict[str, str]:
+    """Return what each object tells of its origin; `model` and `key` are the run's."""
     return {
-        "model": bundle.name,
-        "weights_sha256": bundle.weights_sha256,
+        "model": model["name"],
+        "weights_sha256": model["weights_sha256"],
         "run": key,
         "software": f"wsi_pipeline {version('wsi-pipeline')}",
     }
@@ -131,7 +136,13 @@ def write_outputs(finished: Finished) -> Run:
         "geojson": lambda path: written.append(
             write_polygons(path, finished, ledger, ome_zarr.open_mask(mask_path))
         ),
-        "tiff": lambda path: _write_tiffs(path, finished, mask_path),
+        "tiff": lambda path: write_tiffs(
+            path,
+            mask_path,
+            finished.dialect(),
+            name=Path(name_of(finished.slide.path)).stem,
+            kind=finished.settings.export.tiff,
+        ),
         "overlay": lambda path: _write_overlay(path, finished, mask_path),
     }
     failures = write_each(writers, finished.settings.export.outputs, store.folder, clock)
@@ -219,7 +230,7 @@ def _describe(
         status="failed" if failures else "done",
         reason="; ".join(failures),
         slide=slide_facts(slide),
-        model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
+        model=model_facts(bundle),
         settings={
             "key": finished.key,
             **settings.as_plain(),
@@ -239,10 +250,7 @@ def _describe(
         colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
         tissue_mm2=float(stored.tissue.sum() * fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6),
         regions=written.regions,
-        frame={
-            "for": settings.export.frame,
-            "offset": [crop.x, crop.y] if crop else [0, 0],
-        },
+        frame=frame_facts(settings.export.frame, crop),
         bad_regions=[asdict(region) for region in finished.bad],
         warnings=[*finished.slide.doubts, *_warnings(finished, written)],
     )
@@ -296,29 +304,40 @@ def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:
     )
 
 
-def _write_tiffs(path: Path, finished: Finished, mask_path: Path) -> None:
-    plan, crop, box = finished.plan, finished.crop, None
+def write_tiffs(
+    path: Path, mask_path: Path, dialect: geojson.Dialect, *, name: str, kind: TiffKind
+) -> None:
+    """Write a mask as OME-TIFF, cropped as the dialect says, and as ASAP's kind where wanted.
+
+    Args:
+        path: of the OME-TIFF; ASAP's lies beside it.
+        mask_path: of the finished OME-Zarr.
+        dialect: says classes, resolution and crop.
+        name: of the image.
+        kind: "asap" writes both.
+    """
     mask, *reduced = ome_zarr.open_levels(mask_path)
+    crop, box = dialect.crop, None
     if crop is not None:
-        y, x = plan.mask_downsample
+        x, y = dialect.downsample
         top, left = round(crop.y / y), round(crop.x / x)
         height, width = (
-            min(round(crop.height / y), plan.mask_shape[0] - top),
-            min(round(crop.width / x), plan.mask_shape[1] - left),
+            min(round(crop.height / y), mask.shape[0] - top),
+            min(round(crop.width / x), mask.shape[1] - left),
         )
         box = (top, left, height, width)
     ome_tiff.write_ome_tiff(
         path,
         mask,
-        classes=finished.classes,
-        mask_mpp=plan.mask_mpp,
+        classes=dialect.classes,
+        mask_mpp=dialect.mask_mpp,
         crop=box,
-        name=Path(name_of(finished.slide.path)).stem,
+        name=name,
         reduced=reduced,
     )
-    if finished.settings.export.tiff == "asap":
+    if kind == "asap":
         asap_path = path.with_name(ASAP_FILE)
-        ome_tiff.write_asap_tiff(asap_path, mask, mask_mpp=plan.mask_mpp, reduced=reduced)
+        ome_tiff.write_asap_tiff(asap_path, mask, mask_mpp=dialect.mask_mpp, reduced=reduced)
 
 
 def _finish_mask(store: RunStore, finished: Finished) -> Path:
@@ -333,6 +352,11 @@ def _finish_mask(store: RunStore, finished: Finished) -> Path:
             shutil.rmtree(store.finished_mask_path)
         os.replace(store.mask_path, store.finished_mask_path)
     return store.finished_mask_path
+
+
+def frame_facts(frame: Frame, crop: Region | None) -> dict[str, Any]:
+    """Return what `run.json` says of the frame of polygons and TIFF."""
+    return {"for": frame, "offset": [crop.x, crop.y] if crop else [0, 0]}
 
 
 def slide_facts(slide: Slide) -> dict[str, Any]:

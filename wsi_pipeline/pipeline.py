@@ -109,8 +109,6 @@ Progress = Callable[[int, int], None]
 DEFAULTS = Settings()
 SLIDES_AT_ONCE = 32
 """Whose blocks a cluster elsewhere has at a time: small slides would starve it one by one."""
-BLOCK_SIZE = 2048
-"""Side of a block where nothing else is asked for: larger ones take memory and save no time."""
 
 
 def segment(
@@ -721,22 +719,13 @@ def _plan(
         mask_shape=shape,
         mask_downsample=downsample,
         mask_mpp=(downsample[1] * slide.mpp[0], downsample[0] * slide.mpp[1]),
-        block_shape=(_block_size(settings),) * 2,
+        block_shape=(ome_zarr.block_side(settings.predict.block_size, settings.export.ngff),) * 2,
         predict=settings.predict,
         roi=settings.select.roi.absolute() if settings.select.roi else None,
         roi_offset=frame_offset(slide, settings.select.frame),
         threads=threads or cpu_count(),
         outlines="geojson" in settings.export.outputs,
     )
-
-
-def _block_size(settings: Settings) -> int:
-    """Return the side of a block: whole chunks of the mask, or whole shards."""
-    unit = ome_zarr.SHARD if settings.export.ngff == "0.5" else ome_zarr.CHUNK
-    size = settings.predict.block_size or max(unit, BLOCK_SIZE)
-    if size % unit:
-        raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
-    return size
 
 
 def _ensure_mask(plan: SlidePlan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:

@@ -28,6 +28,7 @@ from wsi_pipeline.outputs import (
     NOTHING,
     Ledger,
     made_by,
+    model_facts,
     seconds_of,
     versions,
     write_each,
@@ -185,7 +186,7 @@ class FinishedScan:
             simplify_um=0,
             min_area_um2=0,
             namespace=f"{self.scan.fingerprint}/{self.bundle.weights_sha256}",
-            metadata=made_by(self.bundle, self.key),
+            metadata=made_by(model_facts(self.bundle), self.key),
             unit="mm^2" if self.scan.spacing_mm else "px^2",
         )
 

@@ -16,6 +16,7 @@ from wsi_pipeline.errors import WsiPipelineError
 COMMANDS = {
     "segment": "Segment slides: masks, QuPath polygons, reports.",
     "status": "Show how far the slides of an output folder are.",
+    "export": "Write polygons and TIFFs again with other settings.",
     "tile": "Write slides as zarr patch grids.",
     "info": "Show what a slide file says about itself.",
     "check-geojson": "Would QuPath import this GeoJSON? Say why not, and mend it.",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
-from wsi_pipeline.options import Frame, SelectOptions
+from wsi_pipeline.options import Frame, Output, SelectOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,6 +51,26 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
             self.fail(f"{without_secrets(value)} is a URL; expected a folder here", param, ctx)
         # other machines write there, too
         return as_path(value, use_listings_cache=False)
+
+
+class OutputsChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """A comma-separated list of outputs.
+
+    Args:
+        choices: that there are.
+    """
+
+    def __init__(self, choices: Sequence[Output]) -> None:
+        self._choices = choices
+        self.name = ",".join(choices)
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Output, ...]:
+        """Return the outputs, each once."""
+        names: Any = value if isinstance(value, tuple) else str(value).split(",")
+        for name in names:
+            if name not in self._choices:
+                self.fail(f"{name!r} is none of {', '.join(self._choices)}", param, ctx)
+        return tuple(dict.fromkeys(names))
 
 
 series_option = click.option(

@@ -16,6 +16,7 @@ import click
 
 from wsi_pipeline.cli.options import (
     OutputChoice,
+    OutputsChoice,
     choose_work,
     inputs_argument,
     overwrite_option,
@@ -109,20 +110,6 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
             self.fail(str(error), param, ctx)
 
 
-class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A comma-separated list of outputs."""
-
-    name = ",".join(get_args(Output))
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Output, ...]:
-        """Return the outputs, each once."""
-        names: Any = value if isinstance(value, tuple) else str(value).split(",")
-        for name in names:
-            if name not in get_args(Output):
-                self.fail(f"{name!r} is none of {', '.join(get_args(Output))}", param, ctx)
-        return tuple(dict.fromkeys(names))
-
-
 @click.command()
 @inputs_argument
 @click.option("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
@@ -169,7 +156,7 @@ class Outputs(click.ParamType):  # type: ignore[type-arg]  # generic since click
 )
 @click.option(
     "--outputs",
-    type=Outputs(),
+    type=OutputsChoice(get_args(Output)),
     help="What to write  [default: all that there is for the model's modality]",
 )
 @click.option(

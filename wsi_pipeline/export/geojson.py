@@ -30,6 +30,8 @@ MANY_REGIONS = 10_000
 """From here on regions are detections, which QuPath paints and edits faster than annotations."""
 MANY_VERTICES = 1_000_000
 """Above this QuPath takes more than some seconds to import a file."""
+LEFT_OUT = "left out: invalid"
+"""How the sentence of a polygon ends that could not be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,7 @@ def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[n
     ]
     for shape in shapes[[not of_shape for of_shape in parts]]:
         x, y = shape.bounds[:2]
-        dropped.append(f"a polygon of {shape.area:.2f} px² at ({x:.2f}, {y:.2f}) left out: invalid")
+        dropped.append(f"a polygon of {shape.area:.2f} px² at ({x:.2f}, {y:.2f}) {LEFT_OUT}")
         logger.warning("%s", dropped[-1])
     mended = np.array([part for of_shape in parts for part in of_shape], object)
     return mended, np.repeat(np.arange(len(parts)), [len(of_shape) for of_shape in parts])

@@ -19,6 +19,7 @@ from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
 from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes, map_in_threads
 from wsi_pipeline.grid import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
@@ -27,12 +28,31 @@ CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""
 SHARD = 4096
 """Side of a shard of NGFF 0.5: 16 chunks in one file, written by one writer at a time."""
+BLOCK = 2048
+"""Side of a block where nothing else is asked for: larger ones take memory and save no time."""
 AXES = ("y", "x")
 CONFIG: Any = {"write_empty_chunks": True}
 """Not to look for empty chunks: zarr's look takes several times as long as compressing them."""
 
 MaskArray: TypeAlias = "zarr.Array[Any]"
 Mask = npt.NDArray[np.uint8]
+
+
+def block_side(wanted: int | None, ngff: Ngff) -> int:
+    """Return the side of a block in px: whole chunks of the mask, or whole shards.
+
+    Args:
+        wanted: the side asked for; None = the usual.
+        ngff: version of the mask.
+
+    Raises:
+        StoreError: not a multiple.
+    """
+    unit = SHARD if ngff == "0.5" else CHUNK
+    side = wanted or max(unit, BLOCK)
+    if side % unit:
+        raise StoreError(f"--block-size {side} is not a multiple of {unit}, the mask's chunk")
+    return side
 
 
 def create_mask(
@@ -105,6 +125,14 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
 def open_levels(path: Path) -> list[MaskArray]:
     """Open all levels of a finished OME-Zarr mask; return them, the whole one first."""
     return [open_mask(path, level=i) for i in range(len(level_shapes(open_mask(path).shape)))]
+
+
+def read_mpp(path: Path) -> tuple[float, float]:
+    """Return (x, y) µm per pixel of an OME-Zarr mask's level 0."""
+    attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
+    level = attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
+    y, x = level["coordinateTransformations"][0]["scale"]
+    return x, y
 
 
 def read_mask(path: Path, shape: Shape) -> Mask:

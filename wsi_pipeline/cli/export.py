@@ -1,0 +1,101 @@
+"""`wsi-pipeline export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from wsi_pipeline.cli.options import OutputsChoice
+from wsi_pipeline.options import Frame, TiffKind
+
+
+@click.command()
+@click.argument(
+    "folders",
+    metavar="RUN_DIR...",
+    nargs=-1,
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option(
+    "--outputs",
+    type=OutputsChoice(("tiff", "geojson", "overlay")),
+    help="To write besides those that are there.",
+)
+@click.option(
+    "--tiff",
+    type=click.Choice(get_args(TiffKind)),
+    help="asap writes ASAP's kind beside the OME-TIFF.",
+)
+@click.option(
+    "--simplify",
+    "simplify_um",
+    type=click.FloatRange(min=0),
+    help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
+)
+@click.option(
+    "--min-area",
+    "min_area_um2",
+    type=click.FloatRange(min=0),
+    help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
+)
+@click.option(
+    "--for",
+    "frame",
+    type=click.Choice(get_args(Frame)),
+    help="Whose origin polygons and TIFF have on slides with bounds.",
+)
+@click.pass_context
+def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) -> None:
+    """Write polygons and TIFFs again with other settings, from masks that are finished.
+
+    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides. Neither
+    slides nor model are needed. What is not given stays as it was.
+    """
+    from wsi_pipeline.errors import WsiPipelineError
+    from wsi_pipeline.reexport import export_again
+    from wsi_pipeline.report import RUN_FILE, find_runs
+
+    changes = {name: value for name, value in options.items() if value is not None}
+    runs = [
+        run
+        for folder in folders
+        for run in ([folder] if (folder / RUN_FILE).is_file() else find_runs(folder))
+    ]
+    if not runs:
+        raise click.UsageError(f"no finished slide in {', '.join(map(str, folders))}")
+    is_whole = True
+    for folder in runs:
+        try:
+            run = export_again(folder, changes)
+        except WsiPipelineError as error:
+            click.echo(f"failed: {folder}: {error}", err=True)
+            is_whole = False
+            continue
+        for warning in run.warnings:
+            click.echo(f"warning: {folder.name}: {warning}", err=True)
+        if run.status != "done":
+            click.echo(f"failed: {folder}: {run.reason}", err=True)
+            is_whole = False
+        elif not ctx.obj["quiet"]:
+            found = ", ".join(f"{name} {n} regions" for name, n in run.regions.items())
+            click.echo(f"done: {folder} ({found})", err=True)
+    for output in dict.fromkeys(folder.parent for folder in runs):
+        if (output / "summary.csv").is_file():
+            _summarise(output)
+    if not is_whole:
+        ctx.exit(1)
+
+
+def _summarise(output: Path) -> None:
+    """Write summary and report of an output folder again."""
+    from wsi_pipeline.cli.segment import SUMMARY_PATIENCE
+    from wsi_pipeline.report import find_runs, write_report, write_summary
+    from wsi_pipeline.store import claim_folder
+
+    with claim_folder(output, timeout=SUMMARY_PATIENCE):
+        runs = find_runs(output)
+        write_summary(output, runs)
+        write_report(output, runs)
