@@ -6,16 +6,16 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.blocks import STAGES, Clock, Plan, SlidePlan
+from wsi_pipeline.blocks import STAGES, Clock, SlidePlan
 from wsi_pipeline.bundle import Bundle, ClassInfo
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
@@ -134,7 +134,14 @@ def write_outputs(finished: Finished) -> Run:
     written: list[geojson.Written] = []
     writers: dict[Output, Callable[[Path], object]] = {
         "geojson": lambda path: written.append(
-            write_polygons(path, finished, ledger, ome_zarr.open_mask(mask_path))
+            write_polygons(
+                path,
+                ome_zarr.open_mask(mask_path),
+                finished.dialect(),
+                blocks=finished.blocks,
+                side=finished.plan.block_shape[0],
+                ledger=ledger,
+            )
         ),
         "tiff": lambda path: write_tiffs(
             path,
@@ -256,37 +263,31 @@ def _describe(
     )
 
 
-class Traced(Protocol):
-    """What polygons are written from."""
-
-    @property
-    def plan(self) -> Plan:
-        """Return the plan of the blocks."""
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Return the blocks that some patch touched."""
-
-    def dialect(self) -> geojson.Dialect:
-        """Return how regions become features."""
-
-
-def write_polygons(path: Path, finished: Traced, ledger: Ledger, mask: MaskLike) -> geojson.Written:
+def write_polygons(
+    path: Path,
+    mask: MaskLike,
+    dialect: geojson.Dialect,
+    *,
+    blocks: Sequence[Block],
+    side: int,
+    ledger: Ledger,
+) -> geojson.Written:
     """Write the regions of a mask in two dimensions; return what was written.
 
     Args:
         path: of the GeoJSON.
-        finished: the run.
-        ledger: what is known of each block.
         mask: class of each pixel.
+        dialect: how regions become features.
+        blocks: those that may hold anything.
+        side: of a block, px.
+        ledger: what is known of blocks; pieces of the others are looked for in the mask.
     """
-    dialect = finished.dialect()
     traced = {i: Pieces.from_arrays(a) for i, a in ledger.items() if "top" in a}
-    rest = [block for block in finished.blocks if block.index not in traced]
+    rest = [block for block in blocks if block.index not in traced]
     outlines = find_outlines(
         mask,
         {**traced, **trace_mask(mask, rest)},
-        block_size=finished.plan.block_shape[0],
+        block_size=side,
         tolerance=dialect.tolerance,
         min_pixels=dialect.min_pixels,
     )

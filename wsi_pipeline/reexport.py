@@ -12,11 +12,17 @@ from wsi_pipeline.blocks import Clock
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.export import geojson, ome_zarr, overlay
-from wsi_pipeline.export.outlines import find_outlines, trace_mask
-from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.options import ExportOptions, Output, as_plain
-from wsi_pipeline.outputs import FILES, frame_facts, made_by, write_each, write_tiffs
+from wsi_pipeline.outputs import (
+    FILES,
+    Ledger,
+    frame_facts,
+    made_by,
+    write_each,
+    write_polygons,
+    write_tiffs,
+)
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.store import RunStore, open_patch_grid
 
@@ -171,20 +177,13 @@ def _write_polygons(
         run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
     )
     every = list(iter_blocks((mask.shape[0], mask.shape[1]), (side, side)))
-    traced = _ledger(run, store, every)
-    rest = [b for b in every if b.index not in traced and not ome_zarr.is_empty(mask, b)]
-    outlines = find_outlines(
-        mask,
-        {**traced, **trace_mask(mask, rest)},
-        block_size=side,
-        tolerance=dialect.tolerance,
-        min_pixels=dialect.min_pixels,
-    )
-    return geojson.write_geojson(path, outlines, dialect)
+    ledger = _ledger(run, store, every)
+    blocks = [b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)]
+    return write_polygons(path, mask, dialect, blocks=blocks, side=side, ledger=ledger)
 
 
-def _ledger(run: Run, store: RunStore, blocks: list[Block]) -> dict[tuple[int, ...], Pieces]:
-    """Return the pieces that the run has found, which tell probabilities, if they are kept."""
+def _ledger(run: Run, store: RunStore, blocks: list[Block]) -> Ledger:
+    """Return what the run has found of blocks, which tells probabilities, if that is kept."""
     try:
         key = json.loads(store.key_path.read_text("utf-8"))["key"]
     except (OSError, ValueError, KeyError):
@@ -192,8 +191,7 @@ def _ledger(run: Run, store: RunStore, blocks: list[Block]) -> dict[tuple[int, .
     if key != run.settings["key"]:
         return {}  # of a run with other settings that was begun since
     pending = {block.index for block in store.pending(blocks)}
-    held = {b.index: store.load_block(b) for b in blocks if b.index not in pending}
-    return {index: Pieces.from_arrays(a) for index, a in held.items() if "top" in a}
+    return {b.index: store.load_block(b) for b in blocks if b.index not in pending}
 
 
 def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect) -> None:

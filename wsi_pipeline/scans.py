@@ -214,7 +214,16 @@ def write_scan(finished: FinishedScan) -> Run:
                 model=finished.bundle.name,
                 version=finished.bundle.weights_sha256[:16],
             ),
-            "geojson": lambda path: written.append(write_polygons(path, finished, ledger, mask)),
+            "geojson": lambda path: written.append(
+                write_polygons(
+                    path,
+                    mask,
+                    finished.dialect(),
+                    blocks=finished.blocks,
+                    side=plan.block_shape[0],
+                    ledger=ledger,
+                )
+            ),
             "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
         }
         failures = write_each(writers, settings.export.outputs, plan.store.folder, clock)
