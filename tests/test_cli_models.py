@@ -134,7 +134,7 @@ def test_show_tells_sizes_costs_and_weights() -> None:
         "7,052,381; folded 5,147,509",  # the specification's counts
         "1.218 G a patch; folded 1.003",
         "3 × 256 × 256 px",
-        "0.5 µm/px",
+        "1 µm/px",
         "Background, Tumor",
         str(DEMO / "model.safetensors"),
         digest,

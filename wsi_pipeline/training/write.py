@@ -147,7 +147,9 @@ def _training(recipe: Recipe) -> str:
     spec, split = recipe.train, recipe.split
     losses = {"ce": "cross-entropy", "dice": "soft Dice", "ce+dice": "cross-entropy and soft Dice"}
     start = f"from the encoder weights `{spec.encoder}`" if spec.encoder else "from scratch"
-    batch = f"{spec.batch_size * spec.accumulate} crops of {spec.crop[0]} to {spec.crop[1]} px"
+    low, high = spec.crop
+    sides = f"{low} px" if low == high else f"{low} to {high} px"
+    batch = f"{spec.batch_size * spec.accumulate} crops of {sides}"
     chosen = (
         f" {split.validation:.0%} of the patients were left out of the learning to choose the "
         "best weights by."
