@@ -147,7 +147,7 @@ function tellClasses(classes) {
     box.addEventListener("change", () => toggle(i + 1, box.checked));
     swatch.style.background = `rgb(${color.join()})`;
     label.append(box, swatch, make("b", name), make("span", mm2 == null ? "" : `${number(mm2)} mm²`));
-    if (regions != null) label.append(make("small", `${regions.toLocaleString()} polygons`));
+    if (regions != null) label.append(make("small", `${regions.toLocaleString()} polygon${regions === 1 ? "" : "s"}`));
     item.append(label);
     return item;
   });

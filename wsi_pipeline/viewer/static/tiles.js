@@ -126,5 +126,7 @@ export async function picture(url, signal) {
 export function fit(canvas, view, ratio) {
   canvas.width = Math.round(view.width * ratio);
   canvas.height = Math.round(view.height * ratio);
+  canvas.style.width = `${view.width}px`; // not stretched while the window changes
+  canvas.style.height = `${view.height}px`;
   return canvas.getContext("2d");
 }
