@@ -21,7 +21,6 @@ from wsi_pipeline.annotations import color_of
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Region
-from wsi_pipeline.outputs import FILES
 from wsi_pipeline.paths import as_path, is_remote
 from wsi_pipeline.report import GREY, RUN_FILE, Run, load_run
 from wsi_pipeline.sources import Slide, SlideView, open_source
@@ -35,6 +34,7 @@ MOST_REDUCED = 16
 JPEG_QUALITY = 85
 HATCH = 16
 """px between the lines over what cannot be read."""
+POLYGONS = "annotations.geojson"
 BACKGROUND = "Background"
 
 Pixels = npt.NDArray[np.uint8]
@@ -115,7 +115,7 @@ class ShownRun:
                 _level(level.shape, [d * 2**n for d in self.mask_downsample])
                 for n, level in enumerate(self.mask)
             ],
-            "polygons": (self.folder / FILES["geojson"]).is_file(),
+            "polygons": (self.folder / POLYGONS).is_file(),
         }
 
     def thumbnail_jpeg(self) -> bytes:
@@ -187,7 +187,7 @@ class ShownRun:
     @cached_property
     def _polygons(self) -> Polygons:
         return load_polygons(
-            self.folder / FILES["geojson"],
+            self.folder / POLYGONS,
             offset=self.run.frame["offset"],
             classes=self.classes,
         )
@@ -243,7 +243,7 @@ def _open(folder: Path, run: Run, slide_path: Path | None) -> ShownRun:
     mask, mask_downsample = tuple[ome_zarr.MaskArray, ...](), (1.0, 1.0)
     if "fingerprint" in run.slide:  # else it could not be opened when it was to be segmented
         try:
-            slide = _open_slide(run, slide_path or as_path(run.slide["path"]))
+            slide = _open_slide(run, slide_path or _slide_path(folder, run.slide["path"]))
         except SourceError as error:
             if slide_path is not None:
                 raise
@@ -277,6 +277,15 @@ def _stamp(folder: Path) -> tuple[int, int]:
     return status.st_mtime_ns, status.st_size
 
 
+def _slide_path(folder: Path, told: str) -> Path:
+    """Return where the slide of a run lies: a path may count from where `segment` was called."""
+    path = as_path(told)
+    if is_remote(path) or path.is_absolute() or path.exists():
+        return path
+    beside = folder.absolute().parents[1] / path  # called where the output folder was made
+    return beside if beside.exists() else path
+
+
 def _open_slide(run: Run, path: Path) -> Slide:
     """Open the slide of a run; return it.
 
@@ -304,7 +313,9 @@ def _open_mask(
     # without zarr among the outputs the whole mask stays where it grew
     paths = [path for path in (store.finished_mask_path, store.mask_path) if path.is_dir()]
     if not paths:
-        raise StoreError(f"{store.folder} has no {FILES['zarr']}; segment the slide again")
+        raise StoreError(
+            f"{store.folder} has no {store.finished_mask_path.name}; segment the slide again"
+        )
     try:
         levels, (x, y) = ome_zarr.open_levels(paths[0]), ome_zarr.read_mpp(paths[0])
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
