@@ -340,9 +340,9 @@ def raw(viewer, text):
     """Return the status line and headers of the answer to a request as it stands."""
     with socket.create_connection(("127.0.0.1", viewer.server_port), timeout=30) as connection:
         connection.sendall(text.encode("latin-1"))
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        return answer.status, answer.headers, answer.read()
+        with contextlib.closing(http.client.HTTPResponse(connection)) as answer:
+            answer.begin()
+            return answer.status, answer.headers, answer.read()
 
 
 def test_foreign_names_are_refused(viewer):
@@ -683,6 +683,9 @@ def browse(url, folder, visit):
         await page.call("Page.navigate", url=url)
         await visit(page)
         page.socket.close()
+        while await page.socket.read_message() is not None:
+            pass
+        await asyncio.sleep(0)
         events = ("Runtime.exceptionThrown", "Log.entryAdded")
         assert [of for of in page.told if of.get("method") in events] == []
 
