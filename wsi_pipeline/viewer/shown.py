@@ -282,7 +282,7 @@ def _slide_path(folder: Path, told: str) -> Path:
     path = as_path(told)
     if is_remote(path) or path.is_absolute() or path.exists():
         return path
-    beside = folder.absolute().parents[1] / path  # called where the output folder was made
+    beside = folder.absolute().parent.parent / path  # called where the output folder was made
     return beside if beside.exists() else path
 
 

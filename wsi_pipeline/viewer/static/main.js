@@ -68,7 +68,7 @@ function close() {
   Object.values(canvases).forEach((canvas) => { canvas.width = 0; });
   element("said").replaceChildren();
   ["name", "facts", "notice"].forEach((id) => { element(id).textContent = ""; });
-  element("layers").hidden = element("found").hidden = true;
+  ["bar", "layers", "found"].forEach((id) => { element(id).hidden = true; });
 }
 
 // layer: "slide" or "mask", of which classes may be hidden.
@@ -179,6 +179,7 @@ function tellScale(mpp) {
   const um = (120 * mpp) / view.scale, ten = 10 ** Math.floor(Math.log10(um));
   const length = [5, 2, 1].find((n) => n * ten <= um) * ten;
   const [text, line] = element("bar").children;
+  element("bar").hidden = false;
   text.textContent = length < 1000 ? `${+length.toPrecision(1)} µm` : `${length / 1000} mm`;
   line.style.width = `${(length / mpp) * view.scale}px`;
 }
