@@ -496,6 +496,13 @@ def test_another_slide_is_never_shown_under_a_mask(folder, tmp_path, slide_pixel
         facts = get_json(viewer, f"runs/{quote(folder.name)}")
         assert "is not the slide that was segmented" in facts["problems"][0]
         assert facts["slide"] == []
+        assert facts["thumbnail"] is not None
+    grid = folder / ".store" / "grid.zarr" / "zarr.json"
+    meta = json.loads(grid.read_text("utf-8"))
+    meta["attributes"]["fingerprint"] = "that of another"
+    grid.write_text(json.dumps(meta), "utf-8")
+    with contextlib.closing(open_shown(folder)) as shown:
+        assert shown.thumbnail is None
     with pytest.raises(SourceError, match="is not the slide that was segmented"):
         serve(folder, slide=other)
     with pytest.raises(StoreError, match="for one run only"):

@@ -254,7 +254,8 @@ def _open(folder: Path, run: Run, slide_path: Path | None) -> ShownRun:
             problems.append(str(error))
         with suppress(StoreError):  # a run may have lost its working folder
             stored = open_patch_grid(RunStore(folder=folder).grid_path)
-            thumbnail, downsample = stored.thumbnail, stored.tissue_downsample
+            if stored.info.fingerprint == run.slide["fingerprint"]:
+                thumbnail, downsample = stored.thumbnail, stored.tissue_downsample
     stamp = _stamp(folder)
     known = (stamp, str(folder.absolute()), str(slide and slide.path))
     return ShownRun(
