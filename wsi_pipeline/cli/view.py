@@ -37,13 +37,13 @@ def command(
     """
     from wsi_pipeline.viewer import serve
 
-    with serve(folder, host=host, port=port, slide=slide) as viewer:
-        click.echo(viewer.url)
-        if not ctx.obj["quiet"]:
-            click.echo("Ctrl-C ends it.", err=True)
-        try:
+    try:
+        with serve(folder, host=host, port=port, slide=slide) as viewer:
+            if not ctx.obj["quiet"]:
+                click.echo("Ctrl-C ends it.", err=True)
+            click.echo(viewer.url)
             if not no_browser:
                 webbrowser.open(viewer.url)
             viewer.wait()
-        except KeyboardInterrupt:  # as it is meant to end
-            pass
+    except KeyboardInterrupt:  # as it is meant to end
+        pass
