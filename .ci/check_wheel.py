@@ -59,8 +59,9 @@ def main() -> None:
         info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
         if top != {"wsi_pipeline", info}:
             sys.exit(f"the wheel holds {sorted(top)}; expected wsi_pipeline and {info} only")
-        if "wsi_pipeline/py.typed" not in files:
-            sys.exit("the wheel lacks wsi_pipeline/py.typed")
+        for file in ("wsi_pipeline/py.typed", "wsi_pipeline/viewer/static/index.html"):
+            if file not in files:
+                sys.exit(f"the wheel lacks {file}")
         venv.create(place / "env", with_pip=True)
         python = place / "env" / "bin" / "python"
         # the same torch as here: what pip would choose by itself may be gigabytes of CUDA

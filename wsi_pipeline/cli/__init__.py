@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "Compare masks, runs or annotations with the truth.",
     "train": "Train a network by a recipe and write a bundle.",
     "models": "Show and check model bundles; import checkpoints, export programs.",
+    "view": "Look at slide, mask and polygons in the browser.",
     "demo": "The main job on a real image, in one command.",
 }
 

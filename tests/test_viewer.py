@@ -1,0 +1,757 @@
+"""The viewer's server and page: what they show is what lies in the files, and in the same place."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import shapely
+import tifffile
+import zarr
+from bundles import pointwise_bundle
+from click.testing import CliRunner
+from PIL import Image
+from shapely.geometry import shape
+from tornado.websocket import websocket_connect
+
+from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.cli import group
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.options import (
+    ExportOptions,
+    PredictOptions,
+    ScheduleOptions,
+    SelectOptions,
+    Settings,
+)
+from wsi_pipeline.pipeline import segment, tile
+from wsi_pipeline.report import RUN_FILE, Run, write_run_json
+from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.sources import open_source
+from wsi_pipeline.viewer import serve
+from wsi_pipeline.viewer.polygons import load_polygons
+from wsi_pipeline.viewer.shown import TILE, open_shown
+
+EVERYWHERE = SelectOptions(tissue="none")
+EXACT = ExportOptions(outputs=("zarr", "geojson"), simplify_um=0, min_area_um2=0)
+CORNER = (301, 257)
+"""Of the bounds of the slide that has some: what its polygons count from."""
+COLORS = [(0, 0, 0), (200, 0, 0), (150, 200, 150)]
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, slide_path):
+    """Return an output folder with a plain slide, and one with bounds and a coarser mask."""
+    place = tmp_path_factory.mktemp("viewer")
+    bounded = place / "bounded.zarr"
+    tile(slide_path, bounded, mpp=0.25, patch_size=256, overlap=0, select=EVERYWHERE)
+    meta = json.loads((bounded / "zarr.json").read_text("utf-8"))
+    meta["attributes"]["bounds"] = {"x": CORNER[0], "y": CORNER[1], "width": 1200, "height": 1000}
+    (bounded / "zarr.json").write_text(json.dumps(meta), "utf-8")
+    plain = Path(shutil.copyfile(slide_path, place / "plain slide.tif"))
+    model = load_bundle(pointwise_bundle(place / "model", mpp=0.25))
+    with open_cluster(ScheduleOptions()) as client:
+        for path, mask_mpp in ((plain, None), (bounded, 0.5)):
+            predict = PredictOptions(precision="fp32", device="cpu", mask_mpp=mask_mpp)
+            settings = Settings(select=EVERYWHERE, predict=predict, export=EXACT)
+            (job,) = plan_jobs([path], place / "out")
+            assert segment(job, model, client=client, settings=settings).status == "done"
+    shutil.copytree(place / "out" / "plain slide", place / "out" / "many")
+    write_stars(place / "out" / "many" / "annotations.geojson")
+    return place / "out"
+
+
+def write_stars(path):
+    """Write polygons of all sizes, every third with a hole, that lie over one another."""
+    random, features = np.random.default_rng(0), []
+    for n in range(150):
+        angles = np.linspace(0, 2 * np.pi, random.integers(5, 200), endpoint=False)
+        radius = random.uniform(0.6, 1, len(angles)) * np.exp(random.uniform(0, 6))
+        ring = np.stack([np.cos(angles), np.sin(angles)], 1) * radius[:, None]
+        rings = [ring, ring[::-1] * 0.5][: 2 if n % 3 == 0 else 1]
+        middle = random.uniform(0, 1500, 2)
+        closed = [np.round(np.concatenate([r, r[:1]]) + middle, 2).tolist() for r in rings]
+        properties = {
+            "classification": {"name": ("Tumor", "Stroma")[n % 2]},
+            "name": f"star {n}",
+            "measurements": {},
+        }
+        geometry = {"type": "Polygon", "coordinates": closed}
+        features.append({"type": "Feature", "geometry": geometry, "properties": properties})
+    document = {"type": "FeatureCollection", "features": features}
+    path.write_text(json.dumps(document), "utf-8")
+
+
+@pytest.fixture(scope="module")
+def viewer(output):
+    with serve(output) as viewer:
+        yield viewer
+
+
+@pytest.fixture
+def folder(tmp_path, output):
+    """Return a copy of the run of the plain slide."""
+    return Path(shutil.copytree(output / "plain slide", tmp_path / "out" / "plain slide"))
+
+
+def get(viewer, path, **headers):
+    """Return status, headers and body of what is at a path of the server."""
+    request = urllib.request.Request(viewer.url + path, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read()
+
+
+def get_json(viewer, path):
+    status, _, body = get(viewer, path)
+    assert status == 200, body
+    return json.loads(body)
+
+
+def sentence(viewer, path):
+    """Return status and text of a refusal."""
+    status, headers, body = get(viewer, path)
+    assert headers["Content-Type"].startswith("text/plain")
+    assert body.count(b"\n") == 1
+    assert b"Traceback" not in body
+    return status, body.decode().strip()
+
+
+def mosaic(viewer, run, layer, level, *, query=""):
+    """Return a level of a layer, put together from all of its tiles, as RGBA."""
+    facts = get_json(viewer, f"runs/{run}")
+    width, height = facts[layer][level]["size"]
+    whole = np.zeros((height, width, 4), np.uint8)
+    for row in range(-(-height // TILE)):
+        for column in range(-(-width // TILE)):
+            status, _, body = get(viewer, f"runs/{run}/{layer}/{level}/{column}/{row}{query}")
+            assert status == 200, body
+            pixels = np.asarray(Image.open(io.BytesIO(body)).convert("RGBA"))
+            place = whole[row * TILE : (row + 1) * TILE, column * TILE : (column + 1) * TILE]
+            assert place.shape == pixels.shape
+            place[:] = pixels
+    return whole
+
+
+PLAIN, BOUNDED = "plain%20slide", "bounded"
+
+
+def test_tiles_of_the_slide_show_its_pixels_in_their_place(viewer, slide_pixels):
+    levels = get_json(viewer, f"runs/{PLAIN}")["slide"]
+    assert [level["downsample"] for level in levels] == [[2**n, 2**n] for n in range(len(levels))]
+    assert max(levels[-1]["size"]) <= TILE < max(levels[-2]["size"])
+    for n in range(len(levels)):
+        shown = mosaic(viewer, PLAIN, "slide", n)[..., :3].astype(float)
+        side = 2**n
+        h, w = slide_pixels.shape[0] // side, slide_pixels.shape[1] // side
+        blocks = slide_pixels[: h * side, : w * side].reshape(h, side, w, side, 3)
+        expected = blocks.mean(axis=(1, 3))
+        shown = shown[:h, :w]
+        assert abs(shown - expected).mean() < 4
+        dark, wanted = shown[..., 1] < 200, expected[..., 1] < 200
+        agreement = {
+            (y, x): (np.roll(dark, (y, x), (0, 1)) == wanted).mean()
+            for y in (-1, 0, 1)
+            for x in (-1, 0, 1)
+        }
+        assert max(agreement, key=agreement.get) == (0, 0)
+
+
+def test_the_thumbnail_is_the_slide_made_small(viewer, slide_pixels):
+    thumbnail = get_json(viewer, f"runs/{PLAIN}")["thumbnail"]
+    picture = Image.open(io.BytesIO(get(viewer, f"runs/{PLAIN}/thumbnail")[2]))
+    assert list(picture.size) == thumbnail["size"]
+    x, y = (int(d) for d in thumbnail["downsample"])
+    assert abs(np.array(picture, float) - slide_pixels[::y, ::x]).mean() < 6
+
+
+@pytest.mark.parametrize("run", [PLAIN, BOUNDED])
+def test_tiles_of_the_mask_are_its_pixels_in_the_colours_of_the_classes(output, viewer, run):
+    whole = zarr.open_array(output / run.replace("%20", " ") / "mask.ome.zarr" / "0", mode="r")[:]
+    facts = get_json(viewer, f"runs/{run}")
+    assert [tuple(of["color"]) for of in facts["classes"]] == COLORS
+    colors = np.array([(*color, 255 * bool(i)) for i, color in enumerate(COLORS)], np.uint8)
+    assert len(facts["mask"]) == (2 if run == PLAIN else 1)
+    for n, level in enumerate(facts["mask"]):
+        coarse = 1 if run == PLAIN else 2
+        assert level["downsample"] == pytest.approx([coarse * 2**n] * 2)
+        expected = colors[whole[:: 2**n, :: 2**n]]
+        assert np.array_equal(mosaic(viewer, run, "mask", n), expected)
+    without = mosaic(viewer, run, "mask", 0, query="?hide=2")
+    assert np.array_equal(without[..., 3] > 0, whole == 1)
+
+
+def polygons_of(folder, offset=(0, 0)):
+    """Return class, name, measurements and polygon of each feature, the largest first."""
+    features = json.loads((folder / "annotations.geojson").read_text("utf-8"))["features"]
+    found = [
+        (
+            f["properties"]["classification"]["name"],
+            f["properties"]["name"],
+            f["properties"]["measurements"],
+            shapely.transform(shape(f["geometry"]), lambda xy: xy + offset),
+        )
+        for f in features
+    ]
+    return sorted(found, key=lambda of: -of[3].area)
+
+
+def lines_of(shown):
+    lines = [np.reshape(line, (-1, 2)) for line in shown["lines"]]
+    return shapely.MultiLineString([line for line in lines if len(line) > 1])
+
+
+BOXES = [(-500, -500, 4000, 4000), (400, 300, 350, 420), (700, 700, 3, 900), (1500, 200, 60, 60)]
+
+
+@pytest.mark.parametrize("box", BOXES)
+@pytest.mark.parametrize("run", ["many", BOUNDED])
+def test_outlines_in_a_box_are_those_of_the_file(output, viewer, run, box):
+    x, y, w, h = box
+    held = polygons_of(output / run, CORNER if run == BOUNDED else (0, 0))
+    window = shapely.box(x, y, x + w, y + h)
+    query = f"runs/{run}/polygons?x={x}&y={y}&w={w}&h={h}&downsample="
+    found = get_json(viewer, query + "0.01")
+    assert (found["more"], found["left_out"]) == (0, 0)
+    lengths = {}
+    for shown in found["shapes"]:
+        name, _, _, polygon = held[shown["id"]]
+        assert found["classes"][shown["class"]]["name"] == name
+        inside = polygon.boundary.intersection(window).difference(window.boundary)
+        lengths[shown["id"]] = lines_of(shown).length
+        assert lines_of(shown).length == pytest.approx(inside.length, rel=1e-2, abs=0.1)
+        assert lines_of(shown).hausdorff_distance(inside) < 0.1
+    within = {
+        i: p.boundary.intersection(window).difference(window.boundary).length
+        for i, (*_, p) in enumerate(held)
+    }
+    large = {i for i, length in within.items() if length > 0 and held[i][3].area >= 1e-4}
+    assert lengths.keys() == large
+    coarse = get_json(viewer, query + "8")
+    for shown in coarse["shapes"]:
+        polygon = held[shown["id"]][3]
+        assert polygon.area >= 64
+        near = polygon.boundary.buffer(4 + 1)  # half a pixel of the screen, and rounding
+        assert near.covers(lines_of(shown))
+    large = {i for i in lengths if held[i][3].area >= 64 and within[i] > 64}
+    assert large <= {shown["id"] for shown in coarse["shapes"]}
+    n_fine, n_coarse = (
+        sum(len(line) for shown in of["shapes"] for line in shown["lines"])
+        for of in (found, coarse)
+    )
+    assert n_coarse < n_fine or run == BOUNDED  # which has four, of few vertices
+
+
+@pytest.mark.parametrize("run", [PLAIN, BOUNDED])
+def test_polygons_lie_on_their_mask(output, viewer, run):
+    folder = output / run.replace("%20", " ")
+    mask = zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
+    coarse = 1 if run == PLAIN else 2
+    held = polygons_of(folder)
+    random = np.random.default_rng(1)
+    seen = set()
+    for x, y in zip(random.integers(310, 1490, 60), random.integers(260, 1250, 60), strict=True):
+        found = get_json(viewer, f"runs/{run}/at?x={x}&y={y}")
+        value = int(mask[y // coarse, x // coarse])
+        seen.add(value)
+        if value == 0:
+            assert found is None
+            continue
+        assert found["class"] == value
+        _, title, measurements, polygon = held[found["id"]]
+        assert (found["name"], found["area_px"]) == (title, polygon.area)
+        assert found["area_mm2"] == measurements["Area mm^2"]
+        assert found["probability"] == measurements["Mean probability"]
+        hidden = get_json(viewer, f"runs/{run}/at?x={x}&y={y}&hide={value}")
+        assert hidden is None or hidden["class"] != value
+    assert seen == {0, 1, 2}
+
+
+def test_only_the_largest_are_shown_where_there_are_too_many(output, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.viewer.polygons.MOST_SHAPES", 5)
+    path = output / "many" / "annotations.geojson"
+    polygons = load_polygons(path, offset=(0, 0), classes=["Background", "Tumor", "Stroma"])
+    everywhere = (-999, -999, 4000, 4000)
+    found = polygons.within(everywhere, 3)
+    assert [shown["id"] for shown in found["shapes"]] == [0, 1, 2, 3, 4]
+    assert found["more"] == sum(p.area >= 9 for *_, p in polygons_of(output / "many")) - 5 > 0
+    tumors = polygons.within(everywhere, 3, hidden={2})["shapes"]
+    assert [shown["class"] for shown in tumors] == [1] * 5
+    monkeypatch.setattr("wsi_pipeline.viewer.polygons.MOST_VERTICES", 10)
+    assert [shown["id"] for shown in polygons.within(everywhere, 1)["shapes"]] == [0]
+    assert polygons.within((5000, 5000, 10, 10), 1) == {"shapes": [], "more": 0}
+
+
+def test_polygons_edited_elsewhere_are_shown_as_well(tmp_path, folder):
+    def square(x, side):
+        return [[[x, 0], [x + side, 0], [x + side, side], [x, side], [x, 0]]]
+
+    def feature(kind, coordinates, **properties):
+        geometry = {"type": kind, "coordinates": coordinates}
+        return {"type": "Feature", "geometry": geometry, "properties": properties}
+
+    document = {
+        "type": "FeatureCollection",
+        "features": [
+            feature("MultiPolygon", [square(0, 10), square(100, 20)], classification="Fat"),
+            feature("Point", [3, 3], classification={"name": "Tumor"}),
+            feature("Polygon", square(200, 30), name="<b>nobody</b>"),
+            feature("Polygon", [[["x", 1]]]),
+            {"type": "Feature", "geometry": None},
+        ],
+    }
+    (folder / "annotations.geojson").write_text(json.dumps(document, indent=1), "utf-8")
+    with serve(folder) as viewer:
+        name = quote(folder.name)
+        found = get_json(viewer, f"runs/{name}/polygons?x=-5&y=-5&w=999&h=99&downsample=1")
+        assert [of["name"] for of in found["classes"][3:]] == ["Fat", "No class"]
+        assert found["left_out"] == 1
+        assert sorted(shapely.length(lines_of(s)) for s in found["shapes"]) == [40, 80, 120]
+        hit = get_json(viewer, f"runs/{name}/at?x=205&y=5")
+        assert (hit["name"], hit["area_px"], hit["area_mm2"]) == ("<b>nobody</b>", 900, None)
+        (folder / "annotations.geojson").write_text('{"type":"FeatureCollection"', "utf-8")
+        os.utime(folder / RUN_FILE, ns=(1, 1))  # as writing again does
+        assert sentence(viewer, f"runs/{name}/at?x=205&y=5")[1].count("annotations.geojson") == 1
+
+
+def raw(viewer, text):
+    """Return the status line and headers of the answer to a request as it stands."""
+    with socket.create_connection(("127.0.0.1", viewer.server_port), timeout=30) as connection:
+        connection.sendall(text.encode("latin-1"))
+        with contextlib.closing(http.client.HTTPResponse(connection)) as answer:
+            answer.begin()
+            return answer.status, answer.headers, answer.read()
+
+
+def test_foreign_names_are_refused(viewer):
+    port = viewer.server_port
+    good = [f"127.0.0.1:{port}", f"localhost:{port}", f"LOCALHOST:{port}", f"[::1]:{port}"]
+    bad = [
+        f"evil.example:{port}", f"localhost.evil.example:{port}", "localhost", "127.0.0.1:1",
+        f"192.168.1.7:{port}", f"evil@localhost:{port}", f"localhost:{port}/x", "", "[::1", "a b",
+    ]  # fmt: skip
+    for host in good:
+        assert raw(viewer, f"GET /runs HTTP/1.1\r\nHost: {host}\r\n\r\n")[0] == 200
+    for host in bad:
+        status, _, body = raw(viewer, f"GET /runs HTTP/1.1\r\nHost: {host}\r\n\r\n")
+        assert (status, b"open " + viewer.url.encode() in body) == (403, True), host
+    assert raw(viewer, "GET /runs HTTP/1.0\r\n\r\n")[0] == 403
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "FOO"])
+def test_other_methods_are_refused(viewer, method):
+    host = f"127.0.0.1:{viewer.server_port}"
+    request = f"{method} / HTTP/1.1\r\nHost: {host}\r\nContent-Length: 3\r\n\r\nabc"
+    status, headers, _ = raw(viewer, request)
+    assert (status, headers["Allow"], headers["Connection"]) == (405, "GET, HEAD", "close")
+
+
+@pytest.mark.parametrize("line", ["GET", "GET / HTTP/9", "GET / x y HTTP/1.1", "\x80\xff /"])
+def test_damaged_requests_are_refused(viewer, line):
+    with contextlib.suppress(http.client.BadStatusLine):  # as to the oldest browsers, bare
+        assert 400 <= raw(viewer, f"{line}\r\n\r\n")[0] < 506
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("nothing", 404),
+        ("runs/nothing", 404),
+        ("runs/", 404),
+        ("../../etc/passwd", 404),
+        ("static/../main.js", 404),
+        ("%2e%2e/%2e%2e/etc/passwd", 404),
+        ("runs/../../../etc/passwd", 404),
+        ("runs/%2e%2e%2f%2e%2e%2fetc/", 404),
+        ("runs/bounded%2frun.json", 404),
+        ("runs/bounded/run.json", 404),
+        ("runs/bounded/%00", 404),
+        ("runs/bounded/slide/0/0", 400),
+        ("runs/bounded/slide/0/0/x", 400),
+        ("runs/bounded/slide/0/0/-1", 400),
+        ("runs/bounded/slide/0/0/1e3", 400),
+        ("runs/bounded/slide/0/0/%D9%A1", 400),
+        ("runs/bounded/slide/0/0/99999999999", 400),
+        ("runs/bounded/slide/99/0/0", 404),
+        ("runs/bounded/slide/0/99/0", 404),
+        ("runs/bounded/mask/99/0/0", 404),
+        ("runs/bounded/mask/0/0/99", 404),
+        ("runs/bounded/mask/0/0/0?hide=x", 400),
+        ("runs/bounded/mask/0/0/0?hide=1,", 400),
+        ("runs/bounded/at?x=1", 400),
+        ("runs/bounded/at?x=1&y=nan", 400),
+        ("runs/bounded/at?x=1&y=1&y=2", 400),
+        ("runs/bounded/polygons?x=0&y=0&w=0&h=5&downsample=1", 400),
+        ("runs/bounded/polygons?x=0&y=0&w=5&h=5&downsample=0", 400),
+        ("runs/bounded/polygons?x=0&y=0&w=5&h=5&downsample=inf", 400),
+    ],
+)
+def test_wrong_paths_and_numbers_get_a_sentence(viewer, path, status):
+    assert sentence(viewer, path)[0] == status
+
+
+def test_what_a_browser_may_do_and_keep(viewer):
+    status, headers, page = get(viewer, "")
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'; script-src 'self'")
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert b"<script>" not in page
+    assert b"http" not in page
+    for path in ("main.js", "view.js", "tiles.js", "outlines.js", "style.css", "icon.svg"):
+        status, headers, body = get(viewer, path)
+        assert (status, headers["Cache-Control"]) == (200, "private, no-cache")
+        assert b"innerHTML" not in body
+        again = get(viewer, path, **{"If-None-Match": headers["ETag"]})
+        assert (again[0], again[2]) == (304, b"")
+    _, headers, body = get(viewer, "runs/bounded/slide/0/0/0")
+    assert headers["Cache-Control"] == "private, max-age=3600"
+    connection = http.client.HTTPConnection("127.0.0.1", viewer.server_port, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("HEAD", "/runs/bounded/slide/0/0/0")
+        answer = connection.getresponse()
+        assert (answer.status, answer.read()) == (200, b"")
+        assert answer.headers["Content-Length"] == str(len(body))
+        connection.request("GET", "/icon.svg")  # over the same connection
+        assert connection.getresponse().read().startswith(b"<svg")
+    assert get(viewer, "nothing")[1]["Cache-Control"] == "no-store"
+
+
+def test_a_browser_that_goes_away_is_not_talked_about(viewer, capfd):
+    for _ in range(3):
+        with socket.create_connection(("127.0.0.1", viewer.server_port)) as connection:
+            reset = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            host = f"Host: 127.0.0.1:{viewer.server_port}"
+            line = "GET /runs/bounded/slide/0/0/0 HTTP/1.1\r\n"
+            connection.sendall(f"{line}{host}\r\n\r\n{line}{host}\r\n\r\n".encode())
+    assert get(viewer, "runs")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def move_slide(folder, path):
+    facts = json.loads((folder / RUN_FILE).read_text("utf-8"))
+    facts["slide"]["path"] = str(path)
+    (folder / RUN_FILE).write_text(json.dumps(facts), "utf-8")
+
+
+def test_without_its_slide_a_run_shows_the_rest(folder, slide_path, tmp_path):
+    gone = tmp_path / "gone.tif"
+    move_slide(folder, gone)
+    name = quote(folder.name)
+    with serve(folder) as viewer:
+        facts = get_json(viewer, f"runs/{name}")
+        assert str(gone) in facts["problems"][0]
+        assert "not found" in facts["problems"][0]
+        assert (facts["slide"], len(facts["mask"])) == ([], 2)
+        assert get(viewer, f"runs/{name}/thumbnail")[0] == 200
+        assert get(viewer, f"runs/{name}/mask/0/0/0")[0] == 200
+        assert get(viewer, f"runs/{name}/slide/0/0/0")[0] == 404
+        shutil.copyfile(slide_path, gone)
+        os.utime(folder / RUN_FILE, ns=(1, 1))
+        assert get_json(viewer, f"runs/{name}")["problems"] == []
+    shutil.rmtree(folder / ".store")
+    gone.unlink()
+    with serve(folder) as viewer:
+        assert get_json(viewer, f"runs/{name}")["thumbnail"] is None
+        assert sentence(viewer, f"runs/{name}/thumbnail")[0] == 404
+    with serve(folder, slide=slide_path) as viewer:
+        assert get_json(viewer, f"runs/{name}")["problems"] == []
+        assert get(viewer, f"runs/{name}/slide/0/0/0")[0] == 200
+
+
+def test_a_path_may_count_from_where_the_output_folder_was_made(folder, slide_path, tmp_path):
+    (tmp_path / "slides").mkdir()
+    shutil.copyfile(slide_path, tmp_path / "slides" / "a.tif")
+    move_slide(folder, Path("slides") / "a.tif")
+    with contextlib.closing(open_shown(folder)) as shown:
+        assert (shown.slide.path, shown.problems) == (tmp_path / "slides" / "a.tif", ())
+
+
+def test_another_slide_is_never_shown_under_a_mask(folder, tmp_path, slide_pixels, make_slide):
+    other = make_slide(tmp_path / "other.tif", slide_pixels[::-1], 0.25)
+    move_slide(folder, other)
+    with serve(folder) as viewer:
+        facts = get_json(viewer, f"runs/{quote(folder.name)}")
+        assert "is not the slide that was segmented" in facts["problems"][0]
+        assert facts["slide"] == []
+        assert facts["thumbnail"] is not None
+    grid = folder / ".store" / "grid.zarr" / "zarr.json"
+    meta = json.loads(grid.read_text("utf-8"))
+    meta["attributes"]["fingerprint"] = "that of another"
+    grid.write_text(json.dumps(meta), "utf-8")
+    with contextlib.closing(open_shown(folder)) as shown:
+        assert shown.thumbnail is None
+    with pytest.raises(SourceError, match="is not the slide that was segmented"):
+        serve(folder, slide=other)
+    with pytest.raises(StoreError, match="for one run only"):
+        serve(folder.parent, slide=other)
+
+
+def test_what_cannot_be_read_of_a_slide_is_hatched(folder, slide_pixels, make_slide, tmp_path):
+    path = make_slide(tmp_path / "damaged.tif", slide_pixels, 0.25, levels=(1,))
+    with tifffile.TiffFile(path) as file:
+        offset, count = file.pages[0].dataoffsets[1], file.pages[0].databytecounts[1]
+    with path.open("r+b") as file:  # the tile from (256, 0) to (512, 256)
+        file.seek(offset)
+        file.write(b"\xff" * count)
+    with contextlib.closing(open_shown(folder)) as shown, open_source(path) as slide:
+        damaged = replace(shown, views=(slide.at(0.25), slide.at(0.5)))
+        for level in (0, 1):
+            picture = Image.open(io.BytesIO(damaged.slide_tile(level, 0, 0)))
+            side = 256 >> level
+            lost = np.asarray(picture.convert("L"))[:side, side : 2 * side]
+            assert 0.04 < (lost < 190).mean() < 0.3
+            assert (lost > 230).mean() > 0.5
+            rest = np.asarray(picture)[side:, : 2 * side].astype(int)
+            step = 1 << level
+            expected = slide_pixels[256 : 512 * step, :512:step][::step]
+            assert abs(rest[: len(expected)][:100] - expected[:100]).mean() < 12
+
+
+def test_an_output_folder_lists_all_and_says_what_cannot_be_shown(folder, output):
+    out = folder.parent
+    shutil.copytree(output / "bounded", out / "a näme&=#?%")
+    for name in ("damaged", "image", "failed", "no mask", "half", "odd"):
+        (out / name).mkdir()
+    (out / "damaged" / RUN_FILE).write_text("{", "utf-8")
+    (out / "odd" / RUN_FILE).write_text(
+        '{"status": "done", "slide": {"name": "x", "path": "y", "fingerprint": 1}, "model": {},'
+        ' "settings": [], "versions": {}}',
+        "utf-8",
+    )
+    shutil.copyfile(folder / RUN_FILE, out / "no mask" / RUN_FILE)
+    shutil.copytree(folder, out / "half", dirs_exist_ok=True)
+    shutil.rmtree(out / "half" / "mask.ome.zarr" / "1")
+    common = {"model": {"name": "m"}, "settings": {}, "versions": {}}
+    failed = Run(status="failed", reason="no <b>scanner</b>", slide={"name": "f", "path": "f.svs"},
+                 **common)  # fmt: skip
+    image = Run(status="done", slide={"name": "i", "path": "i.dcm", "spacing_mm": [1, 1]}, **common)
+    write_run_json(out / "failed" / RUN_FILE, failed)
+    write_run_json(out / "image" / RUN_FILE, image)
+    with serve(out) as viewer:
+        runs = {run["folder"]: run for run in get_json(viewer, "runs")}
+        assert list(runs) == sorted(path.name for path in out.iterdir())
+        for name in ("plain slide", "a näme&=#?%"):
+            facts = get_json(viewer, f"runs/{runs[name]['id']}")
+            assert (runs[name]["status"], facts["problems"]) == ("done", [])
+        assert "is not a run of this version" in runs["damaged"]["reason"]
+        assert "image or volume" in runs["image"]["reason"]
+        assert runs["failed"]["reason"] == "no <b>scanner</b>"
+        for name in ("damaged", "image", "odd"):
+            assert sentence(viewer, f"runs/{name}")[0] == 500
+        facts = get_json(viewer, "runs/failed")
+        assert (facts["status"], facts["reason"], facts["size"]) == (
+            "failed", "no <b>scanner</b>", None,
+        )  # fmt: skip
+        for name, said in (("no mask", "has no mask.ome.zarr"), ("half", "is damaged")):
+            facts = get_json(viewer, f"runs/{quote(name)}")
+            assert said in facts["problems"][0]
+            assert facts["mask"] == []
+        assert "annotations.geojson" in sentence(viewer, "runs/no%20mask/at?x=0&y=0")[1]
+        shutil.copytree(folder, out / "later")
+        assert get_json(viewer, "runs/later")["problems"] == []
+    for name, said in (("image", "view shows slides"), ("damaged", "not a run of this version")):
+        with pytest.raises(StoreError, match=said):
+            serve(out / name)
+    with pytest.raises(StoreError, match="no finished slide in"):
+        serve(folder / ".store")
+
+
+def test_slides_that_are_looked_at_in_turn_are_closed_when_nobody_reads(output, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.viewer.server.MOST_OPEN", 1)
+    opened, closed = [], []
+
+    def watch(*arguments):
+        opened.append(shown := open_shown(*arguments))
+        close = shown.slide.pixels.close
+        monkeypatch.setattr(shown.slide.pixels, "close", lambda: (closed.append(shown), close()))
+        return shown
+
+    monkeypatch.setattr("wsi_pipeline.viewer.server.open_shown", watch)
+    wrong = []
+    with serve(output) as viewer:
+
+        def look(n):
+            for i in range(3):
+                run = (PLAIN, BOUNDED)[(n + i) % 2]
+                answer = get(viewer, f"runs/{run}/slide/0/{i % 3}/{n % 2}")
+                if answer[0] != 200:
+                    wrong.append(answer)
+
+        threads = [threading.Thread(target=look, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert len(opened) > 2
+    assert sorted(map(id, opened)) == sorted(map(id, closed))
+
+
+def test_a_taken_port_and_unknown_hosts_are_told(viewer, output):
+    with pytest.raises(StoreError, match="give another --port"):
+        serve(output, port=viewer.server_port)
+    with pytest.raises(StoreError, match="cannot listen on"):
+        serve(output, host="256.0.0.1")
+    with serve(output, host="0.0.0.0") as everywhere:
+        port = everywhere.server_port
+        assert raw(everywhere, f"GET / HTTP/1.1\r\nHost: 192.168.1.7:{port}\r\n\r\n")[0] == 200
+        assert raw(everywhere, f"GET / HTTP/1.1\r\nHost: evil.example:{port}\r\n\r\n")[0] == 403
+
+
+def test_the_command_serves_until_ctrl_c(output):
+    command = [sys.executable, "-m", "wsi_pipeline", "view", str(output), "--no-browser"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        url = process.stdout.readline().strip()
+        with urllib.request.urlopen(f"{url}runs", timeout=30) as answer:
+            assert len(json.load(answer)) == 3
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (0, "", "Ctrl-C ends it.\n")
+    result = CliRunner().invoke(group, ["view", str(output), "--slide", str(output)])
+    assert result.exit_code == 1
+    assert "for one run only" in result.stderr
+
+
+SWITCHES = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--remote-debugging-port=0", "--force-device-scale-factor=1", "about:blank",
+]  # fmt: skip
+
+
+class Page:
+    """A page in a browser without a window, by the browser's own protocol."""
+
+    def __init__(self, socket):
+        self.socket, self.told = socket, []
+
+    async def call(self, method, **params):
+        number = len(self.told)
+        await self.socket.write_message(
+            json.dumps({"id": number, "method": method, "params": params})
+        )
+        while True:
+            self.told.append(json.loads(await self.socket.read_message()))
+            if self.told[-1].get("id") == number and "method" not in self.told[-1]:
+                return self.told[-1]["result"]
+
+    async def ask(self, code):
+        found = await self.call("Runtime.evaluate", expression=code, returnByValue=True)
+        return found["result"].get("value")
+
+    async def until(self, code):
+        for _ in range(300):
+            if await self.ask(code):
+                return
+            await asyncio.sleep(0.1)
+        pytest.fail(f"never: {code}")
+
+    async def picture(self):
+        found = await self.call("Page.captureScreenshot", format="png")
+        with Image.open(io.BytesIO(base64.b64decode(found["data"]))) as picture:
+            return np.asarray(picture.convert("RGB")).astype(float)
+
+    async def mouse(self, kind, x, y, **more):
+        await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
+
+
+def browse(url, folder, visit):
+    """Open a page in a window of 1,280 × 800 px and visit it."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no chromium to look at the page with")
+    command = [browser, f"--user-data-dir={folder}", *SWITCHES]
+
+    async def go(port):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=30) as answer:
+            (tab,) = (tab for tab in json.load(answer) if tab["type"] == "page")
+        page = Page(await websocket_connect(tab["webSocketDebuggerUrl"], max_message_size=2**26))
+        await page.call("Runtime.enable")
+        await page.call("Log.enable")
+        await page.call("Emulation.setDeviceMetricsOverride", width=1280, height=800,
+                        deviceScaleFactor=1, mobile=False)  # fmt: skip
+        await page.call("Page.navigate", url=url)
+        await visit(page)
+        page.socket.close()
+        while await page.socket.read_message() is not None:
+            pass
+        await asyncio.sleep(0)
+        events = ("Runtime.exceptionThrown", "Log.entryAdded")
+        assert [of for of in page.told if of.get("method") in events] == []
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = next(line for line in process.stderr if "DevTools listening" in line)
+            asyncio.run(go(re.search(r":(\d+)/", line)[1]))
+        finally:
+            process.terminate()
+
+
+@pytest.mark.slow
+def test_the_page_shows_slide_mask_and_polygons_in_their_place(viewer, tmp_path, slide_pixels):
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        said = "document.querySelector('{}').textContent"
+        await page.until(still)
+        assert await page.ask("document.title") == "plain slide.tif"
+        assert await page.ask("document.querySelectorAll('#said li').length") == 0
+        looks_right(await page.picture(), (200, 210), slide_pixels, opacity=0.4)
+        for kind in ("mousePressed", "mouseReleased"):
+            await page.mouse(kind, 640 - 205, 500 - 200, button="left", clickCount=1)
+        await page.until(said.format("#found") + ".includes('Tumor')")
+        assert "0.01" in await page.ask(said.format("#found"))
+        # without mask and outlines, twice as large about a point that stays where it is
+        await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[1].click()")
+        await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[2].click()")
+        await page.mouse("mouseWheel", 400, 300, deltaX=0, deltaY=-300)
+        await page.until("location.hash.endsWith('d=0.5')")
+        await page.until(still)
+        larger = slide_pixels.repeat(2, 0).repeat(2, 1)
+        looks_right(await page.picture(), (2 * 605 - 400, 2 * 510 - 300), larger, opacity=0)
+        await page.ask("location.hash = location.hash.replace(/run=[^&]*/, 'run=bounded')")
+        await page.until("document.title == 'bounded.zarr'")
+        await page.until(still)
+
+    # a level-0 pixel is one of the screen; of 1,280 the slide has the left 990
+    browse(f"{viewer.url}#run={PLAIN}&x=700&y=610&d=1", tmp_path / "browser", visit)
+
+
+def looks_right(shown, corner, pixels, *, opacity):
+    """Hold the page's picture of the slide against its pixels from a corner on, (x, y)."""
+    x, y = corner
+    shown = shown[60:740, :990]  # without what lies over the slide
+    pixels = pixels[y + 60 : y + 740, x : x + 990].astype(float)
+    mask = np.digitize(-pixels[..., 1], [-214.5, -149.5])
+    colors = np.array([(0, 0, 0), COLORS[2], COLORS[1]], float)[mask]
+    alpha = opacity * (mask > 0)[..., None]
+    is_near = abs(shown - (1 - alpha) * pixels - alpha * colors).max(axis=2) < 30
+    assert is_near.mean() > 0.97  # but for outlines
+    assert all(is_near[mask == value].mean() > 0.9 for value in np.unique(mask))
+    if opacity:
+        assert len(np.unique(mask)) == 3
+        assert (abs(shown - COLORS[1]).max(axis=2) < 20).sum() > 500  # outlines

@@ -1,0 +1,49 @@
+"""`wsi-pipeline view`."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument(
+    "folder",
+    metavar="RUN_DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+)
+@click.option(
+    "--slide",
+    type=click.Path(exists=True, path_type=Path),
+    help="Where the slide is now, for the folder of one slide.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 = a free one.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    help="Address to listen on; whoever reaches it sees the slides.",
+)
+@click.option("--no-browser", is_flag=True, help="Print the address only.")
+@click.pass_context
+def command(
+    ctx: click.Context, folder: Path, slide: Path | None, port: int, host: str, no_browser: bool
+) -> None:
+    """Look at slide, mask and polygons in the browser.
+
+    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides. Runs until
+    Ctrl-C.
+    """
+    from wsi_pipeline.viewer import serve
+
+    try:
+        with serve(folder, host=host, port=port, slide=slide) as viewer:
+            if not ctx.obj["quiet"]:
+                click.echo("Ctrl-C ends it.", err=True)
+            click.echo(viewer.url)
+            if not no_browser:
+                webbrowser.open(viewer.url)
+            viewer.wait()
+    except KeyboardInterrupt:  # as it is meant to end
+        pass

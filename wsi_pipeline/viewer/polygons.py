@@ -1,0 +1,232 @@
+"""The polygons of a GeoJSON file by place and size, so that a page gets what it can show only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import shapely
+
+from wsi_pipeline.annotations.classes import is_number
+from wsi_pipeline.annotations.document import (
+    iter_nested,
+    parse_document,
+    properties_of,
+    read_bytes,
+)
+from wsi_pipeline.annotations.read import class_name_of
+from wsi_pipeline.annotations.shapes import build_polygons
+from wsi_pipeline.errors import AnnotationError
+
+MOST_SHAPES = 3000
+"""Polygons in an answer: more are no longer told apart on a screen."""
+MOST_VERTICES = 200_000
+"""Vertices in an answer: a browser draws them within a frame."""
+BATCH = 200
+"""Features that are built together; Python's collector slows down with what larger ones hold."""
+NO_CLASS = "No class"
+OWN_HEAD = b'{"type":"FeatureCollection","features":['
+"""First line of the files that this package writes; each feature then has a line."""
+
+Shapes = npt.NDArray[np.object_]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Polygons:
+    """Polygons, the largest first.
+
+    Attributes:
+        shapes: in level-0 pixels.
+        areas: of each, in level-0 pixels.
+        values: index of the class of each in `classes`.
+        classes: names.
+        names: of each.
+        measured: (mm², mean probability) of each as the file tells, NaN where it does not.
+        left_out: how many features could not be read.
+        tree: of `shapes`.
+    """
+
+    shapes: Shapes
+    areas: npt.NDArray[np.float64]
+    values: npt.NDArray[np.int64]
+    classes: tuple[str, ...]
+    names: list[str]
+    measured: npt.NDArray[np.float64]
+    left_out: int
+    tree: shapely.STRtree
+
+    def within(
+        self, box: tuple[int, int, int, int], downsample: float, hidden: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """Return the outlines that lie in a box, the largest polygons first.
+
+        Polygons below a pixel are left out, and outlines are simplified by at most half a pixel.
+
+        Args:
+            box: (x, y, width, height) in level-0 pixels.
+            downsample: level-0 pixels per pixel of the screen.
+            hidden: classes to leave out.
+
+        Returns:
+            `shapes`, each with its `id`, `class` and `lines`, flat arrays of x, y, x, y, …, cut off
+            at the box; `more`: how many polygons there was no room for.
+        """
+        x, y, width, height = box
+        bounds = (x, y, x + width, y + height)
+        found = np.sort(self.tree.query(shapely.box(*bounds)))
+        found = found[self.areas[found] >= downsample**2]
+        found = found[~np.isin(self.values[found], list(hidden))]
+        outlines = shapely.boundary(self.shapes[found[:MOST_SHAPES]])
+        clipped = shapely.clip_by_rect(outlines, *bounds)
+        lines = shapely.simplify(clipped, downsample / 2, preserve_topology=False)
+        n_vertices = np.cumsum(shapely.get_num_coordinates(lines))
+        lines = lines[: max(1, int(np.searchsorted(n_vertices, MOST_VERTICES, "right")))]
+        parts, owner = shapely.get_parts(lines, return_index=True)
+        parts, owner = (array[shapely.get_type_id(parts) == 1] for array in (parts, owner))
+        xy, part = shapely.get_coordinates(parts, return_index=True)
+        places = np.rint(xy).astype(np.int32) if downsample >= 1 else np.round(xy, 2)
+        rings = np.split(places.ravel(), 2 * np.flatnonzero(np.diff(part)) + 2)
+        shapes: dict[int, dict[str, Any]] = {}
+        for n, ring in zip(found[owner].tolist(), rings, strict=False):
+            own = shapes.setdefault(n, {"id": n, "class": int(self.values[n]), "lines": []})
+            own["lines"].append(ring)
+        return {"shapes": list(shapes.values()), "more": len(found) - len(lines)}
+
+    def at(self, x: int, y: int, hidden: Collection[int] = ()) -> dict[str, Any] | None:
+        """Return what is known of the smallest polygon around a level-0 pixel; None = none is.
+
+        Args:
+            x: of the pixel.
+            y: of the pixel.
+            hidden: classes to leave out.
+        """
+        found = np.sort(self.tree.query(shapely.Point(x + 0.5, y + 0.5)))
+        found = found[~np.isin(self.values[found], list(hidden))]
+        around = found[shapely.contains_xy(self.shapes[found], x + 0.5, y + 0.5)]
+        if len(around) == 0:
+            return None
+        n = int(around[-1])
+        mm2, probability = self.measured[n].tolist()  # JSON has null for NaN
+        return {
+            "id": n,
+            "name": self.names[n],
+            "class": int(self.values[n]),
+            "area_px": float(self.areas[n]),
+            "area_mm2": mm2,
+            "probability": probability,
+        }
+
+
+def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]) -> Polygons:
+    """Read the polygons of a GeoJSON file; return them.
+
+    Args:
+        path: of the file.
+        offset: (x, y) of its origin in level-0 pixels.
+        classes: names of those that come first, the background's included.
+
+    Raises:
+        AnnotationError: the file cannot be read, or is no GeoJSON.
+    """
+    found: list[Shapes] = []
+    values, names, measured = list[int](), list[str](), list[tuple[float, float]]()
+    numbers = {name: i for i, name in enumerate(classes)}
+    left_out = 0
+    features = _iter_features(path)
+    while batch := list(itertools.islice(features, BATCH)):
+        shapes, owner, n_damaged = _build([feature.get("geometry") for feature in batch])
+        found.append(shapes)
+        left_out += n_damaged
+        for properties in (properties_of(batch[i]) for i in owner):
+            name = class_name_of(properties) or NO_CLASS
+            values.append(numbers.setdefault(name, len(numbers)))
+            names.append(str(properties.get("name") or ""))
+            measured.append(_measured(properties.get("measurements")))
+    array = np.concatenate([np.zeros(0, object), *found])
+    areas = shapely.area(array)
+    order = np.argsort(-areas, kind="stable")
+    array = array[order]
+    if any(offset):
+        array = shapely.transform(array, lambda xy: xy + offset)
+    return Polygons(
+        shapes=array,
+        areas=areas[order],
+        values=np.array(values, np.int64)[order],
+        classes=tuple(numbers),
+        names=[names[i] for i in order.tolist()],
+        measured=np.array(measured, float).reshape(-1, 2)[order],
+        left_out=left_out,
+        tree=shapely.STRtree(array),
+    )
+
+
+def _build(geometries: list[Any]) -> tuple[Shapes, list[int], int]:
+    """Return polygons, the index of the geometry that each is of, and how many of these fail."""
+    with suppress(AttributeError, KeyError, TypeError, ValueError, shapely.GEOSException):
+        return _build_alike(geometries), list(range(len(geometries))), 0
+    shapes, owner, n_damaged = list[shapely.Polygon](), list[int](), 0
+    for i, geometry in enumerate(geometries):
+        try:
+            parts = build_polygons(geometry)
+        except AnnotationError:
+            n_damaged += 1
+            continue
+        shapes += parts
+        owner += [i] * len(parts)
+    return np.array([*shapes, None], object)[:-1], owner, n_damaged
+
+
+def _build_alike(geometries: list[Any]) -> Shapes:
+    """Return polygons, all in one go, in a fraction of the time.
+
+    Raises:
+        Exception: of several kinds, unless all are polygons as RFC 7946 wants them.
+    """
+    if any(geometry["type"] != "Polygon" for geometry in geometries):
+        raise ValueError("not all of them are polygons")
+    polygons = [geometry["coordinates"] for geometry in geometries]
+    rings = [ring for polygon in polygons for ring in polygon]
+    xy = np.array([place for ring in rings for place in ring], np.float64)
+    if xy.shape[1:] != (2,) or not np.isfinite(xy).all() or not all(polygons):
+        raise ValueError("places are no pairs of numbers")
+    ends = (np.cumsum([0, *map(len, rings)]), np.cumsum([0, *map(len, polygons)]))
+    return np.asarray(shapely.from_ragged_array(shapely.GeometryType.POLYGON, xy, ends))
+
+
+def _iter_features(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the features of a file; of those that this package writes, one at a time in memory."""
+    try:
+        with path.open("rb") as file:
+            if file.readline().rstrip() == OWN_HEAD:
+                for line in file:
+                    if line.startswith(b"{"):
+                        yield orjson.loads(line.rstrip(b",\r\n"))
+                return
+    except OSError as error:
+        raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise AnnotationError(
+            f"{path} is damaged: {error}; write it again with `export`"
+        ) from error
+    try:
+        features = parse_document(read_bytes(path)).features
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+    for _, feature in iter_nested(features):
+        if isinstance(feature, Mapping):
+            yield feature
+
+
+def _measured(measurements: object) -> tuple[float, float]:
+    """Return area in mm² and mean probability, NaN where they are not told."""
+    found = measurements if isinstance(measurements, Mapping) else {}
+    values = (found.get(name) for name in ("Area mm^2", "Mean probability"))
+    mm2, probability = (float(v) if is_number(v) else np.nan for v in values)
+    return mm2, probability

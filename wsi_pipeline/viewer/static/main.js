@@ -1,0 +1,227 @@
+// The page: which slide, its facts, layers and classes; what is drawn when. Texts from files are put
+// in as text only, never as HTML.
+
+import { Outlines } from "./outlines.js";
+import { Tiles, ask, picture } from "./tiles.js";
+import { View } from "./view.js";
+
+const element = (id) => document.getElementById(id);
+const canvases = { slide: element("slide"), mask: element("mask"), lines: element("lines") };
+const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1]];
+const view = new View(element("stage"), redraw, clicked);
+const hidden = new Set(); // classes, by their number
+let shown = null; // what the page knows of the slide it shows
+let frame = 0, saving = 0;
+
+start();
+
+async function start() {
+  LAYERS.forEach(([id, title, opacity]) => element("sliders").append(slider(canvases[id], title, opacity)));
+  window.addEventListener("hashchange", () => open(readHash()));
+  element("runs").addEventListener("change", ({ target }) => open({ run: target.value }));
+  element("stage").addEventListener("pointermove", tellWhere);
+  const runs = await attempt(async () => (await ask("runs")).json());
+  if (!runs) return;
+  element("choice").hidden = runs.length < 2;
+  for (const { id, folder, status, reason } of runs) {
+    const option = new Option(status === "done" ? folder : `${folder} – ${status || "not shown"}`, id);
+    option.title = reason;
+    element("runs").append(option);
+  }
+  open({ run: runs[0]?.id, ...readHash() });
+}
+
+async function open({ run, x, y, d }) {
+  if (!run) return;
+  if (run === shown?.run) {
+    if (d) view.go(x, y, 1 / d);
+    return;
+  }
+  close();
+  element("runs").value = run;
+  const mine = { run, url: `runs/${run}`, selected: null };
+  shown = mine;
+  mine.facts = await attempt(async () => (await ask(mine.url)).json());
+  const { facts } = mine;
+  if (!facts || shown !== mine) return; // another was chosen meanwhile
+  tellFacts(facts);
+  if (!facts.size) return;
+  const [width, height] = facts.size;
+  const base = facts.thumbnail && await attempt(() => picture(`${mine.url}/thumbnail?v=${facts.version}`));
+  if (shown !== mine) return;
+  mine.slide = tiles("slide", { base: base && { ...facts.thumbnail, picture: base } });
+  mine.mask = tiles("mask", { smooth: false });
+  if (facts.polygons) {
+    mine.lines = new Outlines(canvases.lines, mine.url, { changed: redraw, came: polygonsCame });
+    element("notice").textContent = "Polygons are being read …";
+  }
+  view.home = facts.bounds ?? { x: 0, y: 0, width, height };
+  if (d) view.go(x, y, 1 / d);
+  else view.goHome();
+  element("stage").focus({ focusVisible: false });
+}
+
+function close() {
+  ["slide", "mask", "lines"].forEach((layer) => shown?.[layer]?.close());
+  shown = view.home = null;
+  hidden.clear();
+  Object.values(canvases).forEach((canvas) => { canvas.width = 0; });
+  element("said").replaceChildren();
+  ["name", "facts", "notice"].forEach((id) => { element(id).textContent = ""; });
+  ["bar", "layers", "found"].forEach((id) => { element(id).hidden = true; });
+}
+
+// layer: "slide" or "mask", of which classes may be hidden.
+function tiles(layer, options) {
+  const { url, facts } = shown, hide = layer === "mask" && hidden.size ? `&hide=${[...hidden].sort().join()}` : "";
+  const of = (level, column, row) => `${url}/${layer}/${level}/${column}/${row}?v=${facts.version}${hide}`;
+  const failed = (sentence) => say(sentence, "bad");
+  return new Tiles(canvases[layer], facts[layer], facts.tile, of, { changed: redraw, failed, ...options });
+}
+
+// Draws once a frame, whatever has changed since.
+function redraw() {
+  frame ||= requestAnimationFrame(() => {
+    frame = 0;
+    if (!shown?.slide) return;
+    const ratio = window.devicePixelRatio || 1, { facts } = shown;
+    const colors = facts.classes.map(({ color }) => `rgb(${color.join()})`);
+    const came = [shown.slide.draw(view, ratio), shown.mask.draw(view, ratio)];
+    if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
+    document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
+    tellScale(facts.mpp[0]);
+    clearTimeout(saving);
+    saving = setTimeout(saveHash, 200);
+  });
+}
+
+function polygonsCame({ error, more, left_out, classes }) {
+  if (error) return say(error, "bad");
+  const known = shown.facts.classes;
+  classes.slice(known.length).forEach((of) => known.push(of)); // drawn or edited in QuPath
+  if (element("classes").childElementCount !== known.length - 1) tellClasses(known);
+  if (left_out) say(`${left_out} features of the polygons cannot be read`);
+  element("notice").textContent = more ? `${more.toLocaleString()} smaller polygons are not drawn here; zoom in` : "";
+}
+
+async function clicked([x, y]) {
+  if (!shown?.lines) return;
+  const query = new URLSearchParams({ x: Math.floor(x), y: Math.floor(y) });
+  if (hidden.size) query.set("hide", [...hidden].join());
+  const { url } = shown;
+  const found = await attempt(async () => (await ask(`${url}/at?${query}`)).json());
+  if (shown?.url !== url) return;
+  shown.selected = found?.id ?? null;
+  element("found").hidden = !found;
+  if (found) tellFound(found);
+  redraw();
+}
+
+function tellFound(found) {
+  const [mx, my] = shown.facts.mpp, own = found.area_px * mx * my * 1e-6;
+  const rows = [["name", found.name || "–"], ["class", shown.facts.classes[found.class].name], ["area", `${number(found.area_mm2 ?? own)} mm²`]];
+  if (found.probability !== null) rows.push(["mean probability", found.probability.toFixed(3)]);
+  element("found").querySelector("dl").replaceChildren(...rows.flatMap(([term, value]) => [make("dt", term), make("dd", value)]));
+}
+
+function tellFacts(facts) {
+  document.title = facts.name;
+  element("name").textContent = facts.name;
+  const lines = [`model ${facts.model}`];
+  if (facts.size) {
+    lines.unshift(`${facts.size.join(" × ")} px · ${number(facts.mpp[0])} µm/px`);
+    lines.push(`tissue ${number(facts.tissue_mm2)} mm²`);
+    tellClasses(facts.classes);
+  }
+  element("facts").textContent = lines.join("\n");
+  if (facts.status !== "done") say(`${facts.status}: ${facts.reason}`, "bad");
+  facts.problems.forEach((sentence) => say(sentence, "bad"));
+  facts.warnings.forEach((sentence) => say(sentence));
+  element("layers").hidden = !facts.size;
+}
+
+function tellClasses(classes) {
+  const items = classes.slice(1).map(({ name, color, mm2, regions }, i) => {
+    const box = make("input"), swatch = make("i"), label = make("label"), item = make("li");
+    Object.assign(box, { type: "checkbox", checked: !hidden.has(i + 1) });
+    box.addEventListener("change", () => toggle(i + 1, box.checked));
+    swatch.style.background = `rgb(${color.join()})`;
+    label.append(box, swatch, make("b", name), make("span", mm2 == null ? "" : `${number(mm2)} mm²`));
+    if (regions != null) label.append(make("small", `${regions.toLocaleString()} polygon${regions === 1 ? "" : "s"}`));
+    item.append(label);
+    return item;
+  });
+  element("classes").replaceChildren(...items);
+}
+
+function toggle(value, on) {
+  if (on) hidden.delete(value);
+  else hidden.add(value);
+  shown.mask.close();
+  shown.mask = tiles("mask", { smooth: false });
+  redraw();
+}
+
+function slider(canvas, title, opacity) {
+  const label = make("label"), box = make("input"), range = make("input");
+  Object.assign(box, { type: "checkbox", checked: true, ariaLabel: `show ${title}` });
+  Object.assign(range, { type: "range", min: 0, max: 1, step: 0.05, value: opacity, ariaLabel: `opacity of ${title}` });
+  const apply = () => { canvas.style.opacity = box.checked ? range.value : 0; };
+  box.addEventListener("change", apply);
+  range.addEventListener("input", apply);
+  apply();
+  label.append(box, title, range);
+  return label;
+}
+
+// A bar of 1, 2 or 5 times a power of ten, about 120 px long.
+function tellScale(mpp) {
+  const um = (120 * mpp) / view.scale, ten = 10 ** Math.floor(Math.log10(um));
+  const length = [5, 2, 1].find((n) => n * ten <= um) * ten;
+  const [text, line] = element("bar").children;
+  element("bar").hidden = false;
+  text.textContent = length < 1000 ? `${+length.toPrecision(1)} µm` : `${length / 1000} mm`;
+  line.style.width = `${(length / mpp) * view.scale}px`;
+}
+
+function tellWhere(event) {
+  if (!view.home) return;
+  const [x, y] = view.toLevel0(view.place(event)).map(Math.floor);
+  element("where").textContent = `x ${x}, y ${y} px`;
+}
+
+function say(sentence, kind = "") {
+  const said = element("said");
+  if ([...said.children].some((item) => item.textContent === sentence)) return;
+  said.append(Object.assign(make("li", sentence), { className: kind }));
+}
+
+async function attempt(what) {
+  try {
+    return await what();
+  } catch (error) {
+    say(error.message, "bad");
+    return null;
+  }
+}
+
+function readHash() {
+  const parts = location.hash.slice(1).split("&").map((part) => part.split("="));
+  const { run, ...place } = Object.fromEntries(parts); // run as it stands there, in URL's letters
+  const [x, y, d] = [place.x, place.y, place.d].map(Number);
+  return { ...(run && { run }), ...([x, y, d].every(Number.isFinite) && d > 0 && { x, y, d }) };
+}
+
+function saveHash() {
+  if (!shown?.slide) return;
+  const hash = `#run=${shown.run}&x=${Math.round(view.x)}&y=${Math.round(view.y)}&d=${+(1 / view.scale).toPrecision(4)}`;
+  history.replaceState(null, "", hash); // no entry for each move
+}
+
+function make(tag, text = "") {
+  return Object.assign(document.createElement(tag), { textContent: text });
+}
+
+function number(value) {
+  return value === 0 ? "0" : value.toLocaleString("en", { maximumSignificantDigits: 3 });
+}

@@ -1,0 +1,95 @@
+// Outlines of the polygons in view, and what cannot be read of the slide.
+
+import { ask, fit } from "./tiles.js";
+
+const MARGIN = 0.5; // of the view on all sides, fetched with it
+const WAIT = 120; // ms without a move before they are fetched anew
+
+export class Outlines {
+  constructor(canvas, url, { changed, came }) {
+    Object.assign(this, { canvas, url, changed, came, held: null, asked: "", paths: new Map() });
+  }
+
+  // hidden: classes that are not shown. Returns whether what is wanted has come.
+  draw(view, ratio, colors, hidden, selected, marks) {
+    const context = fit(this.canvas, view, ratio);
+    this.want(view, ratio, hidden);
+    const { scale } = view, { held } = this;
+    const around = (x, y) => context.setTransform(
+      scale * ratio, 0, 0, scale * ratio,
+      ((x - view.x) * scale + view.width / 2) * ratio, ((y - view.y) * scale + view.height / 2) * ratio,
+    );
+    for (const { x, y, width, height } of marks) {
+      around(x, y);
+      stroke(context, "#ff00ff", 1.5 / scale, [6 / scale, 4 / scale], (c) => c.strokeRect(0, 0, width, height));
+    }
+    if (!held) return !this.waiting;
+    around(held.x, held.y); // paths count from there: far from the origin a float is too coarse
+    for (const [value, path] of this.paths) {
+      if (!hidden.has(value)) stroke(context, colors[value], 1.5 / scale, [], (c) => c.stroke(path));
+    }
+    const chosen = held.shapes.find((shape) => shape.id === selected);
+    if (chosen) {
+      const path = new Path2D();
+      trace(path, chosen, held);
+      stroke(context, "#fff", 6 / scale, [], (c) => c.stroke(path));
+      stroke(context, colors[chosen.class], 3 / scale, [], (c) => c.stroke(path));
+    }
+    return !this.waiting;
+  }
+
+  want(view, ratio, hidden) {
+    const pixel = 1 / (view.scale * ratio), hide = [...hidden].sort().join(), { held } = this;
+    const seen = view.box();
+    const fits = held && hide === held.hide && pixel <= held.pixel * 1.3 && pixel >= held.pixel / 1.5 &&
+      seen.x >= held.x && seen.y >= held.y && seen.x + seen.w <= held.x + held.w && seen.y + seen.h <= held.y + held.h;
+    const key = fits ? "" : [view.x, view.y, pixel, hide, view.width, view.height].join();
+    if (key === this.asked) return;
+    this.asked = key;
+    this.close();
+    if (fits) return;
+    const { x, y, w, h } = view.box(MARGIN);
+    const box = { x: Math.floor(x), y: Math.floor(y), w: Math.ceil(w) + 1, h: Math.ceil(h) + 1 };
+    this.waiting = new AbortController();
+    this.timer = setTimeout(() => this.load({ ...box, pixel, hide }, this.waiting.signal), held ? WAIT : 0);
+  }
+
+  async load({ x, y, w, h, pixel, hide }, signal) {
+    const query = new URLSearchParams({ x, y, w, h, downsample: pixel.toFixed(6) });
+    if (hide) query.set("hide", hide);
+    try {
+      const found = await (await ask(`${this.url}/polygons?${query}`, signal)).json();
+      this.held = { x, y, w, h, pixel, hide, shapes: found.shapes };
+      this.paths = new Map();
+      for (const shape of found.shapes) {
+        if (!this.paths.has(shape.class)) this.paths.set(shape.class, new Path2D());
+        trace(this.paths.get(shape.class), shape, this.held);
+      }
+      this.came(found);
+    } catch (error) {
+      if (signal.aborted) return;
+      this.came({ error: error.message });
+    }
+    this.waiting = null;
+    this.changed();
+  }
+
+  close() {
+    clearTimeout(this.timer);
+    this.waiting?.abort();
+    this.waiting = null;
+  }
+}
+
+function trace(path, { lines }, { x, y }) {
+  for (const line of lines) {
+    path.moveTo(line[0] - x, line[1] - y);
+    for (let i = 2; i < line.length; i += 2) path.lineTo(line[i] - x, line[i + 1] - y);
+  }
+}
+
+function stroke(context, color, width, dash, draw) {
+  Object.assign(context, { strokeStyle: color, lineWidth: width, lineJoin: "round" });
+  context.setLineDash(dash);
+  draw(context);
+}
