@@ -353,11 +353,23 @@ def test_foreign_names_are_refused(viewer):
         f"192.168.1.7:{port}", f"evil@localhost:{port}", f"localhost:{port}/x", "", "[::1", "a b",
     ]  # fmt: skip
     for host in good:
-        assert raw(viewer, f"GET /runs HTTP/1.1\r\nHost: {host}\r\n\r\n")[0] == 200
+        assert raw(viewer, f"GET {viewer.root}runs HTTP/1.1\r\nHost: {host}\r\n\r\n")[0] == 200
     for host in bad:
-        status, _, body = raw(viewer, f"GET /runs HTTP/1.1\r\nHost: {host}\r\n\r\n")
-        assert (status, b"open " + viewer.url.encode() in body) == (403, True), host
-    assert raw(viewer, "GET /runs HTTP/1.0\r\n\r\n")[0] == 403
+        status, _, body = raw(viewer, f"GET {viewer.root}runs HTTP/1.1\r\nHost: {host}\r\n\r\n")
+        assert (status, viewer.root.encode() in body) == (403, False), host
+    assert raw(viewer, f"GET {viewer.root}runs HTTP/1.0\r\n\r\n")[0] == 403
+
+
+def test_who_does_not_know_the_address_sees_nothing(viewer, output):
+    host, guess = f"Host: 127.0.0.1:{viewer.server_port}", "A" * (len(viewer.root) - 2)
+    roots = ["/", f"/{guess}/", viewer.root.upper(), viewer.root[:-1], f"/\xe9{viewer.root[2:]}"]
+    for path in ("", "runs", "main.js", "runs/bounded/slide/0/0/0"):
+        for root in roots:
+            status, headers, body = raw(viewer, f"GET {root}{path} HTTP/1.1\r\n{host}\r\n\r\n")
+            assert (status, headers["Content-Type"]) == (403, "text/plain; charset=utf-8")
+            assert viewer.root.encode() not in body
+    with serve(output) as other:
+        assert other.root != viewer.root
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "FOO"])
@@ -421,19 +433,19 @@ def test_what_a_browser_may_do_and_keep(viewer):
     assert b"http" not in page
     for path in ("main.js", "view.js", "tiles.js", "outlines.js", "style.css", "icon.svg"):
         status, headers, body = get(viewer, path)
-        assert (status, headers["Cache-Control"]) == (200, "private, no-cache")
+        assert (status, headers["Cache-Control"]) == (200, "no-cache")
         assert b"innerHTML" not in body
         again = get(viewer, path, **{"If-None-Match": headers["ETag"]})
         assert (again[0], again[2]) == (304, b"")
     _, headers, body = get(viewer, "runs/bounded/slide/0/0/0")
-    assert headers["Cache-Control"] == "private, max-age=3600"
+    assert (headers["Cache-Control"], headers["ETag"]) == ("no-store", None)
     connection = http.client.HTTPConnection("127.0.0.1", viewer.server_port, timeout=30)
     with contextlib.closing(connection):
-        connection.request("HEAD", "/runs/bounded/slide/0/0/0")
+        connection.request("HEAD", f"{viewer.root}runs/bounded/slide/0/0/0")
         answer = connection.getresponse()
         assert (answer.status, answer.read()) == (200, b"")
         assert answer.headers["Content-Length"] == str(len(body))
-        connection.request("GET", "/icon.svg")  # over the same connection
+        connection.request("GET", f"{viewer.root}icon.svg")  # over the same connection
         assert connection.getresponse().read().startswith(b"<svg")
     assert get(viewer, "nothing")[1]["Cache-Control"] == "no-store"
 
@@ -444,7 +456,7 @@ def test_a_browser_that_goes_away_is_not_talked_about(viewer, capfd):
             reset = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             host = f"Host: 127.0.0.1:{viewer.server_port}"
-            line = "GET /runs/bounded/slide/0/0/0 HTTP/1.1\r\n"
+            line = f"GET {viewer.root}runs/bounded/slide/0/0/0 HTTP/1.1\r\n"
             connection.sendall(f"{line}{host}\r\n\r\n{line}{host}\r\n\r\n".encode())
     assert get(viewer, "runs")[0] == 200
     assert capfd.readouterr() == ("", "")
@@ -617,8 +629,9 @@ def test_a_taken_port_and_unknown_hosts_are_told(viewer, output):
         serve(output, host="256.0.0.1")
     with serve(output, host="0.0.0.0") as everywhere:
         port = everywhere.server_port
-        assert raw(everywhere, f"GET / HTTP/1.1\r\nHost: 192.168.1.7:{port}\r\n\r\n")[0] == 200
-        assert raw(everywhere, f"GET / HTTP/1.1\r\nHost: evil.example:{port}\r\n\r\n")[0] == 403
+        line = f"GET {everywhere.root} HTTP/1.1\r\n"
+        assert raw(everywhere, f"{line}Host: 192.168.1.7:{port}\r\n\r\n")[0] == 200
+        assert raw(everywhere, f"{line}Host: evil.example:{port}\r\n\r\n")[0] == 403
 
 
 def test_the_command_serves_until_ctrl_c(output):

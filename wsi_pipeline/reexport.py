@@ -60,7 +60,7 @@ def export_again(folder: Path, changes: Mapping[str, Any]) -> Run:
             f"{folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an output"
         )
     with store.claim():
-        mask_mpp = _mask_mpp(store.finished_mask_path)
+        _, mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
         try:
             before = _options(run)
             _dialect(run, mask_mpp, before)
@@ -104,19 +104,6 @@ def _crop(run: Run, options: ExportOptions) -> Region | None:
     """Return the part of the slide that the viewer shows; None = all."""
     bounds = run.slide["bounds"]
     return Region(**bounds) if bounds and options.frame == "qupath" else None
-
-
-def _mask_mpp(mask_path: Path) -> tuple[float, float]:
-    """Return (x, y) µm per pixel of a finished mask.
-
-    Raises:
-        StoreError: it is damaged.
-    """
-    try:
-        ome_zarr.open_levels(mask_path)
-        return ome_zarr.read_mpp(mask_path)
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(f"{mask_path} is damaged ({error}); segment the slide again") from error
 
 
 def _dialect(run: Run, mask_mpp: tuple[float, float], options: ExportOptions) -> geojson.Dialect:

@@ -23,7 +23,7 @@ import click
 @click.option(
     "--host",
     default="127.0.0.1",
-    help="Address to listen on; whoever reaches it sees the slides.",
+    help="Address to listen on; nothing is encrypted on the way.",
 )
 @click.option("--no-browser", is_flag=True, help="Print the address only.")
 @click.pass_context

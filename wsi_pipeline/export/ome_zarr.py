@@ -127,12 +127,19 @@ def open_levels(path: Path) -> list[MaskArray]:
     return [open_mask(path, level=i) for i in range(len(level_shapes(open_mask(path).shape)))]
 
 
-def read_mpp(path: Path) -> tuple[float, float]:
-    """Return (x, y) µm per pixel of an OME-Zarr mask's level 0."""
-    attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
-    level = attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
-    y, x = level["coordinateTransformations"][0]["scale"]
-    return x, y
+def open_finished(path: Path) -> tuple[list[MaskArray], tuple[float, float]]:
+    """Open a mask of which nothing else is known; return its levels, and (x, y) µm per pixel.
+
+    Raises:
+        StoreError: it is damaged.
+    """
+    try:
+        attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
+        level = attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
+        y, x = level["coordinateTransformations"][0]["scale"]
+        return open_levels(path), (x, y)
+    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise StoreError(f"{path} is damaged ({error}); segment the slide again") from error
 
 
 def read_mask(path: Path, shape: Shape) -> Mask:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import socket
 import socketserver
 import sys
@@ -37,8 +38,6 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 MOST_OPEN = 4
 """Slides that stay open while others are looked at."""
-TILE_SECONDS = 3600
-"""For which a browser keeps a tile; the tile's URL changes when the run does."""
 IDLE_SECONDS = 60
 """After which a connection that is not used is closed."""
 TYPES = {
@@ -73,12 +72,12 @@ class Answer:
     Attributes:
         body: the content.
         kind: its media type.
-        seconds: for which the browser may keep it without asking again.
+        is_kept: whether the browser may keep it on its disk. Nothing of a patient is.
     """
 
     body: bytes
     kind: str
-    seconds: int = 0
+    is_kept: bool = False
 
 
 Query = Mapping[str, list[str]]
@@ -88,6 +87,8 @@ class Viewer(ThreadingHTTPServer):
     """A server of finished runs in a thread of its own; close it, or use it in a `with`.
 
     Attributes:
+        root: with which the path of every URL begins; whoever does not know it sees nothing, as
+            other users of the machine, who reach the port too.
         url: of the page.
     """
 
@@ -98,8 +99,9 @@ class Viewer(ThreadingHTTPServer):
     def __init__(self, folder: Path, *, host: str, port: int, slide: Path | None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.folder, self.slide_path = folder, slide
-        self.pages = {f"/{name}": answer for name, answer in _static_files()}
-        self.pages["/"] = self.pages.pop("/index.html")
+        self.root = f"/{secrets.token_urlsafe(16)}/"
+        self.pages = dict(_static_files())
+        self.pages[""] = self.pages.pop("index.html")
         self._folders: dict[str, Path] = {}
         self._open: OrderedDict[str, ShownRun] = OrderedDict()  # the latest used last
         self._users: dict[ShownRun, int] = {}
@@ -107,7 +109,7 @@ class Viewer(ThreadingHTTPServer):
         super().__init__((host, port), Handler)
         self.hosts = _own_names(host)
         name = socket.gethostname() if _is_any(host) else host
-        self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}/"
+        self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
         self._thread = threading.Thread(target=self.serve_forever, name="viewer", daemon=True)
         self._thread.start()
 
@@ -205,7 +207,7 @@ def serve(
 
     Args:
         folder: of one run, or the output folder of several.
-        host: address to listen on. Whoever reaches it sees the slides.
+        host: address to listen on. Nothing is encrypted on the way.
         port: to listen on; 0 = a free one.
         slide: where the slide of a single run is now.
 
@@ -279,14 +281,19 @@ class Handler(BaseHTTPRequestHandler):
         if not known or port != self.server.server_port:
             raise RequestError(
                 HTTPStatus.FORBIDDEN,
-                f"this server does not answer to {host[:80]!r}; open {self.server.url}",
+                f"this server does not answer to {host[:80]!r}; open the address that it told",
             )
 
     def _answer(self) -> Answer:
-        path, _, query = self.path.partition("?")
+        root, path = self.path[: len(self.server.root)], self.path[len(self.server.root) :]
+        if not secrets.compare_digest(root.encode(), self.server.root.encode()):
+            raise RequestError(
+                HTTPStatus.FORBIDDEN, "open the address that `view` told, with all its letters"
+            )
+        path, _, query = path.partition("?")
         if path in self.server.pages:
             return self.server.pages[path]
-        parts = path.split("/")[1:]
+        parts = path.split("/")
         if parts == ["runs"]:
             return _json(self.server.list_runs())
         if parts[0] == "runs" and len(parts) > 1:
@@ -295,20 +302,17 @@ class Handler(BaseHTTPRequestHandler):
         raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _send(self, status: HTTPStatus, answer: Answer) -> None:
-        tag = f'"{hashlib.sha256(answer.body).hexdigest()[:20]}"'
-        if status == HTTPStatus.OK and tag in self.headers.get("If-None-Match", ""):
+        tag = f'"{hashlib.sha256(answer.body).hexdigest()[:20]}"' if answer.is_kept else ""
+        if tag and tag in self.headers.get("If-None-Match", ""):
             status = HTTPStatus.NOT_MODIFIED
         self.send_response(status)
         for name, value in HEADERS.items():
             self.send_header(name, value)
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
-        if status < HTTPStatus.BAD_REQUEST:
+        if tag:
             self.send_header("ETag", tag)
-            keep = f"max-age={answer.seconds}" if answer.seconds else "no-cache"
-            self.send_header("Cache-Control", f"private, {keep}")
-        else:
-            self.send_header("Cache-Control", "no-store")
+        self.send_header("Cache-Control", "no-cache" if answer.is_kept else "no-store")
         if self.close_connection:
             self.send_header("Connection", "close")
         if status != HTTPStatus.NOT_MODIFIED:
@@ -329,13 +333,11 @@ def _answer_of(shown: ShownRun, parts: list[str], query: Query) -> Answer:
         case []:
             return _json(shown.facts())
         case ["thumbnail"]:
-            return Answer(body=shown.thumbnail_jpeg(), kind="image/jpeg", seconds=TILE_SECONDS)
+            return Answer(body=shown.thumbnail_jpeg(), kind="image/jpeg")
         case ["slide", *place]:
-            tile = shown.slide_tile(*_tile(place))
-            return Answer(body=tile, kind="image/jpeg", seconds=TILE_SECONDS)
+            return Answer(body=shown.slide_tile(*_tile(place)), kind="image/jpeg")
         case ["mask", *place]:
-            tile = shown.mask_tile(*_tile(place), _hidden(query))
-            return Answer(body=tile, kind="image/png", seconds=TILE_SECONDS)
+            return Answer(body=shown.mask_tile(*_tile(place), _hidden(query)), kind="image/png")
         case ["polygons"]:
             x, y, width, height = (_integer(query, name) for name in ("x", "y", "w", "h"))
             if width < 1 or height < 1:
@@ -417,7 +419,7 @@ def _static_files() -> Iterator[tuple[str, Answer]]:
     for file in (resources.files("wsi_pipeline.viewer") / "static").iterdir():
         kind = TYPES.get(Path(file.name).suffix)
         if kind:
-            yield file.name, Answer(body=file.read_bytes(), kind=kind)
+            yield file.name, Answer(body=file.read_bytes(), kind=kind, is_kept=True)
 
 
 def _own_names(host: str) -> set[str]:

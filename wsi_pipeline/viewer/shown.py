@@ -317,10 +317,7 @@ def _open_mask(
         raise StoreError(
             f"{store.folder} has no {store.finished_mask_path.name}; segment the slide again"
         )
-    try:
-        levels, (x, y) = ome_zarr.open_levels(paths[0]), ome_zarr.read_mpp(paths[0])
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(f"{paths[0]} is damaged ({error}); segment the slide again") from error
+    levels, (x, y) = ome_zarr.open_finished(paths[0])
     mpp = run.slide["mpp"]
     return tuple(levels), (y / mpp[1], x / mpp[0])
 
