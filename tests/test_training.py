@@ -1357,7 +1357,7 @@ def test_the_shipped_recipe_finds_its_data(data_dir: Path) -> None:
     if not (data_dir / "bcss_a0sk").is_dir():
         pytest.skip("no BCSS regions in the real data")
     samples = load(recipe, data_dir)
-    assert len(samples) == 20
+    assert len(samples) == 23
     shares = {
         s.name: float((truth_of(s) == 1).float().mean())
         for s in samples

@@ -18,6 +18,7 @@ import threading
 import urllib.error
 import urllib.request
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -637,12 +638,16 @@ def test_a_taken_port_and_unknown_hosts_are_told(viewer, output):
 def test_the_command_serves_until_ctrl_c(output):
     command = [sys.executable, "-m", "wsi_pipeline", "view", str(output), "--no-browser"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as process:
-        url = process.stdout.readline().strip()
-        with urllib.request.urlopen(f"{url}runs", timeout=30) as answer:
-            assert len(json.load(answer)) == 3
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+    deaf = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # as scripts start theirs with &
+    with subprocess.Popen(command, preexec_fn=deaf, **pipes) as process:
+        try:
+            url = process.stdout.readline().strip()
+            with urllib.request.urlopen(f"{url}runs", timeout=30) as answer:
+                assert len(json.load(answer)) == 3
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert (process.returncode, out, err) == (0, "", "Ctrl-C ends it.\n")
     result = CliRunner().invoke(group, ["view", str(output), "--slide", str(output)])
     assert result.exit_code == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import webbrowser
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def command(
     """
     from wsi_pipeline.viewer import serve
 
+    # a program that a script has started in the background does not hear Ctrl-C otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with serve(folder, host=host, port=port, slide=slide) as viewer:
             if not ctx.obj["quiet"]:
