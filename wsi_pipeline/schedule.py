@@ -305,6 +305,8 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say what it would
+    # it tells once more what failed: a job, or a message that dask gave up on as it closed
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with ExitStack() as closing:
         if options.scheduler is not None:
             client = closing.enter_context(_connect(options.scheduler))
@@ -374,7 +376,6 @@ def _start_jobs(count: int) -> Iterator[SpecCluster]:
         raise ClusterError(
             f'--cluster slurm: {error}; it needs pip install "wsi-pipeline[cluster]"'
         ) from error
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tells each failed job once more
     loopback = {"dashboard_address": "127.0.0.1:0"}
     told = dask.config.get("jobqueue.slurm.scheduler-options", None) or {}
     try:
