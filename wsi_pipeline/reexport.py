@@ -60,6 +60,7 @@ def export_again(folder: Path, changes: Mapping[str, Any]) -> Run:
             f"{folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an output"
         )
     with store.claim():
+        run = load_run(path)  # as it is now that nobody else writes it
         _, mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
         try:
             before = _options(run)
