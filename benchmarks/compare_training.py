@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from wsi_pipeline.evaluation.metrics import Tally, bootstrap
 from wsi_pipeline.networks import create
 from wsi_pipeline.training.measure import Score, scores_of
 from wsi_pipeline.training.recipe import load_recipe
+from wsi_pipeline.training.train import load_held_out
 
 Row = dict[str, float]
 COLORS = ("#4575b4", "#d73027", "#1a9850", "#984ea3")
@@ -62,13 +62,10 @@ def read(recipe: Path, folder: Path) -> Trained:
     Raises:
         SystemExit: nothing was.
     """
-    held_out, histories = {}, {}
+    held_out, histories = dict[str, Tally](), {}
     for path in sorted(folder.glob(".training/*/held_out.json")):
-        found = json.loads(path.read_text("utf-8"))
-        for patient, counts in found.items():
-            confusion = np.array(counts["pixels"])
-            borders = np.zeros((len(confusion), 4), np.int64)
-            held_out[patient] = Tally(confusion=confusion, borders=borders)
+        found = {patient: judged.pixels for patient, judged in load_held_out(path).items()}
+        held_out |= found
         with (path.parent / "history.csv").open(encoding="utf-8", newline="") as file:
             rows = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
         histories[tuple(sorted(found))] = rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -88,6 +89,21 @@ def slide_path(
     """Return a lossless tiled TIFF of two levels, 1931 × 1487, 0.25 µm/px by resolution tags."""
     path = tmp_path_factory.mktemp("slide") / "synthetic slide.tif"
     return make_slide(path, slide_pixels, SLIDE_MPP, levels=(1, 4))
+
+
+@pytest.fixture(scope="session")
+def bounded(tmp_path_factory: pytest.TempPathFactory, slide_path: Path) -> Path:
+    """Return a stored grid of `slide_path` that says, as MRXS slides do, that it was cropped."""
+    from wsi_pipeline.options import SelectOptions
+    from wsi_pipeline.pipeline import tile
+
+    grid = tmp_path_factory.mktemp("bounded") / "bounded.zarr"
+    everywhere = SelectOptions(tissue="none")
+    tile(slide_path, grid, mpp=SLIDE_MPP, patch_size=256, overlap=0, select=everywhere)
+    meta = json.loads((grid / "zarr.json").read_text("utf-8"))
+    meta["attributes"]["bounds"] = {"x": 301, "y": 257, "width": 1200, "height": 1000}
+    (grid / "zarr.json").write_text(json.dumps(meta), "utf-8")
+    return grid
 
 
 @pytest.fixture(scope="session")  # clients of S3 are kept, with the address that they began with

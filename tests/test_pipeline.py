@@ -408,17 +408,6 @@ def test_memory_does_not_grow_with_the_slide(tmp_path, make_big_slide):
     assert peaks[16384] <= 1.15 * peaks[8192], peaks
 
 
-@pytest.fixture
-def bounded(tmp_path, slide_path):
-    """Return a stored grid that says of itself, as MRXS slides do, that it was cropped."""
-    grid = tmp_path / "bounded.zarr"
-    tile(slide_path, grid, mpp=0.25, patch_size=256, overlap=0, select=EVERYWHERE)
-    meta = json.loads((grid / "zarr.json").read_text("utf-8"))
-    meta["attributes"]["bounds"] = {"x": 301, "y": 257, "width": 1200, "height": 1000}
-    (grid / "zarr.json").write_text(json.dumps(meta), "utf-8")
-    return grid
-
-
 def test_the_frame_is_the_viewers(tmp_path, bounded, slide_pixels):
     """O1, O3 and O4 of the checklist, and the crop of the TIFF."""
     bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)

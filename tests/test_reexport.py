@@ -20,7 +20,7 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment, tile
+from wsi_pipeline.pipeline import segment
 from wsi_pipeline.reexport import export_again
 from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import open_cluster
@@ -29,17 +29,6 @@ from wsi_pipeline.store import RunStore
 EVERYWHERE = SelectOptions(tissue="none")
 FIRST = ExportOptions(simplify_um=1, min_area_um2=100)
 NAMES = ("annotations.geojson", "mask.ome.tif", "mask.asap.tif", "overlay.png")
-
-
-@pytest.fixture(scope="module")
-def bounded(tmp_path_factory, slide_path):
-    """Return a stored grid that says of itself, as MRXS slides do, that it was cropped."""
-    grid = tmp_path_factory.mktemp("bounded") / "bounded.zarr"
-    tile(slide_path, grid, mpp=0.25, patch_size=256, overlap=0, select=EVERYWHERE)
-    meta = json.loads((grid / "zarr.json").read_text("utf-8"))
-    meta["attributes"]["bounds"] = {"x": 301, "y": 257, "width": 1200, "height": 1000}
-    (grid / "zarr.json").write_text(json.dumps(meta), "utf-8")
-    return grid
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment, tile
+from wsi_pipeline.pipeline import segment
 from wsi_pipeline.report import RUN_FILE, Run, write_run_json
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
@@ -60,14 +60,9 @@ COLORS = [(0, 0, 0), (200, 0, 0), (150, 200, 150)]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory, slide_path):
+def output(tmp_path_factory, slide_path, bounded):
     """Return an output folder with a plain slide, and one with bounds and a coarser mask."""
     place = tmp_path_factory.mktemp("viewer")
-    bounded = place / "bounded.zarr"
-    tile(slide_path, bounded, mpp=0.25, patch_size=256, overlap=0, select=EVERYWHERE)
-    meta = json.loads((bounded / "zarr.json").read_text("utf-8"))
-    meta["attributes"]["bounds"] = {"x": CORNER[0], "y": CORNER[1], "width": 1200, "height": 1000}
-    (bounded / "zarr.json").write_text(json.dumps(meta), "utf-8")
     plain = Path(shutil.copyfile(slide_path, place / "plain slide.tif"))
     model = load_bundle(pointwise_bundle(place / "model", mpp=0.25))
     with open_cluster(ScheduleOptions()) as client:

@@ -54,6 +54,7 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
     RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides. Neither
     slides nor model are needed. What is not given stays as it was.
     """
+    from wsi_pipeline.cli.segment import Summary
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.reexport import export_again
     from wsi_pipeline.report import RUN_FILE, find_runs
@@ -84,18 +85,6 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
             click.echo(f"done: {folder} ({found})", err=True)
     for output in dict.fromkeys(folder.parent for folder in runs):
         if (output / "summary.csv").is_file():
-            _summarise(output)
+            Summary(output, None).write()
     if not is_whole:
         ctx.exit(1)
-
-
-def _summarise(output: Path) -> None:
-    """Write summary and report of an output folder again."""
-    from wsi_pipeline.cli.segment import SUMMARY_PATIENCE
-    from wsi_pipeline.report import find_runs, write_report, write_summary
-    from wsi_pipeline.store import claim_folder
-
-    with claim_folder(output, timeout=SUMMARY_PATIENCE):
-        runs = find_runs(output)
-        write_summary(output, runs)
-        write_report(output, runs)

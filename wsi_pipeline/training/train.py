@@ -126,8 +126,7 @@ def _judged(
     name = f"without {split.name}"
     path = folder / _folder_name(name) / "held_out.json"
     if path.is_file():
-        held = json.loads(path.read_text("utf-8"))
-        return {patient: _from_json(counts) for patient, counts in held.items()}
+        return load_held_out(path)
     fitted = learn(name, split.train, split.test)
     judged = measure(fitted.network, recipe.bundle, split.test)
     for patient, found in judged.items():
@@ -142,6 +141,14 @@ def _judged(
 
 def _as_json(judged: Judged) -> dict[str, list[list[int]]]:
     return {"pixels": judged.pixels.confusion.tolist(), "labels": judged.labels.tolist()}
+
+
+def load_held_out(path: Path) -> dict[str, Judged]:
+    """Read the `held_out.json` of a fold; return what was right and wrong of each patient."""
+    return {
+        patient: _from_json(counts)
+        for patient, counts in json.loads(path.read_text("utf-8")).items()
+    }
 
 
 def _from_json(counts: Mapping[str, list[list[int]]]) -> Judged:

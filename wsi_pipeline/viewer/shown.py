@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import threading
@@ -49,7 +48,6 @@ class ShownRun:
         folder: of the run.
         run: what `run.json` says.
         stamp: of `run.json` when it was read.
-        version: changes whenever the run or its slide does.
         slide: opened, where it was found.
         views: of the slide, each half as fine as the one before.
         thumbnail: uint8 (h, w, 3), where the run keeps one.
@@ -62,7 +60,6 @@ class ShownRun:
     folder: Path
     run: Run
     stamp: tuple[int, int]
-    version: str
     slide: Slide | None
     views: tuple[SlideView, ...]
     thumbnail: Pixels | None
@@ -89,7 +86,6 @@ class ShownRun:
         """Return all that the page has to know before it asks for tiles."""
         run = self.run
         return {
-            "version": self.version,
             "name": run.slide["name"],
             "path": run.slide["path"],
             "status": run.status,
@@ -256,13 +252,10 @@ def _open(folder: Path, run: Run, slide_path: Path | None) -> ShownRun:
             stored = open_patch_grid(RunStore(folder=folder).grid_path)
             if stored.info.fingerprint == run.slide["fingerprint"]:
                 thumbnail, downsample = stored.thumbnail, stored.tissue_downsample
-    stamp = _stamp(folder)
-    known = (stamp, str(folder.absolute()), str(slide and slide.path))
     return ShownRun(
         folder=folder,
         run=run,
-        stamp=stamp,
-        version=hashlib.sha256(repr(known).encode("utf-8", "backslashreplace")).hexdigest()[:12],
+        stamp=_stamp(folder),
         slide=slide,
         views=_views(slide) if slide is not None else (),
         thumbnail=thumbnail,

@@ -47,7 +47,7 @@ async function open({ run, x, y, d }) {
   tellFacts(facts);
   if (!facts.size) return;
   const [width, height] = facts.size;
-  const base = facts.thumbnail && await attempt(() => picture(`${mine.url}/thumbnail?v=${facts.version}`));
+  const base = facts.thumbnail && await attempt(() => picture(`${mine.url}/thumbnail`));
   if (shown !== mine) return;
   mine.slide = tiles("slide", { base: base && { ...facts.thumbnail, picture: base } });
   mine.mask = tiles("mask", { smooth: false });
@@ -73,8 +73,8 @@ function close() {
 
 // layer: "slide" or "mask", of which classes may be hidden.
 function tiles(layer, options) {
-  const { url, facts } = shown, hide = layer === "mask" && hidden.size ? `&hide=${[...hidden].sort().join()}` : "";
-  const of = (level, column, row) => `${url}/${layer}/${level}/${column}/${row}?v=${facts.version}${hide}`;
+  const { url, facts } = shown, hide = layer === "mask" && hidden.size ? `?hide=${[...hidden].sort().join()}` : "";
+  const of = (level, column, row) => `${url}/${layer}/${level}/${column}/${row}${hide}`;
   const failed = (sentence) => say(sentence, "bad");
   return new Tiles(canvases[layer], facts[layer], facts.tile, of, { changed: redraw, failed, ...options });
 }
