@@ -11,7 +11,13 @@ from bundles import THRESHOLDS, classify, lightmuseg_bundle, pointwise_bundle, w
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.inference import PatchCache, Predictor, choose_device
+from wsi_pipeline.inference import (
+    PatchCache,
+    Predictor,
+    _warn_of_slow_bf16,
+    choose_device,
+    choose_dtype,
+)
 from wsi_pipeline.networks import build
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
@@ -268,3 +274,15 @@ def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
     with pytest.raises(BundleError, match="first failed"):
         waiting[0].result(timeout=1)
     assert claimed(cache, [1]) == ([1], [1])
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_on_a_processor_without_it_is_slow_and_said_once(monkeypatch, caplog, has_bf16):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: has_bf16)
+    _warn_of_slow_bf16.cache_clear()
+    cpu = torch.device("cpu")
+    assert choose_dtype("auto", cpu) == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert not caplog.messages
+    assert [choose_dtype("bf16", cpu) for _ in range(2)] == [torch.bfloat16] * 2
+    assert len(caplog.messages) == (0 if has_bf16 else 1)

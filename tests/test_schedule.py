@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import dask
 import pytest
@@ -14,7 +15,13 @@ from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, ge
 from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
 from wsi_pipeline.grid import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.schedule import check_shared, gpu_share, open_cluster, run_blocks
+from wsi_pipeline.schedule import (
+    check_shared,
+    gpu_share,
+    memory_limit_of_job,
+    open_cluster,
+    run_blocks,
+)
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 
@@ -240,3 +247,46 @@ def test_help_needs_neither_torch_nor_dask():
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "--model" in found.stdout
+
+
+def test_the_least_limit_of_a_jobs_control_groups_counts(tmp_path):
+    own = tmp_path / "cgroup"
+    job = tmp_path / "slurm" / "job_7"
+    step = job / "step_0"
+    step.mkdir(parents=True)
+    own.write_text("0::/slurm/job_7/step_0\n")
+    (step / "memory.max").write_text("max\n")
+    assert memory_limit_of_job(own, tmp_path) == sys.maxsize
+    (job / "memory.max").write_text("6442450944\n")
+    (tmp_path / "memory.max").write_text("9000000000\n")
+    assert memory_limit_of_job(own, tmp_path) == 6 << 30
+    older = tmp_path / "memory" / "job_7"
+    older.mkdir(parents=True)
+    (older / "memory.limit_in_bytes").write_text("4294967296\n")
+    own.write_text("7:blkio:/\n4:memory:/job_7\n1:cpu,cpuacct:/\n0::/\n")
+    assert memory_limit_of_job(own, tmp_path) == 4 << 30
+    assert memory_limit_of_job(tmp_path / "no Linux", tmp_path) == sys.maxsize
+
+
+@pytest.mark.skipif(
+    not os.access("/sys/fs/cgroup/memory", os.W_OK), reason="no control groups of our own to make"
+)
+def test_a_process_sees_the_limit_of_its_own_control_group():
+    groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    (own,) = [Path("/sys/fs/cgroup/memory") / g.lstrip("/") for _, c, g in groups if c == "memory"]
+    job = own / f"wsi-pipeline-{os.getpid()}"
+    job.mkdir()
+    try:
+        (job / "memory.limit_in_bytes").write_text(f"{3 << 30}")
+        script = (
+            "import os, sys\n"
+            "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+            "from wsi_pipeline.schedule import free_memory, used_memory\n"
+            "print(free_memory(), used_memory())"
+        )
+        line = [sys.executable, "-c", script, str(job / "cgroup.procs")]
+        said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+        free, used = map(int, said.split())
+        assert 2.5 * 2**30 < free <= (3 << 30) - used + (16 << 20)
+    finally:
+        job.rmdir()

@@ -1,6 +1,11 @@
 """Patch grids read back, ledgers survive, folders of other slides are refused."""
 
+import errno
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -169,3 +174,62 @@ def test_the_key_knows_every_part():
     base = {"a": 1, "b": (1, 2)}
     assert run_key(base) == run_key(dict(reversed(base.items())))
     assert run_key(base) != run_key({**base, "b": (1, 3)})
+
+
+REFUSING = """
+#include <errno.h>
+#include <stdlib.h>
+int flock(int file, int operation) { errno = atoi(getenv("FLOCK_SAYS")); return -1; }
+"""
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """Return a library that, preloaded, answers `flock` as a file system without locks does."""
+    if sys.platform != "linux" or not shutil.which("gcc"):
+        pytest.skip("no gcc to build a library that refuses locks")
+    source = tmp_path_factory.mktemp("refusing") / "refusing.c"
+    source.write_text(REFUSING)
+    library = source.with_suffix(".so")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@pytest.mark.parametrize("answer", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, 524])
+def test_a_file_system_without_locks_is_worked_on_with_one_warning(tmp_path, refusing, answer):
+    script = """
+import logging, sys, warnings
+from pathlib import Path
+from wsi_pipeline.store import RunStore
+warnings.simplefilter("error")
+logging.basicConfig(format="%(message)s")
+for name in ("one", "two"):
+    store = RunStore(folder=Path(sys.argv[1]) / name)
+    with store.claim():
+        (store.path / "written").write_text("")
+    assert not store.is_claimed()
+    with store.claim():
+        pass
+"""
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    environment = {**os.environ, "LD_PRELOAD": str(refusing), "FLOCK_SAYS": str(answer)}
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    (said,) = ended.stderr.splitlines()
+    assert said == f"{tmp_path / 'one'} cannot be locked: start no second process on it"
+    assert (tmp_path / "two" / ".store" / "written").is_file()
+
+
+def test_a_lock_that_fails_otherwise_is_a_sentence(tmp_path, refusing):
+    script = """
+import sys
+from pathlib import Path
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.store import claim_folder
+try: claim_folder(Path(sys.argv[1]))
+except StoreError as error: sys.exit(str(error))
+"""
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    environment = {**os.environ, "LD_PRELOAD": str(refusing), "FLOCK_SAYS": str(errno.EIO)}
+    ended = subprocess.run(line, capture_output=True, text=True, env=environment)
+    assert ended.stderr.strip() == f"cannot write to {tmp_path}: Input/output error"

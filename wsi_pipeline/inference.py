@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -51,12 +52,22 @@ def count_gpus() -> int:
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Return the number format to compute in; "auto" is bf16 where the hardware has it."""
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" and device.type == "cpu" and not has_bf16:
+        _warn_of_slow_bf16()
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+@cache  # once, not by every worker
+def _warn_of_slow_bf16() -> None:
+    logger.warning(
+        "--precision bf16: this processor has no arithmetic for it and takes about ten times as "
+        "long as with fp32; leave --precision out"
+    )
 
 
 def use_one_core() -> None:

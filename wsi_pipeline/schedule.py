@@ -261,8 +261,40 @@ def used_memory() -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes that this process can have besides, in its container if it is in one."""
-    return min(int(psutil.virtual_memory().available), MEMORY_LIMIT - used_memory())
+    """Return the bytes that this process can have besides, in its container or job if in one."""
+    limit = min(MEMORY_LIMIT, memory_limit_of_job())
+    return min(int(psutil.virtual_memory().available), limit - used_memory())
+
+
+def memory_limit_of_job(
+    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Return the bytes that the control groups of this process allow, a SLURM job's among them.
+
+    dask asks the topmost group only, whose limit is the container's.
+
+    Args:
+        own: file that names the groups of this process.
+        root: where groups are folders.
+    """
+    limits = [sys.maxsize]
+    with suppress(OSError):  # no Linux
+        for line in own.read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                top, file = root / "memory", "memory.limit_in_bytes"
+            elif not controllers:  # version 2, which has one tree for all
+                top, file = root, "memory.max"
+            else:
+                continue
+            group = top / name.lstrip("/")
+            for folder in (group, *group.parents):
+                # a group without a limit says "max", and one out of sight has no folder
+                with suppress(OSError, ValueError):
+                    limits.append(int((folder / file).read_text()))
+                if folder == top:
+                    break
+    return min(limits)
 
 
 def cpu_count() -> int:

@@ -39,6 +39,12 @@ LOCK_FILE = ".lock"
 CLAIM_PATIENCE = 0.2
 """Seconds: who only looks whether a folder is claimed has it for a moment."""
 GOES_ON = "the same command goes on where this one stopped"
+ENOTSUPP = 524
+"""The Linux kernel's own "not supported", which some network file systems let through."""
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, ENOTSUPP}
+"""What a file system without locks answers, as NFS does without its lock daemon."""
+_told_of_no_locks: set[int] = set()
+"""File systems of which a warning said so: once is enough for ten thousand slides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,15 +288,20 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
         StoreError: the folder cannot be written.
     """
     # not thread_local: one thread begins a slide and another finishes it
-    lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False)
+    # no soft lock in place of the system's: it would outlive a process that was killed
+    lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     with writing(folder):
         (folder / lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except Timeout:
             raise BusyError(f"another process is working in {folder}: left to it") from None
-        except NotImplementedError:  # a network file system without locks
-            logger.warning("%s cannot be locked: start no second process on it", folder)
+        except OSError as error:
+            if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
+                raise
+            if (device := folder.stat().st_dev) not in _told_of_no_locks:
+                _told_of_no_locks.add(device)
+                logger.warning("%s cannot be locked: start no second process on it", folder)
     claim = ExitStack()
     claim.callback(lock.release)
     return claim
