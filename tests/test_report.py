@@ -2,82 +2,25 @@ from __future__ import annotations
 
 import csv
 import json
-import urllib.parse
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import done, failed
 
-from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export.overlay import write_overlay
 from wsi_pipeline.report import (
-    MANY_RUNS,
     Run,
     find_runs,
     load_run,
-    write_report,
     write_run_json,
     write_summary,
 )
 
-HOSTILE = "<script>alert('1')</script>&\"{x}.svs"
-
-
-def done(name: str = "a.svs", **changes: Any) -> Run:
-    fields: dict[str, Any] = {
-        "status": "done",
-        "slide": {
-            "name": name,
-            "path": f"/data/{name}",
-            "size": [1931, 1487],
-            "mpp": [0.25, 0.2512],
-            "bounds": None,
-        },
-        "model": {"name": "m", "weights_sha256": "0f"},
-        "settings": {"predict": {"overlap": 128}, "export": {"outputs": ["zarr", "tiff"]}},
-        "versions": {"wsi-pipeline": "0.1.0"},
-        "patches": {"grid": 48, "kept": 37, "predicted": 37},
-        "seconds": {"predict": 3.5, "total": 75.25},
-        "area_mm2": {"Tumor": 0.25, "Stroma": 1.5},
-        "colors": {"Tumor": [200, 0, 0]},
-        "tissue_mm2": 2.0,
-        "regions": {"Tumor": 1234, "Stroma": 2},
-        "frame": {"for": "qupath", "offset": [0, 0]},
-    }
-    return Run(**fields | changes)
-
-
-def failed(name: str = "bad.svs", reason: str = "cut off in the middle of a tile") -> Run:
-    slide = {"name": name, "path": f"/data/{name}"}
-    return Run(status="failed", reason=reason, slide=slide, model={}, settings={}, versions={})
-
 
 def refuse(token: str) -> None:
     raise ValueError(token)
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the text, of a page."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(path.read_text("utf-8"))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data + " "
-
-    def values(self, attribute: str) -> list[str]:
-        return [value for _, attrs in self.tags if (value := attrs.get(attribute)) is not None]
 
 
 # --- run.json
@@ -109,7 +52,6 @@ def test_a_name_that_is_not_utf8_survives(tmp_path: Path) -> None:
     write_run_json(tmp_path / "run.json", done(name))
     assert load_run(tmp_path / "run.json").slide["name"] == name
     write_summary(tmp_path, {tmp_path / name: done(name)})
-    write_report(tmp_path, {tmp_path / name: done(name)})
 
 
 def test_what_is_no_number_is_refused(tmp_path: Path) -> None:
@@ -194,89 +136,3 @@ def test_no_text_of_the_summary_is_a_formula(tmp_path: Path, name: str) -> None:
     )[:1]
     assert row["folder"] == row["slide"] == row["reason"] == f"'{name}"
     assert f"'{name}_mm2" in row
-
-
-# --- report.html
-
-
-def add_overlay(folder: Path) -> None:
-    folder.mkdir()
-    thumbnail = np.random.default_rng(0).integers(100, 255, size=(400, 500, 3), dtype=np.uint8)
-    mask = np.zeros((400, 500), np.uint8)
-    classes = (ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(200, 0, 0)))
-    write_overlay(folder / "overlay.png", thumbnail, mask, classes=classes)
-
-
-def test_report_stands_alone_and_tells_all(tmp_path: Path) -> None:
-    add_overlay(tmp_path / "a")
-    runs = {tmp_path / "a": done(warnings=["only 0.1 % tissue"]), tmp_path / "bad": failed()}
-    write_report(tmp_path, runs)
-    page = Page(tmp_path / "report.html")
-    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
-    (picture,) = page.values("src")
-    assert picture.startswith("data:image/jpeg;base64,")
-    for link in page.values("href"):
-        if link.startswith("#"):
-            assert link[1:] in page.values("id")
-        else:
-            assert not urllib.parse.urlparse(link).scheme
-    for text in (
-        "1 of 2", "cut off in the middle of a tile", "only 0.1 % tissue", "1 min 15 s",
-        "0.25 mm² · 12.5 % · 1,234 regions", "not a medical device", "0.1.0",
-    ):  # fmt: skip
-        assert text in page.text
-    assert page.text.index("cut off") < page.text.index("a.svs")  # failures come first
-    assert "rgb(200,0,0)" in (tmp_path / "report.html").read_text("utf-8")
-
-
-def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
-    folder = tmp_path / "a %2F#'&"
-    add_overlay(folder)
-    run = done(
-        HOSTILE,
-        area_mm2={HOSTILE: 1.0},
-        warnings=[HOSTILE],
-        model={HOSTILE: HOSTILE},
-        settings={"select": {"roi": HOSTILE}},
-    )
-    write_report(tmp_path, {folder: run, tmp_path / "bad": failed(HOSTILE, HOSTILE)})
-    page = Page(tmp_path / "report.html")
-    assert {tag for tag, _ in page.tags} <= {
-        *("html", "head", "meta", "title", "style", "body", "header", "footer", "section"),
-        *("div", "article", "details", "summary", "h1", "h2", "h3", "p", "a", "img", "b", "i"),
-        *("em", "span", "ul", "li", "table", "tr", "th", "td", "dl", "dt", "dd"),
-    }
-    assert page.text.count(HOSTILE) >= 10
-    (link,) = {h for h in page.values("href") if h.endswith("overlay.png") and "bad" not in h}
-    assert (tmp_path / urllib.parse.unquote(link)).samefile(folder / "overlay.png")
-
-
-def test_what_all_slides_share_is_told_once(tmp_path: Path) -> None:
-    runs = {tmp_path / n: done(n, settings={"overlap": 128, "key": f"key-{n}"}) for n in "abc"}
-    write_report(tmp_path, runs)
-    text = Page(tmp_path / "report.html").text
-    assert text.count("settings overlap") == 1
-    assert [text.count(f"key-{n}") for n in "abc"] == [1, 1, 1]
-    assert text.index("key-c") < text.index("settings overlap")
-
-
-def test_a_report_of_nothing_and_of_failures_only(tmp_path: Path) -> None:
-    write_report(tmp_path, {})
-    assert "0 of 0" in Page(tmp_path / "report.html").text
-    write_report(tmp_path, {tmp_path / "bad": failed()})
-    assert "0 of 1" in Page(tmp_path / "report.html").text
-
-
-def test_a_report_of_many_slides_stays_modest(tmp_path: Path) -> None:
-    add_overlay(tmp_path / "a")
-    runs = {}
-    for i in range(MANY_RUNS + 1):
-        folder = tmp_path / f"slide {i}"
-        folder.mkdir()
-        (folder / "overlay.png").hardlink_to(tmp_path / "a" / "overlay.png")
-        runs[folder] = done(f"slide {i}.svs")
-    write_report(tmp_path, runs)
-    page = Page(tmp_path / "report.html")
-    assert len(page.values("src")) == len(runs)
-    # noise is the worst that a picture can be
-    assert (tmp_path / "report.html").stat().st_size < 40_000 * len(runs)

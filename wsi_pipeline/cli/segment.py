@@ -418,8 +418,9 @@ class Summary:
 
     def write(self, *, timeout: float = SUMMARY_PATIENCE) -> None:
         """Write of all that the folder holds, and of what has failed besides."""
+        from wsi_pipeline.page import LINKED_FILES
         from wsi_pipeline.remote import fetch, write_whole
-        from wsi_pipeline.report import LINKED_FILES, RUN_FILE
+        from wsi_pipeline.report import RUN_FILE
         from wsi_pipeline.store import claim_folder
 
         # one process after the other, so that the last to write has seen the runs of all
@@ -446,7 +447,8 @@ class Summary:
                 changed = look()
 
     def _write(self, folder: Path) -> None:
-        from wsi_pipeline.report import find_runs, write_report, write_summary
+        from wsi_pipeline.page import write_report
+        from wsi_pipeline.report import find_runs, write_summary
 
         failed = {folder / path.name: run for path, run in self._failed.items()}
         # slides that earlier calls or other shards have done belong to the picture too

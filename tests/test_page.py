@@ -1,0 +1,234 @@
+"""What report.html shows, of what is in the runs' folders."""
+
+from __future__ import annotations
+
+import re
+import urllib.parse
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from runs import HOSTILE, done, failed
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.export.overlay import write_overlay
+from wsi_pipeline.page import MANY_RUNS, write_report
+from wsi_pipeline.report import Run, write_summary
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text, of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        # spaces and line breaks are one to a browser
+        self.text = " ".join([*self.text.split(), *data.split()])
+
+    def values(self, attribute: str) -> list[str]:
+        return [value for _, attrs in self.tags if (value := attrs.get(attribute)) is not None]
+
+
+def add_overlay(folder: Path) -> None:
+    folder.mkdir()
+    thumbnail = np.random.default_rng(0).integers(100, 255, size=(400, 500, 3), dtype=np.uint8)
+    mask = np.zeros((400, 500), np.uint8)
+    classes = (ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(200, 0, 0)))
+    write_overlay(folder / "overlay.png", thumbnail, mask, classes=classes)
+
+
+def test_report_stands_alone_and_tells_all(tmp_path: Path) -> None:
+    add_overlay(tmp_path / "a")
+    runs = {tmp_path / "a": done(warnings=["only 0.1 % tissue"]), tmp_path / "bad": failed()}
+    write_summary(tmp_path, runs)
+    write_report(tmp_path, runs)
+    page = Page(tmp_path / "report.html")
+    assert "summary.csv" in page.values("href")
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    (picture,) = page.values("src")
+    assert picture.startswith("data:image/jpeg;base64,")
+    for link in page.values("href"):
+        if link.startswith("#"):
+            assert link[1:] in page.values("id")
+        else:
+            assert (tmp_path / urllib.parse.unquote(link)).is_file()
+    for text in (
+        "1 of 2", "cut off in the middle of a tile", "only 0.1 % tissue", "1 min 15 s",
+        "0.25 mm² · 12.5 % · 1,234 regions", "not a medical device", "0.1.0",
+    ):  # fmt: skip
+        assert text in page.text
+    assert page.text.index("cut off") < page.text.index("a.svs")  # failures come first
+    assert "rgb(200,0,0)" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
+    folder = tmp_path / "a %2F#'&"
+    add_overlay(folder)
+    run = done(
+        HOSTILE,
+        area_mm2={HOSTILE: 1.0},
+        labels={HOSTILE: 0.5},
+        patches={"kept": HOSTILE, HOSTILE: 1},
+        frame={"for": HOSTILE},
+        warnings=[HOSTILE],
+        model={HOSTILE: HOSTILE},
+        settings={"select": {"roi": HOSTILE}},
+    )
+    write_report(tmp_path, {folder: run, tmp_path / "bad": failed(HOSTILE, HOSTILE)})
+    page = Page(tmp_path / "report.html")
+    assert {tag for tag, _ in page.tags} <= {
+        *("html", "head", "meta", "title", "style", "body", "header", "footer", "section"),
+        *("div", "article", "details", "summary", "h1", "h2", "h3", "p", "a", "img", "b", "i"),
+        *("em", "small", "span", "ul", "li", "table", "tr", "th", "td", "dl", "dt", "dd"),
+    }
+    assert page.text.count(HOSTILE) >= 15
+    (link,) = {h for h in page.values("href") if h.endswith("overlay.png") and "bad" not in h}
+    assert (tmp_path / urllib.parse.unquote(link)).samefile(folder / "overlay.png")
+
+
+def test_the_page_may_load_nothing_and_run_nothing(tmp_path: Path) -> None:
+    write_report(tmp_path, {})
+    page = Page(tmp_path / "report.html")
+    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv")]
+    rules = dict(rule.split(maxsplit=1) for rule in str(policy).split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+
+
+def test_a_failure_is_told_once_and_leads_nowhere(tmp_path: Path) -> None:
+    runs = {tmp_path / "a": done(), tmp_path / "bad": failed("bad.svs", "cut off")}
+    write_report(tmp_path, runs)
+    page = Page(tmp_path / "report.html")
+    assert page.text.count("cut off") == 1
+    assert page.text.count("bad.svs") == 2  # its name and its path
+    assert [link for link in page.values("href") if "bad" in link] == []
+    assert [tag for tag, _ in page.tags].count("article") == 1
+    assert page.text.index("cut off") < page.text.index("a.svs")
+
+
+def test_a_run_whose_output_failed_still_shows_its_mask(tmp_path: Path) -> None:
+    add_overlay(tmp_path / "a")
+    write_report(tmp_path, {tmp_path / "a": done(status="failed", reason="mask.ome.tif: no space")})
+    page = Page(tmp_path / "report.html")
+    assert page.text.count("mask.ome.tif: no space") == 1
+    assert len(page.values("src")) == 1
+    (card,) = [attrs["id"] for tag, attrs in page.tags if tag == "article"]
+    assert page.values("href").count(f"#{card}") == 2  # of the failure, and of the table
+
+
+def test_a_picture_that_is_none_costs_no_page(tmp_path: Path) -> None:
+    for name, data in (("a", b"no picture"), ("b", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "overlay.png").write_bytes(data)
+    info = PngInfo()
+    info.add_text("preview", "no base64")
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "c" / "overlay.png", pnginfo=info)
+    write_report(tmp_path, {tmp_path / n: done(n) for n in "abc"})
+    assert Page(tmp_path / "report.html").values("src") == []
+
+
+def rows_of(path: Path) -> list[list[str]]:
+    """Return the texts of the cells of the page's last table, row by row."""
+    table = path.read_text("utf-8").rpartition("<table>")[2].partition("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL) for row in rows]
+    return [[" ".join(re.sub("<[^>]*>", "", cell).split()) for cell in row] for row in cells]
+
+
+def test_images_have_their_labels_and_no_tissue(tmp_path: Path) -> None:
+    def image(name: str, benign: float) -> Run:
+        return done(
+            name,
+            slide={"name": name, "path": name, "size": [300, 200], "spacing_mm": None},
+            area_mm2={},
+            area_px={"Lesion": 1234.0},
+            lesions={"Lesion": {"count": 3, "largest_mm": None, "listed": []}},
+            tissue_mm2=0.0,
+            labels={"Benign": benign, "Malignant": 1 - benign},
+        )
+
+    write_report(tmp_path, {tmp_path / "a": image("a.png", 0.25), tmp_path / "b": failed("b.png")})
+    assert rows_of(tmp_path / "report.html") == [
+        ["image", "Lesion px", "Benign", "Malignant", "time"],
+        ["a.png", "1,234", "0.250", "0.750", "1 min 15 s"],
+    ]
+    text = Page(tmp_path / "report.html").text
+    assert "1 of 2 images done" in text
+    assert "1,234 px · 3 lesions" in text
+    assert "tissue" not in text.split("}")[-1]
+
+
+def test_slides_have_tissue_and_every_class_a_column(tmp_path: Path) -> None:
+    other = done("b.svs", area_mm2={"Necrosis": 0.0}, regions={}, tissue_mm2=0.0, warnings=["none"])
+    write_report(tmp_path, {tmp_path / "a": done(), tmp_path / "b": other})
+    assert rows_of(tmp_path / "report.html") == [
+        ["slide", "patches", "tissue mm²", "Tumor mm²", "Stroma mm²", "Necrosis mm²", "time"],
+        ["a.svs", "37", "2.00", "0.25", "1.50", "", "1 min 15 s"],
+        ["b.svs warning", "37", "0", "", "", "0", "1 min 15 s"],
+    ]
+
+
+def test_volumes_are_called_volumes(tmp_path: Path) -> None:
+    volume = done(
+        "v.nii.gz",
+        slide={"name": "v", "path": "v", "size": [4, 5, 6], "spacing_mm": [1, 1, 2]},
+        area_mm2={},
+        volume_ml={"Tumor": 2.5},
+        lesions={"Tumor": {"count": 1, "largest_mm": 12.34, "listed": []}},
+    )
+    write_report(tmp_path, {tmp_path / "v": volume})
+    text = Page(tmp_path / "report.html").text
+    assert "1 of 1 volumes done" in text
+    assert "2.50 ml · 1 lesion, the largest 12.3 mm" in text
+
+
+def test_what_all_slides_share_is_told_once(tmp_path: Path) -> None:
+    runs = {tmp_path / n: done(n, settings={"overlap": 128, "key": f"key-{n}"}) for n in "abc"}
+    write_report(tmp_path, runs)
+    text = Page(tmp_path / "report.html").text
+    assert text.count("settings overlap") == 1
+    assert [text.count(f"key-{n}") for n in "abc"] == [1, 1, 1]
+    assert text.index("key-c") < text.index("settings overlap")
+
+
+def test_a_report_of_nothing_and_of_failures_only(tmp_path: Path) -> None:
+    write_report(tmp_path, {})
+    assert "0 of 0" in Page(tmp_path / "report.html").text
+    write_report(tmp_path, {tmp_path / "bad": failed()})
+    assert "0 of 1" in Page(tmp_path / "report.html").text
+
+
+def test_a_report_of_many_slides_stays_modest(tmp_path: Path) -> None:
+    add_overlay(tmp_path / "a")
+    runs = {}
+    for i in range(MANY_RUNS + 1):
+        folder = tmp_path / f"slide {i}"
+        folder.mkdir()
+        (folder / "overlay.png").hardlink_to(tmp_path / "a" / "overlay.png")
+        runs[folder] = done(f"slide {i}.svs")
+    write_report(tmp_path, runs)
+    page = Page(tmp_path / "report.html")
+    assert len(page.values("src")) == len(runs)
+    # noise is the worst that a picture can be
+    assert (tmp_path / "report.html").stat().st_size < 40_000 * len(runs)
+
+
+def test_a_name_that_is_not_utf8_has_its_page(tmp_path: Path) -> None:
+    name = b"n\xffcrose.svs".decode("utf-8", "surrogateescape")
+    write_report(tmp_path, {tmp_path / name: done(name)})
+    assert "crose.svs" in Page(tmp_path / "report.html").text
