@@ -26,6 +26,7 @@ from wsi_pipeline.annotations import (
     mend_polygon,
     rasterise,
     read_polygons,
+    read_region,
     survives_float32,
 )
 from wsi_pipeline.errors import AnnotationError
@@ -327,6 +328,69 @@ def test_crossing_outline_is_mended_aloud(
     assert "feature 0: mended" in caplog.text
 
 
+def classified(polygon: Polygon, name: str | None, **plane: int) -> Json:
+    geometry = {**shapely.geometry.mapping(polygon), **({"plane": plane} if plane else {})}
+    classification = {} if name is None else {"classification": {"name": name}}
+    return {"type": "Feature", "geometry": geometry, "properties": classification}
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ([], 160_000),
+        ([(shapely.box(200, 200, 300, 300), "Ignore*")], 150_000),
+        ([(shapely.box(450, 50, 600, 300), "Artefact*")], 150_000),
+        ([(shapely.box(0, 0, 600, 600), "Tumor: Necrosis*")], None),
+        ([(shapely.box(150, 0, 700, 200), "Region*")], 110_000),
+        (
+            [(shapely.box(150, 0, 700, 200), "Region*"), (shapely.box(0, 0, 160, 160), "Pen*")],
+            108_400,
+        ),
+    ],
+)
+def test_what_is_ignored_is_no_part_of_a_region(
+    extra: Json, expected: int | None, save: Callable[..., Path]
+) -> None:
+    drawn = [(shapely.box(100, 100, 500, 500), "Tumor"), *extra]
+    path = save([classified(polygon, name) for polygon, name in drawn])
+    if expected is None:
+        with pytest.raises(AnnotationError, match="no areas but what its ignored ones cover"):
+            read_region(path)
+        return
+    region = read_region(path)
+    assert shapely.union_all(region).area == expected
+    assert rasterise(region, (700, 800)).sum() == expected
+
+
+def test_a_region_of_nothing_is_refused(save: Callable[..., Path]) -> None:
+    with pytest.raises(AnnotationError, match="holds no areas; expected polygons"):
+        read_region(save([]))
+    path = save([classified(shapely.box(0, 0, 9, 9), "Ignore*")])
+    with pytest.raises(AnnotationError, match=r"no areas but those of Ignore\*"):
+        read_region(path)
+
+
+def test_a_region_beside_the_slide_is_refused(save: Callable[..., Path]) -> None:
+    path = save([classified(shapely.box(500, 20, 620, 90), "Tumor")])
+    assert len(read_region(path, size=(501, 300))) == 1
+    said = r"no area lies on the slide of 500 × 300 px: they span x 500 to 620, y 20 to 90"
+    with pytest.raises(AnnotationError, match=said):
+        read_region(path, size=(500, 300))
+    assert len(read_region(path, offset=(-100, 0), size=(500, 300))) == 1
+
+
+def test_areas_on_other_planes_are_left_out_aloud(
+    save: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = classified(shapely.box(0, 0, 10, 10), "Tumor", c=-1, z=0, t=0)
+    others = [classified(shapely.box(0, 0, 50, 50), "Tumor", c=-1, z=z, t=0) for z in (1, 1, 2)]
+    (annotation,) = read_polygons(save([first, *others]))
+    assert annotation.polygon.area == 100
+    assert "other planes than the first, z 0 and t 0: 2 on z 1, 1 on z 2" in caplog.text
+    with pytest.raises(AnnotationError, match=r"other planes .* none is left"):
+        read_polygons(save(others))
+
+
 def test_empty_collection_is_no_error(save: Callable[..., Path]) -> None:
     assert read_polygons(save({"type": "FeatureCollection", "features": []})) == []
 
@@ -554,6 +618,13 @@ def test_rasterised_block_equals_its_part_of_the_whole(ring: Json, y: int, x: in
     whole = rasterise(polygons, (61, 61))
     block = rasterise(polygons, (20, 21), origin=(y, x))
     np.testing.assert_array_equal(block, whole[y : y + 20, x : x + 21][:20, :21])
+
+
+def test_rasterise_marks_what_is_touched() -> None:
+    marked = rasterise([shapely.box(3, 4.5, 6, 8)], (5, 6), downsample=(3, 2), touched=True)
+    assert np.argwhere(marked).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    speck = rasterise([shapely.box(7.1, 4.1, 7.2, 4.2)], (5, 6), downsample=(3, 2), touched=True)
+    assert np.argwhere(speck).tolist() == [[1, 3]]
 
 
 def test_rasterise_nothing() -> None:

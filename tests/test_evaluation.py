@@ -355,6 +355,23 @@ def test_a_roi_limits_what_is_judged(tmp_path: Path) -> None:
     assert dice_of(found) == 1
 
 
+def test_what_is_ignored_is_not_judged_whatever_its_name(tmp_path: Path) -> None:
+    mask = random_mask(1)
+    run = write_run(tmp_path / "run", mask, (130, 90))
+    truth = write_png(tmp_path / "truth.png", mask)
+    drawn = [(shapely.box(0, 0, 60, 40), "Tumor"), (shapely.box(10, 10, 20, 30), "Ignore*")]
+    roi = write_geojson(tmp_path / "roi.geojson", drawn)
+    assert judge(run, truth, roi=roi).tally.confusion.sum() == 60 * 40 - 10 * 20
+    region = write_geojson(tmp_path / "region.geojson", [(shapely.box(5, 0, 60, 40), "Region*")])
+    assert judge(run, truth, roi=region).tally.confusion.sum() == 55 * 40
+    areas = [(shapely.box(0, 0, 130, 90), "Tumor"), (shapely.box(10, 10, 20, 30), "Artefact*")]
+    found = judge(run, write_geojson(tmp_path / "truth.geojson", areas), classes=("Tumor",))
+    assert found.tally.confusion.sum() == 130 * 90 - 10 * 20
+    away = write_geojson(tmp_path / "away.geojson", [(shapely.box(130, 0, 200, 90), "Tumor")])
+    with pytest.raises(ValueError, match="no area lies on the slide of 130 × 90 px"):
+        judge(run, truth, roi=away)
+
+
 def test_values_of_two_kinds_of_masks_are_one_class(tmp_path: Path) -> None:
     truth = np.zeros((40, 40), np.uint8)
     truth[5:15], truth[20:25], truth[30:] = 1, 19, 9

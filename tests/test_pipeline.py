@@ -274,6 +274,28 @@ def test_the_roi_limits_the_mask_to_the_pixel(tmp_path, slide_path, slide_pixels
     assert (mask_of(folder) == np.where(inside, classify(slide_pixels), 0)).all()
 
 
+def test_what_is_ignored_in_the_roi_is_background(tmp_path, slide_path, slide_pixels):
+    drawn = [(shapely.box(301, 403, 901, 1203), "Tumor"), (shapely.box(500, 600, 700, 800), "Pen*")]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": shapely.geometry.mapping(polygon),
+            "properties": {"classification": {"name": name}},
+        }
+        for polygon, name in drawn
+    ]
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps(features))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    folder, _ = run(
+        slide_path, bundle, tmp_path / "out", select=SelectOptions(tissue="none", roi=path)
+    )
+    inside = np.zeros(slide_pixels.shape[:2], bool)
+    inside[403:1203, 301:901] = True
+    inside[600:800, 500:700] = False
+    assert (mask_of(folder) == np.where(inside, classify(slide_pixels), 0)).all()
+
+
 def cli(*arguments):
     return [sys.executable, "-m", "wsi_pipeline", *map(str, arguments)]
 

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import shapely
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -322,6 +327,68 @@ def test_polygons_are_tissue(tmp_path: Path) -> None:
     moved = read_tissue(path, SIZE, SHAPE, DOWNSAMPLE, offset=(200, 100))
     assert moved[20:40, 30:50].all()
     assert moved.sum() <= 22 * 22
+
+
+def test_what_is_ignored_is_no_tissue(tmp_path: Path) -> None:
+    path = tmp_path / "tissue.geojson"
+    drawn = [(shapely.box(400, 300, 800, 700), "Tumor"), (shapely.box(500, 400, 600, 500), "Pen*")]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": shapely.geometry.mapping(polygon),
+            "properties": {"classification": {"name": name}},
+        }
+        for polygon, name in drawn
+    ]
+    path.write_text(json.dumps(features))
+    found = read_tissue(path, SIZE, (1487, 1931), (1.0, 1.0))
+    assert found.sum() == 400 * 400 - 100 * 100
+    assert not found[400:500, 500:600].any()
+    with pytest.raises(AnnotationError, match="no area lies on the slide"):
+        read_tissue(path, SIZE, SHAPE, DOWNSAMPLE, offset=(-900, 0))
+
+
+LARGE_MASK = """
+import sys, warnings
+from pathlib import Path
+from peak import peak_bytes
+from wsi_pipeline.tissue import read_tissue
+warnings.simplefilter("error")
+before = peak_bytes()
+found = read_tissue(Path(sys.argv[1]), (90000, 70000), (1593, 2048), (70000 / 1593, 90000 / 2048))
+rows, columns = found.nonzero()
+print(rows.min(), rows.max(), columns.min(), columns.max(), (peak_bytes() - before) // 10**6)
+"""
+
+
+@pytest.mark.parametrize("kind", ["png", "tif"])
+def test_a_mask_of_252_million_pixels_is_read_in_bounded_memory(tmp_path: Path, kind: str) -> None:
+    mask = np.zeros((14_000, 18_000), dtype=bool)
+    mask[3000:9001, 5000:12_000] = True
+    path = tmp_path / f"mask.{kind}"
+    options = {"compression": "group4"} if kind == "tif" else {}
+    Image.fromarray(mask).save(path, **options)
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_MASK, str(path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *extent, megabytes = map(int, done.stdout.split())
+    assert extent == [341, 1024, 568, 1365]  # 3000 / 14000 * 1593 and so on, outward
+    assert megabytes < 500
+
+
+def test_white_is_tissue_where_zero_is_white(tmp_path: Path) -> None:
+    inside = np.zeros((75, 97), dtype=bool)
+    inside[20:40, 30:60] = True
+    for bits, pixels in ((1, ~inside), (8, np.where(inside, 0, 255).astype(np.uint8))):
+        path = tmp_path / f"{bits}.tif"
+        tifffile.imwrite(path, pixels, photometric="miniswhite")
+        found = read_tissue(path, (97, 75), (75, 97), (1.0, 1.0))
+        np.testing.assert_array_equal(found, inside)
 
 
 @pytest.mark.parametrize("size", [(1487, 1931), (1931, 1400), (500, 500)])

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from wsi_pipeline.annotations import rasterise, read_polygons
+from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.blend import (
     Windows,
     iter_blended_rows,
@@ -314,7 +314,7 @@ class SegmentBlocks(BlockWorker):
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None
         if plan.roi is not None:
-            self._roi = [a.polygon for a in read_polygons(plan.roi, offset=plan.roi_offset)]
+            self._roi = read_region(plan.roi, offset=plan.roi_offset)
 
     def close(self) -> None:
         """Close the slide; the predictor is kept for the next."""

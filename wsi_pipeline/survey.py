@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.annotations import rasterise, read_polygons
-from wsi_pipeline.errors import AnnotationError, StoreError
+from wsi_pipeline.annotations import rasterise, read_region
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.grid import PatchGrid
 from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
 from wsi_pipeline.paths import name_of
@@ -100,12 +100,9 @@ def _tissue(
     else:
         tissue = find_tissue(thumbnail, downsample[1] * slide.mpp[0])
     if select.roi is not None:
-        polygons = [a.polygon for a in read_polygons(select.roi, offset=offset)]
-        if not polygons:
-            raise AnnotationError(f"{select.roi} holds no areas; --roi expects polygons")
-        # a thin ROI may hold no pixel's centre: widen it by one
-        grown = [p.buffer(max(downsample)) for p in polygons]
-        tissue = np.logical_and(tissue, rasterise(grown, shape, downsample=downsample))
+        region = read_region(select.roi, offset=offset, size=slide.size)
+        # a thin ROI may hold no pixel's centre
+        tissue &= rasterise(region, shape, downsample=downsample, touched=True)
     if not tissue.any():
         logger.warning("%s: no tissue found; --tissue none looks everywhere", name_of(slide.path))
     return np.asarray(tissue)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +14,11 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.morphology import disk
 
-from wsi_pipeline.annotations import rasterise, read_polygons
+from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.grid import PatchGrid
+from wsi_pipeline.sources.spool import DRIVERS, opened
+from wsi_pipeline.sources.tiff import MAGIC
 
 Mask = npt.NDArray[np.bool_]
 Plane = npt.NDArray[np.float32]
@@ -39,6 +44,12 @@ MIN_COLOUR, MAX_COLOUR = 0.012, 0.02
 
 Otsu's threshold alone follows the strongest stain and loses the palest tissue.
 """
+
+
+BAND_PX = 1 << 23
+"""Pixels of a mask image that are held at a time."""
+MASK_DRIVERS = {**DRIVERS, **dict.fromkeys(MAGIC, "GTiff")}
+"""GDAL's name of a kind of picture, by its first bytes."""
 
 
 def find_tissue(
@@ -105,24 +116,34 @@ def read_tissue(
         AnnotationError: a file that cannot be read, or that does not fit the slide.
     """
     if {".json", ".geojson"} & {suffix.lower() for suffix in path.suffixes}:
-        # a pixel counts where its centre is inside: widened by one, no area is too small to count
-        polygons = [
-            area.polygon.buffer(max(downsample)) for area in read_polygons(path, offset=offset)
-        ]
-        return rasterise(polygons, shape, downsample=downsample)
-    mask = _read_mask(path)
-    height, width = mask.shape
-    if abs(width - height * size[0] / size[1]) > max(1.0, 0.02 * width):
-        raise AnnotationError(
-            f"{path}: {width} × {height} px do not fit a slide of {size[0]} × {size[1]} px; "
-            "the mask must show the whole slide, its sides in the same proportion"
-        )
-    # thumbnail pixels in pixels of the mask, (y, x)
-    scale = downsample[0] * height / size[1], downsample[1] * width / size[0]
-    y, x = (np.arange(n) for n in shape)
-    y0, y1 = _outward(y * scale[0], (y + 1) * scale[0], height)
-    x0, x1 = _outward(x * scale[1], (x + 1) * scale[1], width)
-    return _any_within(mask, y0[:, None], x0[None], y1[:, None], x1[None])
+        region = read_region(path, offset=offset, size=size)
+        # where a pixel's centre decides, an area can be too small to count
+        return rasterise(region, shape, downsample=downsample, touched=True)
+    with _opened_mask(path) as mask:
+        width, height = mask.width, mask.height
+        if abs(width - height * size[0] / size[1]) > max(1.0, 0.02 * width):
+            raise AnnotationError(
+                f"{path}: {width} × {height} px do not fit a slide of {size[0]} × {size[1]} px; "
+                "the mask must show the whole slide, its sides in the same proportion"
+            )
+        # thumbnail pixels in pixels of the mask, (y, x)
+        scale = downsample[0] * height / size[1], downsample[1] * width / size[0]
+        y, x = (np.arange(n) for n in shape)
+        y0, y1 = _outward(y * scale[0], (y + 1) * scale[0], height)
+        x0, x1 = _outward(x * scale[1], (x + 1) * scale[1], width)
+        found = np.empty(shape, bool)
+        # in bands of rows, each of which is decoded once: GDAL would begin a PNG again to go back
+        band = max(1, int(BAND_PX / width / scale[0]))
+        rows, top = np.empty((0, width), bool), 0
+        for first in range(0, shape[0], band):
+            part = slice(first, first + band)
+            start, stop = int(y0[part][0]), int(y1[part][-1])
+            rows = np.concatenate([rows[start - top :], _inside(mask, top + len(rows), stop)])
+            top = start
+            found[part] = _any_within(
+                rows, y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
+            )
+    return found
 
 
 def select_patches(
@@ -165,29 +186,45 @@ def _any_within(mask: Mask, y0: Edges, x0: Edges, y1: Edges, x1: Edges) -> Mask:
     return np.asarray(counts > 0)
 
 
-def _read_mask(path: Path) -> Mask:
-    """Return where an image is above 0 in any of its colours, bool (h, w)."""
+@contextmanager
+def _opened_mask(path: Path) -> Iterator[Any]:
+    """Yield GDAL's data set of a mask image, whose errors are those of a file that is none."""
+    from rasterio.errors import RasterioError
+
     try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                raise AnnotationError(
-                    f"{path}: JPEG blurs a mask's edges and its zeros; save the mask as PNG"
-                )
-            bands = image.getbands()
-            pixels = np.asarray(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with path.open("rb") as file:
+            head = file.read(4)
+        driver = next(
+            (name for magic, name in MASK_DRIVERS.items() if head.startswith(magic)), None
+        )
+        if driver == "JPEG":
+            raise AnnotationError(
+                f"{path}: JPEG blurs a mask's edges and its zeros; save the mask as PNG"
+            )
+        if driver is None:
+            raise ValueError("neither PNG nor TIFF")
+        with opened(path, driver) as dataset:
+            yield dataset
+    except (OSError, ValueError, RasterioError) as error:
         if isinstance(error, AnnotationError):
             raise
         raise AnnotationError(
             f"{path}: no mask image ({error}); give a PNG, a TIFF or a GeoJSON file"
         ) from error
-    if pixels.ndim == 2:
-        return pixels > 0
-    colours = [index for index, band in enumerate(bands) if band != "A"]
-    inside = (pixels[..., colours] > 0).any(axis=2)
-    if "A" in bands:
-        inside &= pixels[..., bands.index("A")] > 0
-    return np.asarray(inside)
+
+
+def _inside(mask: Any, start: int, stop: int) -> Mask:
+    """Return where rows of a mask image are above 0 in any of their colours, bool (h, w)."""
+    from rasterio.enums import ColorInterp
+
+    if start >= stop:
+        return np.empty((0, mask.width), bool)
+    bands = mask.read(window=((start, stop), (0, mask.width)))
+    if mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+        bits = int(mask.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8 * bands.itemsize))
+        bands = (1 << bits) - 1 - bands
+    is_alpha = np.array([colour is ColorInterp.alpha for colour in mask.colorinterp])
+    return np.asarray((bands[~is_alpha] > 0).any(axis=0) & (bands[is_alpha] > 0).all(axis=0))
 
 
 def _optical_density(thumbnail: npt.NDArray[np.uint8], mpp: float) -> tuple[Plane, Plane, Plane]:

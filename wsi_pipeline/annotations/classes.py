@@ -12,6 +12,20 @@ from typing import TypeGuard
 from wsi_pipeline.colors import QUPATH_COLORS, RGB
 
 MAX_FLOAT = sys.float_info.max
+IGNORED_CLASS = "Ignore*"
+"""QuPath's class for areas that do not count."""
+REGION_CLASS = "Region*"
+"""QuPath's class for areas of work: where there is any, only what lies in one counts."""
+
+
+def is_ignored(name: str | None) -> bool:
+    """Return whether QuPath ignores a class: its name ends in `*`.
+
+    Example:
+        >>> is_ignored("Ignore*"), is_ignored("Tumor")
+        (True, False)
+    """
+    return name is not None and name.endswith("*")
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

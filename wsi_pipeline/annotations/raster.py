@@ -16,14 +16,16 @@ def rasterise(
     *,
     origin: tuple[float, float] = (0.0, 0.0),
     downsample: float | tuple[float, float] = 1.0,
+    touched: bool = False,
 ) -> npt.NDArray[np.bool_]:
-    """Mark the pixels whose centre lies in a polygon, holes left out; return (H, W) bool.
+    """Mark the pixels whose centre lies in a polygon, holes left out; return bool (h, w).
 
     Args:
         polygons: in level-0 pixels, (x, y); may overlap.
         shape: height and width of the result.
         origin: (y, x) of the result's top-left corner in level-0 pixels.
         downsample: level-0 pixels per pixel of the result, one number or (y, x).
+        touched: mark each pixel of which a polygon covers a part.
 
     Example:
         >>> rasterise([shapely.box(1, 0, 3, 1)], (2, 4)).astype(int)
@@ -39,5 +41,7 @@ def rasterise(
     if not seen or height == 0 or width == 0:
         return np.zeros(shape, dtype=bool)
     transform = rasterio.Affine(fx, 0.0, x, 0.0, fy, y)
-    burnt = rasterio.features.rasterize(seen, out_shape=shape, transform=transform, dtype=np.uint8)
+    burnt = rasterio.features.rasterize(
+        seen, out_shape=shape, transform=transform, dtype=np.uint8, all_touched=touched
+    )
     return np.asarray(burnt, dtype=bool)

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import shapely
 from shapely import Polygon
 from shapely.affinity import translate
 
+from wsi_pipeline.annotations.classes import REGION_CLASS, is_ignored, is_number
 from wsi_pipeline.annotations.document import (
     iter_nested,
     parse_document,
@@ -42,8 +44,9 @@ def read_polygons(
 ) -> list[Annotation]:
     """Read the areas of a GeoJSON file, a MultiPolygon as one area a part; return them.
 
-    Takes QuPath's dialects of all ages and those of other programs. Points and lines are left out,
-    self-crossing outlines are mended; the log says so.
+    Takes QuPath's dialects of all ages and those of other programs. Points, lines and what lies on
+    another plane of a stack than the first are left out, self-crossing outlines are mended; the log
+    says so.
 
     Args:
         path: `.geojson` or `.json`, gzipped or not.
@@ -51,7 +54,7 @@ def read_polygons(
             of a QuPath that crops to them.
 
     Raises:
-        AnnotationError: the file cannot be read, or holds no GeoJSON.
+        AnnotationError: the file cannot be read, holds no GeoJSON, or areas of other planes only.
     """
     path = Path(path)
     try:
@@ -64,13 +67,82 @@ def read_polygons(
             f"{' '.join(document.losses)}"
         )
     found: list[Annotation] = []
+    elsewhere: Counter[str] = Counter()
     for index, feature in iter_nested(document.features):
         try:
-            found += _areas(feature, where=f"{path}, feature {index}")
+            areas = _areas(feature, where=f"{path}, feature {index}")
         except AnnotationError as error:
             raise AnnotationError(f"{path}, feature {index}: {error}") from error
+        if plane := _plane_of(feature):
+            elsewhere[plane] += len(areas)
+        else:
+            found += areas
+    if planes := +elsewhere:
+        told = ", ".join(f"{count} on {plane}" for plane, count in sorted(planes.items()))
+        reason = f"left out areas on other planes than the first, z 0 and t 0: {told}"
+        if not found:
+            raise AnnotationError(f"{path}: {reason}; none is left")
+        logger.warning("%s: %s", path, reason)
     _log_left_out(document.features, path)
     return [_shifted(annotation, offset) for annotation in found]
+
+
+def read_region(
+    path: str | Path,
+    *,
+    offset: tuple[float, float] = (0.0, 0.0),
+    size: tuple[int, int] | None = None,
+) -> list[Polygon]:
+    """Read the region that a GeoJSON file stands for; return its polygons, which may overlap.
+
+    It is made of the areas of QuPath's class `Region*` where there are any, else of all areas. What
+    lies in an area of another class that ends in `*`, such as `Ignore*`, is cut out.
+
+    Args:
+        path: as in `read_polygons`.
+        offset: likewise.
+        size: (width, height) of the slide's level 0, for regions that must lie on it.
+
+    Raises:
+        AnnotationError: the file cannot be read, or no area is left, or none lies on the slide.
+    """
+    found = read_polygons(path, offset=offset)
+    regions = [a.polygon for a in found if a.class_name == REGION_CLASS]
+    inside = regions or [a.polygon for a in found if not is_ignored(a.class_name)]
+    if not inside:
+        classes = ", ".join(sorted({str(a.class_name) for a in found}))
+        raise AnnotationError(
+            f"{path} holds no areas{f' but those of {classes}' if found else ''}; "
+            "expected polygons around what counts"
+        )
+    ignored = shapely.union_all(
+        [a.polygon for a in found if is_ignored(a.class_name) and a.class_name != REGION_CLASS]
+    )
+    shapely.prepare(ignored)
+    left = [p.difference(ignored) if ignored.intersects(p) else p for p in inside]
+    parts = [part for part in shapely.get_parts(left) if isinstance(part, Polygon) and part.area]
+    if not parts:
+        raise AnnotationError(f"{path} holds no areas but what its ignored ones cover")
+    if size is not None:
+        on_slide = shapely.area(shapely.intersection(parts, shapely.box(0, 0, *size)))
+        if not on_slide.any():
+            west, north, east, south = shapely.total_bounds(parts)
+            raise AnnotationError(
+                f"{path}: no area lies on the slide of {size[0]} × {size[1]} px: they span x "
+                f"{west:.0f} to {east:.0f}, y {north:.0f} to {south:.0f}; expected level-0 pixels "
+                "of this slide"
+            )
+    return parts
+
+
+def _plane_of(feature: object) -> str:
+    """Return the plane of a stack on which QuPath has a feature, "" for the first."""
+    geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+    plane = geometry.get("plane") if isinstance(geometry, Mapping) else None
+    if not isinstance(plane, Mapping):
+        return ""
+    axes = {axis: plane.get(axis) for axis in ("z", "t")}
+    return ", ".join(f"{axis} {n:g}" for axis, n in axes.items() if is_number(n) and n > 0)
 
 
 def _areas(feature: object, *, where: str) -> list[Annotation]:

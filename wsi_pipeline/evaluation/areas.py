@@ -11,15 +11,17 @@ import numpy.typing as npt
 import shapely
 from shapely import Polygon, STRtree
 
-from wsi_pipeline.annotations import Annotation, rasterise, read_polygons
+from wsi_pipeline.annotations import (
+    IGNORED_CLASS,
+    REGION_CLASS,
+    Annotation,
+    is_ignored,
+    rasterise,
+    read_polygons,
+)
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
 from wsi_pipeline.outputs import UNREADABLE
-
-IGNORED_CLASS = "Ignore*"
-"""QuPath's class for areas that do not count."""
-REGION_CLASS = "Region*"
-"""QuPath's class for areas of work: where there is any, only what lies in one counts."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,10 +73,10 @@ def load_areas(
     nameless = 0
     for area in found:
         name = renamed.get(area.class_name or "", area.class_name)
-        if name in (IGNORED_CLASS, UNREADABLE.name):
-            ignored.append(area.polygon)
-        elif name == REGION_CLASS:
+        if name == REGION_CLASS:
             regions.append(area.polygon)
+        elif is_ignored(name) or name == UNREADABLE.name:
+            ignored.append(area.polygon)
         elif name is None:
             nameless += 1
         else:
@@ -126,14 +128,17 @@ class AreaReader:
         """
         seen = np.sort(self._near(origin, shape, downsample))
         corner = (origin[0] * downsample[0], origin[1] * downsample[1])
-        place = {"origin": corner, "downsample": downsample}
         mask = _burn(
-            [(self._polygons[i], self._values[i]) for i in seen], shape, self._outside, **place
+            [(self._polygons[i], self._values[i]) for i in seen],
+            shape,
+            self._outside,
+            origin=corner,
+            downsample=downsample,
         )
-        if self._areas.regions:
-            mask[~rasterise(self._areas.regions, shape, **place)] = IGNORE
-        if self._areas.ignored:
-            mask[rasterise(self._areas.ignored, shape, **place)] = IGNORE
+        if regions := self._areas.regions:
+            mask[~rasterise(regions, shape, origin=corner, downsample=downsample)] = IGNORE
+        if ignored := self._areas.ignored:
+            mask[rasterise(ignored, shape, origin=corner, downsample=downsample)] = IGNORE
         return mask
 
     def touches(

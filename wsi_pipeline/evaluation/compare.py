@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wsi_pipeline.annotations import Annotation, read_region
 from wsi_pipeline.errors import EvaluationError
-from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
+from wsi_pipeline.evaluation.areas import AreaReader, Areas
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block
 from wsi_pipeline.evaluation.picture import Disagreement
 from wsi_pipeline.evaluation.sides import (
@@ -294,10 +295,9 @@ def _block_side(
 def _roi(options: CompareOptions, canvas: Canvas) -> AreaReader | None:
     if options.roi is None:
         return None
-    areas = load_areas(options.roi, offset=canvas.offset(options.frame), renamed={"": "Region"})
-    if not areas.annotations:
-        raise EvaluationError(f"{options.roi} holds no areas; --roi expects polygons")
-    return AreaReader(areas, {}, others=1)
+    region = read_region(options.roi, offset=canvas.offset(options.frame), size=canvas.size)
+    areas = tuple(Annotation(polygon=polygon, class_name=None) for polygon in region)
+    return AreaReader(Areas(path=options.roi, annotations=areas), {}, others=1)
 
 
 def pair_up(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import tifffile
 import zarr
 
+from wsi_pipeline.annotations import is_ignored
 from wsi_pipeline.errors import EvaluationError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
@@ -334,8 +335,10 @@ def _with_meaning(mask: MaskFile, values: Values, renamed: Mapping[str, str]) ->
     classes: dict[str, tuple[int, ...]] = {}
     ignored = {*values.ignored, *mask.values.classes.get(UNREADABLE.name, ())}
     for name, codes in told.items():
-        if name != UNREADABLE.name:
-            new = renamed.get(name, name)
+        new = renamed.get(name, name)
+        if is_ignored(new):
+            ignored |= {*codes}
+        elif name != UNREADABLE.name:
             classes[new] = (*classes.get(new, ()), *codes)
     if twice := ignored & {code for codes in classes.values() for code in codes}:
         raise EvaluationError(f"{mask.path}: the values {sorted(twice)} are a class and ignored")
