@@ -60,7 +60,7 @@ def mask_seconds(mask_path: Path, bundle: Bundle, mpp: tuple[float, float]) -> d
         for block in blocks:
             pixels: npt.NDArray[np.uint8] = np.asarray(finished[block.slices])
             write += timed(lambda b=block, p=pixels: write_block(mask, b, p))
-        pyramid = timed(lambda: build_pyramid(path))
+        pyramid = timed(lambda: build_pyramid(path, bundle.classes))
         mask, *reduced = open_levels(path)
         tiff = timed(
             lambda: write_ome_tiff(Path(folder) / "mask.ome.tif", mask, reduced=reduced, **common)

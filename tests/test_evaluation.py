@@ -538,6 +538,34 @@ def test_slides_of_a_cohort_are_found_by_name(tmp_path: Path, slide_path: Path) 
     assert single.slide.name == "a.tif"
 
 
+def test_in_a_folder_with_runs_nothing_else_counts(tmp_path: Path) -> None:
+    out, truth = tmp_path / "out", tmp_path / "truth"
+    for name in ("a", "b"):
+        write_run(out / name, random_mask(0), random_mask(0).shape[::-1])
+        write_png(truth / f"{name}.png", random_mask(0))
+    # a viewer's traces, and people's own files
+    (out / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    (out / ".zgroup").write_text('{"zarr_format": 2}')
+    (out / ".zattrs").write_text("{}")
+    write_png(out / "a.png", random_mask(1))
+    (out / "notes").mkdir()
+    (out / "notes" / "zarr.json").write_text("{")
+    pairings = pair_up(out, truth, slide=None, size=None)
+    assert [(p.name, p.prediction.name) for p in pairings] == [("a", "a"), ("b", "b")]
+    swapped = pair_up(truth, out, slide=None, size=None)
+    assert [p.truth.name for p in swapped] == ["a", "b"]
+    told = run_evaluate(out, truth, "--truth-values", "Tumor=1", "--truth-values", "Stroma=2")
+    assert told.count("1.0000\t1.0000\t1.0000\t1.0000") == 7  # two classes: a, b and both; all
+
+
+def test_an_empty_zarr_group_around_masks_is_a_folder(tmp_path: Path) -> None:
+    write_png(tmp_path / "p/a.png", random_mask(0))
+    (tmp_path / "p" / "zarr.json").write_text('{"node_type": "group", "attributes": {}}')
+    write_png(tmp_path / "t/a.png", random_mask(0))
+    (pairing,) = pair_up(tmp_path / "p", tmp_path / "t", slide=None, size=None)
+    assert pairing.prediction.name == "a.png"
+
+
 @pytest.mark.parametrize(
     "options", [["--rename", "x"], ["--size", "3"], ["--truth-values", "Tumor"]]
 )

@@ -69,6 +69,7 @@ def test_ome_zarr_slides_are_found_and_masks_are_not(tmp_path):
         "a.ome.zarr": {"multiscales": []},
         "b.zarr": {"ome": {"multiscales": []}},
         "run/mask.ome.zarr": {"multiscales": [], "image-label": {}},
+        "run/new.ome.zarr": {"multiscales": [], "wsi_pipeline": {"classes": ["Background"]}},
         "c.zarr": {},
     }.items():
         folder = tmp_path / name

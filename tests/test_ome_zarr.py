@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ome_zarr.io import parse_url
 from ome_zarr.reader import Label, Reader
-from ome_zarr_models.v04.image_label import ImageLabel as ImageLabel04
-from ome_zarr_models.v05.image_label import ImageLabel as ImageLabel05
+from ome_zarr_models.v04.image import Image as Image04
+from ome_zarr_models.v05.image import Image as Image05
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import level_shapes
@@ -55,7 +56,7 @@ def written(path: Path, labels: np.ndarray, ngff: Any) -> Path:
     )
     for block in iter_blocks(labels.shape, (4096, 4096)):
         write_block(mask, block, labels[block.slices])
-    build_pyramid(path)
+    build_pyramid(path, CLASSES)
     return path
 
 
@@ -114,7 +115,15 @@ def test_metadata_follow_the_specification(tmp_path: Path, ngff: str) -> None:
     assert multiscale["axes"] == [
         {"name": name, "type": "space", "unit": "micrometer"} for name in ("y", "x")
     ]
-    label = metadata["image-label"]
+    # the root is an image: napari-ome-zarr takes a root that is a label for one of an image two
+    # folders up, and makes a zarr group of that folder
+    assert "image-label" not in metadata
+    assert metadata["omero"]["channels"][0]["window"]["end"] == 2
+    assert metadata_of(path / "labels", ngff)["labels"] == ["classes"]
+    labels = metadata_of(path / "labels" / "classes", ngff)
+    assert labels["multiscales"] == metadata["multiscales"]
+    label = labels["image-label"]
+    assert label["source"] == {"image": "../../"}
     assert label["colors"] == [
         {"label-value": 0, "rgba": [0, 0, 0, 0]},
         {"label-value": 1, "rgba": [200, 0, 0, 255]},
@@ -129,13 +138,13 @@ def test_metadata_follow_the_specification(tmp_path: Path, ngff: str) -> None:
     if ngff == "0.4":
         assert group.metadata.zarr_format == 2
         assert multiscale["version"] == label["version"] == "0.4"
-        assert ImageLabel04.from_zarr(group).attributes.multiscales
+        assert Image04.from_zarr(group).labels
         assert json.loads((path / "0" / ".zarray").read_text())["dimension_separator"] == "/"
     else:
         assert group.metadata.zarr_format == 3
         assert metadata["version"] == "0.5"
         assert "version" not in multiscale
-        assert ImageLabel05.from_zarr(group).ome_attributes.multiscales
+        assert Image05.from_zarr(group).labels
         for level in ("0", "1"):
             stored = json.loads((path / level / "zarr.json").read_text())
             assert stored["dimension_names"] == ["y", "x"]
@@ -147,13 +156,70 @@ def test_ome_zarr_py_opens_it(tmp_path: Path, ngff: str) -> None:
     path = written(tmp_path / "m.zarr", labels, ngff)
     location = parse_url(path, mode="r")
     assert location is not None
-    (node,) = Reader(location)()
-    assert [level.shape for level in node.data] == level_shapes(labels.shape)
-    assert np.array_equal(np.asarray(node.data[1]), labels[::2, ::2])
-    # it is seen as labels, in their colours: so napari shows it
+    image, _, node = Reader(location)()
+    for pixels in (image.data, node.data):
+        assert [level.shape for level in pixels] == level_shapes(labels.shape)
+        assert np.array_equal(np.asarray(pixels[0]), labels)
+        assert np.array_equal(np.asarray(pixels[1]), labels[::2, ::2])
+    # it is seen as labels, in their colours
+    assert image.load(Label) is None
     assert node.load(Label) is not None
     assert node.metadata["color"][1] == [200 / 255, 0, 0, 1]
     assert node.metadata["properties"][2] == {"class": "Nécrose µ"}
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_napari_shows_labels_of_the_slides_size_in_their_colours(tmp_path: Path, ngff: str) -> None:
+    reader = pytest.importorskip("napari_ome_zarr")
+    labels = blobs((1300, 700))
+    path = written(tmp_path / "out" / "slide" / "mask.ome.zarr", labels, ngff)
+    image, shown = reader.napari_get_reader(str(path))()
+    assert [kind for _, _, kind in (image, shown)] == ["image", "labels"]
+    assert [about["visible"] for _, about, _ in (image, shown)] == [False, True]
+    pixels, about, _ = shown
+    assert np.array_equal(np.asarray(pixels[0]), labels)
+    assert about["scale"] == [0.2512, 0.25]
+    assert about["colormap"][2] == [1 / 255, 2 / 255, 1, 1]
+    assert "contrast_limits" not in about  # a layer of labels takes none
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["slide"]
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_labels_are_shown_without_asking(tmp_path: Path, ngff: str) -> None:
+    path = written(tmp_path / "m.zarr", blobs((1300, 700)), ngff)
+    (image,) = metadata_of(path, ngff)["omero"]["channels"]
+    (label,) = metadata_of(path / "labels" / "classes", ngff)["omero"]["channels"]
+    assert (image["active"], label["active"]) == (False, True)
+    assert image["color"] == label["color"] == "C80000"
+    assert "window" not in label  # napari gives it to a layer that takes none
+
+
+@pytest.mark.parametrize("ngff", NGFF)
+def test_labels_take_no_space(tmp_path: Path, ngff: str) -> None:
+    path = written(tmp_path / "m.zarr", blobs((1300, 700)), ngff)
+    pixels = [p for p in files_in(path) if p.parts[0] != "labels" and len(p.parts) > 1]
+    assert len(pixels) >= 4
+    for name in pixels:
+        assert (path / name).samefile(path / "labels" / "classes" / name)
+
+
+def test_labels_are_copies_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def refuse(source: Any, target: Any) -> None:
+        if str(source).endswith(".partial"):  # zarr's own
+            link(source, target)
+        else:
+            raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    labels = blobs((1300, 700))
+    path = written(tmp_path / "m.zarr", labels, "0.4")
+    copy = path / "labels" / "classes" / "0"
+    assert np.array_equal(zarr.open_array(copy, mode="r")[:], labels)
+    assert not (copy / "0" / "0").samefile(path / "0" / "0" / "0")
 
 
 @pytest.mark.parametrize("ngff", NGFF)
@@ -171,7 +237,9 @@ def test_background_is_not_stored(tmp_path: Path, ngff: Any) -> None:
     empty = written(tmp_path / "empty.zarr", labels, ngff)
     labels[4500, 4500] = 1
     dotted = written(tmp_path / "dotted.zarr", labels, ngff)
-    chunks = set(files_in(dotted)) - set(files_in(empty))
+    every = set(files_in(dotted)) - set(files_in(empty))
+    chunks = {chunk for chunk in every if chunk.parts[0] != "labels"}
+    assert every == chunks | {Path("labels/classes") / chunk for chunk in chunks}
     assert Path("0/4/4" if ngff == "0.4" else "0/c/1/1") in chunks
     assert len(chunks) == 3  # 4500 is divisible by 2 and 4, but not by 8
     assert not open_mask(empty)[:].any()
@@ -182,7 +250,7 @@ def test_a_block_done_again_replaces_what_was_there(tmp_path: Path, ngff: Any) -
     path = written(tmp_path / "m.zarr", np.ones((2000, 1500), np.uint8), ngff)
     whole = Block(index=(0, 0), start=(0, 0), stop=(2000, 1500))
     write_block(open_mask(path), whole, np.zeros(whole.shape, np.uint8))
-    build_pyramid(path)
+    build_pyramid(path, CLASSES)
     assert not open_mask(path, level=1)[:].any()
     assert not [p for p in files_in(path) if p.name.isdecimal()]  # no chunk is left
 
@@ -234,7 +302,7 @@ def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     mask[:, 100] = 1
     mask[4000:4004] = 2  # no column of shards is empty
     tracemalloc.start()
-    build_pyramid(path)
+    build_pyramid(path, CLASSES)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 80e6  # two threads with a shard, and its chunks encoded; masks have 67 and 268 MB

@@ -74,7 +74,9 @@ def test_every_output_names_it(tmp_path, broken):
     assert run["status"] == "done"
     assert [(r["y"] // TILE, r["x"] // TILE) for r in run["bad_regions"]] == DESTROYED
     assert run["area_mm2"]["Unreadable"] == pytest.approx(3 * (TILE * 0.25e-3) ** 2)
-    attributes = json.loads((folder / "mask.ome.zarr" / ".zattrs").read_text())
+    attributes = json.loads(
+        (folder / "mask.ome.zarr" / "labels" / "classes" / ".zattrs").read_text()
+    )
     names = {p["label-value"]: p["class"] for p in attributes["image-label"]["properties"]}
     assert names[3] == "Unreadable"
     features = json.loads((folder / "annotations.geojson").read_text("utf-8"))["features"]

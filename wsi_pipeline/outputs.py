@@ -344,9 +344,7 @@ def write_tiffs(
 def _finish_mask(store: RunStore, finished: Finished) -> Path:
     """Add the pyramid and put the mask where users look, if they want it; return its path."""
     if store.mask_path.is_dir():
-        ome_zarr.build_pyramid(store.mask_path)
-        if finished.bad:
-            ome_zarr.name_classes(store.mask_path, finished.classes)
+        ome_zarr.build_pyramid(store.mask_path, finished.classes)
         if "zarr" not in finished.settings.export.outputs:
             return store.mask_path
         if store.finished_mask_path.is_dir():

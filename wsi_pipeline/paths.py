@@ -14,8 +14,10 @@ from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
 
-MASK = "image-label"
-"""Marks an OME-Zarr that is a mask, not a slide."""
+LABEL = "image-label"
+"""Marks an OME-Zarr that is a mask, not a slide; of whatever origin."""
+MASK = "wsi_pipeline"
+"""Attribute of a run's mask, whose labels lie deeper: `classes` are their names by value."""
 
 
 def as_path(text: str | Path, **options: Any) -> Path:
@@ -95,14 +97,14 @@ def without_secrets(text: str) -> str:
 
 def is_ome_zarr(path: Path) -> bool:
     """Return whether a folder holds an OME-Zarr image, or several; masks do not count."""
-    attributes = _zarr_attributes(path)
+    attributes = zarr_attributes(path)
     ome = attributes.get("ome", attributes)
-    if not isinstance(ome, dict) or MASK in ome:
+    if not isinstance(ome, dict) or LABEL in ome or MASK in attributes:
         return False
     return "multiscales" in ome or "bioformats2raw.layout" in ome
 
 
-def _zarr_attributes(path: Path) -> dict[str, Any]:
+def zarr_attributes(path: Path) -> dict[str, Any]:
     """Return the attributes of the zarr group in a folder, nothing where there is none."""
     for name in (".zattrs", "zarr.json"):
         try:

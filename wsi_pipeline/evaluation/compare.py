@@ -32,6 +32,7 @@ from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import find_slides
 from wsi_pipeline.options import Frame
+from wsi_pipeline.paths import zarr_attributes
 from wsi_pipeline.report import RUN_FILE
 from wsi_pipeline.sources import open_source
 
@@ -356,9 +357,12 @@ def _is_single(path: Path) -> bool:
 
 
 def _is_mask_folder(path: Path) -> bool:
-    return (path / RUN_FILE).is_file() or any(
-        (path / n).is_file() for n in (".zattrs", "zarr.json")
-    )
+    if (path / RUN_FILE).is_file() or path.name.lower().endswith(".zarr"):
+        return True
+    # viewers leave metadata of an empty zarr group in folders above a mask
+    attributes = zarr_attributes(path)
+    ome = attributes.get("ome", attributes)
+    return isinstance(ome, dict) and "multiscales" in ome
 
 
 def _slides(path: Path) -> dict[str, Path]:
@@ -370,7 +374,13 @@ def _slides(path: Path) -> dict[str, Path]:
 
 
 def _members(folder: Path) -> dict[str, Path]:
-    """Return what a folder holds, masks, runs and GeoJSON, by name without suffixes."""
+    """Return what a folder holds, masks, runs and GeoJSON, by name without suffixes.
+
+    Of one that holds runs nothing but those: what else lies in the output of `segment` is no mask.
+    """
+    runs = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{RUN_FILE}"))}
+    if runs:
+        return runs
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         is_file = path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES))

@@ -24,6 +24,7 @@ from wsi_pipeline.evaluation.metrics import IGNORE, Mask
 from wsi_pipeline.grid import Region
 from wsi_pipeline.options import Frame
 from wsi_pipeline.outputs import UNREADABLE
+from wsi_pipeline.paths import LABEL, MASK
 from wsi_pipeline.report import RUN_FILE, load_run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.mpp import ome_mpp
@@ -366,8 +367,8 @@ def _open_run(folder: Path) -> tuple[MaskFile, Canvas]:
 def _open_ome_zarr(path: Path) -> MaskFile:
     try:
         group = zarr.open_group(path, mode="r")
-        attributes: Any = group.attrs.asdict()
-        attributes = attributes.get("ome", attributes)
+        every: Any = group.attrs.asdict()
+        attributes = every.get("ome", every)
         dataset = attributes["multiscales"][0]["datasets"][0]
         pixels: Any = group[dataset["path"]]
         scale = dataset["coordinateTransformations"][0]["scale"][-2:]
@@ -381,8 +382,10 @@ def _open_ome_zarr(path: Path) -> MaskFile:
         raise EvaluationError(
             f"{path} is {shape} of {pixels.dtype}; a mask has whole numbers, (y, x)"
         )
-    entries = attributes.get("image-label", {}).get("properties", [])
+    entries = attributes.get(LABEL, {}).get("properties", [])
     named = {int(e["label-value"]): str(e["class"]) for e in entries if "class" in e}
+    if MASK in every:
+        named = dict(enumerate(map(str, every[MASK]["classes"])))
     return MaskFile(
         path=path,
         pixels=pixels,

@@ -1,4 +1,10 @@
-"""The mask as OME-Zarr: a multiscale label image, NGFF 0.4 (zarr 2) or 0.5 (zarr 3, sharded).
+"""The mask as OME-Zarr: a multiscale image of class indices, NGFF 0.4 (zarr 2) or 0.5 (zarr 3).
+
+Once it is finished its pixels are there twice by name, and once on the disk where the file system
+has hard links: as the image `0`, `1` … and as the labels `labels/classes/0` … with the classes'
+names and colours. Readers look for labels there and nowhere else: napari-ome-zarr takes a root
+that is a label for one of an image two folders up, and makes a zarr group of that folder. QuPath
+sees the image alone.
 
 https://ngff.openmicroscopy.org
 """
@@ -7,6 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +31,7 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes, map_in_threads
 from wsi_pipeline.grid import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
+from wsi_pipeline.paths import MASK
 
 CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""
@@ -31,6 +40,8 @@ SHARD = 4096
 BLOCK = 2048
 """Side of a block where nothing else is asked for: larger ones take memory and save no time."""
 AXES = ("y", "x")
+LABELS = "labels/classes"
+"""Where in the OME-Zarr the mask is a label image."""
 CONFIG: Any = {"write_empty_chunks": True}
 """Not to look for empty chunks: zarr's look takes several times as long as compressing them."""
 
@@ -77,26 +88,19 @@ def create_mask(
         name: of the image, as viewers show it.
     """
     group = zarr.open_group(path, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
-    group.attrs.put(_metadata(name, classes, mask_mpp, ngff))
+    multiscale = {
+        "name": name,
+        "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in AXES],
+        "datasets": _datasets([float(mpp) for mpp in reversed(mask_mpp)], 1),
+        "type": "nearest",
+    }
+    _describe(group, multiscale, classes)
     return _create_level(group, 0, shape)
 
 
 def open_mask(path: Path, *, level: int = 0) -> MaskArray:
     """Open one level of an OME-Zarr mask for reading and writing; return it, uint8 (y, x)."""
     return zarr.open_array(path / str(level), mode="r+", config=CONFIG)
-
-
-def name_classes(path: Path, classes: Sequence[ClassInfo]) -> None:
-    """Write names and colours of a mask's classes anew; return nothing.
-
-    Args:
-        path: the OME-Zarr.
-        classes: in the mask's order; 0 is the background.
-    """
-    group = zarr.open_group(path, mode="r+")
-    attributes: Any = group.attrs.asdict()
-    attributes.get("ome", attributes)["image-label"].update(_label(classes))
-    group.attrs.put(attributes)
 
 
 def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
@@ -161,17 +165,20 @@ def read_mask(path: Path, shape: Shape) -> Mask:
 
 
 def count_files(shape: Shape, ngff: Ngff) -> int:
-    """Return the largest number of files that a mask of this shape can have, pyramid included.
+    """Return the largest number of names that a mask of this shape can have, pyramid included.
+
+    Half of them are hard links where the file system has those.
 
     Example:
         >>> count_files((100_000, 100_000), "0.4"), count_files((100_000, 100_000), "0.5")
-        (12887, 875)
+        (25776, 1751)
     """
     side = CHUNK if ngff == "0.4" else SHARD
     shapes = level_shapes(shape)
     chunks = sum(math.prod(-(-n // side) for n in level) for level in shapes)
     metadata_files = 2 if ngff == "0.4" else 1  # .zgroup or .zarray with .zattrs; zarr.json
-    return chunks + metadata_files * (len(shapes) + 1)
+    groups = 3  # the image, its labels, and the one label
+    return 2 * (chunks + metadata_files * len(shapes)) + metadata_files * groups
 
 
 def is_empty(mask: MaskArray, block: Block) -> bool:
@@ -192,8 +199,8 @@ def _file(mask: MaskArray, key: Shape) -> Path:
     return store.root / mask.path / mask.metadata.encode_chunk_key(key)
 
 
-def build_pyramid(path: Path) -> None:
-    """Add the reduced levels to a written mask, and the metadata that lists them.
+def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
+    """Add the reduced levels to a written mask, its labels, and the metadata that lists them.
 
     A level takes every second pixel of the one below (nearest), so no level holds a value that
     level 0 lacks. May be run again; levels are then written anew. Memory is bounded by a block
@@ -201,7 +208,9 @@ def build_pyramid(path: Path) -> None:
 
     Args:
         path: the OME-Zarr, level 0 complete.
+        classes: in the mask's order; 0 is the background.
     """
+    shutil.rmtree(path / "labels", ignore_errors=True)
     group = zarr.open_group(path, mode="r+")
     shapes = level_shapes(open_mask(path).shape)
     for i in range(1, len(shapes)):
@@ -210,7 +219,25 @@ def build_pyramid(path: Path) -> None:
         blocks = iter_blocks(shapes[i], (side, side))
         for _ in map_in_threads(partial(_reduce, below, level), blocks):
             pass
-    _list_levels(group, len(shapes))
+    attributes: Any = group.attrs.asdict()
+    (multiscale,) = attributes.get("ome", attributes)["multiscales"]
+    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
+    multiscale["datasets"] = _datasets(scale, len(shapes))
+    label = group.create_group(LABELS)
+    for i in range(len(shapes)):
+        # an array's metadata and chunks say nothing of where they lie
+        shutil.copytree(path / str(i), path / LABELS / str(i), copy_function=_link_or_copy)
+    _describe_label(label, multiscale, classes)
+    # last, so that whoever finds all levels listed finds all there is
+    _describe(group, multiscale, classes)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # a file system without hard links, or with too many of one file
+        shutil.copyfile(source, target)
 
 
 def _reduce(below: MaskArray, level: MaskArray, block: Block) -> None:
@@ -250,30 +277,53 @@ def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
     )
 
 
-def _metadata(
-    name: str, classes: Sequence[ClassInfo], mask_mpp: tuple[float, float], ngff: Ngff
-) -> dict[str, Any]:
-    """Return the group's attributes, level 0 listed."""
-    multiscale = {
-        "name": name,
-        "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in AXES],
-        "datasets": _datasets([float(mpp) for mpp in reversed(mask_mpp)], 1),
-        "type": "nearest",
-    }
-    label = _label(classes)
-    if ngff == "0.4":
-        version = {"version": ngff}
-        return {"multiscales": [version | multiscale], "image-label": version | label}
-    return {"ome": {"version": ngff, "multiscales": [multiscale], "image-label": label}}
+def _describe(group: zarr.Group, multiscale: dict[str, Any], classes: Sequence[ClassInfo]) -> None:
+    """Write the attributes of the image of class indices."""
+    last = float(len(classes) - 1)
+    window = {"min": 0.0, "max": last, "start": 0.0, "end": last}
+    # hidden: it would cover the slide, and its labels show the same in colours
+    channel = _channel("class index", classes, active=False) | {"window": window}
+    attributes = _attributes(group, multiscale, omero={"channels": [channel]})
+    group.attrs.put(attributes | {MASK: {"classes": [c.name for c in classes]}})
 
 
-def _label(classes: Sequence[ClassInfo]) -> dict[str, Any]:
-    """Return names and colours as `image-label` holds them."""
+def _describe_label(
+    group: zarr.Group, multiscale: dict[str, Any], classes: Sequence[ClassInfo]
+) -> None:
+    """Write the attributes of the labels: names and colours of the classes."""
     rgba = [[*c.color, 255] if c.color else [0, 0, 0, 0] for c in classes]
-    return {
+    label = {
         "colors": [{"label-value": i, "rgba": color} for i, color in enumerate(rgba)],
         "properties": [{"label-value": i, "class": c.name} for i, c in enumerate(classes)],
+        "source": {"image": "../../"},
     }
+    old = group.metadata.zarr_format == 2
+    group.attrs.put(
+        _attributes(
+            group,
+            multiscale,
+            # napari-ome-zarr shows labels only if this says so; it fails on a window, which the
+            # specification wants here
+            omero={"channels": [_channel("classes", classes, active=True)]},
+            **{"image-label": ({"version": "0.4"} if old else {}) | label},
+        )
+    )
+    listed: dict[str, Any] = {"labels": [LABELS.rpartition("/")[2]]}
+    parent = zarr.open_group(group.store, path=LABELS.partition("/")[0], mode="r+")
+    parent.attrs.put(listed if old else {"ome": {"version": "0.5"} | listed})
+
+
+def _attributes(group: zarr.Group, multiscale: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return a group's attributes in the place of its version of NGFF."""
+    if group.metadata.zarr_format == 2:
+        return {"multiscales": [{"version": "0.4"} | multiscale], **more}
+    return {"ome": {"version": "0.5", "multiscales": [multiscale], **more}}
+
+
+def _channel(label: str, classes: Sequence[ClassInfo], *, active: bool) -> dict[str, Any]:
+    """Return how viewers show the one channel, in the colour of the first class."""
+    color = "".join(f"{part:02X}" for part in classes[1].color or (255, 255, 255))
+    return {"label": label, "color": color, "active": active}
 
 
 def _datasets(scale: Sequence[float], n_levels: int) -> list[dict[str, Any]]:
@@ -287,12 +337,3 @@ def _datasets(scale: Sequence[float], n_levels: int) -> list[dict[str, Any]]:
         }
         for level in range(n_levels)
     ]
-
-
-def _list_levels(group: zarr.Group, n_levels: int) -> None:
-    """Name all levels in the multiscales metadata."""
-    attributes: Any = group.attrs.asdict()
-    multiscale = attributes.get("ome", attributes)["multiscales"][0]
-    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
-    multiscale["datasets"] = _datasets(scale, n_levels)
-    group.attrs.put(attributes)
