@@ -555,7 +555,7 @@ def test_in_a_folder_with_runs_nothing_else_counts(tmp_path: Path) -> None:
     swapped = pair_up(truth, out, slide=None, size=None)
     assert [p.truth.name for p in swapped] == ["a", "b"]
     told = run_evaluate(out, truth, "--truth-values", "Tumor=1", "--truth-values", "Stroma=2")
-    assert told.count("1.0000\t1.0000\t1.0000\t1.0000") == 7  # two classes: a, b and both; all
+    assert told.count("1.0000\t1.0000\t1.0000\t1.0000") == 9  # two classes and all: a, b, both
 
 
 def test_an_empty_zarr_group_around_masks_is_a_folder(tmp_path: Path) -> None:
