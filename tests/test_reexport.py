@@ -1,9 +1,12 @@
 """Outputs written again: the very files that `segment` writes with those settings."""
 
+import hashlib
+import itertools
 import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from urllib import request
 
 import pytest
 from bundles import pointwise_bundle
@@ -24,7 +27,8 @@ from wsi_pipeline.pipeline import segment
 from wsi_pipeline.reexport import export_again
 from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import open_cluster
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.store import RunStore, remove
+from wsi_pipeline.viewer import serve
 
 EVERYWHERE = SelectOptions(tissue="none")
 FIRST = ExportOptions(simplify_um=1, min_area_um2=100)
@@ -64,6 +68,13 @@ def contents(folder):
     return {name: (folder / name).read_bytes() for name in NAMES if (folder / name).exists()}
 
 
+def told(run):
+    """Return what a run tells but for its seconds, and what somebody named."""
+    facts = asdict(replace(run, seconds={}))
+    facts["settings"].pop("named")
+    return facts
+
+
 @pytest.mark.parametrize(
     ("changes", "mask_mpp"),
     [
@@ -79,10 +90,7 @@ def test_the_files_are_those_that_segment_writes(tmp_path, made, changes, mask_m
     run, wanted = export_again(folder, changes), load_run(expected / "run.json")
     assert contents(folder) == contents(expected)
     assert load_run(folder / "run.json") == run
-    moving = {"seconds"}
-    assert {k: v for k, v in asdict(run).items() if k not in moving} == {
-        k: v for k, v in asdict(wanted).items() if k not in moving
-    }
+    assert told(run) == told(wanted)
 
 
 def test_only_what_depends_on_a_change_is_written(folder):
@@ -230,3 +238,154 @@ def test_the_command_takes_runs_and_whole_output_folders(tmp_path, folder, made)
     assert said.count("done: ") == 1
     assert "failed: " in said
     assert "no finished slide in" in invoke(tmp_path / "alone" / "slide" / ".store", code=2)
+
+
+# --- what a person made
+
+
+def line(bounded, model, output, *options):
+    """Return the line that begins a run in `output`, as one repeats it."""
+    chosen = ("--tissue", "none", "--precision", "fp32", "--device", "cpu")
+    return ["segment", bounded, "--model", model, "--output", output, *chosen, *options]
+
+
+def call(*arguments, code=0):
+    result = CliRunner().invoke(group, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def quick_start(tmp_path_factory, bounded, model):
+    output = tmp_path_factory.mktemp("quick") / "out"
+    call(*line(bounded, model, output))
+    return output
+
+
+@pytest.fixture
+def output(tmp_path, quick_start):
+    """Return a copy of an output folder with one finished slide."""
+    return Path(shutil.copytree(quick_start, tmp_path / "out"))
+
+
+def edit_polygons(path):
+    """Save a file as QuPath does: its own order and spaces, one object less; return the bytes."""
+    found = json.loads(path.read_text("utf-8"))
+    found["features"].pop()
+    path.write_text(json.dumps(found, indent=2), "utf-8")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(["segment", "export", "view"])))
+def test_corrected_polygons_survive_the_three_lines_in_any_order(output, bounded, model, order):
+    folder = output / "bounded"
+    first = (folder / "annotations.geojson").read_bytes()
+    edited = edit_polygons(folder / "annotations.geojson")
+    said = ""
+    for number, command in enumerate(order, start=1):
+        if command == "segment":
+            said += call(*line(bounded, model, output, "--simplify", 3 + number))
+        elif command == "export":
+            said += call("export", output, "--simplify", 3 + number, "--min-area", 500)
+        else:
+            with serve(output) as viewer:
+                request.urlopen(f"{viewer.url}runs/bounded").read()
+        assert (folder / "annotations.geojson").read_bytes() == edited
+    sentence = (
+        "annotations.geojson was changed since it was written and stays as it is; the new one is "
+        "annotations.new.geojson"
+    )
+    assert said.count(f"{sentence}\n") == 2
+    run = load_run(folder / "run.json")
+    assert run.warnings == [sentence]
+    report = (output / "report.html").read_text("utf-8")
+    assert sentence in report
+    assert 'href="bounded/annotations.new.geojson"' in report
+    new = (folder / "annotations.new.geojson").read_bytes()
+    assert new not in (first, edited)
+    assert run.files == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("annotations.new.geojson", "mask.ome.tif", "overlay.png")
+    }
+    assert {p.name for p in folder.iterdir()} == {
+        *run.files, "annotations.geojson", "mask.ome.zarr", "run.json", ".store",
+    }  # fmt: skip
+
+
+def test_each_correction_is_kept_and_the_next_has_a_number(output, bounded, model, made):
+    folder = output / "bounded"
+    names = [f"annotations{n}.geojson" for n in ("", ".new", ".new-2")]
+    edited = {}
+    for n, name in enumerate(names):
+        edited[name] = edit_polygons(folder / name)
+        call("export", output, "--simplify", n + 2)
+    call(*line(bounded, model, output, "--overwrite"))  # nor does this change it
+    assert {name: (folder / name).read_bytes() for name in names} == edited
+    found = sorted(p.name for p in folder.glob("annotations*"))
+    assert found == sorted([*names, "annotations.new-3.geojson"])
+    for name in names:
+        (folder / name).unlink()
+    call("export", output, "--simplify", 5)  # the usual name is free, the last was ours
+    assert [p.name for p in folder.glob("annotations*")] == ["annotations.geojson"]
+
+
+def test_no_file_of_a_person_is_written_over_or_removed(output, bounded, model):
+    folder, theirs = output / "bounded", {}
+    for name in ("mask.ome.tif", "overlay.png"):
+        theirs[name] = b"painted"
+    theirs |= {"mask.asap.tif": b"brought here", "notes.txt": b"mine"}
+    for name, content in theirs.items():
+        (folder / name).write_bytes(content)
+    call(*line(bounded, model, output, "--for", "openslide", "--tiff", "asap"))
+    said = call(*line(bounded, model, output, "--mask-mpp", 1, "--outputs", "zarr"))
+    assert {name: (folder / name).read_bytes() for name in theirs} == theirs
+    assert {p.name for p in folder.iterdir()} == {
+        *theirs, "mask.ome.zarr", "run.json", ".store",
+    }  # fmt: skip
+    assert "warning: bounded.zarr: mask.ome.tif was changed since it was written" in said
+
+
+@pytest.mark.parametrize("lost", [".store", "run.json"])
+def test_what_is_ours_is_known_by_the_working_folder_and_by_the_record(
+    output, bounded, model, lost
+):
+    folder = output / "bounded"
+    remove(folder / lost)
+    call(*line(bounded, model, output, "--simplify", 2))
+    assert not list(folder.glob("*.new.*"))
+    edited = edit_polygons(folder / "annotations.geojson")
+    remove(folder / lost)
+    call(*line(bounded, model, output, "--simplify", 3))
+    assert (folder / "annotations.geojson").read_bytes() == edited
+    assert (folder / "annotations.new.geojson").is_file()
+    assert len(list(folder.glob("*.new.*"))) == 1
+
+
+def test_polygons_of_a_version_that_kept_no_hashes_stay(output, bounded, model):
+    folder = output / "bounded"
+    edit(folder, lambda r: r.pop("files"))
+    (folder / ".store" / "written.sha256").unlink()
+    before = (folder / "annotations.geojson").read_bytes()
+    call("export", output, "--for", "openslide", "--simplify", 2)
+    assert (folder / "annotations.geojson").read_bytes() == before
+    assert [p.name for p in folder.glob("*.new.*")] == ["annotations.new.geojson"]
+
+
+def test_the_plain_line_leaves_what_export_wrote(output, bounded, model):
+    folder = output / "bounded"
+    call("export", output, "--simplify", 2, "--for", "openslide")
+    before = contents(folder) | {"run.json": (folder / "run.json").read_bytes()}
+    call(*line(bounded, model, output))
+    assert contents(folder) | {"run.json": (folder / "run.json").read_bytes()} == before
+    (folder / "annotations.geojson").unlink()
+    call(*line(bounded, model, output))  # what is lost comes back as it was
+    assert contents(folder) == contents(folder) | {
+        name: content for name, content in before.items() if name != "run.json"
+    }
+    call(*line(bounded, model, output, "--simplify", 1))  # the default, but asked for
+    assert load_run(folder / "run.json").settings["export"]["simplify_um"] == 1.0
+    assert contents(folder)["annotations.geojson"] != before["annotations.geojson"]
+    call("export", output, "--simplify", 2)
+    before = contents(folder)
+    call(*line(bounded, model, output, "--simplify", 1))  # the same line again
+    assert contents(folder) == before

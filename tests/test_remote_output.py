@@ -4,6 +4,7 @@ S3 is served on loopback; what lies there is read with boto3, not with what wrot
 """
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -204,6 +205,40 @@ def test_an_upload_that_fails_is_made_up_for(place, url, cache, monkeypatch):
     assert result.exit_code == 0, result.output
     same_files(objects(url), files(place / "local"))
     assert slides_in_hand(cache) == []
+
+
+def put_object(url, content):
+    import boto3
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3")
+    client.put_object(Bucket=bucket, Key=key, Body=content)
+    client.close()
+
+
+def test_what_people_changed_at_the_url_stays_there(place, url):
+    polygons = ("--outputs", "zarr,geojson,overlay", "--mask-mpp", 1)
+    assert segment(place, url, *polygons).exit_code == 0
+    theirs = {f"{SLIDE}/annotations.geojson": b"corrected", f"{SLIDE}/overlay.png": b"painted"}
+    for name, content in theirs.items():
+        put_object(f"{url}/{name}", content)
+    result = segment(place, url, *polygons, "--simplify", 2)
+    assert result.exit_code == 0, result.output
+    for name in ("annotations", "overlay"):
+        assert f"{name}.new." in result.stderr
+    first = objects(url)
+    assert theirs.items() <= first.items()
+    told = json.loads(first[f"{SLIDE}/run.json"])["files"]
+    assert told == {
+        name: hashlib.sha256(first[f"{SLIDE}/{name}"]).hexdigest()
+        for name in ("annotations.new.geojson", "overlay.new.png")
+    }
+    assert segment(place, url, *polygons, "--simplify", 3, "--overwrite").exit_code == 0
+    second = objects(url)
+    assert theirs.items() <= second.items()
+    assert first.keys() == second.keys()
+    name = f"{SLIDE}/annotations.new.geojson"
+    assert first[name] != second[name]
 
 
 @pytest.mark.slow

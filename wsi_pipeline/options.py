@@ -137,15 +137,21 @@ class Settings:
         select: where to look.
         predict: how.
         export: what to write.
+        named: what of `export` was asked for by name: where the same is asked for again, a finished
+            run keeps what `export_again` has made of it. None = all that is not the default.
     """
 
     select: SelectOptions = field(default_factory=SelectOptions)
     predict: PredictOptions = field(default_factory=PredictOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
+    named: Mapping[str, Any] | None = None
 
     def as_plain(self) -> dict[str, dict[str, Any]]:
         """Return the options by group, as JSON holds them."""
-        return {name: as_plain(getattr(self, name)) for name in ("select", "predict", "export")}
+        groups = {name: as_plain(getattr(self, name)) for name in ("select", "predict", "export")}
+        usual = as_plain(ExportOptions())
+        changed = {k: v for k, v in groups["export"].items() if v != usual[k]}
+        return {**groups, "named": changed if self.named is None else dict(self.named)}
 
     def why_not(self, modality: str) -> str:
         """Return what of the options does not fit a model's modality, "" where all do.

@@ -22,11 +22,12 @@ from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
-from wsi_pipeline.options import Frame, Output, Settings, TiffKind, as_plain
+from wsi_pipeline.options import ExportOptions, Frame, Output, Settings, TiffKind, as_plain
 from wsi_pipeline.paths import name_of, without_secrets
-from wsi_pipeline.report import RUN_FILE, Run
+from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
+from wsi_pipeline.written import WrittenFiles
 
 logger = logging.getLogger(__name__)
 
@@ -116,10 +117,14 @@ def made_by(model: Mapping[str, str], key: str) -> dict[str, str]:
     }
 
 
-def write_outputs(finished: Finished) -> Run:
+def write_outputs(finished: Finished, files: WrittenFiles) -> Run:
     """Finish the mask, write what was asked for; return the run.
 
     An output that fails is named in the run and costs no other.
+
+    Args:
+        finished: of what.
+        files: of the run's folder.
 
     Raises:
         SourceError: more of the slide is unreadable than the settings allow.
@@ -152,14 +157,16 @@ def write_outputs(finished: Finished) -> Run:
         ),
         "overlay": lambda path: _write_overlay(path, finished, mask_path),
     }
-    failures = write_each(writers, finished.settings.export.outputs, store.folder, clock)
-    return _describe(finished, ledger, clock, written[0] if written else NOTHING, failures)
+    failures = write_each(writers, finished.settings.export.outputs, store.folder, files, clock)
+    run = _describe(finished, ledger, clock, written[0] if written else NOTHING, failures)
+    return files.noted(run)
 
 
 def write_each(
     writers: Mapping[Output, Callable[[Path], object]],
     wanted: Collection[Output],
     folder: Path,
+    files: WrittenFiles,
     clock: Clock,
 ) -> list[str]:
     """Write the files that are wanted; return a sentence for each that could not be written.
@@ -168,6 +175,7 @@ def write_each(
         writers: of each output, in their order.
         wanted: which of them.
         folder: of the run.
+        files: of the folder, which give the new ones their places.
         clock: gets a lap for each.
     """
     failures = []
@@ -176,7 +184,8 @@ def write_each(
             continue
         path = folder / FILES[output]
         try:
-            write(path)
+            with files.staged() as stage:
+                write(stage / path.name)
         except Exception as error:  # the mask is whole: whatever fails here must not cost it
             logger.debug("writing %s failed", path, exc_info=True)
             failures.append(
@@ -206,17 +215,6 @@ def _bad_regions(finished: Finished, ledger: Ledger) -> tuple[Region, ...]:
             f"be read, at most {limit:.1%} may be; copy the slide anew, or raise --max-unreadable"
         )
     return tuple(sorted(found, key=lambda region: (region.y, region.x)))
-
-
-def drop_outputs(folder: Path) -> None:
-    """Remove what an earlier run of another kind left, so that no file contradicts `run.json`."""
-    # run.json first: without it nobody takes what comes next for another run's
-    for name in (RUN_FILE, *OUTPUT_FILES):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _describe(
@@ -370,6 +368,12 @@ def slide_facts(slide: Slide) -> dict[str, Any]:
         "backend": slide.backend,
         "fingerprint": slide.fingerprint,
     }
+
+
+def options_of(run: Run) -> ExportOptions:
+    """Return the options by which a run's outputs were written."""
+    held = run.settings["export"]
+    return ExportOptions(**{**held, "outputs": tuple(held["outputs"])})
 
 
 def versions() -> dict[str, str]:

@@ -91,8 +91,9 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
             picture=_picture(folder, side) if folder in shown else "",
             links={
                 name: _link(output_dir, folder / name)
-                for name in LINKED_FILES
-                if (folder / name).exists()
+                for name in dict.fromkeys((*LINKED_FILES, *run.files))
+                # of a run behind a URL not every file has a copy in the folder
+                if name in run.files or (folder / name).exists()
             },
             facts=_facts({n: getattr(run, n) for n in ("slide", "patches", "seconds", "frame")})
             + [fact for fact in shared[folder] if fact not in common],

@@ -53,7 +53,7 @@ from wsi_pipeline.outputs import (
     FILES,
     OUTPUT_FILES,
     Finished,
-    drop_outputs,
+    options_of,
     versions,
     write_outputs,
 )
@@ -91,12 +91,14 @@ from wsi_pipeline.store import (
     note_unreadable,
     open_patch_grid,
     open_run_store,
+    remove,
     run_key,
     write_patch_grid,
     writing,
     written_beside,
 )
 from wsi_pipeline.survey import frame_offset, plan_grid
+from wsi_pipeline.written import WrittenFiles
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -366,6 +368,8 @@ def _begin(
         else:
             settings = fitting_outputs(source, settings)
             key = run_key(scan_identity(source, bundle, settings))
+        if not overwrite:
+            settings = _as_exported(job.home, key, settings)
         in_hand = job.target is not None and job.folder.is_dir()
         if not overwrite and not in_hand and (run := _finished(job.home, key, settings.export)):
             logger.info("%s is done already", job.folder)
@@ -378,8 +382,7 @@ def _begin(
                 shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
             return run  # by another process, a moment ago
         if job.target and not overwrite and (run := _finished(folder, key, settings.export)):
-            _move_home(job)  # which an earlier run could not
-            return run
+            return _move_home(job, run)  # which an earlier run could not
         store = open_run_store(
             folder,
             fingerprint=source.fingerprint,
@@ -514,7 +517,7 @@ class _Team:
             with self._finishing:
                 run = _finish(begun, seconds)
                 if run.status == "done":
-                    _move_home(job)
+                    run = _move_home(job, run)
                 elif job.target:
                     _note_failure(job, run)
                 return run
@@ -571,29 +574,43 @@ def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> BlockWork
 def _finish(begun: _Begun, seconds: float) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
-    _drop_what_is_old(begun)
-    run = write_outputs(begun.run) if isinstance(begun.run, Finished) else write_scan(begun.run)
+    store = begun.run.plan.store
+    with writing(store.folder):
+        files = WrittenFiles(store)
+        _drop_what_is_old(begun, files)
+    if isinstance(begun.run, Finished):
+        run = write_outputs(begun.run, files)
+    else:
+        run = write_scan(begun.run, files)
     total = begun.seconds + seconds + time.perf_counter() - start
     run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
     write_run_json(begun.job.folder / RUN_FILE, run)
     return run
 
 
-def _move_home(job: Job) -> None:
-    """Move a run that is whole to the URL where users look, if they asked for that.
+def _move_home(job: Job, run: Run) -> Run:
+    """Move a run that is whole to the URL where users look, if they asked for that; return it.
 
     Raises:
         StoreError: the URL cannot be written; the run stays here.
     """
     if job.target is None:
-        return
+        return run
     try:
-        upload(job.folder, job.target, last=RUN_FILE, replaced=OUTPUT_FILES)
+        there = WrittenFiles(RunStore(folder=job.folder), job.target)
+        for name in run.files:
+            if (free := there.free(name)) != name:
+                (job.folder / name).rename(job.folder / free)
+                there.placed[free] = run.files[name]
+        run = there.noted(run)
+        write_run_json(job.folder / RUN_FILE, run)
+        upload(job.folder, job.target, last=RUN_FILE, replaced=there.ours(OUTPUT_FILES))
     except StoreError as error:
         raise StoreError(
             f"{error}; the outputs stay in {job.folder}, and the same command uploads them"
         ) from error
     shutil.rmtree(job.folder, ignore_errors=True)
+    return run
 
 
 def _local_paths(job: Job, bundle: Bundle) -> list[Path]:
@@ -624,7 +641,8 @@ def _fitting(settings: Settings, bundle: Bundle) -> Settings:
     if reason := settings.why_not(bundle.modality):
         raise BundleError(f"{reason}; {bundle.name} is for {bundle.modality}s")
     outputs = settings.export.outputs or OUTPUTS[bundle.modality]
-    return replace(settings, export=replace(settings.export, outputs=outputs))
+    export = replace(settings.export, outputs=outputs)
+    return replace(settings, export=export, named=settings.as_plain()["named"])
 
 
 def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any]:
@@ -650,7 +668,7 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
     }
 
 
-def _drop_what_is_old(begun: _Begun) -> None:
+def _drop_what_is_old(begun: _Begun, files: WrittenFiles) -> None:
     """Remove what new outputs will replace or contradict, `run.json` in any case."""
     folder = begun.job.folder
     path = folder / RUN_FILE
@@ -660,11 +678,11 @@ def _drop_what_is_old(begun: _Begun) -> None:
         same = False
     # a run moves its mask before it writes anything else: once it has, the rest is its own too
     moved = not begun.run.plan.store.mask_path.is_dir()
-    with writing(folder):
-        if same or moved:
-            path.unlink(missing_ok=True)
-        else:
-            drop_outputs(folder)
+    # run.json first: without it nobody takes what comes next for another run's
+    path.unlink(missing_ok=True)
+    if not same and not moved:
+        for name in files.ours(OUTPUT_FILES):
+            remove(folder / name)
 
 
 def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
@@ -677,6 +695,22 @@ def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
     wanted = {"key": key, "export": as_plain(export)}
     same = run.status == "done" and wanted.items() <= run.settings.items()
     return run if same else None
+
+
+def _as_exported(home: Path, key: str, settings: Settings) -> Settings:
+    """Return the settings as `export` has changed them since the same options were named here.
+
+    So a line that is given again goes on with what is there, and one that names others does not.
+    """
+    try:
+        with reaching(home):
+            run = load_run(home / RUN_FILE)
+        held = run.settings
+        if held["key"] == key and held["named"] == settings.as_plain()["named"]:
+            return replace(settings, export=options_of(run))
+    except (StoreError, KeyError, TypeError):  # no run, or none of this version
+        pass
+    return settings
 
 
 def _kept_survey(store: RunStore, slide: Slide, bundle: Bundle, settings: Settings) -> StoredGrid:
@@ -827,7 +861,10 @@ def _note_failure(job: Job, run: Run) -> None:
     path = job.home / RUN_FILE
     try:
         with reaching(path):
-            if not path.is_file() or load_run(path).status == "failed":
+            old = load_run(path) if path.is_file() else None
+            if old is None or old.status == "failed":
+                # the hashes of what is there are not lost with what was said of it
+                run = replace(run, files=(old.files if old else {}) | run.files)
                 if job.target is None:
                     job.folder.mkdir(parents=True, exist_ok=True)
                 write_run_json(path, run)

@@ -19,12 +19,14 @@ from wsi_pipeline.outputs import (
     Ledger,
     frame_facts,
     made_by,
+    options_of,
     write_each,
     write_polygons,
     write_tiffs,
 )
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.store import RunStore, open_patch_grid
+from wsi_pipeline.written import WrittenFiles
 
 AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")
 """What can be written again."""
@@ -63,7 +65,7 @@ def export_again(folder: Path, changes: Mapping[str, Any]) -> Run:
         run = load_run(path)  # as it is now that nobody else writes it
         _, mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
         try:
-            before = _options(run)
+            before = options_of(run)
             _dialect(run, mask_mpp, before)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise StoreError(
@@ -84,12 +86,6 @@ def export_again(folder: Path, changes: Mapping[str, Any]) -> Run:
         run = _write(run, store, _dialect(run, mask_mpp, options), options, due)
         write_run_json(path, run)
         return run
-
-
-def _options(run: Run) -> ExportOptions:
-    """Return the options by which the outputs were written."""
-    held = run.settings["export"]
-    return ExportOptions(**{**held, "outputs": tuple(held["outputs"])})
 
 
 def _is_due(
@@ -143,11 +139,12 @@ def _write(
         ),
         "overlay": lambda path: _write_overlay(path, store, dialect),
     }
-    failures = write_each(writers, due, store.folder, clock)
+    files = WrittenFiles(store)
+    failures = write_each(writers, due, store.folder, files, clock)
     warnings = run.warnings
     if written:
         warnings = [w for w in warnings if geojson.LEFT_OUT not in w] + written[0].dropped
-    return replace(
+    run = replace(
         run,
         status="failed" if failures else "done",
         reason="; ".join(failures),
@@ -155,6 +152,7 @@ def _write(
         seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
         warnings=warnings,
     )
+    return files.noted(run)
 
 
 def _write_polygons(

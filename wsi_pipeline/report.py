@@ -47,6 +47,7 @@ class Run:
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
         bad_regions: parts of the slide that could not be read.
         warnings: where the result may differ from what was asked.
+        files: SHA-256 of each file that was written, by name; `mask.ome.zarr` has none.
         area_px: per class, of an image whose pixels have no known size, in place of `area_mm2`.
         volume_ml: per class, of a volume, likewise.
         lesions: of images and volumes, per class: how many, and the size of each.
@@ -68,6 +69,7 @@ class Run:
     frame: dict[str, Any] = field(default_factory=dict)
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
     area_px: dict[str, float] = field(default_factory=dict)
     volume_ml: dict[str, float] = field(default_factory=dict)
     lesions: dict[str, Any] = field(default_factory=dict)

@@ -39,6 +39,7 @@ from wsi_pipeline.report import Run
 from wsi_pipeline.sources.prepared import Scan, open_scan, prepare
 from wsi_pipeline.sources.volume import Volume
 from wsi_pipeline.store import RunStore
+from wsi_pipeline.written import WrittenFiles
 
 BLOCK_SIDE = {2: 2048, 3: 256}
 """Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
@@ -191,10 +192,14 @@ class FinishedScan:
         )
 
 
-def write_scan(finished: FinishedScan) -> Run:
+def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
     """Write what was asked for of an image or volume; return the run.
 
     An output that fails is named in the run and costs no other.
+
+    Args:
+        finished: of what.
+        files: of the run's folder.
     """
     plan, settings = finished.plan, finished.settings
     ledger = {b.index: plan.store.load_block(b) for b in finished.blocks}
@@ -226,7 +231,7 @@ def write_scan(finished: FinishedScan) -> Run:
             ),
             "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
         }
-        failures = write_each(writers, settings.export.outputs, plan.store.folder, clock)
+        failures = write_each(writers, settings.export.outputs, plan.store.folder, files, clock)
     run = Run(
         status="failed" if failures else "done",
         reason="; ".join(failures),
@@ -250,7 +255,7 @@ def write_scan(finished: FinishedScan) -> Run:
         labels=_labels(finished.bundle, ledger),
         warnings=list(finished.scan.doubts),
     )
-    return replace(run, **_amounts(finished, lesions))
+    return files.noted(replace(run, **_amounts(finished, lesions)))
 
 
 def _amounts(finished: FinishedScan, lesions: Iterable[Lesions]) -> dict[str, Any]:

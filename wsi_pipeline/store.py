@@ -337,6 +337,16 @@ class RunStore:
         """Return where the whole mask lies."""
         return self.folder / "mask.ome.zarr"
 
+    @property
+    def stage_path(self) -> Path:
+        """Return the folder in which outputs are written before they get their places."""
+        return self.path / "new"
+
+    @property
+    def written_path(self) -> Path:
+        """Return the file with the hashes of all that was written into the run's folder."""
+        return self.path / "written.sha256"
+
     def create_mask(self, shape: Shape, *, chunk: int) -> None:
         """Create the mask of an image or volume where it grows, all background.
 
@@ -391,19 +401,19 @@ class RunStore:
     def remove_partials(self, process: str | None = None) -> None:
         """Remove what `this_process` has left half written; None = any, which needs a claim."""
         owner = "" if process is None else f".{process}"
-        for folder in (self.folder, self.path, self.path / "blocks"):
+        for folder in (self.folder, self.path, self.path / "blocks", self.stage_path):
             for path in folder.glob(f".*{owner}.partial"):
-                _remove(path)
+                remove(path)
         if process is None:
             for path in (self.mask_path / "0").rglob("*.partial"):  # zarr's, which tell no process
-                _remove(path)
+                remove(path)
 
     def empty(self) -> None:
-        """Remove all that belongs to a run."""
+        """Remove all that belongs to a run, but what tells its files from those of people."""
         # the key first: killed on the way, no run takes the rest for its own
         for path in (self.key_path, *self.path.glob("*")):
-            if path.name != LOCK_FILE:
-                _remove(path)
+            if path not in (self.path / LOCK_FILE, self.written_path):
+                remove(path)
 
     def finish_block(self, block: Block, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Enter a block in the ledger, with what later steps want to know of it.
@@ -473,7 +483,8 @@ def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool)
     return store
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder, where there is one; return nothing."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

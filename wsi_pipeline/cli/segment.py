@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from wsi_pipeline.cli.options import (
     OutputChoice,
@@ -48,6 +49,8 @@ SUMMARY_SHARE = 0.02
 """Of the time that may go into summaries on the way: those of many slides take some."""
 SUMMARY_PATIENCE = 60
 """Seconds to wait while another process writes the summary."""
+LINE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+"""Where options come from that somebody has chosen."""
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
 
 
@@ -234,7 +237,7 @@ def command(
     gpus = _gpus(options)
     if options["gpus"] and len(gpus) == 1:
         options["device"] = f"cuda:{gpus[0]}"
-    settings = _settings(options)
+    settings = _settings(options, _named(ctx, options))
     bundle = load_bundle(model)
     reason = settings.why_not(bundle.modality)
     if options["mpp_table"] and bundle.modality != "slide":
@@ -300,8 +303,16 @@ def _blocks_in_hand(device: str, workers: int) -> int:
     return max(SCHEDULE.blocks_in_hand, min(cpu_count() // workers, MOST_BLOCKS_IN_HAND))
 
 
-def _settings(options: dict[str, Any]) -> Settings:
+def _named(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what the line says of how to write a finished mask."""
+    names = ("outputs", "ngff", "tiff", "simplify", "min_area", "frame", "max_unreadable")
+    given = {name: options[name] for name in names if ctx.get_parameter_source(name) in LINE}
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in given.items()}
+
+
+def _settings(options: dict[str, Any], named: dict[str, Any]) -> Settings:
     return Settings(
+        named=named,
         select=SelectOptions(
             mpp=options["mpp"],
             series=options["series"],
