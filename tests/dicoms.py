@@ -112,10 +112,27 @@ def write_series(
     return folder
 
 
+def without_preamble(path: Path, *, keep_meta: bool) -> Path:
+    """Cut the preamble, and with it perhaps the file meta information, off a file; return it."""
+    data = path.read_bytes()
+    # (0002,0000) says how long the rest of group 0002 is
+    length = 12 + int.from_bytes(data[140:144], "little")
+    path.write_bytes(data[132 if keep_meta else 132 + length :])
+    return path
+
+
 def write_enhanced(
-    path: Path, voxels: np.ndarray, *, order: Sequence[int], spacing: Sequence[float]
+    path: Path,
+    voxels: np.ndarray,
+    *,
+    order: Sequence[int],
+    spacing: Sequence[float],
+    times: int = 1,
 ) -> Path:
-    """Write (z, y, x) voxels as one enhanced CT whose frames are in some order; return its path."""
+    """Write (z, y, x) voxels as one enhanced CT whose frames are in some order; return its path.
+
+    With `times` the voxels are those of so many volumes in one place, one behind the other.
+    """
     found = make(voxels[list(order)], NumberOfFrames=len(voxels))
     found.SOPClassUID = EnhancedCTImageStorage
     found.FrameOfReferenceUID = generate_uid()
@@ -132,8 +149,11 @@ def write_enhanced(
     frames = []
     for number, z in enumerate(order):
         place, content, groups = Dataset(), Dataset(), Dataset()
+        time, z = divmod(z, len(voxels) // times)
         place.ImagePositionPatient = [-10.0, 20.0, 30.0 + z * spacing[0]]
         content.DimensionIndexValues = [number + 1]
+        if times > 1:
+            content.TemporalPositionIndex = time + 1
         groups.PlanePositionSequence = [place]
         groups.FrameContentSequence = [content]
         frames.append(groups)

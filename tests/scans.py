@@ -44,6 +44,16 @@ class Labelled(torch.nn.Module):
         }
 
 
+class Enhanced(torch.nn.Module):
+    """`Steps` of what the second channel has more than the first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        more = x[:, 1:2] - x[:, :1]
+        first = ((more > 0.3) & (more <= 0.61)).float()
+        second = (more > 0.61).float()
+        return torch.cat([1 - first - second, first, second], dim=1) * 20
+
+
 def classify(scaled: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
     """Return what `Steps` says of values in units of full scale."""
     return np.digitize(np.asarray(scaled, np.float32), np.float32(STEPS), right=True).astype("u1")

@@ -260,6 +260,24 @@ def ultrasound_region(y, x, *, kind=1, unit=3):
         ({"SequenceOfUltrasoundRegions": [ultrasound_region(1, 1, kind=3)]}, None, ""),
         ({"SequenceOfUltrasoundRegions": [ultrasound_region(1, 1, unit=5)]}, None, ""),
         (
+            {
+                "SequenceOfUltrasoundRegions": [ultrasound_region(1, 1, kind=3)],
+                "PixelSpacing": [0.2, 0.3],
+            },
+            (0.2, 0.3),
+            "",
+        ),
+        (
+            {
+                "SequenceOfUltrasoundRegions": [
+                    ultrasound_region(0.01235, 0.01235),
+                    ultrasound_region(0.0123500001, 0.01235),
+                ]
+            },
+            (0.1235, 0.1235),
+            "",
+        ),
+        (
             {"SequenceOfUltrasoundRegions": [ultrasound_region(1, 1), ultrasound_region(2, 2)]},
             None,
             "different sizes",
@@ -272,6 +290,14 @@ def test_the_spacing_is_what_the_file_says_of_the_body(tmp_path, about, spacing,
         assert image.spacing_mm == (spacing and pytest.approx(spacing))
         assert doubt in " ".join(image.doubts)
         assert bool(image.doubts) == bool(doubt)
+
+
+@pytest.mark.parametrize("wrong", [{"WindowCenter": "NaN"}, {"WindowWidth": "NaN"}])
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
+def test_a_window_of_no_numbers_is_none(tmp_path, wrong):
+    about = {"WindowCenter": "40", "WindowWidth": "400"} | wrong
+    with open_image(write(tmp_path / "a.dcm", GREY8, **about)) as image:
+        assert image.value_range == (0, 255)
 
 
 def test_real_slices_are_as_simpleitk_has_them(data_dir):

@@ -8,9 +8,9 @@ import nrrd
 import numpy as np
 import pytest
 import tifffile
-from dicoms import write, write_enhanced, write_series
+from dicoms import without_preamble, write, write_enhanced, write_series
 from imagecodecs import jpeg_encode, png_encode
-from pydicom.uid import SegmentationStorage
+from pydicom.uid import SegmentationStorage, generate_uid
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.sources.image import open_image
@@ -86,6 +86,55 @@ def test_a_series_counts_once_however_it_is_named(mixed):
     assert found == [mixed / "ct", mixed / "brain.nii.gz"]
 
 
+def read_all(path):
+    with open_volume(path) as volume:
+        return volume.read((0, 0, 0), volume.shape)[..., 0]
+
+
+def test_slices_with_series_of_their_own_are_one_volume(tmp_path):
+    voxels = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)
+    uids = {z: {"SeriesInstanceUID": generate_uid()} for z in range(3)}
+    folder = write_series(tmp_path / "ct", voxels, order=(2, 0, 1), change=uids)
+    assert find_volumes([str(tmp_path)], tmp_path / "out") == [folder]
+    assert (read_all(folder) == voxels).all()
+    assert (read_all(folder / "slice001") == voxels).all()
+    assert "SeriesInstanceUID of its own" in open_volume(folder).doubts[0]
+    # pictures of another kind beside them are no slices of it
+    write_series(tmp_path / "scout", VOXELS[:1], directions=(0, 1, 0, 0, 0, -1))
+    (tmp_path / "scout" / "slice000").rename(folder / "scout")
+    assert find_volumes([str(folder)], tmp_path / "out") == [folder / "scout", folder / "slice000"]
+    assert (read_all(folder / "slice000") == voxels).all()
+
+
+def split_in_two(folder, voxels, uid):
+    """Write one series into the folders a and b of a folder."""
+    whole = write_series(folder / "a", voxels, SeriesInstanceUID=uid)
+    (folder / "b").mkdir()
+    for path in sorted(whole.iterdir())[2:]:
+        path.rename(folder / "b" / path.name)
+
+
+def test_a_series_in_two_folders_is_one_volume(tmp_path):
+    voxels = np.arange(5 * 4 * 5, dtype=np.int16).reshape(5, 4, 5)
+    folder = tmp_path / "patient"
+    split_in_two(folder, voxels, uid := generate_uid())
+    for inputs in ([folder], [folder / "a", folder / "b"], [folder / "b" / "*", folder / "a"]):
+        assert find_volumes([str(p) for p in inputs], tmp_path / "out") == [folder]
+    assert (read_all(folder) == voxels).all()
+    assert open_volume(folder).doubts == ("its slices lie in 2 folders",)
+    # with another beside them it cannot be named: told, and the other is done
+    write_series(folder / "c", voxels)
+    assert find_volumes([str(folder)], tmp_path / "out") == [folder, folder / "c"]
+    with pytest.raises(SourceError, match="one lies in several folders with others beside it"):
+        open_volume(folder)
+    # a copy of a series, and another patient with the same identifiers, are volumes of their own
+    write_series(tmp_path / "more" / "a", voxels, SeriesInstanceUID=uid)
+    write_series(tmp_path / "more" / "b", voxels + 1, SeriesInstanceUID=uid)
+    found = find_volumes([str(tmp_path / "more")], tmp_path / "out")
+    assert found == [tmp_path / "more" / "a", tmp_path / "more" / "b"]
+    assert (read_all(found[1]) == voxels + 1).all()
+
+
 def test_what_does_not_exist_is_said(tmp_path):
     with pytest.raises(SourceError, match="no such file, folder or pattern"):
         find_images([str(tmp_path / "none*")], tmp_path / "out")
@@ -113,6 +162,9 @@ def test_kinds_are_told_by_content(tmp_path):
     path.write_bytes(path.read_bytes()[:12])
     assert kind_of(path) == ""
     assert kind_of(write(tmp_path / "d", GREY)) == "DICOM"
+    for keep_meta in (True, False):
+        bare = without_preamble(write(tmp_path / "d", GREY), keep_meta=keep_meta)
+        assert kind_of(bare) == "DICOM"
 
 
 def damaged(original, path, draw):

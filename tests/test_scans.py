@@ -17,7 +17,7 @@ from PIL import Image as Pictures
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation as Mammogram
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
-from scans import Around, Labelled, blobs, classify, scan_bundle, write_series
+from scans import Around, Enhanced, Labelled, blobs, classify, scan_bundle, write_series
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
@@ -384,6 +384,7 @@ def test_a_volume_bundle_takes_the_volume_and_says_what_it_will_take(folder, tmp
         (["--mask-mpp", "0.5"], "--mask-mpp is for slides"),
         (["--simplify", "3"], "--simplify is for slides"),
         (["--mpp-table", __file__], "--mpp-table is for slides"),
+        (["--time-point", "1"], "--time-point is for volumes"),
     ],
 )
 def test_options_for_slides_are_refused(folder, tmp_path, options, told):
@@ -393,6 +394,71 @@ def test_options_for_slides_are_refused(folder, tmp_path, options, told):
     assert result.exit_code == 2
     assert told in result.stderr
     assert not (tmp_path / "o").exists()
+
+
+def test_one_of_several_time_points_is_segmented(tmp_path):
+    voxels = np.stack([blobs((12, 40, 33), seed) for seed in range(3)])
+    for time, own in enumerate(voxels):
+        write_series(tmp_path / f"{time}", own, spacing=(2.5, 0.8, 0.8), seed=time)
+    (tmp_path / "ct").mkdir()
+    uid = generate_uid()
+    for time in range(3):
+        for path in (tmp_path / f"{time}").iterdir():
+            slice_ = pydicom.dcmread(path)
+            slice_.SeriesInstanceUID = slice_.FrameOfReferenceUID = uid
+            slice_.AcquisitionNumber = time + 1
+            slice_.save_as(tmp_path / "ct" / f"{time}_{path.name}")
+    bundle = scan_bundle(tmp_path / "model", resolution="spacing_mm = [2.5, 0.8, 0.8]", keys=FULL)
+    line = ("segment", tmp_path / "ct", "--model", bundle, "--output", tmp_path / "out")
+    refused = command(*line)
+    assert refused.exit_code == 1
+    assert "3 time points in one series, told apart by AcquisitionNumber" in refused.stderr
+    for time in (1, 2):
+        done = command(*line, "--time-point", time)
+        assert done.exit_code == 0, done.stderr
+        assert f"time point {time} of 3 is read" in done.stderr
+        mask = np.asarray(nibabel.load(tmp_path / "out" / "ct" / "mask.nii.gz").dataobj)
+        assert (classify((voxels[time] * 2.0 - 100) / 1024) == mask.T).all()
+    # its segmentation refers to the slices of that time
+    written = pydicom.dcmread(tmp_path / "out" / "ct" / "mask.dcm")
+    (referred,) = written.ReferencedSeriesSequence
+    named = {item.ReferencedSOPInstanceUID for item in referred.ReferencedInstanceSequence}
+    own = {pydicom.dcmread(p).SOPInstanceUID for p in (tmp_path / "ct").glob("2_*")}
+    assert named == own
+
+
+def test_a_bundle_sees_several_time_points_as_channels(tmp_path):
+    before, after = blobs((20, 30, 40), 0), blobs((20, 30, 40), 1)
+    image = nibabel.Nifti1Image(np.stack([after, 0 * after, before]).T, np.eye(4))
+    nibabel.save(image, tmp_path / "dce.nii.gz")
+    keys = f"{FULL}\ntime_points = [2, 0]"
+    bundle = scan_bundle(tmp_path / "model", keys=keys, channels=2, program=Enhanced)
+    folder, made = run(tmp_path / "dce.nii.gz", bundle, tmp_path / "out", block_size=64)
+    assert made.status == "done", made.reason
+    mask = nibabel.load(folder / "mask.nii.gz")
+    more = np.float32(after / np.float32(1024)) - np.float32(before / np.float32(1024))
+    assert (classify(more) == np.asarray(mask.dataobj).T).all()
+    assert mask.shape == (40, 30, 20)
+
+
+def test_slices_that_nothing_can_refer_to_get_no_dicom_segmentation(tmp_path):
+    write_series(tmp_path / "ct", blobs((6, 20, 33)), spacing=(2.5, 0.8, 0.8), seed=3)
+    for path in (tmp_path / "ct").iterdir():
+        slice_ = pydicom.dcmread(path)
+        slice_.SOPInstanceUID = "1.2.3"
+        slice_.save_as(path)
+    bundle = scan_bundle(tmp_path / "model", resolution="spacing_mm = [2.5, 0.8, 0.8]", keys=FULL)
+    folder, made = run(tmp_path / "ct", bundle, tmp_path / "out")
+    assert made.status == "done", made.reason
+    assert "no DICOM segmentation can refer to them" in made.warnings[0]
+    assert (folder / "mask.nii.gz").is_file()
+    assert not (folder / "mask.dcm").exists()
+    again = command(
+        "segment", tmp_path / "ct", "--model", bundle, "--output", tmp_path / "out2",
+        "--outputs", "nifti,dicom",
+    )  # fmt: skip
+    assert again.exit_code == 1
+    assert "has no identifiers of its own" in again.stderr
 
 
 def test_a_dicom_segmentation_of_what_is_no_dicom_is_refused(folder, tmp_path):

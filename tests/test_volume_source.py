@@ -13,12 +13,14 @@ import highdicom
 import nibabel
 import nrrd
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK
-from dicoms import make, write, write_enhanced, write_series
-from pydicom.uid import generate_uid
+from dicoms import make, without_preamble, write, write_enhanced, write_series
+from pydicom.uid import RLELossless, generate_uid
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.sources.radiology import find_volumes
 from wsi_pipeline.sources.volume import open_volume
 
 RNG = np.random.default_rng(6)
@@ -81,9 +83,12 @@ def test_real_nifti_is_as_nibabel_has_it(data_dir):
     for path in paths:
         other = nibabel.load(path)
         if other.ndim > 3:
-            sizes = " × ".join(map(str, other.shape))
-            with pytest.raises(SourceError, match=sizes):
+            with pytest.raises(SourceError, match=f"{other.shape[3]} time points"):
                 open_volume(path)
+            for time in range(other.shape[3]):
+                with open_volume(path, time_points=[time]) as volume:
+                    found = volume.read((0, 0, 0), volume.shape)[..., 0]
+                np.testing.assert_allclose(found.T, other.dataobj[..., time], rtol=1e-6)
             continue
         assert (np.asarray(other.dataobj) == read_all(path).T).all()
         np.testing.assert_array_equal(open_volume(path).affine, other.affine)
@@ -106,6 +111,23 @@ def test_stored_values_are_scaled(tmp_path):
     expected = np.asarray(nibabel.load(tmp_path / "a.nii").dataobj).T
     assert (read_all(tmp_path / "a.nii") == expected.astype(np.float32)).all()
     assert expected.min() < 0
+
+
+@pytest.mark.parametrize("name", ["scan", "scan.dat", "scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_nifti_is_told_by_its_content(tmp_path, name, is_packed):
+    write_nifti(tmp_path / "a.nii")
+    data = (tmp_path / "a.nii").read_bytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if is_packed else data)
+    assert (read_all(path) == VOXELS).all()
+
+
+def test_a_unit_that_nifti_has_not_counts_as_mm(tmp_path):
+    path = write_nifti(tmp_path / "a.nii")
+    overwrite(path, 123, b"\x07")
+    assert open_volume(path).spacing_mm == open_volume(write_nifti(tmp_path / "b.nii")).spacing_mm
+    assert "unit of length, 7, is none" in " ".join(open_volume(path).doubts)
 
 
 def test_a_fourth_axis_of_one_is_none(tmp_path):
@@ -162,6 +184,57 @@ def test_nrrd_of_every_kind(tmp_path):
     volume = open_volume(path)
     assert volume.spacing_mm == (2.5, 0.7, 0.6)
     assert "how it lies" in volume.doubts[0]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_nrrd_of_large_integers_is_as_simpleitk_has_it(tmp_path, dtype):
+    path = tmp_path / "a.nrrd"
+    nrrd.write(str(path), np.abs(VOXELS.T).astype(dtype), {"spacings": [0.6, 0.7, 2.5]})
+    other = SimpleITK.ReadImage(str(path))
+    assert (read_all(path) == SimpleITK.GetArrayFromImage(other)).all()
+
+
+@pytest.mark.parametrize("kinds", [["???"] * 3, ["none"] * 3, ["space", "domain", "???"]])
+def test_nrrd_of_unknown_axes_is_as_simpleitk_has_it(tmp_path, kinds):
+    path = tmp_path / "a.nrrd"
+    header = {"space": "LPS", "space directions": np.diag([0.6, 0.7, 2.5]), "kinds": kinds}
+    nrrd.write(str(path), VOXELS.T, header)
+    other = SimpleITK.ReadImage(str(path))
+    assert (read_all(path) == SimpleITK.GetArrayFromImage(other)).all()
+    np.testing.assert_allclose(open_volume(path).affine, itk_affine(other), atol=1e-6)
+
+
+@pytest.mark.parametrize("axis", [0, 3])
+def test_nrrd_with_an_axis_of_one_value_is_one_volume(tmp_path, axis):
+    path = tmp_path / "a.nrrd"
+    rows = [[0.6, 0, 0], [0, 0.7, 0], [0, 0, 2.5]]
+    rows.insert(axis, [np.nan] * 3)
+    kinds = ["domain"] * 3
+    kinds.insert(axis, "list")
+    header = {"space": "LPS", "space directions": rows, "kinds": kinds}
+    nrrd.write(str(path), np.expand_dims(VOXELS.T, axis), header)
+    assert (read_all(path) == VOXELS).all()
+    assert open_volume(path).spacing_mm == pytest.approx((2.5, 0.7, 0.6))
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("mm", 1), ("um", 1e-3), ("cm", 10), ("m", 1e3)])
+def test_the_unit_of_a_nrrd_counts(tmp_path, unit, mm):
+    path = tmp_path / "a.nrrd"
+    header = {
+        "space": "LPS", "space directions": np.diag([0.6, 0.7, 2.5]), "space units": [unit] * 3,
+        "space origin": [1, 2, 3],
+    }  # fmt: skip
+    nrrd.write(str(path), VOXELS.T, header)
+    with open_volume(path) as volume:
+        assert volume.spacing_mm == pytest.approx((2.5 * mm, 0.7 * mm, 0.6 * mm))
+        np.testing.assert_allclose(volume.affine[:3, 3], [-mm, -2 * mm, 3 * mm])
+
+
+def test_nrrd_of_an_unknown_unit_is_refused(tmp_path):
+    header = {"space": "LPS", "space directions": np.eye(3), "space units": ["furlong"] * 3}
+    nrrd.write(str(tmp_path / "a.nrrd"), VOXELS.T, header)
+    with pytest.raises(SourceError, match="lengths in furlong; expected mm"):
+        open_volume(tmp_path / "a.nrrd")
 
 
 def test_real_nrrd_and_nifti_are_the_same_volume(data_dir):
@@ -257,6 +330,184 @@ def test_copies_of_slices_are_left_out_and_it_is_said(tmp_path):
     shutil.copyfile(folder / "slice002", folder / "copy of slice002")
     assert (read_all(folder) == VOXELS).all()
     assert open_volume(folder).doubts == ("copies of slices are left out: 1",)
+    # a copy is told by place and pixels, not by its name or how it is stored
+    copy = pydicom.dcmread(folder / "slice004")
+    copy.SOPInstanceUID = generate_uid()
+    copy.compress(RLELossless)
+    copy.save_as(folder / "again")
+    assert (read_all(folder) == VOXELS).all()
+    assert open_volume(folder).doubts == ("copies of slices are left out: 2",)
+
+
+@pytest.mark.parametrize("uid", ["1.2.3", ""])
+def test_slices_with_one_instance_uid_are_all_read(tmp_path, uid):
+    folder = write_series(tmp_path, VOXELS, order=[3, 0, 6, 2, 5, 1, 4])
+    for path in folder.iterdir():
+        slice_ = pydicom.dcmread(path)
+        slice_.SOPInstanceUID = uid
+        slice_.save_as(path)
+    assert (read_all(folder) == VOXELS).all()
+    assert "no DICOM segmentation can refer to them" in open_volume(folder).doubts[0]
+
+
+@pytest.mark.parametrize("ending", ["empty", "cut", "garbled", "no preamble", "no meta"])
+def test_a_slice_that_cannot_be_read_is_missed(tmp_path, ending):
+    folder = write_series(tmp_path, VOXELS)
+    last = folder / "slice006"
+    data = last.read_bytes()
+    if ending.startswith("no"):
+        without_preamble(last, keep_meta=ending == "no preamble")
+        assert (read_all(folder) == VOXELS).all()
+        return
+    last.write_bytes({"empty": b"", "cut": data[:300], "garbled": bytes(5000)}[ending])
+    for path in (folder, folder / "slice001"):
+        with pytest.raises(SourceError, match=r"slice006 beside its slices cannot be read"):
+            open_volume(path)
+    assert find_volumes([str(folder)], tmp_path / "out") == [folder]
+
+
+@pytest.mark.parametrize("keep_meta", [True, False])
+def test_a_series_without_preambles_is_as_simpleitk_has_it(tmp_path, keep_meta):
+    folder = write_series(tmp_path, VOXELS)
+    expected = SimpleITK.GetArrayFromImage(itk_series(folder))
+    for path in folder.iterdir():
+        without_preamble(path, keep_meta=keep_meta)
+    (single,) = (folder / "slice003",)
+    itk = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(single), imageIO="GDCMImageIO"))
+    assert (itk[0] == VOXELS[3]).all()
+    assert (read_all(folder) == expected).all()
+
+
+def test_files_that_are_no_slices_are_left_out_of_a_series(tmp_path):
+    folder = write_series(tmp_path, VOXELS)
+    for name in ("LICENSE", "Thumbs.db", "desktop.ini", "notes.txt", ".hidden"):
+        (folder / name).write_text("no slice")
+    assert (read_all(folder) == VOXELS).all()
+    assert open_volume(folder).doubts == ()
+    (folder / "phantom.bin").write_text("no slice")
+    (said,) = open_volume(folder).doubts
+    assert said == "files of its folder that are no DICOM are left out: 1 (phantom.bin)"
+
+
+def with_times(folder, *, tag="TemporalPositionIdentifier", values=(1, 2, 3), shift=0.0, **more):
+    """Write three volumes in one place as one series; return its folder."""
+    uid = {"SeriesInstanceUID": generate_uid(), "FrameOfReferenceUID": generate_uid()}
+    for time, value in enumerate(values):
+        part = write_series(
+            folder / f"t{time}", VOXELS + time, origin=(-10, 20, 30 + shift * time),
+            **uid, **({tag: value} if tag else {}), **more,
+        )  # fmt: skip
+        for path in sorted(part.iterdir()):
+            if not tag:  # numbered on, as scanners do
+                slice_ = pydicom.dcmread(path)
+                slice_.InstanceNumber += 100 * time
+                slice_.save_as(path)
+            path.rename(folder / f"{path.name}_{time}")
+        part.rmdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tag", "values", "shift"),
+    [
+        ("TemporalPositionIdentifier", (1, 2, 3), 0.0),
+        ("TemporalPositionIdentifier", (1, 2, 3), 1.25),
+        ("AcquisitionNumber", (1, 2, 10), 0.0),
+        ("AcquisitionNumber", (1, 2, 10), 1.25),
+        ("AcquisitionTime", ("090000.1", "090130.1", "100000"), 1.25),
+        ("TriggerTime", (0, 90, 800), 0.0),
+        ("EchoTime", (2.3, 4.6, 10.1), 0.0),
+        (None, (1, 2, 3), 0.0),
+    ],
+)
+def test_several_times_in_one_series_are_told_and_chosen(tmp_path, tag, values, shift):
+    folder = with_times(tmp_path, tag=tag, values=values, shift=shift)
+    by = tag or "InstanceNumber"
+    with pytest.raises(SourceError, match=f"3 time points .* by {by}; .* --time-point, 0 to 2"):
+        open_volume(folder)
+    for time in range(3):
+        with open_volume(folder, time_points=[time]) as volume:
+            assert (volume.read((0, 0, 0), volume.shape)[..., 0] == VOXELS + time).all()
+            assert volume.affine[2, 3] == pytest.approx(30 + shift * time)
+            assert f"time point {time} of 3 is read" in volume.doubts[0]
+    with pytest.raises(SourceError, match="has 3 time points; there is none of number 3"):
+        open_volume(folder, time_points=[3])
+    if shift:
+        with pytest.raises(SourceError, match="time point 2 does not lie where the first does"):
+            open_volume(folder, time_points=[0, 2])
+        return
+    with open_volume(folder, time_points=[2, 0]) as volume:
+        both = np.stack([VOXELS + 2, VOXELS], axis=-1)
+        assert volume.channels == 2
+        assert (volume.read((1, 2, 3), (4, 3, 2)) == both[1:5, 2:5, 3:5]).all()
+
+
+@pytest.mark.parametrize("tag", ["AcquisitionNumber", "AcquisitionTime", "ContentTime"])
+@pytest.mark.parametrize("per", [1, 3])
+def test_slices_taken_one_after_the_other_are_one_volume(tmp_path, tag, per):
+    change = {z: {tag: f"09000{z // per}"} for z in range(7)}
+    assert (read_all(write_series(tmp_path, VOXELS, change=change)) == VOXELS).all()
+
+
+def test_a_single_slice_is_as_thick_as_it_says_either_way(tmp_path):
+    folder = write_series(tmp_path, VOXELS[:1], SpacingBetweenSlices=-2.5)
+    assert open_volume(folder).spacing_mm == pytest.approx((2.5, 0.7, 0.6))
+
+
+def test_positions_that_were_rounded_are_even(tmp_path):
+    change = {
+        z: {"ImagePositionPatient": [-10, 20, f"{30 + 0.625 * z:.1f}"]} for z in range(len(VOXELS))
+    }
+    folder = write_series(tmp_path, VOXELS, spacing=(0.625, 0.7, 0.6), change=change)
+    assert (read_all(folder) == VOXELS).all()
+    with open_volume(folder) as volume:
+        assert volume.spacing_mm[0] == pytest.approx(0.625, rel=0.02)
+        assert "0.6 to 0.7 mm apart, as positions that were rounded do" in volume.doubts[0]
+    (folder / "slice003").unlink()
+    with pytest.raises(SourceError, match=r"not equally spaced: between 31\.20 and 32\.50 mm"):
+        open_volume(folder)
+
+
+def test_every_second_slice_taken_first_is_one_volume(tmp_path):
+    change = {z: {"AcquisitionNumber": z % 2 + 1} for z in range(7)}
+    assert (read_all(write_series(tmp_path, VOXELS, change=change)) == VOXELS).all()
+
+
+def test_times_of_an_enhanced_image_are_told_and_chosen(tmp_path):
+    voxels = np.concatenate([VOXELS, VOXELS + 7])
+    path = write_enhanced(
+        tmp_path / "a.dcm",
+        voxels,
+        order=RNG.permutation(14).tolist(),
+        spacing=(2.5, 0.7, 0.6),
+        times=2,
+    )
+    with pytest.raises(SourceError, match=r"2 time points .* by TemporalPositionIndex"):
+        open_volume(path)
+    with open_volume(path, time_points=[1]) as volume:
+        found = volume.read((0, 0, 0), volume.shape)[..., 0]
+    assert (found == (VOXELS + 7) * 2.0 - 100).all()
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd"])
+def test_times_of_a_file_with_a_fourth_axis_are_chosen(tmp_path, name):
+    four = np.stack([VOXELS, VOXELS + 5, VOXELS - 3]).T  # (x, y, z, t)
+    path = tmp_path / name
+    if name == "a.nrrd":
+        directions = [[0.6, 0, 0], [0, 0.7, 0], [0, 0, 2.5], [np.nan] * 3]
+        header = {
+            "kinds": ["domain"] * 3 + ["list"], "space": "LPS", "space directions": directions,
+            "encoding": "gzip",
+        }  # fmt: skip
+        nrrd.write(str(path), np.asfortranarray(four), header)
+    else:
+        nibabel.save(nibabel.Nifti1Image(four, np.diag([0.6, 0.7, 2.5, 1])), path)
+    with pytest.raises(SourceError, match=r"3 time points .* by the fourth axis; .* 0 to 2"):
+        open_volume(path)
+    with open_volume(path, time_points=[2, 1]) as volume:
+        assert volume.spacing_mm == pytest.approx((2.5, 0.7, 0.6))
+        found = volume.read((0, 0, 0), volume.shape)
+    assert (found == np.stack([VOXELS - 3, VOXELS + 5], axis=-1)).all()
 
 
 def test_the_fingerprint_follows_the_content(tmp_path):
@@ -437,6 +688,7 @@ READ_IN_SLABS = """
 import sys
 from pathlib import Path
 from peak import peak_bytes
+from wsi_pipeline.sources.radiology import find_volumes
 from wsi_pipeline.sources.volume import open_volume
 before = peak_bytes()
 with open_volume(Path(sys.argv[1])) as volume:

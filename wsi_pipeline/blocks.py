@@ -143,11 +143,13 @@ class ScanPlan(Plan):
 
     Attributes:
         prepared: how its pixels become those of the grid.
-        frame: which of a file with several.
+        frame: which of a planar image with several.
+        time_points: which of a volume with several.
     """
 
     prepared: Preparation
     frame: int | None = None
+    time_points: tuple[int, ...] | None = None
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -394,7 +396,12 @@ class ScanBlocks(BlockWorker):
         super().__init__(plan, keep)
         if len(plan.mask_shape) > 2:
             map_large_arrays()
-        self._scan = open_scan(plan.path, axes=len(plan.mask_shape), frame=plan.frame)
+        self._scan = open_scan(
+            plan.path,
+            axes=len(plan.mask_shape),
+            frame=plan.frame,
+            time_points=plan.time_points,
+        )
         self._mask = plan.store.open_mask()
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ PREPARATION: Mapping[str, tuple[Modality, ...]] = {
     "orient": ("image",),
     "pad": ("image",),
     "interpolation": ("image", "volume"),
+    "time_points": ("volume",),
 }
 """The keys of `[input]` that say how pixels are prepared, and of what."""
 
@@ -71,6 +72,7 @@ class InputSpec:
         orient: "left" = an image is mirrored where its right half is the brighter.
         pad: "square" = an image's shorter side is padded to the longer before `fit`.
         interpolation: where pixels are not taken as they are.
+        time_points: which of a volume with several, from 0, are its channels; None = one alone.
     """
 
     mpp: float | None = None
@@ -85,6 +87,7 @@ class InputSpec:
     orient: Literal["left"] | None = None
     pad: Literal["square"] | None = None
     interpolation: Interpolation = "linear"
+    time_points: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +350,10 @@ def _input_spec(table: Mapping[str, Any], modality: Modality) -> InputSpec:
         "interpolation": (
             spec.interpolation in get_args(Interpolation),
             f"one of {', '.join(get_args(Interpolation))}",
+        ),
+        "time_points": (
+            spec.time_points is None or _are_sizes(spec.time_points, count, least=0),
+            f"{count} numbers from 0, one a channel",
         ),
     }
     for key in (own, "channels", "patch_size", "mean", "std", *PREPARATION):

@@ -46,6 +46,7 @@ class SelectOptions:
         mpp: the slide's µm per pixel at level 0 where the file does not say; else None.
         series: which image of a file with several, from 0; None = the largest of RGB, or the frame
             that the file names.
+        time_point: which volume of a file or series with several, from 0; None = there is one.
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
         roi: GeoJSON polygons to which the mask is limited.
         frame: origin of GeoJSON that is read, where the slide has bounds.
@@ -53,6 +54,7 @@ class SelectOptions:
 
     mpp: float | None = None
     series: int | None = None
+    time_point: int | None = None
     tissue: Literal["auto", "none"] | Path = "auto"
     roi: Path | None = None
     frame: Frame = "qupath"
@@ -166,6 +168,8 @@ class Settings:
         fitting = OUTPUTS[modality]
         if wrong := [name for name in self.export.outputs if name not in fitting]:
             return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
+        if modality != "volume" and self.select.time_point is not None:
+            return "--time-point is for volumes"
         if modality == "slide":
             return ""
         if modality == "volume" and self.select.series is not None:
@@ -183,8 +187,8 @@ def as_plain(options: Any) -> dict[str, Any]:
     """Return a dataclass of options as JSON holds it.
 
     Example:
-        >>> as_plain(SelectOptions(tissue=Path("t.png")))
-        {'mpp': None, 'series': None, 'tissue': 't.png', 'roi': None, 'frame': 'qupath'}
+        >>> as_plain(ScheduleOptions(gpus=(0, 1)))["gpus"]
+        [0, 1]
     """
     return {
         key: list(value)

@@ -55,7 +55,18 @@ def open_one(path: Path, bundle: Bundle, settings: Settings) -> Scan:
     Raises:
         SourceError: it is something else, or cannot be read.
     """
-    return open_scan(path, axes=AXES[bundle.modality], frame=settings.select.series)
+    return open_scan(
+        path,
+        axes=AXES[bundle.modality],
+        frame=settings.select.series,
+        time_points=_time_points(bundle, settings),
+    )
+
+
+def _time_points(bundle: Bundle, settings: Settings) -> tuple[int, ...] | None:
+    """Return which volumes of one place a bundle sees, or the user has chosen; None = the only."""
+    chosen = settings.select.time_point
+    return bundle.input.time_points or (None if chosen is None else (chosen,))
 
 
 def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, Any]:
@@ -65,6 +76,7 @@ def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, A
         "scan": scan.fingerprint,
         "spacing_mm": scan.spacing_mm,
         "frame": settings.select.series,
+        "time_point": settings.select.time_point,
         "model": sha256_of(bundle.path / "model.toml"),
         "weights": bundle.weights_sha256,
         "predict": {k: v for k, v in asdict(settings.predict).items() if k not in left_out},
@@ -73,18 +85,19 @@ def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, A
 
 
 def fitting_outputs(scan: Scan, settings: Settings) -> Settings:
-    """Return the settings without the DICOM segmentation where the input is no DICOM.
+    """Return the settings without the DICOM segmentation where it could not refer to its input.
 
     Raises:
         SourceError: it was asked for by name.
     """
     outputs = settings.export.outputs
-    if scan.backend == "pydicom" or "dicom" not in outputs:
+    if "dicom" not in outputs or scan.can_be_referred_to:
         return settings
     if outputs not in OUTPUTS.values():
+        what = "has no identifiers of its own" if scan.backend == "pydicom" else "is no DICOM"
         raise SourceError(
-            f"{scan.path} is no DICOM, which a DICOM segmentation must refer to; leave dicom out "
-            "of --outputs"
+            f"{scan.path} {what}, which a DICOM segmentation must refer to; leave dicom out of "
+            "--outputs"
         )
     wanted = tuple(output for output in outputs if output != "dicom")
     return replace(settings, export=replace(settings.export, outputs=wanted))
@@ -120,6 +133,7 @@ def plan_scan(
         outlines="geojson" in settings.export.outputs,
         prepared=prepared,
         frame=settings.select.series,
+        time_points=_time_points(bundle, settings),
     )
 
 

@@ -55,7 +55,8 @@ def describe(path: str | Path, mpp: float | None, series: int | None = None) -> 
 
     if axes := _axes(as_path(path)):
         try:
-            scan = open_scan(as_path(path), axes=axes, frame=series)
+            # of several time points the first shows what all have in common
+            scan = open_scan(as_path(path), axes=axes, frame=series, time_points=(0,))
         except SourceError:
             if axes == 2:
                 raise
@@ -106,7 +107,7 @@ def _axes(path: Path) -> int:
         return 0
     if path.is_dir():
         is_slide = is_patch_grid(path) or is_ome_zarr(path)
-        found = [] if is_slide else [f for files in series_in(path).values() for f, _ in files]
+        found = [] if is_slide else [f for series in series_in(path) for f, _ in series.files]
         return 3 if found and not dicom_slides(found) else 0
     kind = kind_of(path)
     if kind == "DICOM":

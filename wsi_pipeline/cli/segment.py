@@ -126,6 +126,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @work_option
 @select_options()
 @click.option(
+    "--time-point",
+    type=click.IntRange(min=0),
+    help="Which volume of a DICOM series, NIfTI or NRRD with several in one place, from 0.",
+)
+@click.option(
     "--overlap", type=click.IntRange(min=0), help="px between patches  [default: the bundle's]"
 )
 @click.option(
@@ -316,6 +321,7 @@ def _settings(options: dict[str, Any], named: dict[str, Any]) -> Settings:
         select=SelectOptions(
             mpp=options["mpp"],
             series=options["series"],
+            time_point=options["time_point"],
             tissue=options["tissue"],
             roi=options["roi"],
             frame=options["frame"],

@@ -105,7 +105,7 @@ def write_dicom_seg(
 
 def _source(path: Path) -> Dataset:
     """Return all that a file says but its pixels."""
-    header = dcmread(path, stop_before_pixels=True)
+    header = dcmread(path, stop_before_pixels=True, force=True)
     if missing := [name for name in NEEDED if not header.get(name)]:
         raise StoreError(f"{path}: without {', '.join(missing)} no segmentation can refer to it")
     for name in MAY_BE_EMPTY:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.sources.volume import Volume
+from wsi_pipeline.sources.volume import Volume, load_nifti
 from wsi_pipeline.store import written_beside
 
 GEOMETRY = (
@@ -58,7 +58,7 @@ def _header(volume: Volume) -> Any:
     new: Any = nibabel.Nifti1Header
     shape = volume.shape[::-1]
     if volume.backend == "nibabel":
-        source: Any = nibabel.load(volume.path)
+        source = load_nifti(volume.path)
         header = type(source.header)()
         header.set_data_shape(shape)
         for name in GEOMETRY:

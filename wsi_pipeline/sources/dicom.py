@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
-from pydicom.errors import InvalidDicomError
 from pydicom.pixels.decoders.base import (
     JPEGExtended12BitDecoder,
     JPEGLosslessDecoder,
@@ -23,7 +22,13 @@ from pydicom.pixels.decoders.base import (
 )
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import iter_pixels, pixel_array
-from pydicom.uid import UID, VLWholeSlideMicroscopyImageStorage
+from pydicom.uid import (
+    UID,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    VLWholeSlideMicroscopyImageStorage,
+)
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import quiet
@@ -44,11 +49,16 @@ TAGS = (
     "EstimatedRadiographicMagnificationFactor", "SequenceOfUltrasoundRegions",
     "ImagePositionPatient", "ImageOrientationPatient", "SliceThickness", "SpacingBetweenSlices",
     "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence",
-    "BurnedInAnnotation", "RepresentativeFrameNumber",
+    "BurnedInAnnotation", "RepresentativeFrameNumber", "InstanceNumber",
+    "TemporalPositionIdentifier", "TemporalPositionIndex", "TriggerTime", "DiffusionBValue",
+    "EchoTime", "AcquisitionNumber", "AcquisitionDateTime", "AcquisitionTime", "ContentTime",
 )  # fmt: skip
 
 TISSUE_REGION, CENTIMETRE = 1, 3
 """Codes of a two-dimensional picture, and of cm, in the regions of ultrasound (PS3.3 C.8.5.5)."""
+
+SAME_SIZE = 1e-3
+"""Share by which pixels may differ and count as of one size: what is written is rounded."""
 
 PHOTOMETRIC = (
     "MONOCHROME1", "MONOCHROME2", "PALETTE COLOR",
@@ -62,6 +72,13 @@ NO_IMAGES = (
     "1.2.840.10008.5.1.4.1.1.481.",  # doses and other objects of radiotherapy
 )
 """How the UIDs of kinds begin whose pixels are not values of a picture."""
+
+UID_OF_ENCODING = {
+    (True, True): ImplicitVRLittleEndian,
+    (False, True): ExplicitVRLittleEndian,
+    (False, False): ExplicitVRBigEndian,
+}
+"""Transfer syntaxes by whether kinds of values are left out, and whether low bytes come first."""
 
 # what pydicom itself, Pillow and pyjpegls do not decode, or not with 12 bits
 for _decoder in (JPEGExtended12BitDecoder, JPEGLosslessDecoder, JPEGLosslessSV1Decoder):
@@ -95,24 +112,47 @@ def read_header(path: Path) -> Dataset:
     Raises:
         SourceError: no DICOM file, or one without pixels that are read here.
     """
+    header = read_tags(path)
     try:
         with quiet():
-            header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS))
-            # values are made of bytes when they are first asked for: here, where nothing is told
-            for _ in (*header.file_meta, *header.iterall()):
-                pass
-            _check(header)
-    except SourceError:
-        raise
-    except InvalidDicomError:
-        raise SourceError("begins without the mark of DICOM; save it again as DICOM") from None
-    except Exception as error:  # pydicom raises anything on damaged files
-        # without what it says, which may quote values that are the patient's
+            check_header(header)
+    except (TypeError, ValueError) as error:  # sizes that are no numbers
         raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
     return header
 
 
-def _check(header: Dataset) -> None:
+def read_tags(path: Path) -> Dataset:
+    """Read the attributes of `TAGS` of a DICOM file of any kind; return them.
+
+    Raises:
+        SourceError: no DICOM file, or a damaged one.
+    """
+    if not path.stat().st_size:
+        raise SourceError("an empty file; copy it again")
+    try:
+        with quiet():
+            # forced: scanners and archives of old leave the preamble out
+            header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
+            # values are made of bytes when they are first asked for: here, where nothing is told
+            for _ in (*header.file_meta, *header.iterall()):
+                pass
+            if not header.file_meta and header:
+                implicit, little = header.original_encoding
+                header.file_meta.TransferSyntaxUID = UID_OF_ENCODING[bool(implicit), bool(little)]
+    except Exception as error:  # pydicom raises anything on damaged files
+        # without what it says, which may quote values that are the patient's
+        raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
+    if not header.file_meta:
+        raise SourceError("begins without the mark of DICOM; save it again as DICOM")
+    return header
+
+
+def check_header(header: Dataset) -> None:
+    """Refuse what has no pixels that are read here.
+
+    Raises:
+        SourceError: the message says what it is.
+    """
     sop_class = UID(header.get("SOPClassUID", ""))
     if sop_class == VLWholeSlideMicroscopyImageStorage:
         raise SourceError("a DICOM whole-slide image; segment it with a bundle for slides")
@@ -134,6 +174,18 @@ def _check(header: Dataset) -> None:
     syntax = header.file_meta.get("TransferSyntaxUID")
     if syntax is None:
         raise SourceError("does not say how its pixels are stored (no transfer syntax)")
+
+
+def is_image_class(header: Dataset) -> bool:
+    """Return whether a file is by its kind an image of radiology, or too damaged to tell."""
+    sop_class = UID(header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID", "")))
+    if not sop_class:
+        return True
+    return (
+        "Image Storage" in sop_class.name
+        and sop_class != VLWholeSlideMicroscopyImageStorage
+        and not sop_class.startswith(NO_IMAGES)
+    )
 
 
 def _name(uid: UID) -> str:
@@ -160,7 +212,9 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
     """
     try:
         with quiet():
-            stored = pixel_array(path, index=frame)
+            stored = pixel_array(
+                path, index=frame, transfer_syntax_uid=header.file_meta.TransferSyntaxUID
+            )
             if header.PhotometricInterpretation == "PALETTE COLOR":
                 bits = header.RedPaletteColorLookupTableDescriptor[2]
                 return apply_color_lut(stored, header), Values(full=(0, 2**bits - 1))
@@ -180,7 +234,8 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
     """
     try:
         with quiet():
-            for frame, stored in enumerate(iter_pixels(path)):
+            syntax = header.file_meta.TransferSyntaxUID
+            for frame, stored in enumerate(iter_pixels(path, transfer_syntax_uid=syntax)):
                 take(frame, stored)
     except OSError:
         raise  # of the file, or of what takes them
@@ -242,7 +297,8 @@ def _window(item: Dataset) -> Range | None:
     center, width = (float(np.atleast_1d(v)[0]) for v in (centers, widths))
     if item.get("VOILUTFunction", "LINEAR") == "LINEAR":
         center, width = center - 0.5, width - 1
-    return (center - width / 2, center + width / 2) if width > 0 else None
+    # of numbers that are none nothing follows
+    return (center - width / 2, center + width / 2) if 0 < width < np.inf > abs(center) else None
 
 
 def burnt_in(header: Dataset) -> list[str]:
@@ -254,8 +310,9 @@ def burnt_in(header: Dataset) -> list[str]:
 
 def planar_spacing(header: Dataset, frame: int) -> tuple[tuple[float, float] | None, list[str]]:
     """Return (y, x) mm between pixels, None where the file does not say, and what is doubtful."""
-    if regions := header.get("SequenceOfUltrasoundRegions"):
-        return _ultrasound_spacing(regions)
+    found, doubts = _ultrasound_spacing(header.get("SequenceOfUltrasoundRegions") or [])
+    if found or doubts:
+        return found, doubts
     measures = part(header, groups_of(header, frame), "PixelMeasuresSequence")
     if measures.get("PixelSpacing"):
         return pair(measures.PixelSpacing), []
@@ -289,13 +346,16 @@ def _ultrasound_spacing(
     regions: Sequence[Dataset],
 ) -> tuple[tuple[float, float] | None, list[str]]:
     """Return the spacing of the two-dimensional pictures in one of ultrasound, where all agree."""
-    found = {
+    found = [
         (abs(float(region.PhysicalDeltaY)) * 10, abs(float(region.PhysicalDeltaX)) * 10)
         for region in regions
         if region.get("RegionSpatialFormat") == TISSUE_REGION
         and region.get("PhysicalUnitsXDirection") == CENTIMETRE
         and region.get("PhysicalUnitsYDirection") == CENTIMETRE
-    }
-    if len(found) > 1:
+    ]
+    if not found:
+        return None, []
+    first = pair(found[0])
+    if not np.allclose(found, first, rtol=SAME_SIZE):
         return None, [f"its {len(found)} ultrasound regions have pixels of different sizes"]
-    return (pair(found.pop()) if found else None), []
+    return first, []

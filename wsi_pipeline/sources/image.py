@@ -77,6 +77,11 @@ class Image:
         """
         return as_meant(self.stored[box_slices(start, shape)], self.slope, self.intercept)
 
+    @property
+    def can_be_referred_to(self) -> bool:
+        """Return whether it is DICOM."""
+        return self.backend == "pydicom"
+
     def close(self) -> None:
         """Do nothing: the file is closed already."""
 

@@ -130,18 +130,27 @@ class Preparation:
         return np.pad(pixels, [*beyond, (0, 0)], constant_values=self.outside)
 
 
-def open_scan(path: Path, *, axes: int, frame: int | None = None) -> Scan:
+def open_scan(
+    path: Path,
+    *,
+    axes: int,
+    frame: int | None = None,
+    time_points: Sequence[int] | None = None,
+) -> Scan:
     """Open a planar image or a volume; return it.
 
     Args:
         path: of its file, or of the folder of a DICOM series.
         axes: 2 or 3.
         frame: which of a planar image with several, from 0; None = that which the file names.
+        time_points: which of a volume with several, from 0; None = there must be one.
 
     Raises:
         SourceError: it is something else, or cannot be read.
     """
-    return open_image(path, frame=frame) if axes == 2 else open_volume(path)
+    if axes == 2:
+        return open_image(path, frame=frame)
+    return open_volume(path, time_points=time_points)
 
 
 def prepare(scan: Scan, spec: InputSpec) -> Preparation:
@@ -157,7 +166,8 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
     Raises:
         SourceError: the file cannot be read, or its colours do not fit the network.
     """
-    if spec.channels not in (1, 3):
+    wanted = (len(spec.time_points),) if spec.time_points else (1, 3)
+    if spec.channels not in wanted:
         raise SourceError(
             f"{scan.path} has {scan.channels} channels, the network wants {spec.channels}"
         )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,12 +14,23 @@ from wsi_pipeline.paths import is_ome_zarr, is_remote, named_paths
 from wsi_pipeline.store import is_patch_grid
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from wsi_pipeline.sources.series import Series
 
 Kind = Literal["PNG", "JPEG", "TIFF", "DICOM", "NIfTI", "NRRD", ""]
 
 COMPANIONS = frozenset([".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".html", ".pdf", ".toml"])
 """Files that lie beside images and are none: left out of folders without a word."""
+BESIDE = frozenset(
+    ["dicomdir", "license", "licence", "readme", "notice", "copying", "version", "changelog",
+     "thumbs.db", "desktop.ini", "checksums", "md5sums", "sha256sums"]
+)  # fmt: skip
+"""Names of such without a suffix that tells, in small letters."""
+
+BARE_ELEMENTS = tuple(
+    element.to_bytes(2, "little")
+    for element in (0x00, 0x01, 0x05, 0x06, 0x08, 0x12, 0x13, 0x14, 0x16, 0x18)
+)
+"""Of group 0008, with which a file of DICOM without preamble may begin."""
 
 HEAD = 352
 """Bytes that tell each kind; those of a NIfTI's header."""
@@ -42,7 +53,7 @@ def kind_of(path: Path) -> Kind:
         return ""
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if head[128:132] == b"DICM":
+    if head[128:132] == b"DICM" or _is_bare_dicom(head):
         return "DICOM"
     if _is_nifti(head):
         return "NIfTI"
@@ -56,6 +67,17 @@ def kind_of(path: Path) -> Kind:
         b"MM\0+": "TIFF",
     }
     return next((kind for start, kind in starts.items() if head.startswith(start)), "")
+
+
+def _is_bare_dicom(head: bytes) -> bool:
+    """Return whether a file begins with the attributes of DICOM, without preamble and mark."""
+    group, element, kind = head[:2], head[2:4], head[4:6]
+    if group == b"\x02\0":
+        return element in (b"\0\0", b"\1\0") and kind in (b"UL", b"OB")
+    # identifying group, whose first elements are few; the length of a value, or its kind
+    return group == b"\x08\0" and element in BARE_ELEMENTS and (
+        kind in (b"UL", b"CS", b"UI", b"DA", b"TM", b"SH") or head[6:8] == b"\0\0"
+    )  # fmt: skip
 
 
 def _is_nifti(head: bytes) -> bool:
@@ -86,58 +108,66 @@ def find_volumes(inputs: list[str], output: Path) -> list[Path]:
     Raises:
         SourceError: an input that does not exist.
     """
-    found: dict[Path, None] = {}
-    series: dict[tuple[Path, str], Path] = {}
-    alone: dict[Path, bool] = {}
-    uid_of = cache(_series_uid)  # reads a header
-    for path in find_images(inputs, output):
-        uid = uid_of(path)
-        if uid is None:
-            found[path] = None
-            continue
-        folder = path.parent
-        first = series.setdefault((folder, uid), path)
-        if first is not path:
-            continue
-        if folder not in alone:
-            alone[folder] = len({uid_of(p) for p in _iter_dicom(folder)}) == 1
-        found[folder if alone[folder] else path] = None
-    return list(found)
+    from wsi_pipeline.sources.series import group_series  # takes its time; slides do without
+
+    paths = find_images(inputs, output)
+    folders = dict.fromkeys(path.parent for path in paths if _is_dicom(path))
+    every = group_series(*_sorted_out(path for folder in folders for path in folder.iterdir()))
+    names: dict[Path, Path | None] = {}
+    for series in every:
+        # what cannot be read beside a series is told with it
+        names |= {path: None for path, _ in series.unread if path not in names}
+        (folder, *others), first = series.folders, series.files[0][0]
+        if others:
+            name = Path(os.path.commonpath([path.absolute() for path in series.folders]))
+        else:
+            is_alone = sum(folder in other.folders for other in every) == 1
+            name = folder if is_alone else first
+        names |= {path: name for path, _ in series.files}
+    found = dict.fromkeys(names.get(path, path) for path in paths)
+    return [path for path in found if path is not None]
 
 
-def series_in(folder: Path) -> dict[str, list[tuple[Path, Dataset]]]:
-    """Return paths and headers of the images in a folder, by SeriesInstanceUID.
+def series_in(folder: Path) -> list[Series]:
+    """Return the series of DICOM images in a folder, else those of the folders in it."""
+    from wsi_pipeline.sources.series import group_series
 
-    What is DICOM but no image, and what cannot be read, is left out.
+    every = group_series(*_sorted_out(folder.rglob("*")))
+    return [series for series in every if folder in series.folders] or every
+
+
+def series_of(path: Path) -> Series:
+    """Return the series that a DICOM file is a slice of, as far as its folder holds it.
+
+    Raises:
+        SourceError: the file cannot be read, or is no image.
     """
     from wsi_pipeline.sources.dicom import read_header
+    from wsi_pipeline.sources.series import group_series
 
-    found: dict[str, list[tuple[Path, Dataset]]] = {}
-    for path in _iter_dicom(folder):
-        try:
-            header = read_header(path)
-        except SourceError:
-            continue
-        found.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
-    return found
+    read_header(path)
+    every = group_series(*_sorted_out(path.parent.iterdir()))
+    return next(series for series in every if any(path.samefile(p) for p, _ in series.files))
 
 
-def _series_uid(path: Path) -> str | None:
-    """Return the series that a file is a slice of; None where it is none."""
-    from wsi_pipeline.sources.dicom import read_header  # takes its time; slides do without
+def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files that look like DICOM, and the others that are no known companions."""
+    files = [p for p in sorted(paths) if p.is_file() and not _is_beside(p)]
+    dicom = [path for path in files if _is_dicom(path)]
+    return dicom, [path for path in files if path not in set(dicom)]
 
+
+def _is_beside(path: Path) -> bool:
+    """Return whether a file lies beside images and is none, by its name."""
+    name = path.name.lower()
+    return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
+
+
+def _is_dicom(path: Path) -> bool:
     try:
-        if path.is_dir() or kind_of(path) != "DICOM":
-            return None
-        return str(read_header(path).get("SeriesInstanceUID", ""))
+        return path.is_file() and kind_of(path) == "DICOM"
     except SourceError:
-        return None
-
-
-def _iter_dicom(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and kind_of(path) == "DICOM":
-            yield path
+        return False
 
 
 def _iter_paths(inputs: Iterable[str], output: Path) -> Iterator[Path]:
@@ -155,9 +185,9 @@ def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
         yield folder
         return
     for path in sorted(folder.iterdir()):
-        if path.absolute() == output or path.name.startswith(".") or path.name == "DICOMDIR":
+        if path.absolute() == output or path.name.startswith("."):
             continue
         if path.is_dir():
             yield from _iter_folder(path, output)
-        elif path.suffix.lower() not in COMPANIONS:
+        elif not _is_beside(path):
             yield path

@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -25,10 +25,10 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape
 from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.backend import one_line, sampled_digest
-from wsi_pipeline.sources.dicom import decode_frames, read_header
+from wsi_pipeline.sources.dicom import decode_frames
 from wsi_pipeline.sources.image import as_meant
-from wsi_pipeline.sources.radiology import kind_of, series_in
-from wsi_pipeline.sources.series import Stack, stack_series
+from wsi_pipeline.sources.radiology import HEAD, kind_of, series_in, series_of
+from wsi_pipeline.sources.series import Stack, choose_times, stack_series
 from wsi_pipeline.sources.spool import DENSEST
 
 SHEARED = 1e-3
@@ -37,8 +37,8 @@ SHEARED = 1e-3
 PIECE = 1 << 24
 """Bytes unpacked at once."""
 
-MM_PER_UNIT = {"unknown": 1.0, "mm": 1.0, "meter": 1e3, "micron": 1e-3}
-"""Of NIfTI's units of length."""
+MM_PER_UNIT = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
+"""Of NIfTI's codes for units of length: unknown, m, mm and µm."""
 
 NRRD_TYPES = {
     name: code
@@ -49,6 +49,9 @@ NRRD_TYPES = {
         "u2": "ushort, unsigned short, unsigned short int, uint16, uint16_t",
         "i4": "int, signed int, int32, int32_t",
         "u4": "uint, unsigned int, uint32, uint32_t",
+        "i8": "longlong, long long, long long int, signed long long, signed long long int, "
+        "int64, int64_t",
+        "u8": "ulonglong, unsigned long long, unsigned long long int, uint64, uint64_t",
         "f4": "float",
         "f8": "double",
     }.items()
@@ -59,6 +62,16 @@ NRRD_SPACES = {
     "left-anterior-superior": "las",
     "left-posterior-superior": "lps",
 }
+
+NRRD_SPACE = frozenset(["domain", "space", "???", "none"])
+"""Kinds of axes that are of space; of the last two nothing is known."""
+NRRD_TIMES = frozenset(["time", "list"])
+"""Kinds of a last axis whose values are volumes."""
+NRRD_UNITS = {
+    "": 1.0, "mm": 1.0, "millimeter": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3, "µm": 1e-3,
+    "micron": 1e-3, "microns": 1e-3, "micrometer": 1e-3, "nm": 1e-6,
+}  # fmt: skip
+"""Millimetres of what programs write as the unit of space."""
 
 SLAB = 1 << 25
 """Voxels looked at together for the least and the largest value."""
@@ -167,10 +180,11 @@ class Volume:
         fingerprint: digest of the content.
         backend: name of the library that read it.
         doubts: sentences that a user should read.
-        voxels: what is stored.
+        voxels: what is stored, of each time point that is read.
         window: values that the file wants to be shown, where it says.
-        slices: (file, frame) of each DICOM slice in order; empty where it is not DICOM.
-        channels: always 1.
+        slices: (file, frame) of each DICOM slice in order, of the first time point; empty where it
+            is not DICOM.
+        can_be_referred_to: whether it is DICOM whose slices have identifiers of their own.
     """
 
     path: Path
@@ -180,10 +194,15 @@ class Volume:
     fingerprint: str
     backend: str
     doubts: tuple[str, ...]
-    voxels: Voxels
+    voxels: tuple[Voxels, ...]
     window: tuple[float, float] | None = None
     slices: tuple[tuple[Path, int], ...] = ()
-    channels: int = 1
+    can_be_referred_to: bool = False
+
+    @property
+    def channels(self) -> int:
+        """Return how many time points are read."""
+        return len(self.voxels)
 
     @property
     def dicom(self) -> tuple[Path, ...]:
@@ -207,7 +226,7 @@ class Volume:
         return min(ends), max(ends)
 
     def read(self, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
-        """Read a box that lies inside; return (*shape, 1), values as they are meant.
+        """Read a box that lies inside; return (*shape, channels), values as they are meant.
 
         Args:
             start: (z, y, x) of its first voxel.
@@ -216,11 +235,12 @@ class Volume:
         Raises:
             SourceError: unreadable there, or values that are no numbers.
         """
-        return self.voxels.read(start, shape)[..., None]
+        return np.stack([voxels.read(start, shape) for voxels in self.voxels], axis=-1)
 
     def close(self) -> None:
         """Give temporary files back."""
-        self.voxels.close()
+        for voxels in self.voxels:
+            voxels.close()
 
     def __enter__(self) -> Self:
         return self
@@ -229,12 +249,14 @@ class Volume:
         self.close()
 
 
-def open_volume(path: Path) -> Volume:
+def open_volume(path: Path, *, time_points: Sequence[int] | None = None) -> Volume:
     """Open a volume; return it.
 
     Args:
         path: of a NIfTI or NRRD file, a DICOM file (which stands for its whole series), or a folder
             that holds one DICOM series.
+        time_points: which of several in one file or series, from 0, become its channels; None =
+            there must be one.
 
     Raises:
         SourceError: no volume, or one that cannot be read.
@@ -248,7 +270,7 @@ def open_volume(path: Path) -> Volume:
         import nibabel  # noqa: F401  what is written of a volume of any kind needs it
 
         with np.errstate(all="ignore"):  # of affines that are refused
-            return openers[kind](path)
+            return openers[kind](path, time_points)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
     except ImportError as error:
@@ -259,32 +281,31 @@ def open_volume(path: Path) -> Volume:
         raise SourceError(f"{path}: cannot be read as {kind}: {one_line(error)}") from error
 
 
-def _open_nifti(path: Path) -> Volume:
-    import nibabel
-
-    with quiet():
-        opened = nibabel.load(path)
-    if not isinstance(opened, nibabel.Nifti1Image):  # of which Nifti2Image is a child
-        raise SourceError("a NIfTI of two files; save it as one, .nii or .nii.gz")
-    image: Any = opened
+def _open_nifti(path: Path, time_points: Sequence[int] | None) -> Volume:
+    image = load_nifti(path)
     header, stored = image.header, image.dataobj
-    if len(image.shape) < 3 or any(n != 1 for n in image.shape[3:]):
+    if len(image.shape) < 3 or any(n != 1 for n in image.shape[4:]):
         axes = " × ".join(map(str, image.shape))
         raise SourceError(
             f"{axes} voxels on {len(image.shape)} axes; expected one volume, on three"
         )
-    to_mm = MM_PER_UNIT[header.get_xyzt_units()[0]]
+    count = int(image.shape[3]) if len(image.shape) > 3 else 1
+    chosen, doubts = choose_times(time_points, count, "the fourth axis")
+    unit = int(header["xyzt_units"]) & 7
+    if unit not in MM_PER_UNIT:
+        doubts.append(f"its unit of length, {unit}, is none of NIfTI's; it counts as mm")
+    to_mm = MM_PER_UNIT.get(unit, 1.0)
     affine = np.diag([to_mm, to_mm, to_mm, 1.0]) @ image.affine
     voxels = _file_voxels(
         path,
         (image.shape[2], image.shape[1], image.shape[0]),
         stored.dtype,
         offset=int(stored.offset),
+        volumes=chosen,
         unpack=_gunzip if _is_gzip(path) else None,
         slope=float(stored.slope),
         intercept=float(stored.inter),
     )
-    doubts = []
     if not header["sform_code"] and not header["qform_code"]:
         doubts.append(
             "it does not say how it lies in the body; its axes count as right, front, top"
@@ -298,7 +319,26 @@ def _open_nifti(path: Path) -> Volume:
     return _volume(path, voxels, affine, "nibabel", doubts)
 
 
-def _open_nrrd(path: Path) -> Volume:
+def load_nifti(path: Path) -> Any:
+    """Open a NIfTI told by its content, whatever its name and compression; return nibabel's image.
+
+    Its voxels are not to be read through it: the file is closed again.
+
+    Raises:
+        SourceError: a pair of files.
+    """
+    import nibabel
+
+    with quiet(), gzip.open(path) if _is_gzip(path) else path.open("rb") as file:
+        head = file.read(HEAD)
+        if b"ni1\0" in head[344:348]:
+            raise SourceError("a NIfTI of two files; save it as one, .nii or .nii.gz")
+        file.seek(0)
+        kind: Any = nibabel.Nifti2Image if head[4:7] == b"n+2" else nibabel.Nifti1Image
+        return kind.from_stream(file)
+
+
+def _open_nrrd(path: Path, time_points: Sequence[int] | None) -> Volume:
     import nrrd
 
     with path.open("rb") as file:
@@ -307,13 +347,21 @@ def _open_nrrd(path: Path) -> Volume:
     if "data file" in header or "datafile" in header:
         raise SourceError("a NRRD whose voxels lie in another file; save it as one")
     sizes = [int(n) for n in header["sizes"]]
-    kinds = header.get("kinds", ["domain"] * 3)
-    if len(sizes) != 3 or any(kind not in ("domain", "space") for kind in kinds):
+    kinds = [str(kind) for kind in header.get("kinds", ["domain"] * len(sizes))]
+    # an axis of one value is a plane of space only where space would have too few
+    wide = [i for i, kind in enumerate(kinds) if kind in NRRD_SPACE]
+    spatial = wide if len(wide) <= 3 else [i for i in wide if sizes[i] > 1]
+    others = [i for i in range(len(sizes)) if i not in spatial and sizes[i] > 1]
+    is_last = others == [len(sizes) - 1] and kinds[-1] in (*NRRD_SPACE, *NRRD_TIMES)
+    if len(spatial) != 3 or (others and not is_last):
         axes = " × ".join(map(str, sizes))
         raise SourceError(f"{axes} values on axes of {', '.join(kinds)}; expected three of space")
+    count = sizes[-1] if others else 1
+    chosen, doubts = choose_times(time_points, count, "the fourth axis")
+    sizes = [sizes[i] for i in spatial]
     if header.get("line skip") or header.get("byte skip"):
         raise SourceError("a NRRD that skips lines or bytes; save it without")
-    affine, doubts = _nrrd_affine(header)
+    affine, more_doubts = _nrrd_affine(header, spatial)
     unpackers = {
         "raw": None,
         "gzip": _gunzip,
@@ -328,24 +376,41 @@ def _open_nrrd(path: Path) -> Volume:
         (sizes[2], sizes[1], sizes[0]),
         np.dtype((">" if header.get("endian") == "big" else "<") + NRRD_TYPES[header["type"]]),
         offset=offset,
+        volumes=chosen,
         unpack=unpackers[header["encoding"]],
         packed_from=offset,
     )
-    return _volume(path, voxels, affine, "pynrrd", doubts)
+    return _volume(path, voxels, affine, "pynrrd", [*doubts, *more_doubts])
 
 
-def _nrrd_affine(header: Mapping[str, Any]) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """Return the affine to RAS+ of a NRRD, and what is doubtful."""
+def _nrrd_affine(
+    header: Mapping[str, Any], spatial: Sequence[int]
+) -> tuple[npt.NDArray[np.float64], list[str]]:
+    """Return the affine to RAS+ of a NRRD, in mm, and what is doubtful.
+
+    Args:
+        header: of the file.
+        spatial: which of its axes are those of space.
+    """
     space = str(header.get("space", "")).lower()
     names = NRRD_SPACES.get(space, space)
     affine, doubts = np.eye(4), []
     if "space directions" in header:
-        affine[:3, :3] = np.array(header["space directions"], np.float64).T
+        affine[:3, :3] = np.array([header["space directions"][i] for i in spatial], np.float64).T
     elif "spacings" in header:
-        affine[:3, :3] = np.diag(np.array(header["spacings"], np.float64))
+        affine[:3, :3] = np.diag([float(header["spacings"][i]) for i in spatial])
     else:
         raise SourceError("does not say how large its voxels are; save it with space directions")
     affine[:3, 3] = header.get("space origin", (0, 0, 0))
+    units = header.get("space units") or [u for u in header.get("units", ()) if u]
+    unknown = {str(unit) for unit in units} - NRRD_UNITS.keys()
+    if unknown:
+        raise SourceError(f"lengths in {', '.join(sorted(unknown))}; expected mm, cm, m or um")
+    if units:
+        to_mm = {NRRD_UNITS[str(unit)] for unit in units}
+        if len(to_mm) > 1:
+            raise SourceError(f"lengths in {', '.join(map(str, units))}; expected one unit")
+        affine[:3] *= to_mm.pop()
     if re.fullmatch("[rl][ap][si]", names) is None:
         doubts.append("it does not say how it lies in the body; its axes count as left, back, top")
         names = "lps"
@@ -353,26 +418,41 @@ def _nrrd_affine(header: Mapping[str, Any]) -> tuple[npt.NDArray[np.float64], li
     return np.diag([*signs, 1.0]) @ affine, doubts
 
 
-def _open_dicom(path: Path) -> Volume:
-    files, doubts = _series_files(path)
-    stack = stack_series(files)
-    slopes, intercepts = (
-        np.array([getattr(v, name) for v in stack.values]).reshape(-1, 1, 1)
-        for name in ("slope", "intercept")
-    )
-    windows = {v.window for v in stack.values}
-    dtype = np.result_type(*{_dtype(header) for _, _, header in stack.slices})
-    voxels = Voxels(
-        path,
-        stack.shape,
-        dtype,
-        decode=partial(_decode_slices, stack, dtype),
-        slope=slopes,
-        intercept=intercepts,
-    )
+def _open_dicom(path: Path, time_points: Sequence[int] | None) -> Volume:
+    if path.is_dir():
+        found = series_in(path)
+        if len(found) != 1:
+            firsts = ", ".join(sorted(series.files[0][0].name for series in found)[:5])
+            what = f"name one file of each, as {firsts}" if found else "expected one"
+            if any(len(series.folders) > 1 for series in found):
+                what = "one lies in several folders with others beside it: give each its own folder"
+            raise SourceError(f"a folder of {len(found)} DICOM series; {what}")
+        (series,) = found
+    else:
+        series = series_of(path)
+    if series.unread:
+        (first, reason), *more = series.unread
+        besides = f", and {len(more)} more" if more else ""
+        raise SourceError(
+            f"{first.name} beside its slices cannot be read ({reason}){besides}: slices may be "
+            "missing; copy them again, or take them out of the folder"
+        )
+    stacks = stack_series(series.files, time_points=time_points, named=path)
+    stack = stacks[0]
+    for number, other in zip(time_points or (), stacks, strict=False):
+        if other.shape != stack.shape or not np.allclose(other.affine, stack.affine, atol=0.01):
+            raise SourceError(f"time point {number} does not lie where the first does; resample it")
+    windows = {v.window for each in stacks for v in each.values}
     digest = hashlib.sha256()
-    for file in dict.fromkeys(file for file, _, _ in stack.slices):
+    for file in stack.files:
         digest.update(sampled_digest(file).digest())
+    uids = {file: header.get("SOPInstanceUID") for file, _, header in stack.slices}
+    is_named = all(uids.values()) and len(set(uids.values())) == len(uids)
+    if not is_named:
+        series.doubts.append(
+            "its slices have no SOPInstanceUID of their own: no DICOM segmentation can refer to "
+            "them"
+        )
     return Volume(
         path=path,
         shape=stack.shape,
@@ -380,31 +460,29 @@ def _open_dicom(path: Path) -> Volume:
         affine=stack.affine,
         fingerprint=digest.hexdigest(),
         backend="pydicom",
-        doubts=(*doubts, *stack.doubts),
-        voxels=voxels,
+        doubts=(*series.doubts, *stack.doubts),
+        voxels=tuple(_stack_voxels(path, each) for each in stacks),
         window=windows.pop() if len(windows) == 1 else None,
         slices=tuple((file, frame) for file, frame, _ in stack.slices),
+        can_be_referred_to=is_named,
     )
 
 
-def _series_files(path: Path) -> tuple[list[tuple[Path, Dataset]], list[str]]:
-    """Return paths and headers of the series that a path stands for, copies left out."""
-    folder = path if path.is_dir() else path.parent
-    found = series_in(folder)
-    if path.is_dir():
-        if len(found) != 1:
-            firsts = ", ".join(sorted(files[0][0].name for files in found.values())[:5])
-            what = f"name one file of each, as {firsts}" if found else "expected one"
-            raise SourceError(f"a folder of {len(found)} DICOM series; {what}")
-        (files,) = found.values()
-    else:
-        named = read_header(path)
-        files = [*found.get(str(named.get("SeriesInstanceUID", "")), []), (path, named)]
-    # of copies that which was named stays: it comes last
-    once = {header.get("SOPInstanceUID", file): (file, header) for file, header in files}
-    copies = len({file for file, _ in files}) - len(once)
-    said = [f"copies of slices are left out: {copies}"] if copies else []
-    return list(once.values()), said
+def _stack_voxels(path: Path, stack: Stack) -> Voxels:
+    """Return the voxels of a series, decoded once."""
+    slopes, intercepts = (
+        np.array([getattr(v, name) for v in stack.values]).reshape(-1, 1, 1)
+        for name in ("slope", "intercept")
+    )
+    dtype = np.result_type(*{_dtype(header) for _, _, header in stack.slices})
+    return Voxels(
+        path,
+        stack.shape,
+        dtype,
+        decode=partial(_decode_slices, stack, dtype),
+        slope=slopes,
+        intercept=intercepts,
+    )
 
 
 def _dtype(header: Dataset) -> np.dtype[Any]:
@@ -419,6 +497,8 @@ def _decode_slices(stack: Stack, dtype: np.dtype[Any], spool: BinaryIO) -> None:
     nbytes = stack.shape[1] * stack.shape[2] * dtype.itemsize
 
     def take(path: Path, frame: int, stored: npt.NDArray[Any]) -> None:
+        if (path, frame) not in places:
+            return  # of another time point
         spool.seek(places[path, frame] * nbytes)
         spool.write(stored.astype(dtype, copy=False).tobytes())
 
@@ -435,18 +515,20 @@ def _file_voxels(
     dtype: np.dtype[Any],
     *,
     offset: int,
+    volumes: Sequence[int],
     unpack: Callable[[BinaryIO], Any] | None,
     packed_from: int = 0,
     slope: float = 1.0,
     intercept: float = 0.0,
-) -> Voxels:
-    """Return the voxels of a file, as they lie there or, where they are compressed, unpacked once.
+) -> tuple[Voxels, ...]:
+    """Return voxels of a file, as they lie there or, where they are compressed, unpacked once.
 
     Args:
         path: of the file.
         shape: (z, y, x).
         dtype: as stored.
         offset: bytes before the first voxel, in the file or in what is unpacked.
+        volumes: which of those that lie one behind the other, from 0.
         unpack: opens a compressed stream.
         packed_from: byte of the file where the stream begins; then no offset counts within.
         slope: factor of stored voxels.
@@ -457,25 +539,25 @@ def _file_voxels(
     if dtype.kind not in "uif":
         raise SourceError(f"voxels of {dtype}; expected whole or real numbers")
     nbytes, size = math.prod(shape) * dtype.itemsize, path.stat().st_size
-    decode = None
-    if unpack is None and size < offset + nbytes:
+    wanted = nbytes * (max(volumes) + 1)
+    if unpack is None and size < offset + wanted:
         raise SourceError(
-            f"is cut off: {size:,} bytes, of {offset + nbytes:,} that its header says"
+            f"is cut off: {size:,} bytes, of {offset + wanted:,} that its header says"
         )
-    if unpack is not None:
-        if nbytes > DENSEST * size:
-            raise SourceError(f"its header says {nbytes:,} bytes, which {size:,} cannot hold")
-        skip = 0 if packed_from else offset
-        decode = partial(_unpack, path, unpack, packed_from, skip, nbytes)
-    return Voxels(
-        path,
-        shape,
-        dtype,
-        offset=offset if decode is None else 0,
-        decode=decode,
-        slope=slope,
-        intercept=intercept,
-    )
+    if unpack is not None and wanted > DENSEST * size:
+        raise SourceError(f"its header says {wanted:,} bytes, which {size:,} cannot hold")
+    found = []
+    for number in volumes:
+        decode, start = None, offset + number * nbytes
+        if unpack is not None:
+            skip = start - offset if packed_from else start
+            decode, start = partial(_unpack, path, unpack, packed_from, skip, nbytes), 0
+        found.append(
+            Voxels(
+                path, shape, dtype, offset=start, decode=decode, slope=slope, intercept=intercept
+            )
+        )
+    return tuple(found)
 
 
 def _gunzip(packed: BinaryIO) -> Any:
@@ -499,7 +581,7 @@ def _unpack(
         with path.open("rb") as packed:
             packed.seek(packed_from)
             with unpack(packed) as stream:
-                stream.read(skip)
+                stream.seek(skip)
                 left = nbytes
                 while left and (piece := stream.read(min(left, PIECE))):
                     spool.write(piece)
@@ -512,7 +594,7 @@ def _unpack(
 
 def _volume(
     path: Path,
-    voxels: Voxels,
+    voxels: tuple[Voxels, ...],
     affine: npt.NDArray[np.float64],
     backend: str,
     doubts: list[str],
@@ -526,7 +608,7 @@ def _volume(
         raise SourceError("its axes do not stand at right angles (sheared); resample it upright")
     return Volume(
         path=path,
-        shape=voxels.shape,
+        shape=voxels[0].shape,
         spacing_mm=tuple(map(float, lengths[::-1])),
         affine=affine,
         fingerprint=sampled_digest(path).hexdigest(),

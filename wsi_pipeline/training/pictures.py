@@ -121,7 +121,7 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
         RecipeError: of different sizes, or a mask that is none.
     """
     axes = len(spec.patch_size)
-    with open_scan(path, axes=axes) as scan:
+    with open_scan(path, axes=axes, time_points=spec.time_points) as scan:
         truth = _class_index(_codes(mask_path, axes), table, mask_path)
         _check_same(truth.shape, scan.shape, mask_path)
         made = prepare(scan, spec)
