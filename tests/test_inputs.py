@@ -1,13 +1,18 @@
 """Which slides a command line names."""
 
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
 import pytest
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+from wsi_pipeline.inputs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.options import SelectOptions
+from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.radiology import find_images, find_volumes, kind_of
 
 
 @pytest.fixture
@@ -132,3 +137,164 @@ def test_a_table_that_is_none_is_refused_with_its_line(tmp_path, text, said):
     table.write_text(text)
     with pytest.raises(SourceError, match=said):
         read_mpp_table(table)
+
+
+# -- lists --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(tmp_path):
+    for name in ("in/A.1.tif", "in/Präparat 2.tif", "in/a,b;c.tif", "A.3.tif"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"]
+
+
+def encoded(text, encoding):
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+    return (mark + text).encode(encoding)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lists_of_all_encodings_and_line_ends(named, encoding, end):
+    lines = ["in/A.1.tif", "", '"in/Präparat 2.tif"', r"in\A.1.tif", "in/a,b;c.tif", "A.3.tif  "]
+    path = named / "list.txt"
+    path.write_bytes(encoded(end.join(lines), encoding))
+    found = find_slides(path, output=named / "out")
+    assert names(found, named) == ["in/A.1.tif", "in/Präparat 2.tif", "in/a,b;c.tif", "A.3.tif"]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        'in/A.1.tif\n"in/Präparat 2.tif"\nin/a,b;c.tif\n',
+        'Slide,mpp\nin/A.1.tif,0.25\n"in/Präparat 2.tif",\n"in/a,b;c.tif",0.5\n',
+        'mpp;"Path"\r\n0,25;in/A.1.tif\r\n;in/Präparat 2.tif\r\n0,5;"in/a,b;c.tif"\r\n;\r\n',
+        "slide\tfile\nx\tin/A.1.tif\ny\tin/Präparat 2.tif\nz\tin/a,b;c.tif\n",
+        '"in/A.1.tif",0.25\n"in/Präparat 2.tif",0.5\n"in/a,b;c.tif",1\n',
+    ],
+)
+def test_csv_lists_with_and_without_header(named, encoding, text):
+    path = named / "list.csv"
+    path.write_bytes(encoded(text, encoding))
+    found = find_slides([path], output=named / "out")
+    assert names(found, named) == ["in/A.1.tif", "in/Präparat 2.tif", "in/a,b;c.tif"]
+
+
+def test_a_list_that_is_no_text_is_refused(tmp_path):
+    for raw in (b"\x89PNG\0\0", b"\xff\xfea", "a.svs\n".encode("utf-16-le")):
+        path = tmp_path / "list.txt"
+        path.write_bytes(raw)
+        with pytest.raises(SourceError, match=r"list\.txt: .*save it as UTF-8"):
+            find_slides(path, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "slide,mpp\nPräparat.svs,0.25\n\nb,0.5\n",
+        '"Slide";"MPP"\r\n"Präparat.svs";"0,25"\r\n;\r\nb;0,5\r\n',
+        "stain\tmpp\tslide\nH&E\t0.25\tPräparat.svs\nH&E\t0.5\tb\n",
+    ],
+)
+def test_tables_of_all_encodings_and_separators(tmp_path, encoding, text):
+    table = tmp_path / "mpp.csv"
+    table.write_bytes(encoded(text, encoding))
+    assert read_mpp_table(table) == {"Präparat.svs": 0.25, "b": 0.5}
+
+
+# -- each once, and each alone ------------------------------------------------------------------
+
+
+def test_each_slide_is_found_once_whatever_links_lead_there(slides):
+    (slides / "0.svs").symlink_to("a.svs")
+    (slides / "loop").symlink_to(".")
+    (slides / "deep" / "up").symlink_to("..")
+    (slides / "deep" / "er" / "up").symlink_to("../..")
+    (slides / "0deep").symlink_to("deep")
+    (slides / "hard.svs").hardlink_to(slides / "a.svs")
+    (slides / "self.svs").symlink_to("self.svs")
+    expected = ["a.svs", "deep/b.TIFF", "deep/er/c.ndpi", "x.mrxs", "self.svs"]
+    found = find_slides([str(slides)], output=slides / "out")
+    assert sorted(names(found, slides)) == sorted(expected)
+    again = [slides / "a.svs", slides / "0.svs", slides / "deep" / "er" / ".." / ".." / "a.svs"]
+    assert find_slides(again, output=slides / "out") == [slides / "a.svs"]
+    by_pattern = find_slides(str(slides / "**" / "*.ndpi"), output=slides / "out")
+    assert names(by_pattern, slides) == ["deep/er/c.ndpi"]
+    assert len(find_slides(str(slides / "**"), output=slides / "out")) >= len(expected)
+    linked = find_slides(slides, output=slides / "out", linked=True)
+    assert {"a.svs", "0.svs", "hard.svs"} <= set(names(linked, slides))
+
+
+def test_images_and_volumes_are_found_once_too(slides):
+    (slides / "loop").symlink_to(".")
+    (slides / "deep" / "up").symlink_to("..")
+    (slides / "again.svs").symlink_to("a.svs")
+    found = find_images([slides], slides / "out")
+    assert names(found, slides) == [
+        "a.svs", "deep/b.TIFF", "deep/er/c.ndpi", "mask.zarr/0/0.tif", "x/Data0001.dat", "x.mrxs",
+    ]  # fmt: skip
+    assert find_volumes(str(slides), str(slides / "out")) == found
+
+
+def test_what_cannot_be_a_slide_fails_alone(tmp_path, slide_path):
+    folder = tmp_path / "in"
+    (folder / "nested").mkdir(parents=True)
+    for name in ("a.tif", "nested/b.tif", os.fsdecode(b"n\xe9.tif")):
+        shutil.copy(slide_path, folder / name)
+    for name in ("pipe.svs", "pipe.dcm"):
+        os.mkfifo(folder / name)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(os.path.relpath(folder / "s.tif"))
+    (folder / "zero.svs").symlink_to("/dev/zero")
+    (folder / "deep.ome.zarr").mkdir()
+    for home in (folder / "nested", folder / "deep.ome.zarr"):
+        (home / ".zattrs").write_text("[" * 100_000)
+    whole = [folder / "a.tif", folder / "nested" / "b.tif", folder / os.fsdecode(b"n\xe9.tif")]
+    found = find_slides(folder, output=tmp_path / "out")
+    jobs = plan_jobs(found, tmp_path / "out")
+    assert len({job.folder for job in jobs}) == 9
+    refused = {}
+    for path in found:
+        try:
+            open_source(path).close()
+        except SourceError as error:
+            refused[path.name] = str(error)
+    assert sorted(set(found) - {folder / name for name in refused}) == sorted(whole)
+    for name in ("pipe.svs", "pipe.dcm", "s.tif", "zero.svs"):
+        assert "a pipe, socket or device" in refused[name]
+    for name in ("nested", "deep.ome.zarr"):
+        assert "a damaged OME-Zarr" in refused[name]
+    with pytest.raises(SourceError, match="pipe, socket or device"):
+        kind_of(folder / "pipe.svs")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_without_permission_fails_alone(slides):
+    locked = slides / "deep"
+    locked.chmod(0)
+    try:
+        found = find_slides(slides, output=slides / "out")
+        assert names(found, slides) == ["a.svs", "deep", "x.mrxs"]
+        with pytest.raises(SourceError, match="cannot be looked into"):
+            open_source(locked)
+        with pytest.raises(SourceError, match=r"cannot be looked at \(Permission denied\)"):
+            find_slides(locked / "b.TIFF", output=slides / "out")
+    finally:
+        locked.chmod(0o755)
+
+
+def test_texts_and_paths_are_one(slides, monkeypatch):
+    monkeypatch.chdir(slides)
+    by_text = plan_jobs(find_slides("a.svs", output="out"), "out")
+    by_path = plan_jobs(find_slides([Path("a.svs")], output=Path("out")), Path("out"))
+    assert by_text == by_path == plan_jobs(["a.svs"], "out")
+    assert by_text[0] == Job(path="a.svs", folder="out/a")
+    assert by_text[0].folder == Path("out/a")

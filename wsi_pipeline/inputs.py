@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.paths import (
+    Inputs,
+    as_inputs,
+    as_path,
     dicom_slides,
+    each_once,
+    in_letters,
+    is_damaged_zarr,
     is_ome_zarr,
     is_remote,
     is_zarr_url,
     name_of,
     named_paths,
+    read_text,
+    table_rows,
+    visible_entries,
 )
 from wsi_pipeline.store import is_patch_grid
 
@@ -56,6 +65,11 @@ class Job:
     mpp: float | None = None
     target: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("path", "folder", "target"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_path(given))
+
     @property
     def home(self) -> Path:
         """Return the folder in which users find the run."""
@@ -66,51 +80,63 @@ class Job:
         return options if self.mpp is None else replace(options, mpp=self.mpp)
 
 
-def find_slides(inputs: list[str], *, output: Path) -> list[Path]:
+def find_slides(inputs: Inputs, *, output: str | Path, linked: bool = False) -> list[Path]:
     """Expand files, folders (recursively), globs and list files; return slide paths, each once.
 
     A folder gives the files with a slide's suffix, OME-Zarr slides and stored patch grids, and of
-    DICOM files one for each slide; a file that is named itself is taken whatever its suffix.
+    DICOM files one for each slide; a file that is named itself is taken whatever its suffix. What
+    cannot be looked into is among them, for its reader to say why.
 
     Args:
         inputs: as on the command line, see `named_paths`.
         output: folder of the runs, in which no slides are looked for.
+        linked: keep all names of a slide that links give several.
 
     Raises:
         SourceError: an input that does not exist.
     """
-    found: dict[Path, None] = {}
-    for path in (path for text in inputs for path in named_paths(text)):
-        if is_remote(path):
-            found.update(dict.fromkeys(_iter_remote(path)))
-        elif path.is_dir() and not _is_folder_slide(path):
-            found.update(dict.fromkeys(_iter_folder(path, output.absolute())))
-        else:
-            found[path] = None
-    return list(found)
+    output, seen = as_path(output).absolute(), set[str]()
+    paths = (path for text in as_inputs(inputs) for path in named_paths(text))
+    found = [slide for path in paths for slide in _iter_slides(path, output, seen)]
+    return list(dict.fromkeys(found)) if linked else each_once(found)
+
+
+def _iter_slides(path: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    """Yield the slide that a path is, or those in its folder."""
+    if is_remote(path):
+        yield from _iter_remote(path)
+        return
+    is_folder = os.path.isdir(path)
+    is_slide = not is_folder or _is_folder_slide(path)
+    if is_slide:
+        yield path
+    if is_folder and (not is_slide or is_damaged_zarr(path)):
+        yield from _iter_folder(path, output, seen)
 
 
 def _is_folder_slide(path: Path) -> bool:
     return is_patch_grid(path) or is_ome_zarr(path)
 
 
-def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
-    entries = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.absolute() != output and not path.name.startswith(".")
-    ]
-    dicom = dicom_slides(p for p in entries if p.suffix.lower() == ".dcm" and p.is_file())
+def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    entries = visible_entries(folder, seen)
+    if entries is None:
+        yield folder
+        return
+    dicom = dicom_slides(p for p in entries if p.suffix.lower() == ".dcm" and os.path.isfile(p))
     for path in entries:
-        if path.is_dir():
-            if _is_folder_slide(path):
+        suffix = path.suffix.lower()
+        if path.absolute() == output:
+            continue
+        if os.path.isdir(path):
+            if suffix != ".zarr":
+                yield from _iter_slides(path, output, seen)
+            elif _is_folder_slide(path):
                 yield path
-            elif path.suffix != ".zarr":
-                yield from _iter_folder(path, output)
-        elif path.suffix.lower() == ".dcm":
-            if path in dicom:
+        elif suffix == ".dcm":
+            if path in dicom or not os.path.isfile(path):
                 yield path
-        elif path.suffix.lower() in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip"):
+        elif suffix in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip"):
             yield path
 
 
@@ -128,7 +154,7 @@ def _iter_remote(path: Path) -> Iterator[Path]:
             yield entry
 
 
-def read_mpp_table(path: Path) -> dict[str, float]:
+def read_mpp_table(path: str | Path) -> dict[str, float]:
     """Read a CSV with the columns slide and mpp; return µm per pixel by the slide's file name.
 
     Args:
@@ -137,16 +163,20 @@ def read_mpp_table(path: Path) -> dict[str, float]:
     Raises:
         SourceError: the file is no such table.
     """
+    lines = in_letters(read_text(Path(path))).splitlines()
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise SourceError(f"{path}: cannot be read as CSV ({error})") from error
+        header, *rows = table_rows(lines) if lines else [[]]
+    except SourceError as error:
+        raise SourceError(f"{path}: {error}") from error
+    columns = [cell.casefold() for cell in header]
     table: dict[str, float] = {}
     for number, row in enumerate(rows, start=2):
+        if not any(row):
+            continue
         try:
-            name, mpp = str(row["slide"]).strip(), float(row["mpp"])
-        except (KeyError, TypeError, ValueError) as error:
+            name, figure = (row[columns.index(column)] for column in ("slide", "mpp"))
+            mpp = float(figure.replace(",", "."))  # as spreadsheets of many countries write it
+        except (IndexError, ValueError) as error:
             raise SourceError(
                 f"{path}, line {number}: expected the columns slide and mpp, a name and a number"
             ) from error
@@ -160,8 +190,8 @@ def read_mpp_table(path: Path) -> dict[str, float]:
 
 
 def plan_jobs(
-    slides: list[Path],
-    output: Path,
+    slides: Iterable[str | Path],
+    output: str | Path,
     mpp_table: Mapping[str, float] | None = None,
     *,
     target: Path | None = None,
@@ -180,9 +210,10 @@ def plan_jobs(
     Raises:
         SourceError: a table that names none of the slides.
     """
+    paths, output = [as_path(slide) for slide in slides], as_path(output)
     for naming in (_stem, _file_name, _long_name):
-        names = Counter(naming(path).casefold() for path in slides)
-        folders = {p: naming(p) for p in slides if names[naming(p).casefold()] == 1}
+        names = Counter(naming(path).casefold() for path in paths)
+        folders = {p: naming(p) for p in paths if names[naming(p).casefold()] == 1}
         if naming is _stem:
             chosen = folders
         else:
@@ -191,14 +222,14 @@ def plan_jobs(
                 p: n for p, n in folders.items() if p not in chosen and n.casefold() not in taken
             }
     table = mpp_table or {}
-    mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in slides}
-    if table and slides and not any(mpps.values()):
+    mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in paths}
+    if table and paths and not any(mpps.values()):
         raise SourceError(
-            f"the table of µm per pixel names none of the slides, {_file_name(slides[0])}…"
+            f"the table of µm per pixel names none of the slides, {_file_name(paths[0])}…"
         )
     return [
         Job(path=p, folder=output / name, mpp=mpps[p], target=target / name if target else None)
-        for p, name in ((p, chosen.get(p, _long_name(p))) for p in slides)
+        for p, name in ((p, chosen.get(p, _long_name(p))) for p in paths)
     ]
 
 
@@ -216,5 +247,5 @@ def _file_name(path: Path) -> str:
 
 def _long_name(path: Path) -> str:
     """Return a name that differs wherever the paths do."""
-    digest = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
     return f"{path.absolute().parent.name}__{_file_name(path)}__{digest}"

@@ -147,7 +147,7 @@ def is_patch_grid(path: Path) -> bool:
     """Return whether a folder looks like a patch grid, without reading it."""
     try:
         meta = json.loads((path / "zarr.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     attributes = meta.get("attributes", {}) if isinstance(meta, dict) else {}
     return isinstance(attributes, dict) and attributes.get("format") == FORMAT

@@ -252,8 +252,13 @@ def command(
     table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
     target = output if is_remote(output) else None
     output = choose_work(output, work)
-    find = {"slide": find_slides, "image": find_images, "volume": find_volumes}[bundle.modality]
-    jobs = every = plan_jobs(find(list(inputs), output=output), output, table, target=target)
+    finders: dict[str, Callable[..., list[Path]]] = {
+        "slide": find_slides,
+        "image": find_images,
+        "volume": find_volumes,
+    }
+    found = finders[bundle.modality](inputs, output=output)
+    jobs = every = plan_jobs(found, output, table, target=target)
     if not every:
         raise click.UsageError(f"no {bundle.modality}s found in {', '.join(inputs)}")
     if options["shard"]:

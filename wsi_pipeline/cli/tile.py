@@ -61,7 +61,7 @@ def command(
 
     if overlap >= patch_size:
         raise click.UsageError(f"--overlap {overlap} must be below --patch-size {patch_size}")
-    slides = find_slides(list(inputs), output=output)
+    slides = find_slides(inputs, output=output)
     if not slides:
         raise click.UsageError(f"no slides found in {', '.join(inputs)}")
     select = SelectOptions(

@@ -360,14 +360,14 @@ def _is_mask_folder(path: Path) -> bool:
     if (path / RUN_FILE).is_file() or path.name.lower().endswith(".zarr"):
         return True
     # viewers leave metadata of an empty zarr group in folders above a mask
-    attributes = zarr_attributes(path)
+    attributes = zarr_attributes(path) or {}
     ome = attributes.get("ome", attributes)
     return isinstance(ome, dict) and "multiscales" in ome
 
 
 def _slides(path: Path) -> dict[str, Path]:
     """Return a slide, or those of a folder, by name without suffix."""
-    found = {_stem(slide): slide for slide in find_slides([str(path)], output=path / "none")}
+    found = {_stem(slide): slide for slide in find_slides(path, output=path / "none", linked=True)}
     if not found:
         raise EvaluationError(f"no slides in {path}")
     return found

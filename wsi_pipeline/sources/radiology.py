@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import is_ome_zarr, is_remote, named_paths
+from wsi_pipeline.paths import (
+    Inputs,
+    as_inputs,
+    as_path,
+    check_regular,
+    each_once,
+    is_damaged_zarr,
+    is_ome_zarr,
+    is_remote,
+    named_paths,
+    visible_entries,
+)
 from wsi_pipeline.store import is_patch_grid
 
 if TYPE_CHECKING:
@@ -42,6 +53,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         SourceError: it cannot be read.
     """
+    check_regular(path)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)
@@ -84,7 +96,7 @@ def _is_nifti(head: bytes) -> bool:
     return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
 
 
-def find_images(inputs: list[str], output: Path) -> list[Path]:
+def find_images(inputs: Inputs, output: str | Path) -> list[Path]:
     """Expand files, folders (recursively), globs and list files; return the paths, each once.
 
     Of folders all files come back, but hidden ones and texts: what is no planar image is for
@@ -97,10 +109,10 @@ def find_images(inputs: list[str], output: Path) -> list[Path]:
     Raises:
         SourceError: an input that does not exist.
     """
-    return list(dict.fromkeys(_iter_paths(inputs, output)))
+    return each_once(_iter_paths(as_inputs(inputs), as_path(output).absolute()))
 
 
-def find_volumes(inputs: list[str], output: Path) -> list[Path]:
+def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
     """Expand as `find_images`; return one path for each DICOM series, and those of other files.
 
     A series is named by its folder where it is alone there, else by its first file.
@@ -170,24 +182,29 @@ def _is_dicom(path: Path) -> bool:
         return False
 
 
-def _iter_paths(inputs: Iterable[str], output: Path) -> Iterator[Path]:
+def _iter_paths(inputs: Iterable[str | Path], output: Path) -> Iterator[Path]:
+    seen: set[str] = set()
     for path in (path for text in inputs for path in named_paths(text)):
         if is_remote(path):
             raise SourceError(f"{path}: images and volumes are read from here only; copy it")
-        if path.is_dir():
-            yield from _iter_folder(path, output.absolute())
+        if os.path.isdir(path):
+            yield from _iter_folder(path, output, seen)
         else:
             yield path
 
 
-def _iter_folder(folder: Path, output: Path) -> Iterator[Path]:
-    if is_patch_grid(folder) or is_ome_zarr(folder):
+def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    if is_patch_grid(folder) or (is_ome_zarr(folder) and not is_damaged_zarr(folder)):
         yield folder
         return
-    for path in sorted(folder.iterdir()):
-        if path.absolute() == output or path.name.startswith("."):
+    entries = visible_entries(folder, seen)
+    if entries is None:
+        yield folder
+        return
+    for path in entries:
+        if path.absolute() == output:
             continue
-        if path.is_dir():
-            yield from _iter_folder(path, output)
+        if os.path.isdir(path):
+            yield from _iter_folder(path, output, seen)
         elif not _is_beside(path):
             yield path

@@ -10,7 +10,7 @@ import numpy as np
 import openslide
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import dicom_slides, is_ome_zarr, is_remote, is_zarr_url
+from wsi_pipeline.paths import check_regular, dicom_slides, is_ome_zarr, is_remote, is_zarr_url
 from wsi_pipeline.sources import tiff
 from wsi_pipeline.sources.backend import Backend, one_line
 from wsi_pipeline.sources.ngff import OmeZarrBackend
@@ -60,8 +60,10 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
 
 
 def _open(path: Path, series: int | None) -> Backend:
-    if not is_remote(path) and path.is_dir():
-        return _open_folder(path, series)
+    if not is_remote(path):
+        check_regular(path)
+        if path.is_dir():
+            return _open_folder(path, series)
     if is_remote(path) and is_zarr_url(path):
         return OmeZarrBackend(path, series)
     head = _read_head(path)
@@ -88,9 +90,13 @@ def _open(path: Path, series: int | None) -> Backend:
 
 def _open_folder(path: Path, series: int | None) -> Backend:
     """Open the slide that a folder is: OME-Zarr, or the files of one DICOM slide."""
+    try:
+        files = sorted(path.iterdir())
+    except OSError as error:
+        raise SourceError(f"cannot be looked into ({error.strerror})") from error
     if is_ome_zarr(path):
         return OmeZarrBackend(path, series)
-    slides = dicom_slides(file for file in sorted(path.iterdir()) if _is_dicom(file))
+    slides = dicom_slides(filter(_is_dicom, files))
     if len(slides) > 1:
         names = ", ".join(slide.name for slide in slides[:5])
         raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
