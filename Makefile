@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 WORK ?= bench
 
-.PHONY: setup demo test test-all lint types imports wheel notebooks benchmark clean
+.PHONY: setup demo test test-all lint types imports wheel lowest notebooks benchmark clean
 
 setup: .venv/.done
 
@@ -39,6 +39,9 @@ imports: setup
 
 wheel: setup
 	$(BIN)/python .ci/check_wheel.py
+
+lowest: setup
+	$(BIN)/python .ci/check_lowest.py
 
 notebooks: setup
 	$(BIN)/python .ci/run_notebooks.py

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.storage import FsspecStore, ZipStore
+from zarr.storage import ZipStore
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import is_remote, is_zarr_url
+from wsi_pipeline.paths import is_remote, is_zarr_url, name_of
 from wsi_pipeline.sources.backend import (
     MAX_PIECE,
     Pixels,
@@ -105,16 +105,12 @@ def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
 
 
 def _zip_store(path: Path, closing: ExitStack) -> Any:
-    if not is_remote(path):
-        store = ZipStore(path, read_only=True)
-        closing.callback(store.close)
-        return store
-    from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
-    from fsspec.implementations.zip import ZipFileSystem
-
-    archive = ZipFileSystem(closing.enter_context(path.open("rb")))
-    wrapped = AsyncFileSystemWrapper(archive, asynchronous=True)
-    return FsspecStore(wrapped, read_only=True, path="")
+    store = ZipStore(Path(name_of(path)) if is_remote(path) else path, read_only=True)
+    if is_remote(path):
+        # zipfile, to which the store hands its path, takes an open file as well
+        store.path = closing.enter_context(path.open("rb"))  # type: ignore[assignment]
+    closing.callback(store.close)
+    return store
 
 
 def _axes(multiscale: dict[str, Any]) -> list[str]:
