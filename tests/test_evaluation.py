@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from wsi_pipeline.evaluation.metrics import (
     count_block,
     pooled_figures,
 )
+from wsi_pipeline.evaluation.picture import COLORS
 from wsi_pipeline.evaluation.sides import Values
 from wsi_pipeline.evaluation.write import FIGURES
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
@@ -504,6 +506,43 @@ def test_the_picture_shows_where_the_sides_disagree(tmp_path: Path) -> None:
     assert tuple(found.picture[30, 5]) == (215, 48, 39)
     assert tuple(found.picture[5, 50]) == (69, 117, 180)
     assert tuple(found.picture[25, 50]) == (255, 255, 255)
+
+
+def test_the_slide_lies_under_the_picture(
+    tmp_path: Path, slide_path: Path, slide_pixels: npt.NDArray[np.uint8]
+) -> None:
+    mask = np.zeros(slide_pixels.shape[:2], np.uint8)
+    mask[600:800, 400:700] = 1
+    sides = [write_png(tmp_path / f"{name}.png", mask) for name in "pt"]
+    tumor = Values(classes={"Tumor": (1,)})
+    options = CompareOptions(prediction_values=tumor, truth_values=tumor)
+    pairing = Pairing(name="a", prediction=sides[0], truth=sides[1], slide=slide_path)
+    (found,) = compare_all([pairing], options)
+    cells = slide_pixels[:1486, :1930].reshape(743, 2, 965, 2, 3).mean((1, 3))
+    inside = np.zeros((743, 965), bool)
+    inside[300:400, 200:350] = True
+    cells[inside] = 0.4 * cells[inside] + 0.6 * np.array([150, 190, 150])
+    away = np.abs(found.picture[:743, :965] - cells).max(-1)
+    assert (away < 8).mean() > 0.99  # but for the edges of shapes: another way of shrinking
+
+
+def test_the_picture_says_what_its_colours_mean_and_how_large_it_is(tmp_path: Path) -> None:
+    mask = random_mask(0)
+    height, width = mask.shape
+    run = write_run(tmp_path / "run", mask, (4 * width, 4 * height), mpp=0.25)
+    truth = write_png(tmp_path / "truth.png", mask)
+    run_evaluate(run, truth, "--truth-values", "Tumor=1", "--truth-values", "Stroma=2",
+                 "--output", tmp_path / "out")  # fmt: skip
+    with Image.open(tmp_path / "out" / "run.png") as file:
+        picture = np.asarray(file)
+    times = 600 // width
+    assert (picture[: times * height : times, : times * width : times][mask == 0] == 255).all()
+    below = picture[times * height :]
+    for color in COLORS[1:]:
+        assert (below == color).all(-1).sum() >= 200  # a swatch
+    dark = (below == (40, 40, 40)).all(-1)
+    bar = max(sum(run) for row in dark for _, run in itertools.groupby(row))
+    assert bar == 20 * times  # 20 µm: 1, 2 or 5 times a power of ten, at most a fifth of the width
 
 
 def test_a_truth_without_prediction_is_refused(tmp_path: Path) -> None:

@@ -1192,6 +1192,17 @@ def test_a_bundles_toml_keeps_odd_names(folder: Path, recipe: Recipe) -> None:
     assert load_bundle(folder).name == bundle.name
 
 
+def test_the_legend_of_the_curves_names_every_line(tmp_path: Path) -> None:
+    looks = {"validation_dice": 0.5, "held_out_dice": 0.4}
+    history = [{"step": i, "loss": 2 / i, "learning_rate": 0.1, **looks} for i in (1, 2, 3)]
+    write_history(tmp_path, history)
+    with Image.open(tmp_path / "curves.png") as file:
+        picture = np.asarray(file.convert("RGB"))
+    inside = int(np.argmax((picture == 0).all(-1).sum(1) > 600))  # the upper edge of the axes
+    for color in ((69, 117, 180), (215, 48, 39), (26, 152, 80)):
+        assert (picture[:inside] == color).all(-1).any()
+
+
 # -- command line -----------------------------------------------------------------------------
 
 

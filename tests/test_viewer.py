@@ -741,14 +741,24 @@ def test_the_page_shows_slide_mask_and_polygons_in_their_place(viewer, tmp_path,
         # without mask and outlines, twice as large about a point that stays where it is
         await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[1].click()")
         await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[2].click()")
+        await page.mouse("mouseMoved", 400, 300)
         await page.mouse("mouseWheel", 400, 300, deltaX=0, deltaY=-300)
         await page.until("location.hash.endsWith('d=0.5')")
+        assert await page.ask(said.format("#where")) == "x 605, y 510 px"
         await page.until(still)
         larger = slide_pixels.repeat(2, 0).repeat(2, 1)
         looks_right(await page.picture(), (2 * 605 - 400, 2 * 510 - 300), larger, opacity=0)
         await page.ask("location.hash = location.hash.replace(/run=[^&]*/, 'run=bounded')")
         await page.until("document.title == 'bounded.zarr'")
         await page.until(still)
+        await page.until(said.format("#where"))
+        await page.until("location.hash.includes('run=bounded')")
+        # of this slide: the pointer rests, in the middle is what the address says
+        x, y, d = map(float, re.findall(r"[xyd]=([\d.-]+)", await page.ask("location.hash")))
+        told = map(int, re.findall(r"-?\d+", await page.ask(said.format("#where"))))
+        assert list(told) == pytest.approx([x + (400 - 495) * d, y + (300 - 400) * d], abs=2)
+        await page.mouse("mouseMoved", 1200, 300)
+        assert await page.ask(said.format("#where")) == ""
 
     # a level-0 pixel is one of the screen; of 1,280 the slide has the left 990
     browse(f"{viewer.url}#run={PLAIN}&x=700&y=610&d=1", tmp_path / "browser", visit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.annotations import Annotation, read_region
-from wsi_pipeline.errors import EvaluationError
+from wsi_pipeline.errors import EvaluationError, SourceError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block
-from wsi_pipeline.evaluation.picture import Disagreement
+from wsi_pipeline.evaluation.picture import LONGEST, Disagreement
 from wsi_pipeline.evaluation.sides import (
     AREA_SUFFIXES,
     MASK_SUFFIXES,
@@ -35,6 +35,7 @@ from wsi_pipeline.options import Frame
 from wsi_pipeline.paths import zarr_attributes
 from wsi_pipeline.report import RUN_FILE
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.store import RunStore, open_patch_grid
 
 logger = logging.getLogger(__name__)
 
@@ -268,8 +269,20 @@ def _compare(
         tally=tally,
         shape=shape,
         mpp=(canvas.mpp[0] * fx, canvas.mpp[1] * fy) if canvas.mpp else None,
-        picture=picture.drawn(),
+        picture=picture.drawn(_thumbnail(pairing)),
     )
+
+
+def _thumbnail(pairing: Pairing) -> npt.NDArray[np.uint8] | None:
+    """Return the whole slide, small: as a run keeps it, or of the slide; None where neither is."""
+    for path in (pairing.prediction, pairing.truth):
+        # what lies under a picture is worth no failure
+        with suppress(StoreError):
+            return open_patch_grid(RunStore(folder=path).grid_path).thumbnail
+    if pairing.slide:
+        with suppress(SourceError), open_source(pairing.slide) as slide:
+            return slide.thumbnail(LONGEST)[0]
+    return None
 
 
 def _downsample(sides: tuple[Side, Side], canvas: Canvas, options: CompareOptions) -> Pair:

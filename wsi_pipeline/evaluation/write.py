@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from wsi_pipeline.evaluation.compare import Comparison
@@ -21,6 +22,7 @@ from wsi_pipeline.evaluation.metrics import (
     pooled_figures,
     total,
 )
+from wsi_pipeline.evaluation.picture import with_legend
 from wsi_pipeline.store import make_folder, writing, written_beside
 
 FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
@@ -148,4 +150,10 @@ def write_evaluation(
                 partial.write_text(text, "utf-8")
         for comparison in found:
             with written_beside(folder / f"{comparison.pairing.name}.png") as partial:
-                Image.fromarray(comparison.picture).save(partial, "PNG")
+                Image.fromarray(_picture(comparison)).save(partial, "PNG")
+
+
+def _picture(comparison: Comparison) -> npt.NDArray[np.uint8]:
+    shrunk = comparison.shape[1] / comparison.picture.shape[1]
+    um = comparison.mpp[0] * shrunk if comparison.mpp else None
+    return with_legend(comparison.picture, um=um)

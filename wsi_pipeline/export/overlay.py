@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -58,11 +59,11 @@ def write_overlay(
     else:
         colors = [c.color or (0, 0, 0) for c in classes[1:]]
         entries = list(zip(colors, captions, strict=True))
-    legend = _legend(entries, picture.shape[1])
+    below = legend(entries, picture.shape[1])
     info = PngInfo()
     info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())
     with written_beside(path) as beside:
-        Image.fromarray(np.vstack([picture, legend])).save(beside, format="PNG", pnginfo=info)
+        Image.fromarray(np.vstack([picture, below])).save(beside, format="PNG", pnginfo=info)
 
 
 def read_preview(path: Path, side: int) -> bytes:
@@ -139,22 +140,36 @@ def _entries(
     return entries if tissue is None else [*entries, (TISSUE_COLOR, "edge of the tissue")]
 
 
-def _legend(entries: Sequence[tuple[Color, str]], width: int) -> Picture:
-    """Return a white strip with swatches and texts, as many lines as they need."""
+def legend(entries: Sequence[tuple[Color, str]], width: int, *, um: float | None = None) -> Picture:
+    """Return a white strip with swatches and texts, as many lines as they need; uint8 (h, w, 3).
+
+    Args:
+        entries: colour and text of each swatch.
+        width: of the strip, px.
+        um: µm per pixel, for a scale bar at the end; None = no bar.
+    """
     font = _font()
     line = FONT_SIZE + MARGIN
+    marks = [(FONT_SIZE, FONT_SIZE, color, text) for color, text in entries]
+    if um is not None:
+        longest = um * width / 5
+        ten = 10 ** math.floor(math.log10(longest))
+        length = max(n * ten for n in (1, 2, 5) if n * ten <= longest)
+        text = f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm"
+        marks.append((round(length / um), 4, TEXT_COLOR, text))
     places, x, y = [], MARGIN, MARGIN
-    for _, text in entries:
-        needed = FONT_SIZE + 6 + round(font.getlength(text))
+    for wide, _, _, text in marks:
+        needed = wide + 6 + round(font.getlength(text))
         if x > MARGIN and x + needed + MARGIN > width:
             x, y = MARGIN, y + line
         places.append((x, y))
         x += needed + 2 * MARGIN
     strip = Image.new("RGB", (width, y + line), "white")
     draw = ImageDraw.Draw(strip)
-    for (color, text), (x, y) in zip(entries, places, strict=True):
-        draw.rectangle((x, y, x + FONT_SIZE - 1, y + FONT_SIZE - 1), fill=color)
-        draw.text((x + FONT_SIZE + 6, y + FONT_SIZE // 2), text, TEXT_COLOR, font, anchor="lm")
+    for (wide, high, color, text), (x, y) in zip(marks, places, strict=True):
+        top = y + (FONT_SIZE - high) // 2
+        draw.rectangle((x, top, x + wide - 1, top + high - 1), fill=color)
+        draw.text((x + wide + 6, y + FONT_SIZE // 2), text, TEXT_COLOR, font, anchor="lm")
     return np.asarray(strip)
 
 

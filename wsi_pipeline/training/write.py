@@ -93,7 +93,8 @@ def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([row["step"] for row in history], [row["loss"] for row in history], color="#4575b4")
+    steps, losses = ([row[name] for row in history] for name in ("step", "loss"))
+    lines = axes.plot(steps, losses, color="#4575b4", label="loss of the training crops")
     axes.set(xlabel="step", ylabel="loss")
     looks = {
         whose: [(row["step"], row[column]) for row in history if column in row]
@@ -103,9 +104,11 @@ def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         right = axes.twinx()
         for (whose, dice), color in zip(looks.items(), ("#d73027", "#1a9850"), strict=True):
             if dice:
-                right.plot(*zip(*dice, strict=True), color=color, marker="o", label=whose)
+                label = f"Dice of {whose}"
+                lines += right.plot(*zip(*dice, strict=True), color=color, marker="o", label=label)
         right.set(ylabel="Dice", ylim=(0, 1))
-        right.legend(loc="lower left")
+    # of the figure, so that one legend holds the lines of both axes
+    figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
     figure.savefig(path, format="png", dpi=120)
 
 

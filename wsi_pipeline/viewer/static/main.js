@@ -11,6 +11,7 @@ const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygon
 const view = new View(element("stage"), redraw, clicked);
 const hidden = new Set(); // classes, by their number
 let shown = null; // what the page knows of the slide it shows
+let pointer = null; // where it is over the slide
 let frame = 0, saving = 0;
 
 start();
@@ -19,7 +20,12 @@ async function start() {
   LAYERS.forEach(([id, title, opacity]) => element("sliders").append(slider(canvases[id], title, opacity)));
   window.addEventListener("hashchange", () => open(readHash()));
   element("runs").addEventListener("change", ({ target }) => open({ run: target.value }));
-  element("stage").addEventListener("pointermove", tellWhere);
+  for (const name of ["pointermove", "pointerleave"]) {
+    element("stage").addEventListener(name, (event) => {
+      pointer = name === "pointermove" ? view.place(event) : null;
+      tellWhere();
+    });
+  }
   const runs = await attempt(async () => (await ask("runs")).json());
   if (!runs) return;
   element("choice").hidden = runs.length < 2;
@@ -68,6 +74,7 @@ function close() {
   Object.values(canvases).forEach((canvas) => { canvas.width = 0; });
   element("said").replaceChildren();
   ["name", "facts", "notice"].forEach((id) => { element(id).textContent = ""; });
+  tellWhere();
   ["bar", "layers", "found"].forEach((id) => { element(id).hidden = true; });
 }
 
@@ -90,6 +97,7 @@ function redraw() {
     if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
     document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
     tellScale(facts.mpp[0]);
+    tellWhere(); // keys and wheel move the slide under a pointer at rest
     clearTimeout(saving);
     saving = setTimeout(saveHash, 200);
   });
@@ -184,10 +192,9 @@ function tellScale(mpp) {
   line.style.width = `${(length / mpp) * view.scale}px`;
 }
 
-function tellWhere(event) {
-  if (!view.home) return;
-  const [x, y] = view.toLevel0(view.place(event)).map(Math.floor);
-  element("where").textContent = `x ${x}, y ${y} px`;
+function tellWhere() {
+  const [x, y] = pointer && view.home ? view.toLevel0(pointer).map(Math.floor) : [];
+  element("where").textContent = x === undefined ? "" : `x ${x}, y ${y} px`;
 }
 
 function say(sentence, kind = "") {
