@@ -2,15 +2,19 @@
 
 import io
 import json
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 import zarr
-from bundles import pointwise_bundle
+from bundles import pointwise_bundle, write_toml
 from click.testing import CliRunner
+from PIL import Image
 
 from wsi_pipeline.cli import COMMANDS, group
 from wsi_pipeline.cli.progress import new_bar
@@ -49,6 +53,23 @@ def test_help_lists_every_command():
         ["segment", "x.svs", "--model", "m", "--output", "o", "--gpus", "0", "--device", "cpu"],
         ["segment", "x.svs", "--model", "m", "--output", "o", "--gpus", "99"],
         ["segment", "x.svs", "-m", "m", "-o", "o", "--cluster", "slurm", "--scheduler", "tcp://h"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "gpu"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "mps"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "cuda:"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "cuda:9999"],
+        ["segment", "x.svs", "-m", "m", "-m", "n", "-o", "o"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--tissue", "none", "--tissue", "auto"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--roi", __file__, "--roi", __file__],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--max-ram", "nanGB"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--max-ram", "infGB"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--max-ram", "-5GB"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--max-ram", "0GB"],
+        ["segment", "x.svs", "-m", "m", "-o", "o", "--batch-size", "9" * 30],
+        ["models", "init", "m", "-o", "o", "--seed", "9" * 30],
+        ["evaluate", "p", "t", "--truth-values", "Tumor=70000"],
+        ["evaluate", "p", "t", "--ignore", "70000"],
+        ["evaluate", "p", "t", "--size", "9999999999x5"],
+        ["train", "r.toml", "-o", "o", "--threads", "9" * 30],
         ["status", "no-such-folder"],
         ["tile", "x.svs", "--output", "o"],
         ["tile", "x.svs", "--mpp", "1", "--patch-size", "64", "--overlap", "64", "--output", "o"],
@@ -56,6 +77,126 @@ def test_help_lists_every_command():
 )
 def test_wrong_usage_ends_with_2(arguments):
     assert invoke(*arguments).exit_code == 2
+
+
+def figures():
+    """Return every option of every command that takes a number with a fraction."""
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        inner = command.commands if isinstance(command, click.Group) else {"": command}
+        for word, each in inner.items():
+            for option in each.params:
+                if isinstance(option.type, click.types.FloatParamType):
+                    yield [name, *filter(None, [word]), option.opts[0]]
+
+
+@pytest.mark.parametrize("words", list(figures()), ids=" ".join)
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "1e400", "ten"])
+def test_no_option_takes_what_is_no_number(words, value):
+    *names, flag = words
+    result = invoke(*names, f"{flag}={value}")
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flag}'" in result.stderr
+
+
+def test_there_are_options_with_fractions():
+    assert len(list(figures())) >= 8
+
+
+def wrong_settings(folder):
+    """Return what would fail every slide: arguments beside the usual, and what is said."""
+    nothing = folder / "nothing.geojson"
+    nothing.write_text('{"type": "FeatureCollection", "features": []}')
+    table = folder / "table.csv"
+    table.write_text("slide;mpp\na;much\n")
+    picture = folder / "picture.png"
+    picture.write_bytes(b"noise")
+    bare = write_toml(folder / "bare", mpp=0.5, patch_size=64, overlap=0, network='"lightmuseg"')
+    (bare / "model.toml").write_text(
+        (bare / "model.toml").read_text("utf-8").replace('weights = "program.pt"\n', ""), "utf-8"
+    )
+    spoilt = pointwise_bundle(folder / "spoilt", mpp=0.5)
+    (spoilt / "program.pt").write_bytes(b"noise")
+    return [
+        (["--overlap", "256"], "--overlap 256 must be below the patch size"),
+        (["--overlap", "9" * 30], "must be below the patch size"),
+        (["--block-size", "1025"], "not a multiple of 1024"),
+        (["--block-size", "2048", "--ngff", "0.5"], "not a multiple of 4096"),
+        (["--roi", str(nothing)], "holds no areas"),
+        (["--roi", str(picture)], "picture.png"),
+        (["--tissue", str(nothing)], "holds no areas"),
+        (["--tissue", str(picture)], "no mask image"),
+        (["--mpp-table", str(table)], "line 2: expected the columns"),
+        (["--model", str(bare)], "has no weights"),
+        (["--model", str(spoilt)], "cannot load"),
+    ]
+
+
+def test_what_would_fail_every_slide_is_wrong_usage_said_once(tmp_path, slide_path):
+    for number in range(2):
+        shutil.copy(slide_path, tmp_path / f"{number}.tif")
+    slides, output = str(tmp_path / "*.tif"), str(tmp_path / "o")
+    bundle = ["--model", str(pointwise_bundle(tmp_path / "m", mpp=0.5))]
+    for options, said in wrong_settings(tmp_path):
+        model = [] if "--model" in options else bundle
+        result = invoke("segment", slides, "--output", output, *model, *options)
+        assert result.exit_code == 2, (options, result.output)
+        assert said in result.stderr
+        assert result.stderr.count(said) == 1
+        if options[0] in ("--roi", "--tissue", "--mpp-table"):
+            result = invoke("tile", slides, "--output", output, "--mpp", "1", *options)
+            assert (result.exit_code, said in result.stderr) == (2, True), (options, result.output)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_slide_too_coarse_for_the_model_is_refused(tmp_path, make_slide, slide_pixels):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    bundle = pointwise_bundle(tmp_path / "m", mpp=1.0, patch_size=128)
+    for name, mpp in (("fine", 0.05), ("same", 2.5), ("coarse", 2.6)):
+        make_slide(slides / f"{name}.tif", slide_pixels[:600, :700], mpp, levels=(1, 4))
+    common = ["segment", slides, "--model", bundle, "--output", tmp_path / "o", "--outputs", "zarr"]
+    for extra in ([], ["--dry-run"]):
+        result = invoke("-q", *common, "--tissue", "none", *extra)
+        assert result.exit_code == 1
+        said = [line for line in result.output.splitlines() if "--any-resolution" in line]
+        assert len(said) == 1
+        assert "coarse.tif" in said[0]
+        assert "2.6 µm/px are 2.6 times as coarse as the model's 1 µm/px" in said[0]
+    assert (tmp_path / "o" / "same" / "mask.ome.zarr").is_dir()
+    assert (tmp_path / "o" / "fine" / "mask.ome.zarr").is_dir()
+    assert not (tmp_path / "o" / "coarse" / "mask.ome.zarr").exists()
+    result = invoke("-q", *common, "--tissue", "none", "--any-resolution")
+    assert result.exit_code == 0, result.output
+    again = invoke("-q", *common, "--tissue", "none")
+    assert again.exit_code == 1
+    assert (tmp_path / "o" / "coarse" / "mask.ome.zarr").is_dir()
+    for name, takes in (("same", True), ("coarse", False)):
+        shown = invoke("info", slides / f"{name}.tif", "--model", bundle)
+        assert ("test-m takes it" in shown.stdout) == takes
+        assert ("times as coarse" in shown.stdout) != takes
+        facts = json.loads(invoke("info", slides / f"{name}.tif", "-m", bundle, "--json").stdout)
+        assert facts["model"]["name"] == "test-m"
+        assert (facts["model"]["why_not"] is None) == takes
+
+
+def test_a_folder_of_pictures_says_what_is_there_and_what_to_do(tmp_path, slide_pixels):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.png", "deep/b.png"):
+        Image.fromarray(slide_pixels[:600, :700]).save(folder / name)
+    (folder / "notes.txt").write_text("")
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    output = tmp_path / "o"
+    tile = ["tile", folder, "--mpp", "1", "--output", output]
+    for command in (["segment", folder, "--model", bundle, "--output", output], tile):
+        result = invoke(*command)
+        assert result.exit_code == 2
+        assert f"no slides found in {folder}, which holds 2 .png, 1 .txt" in result.stderr
+        pattern = re.search(r"as in '(.*)'", result.stderr)[1]
+        assert pattern == f"{folder}/**/*.png"
+    named = ["segment", pattern, "--model", bundle, "--output", output, "--mpp", "0.5"]
+    assert invoke("-q", *named, "--dry-run").stdout.count("700 × 600 px mask") == 2
 
 
 def test_a_missing_bundle_or_slide_ends_with_1_and_one_line(tmp_path, slide_path):
@@ -125,7 +266,7 @@ def test_a_block_size_that_is_no_multiple_of_the_chunk_is_refused(tmp_path, slid
     result = invoke(
         "segment", slide_path, "--model", bundle, "--output", tmp_path / "o", "--block-size", 1500
     )
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--block-size 1500 is not a multiple of 1024" in result.stderr
 
 

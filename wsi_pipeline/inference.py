@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from wsi_pipeline.errors import BundleError
 from wsi_pipeline.grid import box_slices
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
-from wsi_pipeline.options import Precision
+from wsi_pipeline.options import DEVICES, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +37,20 @@ def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" takes the first GPU, else the CPU.
 
     Raises:
-        BundleError: a GPU is asked for and there is none.
+        BundleError: no such device, or a GPU is asked for and there is none.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(DEVICES, name):
+        raise BundleError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise BundleError(f"--device {name}: this machine shows no CUDA GPU; use --device cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if (device.index or 0) >= (count := count_gpus()) and device.type == "cuda":
+        raise BundleError(
+            f"--device {name}: this machine shows {count} GPU{'s' * (count > 1)}, numbered from 0"
+        )
+    return device
 
 
 def count_gpus() -> int:

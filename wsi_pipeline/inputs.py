@@ -154,6 +154,35 @@ def _iter_remote(path: Path) -> Iterator[Path]:
             yield entry
 
 
+def why_none(inputs: Inputs, modality: str) -> str:
+    """Return that nothing was found, what lies there instead, and what to do.
+
+    Args:
+        inputs: in which nothing was found.
+        modality: of the model, "slide", "image" or "volume".
+    """
+    inputs, seen = as_inputs(inputs), set[str]()
+    kinds: Counter[str] = Counter()
+    waiting = [path for text in inputs for path in named_paths(text) if not is_remote(path)]
+    while waiting and kinds.total() < 10_000:
+        path = waiting.pop()
+        if os.path.isdir(path):
+            waiting += visible_entries(path, seen) or []
+        else:
+            kinds[path.suffix or path.name] += 1
+    there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    text = f"no {modality}s found in {', '.join(map(str, inputs))}, which holds {there}"
+    pictures = [kind for kind in kinds if kind.lower() in (".png", ".jpg", ".jpeg")]
+    if modality == "slide" and pictures:
+        text += (
+            "; pictures are taken as slides where they are named, as in "
+            f"'{inputs[0]}/**/*{pictures[0]}', with their µm per pixel as --mpp"
+        )
+    elif modality == "slide":
+        text += f"; of folders files are taken that end in {', '.join(sorted(SLIDE_SUFFIXES))}"
+    return text
+
+
 def read_mpp_table(path: str | Path) -> dict[str, float]:
     """Read a CSV with the columns slide and mpp; return µm per pixel by the slide's file name.
 

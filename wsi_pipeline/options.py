@@ -16,6 +16,8 @@ TiffKind = Literal["ome", "asap"]
 Queue = Literal["slurm"]
 ProgramFormat = Literal["onnx", "torch-export"]
 
+DEVICES = r"auto|cpu|cuda(:\d{1,4})?"
+"""Pattern of what a device may be called."""
 MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
 OUTPUTS: Mapping[str, tuple[Output, ...]] = {
@@ -25,7 +27,13 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
 }
 """What can be written, by a model's modality."""
 FOR_SLIDES = {
-    "select": {"mpp": "--mpp", "tissue": "--tissue", "roi": "--roi", "frame": "--for"},
+    "select": {
+        "mpp": "--mpp",
+        "tissue": "--tissue",
+        "roi": "--roi",
+        "frame": "--for",
+        "any_resolution": "--any-resolution",
+    },
     "predict": {"mask_mpp": "--mask-mpp"},
     "export": {
         "ngff": "--ngff",
@@ -50,6 +58,7 @@ class SelectOptions:
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
         roi: GeoJSON polygons to which the mask is limited.
         frame: origin of GeoJSON that is read, where the slide has bounds.
+        any_resolution: take slides that are too coarse for the model, too.
     """
 
     mpp: float | None = None
@@ -58,6 +67,13 @@ class SelectOptions:
     tissue: Literal["auto", "none"] | Path = "auto"
     roi: Path | None = None
     frame: Frame = "qupath"
+    any_resolution: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tissue not in ("auto", "none"):
+            object.__setattr__(self, "tissue", Path(self.tissue))
+        if self.roi is not None:
+            object.__setattr__(self, "roi", Path(self.roi))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ from wsi_pipeline.estimate import (
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.inputs import Job
+from wsi_pipeline.networks import build
 from wsi_pipeline.options import (
     MPP_TOLERANCE,
     OUTPUTS,
@@ -62,6 +63,7 @@ from wsi_pipeline.remote import reaching, upload
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.scans import (
     FinishedScan,
+    check_block_size,
     count_chunks,
     fitting_outputs,
     make_mask,
@@ -97,7 +99,7 @@ from wsi_pipeline.store import (
     writing,
     written_beside,
 )
-from wsi_pipeline.survey import frame_offset, plan_grid
+from wsi_pipeline.survey import check_files, frame_offset, plan_grid, why_too_coarse
 from wsi_pipeline.written import WrittenFiles
 
 if TYPE_CHECKING:
@@ -402,7 +404,12 @@ def _begin(
 def _open(path: Path, bundle: Bundle, settings: Settings) -> Slide | Scan:
     """Open what a bundle is for: here is asked which of the three it is, and nowhere below."""
     if bundle.modality == "slide":
-        return open_source(path, mpp=settings.select.mpp, series=settings.select.series)
+        slide = open_source(path, mpp=settings.select.mpp, series=settings.select.series)
+        reason = why_too_coarse(slide.mpp, bundle.mpp)
+        if reason and not settings.select.any_resolution:
+            slide.close()
+            raise SourceError(f"{path}: {reason}; --any-resolution takes it all the same")
+        return slide
     return open_one(path, bundle, settings)
 
 
@@ -632,6 +639,27 @@ def _ended(job: Job, end: Future[Run], bundle: Bundle, settings: Settings) -> Ru
         return _failed(job, bundle, settings, error)
 
 
+def check_settings(settings: Settings, bundle: Bundle) -> None:
+    """Refuse what would fail every input, before one is opened.
+
+    Raises:
+        WsiPipelineError: options that do not fit the model, a model that cannot be loaded, a file
+            of where to look that cannot be read.
+    """
+    _fitting(settings, bundle)
+    predict, patch = settings.predict, min(bundle.input.patch_size)
+    if predict.overlap is not None and predict.overlap >= patch:
+        raise BundleError(
+            f"--overlap {predict.overlap} must be below the patch size of {bundle.name}, {patch} px"
+        )
+    if bundle.modality == "slide":
+        ome_zarr.block_side(predict.block_size, settings.export.ngff)
+        check_files(settings.select)
+    else:
+        check_block_size(len(bundle.input.patch_size), predict.block_size)
+    build(bundle)
+
+
 def _fitting(settings: Settings, bundle: Bundle) -> Settings:
     """Return the settings with all outputs of the bundle's modality where none are named.
 
@@ -655,6 +683,7 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
     }
     # the frame of what is read matters only where something is read
     where = asdict(select if files else replace(select, frame="qupath"))
+    del where["any_resolution"]  # slides that are taken either way have one mask
     return {
         "slide": slide.fingerprint,
         "mpp": slide.mpp,

@@ -140,12 +140,27 @@ def plan_scan(
 def _block_shape(axes: int, step: tuple[float, ...], settings: Settings) -> Shape:
     """Return whole chunks of the mask: fewer along an axis whose pixels are coarser."""
     unit, size = CHUNK[axes], settings.predict.block_size
-    if size and size % unit:
-        raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
+    check_block_size(axes, size)
     if axes == 2:  # tracing wants squares
         return (size or BLOCK_SIDE[axes],) * axes
     sides = ((size or BLOCK_SIDE[axes]) * min(s, 1.0) for s in step)
     return tuple(max(unit, round(side / unit) * unit) for side in sides)
+
+
+def check_block_size(axes: int, size: int | None) -> None:
+    """Refuse blocks that are not whole chunks of the mask.
+
+    Args:
+        axes: of an image, 2, or a volume, 3.
+        size: side of a block in px; None = the usual.
+
+    Raises:
+        StoreError: not a multiple.
+    """
+    if size and size % CHUNK[axes]:
+        raise StoreError(
+            f"--block-size {size} is not a multiple of {CHUNK[axes]}, the mask's chunk"
+        )
 
 
 def make_mask(plan: ScanPlan) -> None:

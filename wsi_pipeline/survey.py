@@ -15,14 +15,46 @@ from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
 from wsi_pipeline.paths import name_of
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import GridInfo, StoredGrid
-from wsi_pipeline.tissue import find_tissue, read_tissue, select_patches
+from wsi_pipeline.tissue import check_tissue, find_tissue, read_tissue, select_patches
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL_UM = 8.0
 """µm per pixel of the thumbnail on which tissue is looked for."""
+COARSEST = 2.5
+"""Times the model's µm per pixel up to which a slide is enlarged: cells are no longer seen then."""
 THUMBNAIL_MIN, THUMBNAIL_MAX = 1024, 4096
 """Bounds of the thumbnail's longer side, in px."""
+
+
+def why_too_coarse(mpp: tuple[float, float], wanted: float) -> str:
+    """Return why a model cannot see on a slide what it was trained on, "" where it can.
+
+    Finer slides are never too fine: they are reduced.
+
+    Args:
+        mpp: (x, y) µm per level-0 pixel of the slide.
+        wanted: µm per pixel of the model.
+    """
+    times = max(mpp) / wanted
+    if times <= COARSEST * 1.001:  # files round what they say
+        return ""
+    return (
+        f"{max(mpp):g} µm/px are {times:.3g} times as coarse as the model's {wanted:g} µm/px: what "
+        "it looks for cannot be seen"
+    )
+
+
+def check_files(select: SelectOptions) -> None:
+    """Read the files that say where to look: a bad one would fail every slide.
+
+    Raises:
+        AnnotationError: the tissue or ROI file cannot be read, or holds no area.
+    """
+    if select.roi is not None:
+        read_region(select.roi)
+    if isinstance(select.tissue, Path):
+        check_tissue(select.tissue)
 
 
 def plan_grid(

@@ -115,7 +115,7 @@ def read_tissue(
     Raises:
         AnnotationError: a file that cannot be read, or that does not fit the slide.
     """
-    if {".json", ".geojson"} & {suffix.lower() for suffix in path.suffixes}:
+    if _is_geojson(path):
         region = read_region(path, offset=offset, size=size)
         # where a pixel's centre decides, an area can be too small to count
         return rasterise(region, shape, downsample=downsample, touched=True)
@@ -144,6 +144,23 @@ def read_tissue(
                 rows, y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
             )
     return found
+
+
+def check_tissue(path: Path) -> None:
+    """Refuse a file of tissue that fits no slide.
+
+    Raises:
+        AnnotationError: it cannot be read, or holds no area.
+    """
+    if _is_geojson(path):
+        read_region(path)
+        return
+    with _opened_mask(path):
+        pass
+
+
+def _is_geojson(path: Path) -> bool:
+    return bool({".json", ".geojson"} & {suffix.lower() for suffix in path.suffixes})
 
 
 def select_patches(

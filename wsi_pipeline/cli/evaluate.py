@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
+from wsi_pipeline.cli.options import MPP, once, wrong_usage
 from wsi_pipeline.options import Frame, SelectOptions
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+LARGEST_SIDE = 1 << 20
+"""px of a slide's level 0, as for files."""
+LARGEST_VALUE = 65_535
+"""Of a mask."""
 
 
 class SizeChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -23,9 +30,9 @@ class SizeChoice(click.ParamType):  # type: ignore[type-arg]  # generic since cl
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         """Return (width, height)."""
         match = re.fullmatch(r"([1-9]\d*)[x×]([1-9]\d*)", str(value))
-        if not match:
+        if not match or max(size := (int(match[1]), int(match[2]))) > LARGEST_SIDE:
             self.fail(f"{value!r} is no size; expected it as 98304x65536", param, ctx)
-        return int(match[1]), int(match[2])
+        return size
 
 
 class MeaningChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -39,7 +46,10 @@ class MeaningChoice(click.ParamType):  # type: ignore[type-arg]  # generic since
         values = listed.split(",")
         if not (name.strip() and equals and all(v.strip().isdecimal() for v in values)):
             self.fail(f"{value!r} is no class with its values; expected Tumor=1,20", param, ctx)
-        return name.strip(), tuple(map(int, values))
+        numbers = tuple(map(int, values))
+        if max(numbers) > LARGEST_VALUE:
+            self.fail(f"{value!r}: the values of a mask go to {LARGEST_VALUE}", param, ctx)
+        return name.strip(), numbers
 
 
 class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -85,11 +95,11 @@ class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
 @click.option(
     "--ignore",
     "ignored",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=LARGEST_VALUE),
     multiple=True,
     help="A value of the truth's mask that is not judged.",
 )
-@click.option(
+@once(
     "--slide",
     type=click.Path(exists=True, path_type=Path),
     help="The slide, or a folder of slides, where no run tells size, resolution and bounds.",
@@ -97,16 +107,16 @@ class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
 @click.option("--size", type=SizeChoice(), help="The slide's level 0, where no slide is at hand.")
 @click.option(
     "--mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MPP,
     help="µm per pixel to compare at  [default: the truth's pixels]",
 )
 @click.option(
     "--tolerance",
-    type=click.IntRange(min=0),
+    type=click.IntRange(min=0, max=1024),
     default=2,
     help="px up to which two borders count as one, for boundary F1.",
 )
-@click.option(
+@once(
     "--roi",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="GeoJSON polygons outside of which nothing is judged.",
@@ -143,6 +153,7 @@ def command(
     GeoJSON, such as QuPath's annotations; or both are folders of such, matched by their names.
     Classes are matched by name. docs/evaluation.md tells of the figures.
     """
+    from wsi_pipeline.annotations import read_region
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
     from wsi_pipeline.evaluation.sides import Values
@@ -158,6 +169,9 @@ def command(
         frame=frame,
         roi=roi,
     )
+    if roi is not None:
+        with wrong_usage():
+            read_region(roi)
     pairings = pair_up(prediction, truth, slide=slide, size=size)
     with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
         found = compare_all(pairings, options, progress=bars)

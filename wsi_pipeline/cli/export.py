@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from wsi_pipeline.cli.options import OutputsChoice
+from wsi_pipeline.cli.options import Figure, OutputsChoice
 from wsi_pipeline.options import Frame, TiffKind
 
 
@@ -32,13 +32,13 @@ from wsi_pipeline.options import Frame, TiffKind
 @click.option(
     "--simplify",
     "simplify_um",
-    type=click.FloatRange(min=0),
+    type=Figure(min=0),
     help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
 )
 @click.option(
     "--min-area",
     "min_area_um2",
-    type=click.FloatRange(min=0),
+    type=Figure(min=0),
     help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
 )
 @click.option(
@@ -51,20 +51,26 @@ from wsi_pipeline.options import Frame, TiffKind
 def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) -> None:
     """Write polygons and TIFFs again with other settings, from masks that are finished.
 
-    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides. Neither
-    slides nor model are needed. What is not given stays as it was.
+    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides but those
+    that failed. Neither slides nor model are needed. What is not given stays as it was.
     """
     from wsi_pipeline.cli.segment import Summary
     from wsi_pipeline.errors import WsiPipelineError
+    from wsi_pipeline.outputs import FILES
     from wsi_pipeline.reexport import export_again
     from wsi_pipeline.report import RUN_FILE, find_runs
 
     changes = {name: value for name, value in options.items() if value is not None}
-    runs = [
-        run
-        for folder in folders
-        for run in ([folder] if (folder / RUN_FILE).is_file() else find_runs(folder))
-    ]
+    runs: list[Path] = []
+    for folder in folders:
+        if (folder / RUN_FILE).is_file():
+            runs.append(folder)
+            continue
+        for path, run in find_runs(folder).items():
+            if run.status == "done" or (path / FILES["zarr"]).is_dir():
+                runs.append(path)
+            else:  # it never had a mask, of which `segment` has told
+                click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
         raise click.UsageError(f"no finished slide in {', '.join(map(str, folders))}")
     is_whole = True

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import series_option
+from wsi_pipeline.cli.options import MPP, series_option
 from wsi_pipeline.errors import MissingMppError, SourceError
 
 if TYPE_CHECKING:
+    from wsi_pipeline.bundle import Bundle
     from wsi_pipeline.sources import Slide
     from wsi_pipeline.sources.prepared import Scan
 
 THUMBNAIL = 512
 """px of the picture on which the kind of light is judged."""
+AXES = {"slide": 0, "image": 2, "volume": 3}
+"""Of what a model of each modality takes; 0 for what is opened as a slide."""
 QUICK = 1 << 26
 """px of the smallest level up to which that picture is quickly made."""
 
@@ -27,38 +31,71 @@ QUICK = 1 << 26
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MPP,
     help="The slide's µm per pixel, in place of what the file says.",
 )
 @series_option
-def command(path: str, as_json: bool, mpp: float | None, series: int | None) -> None:
+@click.option("--model", "-m", help="Would this bundle take it? A folder, a model.toml or its URL.")
+def command(
+    path: str, as_json: bool, mpp: float | None, series: int | None, model: str | None
+) -> None:
     """Show size, levels, µm per pixel and where they come from, for a slide or a patch grid.
 
     Of a planar image or a volume: size, spacing and how it lies. PATH may be a URL.
     """
-    facts = describe(path, mpp, series)
+    from wsi_pipeline.bundle import load_bundle
+
+    bundle = load_bundle(model, fetch=False) if model else None
+    facts = describe(path, mpp, series, bundle)
     text = _as_text if "levels" in facts else _scan_as_text
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else text(facts))
 
 
-def describe(path: str | Path, mpp: float | None, series: int | None = None) -> dict[str, Any]:
+def describe(
+    path: str | Path, mpp: float | None, series: int | None = None, bundle: Bundle | None = None
+) -> dict[str, Any]:
     """Open a slide, image or volume; return what it says, ready for JSON.
 
     Args:
         path: of the file, folder or patch grid.
         mpp: µm per level-0 pixel of a slide in place of what the file says.
         series: which image of a file with several; None = the largest of RGB.
+        bundle: a model, which opens the file as what it is for, and of which is told whether it
+            would take it.
     """
+    facts = _describe(path, mpp, series, bundle.modality if bundle else None)
+    if bundle:
+        facts["model"] = {"name": bundle.name, "why_not": _why_not(facts, bundle)}
+    return facts
+
+
+def _why_not(facts: dict[str, Any], bundle: Bundle) -> str | None:
+    """Return why `segment` refuses what is described, None where it takes it."""
+    from wsi_pipeline.survey import why_too_coarse
+
+    if bundle.modality != "slide":
+        return None  # it has been opened as what the model is for
+    if facts["mpp"] is None:
+        return _mpp(facts)
+    if reason := why_too_coarse(facts["mpp"], bundle.mpp):
+        return f"{reason} (--any-resolution takes it all the same)"
+    return (facts["not_brightfield"] or None) if bundle.input.channels == 3 else None
+
+
+def _describe(
+    path: str | Path, mpp: float | None, series: int | None, modality: str | None
+) -> dict[str, Any]:
+    """Open what is there, or what is asked for; return what it says."""
     from wsi_pipeline.paths import as_path
     from wsi_pipeline.sources import open_source
     from wsi_pipeline.sources.prepared import open_scan
 
-    if axes := _axes(as_path(path)):
+    if axes := AXES[modality] if modality else _axes(as_path(path)):
         try:
             # of several time points the first shows what all have in common
             scan = open_scan(as_path(path), axes=axes, frame=series, time_points=(0,))
         except SourceError:
-            if axes == 2:
+            if axes == 2 or modality:
                 raise
             scan = open_scan(as_path(path), axes=2, frame=series)  # DICOM may be either
         with scan:
@@ -103,7 +140,7 @@ def _axes(path: Path) -> int:
     from wsi_pipeline.sources.radiology import kind_of, series_in
     from wsi_pipeline.store import is_patch_grid
 
-    if is_remote(path) or not path.exists():
+    if is_remote(path) or not os.path.exists(path):
         return 0
     if path.is_dir():
         is_slide = is_patch_grid(path) or is_ome_zarr(path)
@@ -144,6 +181,7 @@ def _scan_as_text(facts: dict[str, Any]) -> str:
         lines = [" ".join(f"{v:10.4g}" for v in row) for row in facts["affine"][:3]]
         rows += zip(("to RAS+ mm", "", ""), lines, strict=True)
     rows += [(name, facts[name]) for name in ("backend", "fingerprint")]
+    rows += _model(facts)
     return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in rows)])
 
 
@@ -178,7 +216,15 @@ def _as_text(facts: dict[str, Any]) -> str:
         for name in ("vendor", "compression", "backend", "fingerprint")
         if facts[name] is not None
     ]
+    rows += _model(facts)
     return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in rows)])
+
+
+def _model(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    if "model" not in facts:
+        return []
+    name, reason = facts["model"]["name"], facts["model"]["why_not"]
+    return [("model", f"{name} takes it" if reason is None else f"{name} does not: {reason}")]
 
 
 def _size(size: tuple[int, int]) -> str:

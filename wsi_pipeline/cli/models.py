@@ -12,6 +12,7 @@ import click
 
 from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.demo import CHECKOUT
+from wsi_pipeline.cli.options import MPP
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.options import ProgramFormat
 
@@ -127,7 +128,7 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
 @click.option("--classes", metavar="NAME,NAME[,…]", help="In the mask's order, background first.")
 @click.option(
     "--mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MPP,
     help="µm per pixel that it was trained at.",
 )
 @click.option("--patch-size", type=Sizes(), help="Of its patches; overlaps become a quarter.")
@@ -190,7 +191,9 @@ def import_(
 @command.command("init")
 @bundle_argument
 @bundle_output_option
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the weights.")
+@click.option(
+    "--seed", type=click.IntRange(min=0, max=2**63 - 1), default=0, help="Of the weights."
+)
 @overwrite_option
 def init(location: str, output: Path, seed: int, overwrite: bool) -> None:
     """Make a bundle like BUNDLE with random weights.

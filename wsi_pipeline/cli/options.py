@@ -2,15 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import click
 
-from wsi_pipeline.options import Frame, Output, SelectOptions
+from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.options import DEVICES, Frame, Output, SelectOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Make what the body refuses wrong usage: no input could be done."""
+    try:
+        yield
+    except WsiPipelineError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def once(*flags: str, **attributes: Any) -> Callable[[F], F]:
+    """Return an option of one value that is refused when it is given twice.
+
+    Of several the last would count, and the others would be ignored without a word.
+    """
+
+    def only(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
+        if len(values) > 1:
+            raise click.UsageError(f"{flags[0]} is given {len(values)} times; expected one", ctx)
+        return values[0] if values else None
+
+    if "default" in attributes:
+        attributes["default"] = (attributes["default"],)
+    return click.option(*flags, multiple=True, callback=only, **attributes)
+
+
+class Figure(click.FloatRange):
+    """A number between bounds; NaN, which no bound keeps out, and infinity are none."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Return the number."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number to reckon with", param, ctx)
+        return number
+
+
+MPP = Figure(min=1e-4, max=1e5)
+"""µm per pixel: whatever a microscope, a camera or an overview has."""
+
+
+class DeviceChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """Where to compute."""
+
+    name = "auto|cpu|cuda|cuda:N"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """Return the device's name."""
+        if not re.fullmatch(DEVICES, str(value)):
+            self.fail(f"{value!r} is none of {self.name.replace('|', ', ')}", param, ctx)
+        return str(value)
 
 
 class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -90,22 +146,22 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
         click.option(
             mpp_flag,
             "mpp",
-            type=click.FloatRange(min=0, min_open=True),
+            type=MPP,
             help="µm per level-0 pixel, for slides that do not say.",
         ),
-        click.option(
+        once(
             "--mpp-table",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="CSV with the columns slide and mpp: the same for each slide that it names.",
         ),
         series_option,
-        click.option(
+        once(
             "--tissue",
             type=TissueChoice(),
             default=SelectOptions().tissue,
             help="Where to look: found on the thumbnail, everywhere, a mask image or GeoJSON.",
         ),
-        click.option(
+        once(
             "--roi",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="GeoJSON polygons to which the result is limited.",

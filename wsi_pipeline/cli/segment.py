@@ -16,13 +16,18 @@ import click
 from click.core import ParameterSource
 
 from wsi_pipeline.cli.options import (
+    MPP,
+    DeviceChoice,
+    Figure,
     OutputChoice,
     OutputsChoice,
     choose_work,
     inputs_argument,
+    once,
     overwrite_option,
     select_options,
     work_option,
+    wrong_usage,
 )
 from wsi_pipeline.cli.stop import end, stopping
 from wsi_pipeline.options import (
@@ -108,14 +113,17 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
         from wsi_pipeline.schedule import read_size
 
         try:
-            return read_size(str(value))
-        except ValueError as error:
+            size = read_size(str(value))
+        except (ValueError, OverflowError) as error:
             self.fail(str(error), param, ctx)
+        if size <= 0:
+            self.fail(f"{value!r} is no memory at all", param, ctx)
+        return size
 
 
 @click.command()
 @inputs_argument
-@click.option("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
+@once("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
 @click.option(
     "--output",
     "-o",
@@ -125,6 +133,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @work_option
 @select_options()
+@click.option(
+    "--any-resolution",
+    is_flag=True,
+    help="Take slides, too, that are more than 2.5 times as coarse as the model.",
+)
 @click.option(
     "--time-point",
     type=click.IntRange(min=0),
@@ -139,7 +152,12 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     default=PREDICT.blend,
     help="How overlapping predictions combine.",
 )
-@click.option("--device", default=PREDICT.device, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--device",
+    type=DeviceChoice(),
+    default=PREDICT.device,
+    help="auto: the first GPU, else the CPU.",
+)
 @click.option(
     "--precision",
     type=click.Choice(get_args(Precision)),
@@ -148,7 +166,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option(
     "--batch-size",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=1, max=65_536),
     help="Patches in a forward pass  [default: by device]",
 )
 @click.option(
@@ -159,7 +177,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option(
     "--mask-mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MPP,
     help="µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
 )
 @click.option(
@@ -178,19 +196,19 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option(
     "--simplify",
-    type=click.FloatRange(min=0),
+    type=Figure(min=0),
     default=EXPORT.simplify_um,
     help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
 )
 @click.option(
     "--min-area",
-    type=click.FloatRange(min=0),
+    type=Figure(min=0),
     default=EXPORT.min_area_um2,
     help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
 )
 @click.option(
     "--max-unreadable",
-    type=click.FloatRange(min=0, max=100),
+    type=Figure(min=0, max=100),
     default=100 * EXPORT.max_unreadable,
     help="Percent of the patches' area that may be unreadable; a slide with more fails.",
 )
@@ -231,8 +249,9 @@ def command(
     Running the same command again goes on where it stopped.
     """
     from wsi_pipeline.bundle import load_bundle
-    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table, why_none
     from wsi_pipeline.paths import is_remote
+    from wsi_pipeline.pipeline import check_settings
     from wsi_pipeline.sources.radiology import find_images, find_volumes
     from wsi_pipeline.status import note_jobs
     from wsi_pipeline.store import make_folder
@@ -249,7 +268,9 @@ def command(
         reason = "--mpp-table is for slides"
     if reason:
         raise click.UsageError(f"{reason}; {bundle.name} is for {bundle.modality}s")
-    table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
+    with wrong_usage():
+        check_settings(settings, bundle)
+        table = read_mpp_table(options["mpp_table"]) if options["mpp_table"] else None
     target = output if is_remote(output) else None
     output = choose_work(output, work)
     finders: dict[str, Callable[..., list[Path]]] = {
@@ -260,7 +281,7 @@ def command(
     found = finders[bundle.modality](inputs, output=output)
     jobs = every = plan_jobs(found, output, table, target=target)
     if not every:
-        raise click.UsageError(f"no {bundle.modality}s found in {', '.join(inputs)}")
+        raise click.UsageError(why_none(inputs, bundle.modality))
     if options["shard"]:
         index, count = options["shard"]
         jobs = every[index - 1 :: count]
@@ -269,7 +290,10 @@ def command(
         scheduler=options["scheduler"],
         cluster=options["cluster"],
         gpus=gpus,
-        blocks_in_hand=_blocks_in_hand(options["device"], len(gpus) or options["workers"]),
+        blocks_in_hand=_blocks_in_hand(
+            "cpu" if options["scheduler"] or options["cluster"] else options["device"],
+            len(gpus) or options["workers"],
+        ),
         max_ram=options["max_ram"],
     )
     if options["dry_run"]:
@@ -289,12 +313,17 @@ def _gpus(options: dict[str, Any]) -> tuple[int, ...]:
     """Return which GPUs of this machine to use; none where another option says what does."""
     chosen: tuple[int, ...] | None = options["gpus"]
     elsewhere = options["scheduler"] or options["cluster"]
+    from wsi_pipeline.inference import choose_device, count_gpus
+
     if elsewhere or options["device"] not in ("auto", "cuda"):
         if chosen:
             raise click.UsageError("--gpus is for --device auto or cuda, on this machine")
+        if not elsewhere:
+            with wrong_usage():
+                choose_device(options["device"])
         return ()
-    from wsi_pipeline.inference import count_gpus
-
+    with wrong_usage():
+        choose_device(options["device"])
     count = count_gpus()
     if absent := [gpu for gpu in chosen or () if gpu >= count]:
         raise click.UsageError(
@@ -330,6 +359,7 @@ def _settings(options: dict[str, Any], named: dict[str, Any]) -> Settings:
             tissue=options["tissue"],
             roi=options["roi"],
             frame=options["frame"],
+            any_resolution=options["any_resolution"],
         ),
         predict=PredictOptions(
             **{

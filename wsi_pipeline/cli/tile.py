@@ -8,10 +8,12 @@ from pathlib import Path
 import click
 
 from wsi_pipeline.cli.options import (
+    MPP,
     inputs_argument,
     output_option,
     overwrite_option,
     select_options,
+    wrong_usage,
 )
 from wsi_pipeline.options import Frame, SelectOptions
 
@@ -21,7 +23,7 @@ from wsi_pipeline.options import Frame, SelectOptions
 @click.option(
     "--mpp",
     "target_mpp",
-    type=click.FloatRange(min=0, min_open=True),
+    type=MPP,
     required=True,
     help="Resolution to store, µm per pixel.",
 )
@@ -54,16 +56,19 @@ def command(
     """
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
-    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table
+    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table, why_none
     from wsi_pipeline.paths import name_of, without_secrets
     from wsi_pipeline.pipeline import tile
     from wsi_pipeline.store import is_patch_grid
+    from wsi_pipeline.survey import check_files
 
     if overlap >= patch_size:
         raise click.UsageError(f"--overlap {overlap} must be below --patch-size {patch_size}")
+    with wrong_usage():
+        table = read_mpp_table(mpp_table) if mpp_table else None
     slides = find_slides(inputs, output=output)
     if not slides:
-        raise click.UsageError(f"no slides found in {', '.join(inputs)}")
+        raise click.UsageError(why_none(inputs, "slide"))
     select = SelectOptions(
         mpp=mpp,
         series=series,
@@ -71,9 +76,10 @@ def command(
         roi=roi,
         frame=frame,
     )
+    with wrong_usage():
+        check_files(select)
     failed = 0
     with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
-        table = read_mpp_table(mpp_table) if mpp_table else None
         for job in plan_jobs(slides, output, table):
             target = job.folder.with_name(f"{job.folder.name}.zarr")
             if is_patch_grid(target) and not overwrite:

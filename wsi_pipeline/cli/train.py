@@ -38,7 +38,9 @@ from wsi_pipeline.cli.progress import new_bar
 @click.option(
     "--devices", type=click.IntRange(min=1), default=1, help="How many, each its own process."
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: all]")
+@click.option(
+    "--threads", type=click.IntRange(min=1, max=4096), help="CPU threads.  [default: all]"
+)
 @overwrite_option
 @click.pass_context
 def command(
