@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from wsi_pipeline.cli import COMMANDS, group
-from wsi_pipeline.cli.progress import new_bar
+from wsi_pipeline.cli.progress import Bars, new_bar
 
 ROOT = Path(__file__).parents[1]
 
@@ -347,6 +347,24 @@ def test_the_demo_makes_its_own_slide_where_there_is_no_other(tmp_path, monkeypa
     assert {"overlay.png", "annotations.geojson", "report.html"} <= {p.name for p in shown}
     run = json.loads((output / "demo slide" / "run.json").read_text("utf-8"))
     assert run["slide"]["size"] == [2048, 2048]
+
+
+def test_a_bar_tells_which_slide_it_is_and_what_comes_after_the_patches(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", written)
+    with Bars(quiet=False, unit="patches", of=3) as bars:
+        bars("a.svs", 0, 4, number=1)
+        bars("a.svs", 4, 4, number=1)
+        assert "writing" not in written.getvalue()
+        bars.tell("a.svs", "writing mask.ome.tif", number=1)
+        assert "4/4" in written.getvalue().rpartition("\r")[2]
+        assert "writing mask.ome.tif" in written.getvalue().rpartition("\r")[2]
+        bars("a.svs", 0, 5, number=2)  # of the same name in another folder
+        bars.tell("a.svs", "writing overlay.png", number=1)  # is not shown any more
+    assert "1/3 a.svs" in written.getvalue()
+    assert "2/3 a.svs" in written.getvalue()
+    assert "overlay.png" not in written.getvalue()
 
 
 @pytest.mark.parametrize(("terminal", "most"), [(True, 1000), (False, 3)])

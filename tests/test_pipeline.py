@@ -32,7 +32,7 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment, tile
+from wsi_pipeline.pipeline import segment, segment_all, tile
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
 
@@ -88,6 +88,30 @@ def test_a_pointwise_network_gives_the_same_function_of_openslides_pixels(
         for x in range(0, 2220, 256):
             assert same[y : y + 256, x : x + 256].mean() >= 0.98
     assert np.bincount(expected.ravel()).min() > 10_000  # every class is really there
+
+
+def test_all_slides_and_files_are_told_of(tmp_path, slide_path):
+    bundle = load_bundle(pointwise_bundle(tmp_path / "model", mpp=1.0))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.tif").symlink_to(slide_path)
+    jobs = plan_jobs([slide_path, tmp_path / "other" / "b.tif"], tmp_path / "out")
+    told = {job: [] for job in jobs}
+    with open_cluster(ScheduleOptions()) as client:
+        runs = segment_all(
+            jobs,
+            bundle,
+            client=client,
+            settings=Settings(select=EVERYWHERE, predict=PredictOptions(mask_mpp=1.0)),
+            progress=lambda job, done, total: told[job].append((done, total)),
+            stage=lambda job, text: told[job].append(text),
+        )
+        assert [job for job, run in runs if run.status == "done"] == jobs
+    for job in jobs:
+        files = [text.removeprefix("writing ") for text in told[job] if isinstance(text, str)]
+        assert files == ["mask.ome.zarr", "annotations.geojson", "mask.ome.tif", "overlay.png"]
+        patches = told[job][: -len(files)]
+        assert patches[0][0] == 0
+        assert patches[-1] == (6, 6)  # of 483 × 372 px
 
 
 def test_on_a_lossless_slide_every_pixel_is_right(tmp_path, slide_path, slide_pixels):

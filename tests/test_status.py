@@ -8,17 +8,21 @@ from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.grid import Block
 from wsi_pipeline.inputs import Job
+from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.report import Run, write_run_json
+from wsi_pipeline.sources import open_source
 from wsi_pipeline.status import note_jobs, read_status
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.store import RunStore, write_patch_grid
+from wsi_pipeline.survey import plan_grid
 
 
 def jobs(output, *names):
     return [Job(path=output.parent / f"{name}.svs", folder=output / name) for name in names]
 
 
-def end(output, name, *, status="done", reason="", at=1000.0, seconds=100.0):
+def end(output, name, *, status="done", reason="", at=1000.0, seconds=100.0, patches=None):
     path = output / name / "run.json"
     path.parent.mkdir()
     run = Run(
@@ -29,6 +33,7 @@ def end(output, name, *, status="done", reason="", at=1000.0, seconds=100.0):
         settings={},
         versions={},
         seconds={"total": seconds} if status == "done" else {},
+        patches={} if patches is None else {"kept": patches},
     )
     write_run_json(path, run)
     os.utime(path, (at, at))
@@ -63,6 +68,41 @@ def test_every_slide_is_counted_once(output):
     assert status.waiting == ["f", "g", "h"]
     assert status.slides_per_hour == pytest.approx(3 / 250 * 3600)
     assert status.seconds_left == pytest.approx(4 * 250 / 3)
+
+
+def begin(output, slide_path, name, *, size, predicted):
+    """Write what a process leaves of a slide that it works on: the grid, and patches by block."""
+    store = RunStore(folder=output / name)
+    select = SelectOptions(tissue="none")
+    with open_source(slide_path) as slide:
+        stored = plan_grid(slide, mpp=0.25, patch_size=(size, size), overlap=(0, 0), select=select)
+    store.grid_path.parent.mkdir(parents=True)
+    write_patch_grid(store.grid_path, stored, with_pixels=False)
+    (store.path / "blocks").mkdir()
+    for i, count in enumerate(predicted):
+        store.finish_block(Block(index=(0, i), start=(0, 0), stop=(1, 1)), {"predicted": count})
+
+
+def test_slides_weigh_by_their_patches(tmp_path, slide_path):
+    output = tmp_path / "out"
+    note_jobs(output, jobs(output, "small", "large", "none", "begun", "stopped", "unknown"))
+    end(output, "small", at=1010, seconds=10, patches=10)
+    end(output, "large", at=2000, seconds=190, patches=190)
+    end(output, "none", status="failed")
+    for name, size, predicted in (("begun", 128, (3, 7)), ("stopped", 256, (5,))):
+        begin(output, slide_path, name, size=size, predicted=predicted)
+    begun, stopped = 16 * 12, 8 * 6  # patches of 1931 × 1487 px, side by side
+    with RunStore(folder=output / "begun").claim():
+        status = read_status(output)
+    mean = (10 + 190 + begun + stopped) / 4
+    assert status.patches == round(10 + 190 + begun + stopped + 2 * mean)
+    assert status.patches_done == round(10 + 190 + mean + 10 + 5)
+    assert status.slides_per_hour == 2 / 200 * 3600
+    # a patch a second
+    assert status.seconds_left == pytest.approx(begun - 10 + stopped - 5 + mean)
+    assert status.running == {"begun": 2}
+    told = CliRunner().invoke(group, ["status", str(output)])
+    assert "patches  325 of about 660 (49%)" in told.stdout.splitlines()
 
 
 def test_nobody_at_work_no_time_left(output):

@@ -133,6 +133,7 @@ def write_outputs(finished: Finished, files: WrittenFiles) -> Run:
     ledger = {b.index: store.load_block(b) for b in finished.blocks}
     finished = replace(finished, bad=_bad_regions(finished, ledger))
     clock = Clock()
+    files.tell(store.mask_path.name)
     with writing(store.mask_path):
         mask_path = _finish_mask(store, finished)
     clock.lap("pyramid")
@@ -183,6 +184,7 @@ def write_each(
         if output not in wanted:
             continue
         path = folder / FILES[output]
+        files.tell(path.name)
         try:
             with files.staged() as stage:
                 write(stage / path.name)

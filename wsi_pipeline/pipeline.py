@@ -109,6 +109,8 @@ logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with patches done and patches in all."""
+Stage = Callable[[str], None]
+"""Called with what is done once all patches are: "writing annotations.geojson"."""
 
 DEFAULTS = Settings()
 SLIDES_AT_ONCE = 32
@@ -125,6 +127,7 @@ def segment(
     overwrite: bool = False,
     max_ram: int | None = None,
     progress: Progress | None = None,
+    stage: Stage | None = None,
 ) -> Run:
     """Segment one slide and write its run's folder; return the run.
 
@@ -139,12 +142,13 @@ def segment(
         overwrite: start anew whatever the folder holds.
         max_ram: bytes that this process may take; None = no limit.
         progress: told of patches done.
+        stage: told of what comes after them.
 
     Raises:
         WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
     """
     team = _Team(client, bundle, settings, threads=threads, overwrite=overwrite, max_ram=max_ram)
-    return team.segment(job, progress)
+    return team.segment(job, progress, stage)
 
 
 def segment_all(
@@ -157,6 +161,7 @@ def segment_all(
     overwrite: bool = False,
     max_ram: int | None = None,
     progress: Callable[[Job, int, int], None] | None = None,
+    stage: Callable[[Job, str], None] | None = None,
 ) -> Iterator[tuple[Job, Run]]:
     """Segment slides in order; yield each with its run, failed ones too.
 
@@ -174,6 +179,7 @@ def segment_all(
         overwrite: start anew whatever the folders hold.
         max_ram: bytes that this process may take; None = no limit.
         progress: told of a job and its patches done, by several threads.
+        stage: told of a job and what comes after its patches, by several threads.
 
     Raises:
         ClusterError: the cluster is lost, or cannot do the work.
@@ -187,7 +193,7 @@ def segment_all(
     team = _Team(client, bundle, settings, threads=threads, overwrite=overwrite, max_ram=max_ram)
     busy: list[Job] = []
     for last_look in (False, True):
-        for job, run in team.segment_all(busy if last_look else jobs, progress):
+        for job, run in team.segment_all(busy if last_look else jobs, progress, stage):
             if run.status == "busy" and not last_look:
                 busy.append(job)
             else:
@@ -508,7 +514,14 @@ class _Team:
         self._beginning, self._computing, self._finishing = map(threading.Semaphore, steps)
         self._stopped = threading.Event()
 
-    def segment(self, job: Job, progress: Progress | None = None, *, number: int = 0) -> Run:
+    def segment(
+        self,
+        job: Job,
+        progress: Progress | None = None,
+        stage: Stage | None = None,
+        *,
+        number: int = 0,
+    ) -> Run:
         """Segment one slide; return its run. Of several, those of a low number come first."""
         with self._beginning:
             begun = self._begin(job)
@@ -522,21 +535,31 @@ class _Team:
                         raise CancelledError
                 seconds = time.perf_counter() - start
             with self._finishing:
-                run = _finish(begun, seconds)
+                tell = stage or (lambda text: None)
+                run = _finish(begun, seconds, tell)
                 if run.status == "done":
+                    if job.target:
+                        tell("uploading")
                     run = _move_home(job, run)
                 elif job.target:
                     _note_failure(job, run)
                 return run
 
     def segment_all(
-        self, jobs: Sequence[Job], progress: Callable[[Job, int, int], None] | None
+        self,
+        jobs: Sequence[Job],
+        progress: Callable[[Job, int, int], None] | None,
+        stage: Callable[[Job, str], None] | None,
     ) -> Iterator[tuple[Job, Run]]:
         """Segment slides, several at once; yield each with its run, in order."""
         with ThreadPoolExecutor(self._at_once, "slide") as pool:
             runs = deque(
                 pool.submit(
-                    self.segment, job, partial(progress, job) if progress else None, number=number
+                    self.segment,
+                    job,
+                    partial(progress, job) if progress else None,
+                    partial(stage, job) if stage else None,
+                    number=number,
                 )
                 for number, job in enumerate(jobs)
             )
@@ -578,12 +601,12 @@ def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> BlockWork
     return open_blocks(replace(plan, threads=threads or worker_threads()), keep)
 
 
-def _finish(begun: _Begun, seconds: float) -> Run:
+def _finish(begun: _Begun, seconds: float, stage: Stage) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
     store = begun.run.plan.store
     with writing(store.folder):
-        files = WrittenFiles(store)
+        files = WrittenFiles(store, tell=lambda name: stage(f"writing {name}"))
         _drop_what_is_old(begun, files)
     if isinstance(begun.run, Finished):
         run = write_outputs(begun.run, files)

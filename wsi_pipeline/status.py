@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
 from wsi_pipeline.remote import check_listed, fetch, reaching, write_whole
 from wsi_pipeline.report import RUN_FILE, Run, find_runs
-from wsi_pipeline.store import RunStore, claim_folder
+from wsi_pipeline.store import RunStore, claim_folder, open_patch_grid
 
 JOBS_FILE = ".slides.json"
 """In an output folder: the slide of each run's folder, of all commands that wrote into it."""
@@ -20,6 +24,8 @@ PATIENCE = 60
 """Seconds to wait while other processes note their slides."""
 RECENT = 100
 """Slides from which the rate is taken."""
+SAMPLED = 50
+"""Blocks of a slide that are read to see how far it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +37,19 @@ class Status:
         running: blocks done by folder of a slide in which a process is working.
         failed: reasons by folder.
         waiting: folders of slides that are not begun, or begun by a process that has ended.
+        patches: of all slides; those that are not known yet count as the mean of the others.
+        patches_done: of slides that have ended, and of those that are begun, about.
         slides_per_hour: of the latest slides, while any process worked; None before the first.
-        seconds_left: at that rate; None unless a process is working.
+        seconds_left: of the patches that are left, at the rate of the latest; None unless a process
+            is working.
     """
 
     done: list[str]
     running: dict[str, int]
     failed: dict[str, str]
     waiting: list[str]
+    patches: int
+    patches_done: int
     slides_per_hour: float | None
     seconds_left: float | None
 
@@ -97,28 +108,60 @@ def read_status(output: Path, work: Path | None = None) -> Status:
     running = {name: len(s.blocks()) for name, s in stores.items() if s.is_claimed()}
     ended = {name: run for name, run in runs.items() if name not in running}
     waiting = [name for name in names if name not in running and name not in ended]
-    rate = _slides_per_second(output, runs)
-    left = (len(running) + len(waiting)) / rate if rate and running else None
+    known = {name: _patches(store, ended.get(name)) for name, store in stores.items()}
+    told = [n for n in known.values() if n is not None]
+    mean = sum(told) / len(told) if told else 1.0
+    patches = {name: mean if n is None else n for name, n in known.items()}
+    done = {
+        name: n if name in ended else min(_predicted(stores[name]), n)
+        for name, n in patches.items()
+    }
+    latest, worked = _latest(output, runs)
+    per_second = sum(patches[name] for name in latest) / worked if worked else 0.0
+    left = (sum(patches.values()) - sum(done.values())) / per_second if per_second else None
     return Status(
         done=[name for name, run in ended.items() if run.status == "done"],
         running=running,
         failed={name: run.reason for name, run in ended.items() if run.status == "failed"},
         waiting=waiting,
-        slides_per_hour=3600 * rate if rate else None,
-        seconds_left=left,
+        patches=round(sum(patches.values())) if told else 0,
+        patches_done=round(sum(done.values())) if told else 0,
+        slides_per_hour=3600 * len(latest) / worked if worked else None,
+        seconds_left=left if running else None,
     )
 
 
-def _slides_per_second(output: Path, runs: dict[str, Run]) -> float | None:
-    """Return the rate of the latest slides while any process worked."""
+def _patches(store: RunStore, run: Run | None) -> int | None:
+    """Return how many patches a slide has; None where nobody has looked at it yet."""
+    if run and "kept" in run.patches:
+        return run.patches["kept"]
+    try:
+        return len(open_patch_grid(store.grid_path).patches)
+    except StoreError:
+        return None
+
+
+def _predicted(store: RunStore) -> float:
+    """Return how many patches a begun slide has done, from some of its blocks."""
+    blocks = store.blocks()
+    counts = []
+    for path in blocks[:: len(blocks) // SAMPLED + 1]:
+        # written at this moment, or damaged: the run itself will say so
+        with suppress(OSError, ValueError, EOFError, KeyError, BadZipFile), np.load(path) as arrays:
+            counts.append(int(arrays["predicted"]))
+    return len(blocks) * sum(counts) / len(counts) if counts else 0.0
+
+
+def _latest(output: Path, runs: dict[str, Run]) -> tuple[list[str], float]:
+    """Return the latest slides, and the seconds for which any process worked on them."""
     spans = []
     for name, run in runs.items():
         if run.status == "done":
             end = (output / name / RUN_FILE).stat().st_mtime
-            spans.append((end, end - run.seconds["total"]))
+            spans.append((end, end - run.seconds["total"], name))
     latest = sorted(spans)[-RECENT:]
     worked, until = 0.0, float("-inf")
-    for start, end in sorted((start, end) for end, start in latest):
+    for start, end in sorted((start, end) for end, start, _ in latest):
         worked += max(end - max(start, until), 0)
         until = max(until, end)
-    return len(latest) / worked if worked else None
+    return [name for _, _, name in latest], worked

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +34,17 @@ class WrittenFiles:
     Args:
         store: the working folder of the run.
         home: folder behind a URL where the files are; None = they are where the store is.
+        tell: called with the name of each file before it is written.
     """
 
-    def __init__(self, store: RunStore, home: Path | None = None) -> None:
+    def __init__(
+        self,
+        store: RunStore,
+        home: Path | None = None,
+        *,
+        tell: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.tell = tell
         self._store, self._folder = store, home or store.folder
         self._warnings: dict[str, str] = {}
         self.placed: dict[str, str] = {}

@@ -173,8 +173,13 @@ def command(
         with wrong_usage():
             read_region(roi)
     pairings = pair_up(prediction, truth, slide=slide, size=size)
-    with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
-        found = compare_all(pairings, options, progress=bars)
+    numbers = {pairing.name: number for number, pairing in enumerate(pairings, start=1)}
+    with Bars(quiet=ctx.obj["quiet"], unit="blocks", of=len(pairings)) as bars:
+        found = compare_all(
+            pairings,
+            options,
+            progress=lambda name, done, total: bars(name, done, total, number=numbers[name]),
+        )
     described = describe(found, tolerance_px=tolerance)
     if output:
         write_evaluation(output, found, described)

@@ -41,16 +41,18 @@ class Bars:
     Args:
         quiet: draw nothing.
         unit: what is counted.
+        of: how many slides there are.
     """
 
-    def __init__(self, *, quiet: bool, unit: str) -> None:
-        self._quiet, self._unit = quiet, unit
+    def __init__(self, *, quiet: bool, unit: str, of: int = 1) -> None:
+        self._quiet, self._unit, self._of = quiet, unit, of
         self._name = ""
         self._bar: Any = None
         self._drawing = threading.RLock()
 
-    def __call__(self, name: str, done: int, total: int) -> None:
-        """Show how far `name` is, unless another is shown."""
+    def __call__(self, name: str, done: int, total: int, *, number: int = 1) -> None:
+        """Show how far `name` is, which is the slide of that number, unless another is shown."""
+        name = self._title(name, number)
         with self._drawing:
             if self._bar is None or (name != self._name and self._bar.n >= self._bar.total):
                 self.close()
@@ -60,6 +62,16 @@ class Bars:
                 )
             if name == self._name:
                 self._bar.update(done - self._bar.n)
+
+    def tell(self, name: str, text: str, *, number: int = 1) -> None:
+        """Show what is done with `name` now that nothing is counted, unless another is shown."""
+        with self._drawing:
+            if self._bar is not None and self._title(name, number) == self._name:
+                # in a file the next state of the bar has it: a line for each would be too many
+                self._bar.set_postfix_str(text, refresh=sys.stderr.isatty())
+
+    def _title(self, name: str, number: int) -> str:
+        return name if self._of == 1 else f"{number}/{self._of} {name}"
 
     def close(self) -> None:
         """End the bar."""

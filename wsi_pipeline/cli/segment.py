@@ -405,12 +405,13 @@ def _run(
 
     threads = None if schedule.scheduler or schedule.cluster else _threads(schedule)
     runs: dict[Path, Any] = {}
+    numbers = {job.folder: number for number, job in enumerate(jobs, start=1)}
     with (
         stopping(tidy, f"stopped: {GOES_ON}"),
         _bounded_memory(schedule.max_ram, tidy),
         _log_file(output),
         open_cluster(schedule) as client,
-        Bars(quiet=quiet, unit="patches") as bars,
+        Bars(quiet=quiet, unit="patches", of=len(jobs)) as bars,
         _summary(output, target) as summary,
     ):
         if not quiet and (link := dashboard_link(client)):
@@ -423,7 +424,10 @@ def _run(
             threads=threads,
             overwrite=overwrite,
             max_ram=schedule.max_ram,
-            progress=lambda job, done, total: bars(name_of(job.path), done, total),
+            progress=lambda job, done, total: bars(
+                name_of(job.path), done, total, number=numbers[job.folder]
+            ),
+            stage=lambda job, text: bars.tell(name_of(job.path), text, number=numbers[job.folder]),
         ):
             bars.close()
             runs[job.folder] = run

@@ -32,6 +32,9 @@ def command(folder: Path, work: Path | None, as_json: bool) -> None:
     click.echo(f"running  {len(status.running)}{at_work and '  ' + at_work}")
     click.echo(f"failed   {len(status.failed)}")
     click.echo(f"waiting  {len(status.waiting)}")
+    if status.patches:
+        share = status.patches_done / status.patches
+        click.echo(f"patches  {status.patches_done:,} of about {status.patches:,} ({share:.0%})")
     if status.slides_per_hour is not None:
         click.echo(f"rate     {status.slides_per_hour:.3g} slides/h")
     if status.seconds_left is not None:

@@ -79,8 +79,8 @@ def command(
     with wrong_usage():
         check_files(select)
     failed = 0
-    with Bars(quiet=ctx.obj["quiet"], unit="blocks") as bars:
-        for job in plan_jobs(slides, output, table):
+    with Bars(quiet=ctx.obj["quiet"], unit="blocks", of=len(slides)) as bars:
+        for number, job in enumerate(plan_jobs(slides, output, table), start=1):
             target = job.folder.with_name(f"{job.folder.name}.zarr")
             if is_patch_grid(target) and not overwrite:
                 click.echo(f"{target} is there already; --overwrite writes it anew", err=True)
@@ -93,7 +93,7 @@ def command(
                     patch_size=patch_size,
                     overlap=overlap,
                     select=job.select(select),
-                    progress=partial(bars, name_of(job.path)),
+                    progress=partial(bars, name_of(job.path), number=number),
                 )
             except WsiPipelineError as error:
                 reason = str(error).removeprefix(f"{job.path}: ")
