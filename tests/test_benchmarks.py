@@ -187,6 +187,7 @@ def test_trained_networks_are_compared_by_patient(tmp_path):
             fold = tmp_path / recipe / ".training" / f"without_{patient}"
             fold.mkdir(parents=True)
             counts = {"pixels": [[rest, over], [missed - shift, found + shift]], "labels": []}
+            counts |= {"images": [], "said": [], "sampled": []}
             (fold / "held_out.json").write_text(json.dumps({patient: counts}), "utf-8")
             rows = ["step,loss,held_out_dice", "20,1.5,", "40,1.25,0.5"]
             (fold / "history.csv").write_text("\n".join(rows), "utf-8")

@@ -110,6 +110,8 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ('"Tumor"', '"Tumor: invasive"', "':'"),
         ('"softmax"', '"sigmoid"', "sigmoid takes 2"),
         ("[output]", '[output]\nlabels = ["Benign"]', "two names or more"),
+        ("[output]", "[output]\ntemperature = 0", "output.temperature is 0; expected a number"),
+        ("[output]", '[output]\ntemperature = "hot"', "output.temperature is 'hot'; expected"),
         ("[output]", '[output]\nlabels = "Benign"', "two names or more"),
         ("[output]", '[output]\nlabels = ["Benign", "Benign"]', "same name"),
         ("[output]", '[output]\nlabels = ["Benign", ""]', "is empty"),
@@ -187,8 +189,10 @@ def test_labels_are_names(folder: Path) -> None:
 def test_what_is_written_reads_back_the_same(
     folder: Path, changes: tuple[tuple[str, str], ...]
 ) -> None:
-    change_all(folder, (*changes, ("[output]", '[output]\nlabels = ["No", "Yes, \\"maybe\\""]')))
+    told = '[output]\ntemperature = 1.25\nlabels = ["No", "Yes, \\"maybe\\""]'
+    change_all(folder, (*changes, ("[output]", told)))
     bundle = load_bundle(folder)
+    assert bundle.temperature == 1.25
     (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
     assert load_bundle(folder) == bundle
     (folder / "model.toml").write_text(bundle_toml(bundle, weights=None), "utf-8")

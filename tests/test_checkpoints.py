@@ -449,6 +449,32 @@ def test_torchvisions_mobilenet_becomes_a_start_for_training(tmp_path: Path) -> 
             assert torch.equal(loaded[name.removeprefix("features.")], tensor), name
 
 
+def test_a_mobilenet_with_the_names_of_old_becomes_the_same_start(tmp_path: Path) -> None:
+    state = tensors(encoder_shapes("features."))
+    renamed = {}
+    for name, tensor in state.items():
+        stage, _, layer = name.removeprefix("features.").partition(".")
+        if layer.startswith("conv."):
+            # all layers in one row, each activation one of them
+            now = (
+                ["0.0", "0.1", "1", "2"] if stage == "1" else ["0.0", "0.1", "1.0", "1.1", "2", "3"]
+            )
+            place, _, what = layer.removeprefix("conv.").rpartition(".")
+            layer = f"conv.{(0, 1, 3, 4, 6, 7)[now.index(place)]}.{what}"
+        renamed[f"features.{stage}.{layer}"] = tensor
+    assert len(renamed) == len(state)
+    assert not renamed.keys() >= state.keys()
+    path = saved(tmp_path / "bottleneck.pt", renamed)
+    kind, written = import_encoder(path, tmp_path / "encoder")
+    assert kind.name == "MobileNetV2"
+    for source in (written, path):
+        features = mobilenet_v2_features()
+        load_imagenet(features, source)
+        for name, tensor in features.state_dict().items():
+            if "tracked" not in name:
+                assert torch.equal(tensor, state[f"features.{name}"]), name
+
+
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder."])
 def test_resnet18_becomes_one_too(tmp_path: Path, prefix: str) -> None:
     torch.manual_seed(0)

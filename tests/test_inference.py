@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import wait
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ def test_inputs_are_scaled_then_normalised(tmp_path):
     with torch.inference_mode():
         expected = build(bundle).module(((x - mean) / std)[None]).softmax(1)[0]
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_logits_are_divided_by_the_temperature(tmp_path):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128))
+    plain, soft = (
+        next(Predictor(replace(bundle, temperature=t), device="cpu").predict(REGION, ORIGINS))
+        for t in (1.0, 2.5)
+    )
+    torch.testing.assert_close(soft, (plain.log() / 2.5).softmax(0), atol=1e-4, rtol=0)
 
 
 def predicted(bundle, origins, **options):

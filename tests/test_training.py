@@ -33,13 +33,35 @@ from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.training.augment import augment, blur, empty_glass, vary_contrast, vary_stain
+from wsi_pipeline.training.augment import (
+    augment,
+    blur,
+    borrow_colours,
+    compress,
+    empty_glass,
+    vary_contrast,
+    vary_stain,
+)
+from wsi_pipeline.training.calibrate import (
+    calibration_error,
+    fit_temperature,
+    left_out_temperatures,
+)
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
-from wsi_pipeline.training.measure import Judged, accuracy, mean_dice, measure, predict, scores_of
+from wsi_pipeline.training.measure import (
+    Judged,
+    accuracy,
+    chances,
+    decided,
+    mean_dice,
+    measure,
+    predict,
+    scores_of,
+)
 from wsi_pipeline.training.recipe import AugmentSpec, Recipe, SplitSpec, load_recipe
-from wsi_pipeline.training.samples import IGNORE, Cache, Sample, load_samples
+from wsi_pipeline.training.samples import IGNORE, UNLABELLED, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
 from wsi_pipeline.training.write import Trained, model_card, write_bundle, write_history
 
@@ -220,6 +242,38 @@ def test_a_recipe_holds_what_its_file_says(recipe: Recipe) -> None:
         ('activation = "sigmoid"', 'activation = "relu"', "relu"),
         ('notes = "Two', 'note = "Two', "unknown"),
         ("[train]", "[augment]\nscale = 0.5\n[train]", "scale must be at least 1"),
+        ("steps = 3", "encoder_rate = -1", "encoder_rate is -1; expected 0 or more"),
+        ('patient = "A"', 'columns = { patient = "p" }', "'table' and 'columns' come together"),
+        (
+            'patient = "A"',
+            'table = "t.csv"\ncolumns = { fold = "f" }',
+            "lacks 'patient' or 'patients'",
+        ),
+        (
+            'patient = "A"',
+            'patient = "A"\ntable = "t.csv"\ncolumns = { patient = "p" }',
+            "columns.patient besides",
+        ),
+        (
+            'patient = "A"',
+            'patient = "A"\ntable = "t.csv"\ncolumns = { folds = "f" }',
+            r"columns has \['folds'\]",
+        ),
+        (
+            'patient = "A"',
+            'patient = "A"\nfold = "1"\ntable = "t.csv"\ncolumns = { fold = "f" }',
+            "has 'fold' and columns.fold",
+        ),
+        (
+            'patient = "A"',
+            'patient = "A"\ntable = "t.csv"\ncolumns = { label = "l" }',
+            "has columns.label, the bundle has no labels",
+        ),
+        ('patient = "A"', 'patient = "A"\nunlabelled = ["normal"]', "is for columns.label"),
+        ('masks = "A/masks"', 'masks = "A/masks"\nempty = true', "or 'empty' besides"),
+        ('masks = "A/masks"', "empty = true", "lacks 'classes', or has them and 'empty'"),
+        ("classes = { Tumor = [1, 7] }", "", "lacks 'classes'"),
+        ("[255] }", '[255] }\nfold = "1"\n[split]\nfolds = 2', "which the data have of their own"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_reason(
@@ -278,6 +332,72 @@ def test_a_missing_file_is_named(folder: Path, recipe: Recipe, missing: str) -> 
     (folder / missing).unlink()
     with pytest.raises(RecipeError, match=missing.rsplit("/", 1)[-1]):
         load(recipe, folder)
+
+
+def tabled(folder: Path, recipe: Recipe, rows: str, **values: Any) -> Recipe:
+    """Return the recipe with what a table says of the images in A, and two labels."""
+    (folder / "A/table.csv").write_text(f"file,who,kind,part\n{rows}", "utf-8")
+    columns = {"patient": "who", "label": "kind", "fold": "part"}
+    entry = {"patient": None, "table": "A/table.csv", "columns": columns, "unlabelled": ("normal",)}
+    bundle = dataclasses.replace(recipe.bundle, labels=("Benign", "Malignant"))
+    data = dataclasses.replace(recipe.data[0], **(entry | values))
+    return dataclasses.replace(recipe, bundle=bundle, data=(data,))
+
+
+def test_a_table_tells_patients_labels_and_folds(folder: Path, recipe: Recipe) -> None:
+    rows = "y.png,Q,normal,2\nx.png,P,malignant,1\nunknown.png,R,benign,3\n"
+    found = load(tabled(folder, recipe, rows), folder)
+    told = [(s.name, s.patient, s.label, s.fold) for s in found]
+    assert told == [("x.png", "P", 1, "1"), ("y.png", "Q", UNLABELLED, "2")]
+    splits = split_all(found)
+    assert [(s.name, [t.name for t in s.test]) for s in splits] == [
+        ("1", ["x.png"]),
+        ("2", ["y.png"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("x.png,P,benign,1\n", r"table\.csv has no row for y\.png"),
+        ("x.png,P,benign,1\nx.png,P,benign,1\n", "'file' names an image twice"),
+        ("x.png,P,odd,1\ny.png,P,benign,1\n", r"x\.png 'odd'; .* \['Benign', 'Malignant'\]"),
+        ("x.png,,benign,1\ny.png,P,benign,1\n", r"no patient of x\.png"),
+    ],
+)
+def test_a_table_that_does_not_tell_is_refused(
+    folder: Path, recipe: Recipe, rows: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load(tabled(folder, recipe, rows), folder)
+
+
+def test_a_table_that_is_none_is_refused(folder: Path, recipe: Recipe) -> None:
+    made = tabled(folder, recipe, "x.png,P,benign,1\ny.png,P,benign,1\n")
+    for values, message in (
+        ({"table": "A/x.png"}, r"cannot read the table .*x\.png"),
+        ({"table": "none.csv"}, r"cannot read the table .*none\.csv"),
+        ({"columns": {"patient": "whom"}}, r"no column \['whom'\]; there are \['file', 'who'"),
+        ({"columns": {"patient": "who", "image": "name"}}, r"no column \['name'\]"),
+    ):
+        (data,) = made.data
+        other = dataclasses.replace(data, **({"unlabelled": ()} | values))
+        with pytest.raises(RecipeError, match=message):
+            load(dataclasses.replace(made, data=(other,)), folder)
+
+
+def test_a_patient_of_two_folds_is_refused(samples: list[Sample]) -> None:
+    x, y, other = samples  # the first two are of one patient
+    with pytest.raises(RecipeError, match=r"several folds, or some in none: \['A'\]"):
+        split_all([dataclasses.replace(x, fold="1"), y, other])
+
+
+def test_who_has_no_fold_is_never_held_out(samples: list[Sample]) -> None:
+    x, y, other = samples
+    (split,) = split_all([x, y, dataclasses.replace(other, fold="late")])
+    assert (split.name, split.test[0].patient, len(split.train)) == ("late", "B", 2)
+    with pytest.raises(RecipeError, match=r"no fold \['A'\] to hold out; there are \['late'\]"):
+        plan_splits([x, dataclasses.replace(other, fold="late")], SplitSpec(), seed=1, wanted="A")
 
 
 def drawn(sampler: Sampler, count: int = 2000) -> list[tuple[str, int]]:
@@ -465,6 +585,21 @@ def slide_recipe(folder: Path, name: str) -> Recipe:
     write_drawn(folder / "truth.geojson")
     (folder / "slide.toml").write_text(head + SLIDE_DATA.replace("SLIDE", name), "utf-8")
     return load_recipe(folder / "slide.toml")
+
+
+def test_a_slide_without_any_class_is_background_all_over(tmp_path: Path, slide_path: Path) -> None:
+    (tmp_path / "slide.tif").symlink_to(slide_path)
+    recipe = slide_recipe(tmp_path, "slide.tif")
+    data = dataclasses.replace(
+        recipe.data[0], annotations=None, empty=True, classes={}, background=()
+    )
+    with ExitStack() as closing:
+        (sample,) = load_samples(dataclasses.replace(recipe, data=(data,)), tmp_path, closing)
+        assert not survey(sample, 2).totals[1]
+        assert survey(sample, 2).totals[0] == math.prod(sample.shape)
+        judged = measure(Darkness(), recipe.bundle, [sample])["S"]
+    assert judged.pixels.confusion.sum() == math.prod(sample.shape)
+    assert not judged.pixels.confusion[1].any()
 
 
 @pytest.mark.parametrize("kind", ["slide", "patch grid"])
@@ -724,6 +859,39 @@ def test_glass_is_background_and_white_and_elsewhere_nothing_changes() -> None:
     assert torch.equal(same, truths)
 
 
+def test_borrowed_colours_are_those_of_another_crop() -> None:
+    dark = torch.rand(2, 3, 32, 32, generator=seeded()) * 0.2
+    images = dark + torch.tensor([[0.5, 0.3, 0.4], [0.3, 0.5, 0.2]])[:, :, None, None]
+    given = borrow_colours(images, 1.0, seeded(1))
+    own, lent = (-x.log() for x in (images, given))
+    lender = torch.randint(2, (2,), generator=seeded(1)).tolist()
+    assert sorted(lender) != [0, 1]  # one borrows of the other, which keeps its own
+    for i, j in enumerate(lender):
+        torch.testing.assert_close(lent[i].mean((1, 2)), own[j].mean((1, 2)), atol=0.01, rtol=0)
+        torch.testing.assert_close(lent[i].std((1, 2)), own[j].std((1, 2)), atol=0.01, rtol=0)
+        # what is where it is stays there
+        for a, b in zip(own[i].flatten(1), lent[i].flatten(1), strict=True):
+            assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.999
+    glass = torch.ones(2, 3, 32, 32)
+    assert torch.equal(borrow_colours(glass, 1.0, seeded()), glass)
+
+
+def test_some_crops_are_compressed_once_more() -> None:
+    images = torch.rand(40, 3, 32, 32, generator=seeded())
+    found = compress(images, 0.5, seeded(3))
+    loss = (found - images).abs().mean((1, 2, 3))
+    untouched = int((loss == 0).sum())
+    assert 10 < untouched < 30
+    # noise is what JPEG keeps least of, but of its mean
+    assert float(loss[loss > 0].min()) > 0.02
+    assert float((found.mean((1, 2, 3)) - images.mean((1, 2, 3))).abs().max()) < 0.03
+    spec = dataclasses.replace(QUIET, jpeg=1.0)
+    deep, _ = augment(
+        images[:, :1] * 3, torch.zeros(40, 32, 32), spec, seeded(), bounded=False, stained=False
+    )
+    torch.testing.assert_close(deep, images[:, :1] * 3)
+
+
 # -- losses -----------------------------------------------------------------------------------
 
 
@@ -779,6 +947,16 @@ def test_deep_supervision_sums_its_maps_and_labels_are_weighed() -> None:
     loss = network_loss(said, truth, labels, "sigmoid", label_weight=0.3)
     torch.testing.assert_close(loss, one + 0.3 * entropy)
     torch.testing.assert_close(network_loss(said, truth, None, "sigmoid"), one)
+
+
+def test_images_without_a_label_do_not_move_the_loss_of_labels() -> None:
+    truth = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    said = {"mask": torch.zeros(2, 1, 8, 8), "label": torch.tensor([[0.0, 2.0], [1.0, 0.0]])}
+    plain = network_loss(said, truth, None, "sigmoid")
+    one = network_loss(said, truth, torch.tensor([1, UNLABELLED]), "sigmoid")
+    torch.testing.assert_close(one - plain, torch.tensor(math.log(1 + math.exp(-2))))
+    none = network_loss(said, truth, torch.tensor([UNLABELLED] * 2), "sigmoid")
+    torch.testing.assert_close(none, plain)
 
 
 def test_volumes_have_the_same_loss_as_their_slices() -> None:
@@ -926,6 +1104,74 @@ def test_labels_are_judged_patch_by_patch(saying: Recipe) -> None:
     assert accuracy(judged) == pytest.approx(2 / 5)
 
 
+def test_images_without_a_label_are_not_judged_by_it(saying: Recipe) -> None:
+    dark = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    sample = make_sample("A", dark, torch.zeros(64, 64, dtype=torch.uint8))
+    without = dataclasses.replace(sample, label=UNLABELLED)
+    judged = measure(Gloomy(), saying.bundle, [without])["A"]
+    assert not judged.labels.any()
+    assert len(judged.said) == 0
+    assert judged.pixels.confusion.tolist() == [[0, 64 * 64], [0, 0]]
+
+
+def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sample]) -> None:
+    nothing = Judged.empty(saying.bundle)
+    images = {
+        "A": [[[60, 10], [10, 20]], [[80, 0], [10, 10]], [[100, 0], [0, 0]]],
+        "B": [[[90, 10], [0, 0]]],
+    }
+    said = {"A": [[1, 0.3, 0.7], [0, 0.6, 0.4]], "B": [[0, 0.2, 0.8]]}
+    judged = {
+        patient: dataclasses.replace(
+            nothing,
+            pixels=Tally(confusion=np.sum(counts, axis=0), borders=np.zeros((2, 4), np.int64)),
+            images=tuple((str(i), np.array(c)) for i, c in enumerate(counts)),
+            said=np.array(said[patient]),
+            labels=np.array([[1, 0], [0, 1]]),
+        )
+        for patient, counts in images.items()
+    }
+    bundle = dataclasses.replace(
+        saying.bundle,
+        modality="image",
+        input=dataclasses.replace(saying.bundle.input, mpp=None, fit=(64, 64)),
+    )
+    trained = Trained(samples=samples, surveys=learner(samples).surveys, judged=judged)
+    card = model_card(dataclasses.replace(saying, bundle=bundle), trained)
+    # 2 · 20 / (30 + 30) and 2 · 10 / (10 + 20); B shows none, so every draw with A has the same
+    assert "- Tumor: Dice 0.667 (0.667 to 0.667), IoU 0.500 (0.500 to 0.500)" in card
+    assert "- 2 images show no Tumor; in a share of 0.500 (0.000 to 1.000) some is found" in card
+    # 0.7 is above 0.4, not above 0.8
+    assert "Area under the curve of Malignant: 0.500 (" in card
+    assert "| B | Tumor | | | 0 | 0.100 | |" in card
+
+
+def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Recipe) -> None:
+    rng = np.random.default_rng(0)
+    true_logits = rng.normal(0, 1.5, (2, 20_000))
+    nothing = Judged.empty(recipe.bundle)
+    patients = []
+    for logits in true_logits:
+        truth = rng.random(len(logits)) < 1 / (1 + np.exp(-logits))
+        said = 2.5 * logits  # two and a half times too sure
+        logs = [-np.logaddexp(0, said), -np.logaddexp(0, -said)]
+        patients.append(dataclasses.replace(nothing, sampled=np.stack([truth, *logs], axis=1)))
+    assert fit_temperature(patients) == pytest.approx(2.5, rel=0.05)
+    assert calibration_error(patients, [1.0, 1.0]) > 0.08
+    assert calibration_error(patients, left_out_temperatures(patients)) < 0.01
+    assert fit_temperature([nothing]) == 1
+
+
+def test_a_temperature_softens_probabilities_and_no_mask(recipe: Recipe) -> None:
+    image = torch.randint(0, 256, (3, 64, 64), generator=seeded()).to(torch.uint8)
+    soft = dataclasses.replace(recipe.bundle, temperature=20.0)
+    plain, softened = (chances(Darkness(), b, image) for b in (recipe.bundle, soft))
+    logits = -50 * ((image.float() / 255).mean(0, keepdim=True) - 0.5) / 0.25
+    torch.testing.assert_close(plain, logits.sigmoid())
+    torch.testing.assert_close(softened, (logits / 20).sigmoid())
+    assert torch.equal(decided(plain), decided(softened))
+
+
 def test_a_card_says_how_often_labels_are_right(saying: Recipe, samples: list[Sample]) -> None:
     nothing = Judged.empty(saying.bundle)
     judged = {
@@ -1059,6 +1305,25 @@ def test_history_tells_how_often_labels_are_right(
     assert float(row["validation_accuracy"]) == accuracy(judged)
 
 
+def test_the_encoder_has_a_learning_rate_of_its_own(recipe: Recipe, samples: list[Sample]) -> None:
+    bundle = dataclasses.replace(
+        recipe.bundle, network="lightmuseg", network_options={"classes": 1}
+    )
+    slow = changed(
+        dataclasses.replace(recipe, bundle=bundle), steps=2, encoder_rate=0.0, average=0.0
+    )
+    for schedule in ("one-cycle", "cosine", "constant"):
+        fitted = fit(changed(slow, schedule=schedule), learner(samples[:1])).network
+        torch.manual_seed(slow.train.seed)
+        start = dict(create(bundle).named_parameters())
+        moved = {
+            name.startswith("encoder.")
+            for name, tensor in fitted.named_parameters()
+            if not torch.equal(tensor, start[name])
+        }
+        assert moved == {False}, schedule
+
+
 def test_parts_of_a_batch_make_one_step_like_the_whole(recipe: Recipe) -> None:
     images = torch.rand(6, 3, 8, 8, generator=seeded())
     truths = torch.randint(0, 2, (6, 8, 8), generator=seeded(1)).to(torch.uint8)
@@ -1164,7 +1429,9 @@ def test_a_written_bundle_loads_and_predicts_the_same(
         "model.toml",
     ]
     bundle = load_bundle(folder / "bundle")
-    assert dataclasses.replace(bundle, path=recipe.bundle.path, weights_path=None) == recipe.bundle
+    assert bundle.temperature == pytest.approx(fit_temperature([*judged.values()]), abs=1e-3)
+    told = {"path": recipe.bundle.path, "weights_path": None, "temperature": 1.0}
+    assert dataclasses.replace(bundle, **told) == recipe.bundle
     stored = load_file(bundle.weights_path)
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float16}
     image = torch.rand(1, 3, 64, 64, generator=seeded())
@@ -1242,6 +1509,23 @@ def test_the_command_measures_by_patient_and_writes_a_bundle(folder: Path) -> No
     assert "holds a training by another recipe, or on other data" in said
     run_train(folder, "--folds", "none", "--overwrite")
     assert (folder / "bundle/model.safetensors").read_bytes() != before
+
+
+def test_held_out_images_are_drawn_beside_where_their_masks_disagree(folder: Path) -> None:
+    run_train(folder, "--folds", "A")
+    pictures = sorted((folder / "bundle/cases").iterdir())
+    assert [p.name.split()[0] for p in pictures] == ["best", "median", "worst"]
+    scores = {p.name.split()[0]: float(p.name.split()[1]) for p in pictures}
+    assert scores["worst"] <= scores["median"] <= scores["best"]
+    sides = {"x.png.png": 100, "y.png.png": 90}
+    assert {p.name.split()[2] for p in pictures} == sides.keys()
+    for path in pictures:
+        with Image.open(path) as picture:
+            side = sides[path.name.split()[2]]
+            assert picture.size == (2 * side, side)
+            # where the masks agree it is white or green, and elsewhere red or blue
+            found = {c for _, c in picture.crop((side, 0, 2 * side, side)).getcolors()}
+        assert found <= {(255, 255, 255), (150, 190, 150), (215, 48, 39), (69, 117, 180)}
 
 
 def test_each_fold_has_the_curve_of_its_held_out_patient(folder: Path) -> None:
@@ -1354,6 +1638,24 @@ def test_baselines_are_trained_identically(name: str, baseline: str) -> None:
     assert dataclasses.replace(ours.train, encoder=None) == dataclasses.replace(
         other.train, encoder=None
     )
+
+
+def test_the_recipe_with_normal_tissue_holds_it_out_with_patients(data_dir: Path) -> None:
+    recipe = load_recipe(ROOT / "workflows" / "train" / "bcss-tumor.toml")
+    if not (data_dir / "he_other/negatives_crc").is_dir():
+        pytest.skip("no normal tissue in the real data")
+    with ExitStack() as closing:
+        samples = load_samples(recipe, data_dir, closing)
+        surveys = {s: survey(s, 2) for s in samples}
+        without = {s.patient for s in samples if surveys[s].totals[1]}
+        assert {s.patient for s in samples} - without == NORMAL
+        for split in plan_splits(samples, recipe.split, seed=0):
+            held_out = {s.patient for s in split.test}
+            assert len(held_out - NORMAL) == 1
+            assert len(held_out & NORMAL) == (split.name != "5")
+
+
+NORMAL = {"normal breast", "lymph node", "colon", "skin"}
 
 
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ class Bundle:
         activation: what turns logits into probabilities.
         classes: in the mask's order; 0 is the background.
         labels: names of what the network says of a whole patch, in its order; empty where nothing.
+        temperature: that the mask's logits are divided by, so that probabilities are as often right
+            as they say.
     """
 
     path: Path
@@ -132,6 +134,7 @@ class Bundle:
     activation: Activation
     classes: tuple[ClassInfo, ...]
     labels: tuple[str, ...] = ()
+    temperature: float = 1.0
 
     @property
     def mpp(self) -> float:
@@ -264,6 +267,8 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
     ]
     if bundle.labels:
         output["labels"] = list(bundle.labels)
+    if bundle.temperature != 1:
+        output["temperature"] = bundle.temperature
     return {
         "name": bundle.name,
         "modality": bundle.modality,
@@ -282,9 +287,12 @@ def _parse(table: Mapping[str, Any], path: Path, *, fetch: bool) -> Bundle:
     if (modality := table["modality"]) not in get_args(Modality):
         raise ValueError(f"modality {modality!r} is none of {get_args(Modality)}")
     output = _subtable(table["output"], "output")
-    _know(output, ("activation", "classes", "labels"), "output.")
+    _know(output, ("activation", "classes", "labels", "temperature"), "output.")
     if (activation := output["activation"]) not in get_args(Activation):
         raise ValueError(f"output.activation {activation!r} is none of {get_args(Activation)}")
+    temperature = output.get("temperature", 1.0)
+    if not _are_reals((temperature,), 1, above=0):
+        raise ValueError(f"output.temperature is {temperature!r}; expected a number above 0")
     weights_path, origin = _weights(table.get("weights"), path.parent, fetch=fetch)
     return Bundle(
         path=path.parent,
@@ -298,6 +306,7 @@ def _parse(table: Mapping[str, Any], path: Path, *, fetch: bool) -> Bundle:
         activation=activation,
         classes=_classes(output["classes"], activation),
         labels=_labels(output.get("labels", [])),
+        temperature=float(temperature),
     )
 
 

@@ -240,6 +240,8 @@ class Predictor:
         answer = output if isinstance(output, dict) else {"mask": output}
         expected = (len(inputs), self.channels, *self._bundle.input.patch_size)
         logits = self._checked(answer["mask"], expected)
+        if self._bundle.temperature != 1:
+            logits = logits / self._bundle.temperature
         mask = logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
         if not self._bundle.labels:
             return mask, None

@@ -26,7 +26,7 @@ from wsi_pipeline.bundle import (
 )
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
-from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features
+from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features, present_names
 from wsi_pipeline.networks.folder import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
 from wsi_pipeline.networks.weights import kept_state, load_state, read_state
 
@@ -308,7 +308,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
 def _encoder_state(state: Mapping[str, Tensor], kind: EncoderKind) -> dict[str, Tensor]:
     return {
         name.removeprefix(kind.prefix): tensor
-        for name, tensor in state.items()
+        for name, tensor in present_names(state).items()
         if not name.startswith(kind.classifier)
     }
 

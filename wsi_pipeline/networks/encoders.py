@@ -7,6 +7,7 @@ The published files are `mobilenet_v2-b0353104.pth`, which LightMuSeg's authors 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlparse
@@ -29,6 +30,11 @@ MOBILENET_V2 = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
+# layers of a block that has no expansion, and of one that has
+OLDER_ROWS = {
+    "0134": {"0": "0.0", "1": "0.1", "3": "1", "4": "2"},
+    "013467": {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"},
+}
 # He et al., "Deep Residual Learning for Image Recognition", table 1: channels, first stride
 RESNET18 = ((64, 1), (128, 2), (256, 2), (512, 2))
 
@@ -174,13 +180,35 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
         BundleError: no such file, another digest, or other tensors.
     """
     path = _checked_file(str(location), sha256)
-    state = read_state(path)
+    state = present_names(read_state(path))
     # torchvision's MobileNetV2 is features and classifier, its ResNet has no such parts
     module = nn.ModuleDict({"features": encoder}) if isinstance(encoder, nn.Sequential) else encoder
     stem, weight = next((n, p) for n, p in module.named_parameters() if p.ndim == 4)
     if weight.shape[1] == 1 and stem in state and state[stem].ndim == 4:
         state[stem] = state[stem].sum(1, keepdim=True)
     load_state(module, state, path=path, unused=("classifier.", "fc."))
+
+
+def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with the names that MobileNetV2's blocks have in torchvision today.
+
+    Up to its version 0.2, and in the implementations that it came from, a block was one row of
+    layers, its activations counted.
+
+    Example:
+        >>> list(present_names({f"1.conv.{i}.weight": Tensor() for i in (0, 1, 3, 4)}))
+        ['1.conv.0.0.weight', '1.conv.0.1.weight', '1.conv.1.weight', '1.conv.2.weight']
+    """
+    layers = {name: re.fullmatch(r"(.*\d\.conv)\.(\d)\.(\w+)", name) for name in state}
+    blocks: dict[str, set[str]] = {}
+    for found in filter(None, layers.values()):
+        blocks.setdefault(found[1], set()).add(found[2])
+    renamed = {}
+    for name, tensor in state.items():
+        found = layers[name]
+        row = OLDER_ROWS.get("".join(sorted(blocks[found[1]]))) if found else None
+        renamed[f"{found[1]}.{row[found[2]]}.{found[3]}" if found and row else name] = tensor
+    return renamed
 
 
 def _checked_file(location: str, sha256: str | None) -> Path:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional
 
@@ -13,6 +16,8 @@ from wsi_pipeline.training.recipe import AugmentSpec
 # optical density of haematoxylin, eosin and DAB in red, green, blue: Ruifrok and Johnston 2001
 STAINS = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 DARKEST = 1 / 255
+TISSUE = 0.15
+"""Mean optical density from which a pixel is tissue; glass and fat have less."""
 
 
 def augment(
@@ -37,18 +42,46 @@ def augment(
     limits = (0.0, 1.0) if bounded else (-math.inf, math.inf)
     if stained:
         images, truths = empty_glass(images, truths, spec.glass, generator)
+        images = borrow_colours(images, spec.borrow, generator)
         images = vary_stain(images, spec, generator)
     images = vary_contrast(images, spec.contrast, generator).clamp(*limits)
     if images.ndim == 4:
         images = blur(images, spec.blur, generator)
     level = spec.noise * torch.rand(_one_each(images), generator=generator)
     images = images + level * torch.randn(images.shape, generator=generator)
-    return images.clamp(*limits), truths
+    images = images.clamp(*limits)
+    return (compress(images, spec.jpeg, generator) if bounded else images), truths
 
 
 def _one_each(images: Tensor) -> tuple[int, ...]:
     """Return the shape of one number for each image."""
     return len(images), *(1,) * (images.ndim - 1)
+
+
+def borrow_colours(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Give some images the colours of another of them; return the images.
+
+    Where one source has tumours and another has none, its colours must not tell which.
+    """
+    if share == 0:
+        return images
+    density = -images.clamp_min(DARKEST).log()
+    tissue = (density.mean(1, keepdim=True) > TISSUE).float()
+    count = tissue.sum((2, 3), keepdim=True)
+    mean = (density * tissue).sum((2, 3), keepdim=True) / count.clamp_min(1)
+    spread = (
+        ((density - mean) ** 2 * tissue).sum((2, 3), keepdim=True) / count.clamp_min(1)
+    ).sqrt()
+    lender = torch.randint(len(images), (len(images),), generator=generator)
+    wanted = torch.rand(len(images), generator=generator) < share
+    # what is nearly all glass or fat has no colours to give or to take
+    enough = count.flatten() > 0.05 * tissue[0].numel()
+    wanted &= enough & enough[lender]
+    gain = (spread[lender] / spread.clamp_min(0.02)).clamp(0.4, 2.5)
+    taken = (density - mean) * gain + mean[lender]
+    # what is bright stays bright
+    taken = torch.where(tissue > 0, taken, density)
+    return torch.where(wanted[:, None, None, None], (-taken).exp().clamp(0, 1), images)
 
 
 def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tensor:
@@ -89,6 +122,26 @@ def blur(images: Tensor, largest: float, generator: Generator) -> Tensor:
     padded = functional.pad(images, (4, 4, 4, 4), mode="reflect")
     rows = functional.conv2d(padded, taps, groups=channels)
     return functional.conv2d(rows, taps.transpose(2, 3), groups=channels)
+
+
+def compress(images: Tensor, share: float, generator: Generator) -> Tensor:
+    """Pass some images through JPEG of a random quality; return the images.
+
+    Pictures of different sources are compressed differently, which must not tell them apart.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or share == 0:
+        return images
+    chosen, qualities = torch.rand(2, len(images), generator=generator)
+    images = images.clone()
+    for i in (chosen < share).nonzero()[:, 0].tolist():
+        pixels = (images[i].movedim(0, -1) * 255).round().to(torch.uint8).numpy()
+        buffer = io.BytesIO()
+        picture = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+        picture.save(buffer, "JPEG", quality=30 + int(66 * float(qualities[i])))
+        with Image.open(buffer) as opened:
+            found = np.asarray(opened, np.float32).reshape(pixels.shape) / 255
+        images[i] = torch.from_numpy(found).movedim(-1, 0)
+    return images
 
 
 def empty_glass(

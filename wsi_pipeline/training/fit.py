@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
@@ -422,23 +423,41 @@ def _start_from_imagenet(network: nn.Module, location: str, data_dir: Path) -> N
 
 
 def _optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Return the optimiser: kernels decay; biases and norms, which have one axis, do not."""
+    """Return the optimiser: kernels decay; biases and norms, which have one axis, do not.
+
+    The encoder's have a learning rate of their own.
+    """
+    encoder = spec.learning_rate * spec.encoder_rate
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in network.parameters() if p.ndim > 1]},
-        {"params": [p for p in network.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [
+                p
+                for name, p in network.named_parameters()
+                if (p.ndim > 1) == is_kernel and name.startswith("encoder.") == is_encoder
+            ],
+            "lr": encoder if is_encoder else spec.learning_rate,
+            "weight_decay": spec.weight_decay if is_kernel else 0.0,
+        }
+        for is_encoder in (False, True)
+        for is_kernel in (True, False)
     ]
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=spec.learning_rate, weight_decay=spec.weight_decay)
+    return kind([group for group in groups if group["params"]])
 
 
 def _schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec) -> lr_scheduler.LRScheduler:
     match spec.schedule:
         case "one-cycle":
             return lr_scheduler.OneCycleLR(
-                optimizer, spec.learning_rate, total_steps=spec.steps, pct_start=spec.warm_up
+                optimizer,
+                [group["lr"] for group in optimizer.param_groups],
+                total_steps=spec.steps,
+                pct_start=spec.warm_up,
             )
         case "cosine":
-            return lr_scheduler.CosineAnnealingLR(optimizer, spec.steps, spec.learning_rate / 100)
+            return lr_scheduler.LambdaLR(
+                optimizer, lambda step: 0.505 + 0.495 * math.cos(math.pi * step / spec.steps)
+            )
         case "polynomial":
             return lr_scheduler.PolynomialLR(optimizer, spec.steps, power=0.9)
     return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from wsi_pipeline.bundle import Activation
 from wsi_pipeline.evaluation.metrics import IGNORE
 from wsi_pipeline.training.recipe import Loss
+from wsi_pipeline.training.samples import UNLABELLED
 
 Said = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Logits of the mask; several for deep supervision; or `mask` and `label`."""
@@ -30,7 +31,8 @@ def network_loss(
     Args:
         said: by the network.
         truth: (N, *sides) uint8 class index, or IGNORE.
-        labels: (N,) int64 index of what is to be said of the whole patch, or None.
+        labels: (N,) int64 index of what is to be said of the whole patch, or `UNLABELLED`; None =
+            nothing is to be said of any.
         activation: "sigmoid" for one logit, "softmax" for one a class.
         kind: of the mask's loss.
         label_weight: of the cross-entropy of the labels.
@@ -39,7 +41,8 @@ def network_loss(
         loss = segmentation_loss(said["mask"], truth, activation, kind=kind)
         if labels is None:
             return loss
-        return loss + label_weight * functional.cross_entropy(said["label"].float(), labels)
+        entropy = functional.cross_entropy(said["label"].float(), labels, reduction="sum")
+        return loss + label_weight * entropy / (labels != UNLABELLED).sum().clamp_min(1)
     maps = [said] if isinstance(said, Tensor) else said
     losses = [segmentation_loss(logits, truth, activation, kind=kind) for logits in maps]
     return torch.stack(losses).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -42,6 +42,7 @@ class TrainSpec:
         average: decay of the moving average of the weights, which is what is kept.
         encoder: file with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
+        encoder_rate: learning rate of the encoder, as a share of that of the rest.
         precision: of the forward pass; weights and their updates stay fp32.
         validate_every: steps between two looks at the validation patients, where there are any, and
             at the held-out ones, with `split.watch`.
@@ -64,6 +65,7 @@ class TrainSpec:
     weight_decay: float = 0.02
     average: float = 0.99
     encoder: str | None = None
+    encoder_rate: float = 1.0
     precision: TrainPrecision = "fp32"
     validate_every: int = 200
     patience: int = 0
@@ -78,6 +80,8 @@ class TrainSpec:
         for name in ("steps", "batch_size", "accumulate", "validate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"train.{name} must be at least 1")
+        if self.encoder_rate < 0:
+            raise ValueError(f"train.encoder_rate is {self.encoder_rate}; expected 0 or more")
         if not 0 < self.warm_up < 1 or not 0 <= self.average < 1 or not 0 <= self.balance <= 1:
             raise ValueError("train.warm_up, average and balance must lie between 0 and 1")
         choices = {
@@ -128,12 +132,15 @@ class AugmentSpec:
         tilt: largest angle by which those that stay upright lean to either side, degrees.
         mirror: share of those that are flipped left to right.
         stain: deviation of the logarithm of each stain's density.
+        borrow: share of crops that take the colours of another of their batch: mean and deviation
+            of the optical density of its tissue.
         mixing: deviation of the mixing of the colour channels' optical densities.
         density: deviation of the logarithm of the overall optical density.
         tint: deviation of each channel's optical density of the background.
         contrast: deviation of the contrast's logarithm.
         blur: largest standard deviation of a Gaussian blur, px; half of the steps are blurred.
         noise: largest standard deviation of pixel noise, of 1.
+        jpeg: share of crops that are compressed once more, as JPEG of any quality from 30 to 95.
         glass: share of crops that get patches of empty glass, which are background.
     """
 
@@ -143,12 +150,14 @@ class AugmentSpec:
     tilt: float = 0.0
     mirror: float = 0.0
     stain: float = 0.35
+    borrow: float = 0.0
     mixing: float = 0.1
     density: float = 0.3
     tint: float = 0.03
     contrast: float = 0.15
     blur: float = 1.2
     noise: float = 0.03
+    jpeg: float = 0.0
     glass: float = 0.25
 
     def __post_init__(self) -> None:
@@ -169,12 +178,18 @@ class DataSpec:
         patient: who they are from; decides the splits.
         patients: in place of `patient`, a regular expression; what it finds in a file's name, its
             first group where it has one, is the patient.
+        fold: name of the group that is held out together; images without one are never held out.
+        table: CSV with a row for each image, relative to the data folder.
+        columns: of the table, which say what would else be said here: "image" (the file's name,
+            "file" if not said), "patient", "label" (in any case of its letters), "fold".
+        unlabelled: what the column of labels says of images of which nothing is to be said.
         masks: a folder or file.
         mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
             `{patient}` the patient.
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
         background: names of annotations that are background. Areas of other classes, and what lies
             in no area, are neither learnt nor judged.
+        empty: in place of `masks` and `annotations`, true: the images show no class at all.
         frame: origin of annotations on slides with bounds.
         mpp: µm per pixel of pictures and masks; of a slide, in place of what its file says.
         ignore: mask values that are neither learnt nor judged. All others are background.
@@ -183,13 +198,18 @@ class DataSpec:
     """
 
     images: str
-    classes: dict[str, tuple[int | str, ...]]
+    classes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     patient: str | None = None
     patients: str | None = None
+    fold: str | None = None
+    table: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    unlabelled: tuple[str, ...] = ()
     masks: str | None = None
     mask_name: str = "{stem}.png"
     annotations: str | None = None
     background: tuple[str, ...] = ()
+    empty: bool = False
     frame: Frame = "qupath"
     mpp: float | None = None
     ignore: tuple[int, ...] = ()
@@ -198,10 +218,26 @@ class DataSpec:
     def __post_init__(self) -> None:
         """Refuse what is missing or contradicts itself."""
         where = f"data {self.images!r}"
-        if (self.patient is None) == (self.patients is None):
-            raise ValueError(f"{where}: lacks 'patient' or 'patients', or has both")
-        if (self.masks is None) == (self.annotations is None):
-            raise ValueError(f"{where}: lacks 'masks' or 'annotations', or has both")
+        if unknown := self.columns.keys() - {"image", "patient", "label", "fold"}:
+            raise ValueError(f"{where}: columns has {sorted(unknown)}")
+        if (self.table is None) != (not self.columns):
+            raise ValueError(f"{where}: 'table' and 'columns' come together")
+        said = [self.patient, self.patients, self.columns.get("patient")]
+        if said.count(None) != 2:
+            raise ValueError(
+                f"{where}: lacks 'patient' or 'patients', or has both, or columns.patient besides"
+            )
+        for name in ("label", "fold"):
+            if getattr(self, name) is not None and name in self.columns:
+                raise ValueError(f"{where}: has {name!r} and columns.{name}")
+        if self.unlabelled and "label" not in self.columns:
+            raise ValueError(f"{where}: 'unlabelled' is for columns.label")
+        if [self.masks is None, self.annotations is None, not self.empty].count(False) != 1:
+            raise ValueError(
+                f"{where}: lacks 'masks' or 'annotations', or has both, or 'empty' besides"
+            )
+        if self.empty == bool(self.classes):
+            raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
         kind: type = int if self.annotations is None else str
         given = [v for values in self.classes.values() for v in values]
         if not all(type(v) is kind for v in given):
@@ -300,11 +336,14 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
     data = tuple(_data(entry) for entry in table["data"])
     for entry in data:
         _check_data(entry, bundle)
+    split = SplitSpec(**table.get("split", {}))
+    if split.folds and any(entry.fold or "fold" in entry.columns for entry in data):
+        raise ValueError("split.folds deals patients into groups, which the data have of their own")
     return Recipe(
         bundle=bundle,
         train=TrainSpec(**_tuples(table.get("train", {}))),
         augment=AugmentSpec(**table.get("augment", {})),
-        split=SplitSpec(**table.get("split", {})),
+        split=split,
         data=data,
         notes=str(table.get("notes", "")).strip(),
         limits=str(table.get("limits", "")).strip(),
@@ -312,7 +351,7 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
 
 
 def _data(entry: dict[str, Any]) -> DataSpec:
-    classes = {name: tuple(values) for name, values in entry["classes"].items()}
+    classes = {name: tuple(values) for name, values in entry.get("classes", {}).items()}
     return DataSpec(**{**_tuples(entry), "classes": classes})
 
 
@@ -326,13 +365,18 @@ def _check_data(entry: DataSpec, bundle: Bundle) -> None:
         raise ValueError(
             f"{where}: annotations are for slides, the bundle is for {bundle.modality}s"
         )
+    if bundle.modality != "slide" and entry.empty:
+        raise ValueError(f"{where}: 'empty' is for slides, the bundle is for {bundle.modality}s")
     if bundle.modality != "slide" and entry.mpp is not None:
         raise ValueError(f"{where}: mpp is for slides, the bundle is for {bundle.modality}s")
     if bundle.modality == "slide" and entry.masks is not None and entry.mpp is None:
         raise ValueError(f"{where}: lacks 'mpp', µm per pixel of pictures and masks")
     if entry.label is not None and entry.label not in bundle.labels:
         raise ValueError(f"{where}: label {entry.label!r} is none of {list(bundle.labels)}")
-    if entry.label is None and bundle.labels and len(bundle.labels) != 2:
+    if "label" in entry.columns and not bundle.labels:
+        raise ValueError(f"{where}: has columns.label, the bundle has no labels")
+    has_label = entry.label is not None or "label" in entry.columns
+    if not has_label and bundle.labels and len(bundle.labels) != 2:
         raise ValueError(f"{where}: lacks 'label', one of {list(bundle.labels)}")
 
 

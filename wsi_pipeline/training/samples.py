@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import shapely
 import torch
 from torch import Tensor
 
+from wsi_pipeline.annotations import Annotation
 from wsi_pipeline.errors import RecipeError, WsiPipelineError
-from wsi_pipeline.evaluation.areas import AreaReader, load_areas
+from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.metrics import IGNORE
 from wsi_pipeline.evaluation.sides import AREA_SUFFIXES, Canvas
 from wsi_pipeline.grid import Shape, box_slices
@@ -27,7 +30,10 @@ from wsi_pipeline.sources import SlideView, open_source
 from wsi_pipeline.training.pictures import Read, read_picture, read_scan
 from wsi_pipeline.training.recipe import DataSpec, Recipe
 
-__all__ = ["IGNORE", "Sample", "load_samples"]
+__all__ = ["IGNORE", "UNLABELLED", "Sample", "load_samples"]
+
+UNLABELLED = -100
+"""Index of the label of an image of which nothing is to be said; losses of torch leave it out."""
 
 IN_MEMORY = 2 << 30
 """Bytes of decoded pictures and volumes that are kept, so that the next crop need not decode."""
@@ -58,7 +64,9 @@ class Sample:
         patient: who it is from.
         name: of the file.
         source: of its pixels.
-        label: index of what is to be said of the whole, or None.
+        label: index of what is to be said of the whole, or `UNLABELLED`; None = whether it shows
+            any class.
+        fold: name of the group that is held out together, or None.
         digest: of the picture's pixels, or of the slide's file: the same picture under another
             name has the same.
     """
@@ -67,6 +75,7 @@ class Sample:
     name: str
     source: Source
     label: int | None = None
+    fold: str | None = None
     digest: str = ""
 
     @property
@@ -201,12 +210,18 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
     cache = Cache()
     samples: list[Sample] = []
     for spec in recipe.data:
-        for image, truth in _pairs(spec, data_dir):
+        rows = _rows(spec, data_dir)
+        images = sorted(data_dir.glob(spec.images))
+        if not images:
+            raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
+        for image in images:
+            told = Told.of(image, spec, rows, recipe)
+            truth = _truth_of(image, told, spec, data_dir, is_only=len(images) == 1)
             try:
-                if spec.annotations is None:
-                    samples.append(_decoded(image, truth, spec, recipe, cache))
+                if spec.masks is not None:
+                    samples.append(_decoded(image, truth, told, spec, recipe, cache))
                 else:
-                    samples.append(_annotated(image, truth, spec, recipe, closing))
+                    samples.append(_annotated(image, truth, told, spec, recipe, closing))
             except (WsiPipelineError, OSError) as error:
                 if isinstance(error, RecipeError):
                     raise
@@ -214,26 +229,19 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
     return samples
 
 
-def _pairs(spec: DataSpec, data_dir: Path) -> list[tuple[Path, Path]]:
-    """Return images with their masks or annotations."""
-    images = sorted(data_dir.glob(spec.images))
-    if not images:
-        raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
-    told = data_dir / (spec.masks or spec.annotations or "")
-    if not told.is_dir():
-        if len(images) > 1:
-            raise RecipeError(
-                f"{len(images)} images match {spec.images}, but {told.name} is one file"
-            )
-        return [(images[0], told)]
-    if spec.masks is not None:
-        return [(image, told / _mask_name(image, spec)) for image in images]
-    return [(image, _annotations_of(image, told)) for image in images]
-
-
-def _mask_name(image: Path, spec: DataSpec) -> str:
+def _truth_of(image: Path, told: Told, spec: DataSpec, data_dir: Path, *, is_only: bool) -> Path:
+    """Return an image's mask or annotations, or itself where it shows no class."""
+    if spec.empty:
+        return image
+    path = data_dir / (spec.masks or spec.annotations or "")
+    if not path.is_dir():
+        if not is_only:
+            raise RecipeError(f"several images match {spec.images}, but {path.name} is one file")
+        return path
+    if spec.annotations is not None:
+        return _annotations_of(image, path)
     try:
-        return spec.mask_name.format(stem=stem(image), patient=_patient(image, spec))
+        return path / spec.mask_name.format(stem=stem(image), patient=told.patient)
     except (KeyError, IndexError, ValueError) as error:
         raise RecipeError(
             f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}} or {{patient}}"
@@ -271,7 +279,85 @@ def _patient(image: Path, spec: DataSpec) -> str:
     return match[1] if match.re.groups else match[0]
 
 
-def _decoded(image: Path, mask: Path, spec: DataSpec, recipe: Recipe, cache: Cache) -> Sample:
+Rows = Mapping[str, Mapping[str, str]]
+"""The rows of a table, by the names of the images."""
+
+
+def _rows(spec: DataSpec, data_dir: Path) -> Rows:
+    """Return what the table of some images says of each; nothing where there is none.
+
+    Raises:
+        RecipeError: it cannot be read, lacks a column, or names an image twice.
+    """
+    if spec.table is None:
+        return {}
+    path = data_dir / spec.table
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RecipeError(f"cannot read the table {path}: {error}") from error
+    key = spec.columns.get("image", "file")
+    there = reader.fieldnames or []
+    if missing := {key, *spec.columns.values()} - {*there}:
+        raise RecipeError(f"{path} has no column {sorted(missing)}; there are {list(there)}")
+    named = {row[key]: row for row in rows}
+    if len(named) < len(rows):
+        raise RecipeError(f"{path}: column {key!r} names an image twice")
+    return named
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What a recipe, or its table, tells of an image.
+
+    Attributes:
+        patient: who it is from.
+        label: as in `Sample`.
+        fold: as in `Sample`.
+    """
+
+    patient: str
+    label: int | None
+    fold: str | None
+
+    @classmethod
+    def of(cls, image: Path, spec: DataSpec, rows: Rows, recipe: Recipe) -> Told:
+        """Return what is told of an image.
+
+        Raises:
+            RecipeError: the table has no row for it, or a label that the bundle does not have.
+        """
+        row: Mapping[str, str] = {}
+        if spec.table is not None:
+            if image.name not in rows:
+                raise RecipeError(f"the table {spec.table} has no row for {image.name}")
+            row = {what: rows[image.name][column] for what, column in spec.columns.items()}
+        if "patient" in row and not row["patient"]:
+            raise RecipeError(f"the table {spec.table} has no patient of {image.name}")
+        label, labels = row.get("label", spec.label), recipe.bundle.labels
+        index = None
+        if label in spec.unlabelled:
+            index = UNLABELLED
+        elif label is not None:
+            named = {name.casefold(): i for i, name in enumerate(labels)}
+            if label.casefold() not in named:
+                raise RecipeError(
+                    f"the table {spec.table} calls {image.name} {label!r}; the bundle has the "
+                    f"labels {list(labels)}, the recipe's `unlabelled` {list(spec.unlabelled)}"
+                )
+            index = named[label.casefold()]
+        return cls(
+            patient=row["patient"] if "patient" in row else _patient(image, spec),
+            label=index,
+            fold=row.get("fold", spec.fold) or None,
+        )
+
+
+def _decoded(
+    image: Path, mask: Path, told: Told, spec: DataSpec, recipe: Recipe, cache: Cache
+) -> Sample:
     table = _table(spec, recipe)
     wanted = recipe.bundle.input
 
@@ -283,36 +369,48 @@ def _decoded(image: Path, mask: Path, spec: DataSpec, recipe: Recipe, cache: Cac
 
     pixels, truth = cache.get(image, load)
     return Sample(
-        patient=_patient(image, spec),
+        patient=told.patient,
         name=image.name,
         source=Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache),
-        label=_label(spec, recipe),
+        label=told.label,
+        fold=told.fold,
         digest=hashlib.sha256(np.ascontiguousarray(pixels.numpy()).tobytes()).hexdigest(),
     )
 
 
 def _annotated(
-    path: Path, annotations: Path, spec: DataSpec, recipe: Recipe, closing: ExitStack
+    path: Path,
+    annotations: Path,
+    told: Told,
+    spec: DataSpec,
+    recipe: Recipe,
+    closing: ExitStack,
 ) -> Sample:
     slide = closing.enter_context(open_source(path, mpp=spec.mpp))
-    offset = Canvas.of(slide).offset(spec.frame)
-    areas = load_areas(annotations, offset=offset, renamed={})
     indices = dict.fromkeys(spec.background, 0)
     for name, given in spec.classes.items():
         indices |= dict.fromkeys(map(str, given), _index(name, recipe))
+    if spec.empty:
+        indices = {(nothing := recipe.bundle.classes[0].name): 0}
+        area = Annotation(polygon=shapely.box(0, 0, *slide.size), class_name=nothing)
+        areas = Areas(path=path, annotations=(area,))
+    else:
+        offset = Canvas.of(slide).offset(spec.frame)
+        areas = load_areas(annotations, offset=offset, renamed={})
     if not indices.keys() & set(areas.names):
         raise RecipeError(
             f"{annotations} has areas of {list(areas.names)}, "
             f"the recipe looks for {sorted(indices)}"
         )
     return Sample(
-        patient=_patient(path, spec),
+        patient=told.patient,
         name=path.name,
         source=Annotated(
             view=slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE),
-            areas=AreaReader(areas, indices, others=IGNORE, outside=IGNORE),
+            areas=AreaReader(areas, indices, others=IGNORE, outside=0 if spec.empty else IGNORE),
         ),
-        label=_label(spec, recipe),
+        label=told.label,
+        fold=told.fold,
         digest=slide.fingerprint,
     )
 
@@ -328,7 +426,3 @@ def _table(spec: DataSpec, recipe: Recipe) -> npt.NDArray[np.uint8]:
 
 def _index(name: str, recipe: Recipe) -> int:
     return [c.name for c in recipe.bundle.classes].index(name)
-
-
-def _label(spec: DataSpec, recipe: Recipe) -> int | None:
-    return None if spec.label is None else recipe.bundle.labels.index(spec.label)

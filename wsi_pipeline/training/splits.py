@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,9 @@ def plan_splits(
 ) -> list[Split]:
     """Hold out each patient, or each group of patients, in turn; return the splits.
 
+    Where samples have a fold of their own, these are the groups, and samples without one are never
+    held out.
+
     Args:
         samples: of all patients.
         spec: how many groups.
@@ -54,13 +58,21 @@ def plan_splits(
     patients = sorted({s.patient for s in samples})
     if spec.folds > len(patients):
         raise RecipeError(f"split.folds is {spec.folds}; there are {len(patients)} patients")
-    if spec.folds:
+    if any(s.fold for s in samples):
+        groups = {
+            name: {s.patient for s in samples if s.fold == name}
+            for name in sorted({s.fold for s in samples if s.fold})
+        }
+        pairs = Counter(patient for patient, _ in {(s.patient, s.fold) for s in samples})
+        if torn := sorted(patient for patient, count in pairs.items() if count > 1):
+            raise RecipeError(f"images of a patient are in several folds, or some in none: {torn}")
+    elif spec.folds:
         dealt = np.random.default_rng(seed).permutation(patients).tolist()
         groups = {str(i + 1): set(dealt[i :: spec.folds]) for i in range(spec.folds)}
     else:
         groups = {patient: {patient} for patient in patients}
     if unknown := set(wanted or ()) - groups.keys():
-        what = "fold" if spec.folds else "patient"
+        what = "patient" if all(group == {name} for name, group in groups.items()) else "fold"
         raise RecipeError(f"no {what} {sorted(unknown)} to hold out; there are {list(groups)}")
     return [
         Split(

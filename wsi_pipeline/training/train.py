@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.store import claim_folder, writing, written_beside
+from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
 from wsi_pipeline.training.measure import Judged, Score, accuracy, measure, scores_of
@@ -116,6 +118,8 @@ def train(
             trained = Trained(samples=samples, surveys=looked, judged=judged, fingerprint=key)
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
+            states = [output / STATE / _folder_name(_without(split)) for split in splits]
+            gather_cases([state / CASES for state in states], output / CASES)
     return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
 
 
@@ -123,12 +127,13 @@ def _judged(
     recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
 ) -> dict[str, Judged]:
     """Return the counts of a split's patients, from an earlier call where it got that far."""
-    name = f"without {split.name}"
+    name = _without(split)
     path = folder / _folder_name(name) / "held_out.json"
     if path.is_file():
         return load_held_out(path)
     fitted = learn(name, split.train, split.test)
     judged = measure(fitted.network, recipe.bundle, split.test)
+    draw_cases(fitted.network, recipe.bundle, split.test, judged, path.with_name(CASES))
     for patient, found in judged.items():
         for class_name, score in scores_of(found.pixels, recipe.bundle).items():
             logger.info("held out %s: %s Dice %.3f", patient, class_name, score.dice)
@@ -139,8 +144,18 @@ def _judged(
     return judged
 
 
-def _as_json(judged: Judged) -> dict[str, list[list[int]]]:
-    return {"pixels": judged.pixels.confusion.tolist(), "labels": judged.labels.tolist()}
+def _without(split: Split) -> str:
+    return f"without {split.name}"
+
+
+def _as_json(judged: Judged) -> dict[str, Any]:
+    return {
+        "pixels": judged.pixels.confusion.tolist(),
+        "labels": judged.labels.tolist(),
+        "images": [[name, counts.tolist()] for name, counts in judged.images],
+        "said": judged.said.round(5).tolist(),
+        "sampled": judged.sampled.round(3).tolist(),
+    }
 
 
 def load_held_out(path: Path) -> dict[str, Judged]:
@@ -151,10 +166,15 @@ def load_held_out(path: Path) -> dict[str, Judged]:
     }
 
 
-def _from_json(counts: Mapping[str, list[list[int]]]) -> Judged:
-    confusion = np.array(counts["pixels"])
-    pixels = Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64))
-    return Judged(pixels=pixels, labels=np.array(counts["labels"], np.int64))
+def _from_json(held: Mapping[str, Any]) -> Judged:
+    confusion, labels = np.array(held["pixels"]), np.array(held["labels"], np.int64)
+    return Judged(
+        pixels=Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64)),
+        labels=labels,
+        images=tuple((name, np.array(counts)) for name, counts in held["images"]),
+        said=np.array(held["said"], float).reshape(-1, 1 + len(labels)),
+        sampled=np.array(held["sampled"], float).reshape(-1, 1 + len(confusion)),
+    )
 
 
 def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:

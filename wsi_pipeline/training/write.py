@@ -5,18 +5,32 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
-from wsi_pipeline.evaluation.metrics import bootstrap, drawn_anew, interval
+from wsi_pipeline.evaluation.metrics import (
+    Tally,
+    bootstrap,
+    class_figures,
+    drawn_anew,
+    interval,
+)
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.store import writing, written_beside
+from wsi_pipeline.training.calibrate import (
+    BINS,
+    calibration_error,
+    fit_temperature,
+    left_out_temperatures,
+)
 from wsi_pipeline.training.crops import Survey
 from wsi_pipeline.training.measure import Judged, accuracy, scores_of
 from wsi_pipeline.training.recipe import Recipe
@@ -57,6 +71,9 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
         folder: to write into; made where it is missing, its three files replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    found = list(trained.judged.values())
+    temperature = round(recipe.bundle.temperature * fit_temperature(found), 3)
+    bundle = replace(recipe.bundle, temperature=temperature)
     state = {
         # half precision: half the size, and masks stay the same to a few pixels in a million
         name: tensor.half()
@@ -64,7 +81,7 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
     }
     with written_beside(folder / WEIGHTS) as partial:
         partial.write_bytes(save(state))
-    (folder / "model.toml").write_text(bundle_toml(recipe.bundle, weights=WEIGHTS), "utf-8")
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
     (folder / "README.md").write_text(model_card(recipe, trained), "utf-8")
 
 
@@ -129,8 +146,10 @@ def model_card(recipe: Recipe, trained: Trained) -> str:
         "## Training",
         _training(recipe),
         "## How well it does",
-        _score_table(recipe, trained.judged),
+        _score_table(recipe, trained),
+        _image_lines(recipe, trained.judged),
         _label_table(recipe, trained.judged),
+        _certainty(recipe, trained.judged),
     ]
     if recipe.limits:
         sections += ["## Limits", recipe.limits]
@@ -197,53 +216,61 @@ def _class_table(recipe: Recipe, trained: Trained) -> str:
     return "\n".join(rows)
 
 
-def _score_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+def _score_table(recipe: Recipe, trained: Trained) -> str:
+    judged = trained.judged
     if not judged:
         return "Not measured."
-    split = recipe.split
+    folds = {s.fold for s in trained.samples if s.patient in judged}
+    count = recipe.split.folds or (0 if None in folds else len(folds))
     how = (
-        f"{split.folds} groups of patients, each left out once"
-        if split.folds
+        f"{count} {'groups' if count > 1 else 'group'} of patients, each left out once"
+        if count
         else "Leave one patient out"
     )
     rows = [
         f"{how}: for each row a network was trained by the same recipe without that patient. "
         "Overlapping patches, pixels of a patient pooled. The weights here are trained on all "
         "patients, so no patient of the table is new to them.\n",
-        "| held-out patient | class | Dice | IoU | share of class | Dice of “everywhere” |",
-        "|---|---|---:|---:|---:|---:|",
+        "| held-out patient | class | Dice | IoU | share of class | called so "
+        "| Dice of “everywhere” |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     scores = {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
     cells = [(p, c, s) for p, classes in scores.items() for c, s in classes.items()]
     if len(scores) <= MANY:
         rows += [
-            f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.everywhere_dice:.3f} |"
+            f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.called:.3f} "
+            f"| {s.everywhere_dice:.3f} |"
+            if s.share > 0
+            else f"| {p} | {c} | | | 0 | {s.called:.3f} | |"
             for p, c, s in cells
         ]
     for name in dict.fromkeys(c for _, c, _ in cells):
         own = [s for _, c, s in cells if c == name and s.share > 0] or [
             s for _, c, s in cells if c == name
         ]
-        dice, iou, share, everywhere = (
+        dice, iou, share, called, everywhere = (
             sum(getattr(s, f) for s in own) / len(own)
-            for f in ("dice", "iou", "share", "everywhere_dice")
+            for f in ("dice", "iou", "share", "called", "everywhere_dice")
         )
         rows.append(
             f"| **mean of {len(own)}** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
-            f"| {everywhere:.3f} |"
+            f"| {called:.3f} | {everywhere:.3f} |"
         )
     return "\n".join([*rows, *_intervals(recipe, judged)])
 
 
 def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
     """Return a line for each class: the figures of all pixels together, and how sure they are."""
-    if len(judged) < 2:
+    showing = [found.pixels for found in judged.values() if found.pixels.confusion[1:].any()]
+    if len(showing) < 2:
         return []
-    by_class, _ = bootstrap([found.pixels for found in judged.values()])
-    whole = sum(judged.values(), start=Judged.empty(recipe.bundle)).pixels
+    by_class, _ = bootstrap(showing)
+    whole = sum(showing, start=Tally.empty(len(recipe.bundle.classes)))
+    who = "all patients" if len(showing) == len(judged) else "all patients who show a class"
     lines = [
         "",
-        "Pixels of all patients together, with 95 % intervals by drawing patients anew:",
+        f"Pixels of {who} together, with 95 % intervals by drawing patients anew:",
         "",
     ]
     for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
@@ -253,6 +280,67 @@ def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
             f"IoU {score.iou:.3f} ({iou[0]:.3f} to {iou[1]:.3f})"
         )
     return lines
+
+
+def _image_lines(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+    """Return the figures image by image, "" for slides, of which a patient has parts."""
+    if recipe.bundle.modality == "slide" or not judged:
+        return ""
+    each = [np.array([counts for _, counts in found.images]) for found in judged.values()]
+    lines = ["Image by image, with 95 % intervals by drawing patients anew:\n"]
+    for i, info in enumerate(recipe.bundle.classes[1:], 1):
+        figures = [class_figures(c, np.zeros((*c.shape[:2], 4), np.int64)) for c in each]
+        # (patients, 3): sums of Dice and IoU of images that show the class, and how many do
+        sums = [
+            np.array(
+                [f[name][c[:, i].any(1), i].sum() for name in ("dice", "iou")]
+                + [c[:, i].any(1).sum()]
+            )
+            for f, c in zip(figures, each, strict=True)
+        ]
+        dice, iou = (_mean_with_interval(np.stack(sums)[:, [k, 2]]) for k in (0, 1))
+        lines.append(f"- {info.name}: Dice {dice}, IoU {iou}")
+        # images without the class, those of them with any pixel called it
+        clean = [
+            np.array([(c[~c[:, i].any(1)].sum(1)[:, i] > 0).sum(), (~c[:, i].any(1)).sum()])
+            for c in each
+        ]
+        if np.sum(clean, axis=0)[1]:
+            lines.append(
+                f"- {np.sum(clean, axis=0)[1]} images show no {info.name}; in a share of "
+                f"{_mean_with_interval(np.stack(clean))} some is found all the same"
+            )
+    return "\n".join(lines)
+
+
+def _mean_with_interval(sums: npt.NDArray[Any]) -> str:
+    """Return a mean, and its interval by drawing patients anew.
+
+    Args:
+        sums: (patients, 2) sum of what is averaged, and how many that are.
+    """
+    value = sums[:, 0].sum() / sums[:, 1].sum()
+    if len(sums) < 2:
+        return f"{value:.3f}"
+    drawn = drawn_anew(list(sums))
+    with np.errstate(invalid="ignore"):
+        low, high = interval(drawn[:, 0] / drawn[:, 1])
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _certainty(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+    """Return how far probabilities hold, "" where nothing was held out."""
+    found = list(judged.values())
+    if sum(len(f.sampled) > 0 for f in found) < 2:
+        return ""
+    before = calibration_error(found, [1.0] * len(found))
+    after = calibration_error(found, left_out_temperatures(found))
+    own = calibration_error(found, [fit_temperature(found)] * len(found))
+    return (
+        f"Certainty on held-out patients: expected calibration error {before:.3f} as trained, "
+        f"{after:.3f} at a temperature that fits other held-out patients, {own:.3f} at that of "
+        f"`model.toml`, which fits them all ({BINS} bins; every patient counts alike)."
+    )
 
 
 def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
@@ -268,12 +356,33 @@ def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
         right += f" ({low:.3f} to {high:.3f})"
     commonest = whole.sum(1).max() / whole.sum()
     names = recipe.bundle.labels
+    ranked = ""
+    if len(names) == 2 and any(len(found.said) for found in judged.values()):
+        ranked = f" Area under the curve of {names[1]}: {_area_under_curve(judged)}."
     return "\n".join(
         [
             f"Labels of whole patches: {right} are right; if all were given the commonest label, "
-            f"{commonest:.3f} would be. Patches:\n",
+            f"{commonest:.3f} would be.{ranked} Patches:\n",
             f"| true label | {' | '.join(f'said {name}' for name in names)} |",
             "|---|" + "---:|" * len(names),
             *(f"| {n} | {' | '.join(map(str, of))} |" for n, of in zip(names, whole, strict=True)),
         ]
     )
+
+
+def _area_under_curve(judged: Mapping[str, Judged]) -> str:
+    """Return how often a patch of the second label gets more of it than one of the first."""
+    said = [found.said for found in judged.values()]
+    rows, owner = np.concatenate(said), np.repeat(np.arange(len(said)), [len(s) for s in said])
+    first, second = rows[:, 0] == 0, rows[:, 0] == 1
+    above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
+    draws = drawn_anew(list(np.eye(len(said), dtype=np.int64)))
+    areas = [
+        float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
+        for w in [np.ones(len(said)), *draws]
+        for of_first, of_second in [(w[owner[first]], w[owner[second]])]
+    ]
+    if len(said) < 2:
+        return f"{areas[0]:.3f}"
+    low, high = interval(np.array(areas[1:]))
+    return f"{areas[0]:.3f} ({low:.3f} to {high:.3f})"

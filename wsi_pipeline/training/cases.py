@@ -1,0 +1,104 @@
+"""Pictures of held-out cases: the best, the median and the worst."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch import Tensor, nn
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.evaluation.metrics import IGNORE, class_figures
+from wsi_pipeline.evaluation.picture import Disagreement
+from wsi_pipeline.grid import Block
+from wsi_pipeline.store import written_beside
+from wsi_pipeline.training.measure import Judged, predict
+from wsi_pipeline.training.samples import Sample
+
+CASES = "cases"
+"""Folder of the pictures."""
+LARGEST = 2048
+"""Side of an image from which it is not drawn."""
+
+
+def draw_cases(
+    network: nn.Module,
+    bundle: Bundle,
+    samples: Sequence[Sample],
+    judged: Mapping[str, Judged],
+    folder: Path,
+) -> None:
+    """Draw the best, median and worst of some held-out images that show a class; return nothing.
+
+    Left the image, right where the masks agree (green), what is missed (blue) and what is found
+    too much (red). Of a volume it is the slice that shows most. Names begin with the Dice.
+
+    Args:
+        network: that has not seen them.
+        bundle: as in `measure`.
+        samples: the images; large ones are left out.
+        judged: what was right of each patient.
+        folder: for the pictures.
+    """
+    counts = {(p, name): c for p, found in judged.items() for name, c in found.images}
+    ranked = sorted(
+        (_dice(counts[s.patient, s.name]), i)
+        for i, s in enumerate(samples)
+        if max(s.shape[-2:]) < LARGEST and counts[s.patient, s.name][1:].any()
+    )
+    folder.mkdir(exist_ok=True)
+    for dice, i in dict.fromkeys(ranked[k] for k in _three(len(ranked))):
+        image, truth = samples[i].read_all()
+        picture = _drawn(image, truth, predict(network, bundle, image))
+        with written_beside(folder / f"{dice:.3f} {Path(samples[i].name).name}.png") as partial:
+            picture.save(partial, "PNG")
+
+
+def gather_cases(folders: Sequence[Path], output: Path) -> None:
+    """Copy the best, median and worst of the pictures of several folds; return nothing.
+
+    Args:
+        folders: of the folds' pictures.
+        output: for the three, emptied before.
+    """
+    found = sorted((p for folder in folders for p in folder.glob("*.png")), key=lambda p: p.name)
+    if output.is_dir():
+        shutil.rmtree(output)
+    for k, name in zip(_three(len(found)), ("worst", "median", "best"), strict=False):
+        output.mkdir(exist_ok=True)
+        shutil.copyfile(found[k], output / f"{name} {found[k].name}")
+
+
+def _three(count: int) -> tuple[int, ...]:
+    """Return the places of the first, the middle and the last of a row."""
+    return (0, count // 2, count - 1) if count else ()
+
+
+def _dice(confusion: npt.NDArray[np.int64]) -> float:
+    """Return the mean Dice of the classes that an image shows."""
+    dice = class_figures(confusion, np.zeros((len(confusion), 4), np.int64))["dice"][1:]
+    return float(dice[confusion.sum(1)[1:] > 0].mean())
+
+
+def _drawn(image: Tensor, truth: Tensor, found: Tensor) -> Image.Image:
+    """Return an image, or a slice of a volume, beside where its masks disagree."""
+    if truth.ndim == 3:
+        k = int(((truth > 0) & (truth != IGNORE)).flatten(1).sum(1).argmax())
+        image, truth, found = image[:, k], truth[k], found[k]
+    values = image.float()
+    low, high = values.min(), values.max()
+    shown = ((values - low) / (high - low).clamp_min(1e-6) * 255).byte()
+    shown = shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
+    height, width = truth.shape
+    picture = Disagreement((height, width))
+    whole = Block(index=(0, 0), start=(0, 0), stop=(height, width))
+    picture.add(whole, found.numpy(), truth.numpy())
+    right = Image.fromarray(picture.drawn()).resize((width, height))
+    both = Image.new("RGB", (2 * width, height))
+    both.paste(Image.fromarray(shown.movedim(0, -1).numpy()), (0, 0))
+    both.paste(right, (width, 0))
+    return both
