@@ -1364,6 +1364,22 @@ def test_crops_that_the_network_does_not_take_are_refused(
         fit(changed(recipe, crop=(63, 64)), learner(samples))
 
 
+def test_labels_of_a_network_that_does_not_classify_are_refused(
+    saying: Recipe, samples: list[Sample]
+) -> None:
+    with pytest.raises(RecipeError, match=r"'Malignant'\]: swish_unet does not classify"):
+        fit(saying, learner(samples))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "workflows/train").glob("*.toml")), ids=str)
+def test_every_recipe_trains_what_its_network_can_say(path: Path) -> None:
+    bundle = load_recipe(path).bundle
+    with torch.device("meta"):
+        network = create(bundle)
+    assert bool(bundle.labels) == (bundle.network in ("nmtnet", "mm3d_unet"))
+    assert all(side % network.size_multiple == 0 for side in load_recipe(path).train.crop)
+
+
 def test_a_precision_that_the_device_lacks_is_refused(recipe: Recipe) -> None:
     with pytest.raises(RecipeError, match="which CPUs do not have"):
         open_fabric(changed(recipe, precision="fp16"), device="cpu")

@@ -200,14 +200,14 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ['1.conv.0.0.weight', '1.conv.0.1.weight', '1.conv.1.weight', '1.conv.2.weight']
     """
     layers = {name: re.fullmatch(r"(.*\d\.conv)\.(\d)\.(\w+)", name) for name in state}
-    blocks: dict[str, set[str]] = {}
+    blocks: dict[str, str] = {}
     for found in filter(None, layers.values()):
-        blocks.setdefault(found[1], set()).add(found[2])
+        blocks[found[1]] = "".join(sorted({*blocks.get(found[1], ""), found[2]}))
     renamed = {}
     for name, tensor in state.items():
-        found = layers[name]
-        row = OLDER_ROWS.get("".join(sorted(blocks[found[1]]))) if found else None
-        renamed[f"{found[1]}.{row[found[2]]}.{found[3]}" if found and row else name] = tensor
+        layer = layers[name]
+        row = OLDER_ROWS.get(blocks[layer[1]]) if layer else None
+        renamed[f"{layer[1]}.{row[layer[2]]}.{layer[3]}" if layer and row else name] = tensor
     return renamed
 
 

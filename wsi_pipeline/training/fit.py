@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import pickle
@@ -407,6 +408,11 @@ def _check_network(network: SegmentationNetwork, recipe: Recipe) -> None:
     if any(side % multiple for side in spec.crop):
         raise RecipeError(
             f"train.crop {list(spec.crop)}: {recipe.bundle.network} takes multiples of {multiple}"
+        )
+    if recipe.bundle.labels and "labels" not in inspect.signature(type(network)).parameters:
+        raise RecipeError(
+            f"output.labels {list(recipe.bundle.labels)}: {recipe.bundle.network} does not "
+            "classify; write labels = [], and leave `label` out of the data"
         )
     if spec.batch_size < 2 and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
         raise RecipeError(
