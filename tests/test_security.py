@@ -6,27 +6,36 @@ import functools
 import http.server
 import json
 import os
+import pickle
 import re
 import socket
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import numcodecs
+import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
+import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner, Result
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.inputs import plan_jobs
-from wsi_pipeline.options import ScheduleOptions
+from wsi_pipeline.options import ScheduleOptions, SelectOptions
 from wsi_pipeline.paths import as_path, without_secrets
+from wsi_pipeline.pipeline import tile
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.mpp import ome_mpp
+from wsi_pipeline.viewer.shown import open_shown
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -128,6 +137,155 @@ def test_xml_entities_are_not_multiplied() -> None:
     )
     bomb = f'<?xml version="1.0"?><!DOCTYPE OME [{entities}]><OME><Image ID="&e9;"/></OME>'
     assert ome_mpp(bomb, 0) == {}
+
+
+# --- zarrs of others ---------------------------------------------------------------------------
+
+
+REFUSED = "expected uint8|expected 8-bit|is not read"
+
+
+class Payload:
+    """What writes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self._path),))
+
+
+def poison(array: Path, trap: Path) -> None:
+    """Name pickle as the codec of an array of zarr 2, and give all chunks something to unpickle."""
+    table = json.loads((array / ".zarray").read_text("utf-8"))
+    for path in array.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            path.write_bytes(pickle.dumps(Payload(trap)))
+    table |= {"dtype": "|O", "filters": [{"id": "vlen-utf8"}], "fill_value": ""}
+    table |= {"compressor": {"id": "pickle"}}
+    (array / ".zarray").write_text(json.dumps(table), "utf-8")
+
+
+def write_zarr_slide(folder: Path, pixels: npt.NDArray[np.uint8], **options: Any) -> Path:
+    """Write an OME-Zarr slide of one level, 0.4 or 0.5; return its folder."""
+    version = options.pop("zarr_format", 2)
+    root = zarr.open_group(folder, mode="w", zarr_format=version)
+    root.create_array("0", data=pixels, **options)
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    scale = [{"type": "scale", "scale": [0.25, 0.25, 1.0]}]
+    image = {
+        "axes": [*axes, {"name": "c", "type": "channel"}],
+        "datasets": [{"path": "0", "coordinateTransformations": scale}],
+    }
+    if version == 2:
+        root.attrs.put({"multiscales": [{"version": "0.4", **image}]})
+    else:
+        root.attrs.put({"ome": {"version": "0.5", "multiscales": [image]}})
+    return folder
+
+
+@pytest.fixture
+def unsafe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let numcodecs unpickle, as all of its versions up to 0.16.5 do."""
+    monkeypatch.setattr("numcodecs.pickles.ALLOW_UNSAFE_PICKLE_DECODE", True)
+
+
+@pytest.mark.usefixtures("unsafe")
+@pytest.mark.parametrize("command", ["export", "evaluate", "view", "segment"])
+def test_a_run_folder_of_somebody_else_runs_no_code(
+    tmp_path: Path, slide_path: Path, command: str
+) -> None:
+    assert segment(str(slide_path), tmp_path).exit_code == 0
+    (run,) = (path.parent for path in (tmp_path / "out").glob("*/run.json"))
+    for array in [path.parent for path in run.glob("mask.ome.zarr/**/.zarray")]:
+        poison(array, tmp_path / "trap")
+    if command == "segment":
+        result = segment(str(slide_path), tmp_path, "--outputs", "tiff,png")
+    elif command == "view":
+        shown = open_shown(run)
+        assert re.search(REFUSED, " ".join(shown.problems))
+        shown.close()
+        return
+    else:
+        more = [str(run)] if command == "evaluate" else ["--simplify", "0", "--outputs", "overlay"]
+        result = CliRunner().invoke(group, [command, str(run), *more])
+        assert result.exit_code == 1
+        assert re.search(REFUSED, result.output)
+    assert not (tmp_path / "trap").exists()
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.usefixtures("unsafe")
+def test_a_zarr_slide_and_a_patch_grid_of_somebody_else_run_no_code(
+    tmp_path: Path, slide_path: Path
+) -> None:
+    pixels = np.full((100, 120, 3), 200, np.uint8)
+    slide = write_zarr_slide(tmp_path / "a.zarr", pixels, chunks=(64, 64, 3))
+    poison(slide / "0", tmp_path / "trap")
+    with pytest.raises(SourceError, match=REFUSED):
+        open_source(slide)
+    options = {"patch_size": 256, "overlap": 0, "select": SelectOptions()}
+    tile(slide_path, tmp_path / "grid.zarr", mpp=0.25, **options)
+    for name in ("patches", "pixels"):
+        path = tmp_path / "grid.zarr" / name / "zarr.json"
+        text = path.read_text("utf-8")
+        table = json.loads(text)
+        packed = {"name": "numcodecs.lzma", "configuration": {}}
+        path.write_text(json.dumps({**table, "codecs": [table["codecs"][0], packed]}), "utf-8")
+        with pytest.raises(SourceError, match="lzma"):
+            open_source(tmp_path / "grid.zarr")
+        path.write_text(text, "utf-8")
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize("kind", ["blosc", "gzip", "zstd"])
+def test_a_chunk_takes_no_more_room_than_it_may(tmp_path: Path, version: int, kind: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 120, 3), np.uint8)
+    codec: Any = {"id": kind} if version == 2 else {"name": kind, "configuration": {}}
+    slide = write_zarr_slide(
+        tmp_path / "a.zarr", pixels, zarr_format=version, compressors=codec, chunks=(64, 64, 3)
+    )
+    with open_source(slide) as opened:
+        np.testing.assert_array_equal(opened.at(0.25).read((0, 0), (100, 120)), pixels)
+    bomb = {"blosc": numcodecs.Blosc(), "gzip": numcodecs.GZip(9), "zstd": numcodecs.Zstd()}[kind]
+    packed = bytes(bomb.encode(bytes(1 << 28)))
+    for path in (slide / "0").rglob("*"):
+        if path.is_file() and path.name not in (".zarray", ".zattrs", "zarr.json"):
+            path.write_bytes(packed)
+    tracemalloc.start()
+    try:
+        with open_source(slide) as opened, pytest.raises(SourceError, match="cannot be read"):
+            opened.at(0.25).read((0, 0), (100, 120))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 25
+    finally:
+        tracemalloc.stop()
+
+
+def test_chunks_are_neither_too_large_nor_too_small(tmp_path: Path) -> None:
+    large = np.zeros((9000, 9000, 1), np.uint8)
+    with pytest.raises(SourceError, match="do not fit in memory"):
+        open_source(write_zarr_slide(tmp_path / "a.zarr", large, chunks=(9000, 9000, 1)))
+    small = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(SourceError, match="too small to be read in good time"):
+        open_source(write_zarr_slide(tmp_path / "b.zarr", small, chunks=(1, 1, 3)))
+    path = tmp_path / "c.zarr.zip"
+    whole = write_zarr_slide(tmp_path / "c.zarr", small, chunks=(64, 64, 3))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in whole.rglob("*"):
+            if file.is_file():
+                archive.write(file, file.relative_to(whole))
+        archive.writestr("0/9.9.9", bytes(1 << 27))
+    with pytest.raises(SourceError, match="chunks that fit in memory"):
+        open_source(path)
+
+
+def test_large_chunks_are_read_one_by_one_and_whole(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2300, 2600, 3), np.uint8)
+    slide = write_zarr_slide(tmp_path / "a.zarr", pixels, chunks=(1200, 1300, 3))
+    with open_source(slide) as opened:
+        found = opened.at(0.25).read((1100, 1250), (1150, 1301))
+        np.testing.assert_array_equal(found, pixels[1100:2250, 1250:2551])
 
 
 # --- secrets -----------------------------------------------------------------------------------

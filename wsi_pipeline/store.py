@@ -26,6 +26,7 @@ import numpy.typing as npt
 import zarr
 from filelock import FileLock, Timeout
 
+from wsi_pipeline.arrays import read_whole, trusted
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 
@@ -170,16 +171,15 @@ def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
                 f"{VERSION}: write it again with `tile --overwrite`"
             )
         tissue: Any = group["tissue"]
-        patches: Any = group["patches"]
-        thumbnail: Any = group["thumbnail"]
+        pixels = group.get("pixels")
         y, x = tissue.attrs["downsample"]
         return StoredGrid(
             info=_grid_info(attrs),
-            patches=np.asarray(patches[:], dtype=np.int64),
-            tissue=np.asarray(tissue[:], dtype=bool),
-            thumbnail=np.asarray(thumbnail[:], dtype=np.uint8),
+            patches=read_whole(group["patches"], np.int64),
+            tissue=read_whole(tissue, bool),
+            thumbnail=read_whole(group["thumbnail"], np.uint8),
             tissue_downsample=(float(y), float(x)),
-            pixels=group.get("pixels"),  # type: ignore[arg-type]
+            pixels=None if pixels is None else trusted(pixels),
             unreadable=tuple(Region(**region) for region in attrs.get("unreadable", ())),
         )
     except StoreError:
@@ -360,7 +360,7 @@ class RunStore:
 
     def open_mask(self) -> zarr.Array[Any]:
         """Open a mask that `create_mask` made, to be read and written; return it."""
-        return zarr.open_array(self.mask_path / "0", mode="r+")
+        return trusted(zarr.open_array(self.mask_path / "0", mode="r+"))
 
     def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""

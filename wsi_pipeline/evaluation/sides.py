@@ -18,6 +18,7 @@ import tifffile
 import zarr
 
 from wsi_pipeline.annotations import is_ignored
+from wsi_pipeline.arrays import trusted
 from wsi_pipeline.errors import EvaluationError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
@@ -371,6 +372,7 @@ def _open_ome_zarr(path: Path) -> MaskFile:
         attributes = every.get("ome", every)
         dataset = attributes["multiscales"][0]["datasets"][0]
         pixels: Any = group[dataset["path"]]
+        pixels = trusted(pixels, pixels.dtype)
         scale = dataset["coordinateTransformations"][0]["scale"][-2:]
         units = [axis.get("unit") for axis in attributes["multiscales"][0]["axes"]][-2:]
         shape, kind = pixels.shape, pixels.dtype.kind

@@ -26,6 +26,7 @@ import zarr
 from zarr.codecs import BloscCodec
 from zarr.storage import LocalStore
 
+from wsi_pipeline.arrays import trusted
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes, map_in_threads
@@ -99,8 +100,12 @@ def create_mask(
 
 
 def open_mask(path: Path, *, level: int = 0) -> MaskArray:
-    """Open one level of an OME-Zarr mask for reading and writing; return it, uint8 (y, x)."""
-    return zarr.open_array(path / str(level), mode="r+", config=CONFIG)
+    """Open one level of an OME-Zarr mask for reading and writing; return it, uint8 (y, x).
+
+    Raises:
+        ValueError: it is no such array; the folder may be anybody's.
+    """
+    return trusted(zarr.open_array(path / str(level), mode="r+", config=CONFIG))
 
 
 def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
@@ -127,8 +132,16 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
 
 
 def open_levels(path: Path) -> list[MaskArray]:
-    """Open all levels of a finished OME-Zarr mask; return them, the whole one first."""
-    return [open_mask(path, level=i) for i in range(len(level_shapes(open_mask(path).shape)))]
+    """Open all levels of a finished OME-Zarr mask; return them, the whole one first.
+
+    Raises:
+        ValueError: they are no such arrays.
+    """
+    shapes = level_shapes(open_mask(path).shape)
+    levels = [open_mask(path, level=i) for i in range(len(shapes))]
+    if (found := [level.shape for level in levels]) != shapes:
+        raise ValueError(f"levels of {found}; expected {shapes}")
+    return levels
 
 
 def open_finished(path: Path) -> tuple[list[MaskArray], tuple[float, float]]:
@@ -155,9 +168,9 @@ def read_mask(path: Path, shape: Shape) -> Mask:
         path: the OME-Zarr.
         shape: (y, x) of the picture wanted, such as a thumbnail's.
     """
-    sizes = level_shapes(open_mask(path).shape)
-    fitting = [i for i, size in enumerate(sizes) if all(map(int.__ge__, size, shape))]
-    small = np.asarray(open_mask(path, level=max(fitting, default=0))[:])
+    levels = open_levels(path)
+    fitting = [i for i, level in enumerate(levels) if all(map(int.__ge__, level.shape, shape))]
+    small = np.asarray(levels[max(fitting, default=0)][:])
     rows, columns = (
         (np.arange(n) * 2 + 1) * size // (2 * n) for n, size in zip(shape, small.shape, strict=True)
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 import zarr
 from zarr.storage import ZipStore
 
+from wsi_pipeline.arrays import MAX_CHUNK, SLACK, trusted
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import is_remote, is_zarr_url, name_of
 from wsi_pipeline.sources.backend import (
@@ -25,6 +27,9 @@ from wsi_pipeline.sources.backend import (
     snap_downsamples,
     unreadable,
 )
+
+LARGE = 1 << 22
+"""Bytes of a chunk above which each is read by itself."""
 
 UM = {
     "angstrom": 1e-4,
@@ -50,9 +55,10 @@ class OmeZarrBackend:
             store, root = _open_store(path, self._closing)
             group, multiscale = _choose_image(store, root, series)
             self._axes = _axes(multiscale)
-            self._levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
-            for level in self._levels:
+            levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
+            for level in levels:
                 _check_array(level, self._axes)
+            self._levels = [trusted(level) for level in levels]
         except Exception as error:  # metadata may be anything
             self._closing.close()
             if isinstance(error, SourceError):
@@ -70,9 +76,8 @@ class OmeZarrBackend:
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
         where = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
-        index = tuple(where.get(axis, 0) for axis in self._axes)
         try:
-            samples = np.asarray(self._read(level, index), np.uint8)
+            samples = self._read(level, where)
         except Exception as error:  # codecs raise anything on damaged chunks
             raise unreadable(self._path, error, level, x, y, width, height) from error
         left = [axis for axis in self._axes if axis in where]
@@ -84,11 +89,31 @@ class OmeZarrBackend:
         """Give the file back."""
         self._closing.close()
 
-    def _read(self, level: int, index: tuple[slice | int, ...]) -> Any:
+    def _read(self, level: int, where: Mapping[str, slice]) -> Pixels:
+        array = self._levels[level]
+        for axis in ("y", "x") if math.prod(array.chunks) > LARGE else ():
+            # one chunk after the other: zarr would unpack all of them at once
+            pieces = _pieces(where[axis], array.chunks[self._axes.index(axis)])
+            if len(pieces) > 1:
+                kept = [name for name in self._axes if name in where]
+                read = [self._read(level, {**where, axis: piece}) for piece in pieces]
+                return np.concatenate(read, axis=kept.index(axis))
+        index = tuple(where.get(axis, 0) for axis in self._axes)
         try:
-            return self._levels[level][index]
+            return np.asarray(array[index])
         except OSError:  # a network's hiccup; each read opens the chunks anew
-            return self._levels[level][index]
+            return np.asarray(array[index])
+
+
+def _pieces(span: slice, side: int) -> list[slice]:
+    """Return what lies of a span in each chunk.
+
+    Example:
+        >>> _pieces(slice(5, 21), 10)
+        [slice(5, 10, None), slice(10, 20, None), slice(20, 21, None)]
+    """
+    cuts = [span.start, *range(span.start // side * side + side, span.stop, side), span.stop]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
@@ -96,12 +121,20 @@ def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
     if is_zarr_url(path) if is_remote(path) else path.is_dir():
         return str(path), ""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
-    large = max(sizes, key=lambda name: sizes[name], default="")
-    if not large or sizes[large] > MAX_PIECE:
+        entries = archive.infolist()
+    if not entries or any(entry.file_size > _most(entry) for entry in entries):
         raise SourceError("a zip, but not of an OME-Zarr with chunks that fit in memory")
-    groups = [name.rpartition("/")[0] for name in sizes if name.endswith((".zgroup", "zarr.json"))]
+    groups = [
+        entry.filename.rpartition("/")[0]
+        for entry in entries
+        if entry.filename.endswith((".zgroup", "zarr.json"))
+    ]
     return _zip_store(path, closing), min(groups, key=len, default="")
+
+
+def _most(entry: zipfile.ZipInfo) -> int:
+    """Return how many bytes an entry may have: those of packed ones need not be in the file."""
+    return MAX_PIECE if entry.compress_type == zipfile.ZIP_STORED else MAX_CHUNK + SLACK
 
 
 def _zip_store(path: Path, closing: ExitStack) -> Any:
@@ -171,8 +204,6 @@ def _check_array(array: Any, axes: list[str]) -> None:
     if any(length != 1 for axis, length in shape.items() if axis not in "xyc"):
         raise SourceError(f"an OME-Zarr of several planes ({shape}); expected one")
     check_size((shape["x"], shape["y"]))
-    if math.prod(array.chunks) > MAX_PIECE:
-        raise SourceError(f"chunks of {array.chunks} px, which do not fit in memory")
 
 
 def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:
