@@ -216,6 +216,7 @@ def test_a_run_folder_of_somebody_else_runs_no_code(
 
 
 @pytest.mark.usefixtures("unsafe")
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs")
 def test_a_zarr_slide_and_a_patch_grid_of_somebody_else_run_no_code(
     tmp_path: Path, slide_path: Path
 ) -> None:

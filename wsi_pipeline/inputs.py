@@ -276,5 +276,5 @@ def _file_name(path: Path) -> str:
 
 def _long_name(path: Path) -> str:
     """Return a name that differs wherever the paths do."""
-    digest = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:8]
+    digest = hashlib.sha256(os.fsencode(str(path.absolute()))).hexdigest()[:8]
     return f"{path.absolute().parent.name}__{_file_name(path)}__{digest}"
