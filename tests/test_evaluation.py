@@ -21,6 +21,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
 from wsi_pipeline.evaluation import compare
 from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all, pair_up
+from wsi_pipeline.evaluation.meaning import Values
 from wsi_pipeline.evaluation.metrics import (
     IGNORE,
     Tally,
@@ -30,7 +31,6 @@ from wsi_pipeline.evaluation.metrics import (
     pooled_figures,
 )
 from wsi_pipeline.evaluation.picture import COLORS
-from wsi_pipeline.evaluation.sides import Values
 from wsi_pipeline.evaluation.write import FIGURES
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
 from wsi_pipeline.export.ome_zarr import create_mask

@@ -765,6 +765,33 @@ def test_volumes_are_brought_to_their_spacing(tmp_path: Path) -> None:
     assert float(image[0, :2].max()) < 0.1
 
 
+def test_a_mask_is_laid_on_its_volume_by_geometry(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    values = np.zeros((20, 30, 12), np.int16)
+    values[3:13, 4:14, 1:11] = 900  # on one side of the body
+    affine = np.diag([-1.0, -2.0, 4.0, 1])  # LPS
+    nibabel.save(nibabel.Nifti1Image(values, affine), tmp_path / "v.nii.gz")
+    mask = nibabel.Nifti1Image((values > 0).astype(np.uint8), affine)
+    recipe = image_recipe(tmp_path, images="v.nii.gz", masks="m.nii.gz")
+    spec = dataclasses.replace(
+        recipe.bundle.input, fit=None, spacing_mm=(4.0, 2.0, 1.0), channels=1,
+        patch_size=(16, 16, 16), overlap=(0, 0, 0),
+    )  # fmt: skip
+    recipe = dataclasses.replace(
+        recipe, bundle=dataclasses.replace(recipe.bundle, modality="volume", input=spec)
+    )
+    for other in (mask, nibabel.as_closest_canonical(mask)):  # RAS: the same body, other axes
+        nibabel.save(other, tmp_path / "m.nii.gz")
+        (sample,) = load(recipe, tmp_path)
+        image, truth = sample.read_all()
+        assert int(truth.sum()) == 1000
+        assert torch.equal(truth == 1, image[0] > 0.5)
+    affine[0, 3] = 3  # a shape that fits is not enough
+    nibabel.save(nibabel.Nifti1Image(np.asarray(mask.dataobj), affine), tmp_path / "m.nii.gz")
+    with pytest.raises(RecipeError, match=r"m\.nii\.gz: does not lie on its image: the mask has"):
+        load(recipe, tmp_path)
+
+
 def test_volumes_may_be_scored_by_their_body(tmp_path: Path) -> None:
     nibabel = pytest.importorskip("nibabel")
     z, y, x = np.indices((16, 16, 16)) - 8

@@ -156,7 +156,7 @@ def command(
     from wsi_pipeline.annotations import read_region
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
-    from wsi_pipeline.evaluation.sides import Values
+    from wsi_pipeline.evaluation.meaning import Values
     from wsi_pipeline.evaluation.write import describe, write_evaluation
 
     options = CompareOptions(

@@ -6,8 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,8 @@ import numpy.typing as npt
 from wsi_pipeline.annotations import Annotation, read_region
 from wsi_pipeline.errors import EvaluationError, SourceError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas
-from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block
+from wsi_pipeline.evaluation.meaning import Values, settle
+from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block, surface_distances
 from wsi_pipeline.evaluation.picture import LONGEST, Disagreement
 from wsi_pipeline.evaluation.sides import (
     AREA_SUFFIXES,
@@ -23,15 +25,18 @@ from wsi_pipeline.evaluation.sides import (
     Canvas,
     Pair,
     Side,
-    Values,
+    classes_of,
+    finished_run,
     open_side,
     reader_of,
     settle_canvas,
 )
+from wsi_pipeline.evaluation.volumes import LabelVolume, is_volume, open_labels
 from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.grid import Block, iter_blocks
 from wsi_pipeline.inputs import find_slides
 from wsi_pipeline.options import Frame
+from wsi_pipeline.outputs import FILES
 from wsi_pipeline.paths import zarr_attributes
 from wsi_pipeline.report import RUN_FILE
 from wsi_pipeline.sources import open_source
@@ -42,6 +47,8 @@ logger = logging.getLogger(__name__)
 BLOCK = 2048
 """Side of what is read and counted at once, px of the finest of both sides."""
 BACKGROUND = "Background"
+SURFACE_PX = 1 << 24
+"""Pixels up to which the distances of surfaces are measured: both masks are held for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +104,20 @@ class Comparison:
         pairing: what was compared.
         classes: names in the order of the counts; 0 is the background.
         tally: the counts.
-        shape: (h, w) in pixels compared.
-        mpp: (x, y) µm per pixel compared, where it is known.
-        picture: uint8 (h, w, 3) of the disagreement, small.
+        shape: pixels or voxels compared along each axis.
+        spacing_um: µm between them along each axis, where it is known.
+        surfaces: of each class but the background, from `surface_distances`, in mm where pixels
+            have a size, else in pixels; None where there are too many to be taken together.
+        picture: uint8 (h, w, 3) of the disagreement, small; of a volume that of the slice with
+            the most of it.
     """
 
     pairing: Pairing
     classes: tuple[str, ...]
     tally: Tally
-    shape: tuple[int, int]
-    mpp: Pair | None
+    shape: tuple[int, ...]
+    spacing_um: tuple[float, ...] | None
+    surfaces: dict[str, tuple[float, float]] | None
     picture: npt.NDArray[np.uint8]
 
 
@@ -131,7 +142,9 @@ def compare_all(
         opened = [_open(pairing, options, closing) for pairing in pairings]
         classes = _judged(opened, options)
         found = [
-            _compare(pairing, sides, canvas, classes, options, progress)
+            _compare_volumes(pairing, sides, classes, options)
+            if canvas is None
+            else _compare(pairing, sides, canvas, classes, options, progress)
             for pairing, sides, canvas in opened
         ]
     true = sum(c.tally.confusion.sum(1) for c in found)
@@ -143,10 +156,21 @@ def compare_all(
     return found
 
 
-Opened = tuple[Pairing, tuple[Side, Side], Canvas]
+Opened = tuple[Pairing, tuple[Any, Any], Canvas | None]
+"""A pair with its sides, on the slide or image that they are of; volumes have no such."""
 
 
 def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Opened:
+    values = options.prediction_values, options.truth_values
+    of_volumes = [_volume_of(path) for path in (pairing.prediction, pairing.truth)]
+    if any(of_volumes):
+        found, true = (
+            _open_volume(path, mask, given, options)
+            for path, mask, given in zip(
+                (pairing.prediction, pairing.truth), of_volumes, values, strict=True
+            )
+        )
+        return pairing, (found, true), None
     slide = None
     if pairing.slide:
         with open_source(pairing.slide) as source:
@@ -174,6 +198,74 @@ def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Open
     for side in sides:
         _check_extent(side, canvas)
     return pairing, sides, canvas
+
+
+def _volume_of(path: Path) -> Path | None:
+    """Return the mask of a volume that a path stands for; None where it is none."""
+    if (path / RUN_FILE).is_file():
+        run = finished_run(path)
+        if len(run.slide["size"]) != 3:
+            return None
+        for output in ("nifti", "dicom"):
+            if (mask := path / FILES[output]).is_file():
+                return mask
+        raise EvaluationError(f"{path} holds no mask.nii.gz; segment with --outputs nifti")
+    return path if is_volume(path) else None
+
+
+def _open_volume(
+    path: Path, mask: Path | None, values: Values, options: CompareOptions
+) -> LabelVolume:
+    """Open one side of two volumes; return it."""
+    if mask is None:
+        raise EvaluationError(f"{path} is no mask of a volume, as the other side is")
+    if options.roi or options.mpp:
+        raise EvaluationError(f"--{'roi' if options.roi else 'mpp'} is for slides; {path} is none")
+    labels = open_labels(mask)
+    if mask != path:
+        labels = replace(labels, values=classes_of(finished_run(path)))
+    settled = settle(mask, labels.values, values, options.renamed)
+    return replace(labels, values=settled)
+
+
+def _compare_volumes(
+    pairing: Pairing,
+    sides: tuple[LabelVolume, LabelVolume],
+    classes: tuple[str, ...],
+    options: CompareOptions,
+) -> Comparison:
+    """Compare two volumes on the grid of the one that is whole, the truth's where both are."""
+    prediction, truth = sides
+    onto = prediction if truth.is_part and not prediction.is_part else truth
+    indices = {name: i for i, name in enumerate(classes) if i > 0}
+    found, true = (side.indices(indices, onto) for side in sides)
+    tally = count_block(found, true, len(classes), tolerance_px=-1)
+    differs = (found != true) & (true != IGNORE)
+    middle = int(np.argmax(differs.sum((1, 2)))) if differs.any() else len(true) // 2
+    picture = Disagreement((true.shape[1], true.shape[2]))
+    (whole,) = iter_blocks(true.shape[1:], true.shape[1:])
+    picture.add(whole, found[middle], true[middle])
+    return Comparison(
+        pairing=pairing,
+        classes=classes,
+        tally=tally,
+        shape=true.shape,
+        spacing_um=tuple(1000 * s for s in onto.spacing_mm),
+        surfaces=_surfaces(found, true, classes, onto.spacing_mm),
+        picture=picture.drawn(),
+    )
+
+
+def _surfaces(
+    found: Mask, true: Mask, classes: Sequence[str], spacing: Sequence[float]
+) -> dict[str, tuple[float, float]]:
+    """Return the distances between the surfaces of each class."""
+    known = (found != IGNORE) & (true != IGNORE)
+    return {
+        name: surface_distances((found == i) & known, (true == i) & known, spacing)
+        for i, name in enumerate(classes)
+        if i > 0
+    }
 
 
 def _tells_slide(path: Path) -> bool:
@@ -257,18 +349,27 @@ def _compare(
         iter_blocks(shape, picture.whole_cells(_block_side(sides, canvas, downsample, options)))
     )
     tally = Tally.empty(len(classes))
+    whole = np.empty((2, *shape), np.uint8) if math.prod(shape) <= SURFACE_PX else None
     for done, (block, counted, found, true) in enumerate(map_in_threads(count, blocks), 1):
         tally += counted
         picture.add(block, found, true)
+        if whole is not None:
+            whole[(slice(None), *block.slices)] = found, true
         if progress:
             progress(pairing.name, done, len(blocks))
     fy, fx = downsample
+    spacing = (canvas.mpp[1] * fy, canvas.mpp[0] * fx) if canvas.mpp else None
+    surfaces = None
+    if whole is not None:
+        mm = [s / 1000 for s in spacing] if spacing else [1.0, 1.0]
+        surfaces = _surfaces(whole[0], whole[1], classes, mm)
     return Comparison(
         pairing=pairing,
         classes=classes,
         tally=tally,
         shape=shape,
-        mpp=(canvas.mpp[0] * fx, canvas.mpp[1] * fy) if canvas.mpp else None,
+        spacing_um=spacing,
+        surfaces=surfaces,
         picture=picture.drawn(_thumbnail(pairing)),
     )
 
@@ -396,7 +497,7 @@ def _members(folder: Path) -> dict[str, Path]:
         return runs
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        is_file = path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES))
+        is_file = path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES)) or is_volume(path)
         if path.name.startswith(".") or not (_is_mask_folder(path) if path.is_dir() else is_file):
             continue
         name = _stem(path)
@@ -417,7 +518,7 @@ def _stem(path: Path) -> str:
     if (path / RUN_FILE).is_file():
         return name
     lower = name.lower()
-    for suffix in (*AREA_SUFFIXES, ".ome.tiff", ".ome.tif", ".ome.zarr", ".zarr"):
+    for suffix in (*AREA_SUFFIXES, ".nii.gz", ".ome.tiff", ".ome.tif", ".ome.zarr", ".zarr"):
         if lower.endswith(suffix):
             return name[: -len(suffix)]
     return Path(name).stem

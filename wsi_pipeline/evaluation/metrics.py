@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
 Mask = npt.NDArray[np.uint8]
 Bools = npt.NDArray[np.bool_]
@@ -114,6 +116,36 @@ def _grown(mask: Bools, reach: int) -> Bools:
             source = np.s_[max(-dy, 0) : height - max(dy, 0), max(-dx, 0) : width - max(dx, 0)]
             grown[target] |= mask[source]
     return grown
+
+
+def surface_distances(
+    prediction: Bools, truth: Bools, spacing: Sequence[float]
+) -> tuple[float, float]:
+    """Return the 95th percentile and the mean of the distances between two surfaces.
+
+    Of each pixel of one surface the distance to the nearest of the other: the larger of both
+    sides' percentiles (HD95), and the mean of all distances of both sides. NaN where a side is
+    empty. A surface is made of the pixels of which a neighbour by a side, within the image, is
+    none of the mask.
+
+    Args:
+        prediction: (H, W) or (D, H, W).
+        truth: likewise.
+        spacing: between pixels along each axis; the unit is that of the distances.
+    """
+    both = ndimage.find_objects((prediction | truth).astype(np.uint8))
+    if not (prediction.any() and truth.any()):
+        return math.nan, math.nan
+    # a pixel more on each side: whether it is of the mask decides where the surface is
+    box = tuple(slice(max(0, s.start - 1), s.stop + 1) for s in both[0])
+    edges = [m[box] & ~ndimage.binary_erosion(m[box], border_value=1) for m in (prediction, truth)]
+    if not (edges[0].any() and edges[1].any()):  # a mask of the whole image has none
+        return (0.0, 0.0) if (prediction == truth).all() else (math.nan, math.nan)
+    ways = [
+        ndimage.distance_transform_edt(~other, sampling=spacing)[own]
+        for own, other in (edges, edges[::-1])
+    ]
+    return max(float(np.percentile(way, 95)) for way in ways), float(np.concatenate(ways).mean())
 
 
 def class_figures(confusion: Counts, borders: Counts) -> dict[str, Reals]:

@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +17,17 @@ import numpy.typing as npt
 import tifffile
 import zarr
 
-from wsi_pipeline.annotations import is_ignored
 from wsi_pipeline.arrays import trusted
 from wsi_pipeline.errors import EvaluationError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
+from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values, named, settle
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
+from wsi_pipeline.evaluation.volumes import is_dicom, open_labels
 from wsi_pipeline.grid import Region
 from wsi_pipeline.options import Frame
-from wsi_pipeline.outputs import UNREADABLE
+from wsi_pipeline.outputs import FILES
 from wsi_pipeline.paths import LABEL, MASK
-from wsi_pipeline.report import RUN_FILE, load_run
+from wsi_pipeline.report import RUN_FILE, Run, load_run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.mpp import ome_mpp
 from wsi_pipeline.store import RunStore
@@ -34,7 +35,6 @@ from wsi_pipeline.store import RunStore
 Pair = tuple[float, float]
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 AREA_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz")
-LARGEST_VALUE = 65_535
 LISTED_MEANING = re.compile(r"(?:^|, )(\d+) = ")
 """Before each class in the description of an OME-TIFF that this package wrote."""
 
@@ -63,19 +63,6 @@ class Canvas:
         if frame == "openslide" or self.bounds is None:
             return 0, 0
         return self.bounds.x, self.bounds.y
-
-
-@dataclass(frozen=True, kw_only=True)
-class Values:
-    """What the values of a mask without names mean.
-
-    Attributes:
-        classes: mask values by the class's name; other values are background.
-        ignored: mask values that are not judged.
-    """
-
-    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    ignored: tuple[int, ...] = ()
 
 
 class Pixels(Protocol):
@@ -314,48 +301,51 @@ def open_side(
         return Side(path=path, content=load_areas(path, offset=offset, renamed=renamed))
     own = None
     if (path / RUN_FILE).is_file():
-        mask, own = _open_run(path)
+        mask, own = _open_run(path, closing)
     elif path.is_dir():
         mask = _open_ome_zarr(path)
     elif path.suffix.lower() in MASK_SUFFIXES:
         mask = _open_picture(path, closing)
+    elif is_dicom(path):
+        labels = open_labels(path)
+        mask = MaskFile(path=path, pixels=labels.codes[0], values=labels.values)
     else:
         raise EvaluationError(
-            f"{path} is no mask (PNG, TIFF, OME-Zarr), no run's folder and no GeoJSON"
+            f"{path} is no mask (PNG, TIFF, OME-Zarr, NIfTI, NRRD, DICOM-SEG), no run's folder and "
+            "no GeoJSON"
         )
-    return Side(path=path, content=_with_meaning(mask, values, renamed), canvas=own)
+    settled = settle(mask.path, mask.values, values, renamed)
+    return Side(path=path, content=replace(mask, values=settled), canvas=own)
 
 
-def _with_meaning(mask: MaskFile, values: Values, renamed: Mapping[str, str]) -> MaskFile:
-    """Return the mask with the meaning of its values settled."""
-    told = values.classes or mask.values.classes
-    if not told:
-        raise EvaluationError(
-            f"{mask.path} does not say what its values mean; tell it with "
-            "--prediction-values or --truth-values, as Tumor=1"
-        )
-    classes: dict[str, tuple[int, ...]] = {}
-    ignored = {*values.ignored, *mask.values.classes.get(UNREADABLE.name, ())}
-    for name, codes in told.items():
-        new = renamed.get(name, name)
-        if is_ignored(new):
-            ignored |= {*codes}
-        elif name != UNREADABLE.name:
-            classes[new] = (*classes.get(new, ()), *codes)
-    if twice := ignored & {code for codes in classes.values() for code in codes}:
-        raise EvaluationError(f"{mask.path}: the values {sorted(twice)} are a class and ignored")
-    return replace(mask, values=Values(classes=classes, ignored=tuple(sorted(ignored))))
+def finished_run(folder: Path) -> Run:
+    """Return the run that a folder holds.
 
-
-def _open_run(folder: Path) -> tuple[MaskFile, Canvas]:
+    Raises:
+        EvaluationError: none that is done.
+    """
     try:
         run = load_run(folder / RUN_FILE)
     except StoreError as error:
         raise EvaluationError(str(error)) from error
-    store = RunStore(folder=folder)
-    paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
-    if run.status != "done" or not paths:
+    if run.status != "done":
         raise EvaluationError(f"{folder} holds no finished mask ({run.reason or run.status})")
+    return run
+
+
+def classes_of(run: Run) -> Values:
+    """Return what the values of the mask of an image or volume mean."""
+    return named(dict(enumerate(run.colors, start=1)))
+
+
+def _open_run(folder: Path, closing: ExitStack) -> tuple[MaskFile, Canvas]:
+    run = finished_run(folder)
+    store = RunStore(folder=folder)
+    if not run.has_tissue:
+        return _open_run_of_image(folder, run, closing)
+    paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
+    if not paths:
+        raise EvaluationError(f"{folder} holds no finished mask; run `segment` again")
     bounds = run.slide.get("bounds")
     canvas = Canvas(
         size=tuple(run.slide["size"]),
@@ -363,6 +353,18 @@ def _open_run(folder: Path) -> tuple[MaskFile, Canvas]:
         bounds=Region(**bounds) if bounds else None,
     )
     return _open_ome_zarr(paths[0]), canvas
+
+
+def _open_run_of_image(folder: Path, run: Run, closing: ExitStack) -> tuple[MaskFile, Canvas]:
+    path = folder / FILES["png"]
+    if not path.is_file():
+        raise EvaluationError(f"{folder} holds no {path.name}; segment with --outputs png")
+    mask = _open_picture(path, closing)
+    spacing = run.slide["spacing_mm"]
+    mpp = (1000 * spacing[0], 1000 * spacing[1]) if spacing else None
+    height, width = mask.pixels.shape
+    canvas = Canvas(size=(width, height), mpp=mpp)
+    return replace(mask, values=classes_of(run), mpp=mpp), canvas
 
 
 def _open_ome_zarr(path: Path) -> MaskFile:
@@ -385,20 +387,15 @@ def _open_ome_zarr(path: Path) -> MaskFile:
             f"{path} is {shape} of {pixels.dtype}; a mask has whole numbers, (y, x)"
         )
     entries = attributes.get(LABEL, {}).get("properties", [])
-    named = {int(e["label-value"]): str(e["class"]) for e in entries if "class" in e}
+    names = {int(e["label-value"]): str(e["class"]) for e in entries if "class" in e}
     if MASK in every:
-        named = dict(enumerate(map(str, every[MASK]["classes"])))
+        names = dict(enumerate(map(str, every[MASK]["classes"])))
     return MaskFile(
         path=path,
         pixels=pixels,
-        values=_named(named),
+        values=named(names),
         mpp=(scale[1], scale[0]) if units == ["micrometer"] * 2 else None,
     )
-
-
-def _named(classes: Mapping[int, str]) -> Values:
-    """Return the meaning of values with names, the first of which is the background."""
-    return Values(classes={name: (value,) for value, name in classes.items() if value > 0})
 
 
 class _Picture:
@@ -438,11 +435,11 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
         raise EvaluationError(
             f"{path} has {dataset.count} bands of {dataset.dtypes[0]}; a mask has whole numbers"
         )
-    named: dict[int, str] = {}
+    names: dict[int, str] = {}
     mpp = None
     if not is_png:
-        named, mpp = _read_ome_xml(path)
-    return MaskFile(path=path, pixels=_Picture(dataset, path), values=_named(named), mpp=mpp)
+        names, mpp = _read_ome_xml(path)
+    return MaskFile(path=path, pixels=_Picture(dataset, path), values=named(names), mpp=mpp)
 
 
 def _read_ome_xml(path: Path) -> tuple[dict[int, str], Pair | None]:
@@ -456,8 +453,8 @@ def _read_ome_xml(path: Path) -> tuple[dict[int, str], Pair | None]:
     described = tifffile.xml2dict(xml)["OME"]["Image"]
     described = described[0] if isinstance(described, list) else described
     words = LISTED_MEANING.split(str(described.get("Description", "")))
-    named = {int(v): name for v, name in zip(words[1::2], words[2::2], strict=True)}
-    return named if words[0] == "" else {}, (mpp[0], mpp[1]) if len(mpp) == 2 else None
+    names = {int(v): name for v, name in zip(words[1::2], words[2::2], strict=True)}
+    return names if words[0] == "" else {}, (mpp[0], mpp[1]) if len(mpp) == 2 else None
 
 
 def settle_canvas(

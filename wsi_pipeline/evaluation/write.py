@@ -26,9 +26,12 @@ from wsi_pipeline.evaluation.picture import with_legend
 from wsi_pipeline.store import make_folder, writing, written_beside
 
 FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
+SURFACES = ("hd95_mm", "average_distance_mm", "hd95_px", "average_distance_px")
+"""Distances of surfaces, in mm where pixels have a size."""
 COLUMNS = (
     *("slide", "class", *FIGURES),
-    *("truth_px", "prediction_px", "truth_mm2", "prediction_mm2"),
+    *("truth_px", "prediction_px", "truth_mm2", "prediction_mm2", "truth_ml", "prediction_ml"),
+    *SURFACES,
 )
 ALL_SLIDES, ALL_CLASSES = "all slides", "all classes"
 
@@ -43,6 +46,7 @@ def describe(found: Sequence[Comparison], *, tolerance_px: int) -> dict[str, Any
     classes = found[0].classes
     tallies = [comparison.tally for comparison in found]
     pooled = _scores(total(tallies, len(classes)), classes, areas=_areas(found))
+    pooled = _with_surfaces(pooled, found)
     if len(found) > 1:
         by_class, together = bootstrap(tallies)
         for i, name in enumerate(classes):
@@ -58,8 +62,10 @@ def describe(found: Sequence[Comparison], *, tolerance_px: int) -> dict[str, Any
                 "prediction": str(comparison.pairing.prediction),
                 "truth": str(comparison.pairing.truth),
                 "size_px": list(reversed(comparison.shape)),
-                "mpp": list(comparison.mpp) if comparison.mpp else None,
-                **_scores(comparison.tally, classes, areas=_areas([comparison])),
+                **_resolution(comparison),
+                **_with_surfaces(
+                    _scores(comparison.tally, classes, areas=_areas([comparison])), [comparison]
+                ),
             }
             for comparison in found
         ],
@@ -74,15 +80,44 @@ def _ends(intervals: Mapping[str, Any], index: int | None) -> dict[str, list[flo
     }
 
 
-def _areas(found: Sequence[Comparison]) -> Tally | None:
-    """Return counts of pixels weighed by their area in µm², None where a size is not known."""
-    if any(comparison.mpp is None for comparison in found):
-        return None
-    confusion = sum(c.tally.confusion * math.prod(c.mpp or ()) for c in found)
-    return Tally(confusion=np.asarray(confusion), borders=found[0].tally.borders)
+def _resolution(comparison: Comparison) -> dict[str, Any]:
+    """Return the size of a pixel in µm, (x, y), or of a voxel in mm, (x, y, z)."""
+    size = [*reversed(comparison.spacing_um)] if comparison.spacing_um else None
+    if size and len(size) == 3:
+        return {"spacing_mm": [s / 1000 for s in size]}
+    return {"mpp": size}
 
 
-def _scores(tally: Tally, classes: Sequence[str], *, areas: Tally | None) -> dict[str, Any]:
+Areas = dict[str, npt.NDArray[np.float64]]
+"""Confusion weighed by the size of pixels, by its unit."""
+
+
+def _areas(found: Sequence[Comparison]) -> Areas:
+    """Return counts of pixels in mm², or of voxels in ml, where all sizes are known."""
+    axes = {len(comparison.spacing_um or ()) for comparison in found}
+    if axes not in ({2}, {3}):
+        return {}
+    name, per_um = ("mm2", 1e-6) if axes == {2} else ("ml", 1e-12)
+    weighed = [c.tally.confusion * math.prod(c.spacing_um or ()) * per_um for c in found]
+    return {name: np.sum(weighed, axis=0)}
+
+
+def _with_surfaces(scores: dict[str, Any], found: Sequence[Comparison]) -> dict[str, Any]:
+    """Add, to the figures of each class, the distances of its surfaces; return them.
+
+    Of several comparisons they are means of those that have a value.
+    """
+    unit = "px" if found[0].spacing_um is None else "mm"
+    for name, row in scores["classes"].items():
+        values = np.array([c.surfaces[name] for c in found if c.surfaces], float).reshape(-1, 2)
+        known = values[~np.isnan(values).any(1)]
+        ends = known.mean(0).tolist() if len(known) else (math.nan, math.nan)
+        for key, value in zip(("hd95", "average_distance"), ends, strict=True):
+            row[f"{key}_{unit}"] = _number(value)
+    return scores
+
+
+def _scores(tally: Tally, classes: Sequence[str], *, areas: Areas) -> dict[str, Any]:
     by_class = class_figures(tally.confusion, tally.borders)
     together = pooled_figures(tally.confusion, tally.borders)
     judged = int(tally.confusion.sum())
@@ -99,12 +134,13 @@ def _scores(tally: Tally, classes: Sequence[str], *, areas: Tally | None) -> dic
     }
 
 
-def _sizes(tally: Tally, areas: Tally | None, index: int) -> dict[str, Any]:
+def _sizes(tally: Tally, areas: Areas, index: int) -> dict[str, Any]:
     sizes: dict[str, Any] = {}
     for side, axis in (("truth", 1), ("prediction", 0)):
         sizes[f"{side}_px"] = int(tally.confusion.sum(axis)[index])
-        mm2 = None if areas is None else float(areas.confusion.sum(axis)[index]) / 1e6
-        sizes[f"{side}_mm2"] = mm2
+        if "ml" not in areas:
+            sizes[f"{side}_mm2"] = None
+        sizes |= {f"{side}_{unit}": float(n.sum(axis)[index]) for unit, n in areas.items()}
     return sizes
 
 
@@ -154,6 +190,6 @@ def write_evaluation(
 
 
 def _picture(comparison: Comparison) -> npt.NDArray[np.uint8]:
-    shrunk = comparison.shape[1] / comparison.picture.shape[1]
-    um = comparison.mpp[0] * shrunk if comparison.mpp else None
+    shrunk = comparison.shape[-1] / comparison.picture.shape[1]
+    um = comparison.spacing_um[-1] * shrunk if comparison.spacing_um else None
     return with_legend(comparison.picture, um=um)

@@ -8,20 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image as Pictures
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import IGNORE
 from wsi_pipeline.grid import Shape
+from wsi_pipeline.sources.alignment import turned_onto
+from wsi_pipeline.sources.image import Image
 from wsi_pipeline.sources.prepared import Preparation, open_scan, prepare
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.sources.volume import Volume, open_volume
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
 Table = npt.NDArray[np.uint8]
-UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError)
+UNREADABLE = (OSError, UnidentifiedImageError, Pictures.DecompressionBombError)
 """What Pillow raises on a damaged picture."""
 
 
@@ -43,17 +46,17 @@ def read_picture(
         RecipeError: unreadable, or of different sizes.
     """
     try:
-        with Image.open(path) as opened:
+        with Pictures.open(path) as opened:
             image = _pixels(opened, channels)
     except UNREADABLE as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    truth = _class_index(_codes(mask_path, 2), table, mask_path)
+    truth = _class_index(_codes(mask_path), table, mask_path)
     _check_same(truth.shape, tuple(image.shape[1:]), mask_path)
     height, width = (max(1, round(n * factor)) for n in truth.shape)
     return _resized(image, (height, width)), _resized_mask(truth, (height, width))
 
 
-def _pixels(image: Image.Image, channels: int) -> Tensor:
+def _pixels(image: Pictures.Image, channels: int) -> Tensor:
     """Return a picture's values, (channels, H, W)."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
@@ -93,7 +96,9 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     if size == tuple(image.shape[1:]):
         return image.contiguous()
     planes = [
-        np.asarray(Image.fromarray(plane.numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
+        np.asarray(
+            Pictures.fromarray(plane.numpy()).resize(size[::-1], Pictures.Resampling.BICUBIC)
+        )
         for plane in image
     ]
     return torch.from_numpy(np.stack(planes))
@@ -101,7 +106,9 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _resized_mask(truth: Table, size: tuple[int, int]) -> Tensor:
     if size != truth.shape:
-        truth = np.asarray(Image.fromarray(truth).resize(size[::-1], Image.Resampling.NEAREST))
+        truth = np.asarray(
+            Pictures.fromarray(truth).resize(size[::-1], Pictures.Resampling.NEAREST)
+        )
     return torch.from_numpy(np.array(truth))
 
 
@@ -112,7 +119,8 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
 
     Args:
         path: of the image or volume.
-        mask_path: of the mask, of the same size.
+        mask_path: of the mask, of the same size, or a volume that lies in the same place of the
+            body, whatever the order and direction of its axes.
         table: class index of each mask value.
         spec: how the network wants to see it.
 
@@ -122,7 +130,8 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
     """
     axes = len(spec.patch_size)
     with open_scan(path, axes=axes, time_points=spec.time_points) as scan:
-        truth = _class_index(_codes(mask_path, axes), table, mask_path)
+        codes = _codes(mask_path) if isinstance(scan, Image) else _codes_on(scan, mask_path)
+        truth = _class_index(codes, table, mask_path)
         _check_same(truth.shape, scan.shape, mask_path)
         made = prepare(scan, spec)
         pixels = made.read(scan, (0,) * axes, made.shape)
@@ -130,16 +139,20 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
     return image, torch.from_numpy(_on_grid(truth, made))
 
 
-def _codes(path: Path, axes: int) -> npt.NDArray[Any]:
-    """Return a mask's values, in the axes of its image."""
-    if axes == 2:
-        try:
-            with Image.open(path) as opened:
-                return _one_band(np.asarray(opened), path)
-        except UNREADABLE as error:
-            raise RecipeError(f"cannot read {path}: {error}") from error
-    with open_volume(path) as volume:
-        return volume.read((0, 0, 0), volume.shape)[..., 0]
+def _codes(path: Path) -> npt.NDArray[Any]:
+    """Return the values of a picture that is a mask, (y, x)."""
+    try:
+        with Pictures.open(path) as opened:
+            return _one_band(np.asarray(opened), path)
+    except UNREADABLE as error:
+        raise RecipeError(f"cannot read {path}: {error}") from error
+
+
+def _codes_on(volume: Volume, path: Path) -> npt.NDArray[Any]:
+    """Return the values of a mask, (z, y, x), turned so that it lies on its volume."""
+    with open_volume(path) as mask:
+        codes = mask.read((0, 0, 0), mask.shape)[..., 0]
+        return turned_onto(codes, mask.affine, volume.shape, volume.affine)
 
 
 def _check_same(mask: Shape, image: Shape, path: Path) -> None:
