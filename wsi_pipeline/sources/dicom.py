@@ -7,8 +7,10 @@ says of others is not passed on.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from pydicom.pixels.utils import iter_pixels, pixel_array
 from pydicom.uid import (
     UID,
+    DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
@@ -132,19 +135,44 @@ def read_tags(path: Path) -> Dataset:
     try:
         with quiet():
             # forced: scanners and archives of old leave the preamble out
-            header = dcmread(path, stop_before_pixels=True, specific_tags=list(TAGS), force=True)
+            header = dcmread(
+                _inflated(path), stop_before_pixels=True, specific_tags=list(TAGS), force=True
+            )
             # values are made of bytes when they are first asked for: here, where nothing is told
             for _ in (*header.file_meta, *header.iterall()):
                 pass
             if not header.file_meta and header:
                 implicit, little = header.original_encoding
                 header.file_meta.TransferSyntaxUID = UID_OF_ENCODING[bool(implicit), bool(little)]
+    except SourceError:
+        raise
     except Exception as error:  # pydicom raises anything on damaged files
         # without what it says, which may quote values that are the patient's
         raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
     if not header.file_meta:
         raise SourceError("begins without the mark of DICOM; save it again as DICOM")
     return header
+
+
+def _inflated(path: Path) -> Path | BytesIO:
+    """Return a file whose attributes are stored as they are: unpacked where they are deflated.
+
+    pydicom unpacks deflated files whole, whatever they come to, and decodes no pixels of them.
+
+    Raises:
+        SourceError: it unpacks to more than is held.
+    """
+    with path.open("rb") as file:
+        head = file.read(1024)
+        if DeflatedExplicitVRLittleEndian.encode() not in head:
+            return path
+        # (0002,0000) says how long the rest of the file meta information is
+        file.seek(144 + int.from_bytes(head[140:144], "little"))
+        unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+        data = unpacker.decompress(file.read(MAX_PIECE), MAX_PIECE)
+    if unpacker.unconsumed_tail:
+        raise SourceError(f"unpacks to more than {MAX_PIECE >> 20} MiB, too much to hold")
+    return BytesIO(data)
 
 
 def check_header(header: Dataset) -> None:
@@ -213,7 +241,7 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
     try:
         with quiet():
             stored = pixel_array(
-                path, index=frame, transfer_syntax_uid=header.file_meta.TransferSyntaxUID
+                _inflated(path), index=frame, transfer_syntax_uid=header.file_meta.TransferSyntaxUID
             )
             if header.PhotometricInterpretation == "PALETTE COLOR":
                 bits = header.RedPaletteColorLookupTableDescriptor[2]
@@ -235,7 +263,8 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
     try:
         with quiet():
             syntax = header.file_meta.TransferSyntaxUID
-            for frame, stored in enumerate(iter_pixels(path, transfer_syntax_uid=syntax)):
+            decoded = iter_pixels(_inflated(path), transfer_syntax_uid=syntax)
+            for frame, stored in enumerate(decoded):
                 take(frame, stored)
     except OSError:
         raise  # of the file, or of what takes them

@@ -86,6 +86,8 @@ def _is_bare_dicom(head: bytes) -> bool:
     group, element, kind = head[:2], head[2:4], head[4:6]
     if group == b"\x02\0":
         return element in (b"\0\0", b"\1\0") and kind in (b"UL", b"OB")
+    if group == b"\0\x08":  # high bytes first
+        group, element = group[::-1], element[::-1]
     # identifying group, whose first elements are few; the length of a value, or its kind
     return group == b"\x08\0" and element in BARE_ELEMENTS and (
         kind in (b"UL", b"CS", b"UI", b"DA", b"TM", b"SH") or head[6:8] == b"\0\0"
