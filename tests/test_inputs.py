@@ -7,12 +7,16 @@ import socket
 from pathlib import Path
 
 import pytest
+from bundles import pointwise_bundle
 
+import wsi_pipeline
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
 from wsi_pipeline.inputs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.radiology import find_images, find_volumes, kind_of
+from wsi_pipeline.status import read_status
 
 
 @pytest.fixture
@@ -298,3 +302,33 @@ def test_texts_and_paths_are_one(slides, monkeypatch):
     assert by_text == by_path == plan_jobs(["a.svs"], "out")
     assert by_text[0] == Job(path="a.svs", folder="out/a")
     assert by_text[0].folder == Path("out/a")
+
+
+def test_public_functions_take_texts_as_well_as_paths(tmp_path, slide_path):
+    roi, tissue = tmp_path / "roi.geojson", tmp_path / "tissue.geojson"
+    for path in (roi, tissue):
+        ring = [[400, 300], [900, 300], [900, 900], [400, 900], [400, 300]]
+        path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
+    select = SelectOptions(roi=str(roi), tissue=str(tissue))
+    assert select == SelectOptions(roi=roi, tissue=tissue)
+    bundle = wsi_pipeline.load_bundle(str(pointwise_bundle(tmp_path / "m", mpp=0.5) / "model.toml"))
+    (job,) = plan_jobs([str(slide_path)], str(tmp_path / "out"))
+    settings = wsi_pipeline.Settings(
+        select=select, export=wsi_pipeline.ExportOptions(outputs=("zarr", "geojson"))
+    )
+    with wsi_pipeline.open_cluster(wsi_pipeline.ScheduleOptions()) as client:
+        made = wsi_pipeline.segment(job, bundle, client=client, settings=settings)
+    assert 0 < made.tissue_mm2 < 0.05  # a text that is no path of tissue would be all of it
+    record = job.folder / "run.json"
+    for place in (record, job.folder):
+        assert wsi_pipeline.load_run(str(place)) == wsi_pipeline.load_run(place)
+        assert wsi_pipeline.load_run(place).area_mm2 == made.area_mm2
+        assert wsi_pipeline.export_again(str(place), {"simplify_um": 0.0}).status == "done"
+        wsi_pipeline.export_again(place, {"simplify_um": 1.0})
+    options = {"mpp": 1.0, "patch_size": 128, "overlap": 0, "select": select}
+    wsi_pipeline.tile(str(slide_path), str(tmp_path / "grid.zarr"), **options)
+    assert len(wsi_pipeline.open_patch_grid(str(tmp_path / "grid.zarr")).patches) > 0
+    (pairing,) = pair_up(str(job.folder), str(job.folder), slide=str(slide_path), size=None)
+    (found,) = compare_all([pairing], CompareOptions(roi=str(roi)))
+    assert found.tally.confusion.sum() == 500 * 600
+    assert read_status(str(tmp_path / "out")).done == [job.folder.name]

@@ -210,7 +210,7 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     """
     path = _local_toml(str(location))
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(path.read_text("utf-8-sig"))  # as Windows writes it
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:

@@ -201,8 +201,8 @@ def segment_all(
 
 
 def tile(
-    path: Path,
-    target: Path,
+    path: str | Path,
+    target: str | Path,
     *,
     mpp: float,
     patch_size: int,
@@ -226,6 +226,7 @@ def tile(
     Raises:
         WsiPipelineError: the slide or the target cannot be used.
     """
+    target = Path(target)
     with open_source(path, mpp=select.mpp, series=select.series) as slide:
         stored = plan_grid(
             slide,

@@ -39,20 +39,22 @@ DEPENDS: Mapping[Output, tuple[str, ...]] = {
 STOPPED = "writing the outputs again was stopped: run export again"
 
 
-def export_again(folder: Path, changes: Mapping[str, Any]) -> Run:
+def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     """Write polygons, TIFF and overview of a slide's mask again; return the run as it is now.
 
     Only what is missing or depends on a changed option is written. What is not changed stays as it
     was. The files are those that `segment` would have written.
 
     Args:
-        folder: of one run, with `run.json` and `mask.ome.zarr`.
+        folder: of one run, with `run.json` and `mask.ome.zarr`; or that `run.json`.
         changes: values of `ExportOptions` by name. `outputs` are added to those that are there.
 
     Raises:
         StoreError: no run, no mask, or not that of a slide; the folder cannot be written.
         BusyError: another process works in it.
     """
+    folder = Path(folder)
+    folder = folder.parent if folder.name == RUN_FILE else folder
     path, store = folder / RUN_FILE, RunStore(folder=folder)
     run = load_run(path)
     if "spacing_mm" in run.slide:

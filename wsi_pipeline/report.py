@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.paths import as_path, name_of
 from wsi_pipeline.remote import write_whole
 
 logger = logging.getLogger(__name__)
@@ -98,12 +99,15 @@ def write_run_json(path: Path, run: Run) -> None:
     _write_text(path, text + "\n")
 
 
-def load_run(path: Path) -> Run:
-    """Read a `run.json`; return the run.
+def load_run(path: str | Path) -> Run:
+    """Read a `run.json`, or that of a run's folder; return the run.
 
     Raises:
         StoreError: the file cannot be read, or holds no run.
     """
+    path = as_path(path)
+    if name_of(path) != RUN_FILE and path.is_dir():
+        path /= RUN_FILE
     try:
         return Run(**json.loads(path.read_text("utf-8")))
     except OSError as error:

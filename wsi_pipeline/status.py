@@ -13,7 +13,7 @@ import numpy as np
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.inputs import Job
-from wsi_pipeline.paths import is_remote, name_of, without_secrets
+from wsi_pipeline.paths import as_path, is_remote, name_of, without_secrets
 from wsi_pipeline.remote import check_listed, fetch, reaching, write_whole
 from wsi_pipeline.report import RUN_FILE, Run, find_runs
 from wsi_pipeline.store import RunStore, claim_folder, open_patch_grid
@@ -85,7 +85,7 @@ def _load_jobs(output: Path) -> dict[str, str]:
         return {}
 
 
-def read_status(output: Path, work: Path | None = None) -> Status:
+def read_status(output: str | Path, work: str | Path | None = None) -> Status:
     """Return how far an output folder is.
 
     Args:
@@ -95,7 +95,8 @@ def read_status(output: Path, work: Path | None = None) -> Status:
     Raises:
         StoreError: no command has written there.
     """
-    work, home = work or output, output
+    output = home = as_path(output)
+    work = as_path(work) if work else home
     if is_remote(home):
         output = work / ".status"
         fetch(home, output, first=RUN_FILE)

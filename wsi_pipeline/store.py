@@ -154,12 +154,13 @@ def is_patch_grid(path: Path) -> bool:
     return isinstance(attributes, dict) and attributes.get("format") == FORMAT
 
 
-def open_patch_grid(path: Path, *, mode: str = "r") -> StoredGrid:
+def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
     """Open a patch grid; return it with its pixels left on disk.
 
     Raises:
         StoreError: not a patch grid, a damaged one, or one of a newer version.
     """
+    path = Path(path)
     if not is_patch_grid(path):
         raise StoreError(f"{path} is not a patch grid; expected a folder that `tile` wrote")
     try:

@@ -95,7 +95,7 @@ def _find(
 
 
 def read_tissue(
-    path: Path,
+    path: str | Path,
     size: tuple[int, int],
     shape: tuple[int, int],
     downsample: tuple[float, float],
@@ -115,6 +115,7 @@ def read_tissue(
     Raises:
         AnnotationError: a file that cannot be read, or that does not fit the slide.
     """
+    path = Path(path)
     if _is_geojson(path):
         region = read_region(path, offset=offset, size=size)
         # where a pixel's centre decides, an area can be too small to count

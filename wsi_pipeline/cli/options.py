@@ -53,7 +53,7 @@ class Figure(click.FloatRange):
         return number
 
 
-MPP = Figure(min=1e-4, max=1e5)
+MPP = Figure(min=1e-4, max=1000)
 """µm per pixel: whatever a microscope, a camera or an overview has."""
 
 

@@ -95,6 +95,11 @@ class Pairing:
     slide: Path | None = None
     size: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("prediction", "truth", "slide"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(given))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Comparison:
@@ -416,7 +421,11 @@ def _roi(options: CompareOptions, canvas: Canvas) -> AreaReader | None:
 
 
 def pair_up(
-    prediction: Path, truth: Path, *, slide: Path | None, size: tuple[int, int] | None
+    prediction: str | Path,
+    truth: str | Path,
+    *,
+    slide: str | Path | None,
+    size: tuple[int, int] | None,
 ) -> list[Pairing]:
     """Match predictions with truths; return the pairs, one where both are single.
 
@@ -431,7 +440,8 @@ def pair_up(
     Raises:
         EvaluationError: a truth without a prediction or slide, or names that are not clear.
     """
-    slides = _slides(slide) if slide else {}
+    prediction, truth = Path(prediction), Path(truth)
+    slides = _slides(Path(slide)) if slide else {}
     if _is_single(prediction) and _is_single(truth):
         name = _stem(prediction)
         if len(slides) > 1 and name not in slides:

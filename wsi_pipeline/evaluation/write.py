@@ -162,7 +162,7 @@ def as_rows(described: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_evaluation(
-    folder: Path, found: Sequence[Comparison], described: Mapping[str, Any]
+    folder: str | Path, found: Sequence[Comparison], described: Mapping[str, Any]
 ) -> None:
     """Write `evaluation.json`, `evaluation.csv` and a picture of each slide; return nothing.
 
@@ -171,6 +171,7 @@ def write_evaluation(
         found: of each slide.
         described: from `describe`.
     """
+    folder = Path(folder)
     make_folder(folder)
     buffer = io.StringIO(newline="")
     table = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", restval="")

@@ -281,7 +281,7 @@ class Recipe:
     limits: str = ""
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe; return it.
 
     With `extends`, the name of another recipe in the same folder, it says only what differs.
@@ -289,6 +289,7 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: not a recipe, or one that contradicts itself.
     """
+    path = Path(path)
     table = _read(path)
     try:
         return _parse(table, path)
@@ -301,7 +302,7 @@ def load_recipe(path: Path) -> Recipe:
 def _read(path: Path, over: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the table of a recipe, laid over that of the one it extends, where it does."""
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
+        table = tomllib.loads(path.read_text("utf-8-sig"))  # as Windows writes it
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:

@@ -40,8 +40,8 @@ EVERYBODY = "all patients"
 
 def train(
     recipe: Recipe,
-    data_dir: Path,
-    output: Path,
+    data_dir: str | Path,
+    output: str | Path,
     *,
     folds: Collection[str] | None = None,
     device: str = "auto",
@@ -72,6 +72,7 @@ def train(
             folder with another training.
         BusyError: another process trains in the folder.
     """
+    data_dir, output = Path(data_dir), Path(output)
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
