@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,13 +10,19 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import tifffile
 from click.testing import CliRunner
 from PIL import Image
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.uid import generate_uid
 from scans import blobs, write_series
 
 from wsi_pipeline.cli import group
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.inputs import find_slides
+from wsi_pipeline.sources import open_source
 
 
 def info(*arguments: str | Path) -> str:
@@ -121,3 +128,35 @@ def test_an_image_and_a_volume_are_described(tmp_path: Path) -> None:
     write_series(tmp_path / "ct", blobs((5, 9, 8)), spacing=(2.0, 1.0, 1.0), seed=0)
     for path in (tmp_path / "ct", tmp_path / "ct" / "000.dcm"):
         assert facts(path)["size"] == [8, 9, 5]
+
+
+def test_all_files_of_a_dicom_slide_are_told_by_one_rule(data_dir: Path, tmp_path: Path) -> None:
+    source = data_dir / "wsi" / "dicom" / "multiframe_camelyon_challenge_image.dcm"
+    slide = tmp_path / "slide"
+    slide.mkdir()
+    shutil.copy(source, slide / "volume.opt")
+    header = pydicom.dcmread(source)
+    header.ImageType = ["DERIVED", "PRIMARY", "THUMBNAIL", "RESAMPLED"]
+    header.NumberOfFrames, header.TotalPixelMatrixRows, header.TotalPixelMatrixColumns = 1, 256, 256
+    header.PixelData = encapsulate([get_frame(header.PixelData, 0, number_of_frames=15)])
+    header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+    header.save_as(slide / "thumbnail")
+    for path in (slide, slide / "volume.opt", slide / "thumbnail"):
+        assert facts(path)["size"] == [1152, 700]
+        with open_source(path) as opened:
+            assert opened.size == (1152, 700)
+    assert find_slides([str(slide)], output=tmp_path / "out") == [slide / "volume.opt"]
+    alone = shutil.copy(slide / "thumbnail", tmp_path / "alone.dcm")
+    result = CliRunner().invoke(group, ["info", str(alone)])
+    with pytest.raises(SourceError) as error:
+        open_source(alone)
+    assert result.exit_code == 1
+    assert str(error.value) in result.output
+
+
+def test_what_begins_like_nothing_known_is_said_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    path.write_bytes(b"IJrE" + bytes(1000))
+    result = CliRunner().invoke(group, ["info", str(path)])
+    assert "it begins like no kind of slide" in result.output
+    assert "b'" not in result.output

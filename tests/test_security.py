@@ -136,7 +136,7 @@ def test_xml_entities_are_not_multiplied() -> None:
         f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 10}">' for n in range(10)
     )
     bomb = f'<?xml version="1.0"?><!DOCTYPE OME [{entities}]><OME><Image ID="&e9;"/></OME>'
-    assert ome_mpp(bomb, 0) == {}
+    assert ome_mpp(bomb, ifd=0, size=(1, 1)) == {}
 
 
 # --- zarrs of others ---------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import openslide
@@ -18,13 +20,22 @@ import pytest
 import tifffile
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ome_types.model import UnitsLength
 from PIL import Image
+from skimage.data import immunohistochemistry
 
 from wsi_pipeline.errors import MissingMppError, SourceError
 from wsi_pipeline.grid import PatchGrid, Region
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.backend import snap_downsamples
-from wsi_pipeline.sources.mpp import best_mpp, contradictions, doubts, ome_mpp, read_mpp
+from wsi_pipeline.sources.mpp import (
+    best_mpp,
+    contradictions,
+    doubts,
+    ome_mpp,
+    read_mpp,
+    um_per,
+)
 from wsi_pipeline.sources.tiff import FileBytes, TiffBackend
 from wsi_pipeline.sources.vendor import OpenSlideBackend
 from wsi_pipeline.sources.view import SlideView
@@ -390,27 +401,44 @@ def test_lossless_tiffs_are_read_exactly(
         np.testing.assert_array_equal(view.read((100, 333), (301, 77)), pixels[100:401, 333:410])
 
 
-@pytest.mark.parametrize(("compression", "backend"), [(33005, "tiffslide"), (33003, "openslide")])
-def test_jpeg_2000_is_read_as_openslide_reads_it(
-    cmu_path: Path, tmp_path: Path, compression: int, backend: str
-) -> None:
-    with open_source(cmu_path) as slide:
-        pixels = slide.at(0.499).read((500, 800), (500, 600))
+@pytest.mark.parametrize("stored", ["RGB", "YCbCr", "contradiction"])
+def test_jpeg_2000_is_read_in_the_colours_that_it_has(tmp_path: Path, stored: str) -> None:
+    pixels = immunohistochemistry()[:480, :480]
+    image = Image.fromarray(pixels)
+    planes = np.asarray(image.convert("YCbCr") if stored == "YCbCr" else image)
+    tiles = (
+        imagecodecs.jpeg2k_encode(
+            np.ascontiguousarray(planes[y : y + 240, x : x + 240]),
+            codecformat="j2k",
+            mct=stored == "contradiction",  # the codec's own way from RGB, and back
+        )
+        for y in (0, 240)
+        for x in (0, 240)
+    )
     path = tmp_path / "a.svs"
-    tifffile.imwrite(  # 33003 says YCbCr, which the pixels are not: only OpenSlide takes its word
+    tifffile.imwrite(
         path,
-        pixels,
+        tiles,
+        shape=pixels.shape,
+        dtype=np.uint8,
         tile=(240, 240),
         photometric="rgb",
-        compression=compression,
+        compression=33005 if stored == "RGB" else 33003,  # Aperio's numbers of RGB and YCbCr
         metadata=None,
-        description="Aperio Image Library v1.0\r\n600x500 [0,0 600x500]|AppMag = 20|MPP = 0.5",
+        description="Aperio Image Library v1.0\r\n480x480 [0,0 480x480]|AppMag = 20|MPP = 0.5",
     )
-    reference = openslide.OpenSlide(path).read_region((0, 0), 0, (600, 500))
     with open_source(path) as slide:
-        assert slide.backend == backend
-        found = slide.at(0.5).read((0, 0), (500, 600))
-    np.testing.assert_array_equal(found, np.asarray(reference)[..., :3])
+        assert slide.backend == "tiffslide"
+        found = slide.at(0.5).read((0, 0), (480, 480))
+        said = "; ".join(slide.doubts)
+    if stored == "contradiction":
+        assert "as YCbCr, its tiles that they are RGB" in said
+        np.testing.assert_array_equal(found, pixels)
+        return
+    assert said == ""
+    with openslide.OpenSlide(path) as reference:
+        expected = np.asarray(reference.read_region((0, 0), 0, (480, 480)))[..., :3]
+    assert abs(found.astype(int) - expected).max() <= 1
 
 
 def test_levels_in_sub_directories_are_found(tmp_path: Path) -> None:
@@ -443,6 +471,34 @@ def test_grey_is_shown_as_grey_and_transparent_as_white(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[200:], rgba[200:, :, :3])
 
 
+@pytest.mark.parametrize("tile", [(128, 128), None])
+@pytest.mark.parametrize("value", [0, 128, 255])
+def test_a_fourth_sample_is_alpha_only_where_the_file_says_so(
+    tmp_path: Path, tile: tuple[int, int] | None, value: int
+) -> None:
+    pixels, path = noise(300, 400), tmp_path / "a.tif"
+    fourth = np.full((300, 400, 1), value, np.uint8)
+    stored = np.round(pixels * (value / 255)).astype(np.uint8)  # multiplied already
+    for kind, colours in (("assocalpha", stored), ("unassalpha", pixels), ("unspecified", pixels)):
+        tifffile.imwrite(
+            path,
+            np.dstack([colours, fourth]),
+            tile=tile,
+            photometric="rgb",
+            extrasamples=[kind],
+            metadata=None,
+        )
+        with open_source(path, mpp=1) as slide:
+            found = slide.at(1).read((0, 0), (300, 400))
+            said = "; ".join(slide.doubts)
+        if kind == "unspecified":
+            assert "fourth sample" in said
+            np.testing.assert_array_equal(found, pixels)
+        else:
+            assert said == ""
+            assert abs(found - (pixels * (value / 255) + 255 - value)).max() <= 1.01
+
+
 def test_tiles_that_were_left_out_are_white(tmp_path: Path) -> None:
     path, pixels = tmp_path / "sparse.tif", noise(512, 512)
     tiles = [pixels[:256, :256].tobytes(), b"", b"", pixels[256:, 256:].tobytes()]
@@ -470,17 +526,59 @@ def test_a_turned_tiff_is_read_as_stored_and_said_to_be_turned(
     np.testing.assert_array_equal(found[..., 0], tifffile.imread(path, key=0))
 
 
-@pytest.mark.parametrize("name", ["two samples", "16 bit", "palette"])
-def test_pixels_that_are_not_8_bit_rgb_are_refused(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "a.tif"
-    if name == "palette":
-        colours = np.zeros((3, 256), dtype=np.uint16)
-        tifffile.imwrite(path, noise(64, 64)[..., 0], photometric="palette", colormap=colours)
-    else:
-        pixels = noise(64, 64)[..., :2] if name == "two samples" else noise(64, 64) * np.uint16(7)
-        tifffile.imwrite(path, pixels, photometric="rgb" if name == "16 bit" else "minisblack")
-    with pytest.raises(SourceError, match=r"expected (one of )?8-bit RGB"):
+GREY = {"photometric": "minisblack", "planarconfig": "contig"}
+NOT_READ: dict[str, tuple[Pixels | npt.NDArray[np.uint16], dict[str, Any], str]] = {
+    "16 bit": (noise(300, 400) * np.uint16(257), {}, "3 samples of uint16, RGB"),
+    "stack": (np.stack([noise(300, 400)] * 3), {}, r"3 planes \(axes IYXS\)"),
+    "grey and alpha": (noise(300, 400)[..., :2], GREY, "2 samples of uint8, MINISBLACK"),
+    "three of grey": (noise(300, 400), GREY, "3 samples of uint8, MINISBLACK"),
+    "four of grey": (noise(300, 400).repeat(2, -1)[..., :4], GREY, "4 samples of uint8, MINISB"),
+    "palette": (
+        noise(300, 400)[..., 0],
+        {"photometric": "palette", "colormap": np.zeros((3, 256), np.uint16)},
+        "1 sample of uint8, PALETTE",
+    ),
+    "CMYK": (noise(300, 400).repeat(2, -1)[..., :4], {"photometric": "separated"}, "SEPARATED"),
+}
+
+
+@pytest.mark.parametrize("tile", [(128, 128), None])
+@pytest.mark.parametrize("name", NOT_READ)
+def test_pixels_that_are_not_8_bit_rgb_are_refused(
+    tmp_path: Path, name: str, tile: tuple[int, int] | None
+) -> None:
+    path, (pixels, options, said) = tmp_path / "a.tif", NOT_READ[name]
+    options = {"photometric": "rgb", **options}
+    tifffile.imwrite(path, pixels, tile=tile, metadata=None, **options)
+    with pytest.raises(SourceError, match=f"a.tif: .*{said}.*; expected (one of )?8-bit RGB"):
         open_source(path, mpp=1)
+
+
+def test_a_stack_in_colours_is_refused_and_no_plane_of_it_shown(
+    data_dir: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.ome.tif"
+    metadata = {"axes": "ZYXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+    planes = np.stack([noise(300, 400)] * 3)
+    tifffile.imwrite(path, planes, tile=(128, 128), photometric="rgb", metadata=metadata)
+    with pytest.raises(SourceError, match="3 planes"):
+        open_source(path)
+    with pytest.raises(SourceError, match="2 focal planes"):
+        open_source(data_dir / "faults" / "two_focal_planes.svs")
+
+
+def test_grey_and_colours_stored_in_other_ways_are_left_to_openslide(tmp_path: Path) -> None:
+    grey, path = noise(300, 400)[..., 0], tmp_path / "a.ome.tif"
+    metadata = {"axes": "YX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.25}
+    tifffile.imwrite(
+        path, 255 - grey, tile=(128, 128), photometric="miniswhite", ome=True, metadata=metadata
+    )
+    with open_source(path) as slide:
+        assert slide.backend == "openslide"
+        assert slide.mpp == (0.5, 0.25)
+        assert slide.mpp_source == "OME-XML"
+        found = slide.pixels.read_level(0, 0, 0, 400, 300)
+    np.testing.assert_array_equal(found, grey[..., None].repeat(3, axis=-1))
 
 
 def test_names_with_blanks_and_other_alphabets(slide_path: Path, tmp_path: Path) -> None:
@@ -613,12 +711,154 @@ def test_what_is_doubtful_is_said_in_a_sentence_each() -> None:
 def test_ome_xml_says_how_large_a_pixel_is(
     attributes: str, mpp: tuple[float, float] | None
 ) -> None:
-    image = '<Image><Pixels SizeX="1"/></Image>'
     start = '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06">'
-    xml = f"{start}{image}<Image><Pixels {attributes}/></Image></OME>"
-    best = best_mpp(read_mpp(ome_mpp(xml, 1)))
+    xml = f"{start}<Image><Pixels {attributes}/></Image></OME>"
+    best = best_mpp(read_mpp(ome_mpp(xml, ifd=0, size=(1, 1))))
     assert (best and best.mpp) == (mpp and pytest.approx(mpp))
-    assert ome_mpp(xml, 0) == ome_mpp(xml, 2) == ome_mpp("<OME", 0) == {}
+    assert ome_mpp("<OME", ifd=0, size=(1, 1)) == {}
+
+
+OWN, OTHER = "urn:uuid:00000000-0000-0000-0000-000000000001", "urn:uuid:2"
+HERE = '<TiffData IFD="0" PlaneCount="1"/>'
+ELSEWHERE = f'<TiffData IFD="0"><UUID FileName="b.ome.tif">{OTHER}</UUID></TiffData>'
+RENAMED = f'<TiffData IFD="0"><UUID FileName="old.ome.tif">{OWN}</UUID></TiffData>'
+
+
+def write_ome(
+    path: Path, *images: tuple[tuple[int, int], float, str], unit: str = "µm", uuid: str = OWN
+) -> Path:
+    """Write 400 × 300 px and OME-XML of images: their size, µm per pixel, where they lie."""
+    described = "".join(
+        f'<Image ID="Image:{n}"><Pixels ID="Pixels:{n}" DimensionOrder="XYCZT" Type="uint8" '
+        f'SizeX="{size[0]}" SizeY="{size[1]}" SizeZ="1" SizeC="3" SizeT="1" '
+        f'PhysicalSizeX="{mpp}" PhysicalSizeXUnit="{unit}" PhysicalSizeY="{mpp}" '
+        f'PhysicalSizeYUnit="{unit}"><Channel ID="Channel:{n}:0" SamplesPerPixel="3"/>{where}'
+        "</Pixels></Image>"
+        for n, (size, mpp, where) in enumerate(images)
+    )
+    start = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="{uuid}">'
+    tifffile.imwrite(
+        path,
+        noise(300, 400),
+        tile=(128, 128),
+        photometric="rgb",
+        description=f"{start}{described}</OME>".encode(),
+        metadata=None,
+    )
+    return path
+
+
+SIZE = (400, 300)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        [(SIZE, 5, "<MetadataOnly/>"), (SIZE, 0.5, HERE)],
+        [(SIZE, 5, ELSEWHERE), (SIZE, 0.5, HERE)],
+        [(SIZE, 5, ELSEWHERE), (SIZE, 0.5, RENAMED)],
+        [(SIZE, 5, '<TiffData IFD="1"/>'), (SIZE, 0.5, HERE)],
+        [(SIZE, 0.5, HERE), (SIZE, 5, '<TiffData IFD="1"/>')],
+        [((40, 30), 5, "<TiffData/>"), (SIZE, 0.5, "<TiffData/>")],
+        [((40, 30), 5, ""), (SIZE, 0.5, "")],  # libvips does not say where
+        [(SIZE, 0.5, "")],
+    ],
+)
+def test_ome_xml_is_that_of_the_picture_whichever_place_it_has(
+    tmp_path: Path, images: list[tuple[tuple[int, int], float, str]]
+) -> None:
+    with open_source(write_ome(tmp_path / "a.ome.tif", *images)) as slide:
+        assert slide.mpp == (0.5, 0.5)
+        assert slide.mpp_source == "OME-XML"
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        ([((800, 600), 0.5, HERE)], r"0.5 × 0.5, it describes 800 × 600 px, .* has 400 × 300"),
+        ([(SIZE, 5, HERE), (SIZE, 0.5, HERE)], "2 of its images are said to be this picture"),
+        ([(SIZE, 5, ELSEWHERE)], "how many µm a pixel has;"),
+        ([(SIZE, 5, '<TiffData IFD="x"/>')], "how many µm a pixel has;"),
+    ],
+)
+def test_ome_xml_of_another_picture_is_not_believed(
+    tmp_path: Path, images: list[tuple[tuple[int, int], float, str]], said: str
+) -> None:
+    with pytest.raises(MissingMppError, match=said):
+        open_source(write_ome(tmp_path / "a.ome.tif", *images))
+
+
+# --- units -------------------------------------------------------------------------------------
+
+UM_OF = {
+    **{"um": 1, "micron": 1, "µm": 1, "\u03bcm": 1, "\\u00B5m": 1, "Âµm": 1, "microns": 1},
+    **{"micrometer": 1, "Micrometre": 1, "nm": 1e-3, "nanometer": 1e-3, "pm": 1e-6, "Å": 1e-4},
+    **{"angstrom": 1e-4, "mm": 1e3, "cm": 1e4, "centimeter": 1e4, "dm": 1e5, "m": 1e6, "km": 1e9},
+    **{"Mm": 1e12, "in": 25400, "inch": 25400, "inches": 25400, "thou": 25.4, "pt": 25400 / 72},
+    **{"ft": 304800, "foot": 304800, "yard": 914400, "mile": 1609.344e6},
+}
+
+
+@pytest.mark.parametrize("unit", UM_OF)
+def test_a_pixel_is_as_large_in_every_unit(tmp_path: Path, unit: str) -> None:
+    size = 0.5 / UM_OF[unit]
+    with open_source(write_ome(tmp_path / "a.ome.tif", (SIZE, size, HERE), unit=unit)) as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("unit", [u for u, um in UM_OF.items() if 1e-3 <= um < 1e6])
+def test_imagej_says_how_large_a_pixel_is(tmp_path: Path, unit: str) -> None:
+    density = UM_OF[unit] / 0.5
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        noise(300, 400),
+        photometric="rgb",
+        description=f"ImageJ=1.53a\nimages=1\nunit={unit}\nyunit=nm\n".encode(),
+        resolution=(density, 1 / 250),
+        resolutionunit="NONE",
+        metadata=None,
+    )
+    with open_source(tmp_path / "a.tif") as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.25))
+        assert slide.mpp_source == "ImageJ"
+
+
+def test_what_imagej_keeps_of_other_programs_is_not_believed(tmp_path: Path) -> None:
+    options = {"resolution": (1200, 1200), "resolutionunit": "INCH", "metadata": {"unit": "inch"}}
+    tifffile.imwrite(tmp_path / "a.tif", noise(300, 400), imagej=True, **options)
+    with pytest.raises(MissingMppError, match=r"ImageJ: 21\.1667 × 21\.1667, 1200 dpi is"):
+        open_source(tmp_path / "a.tif")
+
+
+def test_all_units_of_ome_are_known() -> None:
+    no_lengths = {"pixel", "reference frame"}
+    assert {u.value for u in UnitsLength if um_per(u.value) is None} == no_lengths
+
+
+@pytest.mark.parametrize("unit", ["furlong", "pixel", ""])
+def test_a_unit_that_is_not_known_is_named(tmp_path: Path, unit: str) -> None:
+    path = write_ome(tmp_path / "a.ome.tif", (SIZE, 0.5, HERE), unit=unit)
+    said = f'OME-XML: 0.5 × 0.5, in "{unit}"' if unit else "OME-XML: 0.5 × 0.5, without a unit"
+    with pytest.raises(MissingMppError, match=said):
+        open_source(path)
+
+
+@pytest.mark.parametrize(("code", "density"), [(4, 2000), (5, 2), (2, 50800), (None, 50800)])
+def test_resolution_tags_in_every_unit(
+    tmp_path: Path, make_slide: MakeSlide, code: int | None, density: int
+) -> None:
+    path = make_slide(tmp_path / "a.tif", noise(300, 400), 0.25)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        tags = file.pages.first.tags
+        for axis in "XY":
+            tags[f"{axis}Resolution"].overwrite((density, 1))
+        if code is None:  # inch, as TIFF has it
+            file.filehandle.seek(tags["ResolutionUnit"].offset)
+            file.filehandle.write(struct.pack("<H", 65000))  # a tag that means nothing
+        else:
+            tags["ResolutionUnit"].overwrite(code)
+    with open_source(path) as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.5))
 
 
 def test_a_picture_says_how_large_a_pixel_is(tmp_path: Path) -> None:

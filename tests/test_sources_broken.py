@@ -291,6 +291,13 @@ def test_a_picture_too_large_for_its_file_is_refused(tmp_path: Path) -> None:
         open_source(path, mpp=1)
 
 
+def test_a_picture_of_16_bits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(imagecodecs.png_encode(np.zeros((30, 40, 3), np.uint16)))
+    with pytest.raises(SourceError, match="a PNG of mode RGB, 16 bits; expected RGB or grey, 8"):
+        open_source(path, mpp=1)
+
+
 @pytest.mark.parametrize("kind", ["jpg", "png"])
 def test_a_truncated_picture_is_no_picture(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"a.{kind}"

@@ -20,6 +20,7 @@ from wsi_pipeline.paths import (
     each_once,
     in_letters,
     is_damaged_zarr,
+    is_dicom,
     is_ome_zarr,
     is_remote,
     is_zarr_url,
@@ -84,8 +85,8 @@ def find_slides(inputs: Inputs, *, output: str | Path, linked: bool = False) -> 
     """Expand files, folders (recursively), globs and list files; return slide paths, each once.
 
     A folder gives the files with a slide's suffix, OME-Zarr slides and stored patch grids, and of
-    DICOM files one for each slide; a file that is named itself is taken whatever its suffix. What
-    cannot be looked into is among them, for its reader to say why.
+    DICOM files, whatever their suffix, one for each slide; a file that is named itself is taken
+    whatever its suffix. What cannot be looked into is among them, for its reader to say why.
 
     Args:
         inputs: as on the command line, see `named_paths`.
@@ -123,7 +124,7 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
     if entries is None:
         yield folder
         return
-    dicom = dicom_slides(p for p in entries if p.suffix.lower() == ".dcm" and os.path.isfile(p))
+    dicom = dicom_slides(filter(_may_be_dicom, entries))
     for path in entries:
         suffix = path.suffix.lower()
         if path.absolute() == output:
@@ -136,8 +137,14 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
         elif suffix == ".dcm":
             if path in dicom or not os.path.isfile(path):
                 yield path
-        elif suffix in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip"):
+        elif suffix in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip") or path in dicom:
             yield path
+
+
+def _may_be_dicom(path: Path) -> bool:
+    if path.suffix.lower() == ".dcm":
+        return os.path.isfile(path)
+    return path.suffix.lower() not in SLIDE_SUFFIXES and is_dicom(path)
 
 
 def _iter_remote(path: Path) -> Iterator[Path]:

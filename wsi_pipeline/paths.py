@@ -14,10 +14,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 LABEL = "image-label"
 """Marks an OME-Zarr that is a mask, not a slide; of whatever origin."""
@@ -298,33 +301,57 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def is_dicom(path: Path) -> bool:
+    """Return whether a path is of a DICOM file, whatever its suffix; some have none."""
+    try:
+        with path.open("rb") if path.is_file() else io.BytesIO() as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def is_dicom_slide(path: Path) -> bool:
+    """Return whether a DICOM file is of a slide: a level, or a label, overview or thumbnail of it.
+
+    So is what cannot be read, for its reader to say why.
+    """
+    try:
+        return _slide_header(path) is not None
+    except Exception:  # pydicom raises anything on damaged files
+        return True
+
+
+def _slide_header(path: Path) -> Dataset | None:
+    """Return what a DICOM file says of the slide that it belongs to, None where it is none."""
+    from pydicom import dcmread  # takes its time
+    from pydicom.uid import VLWholeSlideMicroscopyImageStorage
+
+    with quiet():
+        header = dcmread(
+            path,
+            stop_before_pixels=True,
+            specific_tags=[
+                "SOPClassUID", "SeriesInstanceUID", "ImageType",
+                "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
+            ],
+        )  # fmt: skip
+        return header if header.SOPClassUID == VLWholeSlideMicroscopyImageStorage else None
+
+
 def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     """Choose from DICOM files; return one for each whole-slide image, that of the largest level.
 
     OpenSlide finds the other levels beside it. Labels, overviews, segmentations and whatever else
     is not a slide are left out; what cannot be read at all is kept, for its reader to say why.
     """
-    paths = list(paths)
-    if not paths:
-        return []  # without an import that takes its time
-    from pydicom import dcmread
-    from pydicom.uid import VLWholeSlideMicroscopyImageStorage
-
     damaged: list[Path] = []
     largest: dict[str, tuple[int, Path]] = {}
     for path in paths:
         try:
+            header = _slide_header(path)
+            if header is None:
+                continue
             with quiet():
-                header = dcmread(
-                    path,
-                    stop_before_pixels=True,
-                    specific_tags=[
-                        "SOPClassUID", "SeriesInstanceUID", "ImageType",
-                        "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
-                    ],
-                )  # fmt: skip
-                if header.SOPClassUID != VLWholeSlideMicroscopyImageStorage:
-                    continue
                 if "VOLUME" not in header.ImageType:
                     continue
                 area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)

@@ -136,7 +136,7 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
 def _axes(path: Path) -> int:
     """Return 2 for what is or may be an image, 3 for what is or may be a volume, 0 for a slide."""
     from wsi_pipeline.inputs import SLIDE_SUFFIXES
-    from wsi_pipeline.paths import dicom_slides, is_ome_zarr, is_remote
+    from wsi_pipeline.paths import dicom_slides, is_dicom_slide, is_ome_zarr, is_remote
     from wsi_pipeline.sources.radiology import kind_of, series_in
     from wsi_pipeline.store import is_patch_grid
 
@@ -148,7 +148,7 @@ def _axes(path: Path) -> int:
         return 3 if found and not dicom_slides(found) else 0
     kind = kind_of(path)
     if kind == "DICOM":
-        return 0 if dicom_slides([path]) else 3
+        return 0 if is_dicom_slide(path) else 3
     if path.suffix.lower() in SLIDE_SUFFIXES:  # some begin like a picture
         return 0
     return {"NIfTI": 3, "NRRD": 3, "PNG": 2, "JPEG": 2}.get(kind, 0)

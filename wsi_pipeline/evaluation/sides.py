@@ -438,17 +438,17 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
     names: dict[int, str] = {}
     mpp = None
     if not is_png:
-        names, mpp = _read_ome_xml(path)
+        names, mpp = _read_ome_xml(path, (dataset.width, dataset.height))
     return MaskFile(path=path, pixels=_Picture(dataset, path), values=named(names), mpp=mpp)
 
 
-def _read_ome_xml(path: Path) -> tuple[dict[int, str], Pair | None]:
+def _read_ome_xml(path: Path, size: tuple[int, int]) -> tuple[dict[int, str], Pair | None]:
     """Return names by value and (x, y) µm per pixel, as far as an OME-TIFF tells them."""
     with tifffile.TiffFile(path) as file:
         xml = file.ome_metadata if file.is_ome else None
     if not xml:
         return {}, None
-    found = ome_mpp(xml, 0)
+    found = ome_mpp(xml, ifd=0, size=size, name=path.name)
     mpp = tuple(float(found[k]) for k in ("ome.mpp-x", "ome.mpp-y") if k in found)
     described = tifffile.xml2dict(xml)["OME"]["Image"]
     described = described[0] if isinstance(described, list) else described

@@ -52,6 +52,7 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
         doubts=(
             *doubts(read_mpp(pixels.properties), scale, mpp_source),
             *_turned(pixels.properties.get("tiff.Orientation", "1")),
+            *pixels.doubts,
         ),
         stored_mpp=None if stored is None else stored.grid_mpp,
         pixels=pixels,
@@ -83,7 +84,10 @@ def _scale(path: Path, pixels: Backend, mpp: float | None) -> tuple[tuple[float,
     readings = read_mpp(pixels.properties)
     best = best_mpp(readings)
     if best is None:
-        doubts = "; ".join(f"{reading.source}: {reading.doubt}" for reading in readings)
+        doubts = "; ".join(
+            f"{reading.source}: {reading.mpp[0]:.6g} × {reading.mpp[1]:.6g}, {reading.doubt}"
+            for reading in readings
+        )
         raise MissingMppError(
             f"{path}: does not say how many µm a pixel has{f' ({doubts})' if doubts else ''}; "
             "give the slide's µm per pixel with --mpp"

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 Sizes = tuple[tuple[int, int], ...]
 Downsamples = tuple[tuple[float, float], ...]
+Alpha = Literal["none", "straight", "premultiplied"]
+"""What a fourth sample is: no alpha; one that colours are to be multiplied by; one that they are.
+"""
 
 WHITE = 255
 """What is shown where a slide has no pixels, as on empty glass."""
@@ -46,6 +49,7 @@ class Backend(Protocol):
         level_downsamples: (x, y) level-0 pixels per pixel of each level.
         level_tiles: (width, height) of the pieces that each level is stored in.
         properties: what the file says about itself.
+        doubts: sentences on what makes its picture doubtful.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Backend(Protocol):
     level_downsamples: Downsamples
     level_tiles: Sizes
     properties: Mapping[str, str]
+    doubts: tuple[str, ...]
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3).
@@ -120,18 +125,22 @@ def count_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def as_rgb(samples: Pixels) -> Pixels:
-    """Return (h, w, 3) of grey, RGB or RGBA samples; what is transparent becomes white."""
+def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
+    """Return (h, w, 3) of grey, RGB or four samples; what is transparent becomes white.
+
+    Args:
+        samples: uint8 (h, w, 1, 3 or 4).
+        alpha: what the fourth is; it is left out where it is none.
+    """
     if samples.shape[2] == 1:
         return np.broadcast_to(samples, (*samples.shape[:2], 3))
     if samples.shape[2] == 3:
         return samples
-    alpha = samples[..., 3:]
-    if alpha.min() == 255:
+    weight = samples[..., 3:].astype(np.float32) / WHITE
+    if alpha == "none" or weight.min() == 1:
         return samples[..., :3]
-    weight = alpha.astype(np.float32) / 255
-    blended = samples[..., :3] * weight + WHITE * (1 - weight)
-    return np.round(blended).astype(np.uint8)
+    colours = samples[..., :3] * (weight if alpha == "straight" else 1)
+    return np.round(np.minimum(colours + WHITE * (1 - weight), WHITE)).astype(np.uint8)
 
 
 def snap_downsamples(size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Downsamples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -16,10 +16,33 @@ MEANINGLESS_DPI = (72, 96, 100, 150, 200, 300, 400, 600, 1200)
 UNEVEN = 1.01
 """Ratio of x to y above which pixels are not square."""
 
-OME_UM = {"Å": 1e-4, "nm": 1e-3, "µm": 1.0, "\u03bcm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
-"""µm per unit of length in OME-XML; the sign of micro and the Greek letter look the same."""
+PREFIXES = {
+    "yotta": ("Y", 24), "zetta": ("Z", 21), "exa": ("E", 18), "peta": ("P", 15),
+    "tera": ("T", 12), "giga": ("G", 9), "mega": ("M", 6), "kilo": ("k", 3), "hecto": ("h", 2),
+    "deca": ("da", 1), "": ("", 0), "deci": ("d", -1), "centi": ("c", -2), "milli": ("m", -3),
+    "micro": ("µ", -6), "nano": ("n", -9), "pico": ("p", -12), "femto": ("f", -15),
+    "atto": ("a", -18), "zepto": ("z", -21), "yocto": ("y", -24),
+}  # fmt: skip
 
-UM_PER_UNIT = {"inch": 25400.0, "centimeter": 10000.0}
+INCH = 25400.0
+
+UM = {
+    **{f"{symbol}m": float(f"1e{power + 6}") for symbol, power in PREFIXES.values()},
+    **{f"{name}meter": float(f"1e{power + 6}") for name, (_, power) in PREFIXES.items()},
+    **{"um": 1.0, "micron": 1.0, "Å": 1e-4, "\u212b": 1e-4, "angstrom": 1e-4},
+    **{"thou": INCH / 1000, "li": INCH / 12, "line": INCH / 12, "in": INCH, "inch": INCH},
+    **{"ft": 12 * INCH, "foot": 12 * INCH, "yd": 36 * INCH, "yard": 36 * INCH},
+    **{"mi": 63360 * INCH, "mile": 63360 * INCH, "pt": INCH / 72},
+    **{"ua": 1.495978707e17, "ly": 9.4607304725808e21, "pc": 3.0856775814913673e22},
+    "parsec": 3.0856775814913673e22,
+}
+"""µm per unit of length, by the symbols of OME-XML, the names of OME-Zarr, and what ImageJ writes.
+
+A line is a twelfth of an inch, as in OME's schema.
+"""
+
+MEASURED = {"OME-XML": "ome", "OME-Zarr": "ome-zarr", "ImageJ": "imagej"}
+"""Sources that give a size and its unit, and how their properties begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,28 +103,132 @@ def doubts(readings: list[MppReading], mpp: tuple[float, float], source: str) ->
     return found
 
 
-def ome_mpp(xml: str, series: int) -> dict[str, str]:
-    """Return the properties `ome.mpp-x` and `ome.mpp-y` of one image, where OME-XML has them."""
-    try:
-        images = ElementTree.fromstring(xml).findall("{*}Image/{*}Pixels")
-        pixels = images[series].attrib
-    except (ElementTree.ParseError, IndexError):
+def um_per(unit: str) -> float | None:
+    """Return µm per unit of length, None for what is no unit that is known.
+
+    Example:
+        >>> um_per("micron"), um_per("mm"), um_per("Micrometers"), um_per("pixel")
+        (1.0, 1000.0, 1.0, None)
+    """
+    # as ImageJ escapes it, as UTF-8 looks that was read as Latin-1, and the Greek letter
+    for written in ("\\u00b5", "\\u00B5", "\u00c2\u00b5", "\u03bc"):
+        unit = unit.replace(written, "µ")
+    unit = unit.strip()
+    if unit in UM:
+        return UM[unit]  # capitals count: Mm is not mm
+    name = unit.lower().replace("metre", "meter")
+    return UM.get({"feet": "foot", "inches": "inch"}.get(name, name.removesuffix("s")))
+
+
+def measured(
+    source: str, sizes: Sequence[object], units: Sequence[object], doubt: str = ""
+) -> dict[str, str]:
+    """Return the properties that hold a pixel's size, for `read_mpp`; {} where there is none.
+
+    Args:
+        source: a key of `MEASURED`.
+        sizes: (x, y) of a pixel.
+        units: of length, of each.
+        doubt: why it is not believed; a unit that is not known is a reason, too.
+    """
+    numbers = [_number(str(size)) for size in sizes]
+    if None in numbers:
         return {}
-    properties = {}
-    for axis in "XY":
-        value = _number(pixels.get(f"PhysicalSize{axis}"))
-        unit = OME_UM.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        if value is not None and unit is not None:
-            properties[f"ome.mpp-{axis.lower()}"] = repr(value * unit)
-    return properties
+    scales = [um_per(str(unit)) for unit in units]
+    if None in scales:
+        names = " × ".join(dict.fromkeys(f'"{unit}"' for unit in units))
+        doubt = f"in {names}, which is no unit of length" if any(units) else "without a unit"
+    name, kind = MEASURED[source], "said" if doubt else "mpp"
+    found = {
+        f"{name}.{kind}-{axis}": repr(number * (scale or 1.0))
+        for axis, number, scale in zip("xy", numbers, scales, strict=True)
+        if number is not None
+    }
+    return found | ({f"{name}.doubt": doubt} if doubt else {})
+
+
+def ome_mpp(xml: str, *, ifd: int, size: tuple[int, int], name: str = "") -> dict[str, str]:
+    """Return the properties that say how large a pixel is, for one picture of an OME-TIFF.
+
+    Which `<Image>` describes it is told by its `TiffData`, not by its place in the list: images
+    may lie in other files, or have no pixels at all.
+
+    Args:
+        xml: of the file.
+        ifd: index of the picture's directory in the file, from 0.
+        size: (width, height) of the picture.
+        name: of the file.
+    """
+    try:
+        root = ElementTree.fromstring(xml)
+        images, uuid = root.findall("{*}Image/{*}Pixels"), root.get("UUID")
+        found = [pixels for pixels in images if any(_holds(pixels, ifd, uuid, name))]
+    except (ElementTree.ParseError, ValueError):
+        return {}
+    if not found:
+        # some programs do not write where the pixels are
+        elsewhere = ("TiffData", "BinData", "MetadataOnly")
+        found = [p for p in images if all(p.find(f"{{*}}{tag}") is None for tag in elsewhere)]
+    fitting = [pixels for pixels in found if _has_size(pixels, size)]
+    if not found or (len(found) > 1 and not fitting):
+        return {}
+    readings = [
+        measured(
+            "OME-XML",
+            [pixels.get(f"PhysicalSize{axis}") for axis in "XY"],
+            [pixels.get(f"PhysicalSize{axis}Unit", "µm") for axis in "XY"],
+            ""
+            if fitting
+            else f"it describes {pixels.get('SizeX')} × {pixels.get('SizeY')} px, "
+            f"the picture has {size[0]} × {size[1]}",
+        )
+        for pixels in fitting or found
+    ]
+    first = readings[0]
+    if all(other == first for other in readings):
+        return first
+    return {
+        **{key.replace("mpp", "said"): value for key, value in first.items()},
+        "ome.doubt": f"{len(readings)} of its images are said to be this picture, and differ",
+    }
+
+
+def _holds(pixels: ElementTree.Element, ifd: int, uuid: str | None, name: str) -> Iterator[bool]:
+    """Yield for each `TiffData` whether it says that a directory of this file holds the pixels."""
+    for data in pixels.findall("{*}TiffData"):
+        other = data.find("{*}UUID")
+        if other is not None and other.text != uuid and other.get("FileName") != name:
+            continue
+        first = int(data.get("IFD", 0))
+        count = data.get("PlaneCount", data.get("NumPlanes", "1" if "IFD" in data.attrib else ""))
+        yield first <= ifd < (first + int(count) if count else math.inf)
+
+
+def _has_size(pixels: ElementTree.Element, size: tuple[int, int]) -> bool:
+    said = zip(("SizeX", "SizeY"), size, strict=True)
+    return all(pixels.get(name, str(length)) == str(length) for name, length in said)
+
+
+def imagej_mpp(description: str, resolution: Sequence[float | None]) -> dict[str, str]:
+    """Return the properties that say how large a pixel is, for a TIFF that ImageJ wrote.
+
+    Args:
+        description: of the file, ImageJ's lines of name=value.
+        resolution: (x, y) pixels per unit, by the TIFF's tags, whatever unit these name.
+    """
+    lines = (line.partition("=") for line in description.splitlines())
+    said = {name.strip(): value.strip() for name, _, value in lines}
+    if "unit" not in said or not all(resolution):
+        return {}
+    units = (said["unit"], said.get("yunit", said["unit"]))
+    return measured("ImageJ", [1 / pixels for pixels in resolution if pixels], units)
 
 
 def _vendor_readings(properties: Mapping[str, str]) -> Iterator[MppReading]:
     names = [
         ("patch-grid.mpp", "patch-grid.mpp-x", "patch-grid.mpp-y"),
         ("aperio.MPP", "aperio.MPP", "aperio.MPP"),
-        ("OME-XML", "ome.mpp-x", "ome.mpp-y"),
-        ("OME-Zarr", "ome-zarr.mpp-x", "ome-zarr.mpp-y"),
+        *((source, f"{name}.mpp-x", f"{name}.mpp-y") for source, name in MEASURED.items()),
     ]
     # for a plain TIFF these are its resolution tags, which are judged as such
     if properties.get("openslide.vendor", "generic-tiff") != "generic-tiff":
@@ -110,11 +237,21 @@ def _vendor_readings(properties: Mapping[str, str]) -> Iterator[MppReading]:
         values = (_number(properties.get(x)), _number(properties.get(y)))
         if values[0] is not None and values[1] is not None:
             mpp = (values[0], values[1])
-            yield MppReading(source=source, mpp=mpp, doubt=_doubt(mpp))
+            # ImageJ keeps what other programs wrote
+            made = _by_density(source, mpp) if source == "ImageJ" else None
+            yield made or MppReading(source=source, mpp=mpp, doubt=_doubt(mpp))
+    for source, name in MEASURED.items():
+        values = (
+            _number(properties.get(f"{name}.said-x")),
+            _number(properties.get(f"{name}.said-y")),
+        )
+        if values[0] is not None and values[1] is not None:
+            doubt = properties.get(f"{name}.doubt", "")
+            yield MppReading(source=source, mpp=(values[0], values[1]), doubt=doubt)
 
 
 def _resolution_tags(properties: Mapping[str, str]) -> MppReading | None:
-    unit = UM_PER_UNIT.get(properties.get("tiff.ResolutionUnit", ""))
+    unit = um_per(properties.get("tiff.ResolutionUnit", ""))
     x, y = (_number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
     if unit is None or x is None or y is None:
         return None

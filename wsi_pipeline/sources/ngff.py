@@ -1,11 +1,11 @@
-"""OME-Zarr slides, 0.4 and 0.5: a folder, a zip of one, or a URL."""
+"""OME-Zarr slides, 0.1 to 0.5: a folder, a zip of one, or a URL."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,13 @@ from wsi_pipeline.sources.backend import (
     snap_downsamples,
     unreadable,
 )
+from wsi_pipeline.sources.mpp import measured
+from wsi_pipeline.sources.stain import are_rgb
 
 LARGE = 1 << 22
 """Bytes of a chunk above which each is read by itself."""
 
-UM = {
-    "angstrom": 1e-4,
-    "nanometer": 1e-3,
-    "micrometer": 1.0,
-    "millimeter": 1e3,
-    "centimeter": 1e4,
-    "meter": 1e6,
-    "inch": 25400.0,
-}
-"""µm per unit of length, by the names that OME-Zarr allows and slides have."""
+VERSIONS = ("0.1", "0.2", "0.3", "0.4", "0.5")
 
 
 class OmeZarrBackend:
@@ -55,6 +48,8 @@ class OmeZarrBackend:
             store, root = _open_store(path, self._closing)
             group, multiscale = _choose_image(store, root, series)
             self._axes = _axes(multiscale)
+            # level 0 is the largest, whichever stands first
+            multiscale["datasets"].sort(key=lambda d: -math.prod(group[str(d["path"])].shape))
             levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
             for level in levels:
                 _check_array(level, self._axes)
@@ -72,6 +67,9 @@ class OmeZarrBackend:
             (level.chunks[x], level.chunks[y]) for level in self._levels
         )
         self.properties: Mapping[str, str] = _properties(multiscale, group, self._axes)
+        self.doubts: tuple[str, ...] = ()
+        if "c" in self._axes and self._levels[0].shape[self._axes.index("c")] == 4:
+            self.doubts = ("it has a fourth channel, which is left out",)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
@@ -148,47 +146,79 @@ def _zip_store(path: Path, closing: ExitStack) -> Any:
 
 def _axes(multiscale: dict[str, Any]) -> list[str]:
     """Return the names of the axes; that of the samples is c, whatever it is called."""
-    axes = multiscale["axes"]
-    return ["c" if axis.get("type") == "channel" else str(axis["name"]) for axis in axes]
+    axes = multiscale.get("axes", "tczyx")  # these five before 0.3, bare names in 0.3
+    named = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
+    return ["c" if axis.get("type") == "channel" else str(axis["name"]) for axis in named]
 
 
 def _choose_image(store: Any, root_path: str, wanted: int | None) -> tuple[Any, dict[str, Any]]:
-    """Return the group of one image, the largest of RGB unless one is wanted, and its metadata."""
+    """Return the group of one image, the largest in colours unless one is wanted, and its metadata.
+
+    An image that is not read here is chosen too, and refused: not the thumbnail beside it.
+    """
     root = zarr.open_group(store, path=root_path or None, mode="r")
-    found = _multiscale(root)
-    if found is not None:
-        if wanted:
-            raise SourceError(f"has one series, 0, not {wanted}; change --series")
-        return root, found
-    images = [(group, _multiscale(group)) for _, group in sorted(root.groups(), key=_number)]
-    images = [(group, meta) for group, meta in images if meta is not None]
+    images = [(root, multiscale) for multiscale in _multiscales(root)]
+    if not images:
+        several = [(group, _multiscales(group)) for group in _iter_groups(root)]
+        images = [
+            (group, max(found, key=lambda m: _area(group, m))) for group, found in several if found
+        ]
     if not images:
         raise SourceError("a zarr without multiscales; expected an OME-Zarr image")
     if wanted is not None:
         if not 0 <= wanted < len(images):
-            raise SourceError(f"has series 0 to {len(images) - 1}, not {wanted}; change --series")
-        return images[wanted]  # type: ignore[return-value]
-    return max(images, key=lambda image: _rgb_area(*image))  # type: ignore[arg-type,return-value]
+            numbers = f"series 0 to {len(images) - 1}" if len(images) > 1 else "one series, 0"
+            raise SourceError(f"has {numbers}, not {wanted}; change --series")
+        return images[wanted]
+    return max(images, key=lambda image: _area(*image))
+
+
+def _iter_groups(root: Any) -> Iterator[Any]:
+    """Yield the groups of a file of several images, in the order in which it counts them."""
+    try:
+        attributes = dict(root["OME"].attrs)
+        names = [str(name) for name in attributes.get("ome", attributes)["series"]]
+    except KeyError:
+        names = [name for name, _ in sorted(root.groups(), key=_number)]
+    for name in names:
+        yield root[name]
 
 
 def _number(item: tuple[str, Any]) -> tuple[int, str]:
     return (int(item[0]) if item[0].isdigit() else 1 << 30), item[0]
 
 
-def _multiscale(group: Any) -> dict[str, Any] | None:
+def _multiscales(group: Any) -> list[dict[str, Any]]:
+    """Return what a group says of its images, each of which has one or more resolutions."""
     attributes = dict(group.attrs)
-    found = attributes.get("ome", attributes).get("multiscales")
-    return found[0] if found else None
+    attributes = attributes.get("ome", attributes)
+    found: list[dict[str, Any]] = attributes.get("multiscales") or []
+    for multiscale in found:
+        version = str(multiscale.get("version") or attributes.get("version") or VERSIONS[-1])
+        if not version.startswith(VERSIONS):
+            raise SourceError(
+                f"OME-Zarr {version} is not read; expected {VERSIONS[0]} to {VERSIONS[-1]}; "
+                "save it as OME-Zarr 0.5"
+            )
+    return found
 
 
-def _rgb_area(group: Any, multiscale: dict[str, Any]) -> int:
+def _area(group: Any, multiscale: dict[str, Any]) -> tuple[bool, int]:
+    """Return whether an image is in colours, and how many pixels it has."""
     try:
-        array = group[str(multiscale["datasets"][0]["path"])]
-        axes = _axes(multiscale)
-        _check_array(array, axes)
+        shapes = [group[str(dataset["path"])].shape for dataset in multiscale["datasets"]]
+        shape = dict(zip(_axes(multiscale), max(shapes, key=math.prod), strict=True))
+        is_colour = shape.get("c") in (3, 4) and are_rgb(_colours(group))
+        return is_colour, shape["x"] * shape["y"]
     except Exception:  # metadata may be anything
-        return 0
-    return math.prod(array.shape) if "c" in axes else 1
+        return False, 0
+
+
+def _colours(group: Any) -> list[str]:
+    """Return the colours in which a group's channels are to be shown, where it says."""
+    attributes = dict(group.attrs)
+    omero = attributes.get("ome", attributes).get("omero") or {}
+    return [str(channel.get("color", "")).upper() for channel in omero.get("channels", ())]
 
 
 def _check_array(array: Any, axes: list[str]) -> None:
@@ -208,21 +238,20 @@ def _check_array(array: Any, axes: list[str]) -> None:
 
 def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:
     """Return µm per pixel and the colours of the channels, where the metadata says."""
-    properties = {}
+    properties: dict[str, str] = {}
     try:
         units = [axis.get("unit") for axis in multiscale["axes"]]
         lists = (multiscale["datasets"][0], multiscale)
         transforms = [t for m in lists for t in m.get("coordinateTransformations", ())]
         scales = [t["scale"] for t in transforms if t.get("type") == "scale"]
-        for axis in "xy":
-            index = axes.index(axis)
-            scale = math.prod(float(scale[index]) for scale in scales)
-            if scales and (unit := UM.get(units[index])) is not None:
-                properties[f"ome-zarr.mpp-{axis}"] = repr(scale * unit)
-        attributes = dict(group.attrs)
-        omero = attributes.get("ome", attributes).get("omero") or {}
-        colours = [str(channel.get("color", "")).upper() for channel in omero.get("channels", ())]
-        if colours:
+        x, y = axes.index("x"), axes.index("y")
+        if scales:
+            sizes = [math.prod(float(scale[index]) for scale in scales) for index in (x, y)]
+            properties |= measured("OME-Zarr", sizes, [units[x], units[y]])
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        pass  # whatever is said wrongly is not said
+    try:
+        if colours := _colours(group):
             properties["ome-zarr.colors"] = ",".join(colours)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return properties  # whatever is said wrongly is not said

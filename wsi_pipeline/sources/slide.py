@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import openslide
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import check_regular, dicom_slides, is_ome_zarr, is_remote, is_zarr_url
+from wsi_pipeline.paths import (
+    check_regular,
+    dicom_slides,
+    is_dicom,
+    is_ome_zarr,
+    is_remote,
+    is_zarr_url,
+)
 from wsi_pipeline.sources import tiff
 from wsi_pipeline.sources.backend import Backend, one_line
+from wsi_pipeline.sources.jpeg import dicom_colour_doubts
 from wsi_pipeline.sources.ngff import OmeZarrBackend
 from wsi_pipeline.sources.spool import DRIVERS, PictureBackend
-from wsi_pipeline.sources.tiff import TiffBackend, check_tiff
+from wsi_pipeline.sources.tiff import OtherReader, TiffBackend, check_tiff
 from wsi_pipeline.sources.vendor import OpenSlideBackend
 
 TIFF_VENDORS = ("aperio", "generic-tiff", None)
 """As OpenSlide names them: where a TIFF's tiles are the slide, not pieces to be put together."""
+
+ROUNDING = 4
+"""Grey values by which decoders of one codec differ."""
 
 KINDS = {
     b"\xff\x4f\xff\x51": "JPEG 2000 picture",
@@ -67,7 +78,7 @@ def _open(path: Path, series: int | None) -> Backend:
     if is_remote(path) and is_zarr_url(path):
         return OmeZarrBackend(path, series)
     head = _read_head(path)
-    if head[:4] in tiff.MAGIC and not _is_dicom(path):  # DICOM leaves the beginning to others
+    if head[:4] in tiff.MAGIC and not is_dicom(path):  # DICOM leaves the beginning to others
         return _open_tiff(path, series)
     if head[:4] == b"PK\3\4":
         return OmeZarrBackend(path, series)
@@ -82,9 +93,11 @@ def _open(path: Path, series: int | None) -> Backend:
             "neither TIFF nor OME-Zarr nor picture: OpenSlide, which reads the other formats, "
             "wants local files; copy the slide here first"
         )
-    reference, refusal = _attempt(OpenSlideBackend, path)
+    reference, refusal = _try_openslide(path)
     if reference is None:
         raise SourceError(_what_is_wrong(path, head, refusal))
+    if is_dicom(path):
+        reference.doubts += tuple(dicom_colour_doubts(path))
     return reference
 
 
@@ -96,7 +109,7 @@ def _open_folder(path: Path, series: int | None) -> Backend:
         raise SourceError(f"cannot be looked into ({error.strerror})") from error
     if is_ome_zarr(path):
         return OmeZarrBackend(path, series)
-    slides = dicom_slides(filter(_is_dicom, files))
+    slides = dicom_slides(filter(is_dicom, files))
     if len(slides) > 1:
         names = ", ".join(slide.name for slide in slides[:5])
         raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
@@ -112,29 +125,53 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
     check_tiff(path)
     if is_remote(path):
         return TiffBackend(path, series)
-    reference, refusal = _attempt(OpenSlideBackend, path)
-    if openslide.OpenSlide.detect_format(path) not in TIFF_VENDORS and reference is not None:
+    vendor = openslide.OpenSlide.detect_format(path)
+    if vendor not in TIFF_VENDORS:
         if series is not None:
             raise SourceError("has no series; --series is for OME-TIFF and OME-Zarr")
-        return reference
-    found, reason = _attempt(TiffBackend, path, series)
-    if isinstance(found, TiffBackend):
+        return _open_vendor_tiff(path, str(vendor))
+    size: tuple[int, int] | None = None
+    properties: Mapping[str, str] = {}
+    try:
+        found = TiffBackend(path, series)
+    except OtherReader as error:
+        size, properties, reason = error.size, error.properties, str(error)
+    except SourceError:
+        # what was found in the file is no reason to let another library read something else of it
+        raise
+    except Exception as error:  # the libraries raise anything on a damaged file
+        log.debug("tiffslide does not open %s", path, exc_info=True)
+        reason = f"a TIFF that no reader opens, {one_line(error)}; check it against its original"
+    else:
+        reference, _ = _try_openslide(path)
         return found if reference is None else _better(found, reference)
-    if reference is None or series is not None:
-        raise SourceError(
-            f"a TIFF that no reader opens, {reason or refusal}; check the file against its original"
-        )
+    reference, _ = _try_openslide(path)
+    if reference is None or series is not None or size not in (None, reference.size):
+        raise SourceError(reason)
+    reference.properties = _joined(properties, reference.properties)
     return reference
 
 
-def _attempt(kind: Callable[..., Backend], *arguments: object) -> tuple[Backend | None, str]:
-    """Return the opened backend, or None and the reason."""
+def _open_vendor_tiff(path: Path, vendor: str) -> Backend:
+    """Open a TIFF whose tiles are pieces that only OpenSlide puts together."""
+    reference, refusal = _try_openslide(path)
+    if reference is None:
+        raise SourceError(
+            f"a TIFF of {vendor}, which OpenSlide alone reads, and does not open: {refusal}; "
+            "check the file against its original"
+        )
+    reference.doubts += tuple(tiff.tagged_colour_doubts(path))
+    return reference
+
+
+def _try_openslide(path: Path) -> tuple[OpenSlideBackend | None, str]:
+    """Return OpenSlide's backend, or None and why it does not open the file."""
     try:
-        return kind(*arguments), ""
+        return OpenSlideBackend(path), ""
     except openslide.OpenSlideUnsupportedFormatError:
         return None, ""
     except Exception as error:  # the libraries raise anything on a damaged file
-        log.debug("%s does not open %s", kind, arguments[0], exc_info=True)
+        log.debug("OpenSlide does not open %s", path, exc_info=True)
         return None, one_line(error)
 
 
@@ -143,7 +180,7 @@ def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
     if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
         return f"its folder {path.stem} is not there; put it beside the .mrxs file"
     refusal = refusal.replace(f"{path}: ", "")
-    if _is_dicom(path):
+    if is_dicom(path):
         return (
             f"a DICOM file that is no slide to OpenSlide, {refusal or 'of another kind'}; "
             "expected VL Whole Slide Microscopy, 8 bits, JPEG, JPEG 2000 or uncompressed"
@@ -151,15 +188,8 @@ def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
     for magic, kind in KINDS.items():
         if head.startswith(magic):
             return f"a {kind}, which is not read; save the picture as a tiled TIFF"
-    found = refusal or f"it starts {head[:4]!r}"
+    found = refusal or "it begins like no kind of slide"
     return f"not a slide, {found}; check the file against its original"
-
-
-def _is_dicom(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
 
 
 def _read_head(path: Path) -> bytes:
@@ -178,30 +208,46 @@ def _read_head(path: Path) -> bytes:
     return head
 
 
-def _better(found: TiffBackend, reference: Backend) -> Backend:
-    """Return the faster of two backends if both see the same slide, else the reference."""
-    if not _is_for_tiff(found) and not _agree(found, reference):
-        log.info("OpenSlide and tiffslide read different pixels; taking OpenSlide's")
-        found.close()
-        return reference
-    found.properties = {**found.properties, **reference.properties}
+def _better(found: TiffBackend, reference: OpenSlideBackend) -> Backend:
+    """Return the faster of two backends if both see the same slide, else the one that is right."""
+    is_same = found.size == reference.size
+    if is_same:
+        properties = _joined(found.properties, reference.properties)
+        found.properties = reference.properties = properties
+    elif not found.is_ome:
+        width, height = reference.size
+        found.doubts += (
+            f"OpenSlide, and QuPath with it, shows another picture of the file, {width} × {height} "
+            "px: polygons fit the largest picture, not that one",
+        )
+    if is_same and not found.is_known_better:
+        difference = _difference(found, reference)
+        if difference is not None and difference > ROUNDING:
+            reference.doubts += (
+                f"two libraries read its pixels differently, by up to {difference} grey values: "
+                "OpenSlide's are taken; look whether the colours are right",
+            )
+        fewer = len(found.level_sizes) < len(reference.level_sizes)
+        if fewer or difference is None or difference > ROUNDING:
+            found.close()
+            return reference
     reference.close()
     return found
 
 
-def _is_for_tiff(found: TiffBackend) -> bool:
-    """Return whether OpenSlide is known to show a TIFF wrongly.
+def _joined(found: Mapping[str, str], reference: Mapping[str, str]) -> dict[str, str]:
+    """Return what two readers say of a slide.
 
-    It takes the series of an OME-TIFF for levels of one slide, and turns the pixels of each tile
-    by the Orientation tag, but not the tiles.
+    OpenSlide, the reference, knows the scanners, but the tags of the first directory only.
     """
-    return found.is_ome or found.properties.get("tiff.Orientation", "1") != "1"
+    return {**found, **{k: v for k, v in reference.items() if not k.startswith("tiff.")}}
 
 
-def _agree(found: TiffBackend, reference: Backend) -> bool:
-    """Return whether both read the same picture: the sizes, and a tile with much in it."""
-    if found.size != reference.size or len(found.level_sizes) < len(reference.level_sizes):
-        return False
+def _difference(found: TiffBackend, reference: Backend) -> int | None:
+    """Return by how many grey values two backends differ on a level-0 tile with much in it.
+
+    None where only the reference can read it.
+    """
     for region in found.busy_regions():
         try:
             expected = reference.read_level(0, *region)
@@ -210,7 +256,6 @@ def _agree(found: TiffBackend, reference: Backend) -> bool:
         try:
             pixels = found.read_level(0, *region)
         except SourceError:
-            return False
-        difference = np.abs(pixels.astype(np.int16) - expected)
-        return int(difference.max()) <= 4  # decoders of one codec differ by rounding only
-    return True
+            return None
+        return int(np.abs(pixels.astype(np.int16) - expected).max())
+    return 0

@@ -17,7 +17,15 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import is_remote, name_of
-from wsi_pipeline.sources.backend import Downsamples, Pixels, Sizes, as_rgb, check_size, unreadable
+from wsi_pipeline.sources.backend import (
+    Alpha,
+    Downsamples,
+    Pixels,
+    Sizes,
+    as_rgb,
+    check_size,
+    unreadable,
+)
 
 IN_MEMORY = 1 << 28
 """Decoded bytes up to which a picture stays in memory; larger ones lie in a temporary file."""
@@ -30,6 +38,9 @@ DENSEST = 1100
 
 DRIVERS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
 """GDAL's name of a kind of picture, by its first bytes."""
+
+PNG_BITS = 24
+"""Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
 
 GDAL = {
     "GDAL_PAM_ENABLED": "NO",  # no files beside
@@ -47,9 +58,18 @@ class Spool:
     gone with the object.
     """
 
-    def __init__(self, path: Path, size: tuple[int, int], *, driver: str, directory: int = 0):
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        *,
+        driver: str,
+        directory: int = 0,
+        alpha: Alpha = "straight",
+    ):
         """Say which picture; `directory` is the offset of a TIFF's, 0 in other files."""
         self._path = path
+        self._alpha = alpha
         self._size = size
         self._driver = driver
         self._directory = directory
@@ -79,7 +99,8 @@ class Spool:
                 as_rgb(
                     np.moveaxis(
                         dataset.read(window=((top, min(top + rows, height)), (0, width))), 0, -1
-                    )
+                    ),
+                    self._alpha,
                 )
                 for top in range(0, height, rows)
             )
@@ -100,6 +121,7 @@ class PictureBackend:
     """A JPEG or PNG: one level, no tiles."""
 
     name = "gdal"
+    doubts: tuple[str, ...] = ()
 
     def __init__(self, path: Path, driver: str) -> None:
         self._path = path
@@ -107,6 +129,8 @@ class PictureBackend:
             with path.open("rb") as file, Image.open(file, formats=[driver]) as image:
                 self.size = image.size
                 mode, dpi = image.mode, image.info.get("dpi")
+                file.seek(PNG_BITS)
+                deep = driver == "PNG" and file.read(1) == b"\x10"
                 # of a PNG it may stand after the pixels, all of which would be decoded for it
                 exif = image.getexif() if driver == "JPEG" else {}
                 orientation = exif.get(ExifTags.Base.Orientation, 1)
@@ -115,8 +139,9 @@ class PictureBackend:
                 f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"
             ) from error
         check_size(self.size)
-        if mode not in ("RGB", "RGBA", "L"):
-            raise SourceError(f"a {driver} of mode {mode}; expected RGB or grey, 8 bits")
+        if deep or mode not in ("RGB", "RGBA", "L"):
+            found = f"mode {mode}, 16 bits" if deep else f"mode {mode}"
+            raise SourceError(f"a {driver} of {found}; expected RGB or grey, 8 bits")
         decoded, stored = math.prod(self.size) * 3, path.stat().st_size
         if decoded > max(IN_MEMORY, DENSEST * stored):
             raise SourceError(f"its header says {decoded:,} bytes, which {stored:,} cannot hold")

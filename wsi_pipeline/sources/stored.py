@@ -19,6 +19,7 @@ class StoredBackend:
     """The pixels of a patch grid: one level, at the grid's own downsample."""
 
     name = "patch grid"
+    doubts: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         stored = open_patch_grid(path)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import imagecodecs
@@ -19,12 +20,14 @@ import numpy as np
 import tifffile
 import tiffslide
 from PIL import Image
+from tifffile.tifffile import svs_description_metadata
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.paths import is_remote
+from wsi_pipeline.paths import is_remote, name_of
 from wsi_pipeline.sources.backend import (
     MAX_PIECE,
     WHITE,
+    Alpha,
     Pixels,
     Sizes,
     as_rgb,
@@ -33,13 +36,21 @@ from wsi_pipeline.sources.backend import (
     snap_downsamples,
     unreadable,
 )
-from wsi_pipeline.sources.mpp import ome_mpp
+from wsi_pipeline.sources.jpeg import (
+    colour_doubts,
+    from_ycbcr,
+    jpeg_2000_colours,
+    jpeg_colours,
+)
+from wsi_pipeline.sources.mpp import imagej_mpp, ome_mpp
 from wsi_pipeline.sources.spool import Spool
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 JPEG = (6, 7, 34892, 33007)
 JPEG_2000 = (33003, 33005, 34712)
+JPEG_2000_YCBCR = 33003
+"""Aperio's, whose number says how colours are stored."""
 WEBP = 50001
 OTHERS = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)
 """None, LZW, deflate, PackBits, LZMA, ZSTD: their decoders stop where a tile is full."""
@@ -50,6 +61,12 @@ GIANT = 1 << 26
 LOST = 0.05
 """Share of a level's tiles beyond the end of the file above which the file counts as truncated."""
 
+PICTURES = (("MINISBLACK", 1), ("RGB", 3), ("RGB", 4), ("YCBCR", 3))
+"""Kinds of pixels that are read, and how many samples each has."""
+
+ALPHA: dict[int, Alpha] = {1: "premultiplied", 2: "straight"}
+"""What a fourth sample is, by TIFF's tag ExtraSamples."""
+
 Segment = tuple[int, int, int]
 """Index, left and top of a stored tile or strip."""
 
@@ -58,8 +75,25 @@ log = logging.getLogger(__name__)
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
+class OtherReader(SourceError):
+    """Not read here, though it may be a slide: it is for OpenSlide to open.
+
+    Attributes:
+        size: (width, height) of the slide, where it is known.
+        properties: what the file says of it.
+    """
+
+    size: tuple[int, int] | None = None
+    properties: Mapping[str, str] = MappingProxyType({})
+
+
 class TiffBackend:
-    """A TIFF opened by tiffslide; its tiles are decoded on all cores, each once in a read."""
+    """A TIFF opened by tiffslide; its tiles are decoded on all cores, each once in a read.
+
+    Attributes:
+        is_ome: whether it is an OME-TIFF.
+        is_known_better: whether OpenSlide is known to show it wrongly.
+    """
 
     name = "tiffslide"
 
@@ -71,9 +105,15 @@ class TiffBackend:
         try:
             self._file_size = self._slide.ts_tifffile.filehandle.size
             _check_vendor(self._slide.ts_tifffile)
-            index = _choose_series(self._slide, series)
-            self._pages = _pages(self._slide.ts_tifffile.series[index])
-            self.properties: Mapping[str, str] = _properties(self._slide, self._pages[0], index)
+            chosen = _choose_series(self._slide.ts_tifffile, series)
+            page = chosen.keyframe
+            self.properties: Mapping[str, str] = _properties(self._slide, page, name_of(path))
+            try:
+                self._pages = _pages(chosen)
+            except OtherReader as error:
+                error.size = (page.imagewidth, page.imagelength)
+                error.properties = self.properties
+                raise
         except BaseException:
             self._close_slide()
             raise
@@ -81,14 +121,20 @@ class TiffBackend:
         self.size = self.level_sizes[0]
         self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
         self.level_tiles: Sizes = tuple(map(_segment_size, self._pages))
-        self.is_ome = bool(self._slide.ts_tifffile.is_ome)
         # strips that are too large to be decoded for every read: in order, once
         self._spools = {
-            level: Spool(path, size, driver="GTiff", directory=page.offset)
+            level: Spool(path, size, driver="GTiff", directory=page.offset, alpha=_alpha(page))
             for level, (page, size) in enumerate(zip(self._pages, self.level_sizes, strict=True))
             if not page.is_tiled and _decoded_bytes(page) > GIANT
         }
         self._bytes = FileBytes(path)  # our own: tifffile moves its handle as it likes
+        self.doubts = tuple(self._colour_doubts())
+        self.is_ome = bool(self._slide.ts_tifffile.is_ome)
+        # OpenSlide takes the series of an OME-TIFF for levels of one slide, turns the pixels of
+        # each tile by the Orientation tag but not the tiles, and believes tags about colours
+        self.is_known_better = bool(
+            self.is_ome or self.properties.get("tiff.Orientation", "1") != "1" or self.doubts
+        )
         self._threads = ThreadPoolExecutor(max(1, count_cpus() - 1), "decode")
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
@@ -104,10 +150,8 @@ class TiffBackend:
         """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
         page = self._pages[0]
         width, height = _segment_size(page)
-        across, count = -(-page.imagewidth // width), len(page.databytecounts)
-        ends = np.array(page.dataoffsets) + np.array(page.databytecounts)
-        counts = np.where(ends <= self._file_size, page.databytecounts, 0)
-        for index in np.argsort(counts)[: -min(count, 4) - 1 : -1].tolist():
+        across = -(-page.imagewidth // width)
+        for index in self._busiest(page):
             row, column = divmod(index % (across * -(-page.imagelength // height)), across)
             x, y = column * width, row * height
             yield (
@@ -115,6 +159,36 @@ class TiffBackend:
                 y,
                 min(width, 512, page.imagewidth - x),
                 min(height, 512, page.imagelength - y),
+            )
+
+    def _busiest(self, page: Any) -> list[int]:
+        """Return the indices of a few tiles, those that took most bytes first."""
+        ends = np.array(page.dataoffsets) + np.array(page.databytecounts)
+        counts = np.where(ends <= self._file_size, page.databytecounts, 0)
+        found: list[int] = np.argsort(counts)[: -min(len(counts), 4) - 1 : -1].tolist()
+        return found
+
+    def _colour_doubts(self) -> Iterator[str]:
+        """Yield what makes the colours of the picture doubtful."""
+        page = self._pages[0]
+        if page.samplesperpixel == 4 and _alpha(page) == "none":
+            yield (
+                "it has a fourth sample and does not say what that means (no alpha, by its tag "
+                "ExtraSamples): it is left out"
+            )
+        if page.compression not in JPEG + JPEG_2000:
+            return
+        for index in self._busiest(page)[:1]:
+            try:
+                data = self._data(page, index, self._bytes)
+            except (EOFError, OSError, ValueError):
+                continue  # damage to that tile
+            kind = "tiles" if page.is_tiled else "strips"
+            yield from colour_doubts(
+                _tagged_colours(page),
+                _colours(page, data or b""),
+                pixels=kind,
+                believed="header" if self._spools else f"word of the {kind}",
             )
 
     def close(self) -> None:
@@ -196,7 +270,7 @@ class TiffBackend:
             if decoded is None:
                 return None
             planes.append(decoded[..., 0])
-        return as_rgb(np.stack(planes, axis=-1))
+        return as_rgb(np.stack(planes, axis=-1), _alpha(page))
 
     def _data(self, page: Any, index: int, file: FileBytes) -> bytes | None:
         """Return the stored bytes of a tile, None where the scanner left it out."""
@@ -314,24 +388,51 @@ def _truncated_at(page: Any, size: int) -> int:
 def _check_vendor(file: tifffile.TiffFile) -> None:
     """Refuse a TIFF whose pieces only OpenSlide puts together right."""
     kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
-    for kind, found in (kinds | {"Philips TIFF": file.is_philips}).items():
+    kinds |= {"Philips TIFF": file.is_philips}
+    kinds |= {"Trestle TIFF": file.pages.first.software.startswith("MedScan")}
+    for kind, found in kinds.items():
         if found:
-            raise SourceError(f"{kind}, which only OpenSlide reads, and only from a local file")
+            raise OtherReader(f"{kind}, which only OpenSlide reads, and only from a local file")
 
 
-def _choose_series(slide: tiffslide.TiffSlide, wanted: int | None) -> int:
-    """Return the index of the series that is the slide."""
-    series = slide.ts_tifffile.series
+def tagged_colour_doubts(path: Path) -> list[str]:
+    """Return a sentence where a TIFF's tags and its tiles differ on colours; OpenSlide reads it."""
+    try:
+        with tifffile.TiffFile(path, _multifile=False) as file:
+            pages: Any = file.pages
+            tiled = [page for page in pages if page.is_tiled]
+            page = max(tiled, key=lambda page: page.imagewidth * page.imagelength)
+            index = int(np.argmax(page.databytecounts))
+            file.filehandle.seek(page.dataoffsets[index])
+            data = file.filehandle.read(page.databytecounts[index])
+            said, stored = _tagged_colours(page), _colours(page, data)
+    except Exception:  # not for this check to judge: OpenSlide has opened it
+        log.debug("cannot look at the tiles of %s", path, exc_info=True)
+        return []
+    return colour_doubts(said, stored, pixels="tiles", believed="header")
+
+
+def _choose_series(file: tifffile.TiffFile, wanted: int | None) -> Any:
+    """Return the series that is the slide: the largest in colours, unless one is wanted.
+
+    A slide that is not read here is chosen too, and refused: not the thumbnail beside it.
+    """
+    series = file.series
     if wanted is not None:
         if not 0 <= wanted < len(series):
             raise SourceError(f"has series 0 to {len(series) - 1}, not {wanted}; change --series")
-        return wanted
-    if len(series) == 1 or not slide.ts_tifffile.is_ome:
-        return int(_slide_properties(slide).get("tiffslide.series-index") or 0)
-    areas = [math.prod(s.keyframe.shape[:2]) if _is_rgb(s) else 0 for s in series]
-    if not any(areas):
-        raise SourceError(f"none of its {len(series)} series is 8-bit RGB")
-    return areas.index(max(areas))
+        return series[wanted]
+    tiled = [s for s in series if s.keyframe.is_tiled]
+    if file.is_svs and tiled:
+        series = tiled  # beside a small region the pictures of label and glass are larger
+    return max(
+        series,
+        key=lambda s: (_is_colour(s.keyframe), s.keyframe.imagewidth * s.keyframe.imagelength),
+    )
+
+
+def _is_colour(page: Any) -> bool:
+    return page.samplesperpixel >= 3 and page.photometric.name not in ("MINISBLACK", "MINISWHITE")
 
 
 def _slide_properties(slide: tiffslide.TiffSlide) -> Mapping[str, Any]:
@@ -342,14 +443,6 @@ def _slide_properties(slide: tiffslide.TiffSlide) -> Mapping[str, Any]:
         log.debug("tiffslide finds no properties", exc_info=True)
         return {}
     return properties
-
-
-def _is_rgb(series: Any) -> bool:
-    try:
-        _check_page(series)
-    except SourceError:
-        return False
-    return bool(series.keyframe.samplesperpixel >= 3)
 
 
 def _pages(series: Any) -> list[Any]:
@@ -374,30 +467,30 @@ def _pages(series: Any) -> list[Any]:
 def _check_page(level: Any) -> None:
     """Refuse what is not one plane of 8-bit RGB or grey, or stores its colours in another way."""
     if len(level.pages) != 1:
+        planes = "focal planes" if level.kind == "svs" else f"planes (axes {level.axes})"
         raise SourceError(
-            f"{len(level.pages)} planes (axes {level.axes}) of {level.dtype}; "
-            "expected one of 8-bit RGB or grey"
+            f"{len(level.pages)} {planes} of {level.dtype}; expected one of 8-bit RGB or grey"
         )
     if level.pages[0] is None:
         raise SourceError("its pixels lie in another file, which is not looked for")
     key = level.keyframe
-    photometrics = {"RGB", "MINISBLACK"}
-    if key.compression in JPEG + JPEG_2000:
-        photometrics.add("YCBCR")
+    kind = (key.photometric.name, key.samplesperpixel)
     if (
         key.dtype != np.uint8
         or key.bitspersample != 8
-        or key.photometric.name not in photometrics
-        or key.samplesperpixel not in (1, 3, 4)
+        or kind not in (*PICTURES, ("MINISWHITE", 1))
     ):
         raise SourceError(
-            f"{key.samplesperpixel} samples of {key.dtype}, {key.photometric.name}; "
-            "expected 8-bit RGB or grey"
+            f"{key.samplesperpixel} sample{'s' if key.samplesperpixel > 1 else ''} of {key.dtype}, "
+            f"{key.photometric.name}; expected 8-bit RGB or grey"
         )
     if key.imagedepth != 1:
         raise SourceError(f"{key.imagedepth} planes in depth; expected one")
     if key.compression not in (*JPEG, *JPEG_2000, WEBP, *OTHERS):
-        raise SourceError(f"compression {key.compression:d} is not read; convert the slide")
+        raise OtherReader(f"compression {key.compression:d} is not read; convert the slide")
+    converted = key.compression in JPEG + JPEG_2000 and key.planarconfig == 1
+    if kind == ("MINISWHITE", 1) or (kind[0] == "YCBCR" and not converted):
+        raise OtherReader(f"pixels that are stored as {kind[0]}; save the slide as RGB or grey")
 
 
 def _check_sizes(page: Any) -> None:
@@ -414,22 +507,46 @@ def _check_sizes(page: Any) -> None:
         raise SourceError(f"{listed:,} {kind} listed where its size makes {expected:,}")
 
 
-def _properties(slide: tiffslide.TiffSlide, page: Any, series: int) -> dict[str, str]:
-    """Return what the file says: tiffslide's words, and the tags in OpenSlide's."""
-    found = _slide_properties(slide)
-    properties = {key: str(value) for key, value in found.items() if value is not None}
-    properties["tiff.Compression"] = page.keyframe.compression.name
-    properties["tiff.Photometric"] = page.keyframe.photometric.name
-    for name in ("XResolution", "YResolution"):
-        if (tag := page.tags.get(name)) is not None and tag.value[1]:
-            properties[f"tiff.{name}"] = repr(tag.value[0] / tag.value[1])
-    if (tag := page.tags.get("ResolutionUnit")) is not None:
-        properties["tiff.ResolutionUnit"] = getattr(tag.value, "name", "none").lower()
+def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, str]:
+    """Return what the file says of one picture: tiffslide's words, and the tags in OpenSlide's."""
+    file, key = slide.ts_tifffile, page.keyframe
+    is_first = page.offset == file.pages.first.offset
+    # tiffslide speaks of the first picture, whichever is the slide
+    found = _slide_properties(slide) if is_first else {}
+    if not found and page.is_svs:
+        found = {f"aperio.{k}": v for k, v in svs_description_metadata(page.description).items()}
+    properties = {
+        name: str(value)
+        for name, value in found.items()
+        if value is not None and not name.startswith("tiff.")
+    }
+    properties["tiff.Compression"] = key.compression.name
+    properties["tiff.Photometric"] = key.photometric.name
+    resolution = [_resolution(page, axis) for axis in "XY"]
+    properties |= {
+        f"tiff.{axis}Resolution": repr(value)
+        for axis, value in zip("XY", resolution, strict=True)
+        if value is not None
+    }
+    unit = page.tags.get("ResolutionUnit")
+    # where the tag is missing, TIFF means inch
+    properties["tiff.ResolutionUnit"] = (
+        getattr(unit.value, "name", "none").lower() if unit else "inch"
+    )
     if (tag := page.tags.get("Orientation")) is not None:
         properties["tiff.Orientation"] = str(int(tag.value))
-    if slide.ts_tifffile.is_ome:
-        properties |= ome_mpp(slide.ts_tifffile.ome_metadata or "", series)
+    if page.is_imagej:
+        properties |= imagej_mpp(page.imagej_description, resolution)
+    if file.is_ome and not page.is_subifd:
+        size = (page.imagewidth, page.imagelength)
+        properties |= ome_mpp(file.ome_metadata or "", ifd=page.index, size=size, name=name)
     return properties
+
+
+def _resolution(page: Any, axis: str) -> float | None:
+    """Return pixels per unit along an axis, None where a tag does not say."""
+    tag = page.tags.get(f"{axis}Resolution")
+    return tag.value[0] / tag.value[1] if tag is not None and tag.value[1] else None
 
 
 def _segment_size(page: Any) -> tuple[int, int]:
@@ -467,24 +584,59 @@ def _scratch(page: Any) -> Pixels:
     return memory[start : start + height * width * 3].reshape(height, width, 3)
 
 
+def _alpha(page: Any) -> Alpha:
+    """Return what a page says that its fourth sample is."""
+    return ALPHA.get(next(iter(page.extrasamples), 0), "none")
+
+
+def _tagged_colours(page: Any) -> str:
+    """Return how a page's tags say that its colours are stored."""
+    key = page.keyframe
+    if key.compression in (JPEG_2000_YCBCR, 33005):
+        return "YCBCR" if key.compression == JPEG_2000_YCBCR else "RGB"
+    return str(key.photometric.name)
+
+
+def _colours(page: Any, data: bytes) -> str:
+    """Return how a tile or strip itself says that its colours are stored, "" where it does not."""
+    key = page.keyframe
+    if key.samplesperpixel != 3 or key.planarconfig != 1 or not data:
+        return ""
+    if key.compression in JPEG:
+        return jpeg_colours(data, page.jpegtables)
+    return jpeg_2000_colours(data) if key.compression in JPEG_2000 else ""
+
+
 def _decode(page: Any, index: int, data: bytes, scratch: Pixels) -> Pixels | None:
     """Return the pixels of a tile or strip, which may lie in `scratch`; None where it is empty."""
     key = page.keyframe
+    stored = _colours(page, data) or _tagged_colours(page)
     if key.compression in JPEG and key.samplesperpixel == 3:
+        # libjpeg guesses YCbCr right
+        colorspace = "RGB" if stored == "RGB" else None
+        options = {"tables": page.jpegtables, "header": key.jpegheader, "colorspace": colorspace}
         try:
             pixels: Pixels = imagecodecs.jpeg_decode(
-                data,
-                tables=page.jpegtables,
-                header=key.jpegheader,
-                colorspace="RGB" if key.photometric.name == "RGB" and not key.is_jfif else None,
-                outcolorspace="RGB",
-                out=scratch,
+                data, **options, outcolorspace="RGB", out=scratch
             )
-            return pixels
         except ValueError:
-            pass  # of another size than a tile has: tifffile knows what that may mean
+            # of another size than a tile has
+            _check_stream(page, index, data)
+            pixels = imagecodecs.jpeg_decode(data, **options, outcolorspace="RGB")
+        return pixels
     decoded = _decode_any(page, index, data)
-    return None if decoded is None else as_rgb(decoded)
+    if decoded is None:
+        return None
+    if key.compression in JPEG_2000 and stored == "YCBCR":
+        return from_ycbcr(decoded)
+    return as_rgb(decoded, _alpha(page))
+
+
+def _check_stream(page: Any, index: int, data: bytes) -> None:
+    """Refuse a JPEG, JPEG 2000 or WebP tile that says it is much larger than a tile."""
+    with Image.open(io.BytesIO((page.keyframe.jpegheader or b"") + data)) as image:
+        if math.prod(image.size) > 4 * math.prod(_segment_size(page)):
+            raise ValueError(f"tile {index} holds {image.width:,} × {image.height:,} px")
 
 
 def _decode_any(page: Any, index: int, data: bytes) -> Pixels | None:
@@ -492,9 +644,7 @@ def _decode_any(page: Any, index: int, data: bytes) -> Pixels | None:
     key = page.keyframe
     if key.compression in (*JPEG, *JPEG_2000, WEBP):
         # these say their own size, and get it, whatever the tile's
-        with Image.open(io.BytesIO((key.jpegheader or b"") + data)) as image:
-            if math.prod(image.size) > 4 * math.prod(_segment_size(page)):
-                raise ValueError(f"tile {index} holds {image.width:,} × {image.height:,} px")
+        _check_stream(page, index, data)
     options = {}
     if key.compression in JPEG:
         options = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}

@@ -36,6 +36,7 @@ class OpenSlideBackend:
         self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
         self.properties: Mapping[str, str] = dict(self._slide.properties)
         self.level_tiles: Sizes = tuple(map(self._tile, range(len(self.level_sizes))))
+        self.doubts: tuple[str, ...] = ()
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
@@ -83,4 +84,4 @@ class OpenSlideBackend:
             except (openslide.OpenSlideError, OSError) as error:
                 raise unreadable(self._path, error, level, x, y, width, height) from error
             self._slide = fresh
-        return as_rgb(np.asarray(image))
+        return as_rgb(np.asarray(image), "straight")
