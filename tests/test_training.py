@@ -1384,6 +1384,30 @@ def test_other_settings_train_as_well(
     assert all(bool(t.isfinite().all()) for t in network.parameters())
 
 
+def test_a_step_whose_scaled_gradients_overflow_is_left_out(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    fabric_of = pytest.importorskip("lightning_fabric").Fabric
+    from lightning_fabric.plugins.precision.amp import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    fabric = fabric_of(accelerator="cpu", devices=1, plugins=[precision])
+    few = changed(recipe, steps=4, average=0.0)
+    network = fit(few, learner(samples), fabric=fabric).network
+    assert scaler.get_scale() < 2.0**120
+    assert all(bool(tensor.isfinite().all()) for tensor in network.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loss_that_is_no_number_ends_in_a_sentence(
+    recipe: Recipe, samples: list[Sample], precision: str
+) -> None:
+    wild = changed(recipe, learning_rate=1e30, schedule="constant", precision=precision)
+    with pytest.raises(RecipeError, match=r"step \d+: .* lower train\.learning_rate \(1e\+30\)"):
+        fit(wild, learner(samples))
+
+
 def test_crops_that_the_network_does_not_take_are_refused(
     recipe: Recipe, samples: list[Sample]
 ) -> None:

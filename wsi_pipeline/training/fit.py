@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Sequence
 from collections.abc import Generator as Steps
 from contextlib import closing
@@ -199,7 +200,10 @@ def fit(
                 break
             rate = float(schedule.get_last_lr()[0])
             at.losses.append(learn(recipe, model, optimizer, parts, at.step, fabric))
-            schedule.step()
+            with warnings.catch_warnings():
+                # where the scaler leaves out the first step, torch sees none before
+                warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step")
+                schedule.step()
             average.update_parameters(network)
             at.step += 1
             loss, is_last = at.losses[-1], at.step == spec.steps
@@ -330,6 +334,9 @@ def learn(
         parts: whose gradients are averaged.
         step: of which the random numbers of dropout follow.
         fabric: of devices and precision.
+
+    Raises:
+        RecipeError: the loss, or a gradient that no scaling explains, is no number any more.
     """
     spec, total = recipe.train, 0.0
     optimizer.zero_grad()
@@ -350,7 +357,18 @@ def learn(
             ) / len(parts)
             fabric.backward(loss)
         total += float(loss.detach())
-    fabric.clip_gradients(model, optimizer, max_norm=LARGEST_GRADIENT)
+    norm = fabric.clip_gradients(
+        model, optimizer, max_norm=LARGEST_GRADIENT, error_if_nonfinite=False
+    )
+    assert norm is not None
+    # of fp16 the scaler leaves out a step whose scaled gradients overflow, and halves the scale
+    is_scaled = fabric.strategy.precision.precision == PRECISIONS["fp16"]
+    if not math.isfinite(total) or not (is_scaled or norm.isfinite()):
+        what = f"the loss is {total}" if not math.isfinite(total) else "a gradient is no number"
+        raise RecipeError(
+            f"step {step + 1}: {what}; lower train.learning_rate ({spec.learning_rate:g}), take "
+            f'precision "fp32" ({spec.precision} now), or look for images of odd values'
+        )
     optimizer.step()
     return total
 
