@@ -714,6 +714,24 @@ def test_pictures_are_brought_to_fit_with_masks_of_any_kind(tmp_path: Path) -> N
     assert plain.unique().tolist() == pytest.approx([70 / 255])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_grey_picture_stored_in_colours_is_the_same_picture(
+    tmp_path: Path, channels: int
+) -> None:
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 256, (128, 192), dtype=np.uint8))
+    for patient, mode in (("p1", "RGB"), ("p2", "L")):
+        grey.convert(mode).save(tmp_path / f"{patient}.png")
+        Image.new("1", grey.size, 1).save(tmp_path / f"{patient}_mask.png")
+    recipe = image_recipe(
+        tmp_path, images="p?.png", masks=".", mask_name="{stem}_mask.png", patient=None,
+        patients=r"^(p\d)",
+    )  # fmt: skip
+    spec = dataclasses.replace(recipe.bundle.input, channels=channels)
+    recipe = dataclasses.replace(recipe, bundle=dataclasses.replace(recipe.bundle, input=spec))
+    with pytest.raises(RecipeError, match=r"the same picture on both sides: \['p1.png is p2.png"):
+        plan_splits(load(recipe, tmp_path), recipe.split, seed=0)
+
+
 def test_mammograms_lie_as_the_network_wants_them_with_their_masks(tmp_path: Path) -> None:
     y, x = np.ogrid[:120, :80]
     breast = (y - 60) ** 2 / 50**2 + (x - 79) ** 2 / 60**2 < 1  # at the right edge

@@ -280,6 +280,9 @@ def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 def _with_channels(pixels: Pixels, channels: int) -> Pixels:
     """Return colours as grey where the network sees one channel."""
     if pixels.shape[-1] == 3 and channels == 1:
+        # grey that is stored as colours is the same to the last bit: so copies are recognised
+        if (pixels == pixels[..., :1]).all():
+            return pixels[..., :1]
         return (pixels @ GREY)[..., None]
     return pixels
 
