@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -942,6 +943,15 @@ def test_what_must_be_local_is_said_to_be(bucket: str, data_dir: Path, tmp_path:
         open_source("s3://slides/nothing.svs")
     with pytest.raises(SourceError, match="remote"):
         open_source("nowhere://slides/nothing.svs")
+
+
+def test_a_picture_of_192_million_pixels_is_opened_without_a_warning(tmp_path: Path) -> None:
+    pixels = np.zeros((12_000, 16_000), np.uint8)
+    pixels[:64] = np.random.default_rng(0).integers(0, 256, (64, 16_000))
+    path = tmp_path / "large.png"
+    Image.fromarray(pixels).save(path)
+    with warnings.catch_warnings(action="error"), open_source(path, mpp=0.5) as slide:
+        assert slide.size == (16_000, 12_000)
 
 
 # --- broken files ------------------------------------------------------------------------------

@@ -217,7 +217,7 @@ def test_tables_of_all_encodings_and_separators(tmp_path, encoding, text):
 # -- each once, and each alone ------------------------------------------------------------------
 
 
-def test_each_slide_is_found_once_whatever_links_lead_there(slides):
+def test_each_slide_is_found_once_whatever_links_lead_there(slides, caplog):
     (slides / "0.svs").symlink_to("a.svs")
     (slides / "loop").symlink_to(".")
     (slides / "deep" / "up").symlink_to("..")
@@ -228,6 +228,8 @@ def test_each_slide_is_found_once_whatever_links_lead_there(slides):
     expected = ["a.svs", "deep/b.TIFF", "deep/er/c.ndpi", "x.mrxs", "self.svs"]
     found = find_slides([str(slides)], output=slides / "out")
     assert sorted(names(found, slides)) == sorted(expected)
+    told = [line for line in caplog.messages if "by another name: taken once" in line]
+    assert sorted(Path(line.split(" is ")[0]).name for line in told) == ["0.svs", "hard.svs"]
     again = [slides / "a.svs", slides / "0.svs", slides / "deep" / "er" / ".." / ".." / "a.svs"]
     assert find_slides(again, output=slides / "out") == [slides / "a.svs"]
     by_pattern = find_slides(str(slides / "**" / "*.ndpi"), output=slides / "out")

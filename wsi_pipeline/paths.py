@@ -7,6 +7,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import os
 import re
 import stat
@@ -21,6 +22,8 @@ from wsi_pipeline.errors import SourceError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
+
+logger = logging.getLogger(__name__)
 
 LABEL = "image-label"
 """Marks an OME-Zarr that is a mask, not a slide; of whatever origin."""
@@ -201,10 +204,15 @@ def visible_entries(folder: Path, seen: set[str]) -> list[Path] | None:
 
 
 def each_once(paths: Iterable[Path]) -> list[Path]:
-    """Return paths without those that lead to the same file or folder as one before."""
+    """Return paths without those that lead to the same file or folder as one before.
+
+    The log tells of those that have another name there.
+    """
     found: dict[object, Path] = {}
     for path in paths:
-        found.setdefault(path if is_remote(path) else _identity(path), path)
+        taken = found.setdefault(path if is_remote(path) else _identity(path), path)
+        if name_of(taken) != name_of(path):
+            logger.warning("%s is %s by another name: taken once", path, taken)
     return list(found.values())
 
 

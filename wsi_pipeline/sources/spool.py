@@ -6,14 +6,17 @@ import math
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import is_remote, name_of
@@ -41,6 +44,9 @@ DRIVERS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
 
 PNG_BITS = 24
 """Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
+
+OPENERS: Mapping[str, Callable[..., ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile}
+"""Pillow's reader of each. `Image.open` warns of large pictures, which are bounded here."""
 
 GDAL = {
     "GDAL_PAM_ENABLED": "NO",  # no files beside
@@ -126,7 +132,7 @@ class PictureBackend:
     def __init__(self, path: Path, driver: str) -> None:
         self._path = path
         try:
-            with path.open("rb") as file, Image.open(file, formats=[driver]) as image:
+            with path.open("rb") as file, OPENERS[driver](file) as image:
                 self.size = image.size
                 mode, dpi = image.mode, image.info.get("dpi")
                 file.seek(PNG_BITS)
@@ -134,7 +140,7 @@ class PictureBackend:
                 # of a PNG it may stand after the pixels, all of which would be decoded for it
                 exif = image.getexif() if driver == "JPEG" else {}
                 orientation = exif.get(ExifTags.Base.Orientation, 1)
-        except UnidentifiedImageError as error:
+        except SyntaxError as error:
             raise SourceError(
                 f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"
             ) from error
