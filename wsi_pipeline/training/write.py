@@ -220,13 +220,8 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
     judged = trained.judged
     if not judged:
         return "Not measured."
-    folds = {s.fold for s in trained.samples if s.patient in judged}
-    count = recipe.split.folds or (0 if None in folds else len(folds))
-    how = (
-        f"{count} {'groups' if count > 1 else 'group'} of patients, each left out once"
-        if count
-        else "Leave one patient out"
-    )
+    in_groups = recipe.split.folds or any(s.fold for s in trained.samples)
+    how = "Groups of patients left out together" if in_groups else "Leave one patient out"
     rows = [
         f"{how}: for each row a network was trained by the same recipe without that patient. "
         "Overlapping patches, pixels of a patient pooled. The weights here are trained on all "
