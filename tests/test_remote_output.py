@@ -372,7 +372,7 @@ def test_status_counts_what_is_there_and_what_is_in_hand_here(tmp_path):
     jobs = plan_jobs(slides, tmp_path / "work", target=target)
     note_jobs(tmp_path / "work", jobs[:2], target=target)
     note_jobs(tmp_path / "elsewhere", jobs[2:], target=target)
-    run = Run(status="failed", reason="oh", slide={}, model={}, settings={}, versions={})
+    run = Run(status="failed", reason="oh", slide={"name": "a"}, model={}, settings={}, versions={})
     write_run_json(jobs[0].home / "run.json", run)
     with RunStore(folder=jobs[1].folder).claim():
         status = read_status(target, tmp_path / "work")

@@ -2,14 +2,21 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bundles import pointwise_bundle
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import done, failed
 
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.page import write_report
 from wsi_pipeline.report import (
     Run,
     find_runs,
@@ -136,3 +143,97 @@ def test_no_text_of_the_summary_is_a_formula(tmp_path: Path, name: str) -> None:
     )[:1]
     assert row["folder"] == row["slide"] == row["reason"] == f"'{name}"
     assert f"'{name}_mm2" in row
+
+
+# -- what others put there ------------------------------------------------------------------------
+
+GOOD = {
+    "status": "done",
+    "slide": {"name": "a.svs", "path": "a.svs", "size": [10, 20], "mpp": [0.5, 0.5]},
+    "model": {"name": "m", "weights_sha256": ""},
+    "settings": {},
+    "versions": {},
+    "area_mm2": {"Tumor": 1.5},
+    "seconds": {"total": 3},
+}
+ODD: dict[str, bytes | str | dict[str, Any]] = {
+    "no slide": {"slide": {}},
+    "area a list": {"area_mm2": {"Tumor": [1, 2]}},
+    "areas a list": {"area_mm2": [1, 2]},
+    "name a number": {"slide": {**GOOD["slide"], "name": 7}},
+    "size of one": {"slide": {**GOOD["slide"], "size": [10]}},
+    "size of texts": {"slide": {**GOOD["slide"], "size": ["10", "20"]}},
+    "mpp nothing": {"slide": {**GOOD["slide"], "mpp": None}},
+    "no model": {"model": None},
+    "a colour of two": {"colors": {"Tumor": [1, 2]}},
+    "warnings a text": {"warnings": "odd"},
+    "warnings of numbers": {"warnings": [1]},
+    "regions of texts": {"regions": {"Tumor": "1"}},
+    "seconds of texts": {"seconds": {"total": "3"}},
+    "kept a list": {"patches": {"kept": []}},
+    "status odd": {"status": "odd"},
+    "status a table": {"status": {}},
+    "reason nothing": {"reason": None},
+    "lesions odd": {"lesions": {"Tumor": 3}},
+    "labels odd": {"labels": {"Benign": None}},
+    "too large a number": {"area_mm2": {"Tumor": 10**400}},
+    "infinite": json.dumps(GOOD).replace("1.5", "1e999"),
+    "not a number": json.dumps(GOOD).replace("1.5", "NaN"),
+    "a list": "[]",
+    "a text": '"run"',
+    "nothing": "",
+    "null": "null",
+    "nested": "[" * 100_000,
+    "deep": json.dumps({**GOOD, "frame": {"a": json.loads("[" * 300 + "]" * 300)}}),
+    "latin": json.dumps(GOOD).replace("a.svs", "é.svs").encode("latin-1"),
+    "utf-16": json.dumps(GOOD).encode("utf-16"),
+    "zeros": bytes(4096),
+    "huge": b" " * (1 << 26) + json.dumps(GOOD).encode(),
+}
+
+
+def put(path: Path, content: bytes | str | dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True)
+    if isinstance(content, dict):
+        content = json.dumps({**GOOD, **content})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_an_odd_run_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, odd: str
+) -> None:
+    put(tmp_path / "good/run.json", {})
+    put(tmp_path / "odd/run.json", ODD[odd])
+    with pytest.raises(StoreError, match=r"odd.run\.json is not a run"):
+        load_run(tmp_path / "odd/run.json")
+    runs = find_runs(tmp_path)
+    assert [path.name for path in runs] == ["good"]
+    assert "left out of the summary" in caplog.text
+    write_summary(tmp_path, runs)
+    write_report(tmp_path, runs)
+    assert CliRunner().invoke(group, ["status", str(tmp_path)]).exit_code == 0
+
+
+def test_odd_records_do_not_end_a_command(tmp_path: Path, slide_path: Path) -> None:
+    output = tmp_path / "out"
+    for number, content in enumerate(ODD.values()):
+        put(output / f"odd-{number}" / "run.json", content)
+    (output / "folder" / "run.json").mkdir(parents=True)
+    if os.name == "posix":
+        (output / "pipe").mkdir()
+        os.mkfifo(output / "pipe" / "run.json")
+    (output / ".slides.json").write_text('{"../../elsewhere": "a", "b": [1]}', "utf-8")
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    line = [str(slide_path), "--model", str(model), "--output", str(output), "--device", "cpu"]
+    result = CliRunner().invoke(group, ["segment", *line])
+    assert result.exit_code == 0, result.output
+    with (output / "summary.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["folder"] for row in csv.DictReader(file)] == [slide_path.stem]
+    result = CliRunner().invoke(group, ["status", str(output)])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"done +1\n", result.output)
+    assert not (tmp_path / "elsewhere").exists()
+    result = CliRunner().invoke(group, ["export", str(output), "--simplify", "0"])
+    assert isinstance(result.exception, SystemExit | None)
+    assert (output / slide_path.stem / "run.json").is_file()

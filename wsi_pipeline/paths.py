@@ -6,7 +6,6 @@ import codecs
 import csv
 import glob
 import io
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.records import read_json
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -287,10 +287,10 @@ def zarr_attributes(path: Path) -> dict[str, Any] | None:
     """Return the attributes of the zarr group in a folder, {} without one, None if damaged."""
     for name in (".zattrs", "zarr.json"):
         try:
-            found = json.loads((path / name).read_text("utf-8"))
+            found = read_json(path / name)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             return None
         found = (
             found.get("attributes") if name == "zarr.json" and isinstance(found, dict) else found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from wsi_pipeline.outputs import (
     write_polygons,
     write_tiffs,
 )
+from wsi_pipeline.records import check, read_json
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.store import RunStore, open_patch_grid
 from wsi_pipeline.written import WrittenFiles
@@ -173,10 +173,11 @@ def _write_polygons(
 def _ledger(run: Run, store: RunStore, blocks: list[Block]) -> Ledger:
     """Return what the run has found of blocks, which tells probabilities, if that is kept."""
     try:
-        key = json.loads(store.key_path.read_text("utf-8"))["key"]
-    except (OSError, ValueError, KeyError):
+        held = read_json(store.key_path)
+        check(held, dict[str, str])
+    except (OSError, ValueError):
         return {}
-    if key != run.settings["key"]:
+    if held.get("key") != run.settings["key"]:
         return {}  # of a run with other settings that was begun since
     pending = {block.index for block in store.pending(blocks)}
     return {b.index: store.load_block(b) for b in blocks if b.index not in pending}

@@ -11,10 +11,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Required, TypedDict
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.paths import as_path, name_of
+from wsi_pipeline.records import check, read_json
 from wsi_pipeline.remote import write_whole
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,45 @@ NOT_OF_SLIDES = ("area_px", "volume_ml", "lesions", "labels")
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
+
+
+ColorFacts = tuple[int, int, int] | tuple[()]
+"""Red, green and blue; none where the bundle does not say."""
+
+
+class BoundsFacts(TypedDict):
+    """A part of a slide, in level-0 pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class SourceFacts(TypedDict, total=False):
+    """What of a slide, image or volume is counted on; others of its facts are only shown."""
+
+    name: Required[str]
+    path: str
+    size: tuple[int, int] | tuple[int, int, int]
+    mpp: tuple[float, float]
+    spacing_mm: tuple[float, float] | tuple[float, float, float] | None
+    bounds: BoundsFacts | None
+    fingerprint: str
+
+
+class ModelFacts(TypedDict, total=False):
+    """What of a model is counted on."""
+
+    name: str
+    weights_sha256: str
+
+
+class LesionFacts(TypedDict):
+    """What of the lesions of a class is counted on."""
+
+    count: int
+    largest_mm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +97,14 @@ class Run:
 
     status: Literal["done", "failed", "busy"]
     reason: str = ""
-    slide: dict[str, Any]
-    model: dict[str, str]
+    slide: Annotated[dict[str, Any], SourceFacts]
+    model: Annotated[dict[str, Any], ModelFacts]
     settings: dict[str, Any]
     versions: dict[str, str]
     patches: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     area_mm2: dict[str, float] = field(default_factory=dict)
-    colors: dict[str, list[int]] = field(default_factory=dict)
+    colors: Annotated[dict[str, list[int]], dict[str, ColorFacts]] = field(default_factory=dict)
     tissue_mm2: float = 0.0
     regions: dict[str, int] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
@@ -73,7 +113,7 @@ class Run:
     files: dict[str, str] = field(default_factory=dict)
     area_px: dict[str, float] = field(default_factory=dict)
     volume_ml: dict[str, float] = field(default_factory=dict)
-    lesions: dict[str, Any] = field(default_factory=dict)
+    lesions: Annotated[dict[str, Any], dict[str, LesionFacts]] = field(default_factory=dict)
     labels: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -109,9 +149,11 @@ def load_run(path: str | Path) -> Run:
     if name_of(path) != RUN_FILE and path.is_dir():
         path /= RUN_FILE
     try:
-        return Run(**json.loads(path.read_text("utf-8")))
+        found = read_json(path)
+        check(found, Run, "run")
+        return Run(**found)
     except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
     except (TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is not a run of this version ({error}); remove it or use --overwrite"

@@ -453,7 +453,7 @@ def _connect(address: str) -> Client:
         with warnings.catch_warnings():  # of what differs we say more, and only what matters
             warnings.simplefilter("ignore", VersionMismatchWarning)
             return Client(**by_file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise ClusterError(
             f"no dask scheduler answers at {address}: {_first_line(error)}; is it running?"
         ) from error

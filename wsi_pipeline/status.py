@@ -14,6 +14,7 @@ import numpy as np
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.paths import as_path, is_remote, name_of, without_secrets
+from wsi_pipeline.records import check, read_json
 from wsi_pipeline.remote import check_listed, fetch, reaching, write_whole
 from wsi_pipeline.report import RUN_FILE, Run, find_runs
 from wsi_pipeline.store import RunStore, claim_folder, open_patch_grid
@@ -80,9 +81,12 @@ def _load_jobs(output: Path) -> dict[str, str]:
     """Return the slides' names by folder; nothing where no command has noted any."""
     try:
         with reaching(output):
-            return dict(json.loads((output / JOBS_FILE).read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
+            found: dict[str, str] = read_json(output / JOBS_FILE)
+        check(found, dict[str, str])
+    except (OSError, ValueError):
         return {}
+    # each is looked for in the folder, and nowhere else
+    return {name: slide for name, slide in found.items() if Path(name).name == name}
 
 
 def read_status(output: str | Path, work: str | Path | None = None) -> Status:
@@ -157,9 +161,11 @@ def _latest(output: Path, runs: dict[str, Run]) -> tuple[list[str], float]:
     """Return the latest slides, and the seconds for which any process worked on them."""
     spans = []
     for name, run in runs.items():
-        if run.status == "done":
+        # whoever removes it just now, or wrote it by hand, is told of elsewhere
+        with suppress(OSError):
             end = (output / name / RUN_FILE).stat().st_mtime
-            spans.append((end, end - run.seconds["total"], name))
+            if run.status == "done" and "total" in run.seconds:
+                spans.append((end, end - run.seconds["total"], name))
     latest = sorted(spans)[-RECENT:]
     worked, until = 0.0, float("-inf")
     for start, end in sorted((start, end) for end, start, _ in latest):

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from wsi_pipeline.arrays import read_whole, trusted
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
+from wsi_pipeline.records import check, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def note_unreadable(path: Path, regions: Iterable[Region]) -> None:
 def is_patch_grid(path: Path) -> bool:
     """Return whether a folder looks like a patch grid, without reading it."""
     try:
-        meta = json.loads((path / "zarr.json").read_text("utf-8"))
+        meta = read_json(path / "zarr.json")
     except (OSError, ValueError, RecursionError):
         return False
     attributes = meta.get("attributes", {}) if isinstance(meta, dict) else {}
@@ -467,7 +468,8 @@ def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool)
     store = RunStore(folder=folder)
     wanted = {"fingerprint": fingerprint, "key": key}
     try:
-        found = json.loads(store.key_path.read_text("utf-8"))
+        found = read_json(store.key_path)
+        check(found, dict[str, str])
     except (OSError, ValueError):
         found = None
     if found and not overwrite and found.get("fingerprint") != fingerprint:

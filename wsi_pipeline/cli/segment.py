@@ -473,7 +473,22 @@ class Summary:
             self._next = now + (now - start) / SUMMARY_SHARE
 
     def write(self, *, timeout: float = SUMMARY_PATIENCE) -> None:
-        """Write of all that the folder holds, and of what has failed besides."""
+        """Write of all that the folder holds, and of what has failed besides.
+
+        Only what can be helped ends the command, such as a full disk: no record does.
+        """
+        from wsi_pipeline.errors import WsiPipelineError
+
+        try:
+            self._write_all(timeout)
+        except WsiPipelineError:
+            raise
+        except Exception as error:
+            logging.getLogger(__name__).warning(
+                "the summary is not written: %r", error, exc_info=True
+            )
+
+    def _write_all(self, timeout: float) -> None:
         from wsi_pipeline.page import LINKED_FILES
         from wsi_pipeline.remote import fetch, write_whole
         from wsi_pipeline.report import RUN_FILE

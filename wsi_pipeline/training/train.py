@@ -7,11 +7,11 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.export import map_in_threads
+from wsi_pipeline.records import check, read_json
 from wsi_pipeline.store import claim_folder, writing, written_beside
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
@@ -130,7 +131,7 @@ def _judged(
     """Return the counts of a split's patients, from an earlier call where it got that far."""
     name = _without(split)
     path = folder / _folder_name(name) / "held_out.json"
-    if path.is_file():
+    with suppress(OSError, ValueError):  # not measured yet, or in a way that cannot be read
         return load_held_out(path)
     fitted = learn(name, split.train, split.test)
     judged = measure(fitted.network, recipe.bundle, split.test)
@@ -160,11 +161,25 @@ def _as_json(judged: Judged) -> dict[str, Any]:
 
 
 def load_held_out(path: Path) -> dict[str, Judged]:
-    """Read the `held_out.json` of a fold; return what was right and wrong of each patient."""
-    return {
-        patient: _from_json(counts)
-        for patient, counts in json.loads(path.read_text("utf-8")).items()
-    }
+    """Read the `held_out.json` of a fold; return what was right and wrong of each patient.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds something else.
+    """
+    found = read_json(path)
+    check(found, dict[str, _HeldOut])
+    return {patient: _from_json(counts) for patient, counts in found.items()}
+
+
+class _HeldOut(TypedDict):
+    """What is kept of a patient."""
+
+    pixels: list[list[int]]
+    labels: list[list[int]]
+    images: list[tuple[str, list[Any]]]
+    said: list[Any]
+    sampled: list[Any]
 
 
 def _from_json(held: Mapping[str, Any]) -> Judged:
@@ -203,7 +218,14 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
 def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
     """Make the folder ready for the training of a key, emptied if that is asked for."""
     path = folder / "key.json"
-    found: Mapping[str, str] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found: Mapping[str, str] = {}
+    if path.exists():
+        try:
+            found = read_json(path)
+            check(found, dict[str, str])
+        except (OSError, ValueError) as error:
+            if not overwrite:
+                raise RecipeError(f"{path} is damaged ({error}); use --overwrite") from error
     if overwrite:
         for part in folder.iterdir():
             if part.is_dir():
