@@ -58,6 +58,8 @@ def test_help_lists_every_command():
         ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "cuda:"],
         ["segment", "x.svs", "-m", "m", "-o", "o", "--device", "cuda:9999"],
         ["segment", "x.svs", "-m", "m", "-m", "n", "-o", "o"],
+        ["info", "x.svs", "-m", "m", "-m", "n"],
+        ["demo", "-m", "m", "-m", "n", "-o", "o"],
         ["segment", "x.svs", "-m", "m", "-o", "o", "--tissue", "none", "--tissue", "auto"],
         ["segment", "x.svs", "-m", "m", "-o", "o", "--roi", __file__, "--roi", __file__],
         ["segment", "x.svs", "-m", "m", "-o", "o", "--max-ram", "nanGB"],

@@ -320,6 +320,14 @@ def test_what_is_ignored_in_the_roi_is_background(tmp_path, slide_path, slide_pi
     assert (mask_of(folder) == np.where(inside, classify(slide_pixels), 0)).all()
 
 
+def test_a_roi_without_tissue_is_said_to_be_one(tmp_path, slide_path):
+    path = tmp_path / "roi.geojson"
+    path.write_text(json.dumps(shapely.geometry.mapping(shapely.box(1850, 1400, 1930, 1480))))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    _, made = run(slide_path, bundle, tmp_path / "out", select=SelectOptions(roi=path))
+    assert made.warnings == ["no tissue found in the ROI; --tissue none looks everywhere"]
+
+
 def cli(*arguments):
     return [sys.executable, "-m", "wsi_pipeline", *map(str, arguments)]
 

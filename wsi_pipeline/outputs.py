@@ -416,7 +416,8 @@ def _warnings(finished: Finished, written: geojson.Written) -> list[str]:
             f"{max(stored.info.mpp):g}: its pixels were interpolated"
         )
     if len(finished.plan.grid) == 0:
-        found.append("no tissue found; --tissue none looks everywhere")
+        where = " in the ROI" if finished.settings.select.roi else ""
+        found.append(f"no tissue found{where}; --tissue none looks everywhere")
     elif stored.tissue.mean() < LITTLE_TISSUE:
         found.append(f"only {stored.tissue.mean():.2%} of the slide was taken for tissue")
     return found

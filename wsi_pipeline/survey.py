@@ -136,7 +136,10 @@ def _tissue(
         # a thin ROI may hold no pixel's centre
         tissue &= rasterise(region, shape, downsample=downsample, touched=True)
     if not tissue.any():
-        logger.warning("%s: no tissue found; --tissue none looks everywhere", name_of(slide.path))
+        where = " in the ROI" if select.roi else ""
+        logger.warning(
+            "%s: no tissue found%s; --tissue none looks everywhere", name_of(slide.path), where
+        )
     return np.asarray(tissue)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import output_option
+from wsi_pipeline.cli.options import once, output_option
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = CHECKOUT / "models" / "lightmuseg-bcss-demo"
@@ -17,7 +17,7 @@ SLIDE = Path("wsi") / "svs" / "CMU-1-Small-Region.svs"
 
 @click.command()
 @output_option
-@click.option("--model", "-m", default=str(MODEL), show_default=False, help="Another bundle.")
+@once("--model", "-m", default=str(MODEL), show_default=False, help="Another bundle.")
 @click.pass_context
 def command(ctx: click.Context, output: Path, model: str) -> None:
     """Segment a real image with the demonstration model, and say where the results lie.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import MPP, series_option
+from wsi_pipeline.cli.options import MPP, once, series_option
 from wsi_pipeline.errors import MissingMppError, SourceError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ QUICK = 1 << 26
     help="The slide's µm per pixel, in place of what the file says.",
 )
 @series_option
-@click.option("--model", "-m", help="Would this bundle take it? A folder, a model.toml or its URL.")
+@once("--model", "-m", help="Would this bundle take it? A folder, a model.toml or its URL.")
 def command(
     path: str, as_json: bool, mpp: float | None, series: int | None, model: str | None
 ) -> None:

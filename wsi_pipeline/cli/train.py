@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from wsi_pipeline.cli.options import output_option, overwrite_option
+from wsi_pipeline.cli.options import output_option, overwrite_option, wrong_usage
 from wsi_pipeline.cli.progress import new_bar
 
 
@@ -62,9 +62,13 @@ def command(
     """
     import torch
 
+    from wsi_pipeline.inference import choose_device
     from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.train import train
 
+    if device == "cuda":
+        with wrong_usage():
+            choose_device(device)
     if threads:
         torch.set_num_threads(threads)
     with Bar(quiet=ctx.obj["quiet"]) as bar:
