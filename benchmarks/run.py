@@ -97,7 +97,7 @@ class Bench:
         read_through(slide)
         measured = measure(command, self.work / "logs" / f"{name}-{label}.log")
         record = {k: v for k, v in asdict(measured).items() if k != "said"} | measured.said
-        if job.who == "ours":
+        if job.who in ("ours", "unsynced"):
             record |= _own_facts(output / slide.stem)
         if job.who in self.pythons:
             ours = _mask_of(self.work / "out" / name / "ours" / slide.stem)
@@ -112,8 +112,9 @@ class Bench:
         options = ["--overlap", str(job.overlap), "--tissue", tissue]
         model = ["--model", str(bundle.path)]
         match job.who:
-            case "ours":
-                segment = [sys.executable, "-m", "wsi_pipeline", "-q", "segment", str(slide)]
+            case "ours" | "unsynced":
+                ours = ["-m", "wsi_pipeline"] if job.who == "ours" else [str(HERE / "unsynced.py")]
+                segment = [sys.executable, *ours, "-q", "segment", str(slide)]
                 outputs = ["--output", str(output), "--outputs", ",".join(job.outputs)]
                 return [*segment, *model, *options, *outputs]
             case "floor":

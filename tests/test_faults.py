@@ -20,9 +20,10 @@ from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.files import this_process
 from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import _room
-from wsi_pipeline.store import RunStore, this_process
+from wsi_pipeline.store import RunStore
 
 NOT_COMPARED = {"run.json", ".store"}
 
@@ -380,6 +381,116 @@ def test_partials_of_living_processes_are_left_alone(tmp_path):
     assert other.exists()
     store.remove_partials()
     assert not other.exists()
+
+
+def damage(path, kind):
+    """Make of a file what a disk may after a power cut."""
+    data = path.read_bytes()
+    half = len(data) // 2
+    if kind == "missing":
+        path.unlink()
+        return
+    garbage = np.random.default_rng(0).integers(0, 256, len(data), np.uint8).tobytes()
+    path.write_bytes(
+        {
+            "empty": b"",
+            "zeros": bytes(len(data)),
+            "truncated": data[:half],
+            "garbage": garbage,
+            "one bit": data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :],
+        }[kind]
+    )
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["growing", "in its place"])
+def test_what_the_disk_has_lost_is_done_again_and_nothing_else(
+    tmp_path, place, calm, big_pixels, moved
+):
+    folder = tmp_path / "out" / "slide"
+    shutil.copytree(calm, folder)
+    (folder / "run.json").unlink()
+    mask, blocks = folder / "mask.ome.zarr", folder / ".store" / "blocks"
+    if not moved:
+        mask = mask.rename(folder / ".store" / "mask.ome.zarr")
+    every = sorted(blocks.glob("[0-9]*.npz"))
+    kinds = ("missing", "empty", "zeros", "truncated", "garbage", "one bit")
+    for number, kind in enumerate(kinds):
+        damage(every[number], kind)
+    for number, kind in enumerate(kinds[:-1], start=len(kinds)):
+        row, column = every[number].stem.split("_")
+        damage(mask / "0" / str(int(row)) / str(int(column)), kind)
+    sound = every[-1]
+    before = {p.name: p.stat().st_ino for p in every if p.exists()}
+    result = run(place, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert_same(folder, calm, big_pixels)
+    after = {p.name: p.stat().st_ino for p in every}
+    assert [name for name in before if before[name] == after[name]] == [sound.name]
+
+
+@pytest.mark.parametrize("name", [".zattrs", "0/.zarray"])
+def test_a_mask_that_cannot_be_opened_is_begun_anew(tmp_path, place, calm, big_pixels, name):
+    folder = tmp_path / "out" / "slide"
+    shutil.copytree(calm, folder)
+    (folder / "run.json").unlink()
+    damage(folder / "mask.ome.zarr" / name, "zeros")
+    result = run(place, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert_same(folder, calm, big_pixels)
+
+
+def test_export_tells_of_a_lost_chunk_and_segment_brings_it_back(tmp_path, place, calm, big_pixels):
+    folder = tmp_path / "out" / "slide"
+    shutil.copytree(calm, folder)
+    damage(folder / "mask.ome.zarr" / "0" / "1" / "1", "missing")
+    line = [*command(place, tmp_path)[:4], "export", str(folder), "--simplify", "0"]
+    result = invoke(line)
+    assert result.returncode == 1
+    assert "segment the slide again" in said(result.stderr)[0]
+    assert run(place, tmp_path / "out").returncode == 0
+    assert_same(folder, calm, big_pixels)
+
+
+def test_what_killed_processes_left_is_swept_by_the_next_command(tmp_path, place, calm):
+    out = tmp_path / "out"
+    folder = out / "slide"
+    shutil.copytree(calm, folder)
+    (folder / "run.json").unlink()
+    mask = (folder / "mask.ome.zarr").rename(folder / ".store" / "mask.ome.zarr")
+    names = (
+        folder / ".annotations.geojson.host-1.partial", mask / ".zattrs.0123abcd.partial",
+        mask / "1" / "0" / "0.0123abcd.partial", folder / ".store" / ".key.json.host-1.partial",
+        out / ".summary.csv.host-1.partial", out / ".report.html.host-1.partial",
+        out / "..slides.json.host-1.partial",
+    )  # fmt: skip
+    for path in names:
+        path.write_text("half")
+    assert run(place, out).returncode == 0
+    assert not list(out.rglob("*.partial"))
+    left = folder / ".mask.ome.tif.host-1.partial"
+    left.write_text("half")
+    line = [*command(place, out)[:4], "export", str(folder), "--simplify", "3"]
+    assert invoke(line).returncode == 0
+    assert not left.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
+def test_a_summary_that_does_not_fit_costs_no_slide_its_turn(tmp_path, place):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in "abc":
+        shutil.copyfile(place / "slide.tif", slides / f"{name}.tif")
+    disk = tmp_path / "disk"
+    with small_disk(disk, 0.02):
+        line = command(place, disk / "out")
+        line[line.index(str(place / "slide.tif"))] = str(slides)
+        full = subprocess.run(line, capture_output=True, text=True)
+        assert full.returncode == 1
+        *lines, last = said(full.stderr)
+        for name in "abc":
+            assert [x for x in lines if x.startswith(f"failed: {slides}/{name}.tif: ")], lines
+        full_disk = r"Error: .*(summary\.csv|report\.html) could not be written: the disk is full"
+        assert re.match(full_disk, last)
 
 
 def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatch, big_pixels):

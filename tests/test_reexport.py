@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BusyError, StoreError
+from wsi_pipeline.files import remove
 from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.options import (
     ExportOptions,
@@ -27,7 +28,7 @@ from wsi_pipeline.pipeline import segment
 from wsi_pipeline.reexport import export_again
 from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import open_cluster
-from wsi_pipeline.store import RunStore, remove
+from wsi_pipeline.store import RunStore
 from wsi_pipeline.viewer import serve
 
 EVERYWHERE = SelectOptions(tissue="none")

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import zarr
 
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import BusyError, StoreError
 from wsi_pipeline.grid import Block, PatchGrid, Region
 from wsi_pipeline.store import (
     GridInfo,
     StoredGrid,
+    claimed,
+    close_patch_grid,
     is_patch_grid,
     open_patch_grid,
     open_run_store,
     run_key,
     write_patch_grid,
-    written_beside,
 )
 
 BLOCK = Block(index=(3, 4), start=(0, 0), stop=(2, 2))
@@ -127,7 +128,7 @@ def test_a_damaged_ledger_entry_is_named(tmp_path):
     store.finish_block(BLOCK, {"pixels": np.arange(5)})
     (path,) = (store.path / "blocks").glob("*.npz")
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(StoreError, match="overwrite"):
+    with pytest.raises(StoreError, match="segment the slide again"):
         store.load_block(BLOCK)
 
 
@@ -153,21 +154,37 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
         open_run_store(tmp_path / "file" / "run", fingerprint="a", key="k", overwrite=False)
 
 
-def test_written_beside_is_all_or_nothing(tmp_path):
-    target = tmp_path / "out.txt"
-
-    def fail():
-        with written_beside(target) as partial:
-            partial.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
+def test_only_one_process_writes_a_target_and_nothing_stays_of_its_claim(tmp_path):
+    target = tmp_path / "a.zarr"
+    (tmp_path / ".a.zarr.host-1.partial").mkdir()
+    with claimed(target):
+        assert [path.name for path in tmp_path.iterdir()] == [".a.zarr.lock"]
+        with (
+            pytest.raises(BusyError, match=r"another process is writing .*a\.zarr"),
+            claimed(target),
+        ):
+            pass
+        with claimed(tmp_path / "b.zarr"):
+            pass
     assert list(tmp_path.iterdir()) == []
-    with written_beside(target) as partial:
-        partial.write_text("whole")
-    assert target.read_text() == "whole"
-    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("array", ["patches", "tissue", "thumbnail", "pixels"])
+def test_a_grid_that_lacks_a_chunk_is_refused(tmp_path, array):
+    path = tmp_path / "g.zarr"
+    written = write_patch_grid(path, stored(), with_pixels=True)
+    written.pixels[:300, :300] = 7
+    close_patch_grid(path)
+    assert (open_patch_grid(path).pixels[:300, :300] == 7).all()
+    meta = json.loads((path / "zarr.json").read_text())
+    assert meta["attributes"]["chunks"]["pixels"] == 1
+    chunk = next(p for p in (path / array / "c").rglob("*") if p.is_file())
+    chunk.unlink()
+    with pytest.raises(StoreError, match=rf"is not whole: \d+ of \d+ chunks of {array} are there"):
+        open_patch_grid(path)
+    del meta["attributes"]["chunks"]  # as older versions wrote them
+    (path / "zarr.json").write_text(json.dumps(meta))
+    open_patch_grid(path)
 
 
 def test_the_key_knows_every_part():

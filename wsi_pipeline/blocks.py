@@ -36,7 +36,7 @@ from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
 from wsi_pipeline.schedule import map_large_arrays
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.prepared import Preparation, open_scan
-from wsi_pipeline.store import RunStore, writing
+from wsi_pipeline.store import RunStore, settle, writing
 
 if TYPE_CHECKING:
     from wsi_pipeline.schedule import Keep
@@ -333,8 +333,10 @@ class SegmentBlocks(BlockWorker):
             mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
         with writing(self._plan.store.mask_path):
             write_block(self._mask, block, mask)
+            chunks = settle(self._mask, block)
         clock.lap("write")
         arrays = {
+            "chunks": chunks,
             "predicted": np.array(len(patches)),
             "bad": np.array([astuple(region) for region in bad], np.int64).reshape(-1, 4),
         }
@@ -419,8 +421,12 @@ class ScanBlocks(BlockWorker):
                 probability = np.ascontiguousarray(probability[..., ::-1])
         with writing(self._plan.store.mask_path):
             self._mask[block.slices] = mask
+            chunks = settle(self._mask, block)
         clock.lap("write")
-        arrays: dict[str, npt.NDArray[Any]] = {"predicted": np.array(len(patches))}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "chunks": chunks,
+            "predicted": np.array(len(patches)),
+        }
         if labels:
             arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
         self._enter(block, mask, probability, clock, arrays)

@@ -21,6 +21,7 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
 from wsi_pipeline.export.regions import Pieces
+from wsi_pipeline.files import sync
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import ExportOptions, Frame, Output, Settings, TiffKind, as_plain
 from wsi_pipeline.paths import name_of, without_secrets
@@ -349,7 +350,9 @@ def _finish_mask(store: RunStore, finished: Finished) -> Path:
             return store.mask_path
         if store.finished_mask_path.is_dir():
             shutil.rmtree(store.finished_mask_path)
-        os.replace(store.mask_path, store.finished_mask_path)
+        os.rename(store.mask_path, store.finished_mask_path)
+        sync(store.folder)
+        sync(store.path)
     return store.finished_mask_path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import threading
 import time
@@ -39,6 +40,7 @@ from wsi_pipeline.estimate import (
     passes_that_fit,
 )
 from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.files import remove, sync, written_beside
 from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.networks import build
@@ -89,15 +91,14 @@ from wsi_pipeline.store import (
     PIXEL_CHUNK,
     RunStore,
     StoredGrid,
+    claimed,
+    close_patch_grid,
     make_folder,
-    note_unreadable,
     open_patch_grid,
     open_run_store,
-    remove,
     run_key,
     write_patch_grid,
     writing,
-    written_beside,
 )
 from wsi_pipeline.survey import check_files, frame_offset, plan_grid, why_too_coarse
 from wsi_pipeline.written import WrittenFiles
@@ -239,19 +240,17 @@ def tile(
         grid = stored.grid
         every = iter_blocks(grid.shape, (PIXEL_CHUNK, PIXEL_CHUNK))
         blocks = [b for b in every if len(grid.touching(b.start, b.stop))]
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with written_beside(target) as partial:
-                pixels = write_patch_grid(partial, stored, with_pixels=True).pixels
-                assert pixels is not None
-                bad: list[Region] = []
-                for done, block in enumerate(blocks, start=1):
-                    y, x = block.start
-                    height, width = block.shape
-                    pixels[block.slices] = view.read((y, x), (height, width), bad=bad)
-                    if progress:
-                        progress(done, len(blocks))
-                note_unreadable(partial, bad)
+        with writing(target), claimed(target), written_beside(target) as partial:
+            pixels = write_patch_grid(partial, stored, with_pixels=True).pixels
+            assert pixels is not None
+            bad: list[Region] = []
+            for done, block in enumerate(blocks, start=1):
+                y, x = block.start
+                height, width = block.shape
+                pixels[block.slices] = view.read((y, x), (height, width), bad=bad)
+                if progress:
+                    progress(done, len(blocks))
+            close_patch_grid(partial, bad)
     return open_patch_grid(target)
 
 
@@ -736,6 +735,7 @@ def _drop_what_is_old(begun: _Begun, files: WrittenFiles) -> None:
     if not same and not moved:
         for name in files.ours(OUTPUT_FILES):
             remove(folder / name)
+    sync(folder)
 
 
 def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
@@ -773,6 +773,7 @@ def _kept_survey(store: RunStore, slide: Slide, bundle: Bundle, settings: Settin
     except StoreError:
         with writing(store.grid_path), written_beside(store.grid_path) as partial:
             write_patch_grid(partial, survey(slide, bundle, settings), with_pixels=False)
+            close_patch_grid(partial)
         return open_patch_grid(store.grid_path)
 
 
@@ -816,11 +817,20 @@ def _plan(
 
 
 def _ensure_mask(plan: SlidePlan, bundle: Bundle, slide: Slide, export: ExportOptions) -> None:
-    """Create the mask unless an interrupted run has begun one."""
-    path = plan.store.mask_path
-    if path.is_dir() or (plan.store.blocks() and plan.store.finished_mask_path.is_dir()):
+    """Create the mask unless an interrupted run has begun one; forget blocks that are damaged."""
+    store, path = plan.store, plan.store.mask_path
+    is_moved = not path.is_dir() and bool(store.blocks())
+    mask = ome_zarr.open_begun(store.finished_mask_path if is_moved else path)
+    if mask is not None:
+        damaged = store.damaged(plan.blocks(), mask)
+        if damaged and is_moved:
+            with writing(path):
+                os.rename(store.finished_mask_path, path)
+                sync(store.path)
+                sync(store.folder)
+        store.forget_blocks(damaged)
         return
-    plan.store.forget_blocks()
+    store.forget_blocks()
     with writing(path), written_beside(path) as partial:
         ome_zarr.create_mask(
             partial,

@@ -15,7 +15,6 @@ from wsi_pipeline.grid import Block, Region, iter_blocks
 from wsi_pipeline.options import ExportOptions, Output, as_plain
 from wsi_pipeline.outputs import (
     FILES,
-    Ledger,
     frame_facts,
     made_by,
     options_of,
@@ -64,6 +63,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
             f"{folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an output"
         )
     with store.claim():
+        store.remove_partials()
         run = load_run(path)  # as it is now that nobody else writes it
         _, mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
         try:
@@ -78,6 +78,14 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         due = [o for o in AGAIN if o in wanted and _is_due(o, run, folder, before, options)]
         if not due:
             return run
+        mask = ome_zarr.open_mask(store.finished_mask_path)
+        if lost := store.damaged(_held(run, store, _blocks(run, mask)), mask):
+            reason = (
+                f"{len(lost)} blocks of {FILES['zarr']} are damaged on the disk; segment the slide "
+                "again, which does these anew"
+            )
+            write_run_json(path, replace(run, status="failed", reason=reason))
+            raise StoreError(f"{folder}: {reason}")
         run = replace(
             run,
             settings={**run.settings, "export": as_plain(options)},
@@ -161,26 +169,34 @@ def _write_polygons(
     path: Path, run: Run, store: RunStore, dialect: geojson.Dialect
 ) -> geojson.Written:
     mask = ome_zarr.open_mask(store.finished_mask_path)
-    side = ome_zarr.block_side(
-        run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
-    )
-    every = list(iter_blocks((mask.shape[0], mask.shape[1]), (side, side)))
-    ledger = _ledger(run, store, every)
+    every = _blocks(run, mask)
+    # tells probabilities, if that is kept
+    ledger = {block.index: store.load_block(block) for block in _held(run, store, every)}
     blocks = [b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)]
-    return write_polygons(path, mask, dialect, blocks=blocks, side=side, ledger=ledger)
+    return write_polygons(path, mask, dialect, blocks=blocks, side=_side(run), ledger=ledger)
 
 
-def _ledger(run: Run, store: RunStore, blocks: list[Block]) -> Ledger:
-    """Return what the run has found of blocks, which tells probabilities, if that is kept."""
+def _blocks(run: Run, mask: ome_zarr.MaskArray) -> list[Block]:
+    """Return the blocks in which a run did its mask."""
+    return list(iter_blocks((mask.shape[0], mask.shape[1]), (_side(run),) * 2))
+
+
+def _side(run: Run) -> int:
+    settings = run.settings
+    return ome_zarr.block_side(settings["predict"]["block_size"], settings["export"]["ngff"])
+
+
+def _held(run: Run, store: RunStore, blocks: list[Block]) -> list[Block]:
+    """Return which blocks are in the ledger, if that is the run's."""
     try:
         held = read_json(store.key_path)
         check(held, dict[str, str])
     except (OSError, ValueError):
-        return {}
+        return []
     if held.get("key") != run.settings["key"]:
-        return {}  # of a run with other settings that was begun since
+        return []  # of a run with other settings that was begun since
     pending = {block.index for block in store.pending(blocks)}
-    return {b.index: store.load_block(b) for b in blocks if b.index not in pending}
+    return [block for block in blocks if block.index not in pending]
 
 
 def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect) -> None:

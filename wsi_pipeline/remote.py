@@ -15,8 +15,9 @@ from typing import Any
 
 from wsi_pipeline.bundle import cache_dir
 from wsi_pipeline.errors import StoreError, WsiPipelineError
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.paths import is_remote, name_of, without_secrets
-from wsi_pipeline.store import writing, written_beside
+from wsi_pipeline.store import writing
 
 ZARR_METADATA = frozenset([".zattrs", ".zgroup", ".zarray", ".zmetadata", "zarr.json"])
 AT_ONCE = 32

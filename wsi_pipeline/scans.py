@@ -164,10 +164,15 @@ def check_block_size(axes: int, size: int | None) -> None:
 
 
 def make_mask(plan: ScanPlan) -> None:
-    """Create the mask unless an interrupted run has begun one."""
-    if not plan.store.mask_path.is_dir():
-        plan.store.forget_blocks()
-        plan.store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+    """Create the mask unless an interrupted run has begun one; forget blocks that are damaged."""
+    store = plan.store
+    try:
+        mask = store.open_mask()
+    except Exception:  # not there, or damaged in any way
+        store.forget_blocks()
+        store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+    else:
+        store.forget_blocks(store.damaged(plan.blocks(), mask))
 
 
 def count_chunks(shape: Shape) -> int:

@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.files import sweep
 from wsi_pipeline.inputs import Job
 from wsi_pipeline.paths import as_path, is_remote, name_of, without_secrets
 from wsi_pipeline.records import check, read_json
@@ -69,6 +70,7 @@ def note_jobs(output: Path, jobs: Iterable[Job], *, target: Path | None = None) 
     """
     home = target or output
     with claim_folder(output, timeout=PATIENCE):
+        sweep(output / JOBS_FILE)
         noted = _load_jobs(home)
         every = noted | {job.folder.name: name_of(job.path) for job in jobs}
         if target or every != noted:

@@ -2,32 +2,36 @@
 
 A patch grid is a zarr group (contract 4.4 of the docs' `patch-grid.md`); `tile` writes one with
 pixels, every run keeps one without. The ledger is a folder with one file for every finished block,
-written whole after the block's mask, so that a run killed anywhere goes on where it was.
+written whole once the block's mask is on the disk, so that a run killed anywhere goes on where it
+was. It holds checksums of what was written: what a disk has lost since is done again.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import logging
-import os
 import shutil
-import socket
-import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from filelock import FileLock, Timeout
+from zarr.storage import LocalStore
 
 from wsi_pipeline.arrays import read_whole, trusted
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
+from wsi_pipeline.files import make_folders, remove, sweep, sync, written_beside
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.records import check, read_json
 
@@ -135,14 +139,18 @@ def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> St
     return open_patch_grid(path, mode="r+")
 
 
-def note_unreadable(path: Path, regions: Iterable[Region]) -> None:
-    """Write down, in a patch grid, which parts of the slide could not be read; return nothing.
+def close_patch_grid(path: Path, unreadable: Iterable[Region] = ()) -> None:
+    """Write down, in a patch grid, what is to be found in it; return nothing.
 
     Args:
-        path: of the grid.
-        regions: in level-0 pixels.
+        path: of the grid, all of whose pixels are written.
+        unreadable: parts of the slide that could not be read, in level-0 pixels.
     """
-    zarr.open_group(path, mode="r+").attrs["unreadable"] = [asdict(region) for region in regions]
+    group = zarr.open_group(path, mode="r+")
+    # sorted, as folders list them in any order
+    chunks = {name: array.nchunks_initialized for name, array in sorted(group.arrays())}
+    regions = [asdict(region) for region in unreadable]
+    group.attrs.update({"chunks": chunks} | ({"unreadable": regions} if "pixels" in chunks else {}))
 
 
 def is_patch_grid(path: Path) -> bool:
@@ -172,6 +180,13 @@ def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
                 f"{path} is a patch grid of version {attrs['version']}; this program reads "
                 f"{VERSION}: write it again with `tile --overwrite`"
             )
+        for name, count in attrs.get("chunks", {}).items():  # older grids do not say
+            array: Any = group[name]
+            if (found := array.nchunks_initialized) != count:
+                raise StoreError(
+                    f"the patch grid {path} is not whole: {found} of {count} chunks of {name} are "
+                    "there, as after a copy that was interrupted; copy or write it again"
+                )
         tissue: Any = group["tissue"]
         pixels = group.get("pixels")
         y, x = tissue.attrs["downsample"]
@@ -206,27 +221,6 @@ def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
 def _pair(value: Any, kind: type) -> Any:
     first, second = value
     return (kind(first), kind(second))
-
-
-def this_process() -> str:
-    """Return what marks the files of this process, also on a disk that machines share."""
-    return f"{socket.gethostname()}-{os.getpid()}"
-
-
-@contextmanager
-def written_beside(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target` that takes its place once the body has ended well."""
-    partial = target.with_name(f".{target.name}.{this_process()}.partial")
-    try:
-        yield partial
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -267,12 +261,9 @@ def make_folder(folder: Path) -> None:
         StoreError: they cannot.
     """
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{this_process()}.partial"
-        try:
-            probe.write_bytes(b"0")  # a full disk takes an empty file
-        finally:
-            probe.unlink(missing_ok=True)
+        make_folders(folder)
+        with TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")  # a full disk takes an empty file
 
 
 def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0) -> ExitStack:
@@ -293,7 +284,7 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
     # no soft lock in place of the system's: it would outlive a process that was killed
     lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     with writing(folder):
-        (folder / lock_file).parent.mkdir(parents=True, exist_ok=True)
+        make_folders((folder / lock_file).parent)
         try:
             lock.acquire()
         except Timeout:
@@ -307,6 +298,56 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
     claim = ExitStack()
     claim.callback(lock.release)
     return claim
+
+
+@contextmanager
+def claimed(target: Path) -> Iterator[None]:
+    """Claim a file or folder that the body writes; what killed processes left of it goes first.
+
+    Args:
+        target: that no folder claimed as a whole holds.
+
+    Raises:
+        BusyError: another process writes it.
+        StoreError: the folder cannot be written.
+    """
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        claim = claim_folder(target.parent, lock_file=lock.name)
+    except BusyError as error:
+        raise BusyError(f"another process is writing {target}") from error
+    with claim:
+        try:
+            sweep(target)
+            yield
+        finally:
+            with suppress(OSError):  # Windows keeps what is open
+                lock.unlink()
+
+
+def chunk_files(array: zarr.Array[Any], block: Block) -> list[Path]:
+    """Return where the chunks (shards, where there are) of a block lie, also if none is there."""
+    unit, folder = array.shards or array.chunks, cast("LocalStore", array.store).root / array.path
+    axes = zip(block.start, block.stop, unit, strict=True)
+    spans = (range(start // side, -(-stop // side)) for start, stop, side in axes)
+    return [folder / array.metadata.encode_chunk_key(key) for key in itertools.product(*spans)]
+
+
+def settle(array: zarr.Array[Any], block: Block) -> npt.NDArray[np.int64]:
+    """Have the disk hold a block that is written; return its checksums, for the ledger."""
+    files = chunk_files(array, block)
+    root = cast("LocalStore", array.store).root
+    # zarr puts chunks in place without asking the disk to keep them, or the folders they are in
+    folders = {above for file in files for above in file.parents if above.is_relative_to(root)}
+    for path in (*files, *folders):
+        if path.exists():
+            sync(path)
+    return _checksums(files)
+
+
+def _checksums(files: Iterable[Path]) -> npt.NDArray[np.int64]:
+    """Return a checksum of each file, -1 where there is none."""
+    return np.array([zlib.crc32(p.read_bytes()) if p.is_file() else -1 for p in files], np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,19 +436,46 @@ class RunStore:
         """Return the files of the blocks in the ledger."""
         return list((self.path / "blocks").glob("[0-9]*.npz"))
 
-    def forget_blocks(self) -> None:
-        """Empty the ledger."""
-        for path in (self.path / "blocks").iterdir():
+    def forget_blocks(self, blocks: Iterable[Block] | None = None) -> None:
+        """Remove blocks from the ledger, all if none are named: they will be done again."""
+        folder = self.path / "blocks"
+        for path in folder.iterdir() if blocks is None else map(self._block_path, blocks):
             path.unlink()
+        sync(folder)
+
+    def damaged(self, blocks: Iterable[Block], mask: zarr.Array[Any]) -> list[Block]:
+        """Return the blocks in the ledger of which the disk does not hold what was written.
+
+        Args:
+            blocks: to look at.
+            mask: in which they are.
+        """
+
+        def is_sound(block: Block) -> bool:
+            try:
+                noted = self.load_block(block).get("chunks")
+                # older runs have noted nothing
+                return noted is None or np.array_equal(noted, _checksums(chunk_files(mask, block)))
+            except OSError:
+                return False
+
+        held = [block for block in blocks if self._block_path(block).is_file()]
+        with ThreadPoolExecutor() as pool:
+            sound = pool.map(is_sound, held)
+            lost = [block for block, good in zip(held, sound, strict=True) if not good]
+        if lost:
+            logger.warning("%s: %d finished blocks are damaged on the disk", self.folder, len(lost))
+        return lost
 
     def remove_partials(self, process: str | None = None) -> None:
         """Remove what `this_process` has left half written; None = any, which needs a claim."""
         owner = "" if process is None else f".{process}"
         for folder in (self.folder, self.path, self.path / "blocks", self.stage_path):
-            for path in folder.glob(f".*{owner}.partial"):
-                remove(path)
+            for kind in ("partial", "old"):
+                for path in folder.glob(f".*{owner}.{kind}"):
+                    remove(path)
         if process is None:
-            for path in (self.mask_path / "0").rglob("*.partial"):  # zarr's, which tell no process
+            for path in self.mask_path.rglob("*.partial"):  # zarr's, which tell no process
                 remove(path)
 
     def empty(self) -> None:
@@ -416,11 +484,14 @@ class RunStore:
         for path in (self.key_path, *self.path.glob("*")):
             if path not in (self.path / LOCK_FILE, self.written_path):
                 remove(path)
+        if self.path.is_dir():
+            sync(self.path)
 
     def finish_block(self, block: Block, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
         """Enter a block in the ledger, with what later steps want to know of it.
 
-        To be called after the block's mask is written: a block in the ledger is never done again.
+        To be called with what `settle` returned as `chunks`: a block in the ledger is never done
+        again while the disk holds these.
         """
         path = self._block_path(block)
         with writing(path), written_beside(path) as partial, partial.open("wb") as file:
@@ -436,8 +507,11 @@ class RunStore:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{path} is damaged ({error}); run again with --overwrite") from error
+        except Exception as error:  # what is damaged may be anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise StoreError(
+                f"{path} is damaged ({reason}); segment the slide again, which does this block anew"
+            ) from error
 
 
 def run_key(parts: Mapping[str, Any]) -> str:
@@ -477,18 +551,12 @@ def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool)
             f"{folder} holds the run of another slide; choose another --output, or --overwrite"
         )
     with writing(folder):
-        if overwrite or found != wanted:
+        is_new = overwrite or found != wanted
+        if is_new:
             store.empty()
-        (store.path / "blocks").mkdir(parents=True, exist_ok=True)
+        make_folders(store.path / "blocks")
         store.remove_partials()
-        with written_beside(store.key_path) as partial:
-            partial.write_text(json.dumps(wanted), "utf-8")
+        if is_new:
+            with written_beside(store.key_path) as partial:
+                partial.write_text(json.dumps(wanted), "utf-8")
     return store
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, where there is one; return nothing."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

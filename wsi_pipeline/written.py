@@ -13,10 +13,11 @@ from pathlib import Path
 
 from wsi_pipeline.bundle import sha256_of
 from wsi_pipeline.errors import StoreError
+from wsi_pipeline.files import sync, written_beside
 from wsi_pipeline.paths import is_remote, name_of
 from wsi_pipeline.remote import reaching
 from wsi_pipeline.report import RUN_FILE, Run, load_run
-from wsi_pipeline.store import RunStore, written_beside
+from wsi_pipeline.store import RunStore
 
 ANNOTATIONS = "annotations.geojson"
 STAYS = "was changed since it was written and stays as it is"
@@ -89,6 +90,7 @@ class WrittenFiles:
                 self._place(path)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            sync(stage.parent)
 
     def free(self, name: str) -> str:
         """Return the name under which a file may be written: its own, or one beside a person's."""

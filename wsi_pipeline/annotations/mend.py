@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -49,6 +48,7 @@ from wsi_pipeline.annotations.geometry import mend_polygon, moved_by_qupath
 from wsi_pipeline.annotations.shapes import AREAL_TYPES, JAVA_NUMBER, build, build_polygons
 from wsi_pipeline.colors import QUPATH_COLORS, RGB
 from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.files import sweep, written_beside
 
 Feature = dict[str, Any]
 
@@ -115,17 +115,13 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
 @contextmanager
 def _replacing(out: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `out` that takes its place when all went well."""
-    partial = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as raw:
-            if out.name.lower().endswith(".gz"):
-                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                    yield packed  # type: ignore[misc]  # writes bytes like any file
-            else:
-                yield raw
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+    sweep(out)
+    with written_beside(out) as partial, partial.open("wb") as raw:
+        if out.name.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+                yield packed  # type: ignore[misc]  # writes bytes like any file
+        else:
+            yield raw
 
 
 def _encode(feature: Feature) -> bytes:

@@ -394,10 +394,11 @@ def _run(
 ) -> int:
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.files import this_process
     from wsi_pipeline.paths import name_of, without_secrets
     from wsi_pipeline.pipeline import segment_all
     from wsi_pipeline.schedule import dashboard_link, open_cluster
-    from wsi_pipeline.store import GOES_ON, RunStore, this_process
+    from wsi_pipeline.store import GOES_ON, RunStore
 
     def tidy() -> None:
         for job in jobs:
@@ -460,14 +461,15 @@ class Summary:
 
     def add(self, folder: Path, run: Any) -> None:
         """Take in how a slide ended; write, unless writing takes too much of the time."""
-        from wsi_pipeline.errors import BusyError, StoreError
+        from wsi_pipeline.errors import StoreError
 
         if run.status == "failed":
             self._failed[folder] = run
         start = time.monotonic()
         if start >= self._next:
-            # another process writes just this; or the URL is out of reach, which may pass
-            with suppress(StoreError if self._target else BusyError):
+            # another process writes just this; the URL is out of reach or the disk is full, which
+            # may pass, and is said in the end if it does not
+            with suppress(StoreError):
                 self.write(timeout=0)
             now = time.monotonic()
             self._next = now + (now - start) / SUMMARY_SHARE
@@ -518,9 +520,12 @@ class Summary:
                 changed = look()
 
     def _write(self, folder: Path) -> None:
+        from wsi_pipeline.files import sweep
         from wsi_pipeline.page import write_report
         from wsi_pipeline.report import find_runs, write_summary
 
+        for name in ("summary.csv", "report.html"):
+            sweep(folder / name)  # of processes that were killed
         failed = {folder / path.name: run for path, run in self._failed.items()}
         # slides that earlier calls or other shards have done belong to the picture too
         every = find_runs(folder) | failed

@@ -23,7 +23,8 @@ from wsi_pipeline.evaluation.metrics import (
     total,
 )
 from wsi_pipeline.evaluation.picture import with_legend
-from wsi_pipeline.store import make_folder, writing, written_beside
+from wsi_pipeline.files import written_beside
+from wsi_pipeline.store import claimed, make_folder, writing
 
 FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
 SURFACES = ("hd95_mm", "average_distance_mm", "hd95_px", "average_distance_px")
@@ -183,10 +184,11 @@ def write_evaluation(
     }
     with writing(folder):
         for name, text in texts.items():
-            with written_beside(folder / name) as partial:
+            with claimed(folder / name), written_beside(folder / name) as partial:
                 partial.write_text(text, "utf-8")
         for comparison in found:
-            with written_beside(folder / f"{comparison.pairing.name}.png") as partial:
+            path = folder / f"{comparison.pairing.name}.png"
+            with claimed(path), written_beside(path) as partial:
                 Image.fromarray(_picture(comparison)).save(partial, "PNG")
 
 

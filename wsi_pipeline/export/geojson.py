@@ -21,8 +21,8 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.outlines import Outlines
 from wsi_pipeline.export.polygons import Polygons, map_polygons
 from wsi_pipeline.export.regions import Regions
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.grid import Region
-from wsi_pipeline.store import written_beside
 
 logger = logging.getLogger(__name__)
 

@@ -11,28 +11,28 @@ https://ngff.openmicroscopy.org
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import zarr
 from zarr.codecs import BloscCodec
-from zarr.storage import LocalStore
 
 from wsi_pipeline.arrays import trusted
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes, map_in_threads
+from wsi_pipeline.files import sync_all
 from wsi_pipeline.grid import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
 from wsi_pipeline.paths import MASK
+from wsi_pipeline.store import chunk_files
 
 CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""
@@ -108,6 +108,19 @@ def open_mask(path: Path, *, level: int = 0) -> MaskArray:
     return trusted(zarr.open_array(path / str(level), mode="r+", config=CONFIG))
 
 
+def open_begun(path: Path) -> MaskArray | None:
+    """Open the mask that an interrupted run has begun; return its level 0, None unless it is sound.
+
+    Its chunks are not looked at.
+    """
+    try:
+        attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
+        attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
+        return open_mask(path)
+    except Exception:  # what is damaged may be anything
+        return None
+
+
 def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
     """Write the pixels of a block; chunks (shards with 0.5) that are all background are not stored.
 
@@ -116,7 +129,7 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
         block: made of whole chunks or shards, and written by nobody else at the same time.
         pixels: uint8, of the block's shape.
     """
-    side = _unit(mask)
+    side = (mask.shards or mask.chunks)[0]
     y, x = block.start
     parts = list(iter_blocks(block.shape, (side, side)))
     filled = [part for part in parts if pixels[part.slices].any()]
@@ -128,7 +141,9 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
         if part in filled:
             mask[y + top : y + bottom, x + left : x + right] = pixels[part.slices]
         else:
-            _file(mask, ((y + top) // side, (x + left) // side)).unlink(missing_ok=True)
+            start, stop = (y + top, x + left), (y + bottom, x + right)
+            for file in chunk_files(mask, Block(index=part.index, start=start, stop=stop)):
+                file.unlink(missing_ok=True)
 
 
 def open_levels(path: Path) -> list[MaskArray]:
@@ -196,20 +211,7 @@ def count_files(shape: Shape, ngff: Ngff) -> int:
 
 def is_empty(mask: MaskArray, block: Block) -> bool:
     """Say, without reading pixels, whether a block has no stored chunk, so is all background."""
-    side = _unit(mask)
-    spans = [range(a // side, -(-b // side)) for a, b in zip(block.start, block.stop, strict=True)]
-    return not any(_file(mask, key).exists() for key in itertools.product(*spans))
-
-
-def _unit(mask: MaskArray) -> int:
-    """Return the side of what is stored in one file: a chunk, or a shard."""
-    return (mask.shards or mask.chunks)[0]
-
-
-def _file(mask: MaskArray, key: Shape) -> Path:
-    """Return where a chunk or shard is stored, by its row and column."""
-    store = cast("LocalStore", mask.store)
-    return store.root / mask.path / mask.metadata.encode_chunk_key(key)
+    return not any(file.exists() for file in chunk_files(mask, block))
 
 
 def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
@@ -243,6 +245,18 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     _describe_label(label, multiscale, classes)
     # last, so that whoever finds all levels listed finds all there is
     _describe(group, multiscale, classes)
+    _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """Have the disk hold a mask, but the blocks of level 0, which it holds already."""
+    every = [(other, other.relative_to(path).parts[0]) for other in path.rglob("*")]
+    sync_all(
+        other
+        for other, part in every
+        if not other.is_dir() and part != "0" and (part != "labels" or other.stat().st_nlink == 1)
+    )
+    sync_all([*(other for other, _ in every if other.is_dir()), path])
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wsi_pipeline.errors import BundleError
-from wsi_pipeline.store import written_beside
+from wsi_pipeline.errors import BundleError, StoreError
+from wsi_pipeline.files import written_beside
+from wsi_pipeline.store import claimed
 
 MODEL_TOML, CARD, WEIGHTS = "model.toml", "README.md", "model.safetensors"
 PROGRAM, ENCODER = "program.pt2", "encoder.safetensors"
@@ -25,12 +26,14 @@ def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         BundleError: something is there that is to stay, or the folder cannot be written.
     """
     folder = folder.resolve()
-    _check_free(folder, overwrite=overwrite)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(folder) as partial:
-            partial.mkdir()
-            yield partial
+        with claimed(folder):
+            _check_free(folder, overwrite=overwrite)
+            with written_beside(folder) as partial:
+                partial.mkdir()
+                yield partial
+    except StoreError as error:
+        raise BundleError(str(error)) from error
     except OSError as error:
         raise BundleError(f"cannot write {folder}: {error.strerror or error}") from error
 

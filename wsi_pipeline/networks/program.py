@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle, bundle_toml
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.networks import SegmentationNetwork, build, create
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.folder import CARD, MODEL_TOML, PROGRAM, written_folder
@@ -23,7 +24,7 @@ from wsi_pipeline.networks.trial import (
     random_patches,
     run,
 )
-from wsi_pipeline.store import written_beside
+from wsi_pipeline.store import claimed
 
 INPUT = "patches"
 """Name of an ONNX file's input; its outputs are `mask` and, where there is one, `label`."""
@@ -70,8 +71,7 @@ def export_onnx(
     assert program is not None  # as without a file to write it to
     program.model.metadata_props[MODEL_TOML] = bundle_toml(bundle, weights=None)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_beside(path) as partial:
+        with claimed(path), written_beside(path) as partial:
             program.save(partial, external_data=False)
             return _checked(bundle, network, _onnx_runner(partial, names), batch_size)
     except OSError as error:

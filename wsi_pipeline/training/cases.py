@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.evaluation.metrics import IGNORE, class_figures
 from wsi_pipeline.evaluation.picture import Disagreement
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.grid import Block
-from wsi_pipeline.store import written_beside
 from wsi_pipeline.training.measure import Judged, predict
 from wsi_pipeline.training.samples import Sample
 

@@ -19,8 +19,9 @@ from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.export import map_in_threads
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.records import check, read_json
-from wsi_pipeline.store import claim_folder, writing, written_beside
+from wsi_pipeline.store import claim_folder, writing
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric

@@ -23,8 +23,9 @@ from wsi_pipeline.evaluation.metrics import (
     drawn_anew,
     interval,
 )
+from wsi_pipeline.files import written_beside
 from wsi_pipeline.networks.weights import kept_state
-from wsi_pipeline.store import writing, written_beside
+from wsi_pipeline.store import writing
 from wsi_pipeline.training.calibrate import (
     BINS,
     calibration_error,
