@@ -1,4 +1,4 @@
-"""Read and segment damaged slides in processes that may crash: what the fuzzer runs.
+"""Read and segment damaged inputs of all kinds in processes that may crash: what the fuzzer runs.
 
 One case again: python tests/fuzz.py "Aperio SVS" 1234
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
+import math
 import multiprocessing
 import os
 import random
@@ -16,29 +17,40 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 import zarr
-from bundles import pointwise_bundle
+from bundles import pointwise_bundle, small_unet_bundle
 from click.testing import CliRunner
 from mutate import mutate
 from peak import peak_bytes
+from PIL import Image
+from scans import blobs, write_series
 
+from wsi_pipeline.annotations import read_region
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.inputs import Job
+from wsi_pipeline.inputs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.options import PredictOptions, ScheduleOptions, SelectOptions, Settings
+from wsi_pipeline.page import write_report
 from wsi_pipeline.pipeline import segment, survey
+from wsi_pipeline.report import find_runs, write_summary
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.sources.prepared import open_scan
+from wsi_pipeline.sources.radiology import find_volumes
+from wsi_pipeline.tissue import check_tissue, read_tissue
+from wsi_pipeline.viewer.shown import open_shown
 
 MPP = 0.5
 SECONDS = 30
@@ -115,6 +127,8 @@ class Reader:
             folder = Path(text)
             path = mutate(case.original, folder, draw)
             try:
+                if case.kind in OTHERS:
+                    return Outcome(case=case, ended=OTHERS[case.kind](path, case.original))
                 _info(path)
                 return Outcome(case=case, ended=self._read(path, folder, draw))
             except WsiPipelineError as error:
@@ -157,6 +171,113 @@ def _info(path: Path) -> None:
         json.loads(ran.output)
     elif ran.output.count("\n") != 1 or not ran.output.startswith("Error: "):
         raise Wrong(f"info said {ran.output!r}")
+
+
+def _command(*arguments: object) -> bool:
+    """Run a command, which ends with its facts or with sentences; return whether all was well."""
+    ran = CliRunner().invoke(group, ["-q", *map(str, arguments)])
+    if ran.exception is not None and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    if ran.exit_code not in (0, 1, 2) or "Traceback" in ran.output:
+        raise Wrong(f"{arguments[0]} ended with {ran.exit_code} and said {ran.output!r}")
+    if ran.exit_code and not ran.output.strip():
+        raise Wrong(f"{arguments[0]} ended with {ran.exit_code} without a word")
+    return ran.exit_code == 0
+
+
+def _list(path: Path, original: Path) -> str:
+    """Take slides from a list, and µm per pixel from a table."""
+    plan_jobs(find_slides([str(path)], output=path.parent / "out"), path.parent / "out")
+    if path.suffix == ".csv":
+        read_mpp_table(path)
+    return "read"
+
+
+def _areas(path: Path, original: Path) -> str:
+    """Check annotations, and take them for a truth and for a region."""
+    _command("check-geojson", path)
+    _command("check-geojson", path, "--fix", path.with_name("mended.geojson"))
+    _command("evaluate", path, original, "--size", "9000,9000")
+    read_region(path)
+    return "read"
+
+
+def _run(path: Path, original: Path) -> str:
+    """Do with a run's folder all that is done with those, beside one that is whole."""
+    output, whole = path.parent, path.with_name("whole")
+    whole.mkdir()
+    (whole / "run.json").write_bytes((original / "run.json").read_bytes())
+    mask = original / "mask.ome.zarr"
+    ended = [_command("evaluate", path, mask), _command("export", path, "--simplify", "3")]
+    if not _command("status", output):
+        raise Wrong("status does not know the whole run")
+    runs = find_runs(output)
+    if whole not in runs:
+        raise Wrong("the whole run is not found")
+    write_summary(output, runs)
+    write_report(output, runs)
+    with suppress(WsiPipelineError):
+        open_shown(path)
+    return "read" if all(ended) else "refused"
+
+
+def _bundle(path: Path, original: Path) -> str:
+    """Load a bundle, and try it."""
+    load_bundle(path)
+    _command("models", "show", path)
+    return "read" if _command("models", "check", path, "--patch-size", "32") else "refused"
+
+
+def _mask(path: Path, original: Path) -> str:
+    """Take a mask for the tissue, and compare it."""
+    _command(
+        "evaluate", path, original, *("--prediction-values", "A=1"), *("--truth-values", "A=1")
+    )
+    check_tissue(path)
+    read_tissue(path, (400, 300), (30, 40), (10.0, 10.0))
+    return "read"
+
+
+def _scan(path: Path, original: Path, *, axes: int) -> str:
+    """Read an image or a volume; where the format has checksums, pixels are right or refused."""
+    _command("info", path, "--json")
+    with open_scan(path, axes=axes) as scan:
+        if math.prod(scan.shape) > LARGEST:
+            return "read"
+        pixels = scan.read((0,) * axes, scan.shape)
+        if pixels.shape[:axes] != scan.shape:
+            raise Wrong(f"{pixels.shape} read of {scan.shape}")
+    if path.name.endswith((".png", ".nii.gz")):
+        with open_scan(original, axes=axes) as scan:
+            if not np.array_equal(pixels, scan.read((0,) * axes, scan.shape)):
+                raise Wrong("other pixels than there were, and not a word")
+    return "read"
+
+
+def _series(path: Path, original: Path) -> str:
+    """Read the volumes of a folder of DICOM files."""
+    for volume in find_volumes([str(path)], path / "none"):
+        _scan(volume, original, axes=3)
+    return "read"
+
+
+OTHERS: dict[str, Callable[[Path, Path], str]] = {
+    "list of slides": _list,
+    "list of slides, CSV": _list,
+    "GeoJSON": _areas,
+    "run": _run,
+    "bundle": _bundle,
+    "mask, PNG": _mask,
+    "mask, TIFF": _mask,
+    "image, PNG": partial(_scan, axes=2),
+    "image, DICOM": partial(_scan, axes=2),
+    "NIfTI": partial(_scan, axes=3),
+    "NIfTI, gzip": partial(_scan, axes=3),
+    "NRRD": partial(_scan, axes=3),
+    "NRRD, gzip": partial(_scan, axes=3),
+    "DICOM series": _series,
+}
+"""What is done with kinds that are no slides: called with the damaged and the intact path."""
 
 
 def _read_blocks(slide: Slide, draw: random.Random) -> None:
@@ -313,7 +434,53 @@ def originals(folder: Path) -> dict[str, Path]:
     plain = write_tiff(folder / "a.tif", np.ascontiguousarray(TISSUE[:300, :400]))
     select = SelectOptions(mpp=MPP, tissue="none")
     tile(plain, folder / "grid.zarr", mpp=MPP, patch_size=128, overlap=0, select=select)
-    return {**found, "patch grid": folder / "grid.zarr"}
+    return {**found, "patch grid": folder / "grid.zarr", **_others(folder / "others", plain)}
+
+
+def _others(folder: Path, slide: Path) -> dict[str, Path]:
+    """Make what else is read: lists, annotations, a run, a bundle, masks, images, volumes."""
+    import nibabel
+    import nrrd
+
+    folder.mkdir()
+    (folder / "a.txt").write_text(f"{slide}\n\n{slide.parent}/*.tif\nb.svs\n", "utf-8")
+    (folder / "a.csv").write_text(f"slide,mpp\n{slide},0.5\n", "utf-8")
+    bundle = pointwise_bundle(folder / "model", mpp=MPP, patch_size=128, overlap=0)
+    small_unet_bundle(folder / "bundle")
+    settings = Settings(select=SelectOptions(mpp=MPP, tissue="none"))
+    with open_cluster(ScheduleOptions()) as client:
+        job = Job(path=slide, folder=folder / "run")
+        segment(job, load_bundle(bundle), client=client, settings=settings, threads=1)
+    mask = np.zeros((300, 400), np.uint8)
+    mask[50:200, 100:300] = 1
+    Image.fromarray(mask).save(folder / "mask.png")
+    tifffile.imwrite(folder / "mask.tif", mask, tile=(128, 128), compression="zlib")
+    Image.fromarray(np.repeat(blobs((60, 70))[..., None] % 256, 3, 2).astype("u1")).save(
+        folder / "image.png"
+    )
+    voxels = blobs((12, 20, 24))
+    write_series(folder / "series", voxels, spacing=(2.0, 1.0, 0.5), seed=0)
+    image = nibabel.Nifti1Image(voxels.T, np.diag([0.5, 1.0, 2.0, 1.0]))
+    for name in ("a.nii", "a.nii.gz"):
+        nibabel.save(image, folder / name)
+    for name, encoding in (("a.nrrd", "raw"), ("b.nrrd", "gzip")):
+        nrrd.write(str(folder / name), voxels.T, {"encoding": encoding, "spacings": [0.5, 1, 2]})
+    return {
+        "list of slides": folder / "a.txt",
+        "list of slides, CSV": folder / "a.csv",
+        "GeoJSON": folder / "run" / "annotations.geojson",
+        "run": folder / "run",
+        "bundle": folder / "bundle",
+        "mask, PNG": folder / "mask.png",
+        "mask, TIFF": folder / "mask.tif",
+        "image, PNG": folder / "image.png",
+        "image, DICOM": next((folder / "series").iterdir()),
+        "NIfTI": folder / "a.nii",
+        "NIfTI, gzip": folder / "a.nii.gz",
+        "NRRD": folder / "a.nrrd",
+        "NRRD, gzip": folder / "b.nrrd",
+        "DICOM series": folder / "series",
+    }
 
 
 def choose_cases(originals: dict[str, Path], count: int, *, first: int = 0) -> list[Case]:

@@ -65,6 +65,8 @@ def _kinds(original: Path) -> list[Mutation]:
         head = file.read(132)
     if head[128:] == b"DICM":
         return [*_GENERIC, *[_in(_dicom_spans(original))] * 8]
+    if original.suffix in TEXTS:
+        return [*_GENERIC, *[_text] * 6, *[_json] * 6 * head.startswith(b"{")]
     if head[:2] in (b"II", b"MM"):
         layout = _tiff_layout(original)
         own = [layout.change_entry, layout.change_value, layout.change_tile, layout.change_chain]
@@ -108,6 +110,15 @@ def shift(data: bytearray, draw: random.Random) -> None:
 
 
 _GENERIC: list[Mutation] = [truncate, flip, overwrite, shift]
+TEXTS = (".txt", ".csv", ".toml", ".json", ".geojson")
+
+
+def _text(data: bytearray, draw: random.Random) -> None:
+    data[:] = change_text(bytes(data), draw)
+
+
+def _json(data: bytearray, draw: random.Random) -> None:
+    data[:] = change_json(bytes(data), draw)
 
 
 def change_text(data: bytes, draw: random.Random) -> bytes:
@@ -288,7 +299,7 @@ def _mutate_members(members: dict[str, bytes], draw: random.Random) -> None:
 
 
 def _is_metadata(name: str) -> bool:
-    return name.rpartition("/")[2] in (".zattrs", ".zarray", ".zgroup", "zarr.json")
+    return name.endswith((".zattrs", ".zarray", ".zgroup", *TEXTS))
 
 
 def change_json(data: bytes, draw: random.Random) -> bytes:

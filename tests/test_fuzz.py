@@ -1,4 +1,4 @@
-"""Damaged slides of every format end in one sentence or in a mask, never otherwise.
+"""Damaged inputs of every kind end in one sentence or in a mask, never otherwise.
 
 WSI_PIPELINE_FUZZ_CASES says how many the slow test does, WSI_PIPELINE_FUZZ_FIRST where it begins.
 """
@@ -22,6 +22,7 @@ FOUND = [
     ("patch grid", 143),  # a chunk of its metadata that zstd does not take: a traceback
     ("OME-TIFF, several files", 394),  # 65,535 rows, 24 strips: hours in a list of bad ones
     ("DICOM WSI, large", 29),  # a UID that is none: pydicom's warning quoted it
+    ("DICOM WSI, large", 500285),  # the same of a file that is looked at as a volume
 ]
 """Kinds and seeds for which there was a defect."""
 

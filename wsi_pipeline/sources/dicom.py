@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset, dcmread
+from pydicom.config import IGNORE
 from pydicom.pixels.decoders.base import (
     JPEGExtended12BitDecoder,
     JPEGLosslessDecoder,
@@ -181,7 +182,7 @@ def check_header(header: Dataset) -> None:
     Raises:
         SourceError: the message says what it is.
     """
-    sop_class = UID(header.get("SOPClassUID", ""))
+    sop_class = _uid(header.get("SOPClassUID", ""))
     if sop_class == VLWholeSlideMicroscopyImageStorage:
         raise SourceError("a DICOM whole-slide image; segment it with a bundle for slides")
     if "Rows" not in header or "Columns" not in header or "BitsAllocated" not in header:
@@ -206,7 +207,7 @@ def check_header(header: Dataset) -> None:
 
 def is_image_class(header: Dataset) -> bool:
     """Return whether a file is by its kind an image of radiology, or too damaged to tell."""
-    sop_class = UID(header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID", "")))
+    sop_class = _uid(header.get("SOPClassUID", header.file_meta.get("MediaStorageSOPClassUID", "")))
     if not sop_class:
         return True
     return (
@@ -214,6 +215,11 @@ def is_image_class(header: Dataset) -> bool:
         and sop_class != VLWholeSlideMicroscopyImageStorage
         and not sop_class.startswith(NO_IMAGES)
     )
+
+
+def _uid(value: object) -> UID:
+    # without pydicom's warning of one that is none, which would quote it
+    return UID(str(value), validation_mode=IGNORE)
 
 
 def _name(uid: UID) -> str:
