@@ -286,7 +286,7 @@ def _mutate_members(members: dict[str, bytes], draw: random.Random) -> None:
     """Change a member or two, metadata more often than chunks."""
     for _ in range(draw.choice((1, 1, 2))):
         metadata = [name for name in members if _is_metadata(name)]
-        name = draw.choice(metadata if draw.random() < 0.7 else list(members))
+        name = draw.choice(metadata if metadata and draw.random() < 0.7 else list(members))
         if draw.random() < 0.1:
             del members[name]
             continue

@@ -545,6 +545,29 @@ def test_the_picture_says_what_its_colours_mean_and_how_large_it_is(tmp_path: Pa
     assert bar == 20 * times  # 20 µm: 1, 2 or 5 times a power of ten, at most a fifth of the width
 
 
+@pytest.mark.parametrize("name", ["m.png", "plain.tif", "m.ome.tif", "m.ome.zarr"])
+def test_a_damaged_mask_ends_with_a_sentence(tmp_path: Path, name: str) -> None:
+    mask = np.random.default_rng(0).integers(0, 3, (300, 400), np.uint8)
+    for folder in ("cut", "whole"):
+        (tmp_path / folder).mkdir()
+    path, whole = (write_mask(tmp_path / folder / name, mask) for folder in ("cut", "whole"))
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.name.isdecimal()]
+    chunk = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+    data = chunk.read_bytes()
+    chunk.write_bytes(data[: len(data) * 2 // 3])
+    values = ["--truth-values=Tumor=1", "--prediction-values=Tumor=1"]
+    said = run_evaluate(path, whole, *values, code=1)
+    assert str(path) in said
+    assert said.count("\n") == 1
+
+
+def test_damaged_names_of_values_end_with_a_sentence(tmp_path: Path) -> None:
+    path = write_mask(tmp_path / "m.ome.tif", random_mask(0))
+    path.write_bytes(path.read_bytes().replace(b"<OME ", b"<OM\x00 "))
+    said = run_evaluate(path, path, code=1)
+    assert said.count("\n") == 1
+
+
 def test_a_truth_without_prediction_is_refused(tmp_path: Path) -> None:
     for name in ("p/a.png", "t/a.png", "t/b.png"):
         write_png(tmp_path / name, random_mask(0))

@@ -761,3 +761,28 @@ def test_a_gigabyte_is_read_in_slabs(tmp_path, suffix):
     assert int(result.stdout) < 350e6  # slabs of 64 MiB in float32, 32 MiB mapped
     assert not [p for p in tmp_path.iterdir() if p != path]  # no temporary file is left
     shutil.rmtree(tmp_path)  # which pytest would keep for a while
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.nrrd"])
+def test_packed_voxels_that_do_not_fit_their_checksum_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    voxels = np.random.default_rng(0).integers(0, 1000, (9, 8, 7)).astype(np.int16)
+    path = tmp_path / name
+    if name == "a.nrrd":
+        header = {"encoding": "gzip", "space": "RAS", "space directions": np.eye(3)}
+        nrrd.write(str(path), voxels, header)
+    else:
+        # stored as it is: what a bit turned over gives can be unpacked
+        data = nibabel.Nifti1Image(voxels, np.eye(4)).to_bytes()
+        path.write_bytes(gzip.compress(data, compresslevel=0))
+    whole = bytearray(path.read_bytes())
+    for at in (-8, -40 if name == "a.nii.gz" else -5):  # the checksum, and a voxel
+        damaged = whole.copy()
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        with (
+            pytest.raises(SourceError, match="cannot be unpacked"),
+            open_volume(path) as volume,
+        ):
+            volume.read((0, 0, 0), volume.shape)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 import zarr
+from PIL.PngImagePlugin import PngImageFile
 
 from wsi_pipeline.arrays import trusted
 from wsi_pipeline.errors import EvaluationError, StoreError
@@ -135,6 +136,9 @@ class MaskReader:
             origin: (y, x) of the first pixel.
             shape: (h, w) in pixels.
             downsample: (y, x) level-0 pixels per pixel.
+
+        Raises:
+            EvaluationError: the mask is damaged, or has values that are no classes.
         """
         axes = zip(
             origin,
@@ -151,7 +155,16 @@ class MaskReader:
         if not (len(rows) and len(columns)):
             return result
         top, left = int(rows[0]), int(columns[0])
-        values = np.asarray(self._mask.pixels[top : int(rows[-1]) + 1, left : int(columns[-1]) + 1])
+        window = slice(top, int(rows[-1]) + 1), slice(left, int(columns[-1]) + 1)
+        try:
+            values = np.asarray(self._mask.pixels[window])
+        except EvaluationError:
+            raise
+        except Exception as error:  # GDAL, zarr and their codecs raise anything
+            raise EvaluationError(
+                f"{self._mask.path}: its pixels cannot be read, damaged or cut off ({error}); get "
+                "it anew"
+            ) from error
         if not (_is_run(rows) and _is_run(columns)):
             values = values[np.ix_(rows - top, columns - left)]
         if (largest := int(values.max(initial=0))) > LARGEST_VALUE or values.min(initial=0) < 0:
@@ -427,9 +440,13 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
     is_png = path.suffix.lower() == ".png"
     driver = "PNG" if is_png else "GTiff"
     try:
+        if is_png:
+            # GDAL is silent on one that is cut off; this looks at checksums, and decodes nothing
+            with path.open("rb") as file, PngImageFile(file) as image:
+                image.verify()
         with warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
             dataset = closing.enter_context(rasterio.open(path, driver=driver))
-    except RasterioError as error:
+    except (RasterioError, OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as a mask: {error}") from error
     if dataset.count > 4 or any(np.dtype(d).kind not in "ub" for d in dataset.dtypes):
         raise EvaluationError(
@@ -438,7 +455,12 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
     names: dict[int, str] = {}
     mpp = None
     if not is_png:
-        names, mpp = _read_ome_xml(path, (dataset.width, dataset.height))
+        try:
+            names, mpp = _read_ome_xml(path, (dataset.width, dataset.height))
+        except Exception as error:  # damaged XML may hold anything
+            raise EvaluationError(
+                f"{path} does not say what its values mean: its metadata are damaged ({error})"
+            ) from error
     return MaskFile(path=path, pixels=_Picture(dataset, path), values=named(names), mpp=mpp)
 
 

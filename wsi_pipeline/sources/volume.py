@@ -586,6 +586,8 @@ def _unpack(
                 while left and (piece := stream.read(min(left, PIECE))):
                     spool.write(piece)
                     left -= len(piece)
+                # the checksum stands at the end, behind whatever else there may be
+                stream.read(PIECE)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(f"{path}: cannot be unpacked: {one_line(error)}") from error
     if left:
