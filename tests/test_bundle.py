@@ -119,6 +119,10 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ('weights = "model.safetensors"', 'weights = "../../etc/passwd"', "outside"),
         ('weights = "model.safetensors"', 'weights = { url = "https://x.org/w" }', "sha256"),
         ('weights = "model.safetensors"', 'weights = { path = "w" }', r"unknown weights\.path"),
+        ('weights = "model.safetensors"', 'weights = "file:///w.pt"', r"is a URL; expected \{ url"),
+        ('"slide"', '"image"', "input.mpp is not for images"),
+        ("mpp = 0.5", "mpp = " + "[" * 5000, "is not valid TOML"),
+        ("mpp = 0.5", "mpp = 0.5 #" + " " * (1 << 20), "has more than 1 MB"),
     ],
 )
 def test_a_wrong_bundle_is_refused_with_the_reason(
@@ -126,6 +130,14 @@ def test_a_wrong_bundle_is_refused_with_the_reason(
 ) -> None:
     change(folder, old, new)
     with pytest.raises(BundleError, match=message):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize("fit", ["5", "true", "[]", "[[5, 5]]", "[5, 6]", '"55"', "{}"])
+def test_a_fit_of_another_kind_is_refused_with_the_reason(folder: Path, fit: str) -> None:
+    change(folder, '"slide"', '"image"')
+    change(folder, "mpp = 0.5", f'fit = {fit}\npad = "square"')
+    with pytest.raises(BundleError, match=r"input\.(fit|pad) is"):
         load_bundle(folder)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -26,8 +28,9 @@ import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner, Result
 
+from wsi_pipeline.bundle import _fetch, download
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import BundleError, SourceError
 from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.options import ScheduleOptions, SelectOptions
 from wsi_pipeline.paths import as_path, without_secrets
@@ -342,6 +345,73 @@ def test_secrets_of_a_url_and_of_the_environment_are_neither_kept_nor_shown(
     assert run["slide"]["name"] == name
     for secret in ("open-sesame", "signed-secret", "X-Amz-Signature", "tip-top-secret"):
         assert secret not in kept + result.output
+
+
+@pytest.mark.parametrize("name", ["model.toml", "none.toml"])
+@pytest.mark.parametrize("command", ["segment", "models show", "info"])
+def test_secrets_of_a_models_url_are_not_shown(
+    tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch, name: str, command: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    made = pointwise_bundle(tmp_path / "made", mpp=0.25)
+    text = (made / "model.toml").read_text("utf-8")
+    program = (made / "program.pt").read_bytes()
+    (tmp_path / "served" / "program.pt").write_bytes(program)
+    weights = f"http://me:open-sesame@{served}/program.pt?sig=signed-secret"
+    entry = f'{{ url = "{weights}", sha256 = "{hashlib.sha256(program).hexdigest()}" }}'
+    (tmp_path / "served" / "model.toml").write_text(text.replace('"program.pt"', entry), "utf-8")
+    url = f"http://me:open-sesame@{served}/{name}?X-Amz-Signature=signed-secret"
+    slide = str(tmp_path / "served" / "a.tif")
+    line = {
+        "segment": ["segment", slide, "--model", url, "--output", str(tmp_path / "out")],
+        "models show": ["models", "show", url, "--json"],
+        "info": ["info", f"http://me:open-sesame@{served}/a.tif?sig=signed-secret", "--json"],
+    }[command]
+    result = CliRunner().invoke(group, line)
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    fine = command == "info" or name == "model.toml"
+    assert result.exit_code == (0 if fine else 1), result.output
+    kept = all_text(tmp_path / "out") if (tmp_path / "out").exists() else ""
+    for secret in ("open-sesame", "signed-secret"):
+        assert secret not in kept + result.output
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:open-sesame@nowhere.invalid:x/m.toml", "ftp://me:open-sesame@h/m?sig=secret"]
+)
+def test_secrets_of_an_odd_url_are_not_shown(url: str) -> None:
+    with pytest.raises(BundleError) as caught:
+        download(url, "0" * 64)
+    assert not re.search("sesame|secret", str(caught.value))
+
+
+def test_a_server_is_told_who_asks_and_others_are_not(tmp_path: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    class Sends(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append((self.path, self.headers.get("Authorization")))
+            self.send_response(302 if self.path == "/first" else 200)
+            if self.path == "/first":
+                self.send_header("Location", "/second")
+            self.end_headers()
+            self.wfile.write(b"" if self.path == "/first" else b"weights")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Sends) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://me:open%20sesame@127.0.0.1:{server.server_port}/first"
+        assert _fetch(url, tmp_path / "w").read_bytes() == b"weights"
+        with pytest.raises(BundleError, match="has more than"):
+            _fetch(f"http://127.0.0.1:{server.server_port}/large", tmp_path / "x", most=3)
+        server.shutdown()
+        thread.join()
+    basic = "Basic " + base64.b64encode(b"me:open sesame").decode()
+    assert asked == [("/first", basic), ("/second", None), ("/large", None)]
+    assert [path.name for path in tmp_path.iterdir()] == ["w"]
 
 
 def test_what_is_no_url_keeps_its_marks() -> None:

@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -50,6 +51,7 @@ from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.viewer import serve
 from wsi_pipeline.viewer.polygons import load_polygons
+from wsi_pipeline.viewer.server import MOST_CONNECTIONS
 from wsi_pipeline.viewer.shown import TILE, open_shown
 
 EVERYWHERE = SelectOptions(tissue="none")
@@ -778,3 +780,18 @@ def looks_right(shown, corner, pixels, *, opacity):
     if opacity:
         assert len(np.unique(mask)) == 3
         assert (abs(shown - COLORS[1]).max(axis=2) < 20).sum() > 500  # outlines
+
+
+def test_connections_are_bounded(viewer):
+    before = threading.active_count()
+    with contextlib.ExitStack() as closing:
+        for _ in range(3 * MOST_CONNECTIONS):
+            closing.enter_context(socket.create_connection(("127.0.0.1", viewer.server_port)))
+        time.sleep(0.5)
+        assert threading.active_count() - before <= MOST_CONNECTIONS
+    for _ in range(50):  # those are gone, and there is room again
+        with contextlib.suppress(OSError):
+            assert get(viewer, "runs")[0] == 200
+            return
+        time.sleep(0.2)
+    pytest.fail("no answer")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import math
 import os
 import re
 import tomllib
-import urllib.error
 import urllib.parse
 import urllib.request
+from base64 import b64encode
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -24,6 +25,12 @@ Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
 Scale = Literal["range", "minmax", "zscore"]
 Interpolation = Literal["linear", "cubic"]
+MOST_TOML = 1 << 20
+"""Bytes of a `model.toml`."""
+MOST_WEIGHTS = 1 << 33
+"""Bytes that are fetched: what nobody asked for is not to fill the disk."""
+PATIENCE = 60
+"""Seconds to wait for a server to go on."""
 FOREIGN = ("exported", "torchscript")
 """Networks that come as a program in the bundle's folder."""
 AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
@@ -210,8 +217,12 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     """
     path = _local_toml(str(location))
     try:
-        table = tomllib.loads(path.read_text("utf-8-sig"))  # as Windows writes it
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        with path.open("rb") as file:
+            data = file.read(MOST_TOML + 1)
+        if len(data) > MOST_TOML:
+            raise BundleError(f"{path} has more than {MOST_TOML >> 20} MB; expected a model.toml")
+        table = tomllib.loads(data.decode("utf-8-sig"))  # as Windows writes it
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path} is not valid TOML: {error}") from error
     except OSError as error:
         raise BundleError(
@@ -233,7 +244,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     """
     try:
         return _parse(table, path, fetch=fetch)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, BundleError):
             raise
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
@@ -353,7 +364,8 @@ def _input_spec(table: Mapping[str, Any], modality: Modality) -> InputSpec:
         ),
         "orient": (spec.orient in (None, "left"), '"left", or nothing'),
         "pad": (
-            spec.pad is None or (spec.pad == "square" and len({*(spec.fit or ())}) == 1),
+            spec.pad is None
+            or (spec.pad == "square" and _are_sizes(spec.fit, 2) and len({*(spec.fit or ())}) == 1),
             '"square" with a fit of equal sides, or nothing',
         ),
         "interpolation": (
@@ -485,6 +497,8 @@ def _weights(entry: Any, folder: Path, *, fetch: bool) -> tuple[Path | None, Rem
         cached = _cache_path(origin.url, origin.sha256)
         is_here = fetch or cached.is_file()
         return download(origin.url, origin.sha256) if is_here else None, origin
+    if "://" in str(entry):
+        raise BundleError(f"weights {entry!r} is a URL; expected {{ url = …, sha256 = … }}")
     path = folder / str(entry)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"weights {entry!r} lie outside the bundle {folder}")
@@ -511,17 +525,47 @@ def _cache_path(url: str, sha256: str) -> Path:
 def _local_toml(location: str) -> Path:
     if location.startswith(("http://", "https://")):
         key = hashlib.sha256(location.encode()).hexdigest()[:16]
-        return _fetch(location, cache_dir() / key / "model.toml")
+        return _fetch(location, cache_dir() / key / "model.toml", most=MOST_TOML)
     path = Path(location)
     return path / "model.toml" if path.suffix != ".toml" else path
 
 
-def _fetch(url: str, target: Path) -> Path:
+def _fetch(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
+    """Write what is behind a URL to a file of at most so many bytes; return its path."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https", "file"):
+        raise BundleError(f"{url} is not fetched; expected a URL of https://, http:// or file://")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        urllib.request.urlretrieve(url, partial)
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        raise BundleError(f"cannot fetch {url}: {error}") from error
-    os.replace(partial, target)
+        with urllib.request.urlopen(_request(parts), timeout=PATIENCE) as answer:
+            announced = int(answer.headers.get("Content-Length") or 0)
+            with partial.open("wb") as file:
+                while (size := file.tell()) <= most and (data := answer.read(1 << 20)):
+                    file.write(data)
+        if size > most or announced > most:
+            raise BundleError(f"{url} has more than {most >> 20:,} MB; fetch it yourself")
+        if size < announced:
+            raise BundleError(f"{url} broke off: {size:,} of {announced:,} bytes came; try again")
+        os.replace(partial, target)
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, BundleError):
+            raise
+        reason = str(error)
+        for secret in filter(None, (parts.password, parts.query)):
+            reason = reason.replace(secret, "…")  # some say a part of the URL only
+        raise BundleError(f"cannot fetch {url}: {reason}") from error
+    finally:
+        partial.unlink(missing_ok=True)
     return target
+
+
+def _request(parts: urllib.parse.SplitResult) -> urllib.request.Request:
+    """Return what asks for a URL; its user and password are sent as servers want them."""
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    request = urllib.request.Request(urllib.parse.urlunsplit(bare))
+    if parts.username is not None:
+        told = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}").encode()
+        # to nobody to whom the server sends us on
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(told).decode()}")
+    return request

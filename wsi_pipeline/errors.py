@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import re
+
+
+def without_secrets(text: str) -> str:
+    """Return a text whose URLs have lost user, password and all that comes behind a "?" or "#".
+
+    Example:
+        >>> without_secrets("https://me:k@y@host/a.svs?sig=1: no such file")
+        'https://host/a.svs: no such file'
+    """
+    text = re.sub(r"(\w://)[^\s/'\"]*@", r"\1", text)
+    return re.sub(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*?(?=:?(?:[\s'\"]|$))", r"\1", text)
+
 
 class WsiPipelineError(Exception):
-    """Anything this package refuses, with a message meant for the user."""
+    """Anything this package refuses, with a message meant for the user: no secrets in it."""
+
+    def __str__(self) -> str:
+        return without_secrets(super().__str__())
 
 
 class SourceError(WsiPipelineError, OSError):

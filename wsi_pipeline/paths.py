@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import without_secrets as without_secrets
 from wsi_pipeline.records import read_json
 
 if TYPE_CHECKING:
@@ -251,17 +252,6 @@ def name_of(path: Path) -> str:
     if not is_remote(path):
         return path.name
     return urlsplit(str(path)).path.rstrip("/").rpartition("/")[2]
-
-
-def without_secrets(text: str) -> str:
-    """Return a text whose URLs have lost user, password and all that comes behind a "?" or "#".
-
-    Example:
-        >>> without_secrets("https://me:key@host/a.svs?sig=1: no such file")
-        'https://host/a.svs: no such file'
-    """
-    text = re.sub(r"(\w://)[^\s/@]*@", r"\1", text)
-    return re.sub(r"(\w://[^\s?#'\"]*)[?#][^\s'\"]*?(?=:?(?:[\s'\"]|$))", r"\1", text)
 
 
 def is_ome_zarr(path: Path) -> bool:

@@ -902,7 +902,8 @@ def _patches_touching(plan: Plan, blocks: list[Block]) -> int:
 def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> Run:
     """Return the run of a slide that failed, written down unless its folder holds a good run."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    reason = reason.removeprefix(f"{job.path}: ")  # it is said beside the slide's name
+    # it is said beside the slide's name
+    reason = reason.removeprefix(f"{without_secrets(str(job.path))}: ")
     reason = without_secrets(reason)
     if not isinstance(error, WsiPipelineError):
         reason = f"{type(error).__name__}: {reason}"

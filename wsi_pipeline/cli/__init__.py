@@ -6,12 +6,14 @@ import copy
 import importlib
 import logging
 import sys
+import traceback
 from importlib.metadata import version
+from types import TracebackType
 from typing import Any
 
 import click
 
-from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.errors import WsiPipelineError, without_secrets
 
 COMMANDS = {
     "segment": "Segment slides: masks, QuPath polygons, reports.",
@@ -35,7 +37,7 @@ class OneLine(logging.Formatter):
         """Return the record's first line."""
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
-        return super().format(record)
+        return without_secrets(super().format(record))
 
 
 class LazyGroup(click.Group):
@@ -59,6 +61,9 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except WsiPipelineError as error:
             raise click.ClickException(str(error)) from error
+        except click.ClickException as error:
+            error.message = without_secrets(error.message)  # type: ignore[misc]
+            raise
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -88,4 +93,10 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
 
 def main() -> None:
     """Run the command line."""
+    sys.excepthook = _tell
     group()
+
+
+def _tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of what should not happen, for which people ask others for help."""
+    sys.stderr.write(without_secrets("".join(traceback.format_exception(kind, error, trace))))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wsi_pipeline.cli.options import MPP, once, series_option
-from wsi_pipeline.errors import MissingMppError, SourceError
+from wsi_pipeline.errors import MissingMppError, SourceError, without_secrets
 
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import Bundle
@@ -94,10 +94,13 @@ def _describe(
         try:
             # of several time points the first shows what all have in common
             scan = open_scan(as_path(path), axes=axes, frame=series, time_points=(0,))
-        except SourceError:
+        except SourceError as error:
             if axes == 2 or modality:
                 raise
-            scan = open_scan(as_path(path), axes=2, frame=series)  # DICOM may be either
+            try:
+                scan = open_scan(as_path(path), axes=2, frame=series)  # DICOM may be either
+            except SourceError:
+                raise error from None  # which says what is wrong, or what to install
         with scan:
             return _scan_facts(scan)
     try:
@@ -113,7 +116,7 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
 
     readings = read_mpp(slide.properties)
     return {
-        "path": str(slide.path),
+        "path": without_secrets(str(slide.path)),
         "size": slide.size,
         "levels": [
             {"size": size, "downsample": downsample}
@@ -157,7 +160,7 @@ def _axes(path: Path) -> int:
 def _scan_facts(scan: Scan) -> dict[str, Any]:
     affine = getattr(scan, "affine", None)
     return {
-        "path": str(scan.path),
+        "path": without_secrets(str(scan.path)),
         "size": list(reversed(scan.shape)),
         "channels": scan.channels,
         "spacing_mm": list(reversed(scan.spacing_mm)) if scan.spacing_mm else None,
@@ -194,7 +197,7 @@ def _not_brightfield(slide: Slide) -> str | None:
     try:
         return why_not_brightfield(slide.properties, slide.thumbnail(THUMBNAIL)[0])
     except SourceError as error:
-        return str(error).removeprefix(f"{slide.path}: ")
+        return str(error).removeprefix(f"{without_secrets(str(slide.path))}: ")
 
 
 def _as_text(facts: dict[str, Any]) -> str:

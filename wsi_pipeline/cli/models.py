@@ -13,7 +13,7 @@ import click
 from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.demo import CHECKOUT
 from wsi_pipeline.cli.options import MPP
-from wsi_pipeline.errors import BundleError
+from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.options import ProgramFormat
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ def _weights(bundle: Bundle) -> dict[str, Any]:
     path, origin = bundle.weights_path, bundle.weights_origin
     return {
         "path": str(path) if path else None,
-        "url": origin.url if origin else None,
+        "url": without_secrets(origin.url) if origin else None,
         "bytes": path.stat().st_size if path else None,
         "sha256": origin.sha256 if origin else bundle.weights_sha256 or None,
     }

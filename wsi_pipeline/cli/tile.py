@@ -96,7 +96,7 @@ def command(
                     progress=partial(bars, name_of(job.path), number=number),
                 )
             except WsiPipelineError as error:
-                reason = str(error).removeprefix(f"{job.path}: ")
+                reason = str(error).removeprefix(f"{without_secrets(str(job.path))}: ")
                 if isinstance(error, MissingMppError):
                     reason = reason.replace("--mpp", "--slide-mpp")
                 click.echo(without_secrets(f"failed: {job.path}: {reason}"), err=True)

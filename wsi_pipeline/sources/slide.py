@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import SourceError, without_secrets
 from wsi_pipeline.paths import (
     check_regular,
     dicom_slides,
@@ -61,7 +61,7 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
     try:
         return _open(path, series)
     except SourceError as error:
-        if str(error).startswith(str(path)):
+        if str(error).startswith(without_secrets(str(path))):
             raise
         raise SourceError(f"{path}: {error}") from error
     except Exception as error:  # the libraries raise anything on a damaged file

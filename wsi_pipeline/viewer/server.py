@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 MOST_OPEN = 4
 """Slides that stay open while others are looked at."""
+MOST_CONNECTIONS = 64
+"""At a time, each with a thread: a browser opens six."""
 IDLE_SECONDS = 60
 """After which a connection that is not used is closed."""
 TYPES = {
@@ -106,6 +108,7 @@ class Viewer(ThreadingHTTPServer):
         self._open: OrderedDict[str, ShownRun] = OrderedDict()  # the latest used last
         self._users: dict[ShownRun, int] = {}
         self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
         super().__init__((host, port), Handler)
         self.hosts = _own_names(host)
         name = socket.gethostname() if _is_any(host) else host
@@ -117,6 +120,20 @@ class Viewer(ThreadingHTTPServer):
         """Take the address, without asking a name server for its name as the base class does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread, unless there are as many as one person's browsers never open."""
+        if self._slots.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer in the thread."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._slots.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Write down what went wrong with a connection: a browser may leave whenever it likes."""
