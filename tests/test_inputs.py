@@ -15,6 +15,7 @@ from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
 from wsi_pipeline.inputs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.prepared import open_scan
 from wsi_pipeline.sources.radiology import find_images, find_volumes, kind_of
 from wsi_pipeline.status import read_status
 
@@ -289,8 +290,12 @@ def test_a_folder_without_permission_fails_alone(slides):
     try:
         found = find_slides(slides, output=slides / "out")
         assert names(found, slides) == ["a.svs", "deep", "x.mrxs"]
-        with pytest.raises(SourceError, match="cannot be looked into"):
+        with pytest.raises(SourceError, match=r"deep: cannot be looked into \(Permission denied\)"):
             open_source(locked)
+        for find, axes in ((find_images, 2), (find_volumes, 3)):
+            assert locked in find(slides, slides / "out")
+            with pytest.raises(SourceError, match="cannot be looked into"):
+                open_scan(locked, axes=axes)
         with pytest.raises(SourceError, match=r"cannot be looked at \(Permission denied\)"):
             find_slides(locked / "b.TIFF", output=slides / "out")
     finally:

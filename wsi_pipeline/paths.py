@@ -227,13 +227,18 @@ def _identity(path: Path) -> object:
     return os.path.realpath(path)
 
 
-def check_regular(path: Path) -> None:
-    """Refuse what would be read for ever, or wait to be written to.
+def check_opens(path: Path) -> None:
+    """Refuse what would be read for ever or wait to be written to, and folders that are closed.
 
     Raises:
-        SourceError: it is a pipe, a socket or a device.
+        SourceError: it is a pipe, a socket or a device, or a folder that cannot be listed.
     """
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+    if os.path.isdir(path):
+        try:
+            os.scandir(path).close()
+        except OSError as error:
+            raise SourceError(f"{path}: cannot be looked into ({error.strerror})") from error
+    elif os.path.exists(path) and not os.path.isfile(path):
         raise SourceError(f"{path}: a pipe, socket or device; expected a file or folder")
 
 

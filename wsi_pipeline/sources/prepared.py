@@ -17,6 +17,7 @@ from wsi_pipeline.bundle import InputSpec, Interpolation
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape
 from wsi_pipeline.options import MPP_TOLERANCE
+from wsi_pipeline.paths import check_opens
 from wsi_pipeline.sources.image import Image, open_image
 from wsi_pipeline.sources.volume import Volume, open_volume
 
@@ -148,6 +149,7 @@ def open_scan(
     Raises:
         SourceError: it is something else, or cannot be read.
     """
+    check_opens(path)
     if axes == 2:
         return open_image(path, frame=frame)
     return open_volume(path, time_points=time_points)

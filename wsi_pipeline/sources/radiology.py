@@ -14,7 +14,7 @@ from wsi_pipeline.paths import (
     Inputs,
     as_inputs,
     as_path,
-    check_regular,
+    check_opens,
     each_once,
     is_damaged_zarr,
     is_ome_zarr,
@@ -53,7 +53,7 @@ def kind_of(path: Path) -> Kind:
     Raises:
         SourceError: it cannot be read.
     """
-    check_regular(path)
+    check_opens(path)
     try:
         with path.open("rb") as file:
             head = file.read(HEAD)

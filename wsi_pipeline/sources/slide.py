@@ -11,7 +11,7 @@ import openslide
 
 from wsi_pipeline.errors import SourceError, without_secrets
 from wsi_pipeline.paths import (
-    check_regular,
+    check_opens,
     dicom_slides,
     is_dicom,
     is_ome_zarr,
@@ -72,7 +72,7 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
 
 def _open(path: Path, series: int | None) -> Backend:
     if not is_remote(path):
-        check_regular(path)
+        check_opens(path)
         if path.is_dir():
             return _open_folder(path, series)
     if is_remote(path) and is_zarr_url(path):
@@ -103,13 +103,9 @@ def _open(path: Path, series: int | None) -> Backend:
 
 def _open_folder(path: Path, series: int | None) -> Backend:
     """Open the slide that a folder is: OME-Zarr, or the files of one DICOM slide."""
-    try:
-        files = sorted(path.iterdir())
-    except OSError as error:
-        raise SourceError(f"cannot be looked into ({error.strerror})") from error
     if is_ome_zarr(path):
         return OmeZarrBackend(path, series)
-    slides = dicom_slides(filter(is_dicom, files))
+    slides = dicom_slides(filter(is_dicom, sorted(path.iterdir())))
     if len(slides) > 1:
         names = ", ".join(slide.name for slide in slides[:5])
         raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
