@@ -849,6 +849,299 @@ def test_damaged_zarrs_are_refused_in_one_line(tmp_path: Path, damage: str) -> N
     assert "\n" not in str(error.value)
 
 
+# --- levels ------------------------------------------------------------------------------------
+
+SIDE = 128
+"""Of the tiles of `write_levels`."""
+
+
+@pytest.fixture(scope="module")
+def scene(slide_pixels: Pixels) -> Pixels:
+    """Return a picture whose levels of 2, 4, 8 and 16 have the same shape when padded."""
+    return np.asarray(Image.fromarray(slide_pixels).resize((2000, 1500)))
+
+
+def box_means(pixels: Pixels, factor: int) -> Pixels:
+    height, width = (n // factor for n in pixels.shape[:2])
+    squares = pixels[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
+    return np.round(squares.mean(axis=(1, 3))).astype(np.uint8)
+
+
+def in_whole_tiles(pixels: Pixels) -> Pixels:
+    below, right = (-n % SIDE for n in pixels.shape[:2])
+    return np.pad(pixels, ((0, below), (0, right), (0, 0)), constant_values=255)
+
+
+def write_levels(kind: str, folder: Path, levels: list[Pixels], *, stated: bool = False) -> Path:
+    """Write level 0 of 0.5 µm, and what is to count as its levels; return the path.
+
+    Args:
+        kind: "TIFF", "SubIFD", "OME-TIFF", "SVS", "DICOM" or "OME-Zarr".
+        folder: for the file.
+        levels: level 0 and others.
+        stated: whether the file says that the others are of 2, 4, 8 … where its kind can.
+    """
+    if kind == "OME-Zarr":
+        return write_zarr_levels(folder / "a.zarr", levels, stated=stated)
+    if kind == "DICOM":
+        return write_dicom_levels(folder, levels, stated=stated)
+    path = folder / {"SVS": "a.svs", "OME-TIFF": "a.ome.tif"}.get(kind, "a.tif")
+    full = levels[0].shape
+    with tifffile.TiffWriter(path) as file:
+        for number, level in enumerate(levels):
+            is_below = kind in ("SubIFD", "OME-TIFF")
+            options: dict[str, Any] = {"metadata": None, "subfiletype": int(number > 0)}
+            if kind == "SVS":
+                height, width = (n >> number for n in full[:2])
+                aim = f" -> {width}x{height}" if number and stated else ""
+                text = (
+                    f"Aperio Image Library\r\n{full[1]}x{full[0]} ({SIDE}x{SIDE}){aim} |MPP = 0.5"
+                )
+                options |= {"description": text, "subfiletype": 0}
+            elif stated or not number:
+                options["resolution"] = (20000 / 2**number,) * 2
+                options["resolutionunit"] = "CENTIMETER"
+            if kind == "OME-TIFF" and not number:
+                options["metadata"] = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+            if is_below and not number:
+                options["subifds"] = len(levels) - 1
+            tiles: dict[str, Any] = {"tile": (SIDE, SIDE), "photometric": "rgb"}
+            file.write(level, compression="deflate", **tiles, **options)
+            if kind == "SVS" and not number:
+                file.write(levels[-1], photometric="rgb", metadata=None)  # a thumbnail, always
+    return path
+
+
+def write_zarr_levels(path: Path, levels: list[Pixels], *, stated: bool) -> Path:
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    scales = [0.5 * 2**n if stated or not n else 0.5 for n in range(len(levels))]
+    datasets = [
+        {"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [s, s, 1]}]}
+        for n, s in enumerate(scales)
+    ]
+    axes.append({"name": "c", "type": "channel"})
+    group = zarr.create_group(path, zarr_format=2)
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    for n, level in enumerate(levels):
+        group.create_array(str(n), data=level, chunks=(SIDE, SIDE, 3), fill_value=255)
+    return path
+
+
+def write_dicom_levels(
+    folder: Path,
+    levels: list[Pixels],
+    *,
+    stated: bool,
+    left_out: Callable[[int, int, int], bool] | None = None,
+) -> Path:
+    """Write one instance a level, of whole frames; return the path of level 0.
+
+    Args:
+        folder: for the files.
+        levels: that are written.
+        stated: whether PixelSpacing says that they are of 1, 2, 4 …; else their sizes do.
+        left_out: tells by level, row and column which frames are not there.
+    """
+    series, study, frame_of_reference = (pydicom.uid.generate_uid() for _ in range(3))
+    for number, level in enumerate(levels):
+        height, width = level.shape[:2]
+        whole = in_whole_tiles(level)
+        corners = [
+            (y, x)
+            for y in range(0, height, SIDE)
+            for x in range(0, width, SIDE)
+            if left_out is None or not left_out(number, y // SIDE, x // SIDE)
+        ]
+        frames = [whole[y : y + SIDE, x : x + SIDE].tobytes() for y, x in corners]
+        data = pydicom.Dataset()
+        data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.77.1.6"
+        data.SOPInstanceUID = pydicom.uid.generate_uid()
+        data.SeriesInstanceUID, data.StudyInstanceUID = series, study
+        data.FrameOfReferenceUID = frame_of_reference
+        data.Modality = "SM"
+        data.ImageType = ["ORIGINAL" if number == 0 else "DERIVED", "PRIMARY", "VOLUME", "NONE"]
+        data.TotalPixelMatrixColumns, data.TotalPixelMatrixRows = width, height
+        data.Rows = data.Columns = SIDE
+        data.SamplesPerPixel, data.PhotometricInterpretation = 3, "RGB"
+        data.PlanarConfiguration = data.PixelRepresentation = 0
+        data.BitsAllocated = data.BitsStored = 8
+        data.HighBit, data.NumberOfFrames = 7, len(frames)
+        data.TotalPixelMatrixFocalPlanes, data.NumberOfOpticalPaths = 1, 1
+        data.DimensionOrganizationType = "TILED_FULL" if left_out is None else "TILED_SPARSE"
+        data.ImagedVolumeWidth = levels[0].shape[1] * 0.0005
+        data.ImagedVolumeHeight = levels[0].shape[0] * 0.0005
+        measures, shared = pydicom.Dataset(), pydicom.Dataset()
+        x, y = (
+            0.0005 * (2**number if stated else full / own)
+            for full, own in zip(levels[0].shape[1::-1], (width, height), strict=True)
+        )
+        measures.PixelSpacing, measures.SliceThickness = [round(y, 9), round(x, 9)], 0.001
+        shared.PixelMeasuresSequence = [measures]
+        data.SharedFunctionalGroupsSequence = [shared]
+        if left_out is not None:
+            data.PerFrameFunctionalGroupsSequence = []
+            for top, left in corners:
+                place, group = pydicom.Dataset(), pydicom.Dataset()
+                place.ColumnPositionInTotalImagePixelMatrix = left + 1
+                place.RowPositionInTotalImagePixelMatrix = top + 1
+                group.PlanePositionSlideSequence = [place]
+                data.PerFrameFunctionalGroupsSequence.append(group)
+        data.PixelData = b"".join(frames)
+        data.file_meta = pydicom.dataset.FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        data.save_as(folder / f"{number}.dcm", enforce_file_format=True)
+    return folder / "0.dcm"
+
+
+KINDS = ["TIFF", "SubIFD", "OME-TIFF", "SVS", "DICOM", "OME-Zarr"]
+
+
+def differing(slide: Slide, scene: Pixels) -> float:
+    """Return which share of the pixels at 8 µm is not the mean of 16 × 16 of level 0."""
+    expected = box_means(scene, 16).astype(int)
+    found = slide.at(8.0).read((0, 0), expected.shape[:2])
+    return float((abs(found - expected).max(axis=-1) > 8).mean())
+
+
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_levels_padded_to_whole_tiles_count_as_what_they_show(
+    tmp_path: Path, scene: Pixels, kind: str, stated: bool
+) -> None:
+    levels = [scene, *(in_whole_tiles(box_means(scene, f)) for f in (2, 4, 8, 16))]
+    with open_source(write_levels(kind, tmp_path, levels, stated=stated)) as slide:
+        assert slide.mpp == pytest.approx((0.5, 0.5))
+        assert differing(slide, scene) == 0
+        # tifffile itself leaves out what it does not take for levels
+        factors = [x for x, y in slide.level_downsamples if x == y]
+        assert factors == [1, 2, 4, 8, 16][: len(factors)]
+        assert len(factors) == len(slide.level_sizes)
+        assert slide.at(8.0).level > 0 or slide.backend == "tiffslide"
+        found = slide.thumbnail(125)[0][:93].astype(int)
+        assert (abs(found - box_means(scene, 16)).max(axis=-1) <= 8).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        *((kind, "squeezed") for kind in KINDS),
+        *(("TIFF", what) for what in ("cropped", "cut off", "black")),
+        *((kind, "turned") for kind in KINDS),
+    ],
+)
+def test_what_is_no_level_is_left_out_and_said(
+    tmp_path: Path, scene: Pixels, kind: str, what: str
+) -> None:
+    eighth = box_means(scene, 8)
+    other = {
+        "squeezed": np.asarray(Image.fromarray(scene).resize((SIDE, SIDE))),
+        "cropped": box_means(scene, 4)[100 : 100 + SIDE, 200 : 200 + SIDE],
+        "cut off": eighth[:SIDE],
+        "turned": eighth[::-1, ::-1],
+        "black": np.zeros_like(eighth),
+    }[what]
+    levels = [scene, box_means(scene, 2), np.ascontiguousarray(other)]
+    with open_source(write_levels(kind, tmp_path, levels)) as slide:
+        assert differing(slide, scene) == 0
+        assert slide.level_downsamples == ((1, 1), (2, 2))
+        if len(slide.pixels.level_sizes) > 2:
+            (said,) = slide.doubts
+            assert f"level 2 ({other.shape[1]} × {other.shape[0]} px)" in said
+            assert "not used" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernel"),
+    [
+        *((kind, "mean") for kind in KINDS),
+        *(("TIFF", kernel) for kernel in ("nearest", "centre", "BILINEAR", "LANCZOS")),
+    ],
+)
+def test_levels_by_any_kernel_are_used(
+    tmp_path: Path, scene: Pixels, kind: str, kernel: str
+) -> None:
+    def reduced(factor: int) -> Pixels:
+        if kernel == "mean":
+            return box_means(scene, factor)
+        if kernel in ("nearest", "centre"):
+            first = factor // 2 if kernel == "centre" else 0
+            return np.ascontiguousarray(scene[first::factor, first::factor])
+        size = (round(2000 / factor), round(1500 / factor))
+        return np.asarray(Image.fromarray(scene).resize(size, Image.Resampling[kernel]))
+
+    levels = [scene, *map(reduced, (2, 4, 8, 16))]
+    with open_source(write_levels(kind, tmp_path, levels)) as slide:
+        for level, mpp in enumerate((0.5, 1, 2, 4, 8)):
+            assert slide.at(mpp).level == level
+        assert slide.doubts == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiles_missing_in_a_coarse_level_come_from_the_finer_one(
+    tmp_path: Path, scene: Pixels, kind: str
+) -> None:
+    def left_out(level: int, row: int, column: int) -> bool:
+        # nowhere scanned; not written at either level; not written at the second
+        return (row << level >> 2, column << level >> 2) in ((0, 3), *((1, 1), (2, 2))[:level])
+
+    levels = [np.ascontiguousarray(scene[:1024]), *(box_means(scene[:1024], f) for f in (2, 4))]
+    if kind == "DICOM":
+        path = write_dicom_levels(tmp_path, levels, stated=True, left_out=left_out)
+    else:
+        path = write_levels(kind, tmp_path, levels)
+        forget(path, kind, left_out)
+    expected = levels[0].copy()
+    expected[:512, 1536:] = 255
+    with open_source(path) as slide:
+        assert slide.level_downsamples[-1] == (4, 4)
+        for factor in (2, 4, 8):
+            view = slide.at(0.5 * factor)
+            assert view.level == min(factor, 4) // 2
+            found = view.read((0, 0), (1024 // factor, 2000 // factor)).astype(int)
+            assert abs(found - box_means(expected, factor)).max() <= 2
+            part = view.read((150 // factor, 700 // factor), (300 // factor, 400 // factor))
+            y, x = 150 // factor, 700 // factor
+            np.testing.assert_array_equal(part, found[y : y + len(part), x : x + part.shape[1]])
+        assert (slide.at(0.5).read((0, 0), (512, 2000))[:, 1536:] == 255).all()
+        assert slide.doubts == ()
+
+
+def forget(path: Path, kind: str, left_out: Callable[[int, int, int], bool]) -> None:
+    """Take tiles out of a file that `write_levels` wrote."""
+    if kind == "OME-Zarr":
+        for chunk in path.glob("[0-9]/[0-9]*"):
+            row, column = chunk.name.split(".")[:2]
+            if left_out(int(chunk.parent.name), int(row), int(column)):
+                chunk.unlink()
+        return
+    with tifffile.TiffFile(path) as file, path.open("r+b") as handle:
+        for number, level in enumerate(file.series[0].levels):
+            page = level.pages[0]
+            across = -(-page.imagewidth // SIDE)
+            for index in range(len(page.databytecounts)):
+                if left_out(number, *divmod(index, across)):
+                    for name in ("TileOffsets", "TileByteCounts"):
+                        tag = page.tags[name]
+                        size = {3: 2, 4: 4, 16: 8}[tag.dtype]
+                        handle.seek(tag.valueoffset + index * size)
+                        handle.write(bytes(size))
+
+
+def test_levels_without_any_tile_are_computed_from_level_0(data_dir: Path) -> None:
+    with open_source(data_dir / "faults" / "left_out_level_tiles.svs") as slide:
+        level_0 = slide.at(0.5).read((0, 0), (3000, 4000))
+        for mpp in (2.0, 8.0):
+            view = slide.at(mpp)
+            assert view.read((0, 0), view.shape).mean() == pytest.approx(230.8, abs=0.05)
+        expected = box_means(level_0[:2992], 16).astype(int)
+        assert abs(slide.at(8.0).read((0, 0), (187, 250)) - expected).max() <= 1
+        assert slide.level_downsamples == ((1, 1),)
+        assert [said.split(";")[0] for said in slide.doubts] == [
+            "level 1 (1000 × 750 px) holds no pixels",
+            "level 2 (250 × 187 px) holds no pixels",
+        ]
+
+
 # --- elsewhere ---------------------------------------------------------------------------------
 
 

@@ -115,6 +115,8 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
     from wsi_pipeline.sources.mpp import contradictions, read_mpp
 
     readings = read_mpp(slide.properties)
+    for level in slide.levels.usable():
+        slide.levels.check(level)
     return {
         "path": without_secrets(str(slide.path)),
         "size": slide.size,

@@ -49,7 +49,7 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
         mpp=scale,
         mpp_source=mpp_source,
         fingerprint=fingerprint,
-        doubts=(
+        first_doubts=(
             *doubts(read_mpp(pixels.properties), scale, mpp_source),
             *_turned(pixels.properties.get("tiff.Orientation", "1")),
             *pixels.doubts,

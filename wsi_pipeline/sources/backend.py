@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 Sizes = tuple[tuple[int, int], ...]
-Downsamples = tuple[tuple[float, float], ...]
+Downsample = tuple[float, float]
+Downsamples = tuple[Downsample, ...]
 Alpha = Literal["none", "straight", "premultiplied"]
 """What a fourth sample is: no alpha; one that colours are to be multiplied by; one that they are.
 """
@@ -46,7 +47,7 @@ class Backend(Protocol):
         name: of the library, for people.
         size: (width, height) of level 0.
         level_sizes: (width, height) of each stored level.
-        level_downsamples: (x, y) level-0 pixels per pixel of each level.
+        level_downsamples: (x, y) level-0 pixels per pixel of each level, as the file says.
         level_tiles: (width, height) of the pieces that each level is stored in.
         properties: what the file says about itself.
         doubts: sentences on what makes its picture doubtful.
@@ -73,6 +74,21 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give the file back."""
+        ...
+
+
+@runtime_checkable
+class Sparse(Protocol):
+    """A backend of which some stored tiles may never have been written.
+
+    Attributes:
+        blank: the value of every sample that `read_level` returns for such a tile.
+    """
+
+    blank: int
+
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a stored tile was written."""
         ...
 
 
@@ -155,12 +171,99 @@ def snap_downsamples(size: tuple[int, int], level_sizes: Sequence[tuple[int, int
     return tuple(_snap(size, level_size) for level_size in level_sizes)
 
 
-def _snap(size: tuple[int, int], level_size: tuple[int, int]) -> tuple[float, float]:
-    ratios = [full / own for full, own in zip(size, level_size, strict=True)]
+def _snap(size: tuple[int, int], level_size: tuple[int, int]) -> Downsample:
+    ratios = (size[0] / level_size[0], size[1] / level_size[1])
     mean = sum(ratios) / 2
     # a power of two first: for levels of a few pixels several whole numbers would do
-    for whole in (2 ** round(np.log2(mean)), round(mean)):
-        pairs = zip(size, level_size, strict=True)
-        if all(abs(full / whole - own) <= max(1, own / 100) for full, own in pairs):
-            return (float(whole), float(whole))
-    return (ratios[0], ratios[1])
+    for whole in (2.0 ** round(math.log2(mean)), float(round(mean))):
+        if whole and fits_size(size, level_size, (whole, whole)):
+            return (whole, whole)
+    return ratios
+
+
+def fits_size(
+    size: tuple[int, int], level_size: tuple[int, int], downsample: Downsample, tile: int = 0
+) -> bool:
+    """Return whether a level has the slide's size divided by its downsample, rounded anyhow.
+
+    Args:
+        size: (width, height) of level 0.
+        level_size: of the level.
+        downsample: (x, y) level-0 pixels per pixel of the level.
+        tile: pixels by which the level may be larger than the slide, as where its tiles are whole.
+    """
+    beyond = [own - full / f for full, own, f in zip(size, level_size, downsample, strict=True)]
+    slack = [max(1.0, own / 100) for own in level_size]
+    return all(-s <= b <= max(s, tile - 1) for b, s in zip(beyond, slack, strict=True))
+
+
+def stated_downsamples(
+    size: tuple[int, int],
+    level_sizes: Sequence[tuple[int, int]],
+    level_tiles: Sequence[tuple[int, int]],
+    stated: Sequence[Downsample | None],
+) -> Downsamples:
+    """Return the (x, y) downsample of each level: what the file says, else what the sizes do.
+
+    Args:
+        size: (width, height) of level 0.
+        level_sizes: of each level.
+        level_tiles: (width, height) of the tiles of each level.
+        stated: what the file says of each level, by whatever means; None = nothing.
+    """
+    found = []
+    for level_size, tile, said in zip(level_sizes, level_tiles, stated, strict=True):
+        by_size = _snap(size, level_size)
+        if said is not None and max(said) < 1.01:
+            said = None  # a tag that the writer copied from level 0
+        if said is not None:
+            whole = (float(round(said[0])), float(round(said[1])))
+            # numbers in files are rounded, sometimes to what the sizes come to
+            for better, tolerance in ((by_size, 0.01), (whole, 1e-3)):
+                if all(
+                    math.isclose(*pair, rel_tol=tolerance)
+                    for pair in zip(said, better, strict=True)
+                ):
+                    said = better
+                    break
+        found.append(next(iter(possible_downsamples(size, level_size, tile, said)), by_size))
+    return tuple(found)
+
+
+def possible_downsamples(
+    size: tuple[int, int],
+    level_size: tuple[int, int],
+    tile: tuple[int, int],
+    stated: Downsample | None = None,
+) -> list[Downsample]:
+    """Return the downsamples that a level may have, the likeliest first; none for another picture.
+
+    Args:
+        size: (width, height) of level 0.
+        level_size: of the level.
+        tile: (width, height) of its tiles, to a multiple of which it may have been padded.
+        stated: (x, y) as the file says.
+    """
+    by_size = _snap(size, level_size)
+    low, high = (
+        bound(full / max(own + step, 0.5) for full, own in zip(size, level_size, strict=True))
+        for bound, step in ((max, 1), (min, -1))
+    )
+    has_aspect = low <= high
+    found: list[Downsample] = []
+    if stated is not None and fits_size(size, level_size, stated, max(tile)):
+        found += [stated] if has_aspect or math.isclose(*stated, rel_tol=0.01) else []
+    found += [by_size] if has_aspect or is_whole(by_size) else []
+    # What is padded goes beyond the edge: it was made by more than its size says. By twice of it at
+    # most: a smaller picture than that would be found in level 0 by chance.
+    first = math.ceil(max(full / own for full, own in zip(size, level_size, strict=True)))
+    for wholes in ([2**n for n in range(15) if first <= 2**n < 2 * first], range(first, first + 3)):
+        pairs = [(float(n), float(n)) for n in wholes]
+        found += [pair for pair in pairs if fits_size(size, level_size, pair, max(tile))]
+    return list(dict.fromkeys(found))
+
+
+def is_whole(downsample: Downsample) -> bool:
+    """Return whether a downsample is one whole number."""
+    x, y = downsample
+    return x == y and x.is_integer()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.sync import sync
 from zarr.storage import ZipStore
 
 from wsi_pipeline.arrays import MAX_CHUNK, SLACK, trusted
@@ -19,12 +20,13 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.paths import is_remote, is_zarr_url, name_of
 from wsi_pipeline.sources.backend import (
     MAX_PIECE,
+    Downsample,
     Pixels,
     Sizes,
     as_rgb,
     check_size,
     one_line,
-    snap_downsamples,
+    stated_downsamples,
     unreadable,
 )
 from wsi_pipeline.sources.mpp import measured
@@ -62,10 +64,15 @@ class OmeZarrBackend:
         x, y = self._axes.index("x"), self._axes.index("y")
         self.level_sizes: Sizes = tuple((level.shape[x], level.shape[y]) for level in self._levels)
         self.size = self.level_sizes[0]
-        self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
         self.level_tiles: Sizes = tuple(
             (level.chunks[x], level.chunks[y]) for level in self._levels
         )
+        self.level_downsamples = stated_downsamples(
+            self.size, self.level_sizes, self.level_tiles, _stated(multiscale, x, y)
+        )
+        samples = self._levels[0].shape[self._axes.index("c")] if "c" in self._axes else 1
+        fill = np.full((1, 1, samples), self._levels[0].fill_value or 0, np.uint8)
+        self.blank = int(as_rgb(fill).max())
         self.properties: Mapping[str, str] = _properties(multiscale, group, self._axes)
         self.doubts: tuple[str, ...] = ()
         if "c" in self._axes and self._levels[0].shape[self._axes.index("c")] == 4:
@@ -82,6 +89,18 @@ class OmeZarrBackend:
         samples = samples.reshape(*samples.shape, *([1] if "c" not in left else []))
         left += [] if "c" in left else ["c"]
         return as_rgb(np.transpose(samples, [left.index(axis) for axis in "yxc"]))
+
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a chunk was written."""
+        array = self._levels[level]
+        stored = array.shards or array.chunks
+        place = {"x": column, "y": row}
+        where = [
+            place.get(axis, 0) * chunk // side
+            for axis, chunk, side in zip(self._axes, array.chunks, stored, strict=True)
+        ]
+        key = array.metadata.encode_chunk_key(tuple(where))
+        return bool(sync((array.store_path / key).exists()))
 
     def close(self) -> None:
         """Give the file back."""
@@ -234,6 +253,24 @@ def _check_array(array: Any, axes: list[str]) -> None:
     if any(length != 1 for axis, length in shape.items() if axis not in "xyc"):
         raise SourceError(f"an OME-Zarr of several planes ({shape}); expected one")
     check_size((shape["x"], shape["y"]))
+
+
+def _stated(multiscale: dict[str, Any], x: int, y: int) -> list[Downsample | None]:
+    """Return the (x, y) downsample of each level as its scale says, None where it says nothing."""
+    scales: list[Downsample | None] = []
+    for dataset in multiscale["datasets"]:
+        try:
+            (scale,) = (
+                transform["scale"]
+                for transform in dataset["coordinateTransformations"]
+                if transform["type"] == "scale"
+            )
+            pair = (float(scale[x]), float(scale[y]))
+        except (IndexError, KeyError, TypeError, ValueError):
+            pair = (0.0, 0.0)
+        scales.append(pair if all(0 < value < math.inf for value in pair) else None)
+    first = scales[0]
+    return [scale and first and (scale[0] / first[0], scale[1] / first[1]) for scale in scales]
 
 
 def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:

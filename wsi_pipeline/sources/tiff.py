@@ -6,11 +6,13 @@ import io
 import logging
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
@@ -28,12 +30,14 @@ from wsi_pipeline.sources.backend import (
     MAX_PIECE,
     WHITE,
     Alpha,
+    Downsample,
     Pixels,
     Sizes,
     as_rgb,
     check_size,
     count_cpus,
     snap_downsamples,
+    stated_downsamples,
     unreadable,
 )
 from wsi_pipeline.sources.jpeg import (
@@ -96,6 +100,7 @@ class TiffBackend:
     """
 
     name = "tiffslide"
+    blank = WHITE
 
     def __init__(self, path: Path, series: int | None = None) -> None:
         self._path = path
@@ -119,8 +124,13 @@ class TiffBackend:
             raise
         self.level_sizes: Sizes = tuple((p.imagewidth, p.imagelength) for p in self._pages)
         self.size = self.level_sizes[0]
-        self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
         self.level_tiles: Sizes = tuple(map(_segment_size, self._pages))
+        self.level_downsamples = stated_downsamples(
+            self.size,
+            self.level_sizes,
+            self.level_tiles,
+            [_stated_downsample(page, self._pages[0]) for page in self._pages],
+        )
         # strips that are too large to be decoded for every read: in order, once
         self._spools = {
             level: Spool(path, size, driver="GTiff", directory=page.offset, alpha=_alpha(page))
@@ -145,6 +155,12 @@ class TiffBackend:
             return self._read_segments(self._pages[level], x, y, width, height)
         except Exception as error:  # codecs raise anything on damaged tiles
             raise unreadable(self._path, error, level, x, y, width, height) from error
+
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a tile or strip was written."""
+        page = self._pages[level]
+        index = row * -(-page.imagewidth // self.level_tiles[level][0]) + column
+        return bool(page.dataoffsets[index] and page.databytecounts[index])
 
     def busy_regions(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
@@ -505,6 +521,22 @@ def _check_sizes(page: Any) -> None:
     if listed < expected:
         kind = "tiles" if page.is_tiled else "strips"
         raise SourceError(f"{listed:,} {kind} listed where its size makes {expected:,}")
+
+
+def _stated_downsample(page: Any, full: Any) -> Downsample | None:
+    """Return the (x, y) downsample of a page by its resolution, or by what Aperio writes of it."""
+    tags = [[p.tags.get(f"{axis}Resolution") for p in (full, page)] for axis in "XY"]
+    units = [p.tags.get("ResolutionUnit") for p in (full, page)]
+    is_one_unit = len({unit and unit.value for unit in units}) == 1
+    if is_one_unit and all(tag is not None and all(tag.value) for pair in tags for tag in pair):
+        x, y = (Fraction(*a.value) / Fraction(*b.value) for a, b in tags)
+        if max(x, y) > 1.01:
+            return float(x), float(y)
+    if found := re.search(r"-> *(\d+)x(\d+)", page.description):
+        width, height = map(int, found.groups())
+        if width and height:
+            return snap_downsamples((full.imagewidth, full.imagelength), [(width, height)])[0]
+    return None
 
 
 def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, str]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import openslide
 
+from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.backend import (
+    WHITE,
+    Downsample,
     Pixels,
     Sizes,
     as_rgb,
     check_size,
-    snap_downsamples,
+    stated_downsamples,
     unreadable,
 )
 
@@ -22,6 +26,7 @@ class OpenSlideBackend:
     """A slide opened by OpenSlide."""
 
     name = "openslide"
+    blank = WHITE
 
     CHUNK = 1024
     """Side of the pieces in which levels off the level-0 grid are read."""
@@ -33,10 +38,13 @@ class OpenSlideBackend:
         check_size(self.size)
         self.level_sizes: Sizes = self._slide.level_dimensions
         self._own_downsamples = self._slide.level_downsamples  # a handle that failed tells nothing
-        self.level_downsamples = snap_downsamples(self.size, self.level_sizes)
         self.properties: Mapping[str, str] = dict(self._slide.properties)
         self.level_tiles: Sizes = tuple(map(self._tile, range(len(self.level_sizes))))
         self.doubts: tuple[str, ...] = ()
+        self._is_dicom = self.properties.get("openslide.vendor") == "dicom"
+        self.level_downsamples = stated_downsamples(
+            self.size, self.level_sizes, self.level_tiles, self._stated()
+        )
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
@@ -56,14 +64,41 @@ class OpenSlideBackend:
                 pixels[y0 - y :, x0 - x :][: part.shape[0], : part.shape[1]] = part
         return pixels
 
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a tile was written; only DICOM has levels that lack what others have."""
+        if not self._is_dicom:
+            return True
+        width, height = self.level_tiles[level]
+        full_width, full_height = self.level_sizes[level]
+        x = min(column * width + width // 2, full_width - 1)
+        y = min(row * height + height // 2, full_height - 1)
+        own = self._own_downsamples[level]
+        try:
+            pixel = self._slide.read_region((round(x * own), round(y * own)), level, (1, 1))
+        except openslide.OpenSlideError:
+            return True
+        return pixel.getpixel((0, 0))[3] > 0  # type: ignore[index]
+
     def close(self) -> None:
         """Give the file back."""
         self._slide.close()
 
+    def _stated(self) -> list[Downsample | None]:
+        """Return the (x, y) downsample of each level of a DICOM slide by its PixelSpacing."""
+        nothing: list[Downsample | None] = [None] * len(self.level_sizes)
+        if not self._is_dicom or len(self.level_sizes) == 1:
+            return nothing
+        spacings = _spacings(self._path, self.properties.get("dicom.SeriesInstanceUID", ""))
+        first = spacings.get(self.size)
+        if first is None:
+            return nothing
+        return [
+            own and (own[0] / first[0], own[1] / first[1])
+            for own in map(spacings.get, self.level_sizes)
+        ]
+
     def _tile(self, level: int) -> tuple[int, int]:
         """Return (width, height) of a level's tiles; some formats do not say."""
-        if not self._own_downsamples[level].is_integer():
-            return self.CHUNK, self.CHUNK
         names = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
         width, height = (int(self.properties.get(name, 256)) for name in names)
         return width, height
@@ -85,3 +120,36 @@ class OpenSlideBackend:
                 raise unreadable(self._path, error, level, x, y, width, height) from error
             self._slide = fresh
         return as_rgb(np.asarray(image), "straight")
+
+
+def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return (x, y) mm per pixel of the levels of a DICOM slide, by their (width, height).
+
+    Args:
+        path: of one of its files; the others lie beside it.
+        series: UID that all have.
+    """
+    from pydicom import Dataset, dcmread
+
+    names = ["SeriesInstanceUID", "ImageType", "TotalPixelMatrixColumns", "TotalPixelMatrixRows"]
+    names += ["SharedFunctionalGroupsSequence", "ImagedVolumeWidth", "ImagedVolumeHeight"]
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    for file in path.parent.iterdir():
+        try:
+            with quiet():
+                header = dcmread(file, stop_before_pixels=True, specific_tags=names)
+                if header.SeriesInstanceUID != series or "VOLUME" not in header.ImageType:
+                    continue
+                size = (int(header.TotalPixelMatrixColumns), int(header.TotalPixelMatrixRows))
+                shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
+                measures = shared[0].get("PixelMeasuresSequence") or [Dataset()]
+                if measures[0].get("PixelSpacing"):
+                    y, x = map(float, measures[0].PixelSpacing)
+                else:
+                    x = float(header.ImagedVolumeWidth) / size[0]
+                    y = float(header.ImagedVolumeHeight) / size[1]
+        except Exception:  # whatever else lies there, and what pydicom says of damage
+            continue
+        if 0 < x < math.inf and 0 < y < math.inf:
+            found[size] = (x, y)
+    return found

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +23,7 @@ from wsi_pipeline.sources.backend import (
     Pixels,
     Sizes,
 )
+from wsi_pipeline.sources.levels import Levels
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,9 @@ pixel comes out whatever piece it was computed in.
 BLURRED = 4
 """A tile that cannot be read is taken from a level up to this much coarser than the view."""
 
+SHIFT = 0.1
+"""Pixels by which one computed from another level may be out of place."""
+
 FINEST = 1 / 64
 """No view is finer than this many level pixels per pixel."""
 
@@ -57,14 +61,14 @@ class SlideView:
         downsample: (fy, fx) level-0 pixels per pixel of the view, exact.
         level: the stored level it is computed from.
         ratio: (y, x) pixels of that level per pixel of the view: whole, or a multiple of 1/4096.
-        backend: what reads the level.
+        backend: what reads the levels.
     """
 
     shape: tuple[int, int]
     downsample: tuple[float, float]
     level: int
     ratio: tuple[float, float]
-    backend: Backend
+    backend: Levels
 
     def read(
         self,
@@ -145,7 +149,8 @@ class SlideView:
     def _read_stored(self, y0: int, x0: int, y1: int, x1: int, bad: Lost | None) -> Pixels:
         """Return a rectangle that lies inside the level."""
         try:
-            return self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
+            pixels = self.backend.read_level(self.level, x0, y0, x1 - x0, y1 - y0)
+            return self._with_gaps_filled(y0, x0, pixels)
         except SourceError as error:
             if bad is None:
                 raise
@@ -158,7 +163,8 @@ class SlideView:
                 c, d = min(top + height, y1), min(left + width, x1)
                 target = pixels[a - y0 : c - y0, b - x0 : d - x0]
                 try:
-                    target[:] = self.backend.read_level(self.level, b, a, d - b, c - a)
+                    part = self.backend.read_level(self.level, b, a, d - b, c - a)
+                    target[:] = self._with_gaps_filled(a, b, part)
                 except SourceError as error:
                     logger.info("%s", error)
                     tile = self._tile_from_others(top, left)
@@ -167,6 +173,23 @@ class SlideView:
                         continue
                     target[:] = WHITE
                     bad.setdefault(self._tile_region(top, left))
+        return pixels
+
+    def _with_gaps_filled(self, y: int, x: int, pixels: Pixels) -> Pixels:
+        """Return pixels read at (y, x) of the level, tiles that it lacks computed from finer ones.
+
+        Raises:
+            SourceError: a finer level has them, and cannot be read there.
+        """
+        for left, top in self.backend.gaps(self.level, x, y, pixels):
+            if not pixels.flags["W"]:
+                pixels = pixels.copy()
+            target = pixels[max(top - y, 0) :, max(left - x, 0) :]
+            height, width = self._tile_size(top, left)
+            target = target[: top + height - max(top, y), : left + width - max(left, x)]
+            finer = next(self._same_from(self.backend.finer(self.level)), None)
+            if finer is not None:
+                target[:] = finer.read((max(top, y), max(left, x)), target.shape[:2])
         return pixels
 
     def _tile_size(self, top: int, left: int) -> tuple[int, int]:
@@ -200,21 +223,31 @@ class SlideView:
 
     def _same_from_others(self) -> Iterator[SlideView]:
         """Yield views that show this one's level by computing it from others, the best first."""
-        downsamples = self.backend.level_downsamples
-        own_x, own_y = downsamples[self.level]
-        width, height = self.backend.level_sizes[self.level]
-        limit = BLURRED * max(self.downsample)
-        fine = [n for n, other in enumerate(downsamples) if max(other) <= max(limit, own_x)]
+        own = self.backend.level_downsamples[self.level][0]
+        limit = max(BLURRED * max(self.downsample), own)
+        coarser = {
+            n: downsample[0]
+            for n, downsample in enumerate(self.backend.level_downsamples)
+            if own < downsample[0] and max(downsample) <= limit
+        }
         # finer levels hold all that this one holds; of both kinds the nearest is the best
-        order = sorted(fine, key=lambda n: abs(math.log(downsamples[n][0] / own_x)))
-        for n in sorted(order, key=lambda n: downsamples[n][0] > own_x):
-            ratio = (own_y / downsamples[n][1], own_x / downsamples[n][0])
-            exact = all((part * STEPS).is_integer() and part >= FINEST for part in ratio)
-            if n != self.level and exact:
+        yield from self._same_from(self.backend.finer(self.level))
+        yield from self._same_from(sorted(coarser, key=coarser.__getitem__))
+
+    def _same_from(self, levels: Iterable[int]) -> Iterator[SlideView]:
+        """Yield views that show this one's level by computing it from others, in their order."""
+        width, height = self.backend.level_sizes[self.level]
+        for level in filter(self.backend.check, levels):
+            own_x, own_y = self.backend.level_downsamples[self.level]
+            dx, dy = self.backend.level_downsamples[level]
+            ratio = (_ratio(own_y / dy, 0), _ratio(own_x / dx, 0))
+            # across the whole level no pixel may be a part of one out of place
+            shifts = abs(ratio[0] * dy / own_y - 1) * height, abs(ratio[1] * dx / own_x - 1) * width
+            if min(ratio) >= FINEST and max(shifts) < SHIFT:
                 yield SlideView(
                     shape=(height, width),
                     downsample=(own_y, own_x),
-                    level=n,
+                    level=level,
                     ratio=ratio,
                     backend=self.backend,
                 )
@@ -266,18 +299,32 @@ class Slide:
         mpp: (x, y) µm per level-0 pixel.
         mpp_source: where `mpp` comes from.
         fingerprint: hex digest of the content, whatever the file's name and date.
-        doubts: sentences on what makes the file's µm per pixel or its picture doubtful.
+        first_doubts: those of `doubts` that were known when it was opened.
         stored_mpp: µm per stored pixel where the source is a patch grid, which knows no finer one.
         pixels: what reads the file.
+        levels: the same, as far as its levels show what they should.
     """
 
     path: Path
     mpp: tuple[float, float]
     mpp_source: str
     fingerprint: str
-    doubts: tuple[str, ...] = ()
+    first_doubts: tuple[str, ...] = ()
     stored_mpp: float | None = None
     pixels: Backend
+    levels: Levels = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Look at the levels whose size does not tell how coarse they are."""
+        object.__setattr__(self, "levels", Levels(self.pixels))
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """Return sentences on what makes its µm per pixel, its picture or its levels doubtful.
+
+        There may be more once a level has been used.
+        """
+        return (*self.first_doubts, *self.levels.doubts)
 
     @property
     def backend(self) -> str:
@@ -291,13 +338,13 @@ class Slide:
 
     @property
     def level_sizes(self) -> Sizes:
-        """Return (width, height) of each stored level."""
-        return self.pixels.level_sizes
+        """Return (width, height) of each stored level that shows the slide."""
+        return tuple(self.levels.level_sizes[n] for n in self.levels.usable())
 
     @property
     def level_downsamples(self) -> Downsamples:
-        """Return (x, y) level-0 pixels per pixel of each stored level."""
-        return self.pixels.level_downsamples
+        """Return (x, y) level-0 pixels per pixel of each stored level that shows the slide."""
+        return tuple(self.levels.level_downsamples[n] for n in self.levels.usable())
 
     @property
     def properties(self) -> Mapping[str, str]:
@@ -332,7 +379,7 @@ class Slide:
         tolerance = max(tolerance, WHOLE_TOLERANCE)
         wanted = (mpp / self.mpp[1], mpp / self.mpp[0])  # y, x: arrays are rows first
         level = self._level_for(wanted, tolerance)
-        dx, dy = self.level_downsamples[level]
+        dx, dy = self.levels.level_downsamples[level]
         if self.stored_mpp is not None and math.isclose(mpp, self.stored_mpp, rel_tol=1e-6):
             ratio = (1.0, 1.0)
         else:
@@ -369,7 +416,7 @@ class Slide:
         """
         factor = max(self.size) / max_side
         level = self._level_for((factor, factor), 0.0)
-        whole = max(1, math.ceil(factor / min(self.level_downsamples[level])))
+        whole = max(1, math.ceil(factor / min(self.levels.level_downsamples[level])))
         view = self._view(level, (float(whole), float(whole)))
         bad: list[Region] = []
         pixels = view.read((0, 0), view.shape, bad=bad)
@@ -389,15 +436,21 @@ class Slide:
 
     def _level_for(self, wanted: tuple[float, float], tolerance: float) -> int:
         """Return the coarsest level that is not coarser than `wanted` (y, x)."""
-        fine = [
-            level
-            for level, (dx, dy) in enumerate(self.level_downsamples)
-            if dy <= wanted[0] * (1 + tolerance) and dx <= wanted[1] * (1 + tolerance)
-        ]
-        return max(fine, key=lambda level: sum(self.level_downsamples[level]), default=0)
+        while True:
+            downsamples = self.levels.level_downsamples
+            fine = [
+                level
+                for level in self.levels.usable()
+                if downsamples[level][1] <= wanted[0] * (1 + tolerance)
+                and downsamples[level][0] <= wanted[1] * (1 + tolerance)
+            ]
+            level = max(fine, key=lambda level: sum(downsamples[level]), default=0)
+            # it may turn out to be none, or coarser than its file says
+            if self.levels.check(level) and self.levels.level_downsamples == downsamples:
+                return level
 
     def _view(self, level: int, ratio: tuple[float, float]) -> SlideView:
-        dx, dy = self.level_downsamples[level]
+        dx, dy = self.levels.level_downsamples[level]
         width, height = self.size
         fy, fx = ratio[0] * dy, ratio[1] * dx
         return SlideView(
@@ -405,7 +458,7 @@ class Slide:
             downsample=(fy, fx),
             level=level,
             ratio=ratio,
-            backend=self.pixels,
+            backend=self.levels,
         )
 
     def _too_coarse(self, mpp: float) -> str:

@@ -1,0 +1,313 @@
+"""Which stored levels show the slide, and at what factor: stated, then checked against level 0."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy.ndimage import uniform_filter
+from skimage.feature import match_template
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.sources.backend import (
+    Backend,
+    Downsample,
+    Downsamples,
+    Pixels,
+    Sizes,
+    Sparse,
+    fits_size,
+    is_whole,
+    possible_downsamples,
+)
+
+EDGE = (48, 128)
+"""Pixels of a level along a side of the square that is compared: the first for coarse levels."""
+
+SIDE = (512, 3072)
+"""Level-0 pixels along a side of that square, for the finest levels and the coarsest."""
+
+MAP = 1 << 22
+"""Pixels up to which a level is read whole, to find where there is something to compare."""
+
+CELLS = 16
+"""Parts of the slide along each axis among which the places to compare are chosen."""
+
+FLAT = 3.0
+"""Standard deviation of grey values below which a place shows nothing that could be found again."""
+
+NOISE = 12.0
+"""Grey values by which JPEG and sharpening change a pixel."""
+
+STRAY = 0.1
+"""Share of pixels that no kernel can have made of level 0, above which a level is no level."""
+
+Grey = npt.NDArray[np.float32]
+
+logger = logging.getLogger(__name__)
+
+
+class Levels:
+    """The levels of a slide: a level is compared with level 0 before it is used.
+
+    A level whose size does not tell its factor, because it was padded or is another picture, is
+    compared when the slide is opened; the others when they are first chosen. All share one lock.
+
+    Attributes:
+        size: (width, height) of level 0.
+        level_sizes: (width, height) of each stored level, those that are no levels among them.
+        level_tiles: (width, height) of the pieces that each is stored in.
+        doubts: sentences on levels that are left out or not what they seem.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.size = backend.size
+        self.level_sizes: Sizes = backend.level_sizes
+        self.level_tiles: Sizes = backend.level_tiles
+        self.doubts: list[str] = []
+        self._lock = threading.RLock()
+        self._settled: dict[int, Downsample | None] = {}
+        self._structure: npt.NDArray[np.float64] | None = None
+        for level in range(1, len(self.level_sizes)):
+            downsample = backend.level_downsamples[level]
+            if not is_whole(downsample) or not fits_size(
+                self.size, self.level_sizes[level], downsample
+            ):
+                self.check(level)
+
+    @property
+    def level_downsamples(self) -> Downsamples:
+        """Return (x, y) level-0 pixels per pixel of each level, as far as is known by now."""
+        stated = self._backend.level_downsamples
+        return tuple(self._settled.get(level) or pair for level, pair in enumerate(stated))
+
+    def usable(self) -> list[int]:
+        """Return the levels that have not been found to be none."""
+        return [n for n in range(len(self.level_sizes)) if self._settled.get(n, ()) is not None]
+
+    def check(self, level: int) -> bool:
+        """Return whether a level shows the slide; from then on its downsample is right."""
+        if level == 0:
+            return True
+        with self._lock:
+            if level not in self._settled:
+                self._settled[level] = self._settle(level)
+        return self._settled[level] is not None
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle that lies inside a level; return uint8 (height, width, 3).
+
+        Raises:
+            SourceError: the file cannot be read there.
+        """
+        return self._backend.read_level(level, x, y, width, height)
+
+    def gaps(self, level: int, x: int, y: int, pixels: Pixels) -> Iterator[tuple[int, int]]:
+        """Yield (x, y) of stored tiles that were left out of a level, but not of all finer ones.
+
+        Args:
+            level: that was read.
+            x: left edge of what was read, in pixels of the level.
+            y: top edge.
+            pixels: that were read.
+        """
+        sparse = self._backend
+        if level == 0 or not isinstance(sparse, Sparse):
+            return
+        width, height = self.level_tiles[level]
+        for top in range(y // height * height, y + pixels.shape[0], height):
+            for left in range(x // width * width, x + pixels.shape[1], width):
+                part = pixels[max(top - y, 0) : top + height - y, max(left - x, 0) :]
+                part = part[:, : left + width - max(left, x)]
+                if (
+                    (part[0, 0] == sparse.blank).all()
+                    and (part == sparse.blank).all()
+                    and not sparse.holds(level, left // width, top // height)
+                    and any(self._holds_any(n, level, left, top) for n in self.finer(level))
+                ):
+                    yield left, top
+
+    def finer(self, level: int) -> list[int]:
+        """Return the levels finer than one, the nearest first."""
+        downsamples = self.level_downsamples
+        found = [n for n in self.usable() if downsamples[n][0] < downsamples[level][0]]
+        return sorted(found, key=lambda n: -downsamples[n][0])
+
+    def _holds_any(self, level: int, coarse: int, left: int, top: int) -> bool:
+        """Return whether a level has any stored tile where a tile of a coarser level lies."""
+        downsamples, (width, height) = self.level_downsamples, self.level_tiles[coarse]
+        rx, ry = (a / b for a, b in zip(downsamples[coarse], downsamples[level], strict=True))
+        corner, size = (int(left * rx), int(top * ry)), (int(width * rx), int(height * ry))
+        return any(self._tiles(level, *corner, *size))
+
+    def _tiles(self, level: int, x: int, y: int, width: int, height: int) -> Iterator[bool]:
+        """Yield whether each stored tile that a rectangle of a level touches was written."""
+        sparse = self._backend if isinstance(self._backend, Sparse) else None
+        tile_width, tile_height = self.level_tiles[level]
+        full_width, full_height = self.level_sizes[level]
+        for row in range(y // tile_height, -(-min(y + height, full_height) // tile_height)):
+            for column in range(x // tile_width, -(-min(x + width, full_width) // tile_width)):
+                yield sparse is None or sparse.holds(level, column, row)
+
+    def _settle(self, level: int) -> Downsample | None:
+        """Return the downsample at which a level shows what level 0 shows, None where at none."""
+        size, stated = self.level_sizes[level], self._backend.level_downsamples[level]
+        name = f"level {level} ({size[0]} × {size[1]} px)"
+        if not any(self._tiles(level, 0, 0, *size)):
+            self.doubts.append(f"{name} holds no pixels; it is computed from a finer level")
+            return None
+        verdicts: list[bool | None] = []
+        for downsample in possible_downsamples(self.size, size, self.level_tiles[level], stated):
+            fits = fits_size(self.size, size, downsample)
+            verdicts.append(self._shows_level_0(level, downsample))
+            # where nothing is to be seen, nothing speaks against what the sizes say
+            if verdicts[-1] or (verdicts == [None] and fits):
+                if not fits:
+                    self.doubts.append(
+                        f"{name} goes beyond the edge of the slide: a pixel of it counts as "
+                        f"{downsample[0]:g} × {downsample[1]:g} of level 0, as its content shows"
+                    )
+                return downsample
+        why = "does not show what level 0 shows"
+        if False not in verdicts:
+            why = "has a size that tells nothing of its place, as does what is to be seen on it"
+        if not verdicts:
+            why = "has another shape than the slide"
+        self.doubts.append(f"{name} {why}; it is not used")
+        return None
+
+    def _shows_level_0(self, level: int, downsample: Downsample) -> bool | None:
+        """Compare places of a level with level 0; return None where there is nothing to see."""
+        reference = self._reference(downsample)
+        base = self.level_downsamples[reference]
+        ratio = (downsample[0] / base[0], downsample[1] / base[1])
+        side = min(max(SIDE[0], EDGE[0] * max(ratio)), EDGE[1] * max(ratio), SIDE[1])
+        extents = [
+            min(own, full // f)  # what was cut off at the edge may be anything
+            for own, full, f in zip(self.level_sizes[level], self.size, downsample, strict=True)
+        ]
+        edge = int(min(side / max(ratio), *extents))
+        for v, u in self._places() if edge >= 4 else ():
+            x, y = (
+                int(min(max(0, part * extent - edge / 2), extent - edge))
+                for part, extent in zip((u, v), extents, strict=True)
+            )
+            try:
+                verdict = self._same(level, reference, ratio, (x, y), edge)
+            except (SourceError, _LeftOut):  # what is damaged or was not written says nothing
+                logger.debug("level %d is not compared at %d, %d", level, x, y, exc_info=True)
+                continue
+            if verdict is not None:
+                return verdict
+        return None
+
+    def _reference(self, downsample: Downsample) -> int:
+        """Return the level to compare with: level 0, but where that takes long a coarser one."""
+        wanted = max(downsample) * EDGE[0] / SIDE[1]
+        levels = [n for n in self.usable() if max(self.level_downsamples[n]) <= wanted]
+        levels.sort(key=lambda n: -max(self.level_downsamples[n]))
+        return next((n for n in levels if self._settled.get(n) or self.check(n)), 0)
+
+    def _same(
+        self,
+        level: int,
+        reference: int,
+        ratio: tuple[float, float],
+        corner: tuple[int, int],
+        edge: int,
+    ) -> bool | None:
+        """Return whether a square of a level shows what a finer one shows there.
+
+        Two questions, for any kernel by which a level may have been made: could each pixel be a
+        mean of its surroundings in the finer level, and is the square found again where it should
+        be? The first sees smooth pictures out of place, the second textured ones.
+        """
+        x, y = corner
+        stored = self._read_grey(level, x, y, edge, edge)
+        box = [x * ratio[0], y * ratio[1], (x + edge) * ratio[0], (y + edge) * ratio[1]]
+        left, top = math.floor(box[0]), math.floor(box[1])
+        width, height = self.level_sizes[reference]
+        right, bottom = min(math.ceil(box[2]), width), min(math.ceil(box[3]), height)
+        fine = self._read_grey(reference, left, top, right - left, bottom - top)
+        inside = (
+            box[0] - left,
+            box[1] - top,
+            min(box[2] - left, fine.shape[1]),
+            min(box[3] - top, fine.shape[0]),
+        )
+        mean, square = (
+            np.asarray(
+                Image.fromarray(values).resize((edge, edge), Image.Resampling.BOX, box=inside)
+            )
+            for values in (fine, fine * fine)
+        )
+        around = uniform_filter(mean, 3)
+        spread = np.sqrt(np.maximum(uniform_filter(square, 3) - around * around, 0))
+        if (abs(stored - around) > NOISE + 3 * spread).mean() > STRAY:
+            return False
+        if stored.std() < FLAT or mean.std() < FLAT:
+            return None
+        reach = max(4, edge // 8)
+        if edge < 4 * reach:
+            return None
+        inner = stored[reach:-reach, reach:-reach]
+        found = match_template(mean, inner)  # type: ignore[no-untyped-call]
+        here = found[reach - 1 : reach + 2, reach - 1 : reach + 2].max()
+        best = found.max()  # near 1 but for nearest neighbours of noise, and the less sure for it
+        return bool(here >= (0.97 if best > 0.7 else 0.9) * best)
+
+    def _read_grey(self, level: int, x: int, y: int, width: int, height: int) -> Grey:
+        if not all(self._tiles(level, x, y, width, height)):
+            raise _LeftOut
+        pixels = self._backend.read_level(level, x, y, width, height)
+        return np.asarray(pixels.sum(axis=2, dtype=np.uint16) / np.float32(3), np.float32)
+
+    def _places(self) -> Iterator[tuple[float, float]]:
+        """Yield (y, x) in parts of the slide, those first where most is to be seen far out.
+
+        An error of the factor moves what lies far from the origin; hence the weights.
+        """
+        if self._structure is None:
+            self._structure = self._seen()
+        at = (np.arange(CELLS) + 0.5) / CELLS
+        score = self._structure * (0.2 + at[:, None]) * (0.2 + at)
+        for index in np.argsort(-score, axis=None)[:4]:
+            row, column = divmod(int(index), CELLS)
+            if self._structure[row, column] >= FLAT:
+                yield float(at[row]), float(at[column])
+        yield from [(0.5, 0.5), (0.35, 0.6), (0.65, 0.4)]
+
+    def _seen(self) -> npt.NDArray[np.float64]:
+        """Return the standard deviation of grey values in each part of the slide, (y, x)."""
+        level = min(range(len(self.level_sizes)), key=lambda n: math.prod(self.level_sizes[n]))
+        width, height = self.level_sizes[level]
+        found = np.zeros((CELLS, CELLS))
+        is_small = width * height <= MAP
+        try:
+            whole = self._backend.read_level(level, 0, 0, width, height) if is_small else None
+            for row in range(CELLS):
+                for column in range(CELLS):
+                    x, y = column * width // CELLS, row * height // CELLS
+                    w, h = -(-width // CELLS), -(-height // CELLS)
+                    w, h = min(w, width - x), min(h, height - y)
+                    if whole is not None:
+                        part = whole[y : y + h, x : x + w]
+                    elif (row + column) % 4:  # fewer of those that must be read one by one
+                        continue
+                    else:
+                        part = self._backend.read_level(level, x, y, min(w, 64), min(h, 64))
+                    few = part[:: -(-len(part) // 32), :: -(-part.shape[1] // 32)]  # tell enough
+                    found[row, column] = few.std(axis=(0, 1)).mean()
+        except SourceError:
+            logger.debug("no picture of the whole slide", exc_info=True)
+        return found
+
+
+class _LeftOut(Exception):
+    """Tiles that were not written say nothing about a level."""
