@@ -341,3 +341,29 @@ def test_preparation_is_not_for_slides(folder: Path, key: str) -> None:
     change(folder, "mpp = 0.5", f"mpp = 0.5\n{key}")
     with pytest.raises(BundleError, match="is not for slides"):
         load_bundle(folder)
+
+
+def test_limits_are_one_paragraph_and_no_part_of_what_masks_depend_on(folder: Path) -> None:
+    before = load_bundle(folder)
+    change(
+        folder,
+        "[network_options]",
+        'limits = """\n- Four patients.\n- No "fat".\n"""\n[network_options]',
+    )
+    bundle = load_bundle(folder)
+    assert bundle.limits == 'Four patients. No "fat".'
+    assert bundle.digest == before.digest
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
+    assert load_bundle(folder) == bundle
+    change(folder, "[network_options]", "limits = 3\n[network_options]")
+    with pytest.raises(BundleError, match="limits is 3; expected a paragraph"):
+        load_bundle(folder)
+
+
+def test_the_digest_is_of_the_bytes_that_are_loaded(folder: Path) -> None:
+    bundle = load_bundle(folder)
+    assert bundle.read_weights() == b"0123456789"
+    (folder / "model.safetensors").write_bytes(b"9876543210")
+    assert bundle.weights_sha256 == hashlib.sha256(b"0123456789").hexdigest()
+    with pytest.raises(BundleError, match=r"model\.safetensors has been replaced since"):
+        bundle.read_weights()

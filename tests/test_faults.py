@@ -314,7 +314,7 @@ def test_what_is_still_valid_is_reused_and_the_rest_redone(tmp_path, place):
         before = state()
         assert run(place, output, "--outputs", "zarr,geojson", *options).returncode == 0
         assert not set(before[0].items()) & set(state()[0].items()), options
-    assert run(place, output, "--outputs", "zarr", model="busy").returncode == 0
+    assert run(place, output, "--outputs", "zarr", "--overwrite", model="busy").returncode == 0
     # what the other model had written is gone
     assert {p.name for p in folder.iterdir()} == {"mask.ome.zarr", "run.json", ".store"}
     assert load_run(folder / "run.json").model["name"] == "test-busy"

@@ -14,6 +14,7 @@ from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.cost import count_macs, count_parameters
 from wsi_pipeline.networks.trial import check_shapes, run, try_bundle
+from wsi_pipeline.training.recipe import load_recipe
 
 MODELS = Path(__file__).parents[1] / "models"
 BUNDLES = sorted(path.parent for path in MODELS.glob("*/model.toml"))
@@ -116,6 +117,18 @@ def test_a_card_says_what_the_bundle_is_not_and_where_its_weights_are_from(path:
         assert words in card
 
 
+@pytest.mark.parametrize("path", BUNDLES, ids=name_of)
+def test_each_bundle_tells_its_limits(path: Path) -> None:
+    limits = load_bundle(path).limits
+    if path in WITH_WEIGHTS:
+        recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")
+        assert limits == recipe.bundle.limits  # as `train` would write it
+        card = " ".join((path / "README.md").read_text("utf-8").split()).replace("- ", "")
+        assert limits in card
+    else:
+        assert limits.startswith("No weights come with it and nothing was measured here")
+
+
 def test_the_demo_bundle_calls_glass_background() -> None:
     bundle = load_bundle(MODELS / "lightmuseg-bcss-demo")
     generator = torch.Generator().manual_seed(0)
@@ -129,7 +142,6 @@ def test_the_demo_bundle_calls_glass_background() -> None:
 
 def test_the_demo_bundle_tells_tumour_from_necrosis_on_a_real_region(data_dir: Path) -> None:
     from wsi_pipeline.training.measure import measure, scores_of
-    from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.samples import load_samples
 
     recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")

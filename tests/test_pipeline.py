@@ -1,6 +1,7 @@
 """The main job against independent oracles: the pixels themselves, and one canvas in memory."""
 
 import csv
+import hashlib
 import json
 import shutil
 import signal
@@ -22,6 +23,7 @@ from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.errors import BundleError, SourceError
 from wsi_pipeline.grid import PatchGrid
 from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.networks import build
@@ -33,6 +35,7 @@ from wsi_pipeline.options import (
     Settings,
 )
 from wsi_pipeline.pipeline import segment, segment_all, tile
+from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
 
@@ -238,16 +241,188 @@ def test_running_again_does_nothing_and_other_exports_infer_nothing(tmp_path, sl
     assert (mask_of(folder) == mask).all()
 
 
-def test_another_model_leaves_no_file_of_the_first(tmp_path, slide_path):
+def test_other_settings_leave_no_file_of_the_first(tmp_path, slide_path):
     output = tmp_path / "out"
-    first = pointwise_bundle(tmp_path / "first", mpp=0.5)
-    folder, _ = run(slide_path, first, output, export=ExportOptions(tiff="asap"))
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    folder, _ = run(slide_path, bundle, output, export=ExportOptions(tiff="asap"))
     assert (folder / "mask.asap.tif").is_file()
-    second = pointwise_bundle(tmp_path / "second", mpp=0.25)
-    run(slide_path, second, output, export=ExportOptions(outputs=("zarr", "geojson")))
+    few = ExportOptions(outputs=("zarr", "geojson"))
+    run(slide_path, bundle, output, export=few, mask_mpp=1.0)
     assert {p.name for p in folder.iterdir()} == {
         "mask.ome.zarr", "annotations.geojson", "run.json", ".store",
     }  # fmt: skip
+
+
+def change_toml(bundle, old, new):
+    text = (bundle / "model.toml").read_text("utf-8")
+    assert old in text
+    (bundle / "model.toml").write_text(text.replace(old, new), "utf-8")
+
+
+def other_name(bundle):
+    change_toml(bundle, "test-model", "another")
+
+
+def other_weights(bundle):
+    torch.jit.script(Busy()).save(bundle / "program.pt")
+
+
+def other_input(bundle):
+    change_toml(bundle, "overlap = [32, 32]", "overlap = [16, 16]")
+
+
+@pytest.mark.parametrize("change", [other_name, other_weights, other_input])
+@pytest.mark.parametrize("lost", [None, ".store"])
+def test_another_model_is_refused_like_another_slide(tmp_path, slide_path, change, lost):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    line = ["segment", slide_path, "--model", bundle, "--output", tmp_path / "out"]
+
+    def call(*options):
+        return subprocess.run(cli("-q", *line, *options), capture_output=True, text=True)
+
+    assert call().returncode == 0
+    (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
+    if lost:
+        shutil.rmtree(folder / lost)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    change(bundle)
+    refused, dry = call(), call("--dry-run")
+    assert (refused.returncode, dry.returncode) == (1, 1)
+    sentence = "holds the run of another model, test-model; choose another --output, or --overwrite"
+    assert f"failed: {slide_path}: {folder} {sentence}" in refused.stderr
+    assert f"would fail: {folder} {sentence}" in dry.stdout
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before | {
+        p: p.read_bytes() for p in (folder / ".store").glob(".lock")
+    }
+    assert call("--overwrite", "--dry-run").returncode == 0
+    assert call("--overwrite").returncode == 0
+    made = load_run(folder / "run.json")
+    bytes_of = (bundle / "program.pt").read_bytes()
+    assert made.model["weights_sha256"] == hashlib.sha256(bytes_of).hexdigest()
+    with (tmp_path / "out" / "summary.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["model"], row["weights"]) == (made.model["name"], made.model["weights_sha256"])
+    mask = mask_of(folder)
+    tissue = made.tissue_mm2
+    for index, name in enumerate(("Tumor", "Stroma"), start=1):
+        percent = 100 * (mask == index).sum() * 0.25**2 * 1e-6 / tissue
+        assert float(row[f"tissue_percent_{name}"]) == pytest.approx(percent, abs=1e-3)
+        text = (folder / "annotations.geojson").read_text("utf-8")
+        features = json.loads(text)["features"]
+        named = [f["properties"]["classification"]["name"] for f in features]
+        assert int(row[f"regions_{name}"]) == named.count(name)
+
+
+def test_what_a_model_may_not_be_trusted_with_costs_no_prediction(tmp_path, slide_path):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    folder, made = run(slide_path, bundle, tmp_path / "out")
+    assert "limits" not in made.model
+    blocks = {p: p.stat().st_mtime_ns for p in (folder / ".store" / "blocks").iterdir()}
+    change_toml(bundle, "modality", 'limits = """\nFour\n  patients."""\nmodality')
+    _, made = run(slide_path, bundle, tmp_path / "out")
+    assert made.model["limits"] == "Four patients."
+    assert blocks == {p: p.stat().st_mtime_ns for p in (folder / ".store" / "blocks").iterdir()}
+
+
+def slides_in_turn(tmp_path, make_slide, slide_pixels):
+    """Return a slide of several blocks, and another that may take its place."""
+    pixels = np.tile(slide_pixels, (2, 2, 1))
+    return (
+        make_slide(tmp_path / "slide.tif", pixels, 0.25, levels=(1, 8)),
+        make_slide(tmp_path / "other.tif", pixels[::-1, ::-1], 0.25, levels=(1, 8)),
+        pixels,
+    )
+
+
+def segment_and(what, slide, bundle, output):
+    """Segment a slide, and do something when the first block is done; return the run."""
+    done = []
+
+    def progress(job, patches, total):
+        if patches and not done:
+            done.append(what())
+
+    predict = PredictOptions(precision="fp32", device="cpu", block_size=1024)
+    settings = Settings(select=EVERYWHERE, predict=predict, export=MASK_ONLY)
+    with open_cluster(ScheduleOptions()) as client:
+        ((_, made),) = segment_all(
+            plan_jobs([slide], output),
+            load_bundle(bundle),
+            client=client,
+            settings=settings,
+            threads=1,
+            progress=progress,
+        )
+    assert done
+    return made
+
+
+def replaced(path, by):
+    path.unlink()
+    shutil.copy(by, path)
+    return True
+
+
+def written_over(path, by):
+    path.write_bytes(by.read_bytes())
+    return True
+
+
+@pytest.mark.parametrize("replace_by", [replaced, written_over])
+def test_a_slide_that_is_replaced_on_the_way_is_never_done(
+    tmp_path, make_slide, slide_pixels, replace_by
+):
+    slide, other, pixels = slides_in_turn(tmp_path, make_slide, slide_pixels)
+    first = shutil.copy(slide, tmp_path / "first.tif")
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    made = segment_and(lambda: replace_by(slide, other), slide, bundle, tmp_path / "out")
+    assert made.status == "failed"
+    if replace_by is replaced:  # else a tile may be read half written, too
+        assert made.reason.startswith("its content was replaced while it was segmented; put the")
+    shutil.copy(first, slide)
+    folder, made = run(slide, bundle, tmp_path / "out")
+    assert made.status == "done"
+    assert (mask_of(folder) == classify(pixels)).all()
+
+
+def test_a_slide_that_is_replaced_behind_the_last_block_is_not_done(
+    tmp_path, make_slide, slide_pixels
+):
+    slide, other, _ = slides_in_turn(tmp_path, make_slide, slide_pixels)
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+
+    def progress(patches, total):
+        if patches == total:
+            replaced(slide, other)
+
+    (job,) = plan_jobs([slide], tmp_path / "out")
+    settings = Settings(select=EVERYWHERE, export=MASK_ONLY)
+    with open_cluster(ScheduleOptions()) as client, pytest.raises(SourceError, match="replaced"):
+        segment(job, load_bundle(bundle), client=client, settings=settings, progress=progress)
+    assert not list((job.folder / ".store").glob("blocks/*"))
+
+
+@pytest.mark.parametrize("change", [other_weights, other_input])
+def test_a_model_that_is_replaced_on_the_way_is_never_taken_for_the_first(
+    tmp_path, slide_path, change
+):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.25)
+    loaded = load_bundle(bundle)
+    digest = loaded.weights_sha256
+    change(bundle)
+    (job,) = plan_jobs([slide_path], tmp_path / "out")
+    with open_cluster(ScheduleOptions()) as client, pytest.raises(BundleError, match="replaced"):
+        segment(job, loaded, client=client, settings=Settings(export=MASK_ONLY))
+    made = segment_now(job, bundle)
+    if change is other_weights:
+        assert made.model["weights_sha256"] != digest
+    else:
+        assert made.model["input"]["overlap"] == [16, 16]
+
+
+def segment_now(job, bundle):
+    with open_cluster(ScheduleOptions()) as client:
+        return segment(job, load_bundle(bundle), client=client, settings=Settings(export=MASK_ONLY))
 
 
 def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):

@@ -30,6 +30,7 @@ from wsi_pipeline.report import load_run
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.store import RunStore
 from wsi_pipeline.viewer import serve
+from wsi_pipeline.viewer.shown import open_shown
 
 EVERYWHERE = SelectOptions(tissue="none")
 FIRST = ExportOptions(simplify_um=1, min_area_um2=100)
@@ -390,3 +391,44 @@ def test_the_plain_line_leaves_what_export_wrote(output, bounded, model):
     before = contents(folder)
     call(*line(bounded, model, output, "--simplify", 1))  # the same line again
     assert contents(folder) == before
+
+
+def test_class_0_is_called_as_the_model_calls_it(tmp_path, bounded, model):
+    glass = Path(shutil.copytree(model, tmp_path / "model"))
+    text = (glass / "model.toml").read_text("utf-8").replace('"Background"', '"Glass"')
+    (glass / "model.toml").write_text(text, "utf-8")
+    for name in ("again", "direct"):
+        call(*line(bounded, glass, tmp_path / name, *(["--for", "openslide"] * (name == "direct"))))
+    folder, direct = (tmp_path / name / "bounded" for name in ("again", "direct"))
+    call("export", folder, "--for", "openslide")
+    assert contents(folder) == contents(direct)
+    assert b"Glass" in (folder / "mask.ome.tif").read_bytes()
+    assert open_shown(folder).facts()["classes"][0]["name"] == "Glass"
+
+
+def test_random_weights_are_said_wherever_results_are(tmp_path, bounded):
+    nothing = tmp_path / "nothing"
+    demo = Path(__file__).parents[1] / "models" / "lightmuseg-bcss-demo"
+    call("models", "init", demo, "--output", nothing)
+    said = call(*line(bounded, nothing, tmp_path / "out", "--mask-mpp", 1))
+    folder = tmp_path / "out" / "bounded"
+    run = load_run(folder / "run.json")
+    assert "RANDOM WEIGHTS" in run.model["limits"]
+    assert run.model["limits"] in run.warnings
+    assert f"limits of nothing: {run.model['limits']}" in said
+    assert f"warning: bounded.zarr: {run.model['limits']}" in said
+    assert "Limits of nothing: RANDOM WEIGHTS" in (tmp_path / "out/report.html").read_text("utf-8")
+    with serve(tmp_path / "out") as viewer:
+        facts = json.loads(request.urlopen(f"{viewer.url}runs/bounded").read())
+    assert facts["limits"] == run.model["limits"]
+    features = json.loads((folder / "annotations.geojson").read_text("utf-8"))["features"]
+    assert {f["properties"]["metadata"]["limits"] for f in features} == {"RANDOM WEIGHTS"}
+    stamped = (folder / "overlay.png").read_bytes()
+    (folder / "overlay.png").unlink()
+    call("export", folder)
+    assert (folder / "overlay.png").read_bytes() == stamped
+    # the legend has room for one more entry than the same picture without the stamp
+    edit(folder, lambda r: r["model"].pop("limits"))
+    (folder / "overlay.png").unlink()
+    call("export", folder)
+    assert (folder / "overlay.png").read_bytes() != stamped

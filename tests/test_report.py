@@ -121,11 +121,20 @@ def test_summary_has_a_row_for_each_slide_and_a_column_for_each_class(tmp_path: 
         "Stroma_mm2": "1.5",
         "Necrosis_mm2": "",
         "seconds": "75.25",
+        "model": "m",
+        "weights": "0f",
+        "tissue_percent_Tumor": "12.5",
+        "tissue_percent_Stroma": "75.0",
+        "tissue_percent_Necrosis": "",
+        "regions_Tumor": "1234",
+        "regions_Stroma": "2",
     }
     assert second["status"] == "failed"
     assert second["reason"] == "cut off in the middle of a tile"
     assert second["tissue_mm2"] == second["width_px"] == second["Tumor_mm2"] == ""
+    assert second["tissue_percent_Tumor"] == second["regions_Tumor"] == second["model"] == ""
     assert (third["Tumor_mm2"], third["Necrosis_mm2"]) == ("3.0", "0.125")
+    assert (third["tissue_percent_Tumor"], third["tissue_percent_Necrosis"]) == ("150.0", "6.25")
 
 
 def test_texts_of_the_summary_survive_quoting(tmp_path: Path) -> None:

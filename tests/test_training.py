@@ -1514,6 +1514,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
         "model.toml",
     ]
     bundle = load_bundle(folder / "bundle")
+    assert bundle.limits == "Discs only."
     assert bundle.temperature == pytest.approx(fit_temperature([*judged.values()]), abs=1e-3)
     told = {"path": recipe.bundle.path, "weights_path": None, "temperature": 1.0}
     assert dataclasses.replace(bundle, **told) == recipe.bundle

@@ -28,14 +28,16 @@ from wsi_pipeline.blend import (
     sample_positions,
 )
 from wsi_pipeline.bundle import Bundle, load_bundle
+from wsi_pipeline.errors import BundleError, SourceError
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.regions import PROBABILITY_ONE, find_pieces
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape, box_slices, iter_blocks
 from wsi_pipeline.inference import Claim, PatchCache, Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
+from wsi_pipeline.paths import is_remote
 from wsi_pipeline.schedule import map_large_arrays
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.sources.prepared import Preparation, open_scan
+from wsi_pipeline.sources.prepared import Preparation, Scan, open_scan
 from wsi_pipeline.store import RunStore, settle, writing
 
 if TYPE_CHECKING:
@@ -55,7 +57,9 @@ class Plan(ABC):
 
     Attributes:
         path: of the source.
+        fingerprint: of the source, when it was planned.
         bundle_path: folder of the bundle.
+        model: digest of the bundle.
         store: the run's working folder.
         grid: the patches to predict.
         mask_shape: pixels along each axis of the mask.
@@ -66,7 +70,9 @@ class Plan(ABC):
     """
 
     path: Path
+    fingerprint: str
     bundle_path: Path
+    model: str
     store: RunStore
     grid: PatchGrid
     mask_shape: Shape
@@ -175,7 +181,13 @@ class BlockWorker(ABC):
 
     def __init__(self, plan: Plan, keep: Keep) -> None:
         bundle = load_bundle(plan.bundle_path)
+        if bundle.digest != plan.model:
+            raise BundleError(
+                f"the model in {plan.bundle_path} has been replaced since this command began: "
+                "give it again"
+            )
         self._plan = plan
+        self._stamp = _stamp(plan.path)
         self._classes = len(bundle.classes)
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
@@ -188,6 +200,21 @@ class BlockWorker(ABC):
     @abstractmethod
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
+
+    @abstractmethod
+    def _fingerprint(self) -> str:
+        """Return the fingerprint of what lies at the source's path now."""
+
+    def _check_source(self) -> None:
+        """Refuse a source that was replaced before the last pixels were read.
+
+        Raises:
+            SourceError: it was.
+        """
+        stamp = _stamp(self._plan.path)
+        if stamp != self._stamp:
+            check_fingerprint(self._plan, self._fingerprint())
+            self._stamp = stamp
 
     @abstractmethod
     def _pixels(self, start: Shape, shape: Shape) -> Pixels:
@@ -287,6 +314,7 @@ class BlockWorker(ABC):
         arrays: dict[str, npt.NDArray[Any]],
     ) -> None:
         """Trace a block whose mask is written, and enter it in the ledger."""
+        self._check_source()
         counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
         arrays = arrays | {"counts": counts.numpy()}
         if probability is not None:
@@ -310,6 +338,7 @@ class SegmentBlocks(BlockWorker):
     def __init__(self, plan: SlidePlan, keep: Keep) -> None:
         super().__init__(plan, keep)
         self._slide = open_source(plan.path, mpp=plan.mpp, series=plan.series)
+        check_fingerprint(plan, self._slide.fingerprint)
         self._view = self._slide.at(plan.grid_mpp, tolerance=MPP_TOLERANCE)
         self._bad: set[Region] = set()
         self._noting = threading.Lock()
@@ -342,6 +371,10 @@ class SegmentBlocks(BlockWorker):
         }
         self._enter(block, mask, probability, clock, arrays)
         return len(patches)
+
+    def _fingerprint(self) -> str:
+        with open_source(self._plan.path, mpp=self._plan.mpp, series=self._plan.series) as slide:
+            return slide.fingerprint
 
     def _pixels(self, start: Shape, shape: Shape) -> Pixels:
         """Return the slide's pixels in a box of the grid; note what cannot be read."""
@@ -398,12 +431,8 @@ class ScanBlocks(BlockWorker):
         super().__init__(plan, keep)
         if len(plan.mask_shape) > 2:
             map_large_arrays()
-        self._scan = open_scan(
-            plan.path,
-            axes=len(plan.mask_shape),
-            frame=plan.frame,
-            time_points=plan.time_points,
-        )
+        self._scan = self._open()
+        check_fingerprint(plan, self._scan.fingerprint)
         self._mask = plan.store.open_mask()
 
     def close(self) -> None:
@@ -432,8 +461,49 @@ class ScanBlocks(BlockWorker):
         self._enter(block, mask, probability, clock, arrays)
         return len(patches)
 
+    def _open(self) -> Scan:
+        plan = self._plan
+        return open_scan(
+            plan.path,
+            axes=len(plan.mask_shape),
+            frame=plan.frame,
+            time_points=plan.time_points,
+        )
+
+    def _fingerprint(self) -> str:
+        with self._open() as scan:
+            return scan.fingerprint
+
     def _pixels(self, start: Shape, shape: Shape) -> Pixels:
         return self._plan.prepared.read(self._scan, start, shape)
+
+
+def check_fingerprint(plan: Plan, fingerprint: str) -> None:
+    """Refuse a source that is not the one that was planned; return nothing.
+
+    Args:
+        plan: of the source.
+        fingerprint: of what lies at its path.
+
+    Raises:
+        SourceError: another one.
+    """
+    if fingerprint != plan.fingerprint:
+        raise SourceError(
+            f"{plan.path}: its content was replaced while it was segmented; put the first one back "
+            "and give the same command again, or start anew with --overwrite"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """Return what is another where a file or folder of this machine was replaced or written."""
+    if is_remote(path):
+        return ()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def open_blocks(plan: Plan, keep: Keep) -> BlockWorker:

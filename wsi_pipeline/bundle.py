@@ -13,7 +13,7 @@ import urllib.parse
 import urllib.request
 from base64 import b64encode
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -35,6 +35,8 @@ FOREIGN = ("exported", "torchscript")
 """Networks that come as a program in the bundle's folder."""
 AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
 """Of a patch."""
+RANDOM_WEIGHTS = "RANDOM WEIGHTS"
+"""How the limits of a model begin that has learnt nothing."""
 RESOLUTION: Mapping[Modality, str] = {"slide": "mpp", "image": "fit", "volume": "spacing_mm"}
 """The key of `[input]` that says at what resolution the network sees."""
 PREPARATION: Mapping[str, tuple[Modality, ...]] = {
@@ -128,6 +130,7 @@ class Bundle:
         labels: names of what the network says of a whole patch, in its order; empty where nothing.
         temperature: that the mask's logits are divided by, so that probabilities are as often right
             as they say.
+        limits: what its results must not be trusted with, one paragraph that goes with them.
     """
 
     path: Path
@@ -142,6 +145,7 @@ class Bundle:
     classes: tuple[ClassInfo, ...]
     labels: tuple[str, ...] = ()
     temperature: float = 1.0
+    limits: str = ""
 
     @property
     def mpp(self) -> float:
@@ -158,6 +162,34 @@ class Bundle:
     def weights_sha256(self) -> str:
         """Return the hex digest of the weights file, or "" where there is none."""
         return sha256_of(self.weights_path) if self.weights_path else ""
+
+    def read_weights(self) -> bytes:
+        """Return what the weights file holds, the very bytes that `weights_sha256` is of.
+
+        Raises:
+            BundleError: there is none, or it has been replaced since the digest was taken.
+        """
+        if self.weights_path is None:
+            raise BundleError(f"the bundle {self.path} names no weights; set them in model.toml")
+        try:
+            data = self.weights_path.read_bytes()
+        except OSError as error:
+            raise BundleError(
+                f"cannot read weights from {self.weights_path}: {error.strerror or error}"
+            ) from error
+        digest = hashlib.sha256(data).hexdigest()
+        if self.__dict__.setdefault("weights_sha256", digest) != digest:
+            raise BundleError(
+                f"{self.weights_path} has been replaced since this command began: give it again"
+            )
+        return data
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of all that masks depend on."""
+        table = bundle_table(replace(self, limits=""))
+        text = json.dumps([table, self.weights_sha256], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -283,6 +315,7 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
     return {
         "name": bundle.name,
         "modality": bundle.modality,
+        **({"limits": bundle.limits} if bundle.limits else {}),
         "network": bundle.network,
         "network_options": dict(bundle.network_options),
         "input": {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()},
@@ -291,7 +324,8 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
 
 
 def _parse(table: Mapping[str, Any], path: Path, *, fetch: bool) -> Bundle:
-    _know(table, ("name", "modality", "network", "weights", "network_options", "input", "output"))
+    words = ("name", "modality", "limits", "network", "weights")
+    _know(table, (*words, "network_options", "input", "output"))
     for key in ("name", "modality", "network"):
         if not isinstance(table[key], str) or not table[key].strip():
             raise ValueError(f"{key} is {table[key]!r}; expected a word in quotes")
@@ -318,7 +352,23 @@ def _parse(table: Mapping[str, Any], path: Path, *, fetch: bool) -> Bundle:
         classes=_classes(output["classes"], activation),
         labels=_labels(output.get("labels", [])),
         temperature=float(temperature),
+        limits=paragraph(table.get("limits", "")),
     )
+
+
+def paragraph(text: Any) -> str:
+    r"""Return a text of several lines, or a Markdown list, as one paragraph.
+
+    Example:
+        >>> paragraph("- Four patients.\n- No glass,\n  no fat.")
+        'Four patients. No glass, no fat.'
+
+    Raises:
+        ValueError: it is no text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"limits is {text!r}; expected a paragraph in quotes")
+    return " ".join(re.sub(r"^[-*] ", "", text, flags=re.MULTILINE).split())
 
 
 def _subtable(value: Any, key: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.blocks import STAGES, Clock, SlidePlan
-from wsi_pipeline.bundle import Bundle, ClassInfo
+from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, ClassInfo, bundle_table
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.outlines import find_outlines, trace_mask
@@ -103,16 +103,32 @@ class Finished:
         )
 
 
-def model_facts(bundle: Bundle) -> dict[str, str]:
+def model_facts(bundle: Bundle) -> dict[str, Any]:
     """Return what `run.json` says of a model."""
-    return {"name": bundle.name, "weights_sha256": bundle.weights_sha256}
+    facts = {
+        "name": bundle.name,
+        "weights_sha256": bundle.weights_sha256,
+        "input": bundle_table(bundle)["input"],
+    }
+    return facts | ({"limits": bundle.limits} if bundle.limits else {})
 
 
-def made_by(model: Mapping[str, str], key: str) -> dict[str, str]:
+def warnings_of(bundle: Bundle) -> list[str]:
+    """Return what each run by a model warns of."""
+    return [bundle.limits] if stamp_of(model_facts(bundle)) else []
+
+
+def stamp_of(model: Mapping[str, Any]) -> str:
+    """Return what must stand on all that a run's model has made, "" where nothing must."""
+    return RANDOM_WEIGHTS if model.get("limits", "").startswith(RANDOM_WEIGHTS) else ""
+
+
+def made_by(model: Mapping[str, Any], key: str) -> dict[str, str]:
     """Return what each object tells of its origin; `model` and `key` are the run's."""
     return {
         "model": model["name"],
         "weights_sha256": model["weights_sha256"],
+        **({"limits": stamp} if (stamp := stamp_of(model)) else {}),
         "run": key,
         "software": f"wsi_pipeline {version('wsi-pipeline')}",
     }
@@ -256,11 +272,16 @@ def _describe(
             for c, n in zip(finished.classes[1:], pixels[1:], strict=False)
         },
         colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
+        background=finished.classes[0].name,
         tissue_mm2=float(stored.tissue.sum() * fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6),
         regions=written.regions,
         frame=frame_facts(settings.export.frame, crop),
         bad_regions=[asdict(region) for region in finished.bad],
-        warnings=[*finished.slide.doubts, *_warnings(finished, written)],
+        warnings=[
+            *warnings_of(finished.bundle),
+            *finished.slide.doubts,
+            *_warnings(finished, written),
+        ],
     )
 
 
@@ -303,6 +324,7 @@ def _write_overlay(path: Path, finished: Finished, mask_path: Path) -> None:
         ome_zarr.read_mask(mask_path, tissue.shape),
         classes=finished.classes,
         tissue=tissue,
+        note=stamp_of(model_facts(finished.bundle)),
     )
 
 

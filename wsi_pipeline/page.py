@@ -127,6 +127,11 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         kind=_kind(runs.values()),
         done=sum(run.status == "done" for run in runs.values()),
         runs=len(runs),
+        limits=dict.fromkeys(
+            (run.model["name"], run.model["limits"])
+            for run in runs.values()
+            if "limits" in run.model
+        ),
         tissue=math.fsum(run.tissue_mm2 for run in runs.values()) if slides else None,
         columns=_columns(runs.values()),
         colors=colors,

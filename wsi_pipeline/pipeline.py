@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_pipeline.blocks import BlockWorker, Plan, SlidePlan, open_blocks
+from wsi_pipeline.blocks import BlockWorker, Plan, SlidePlan, check_fingerprint, open_blocks
 from wsi_pipeline.bundle import Bundle, sha256_of
 from wsi_pipeline.errors import (
     BundleError,
@@ -56,6 +56,7 @@ from wsi_pipeline.outputs import (
     FILES,
     OUTPUT_FILES,
     Finished,
+    model_facts,
     options_of,
     versions,
     write_outputs,
@@ -91,6 +92,8 @@ from wsi_pipeline.store import (
     PIXEL_CHUNK,
     RunStore,
     StoredGrid,
+    another,
+    check_same,
     claimed,
     close_patch_grid,
     make_folder,
@@ -264,6 +267,7 @@ def estimate(
     threads: int | None = None,
     rate: float,
     model: ModelBytes,
+    overwrite: bool = False,
 ) -> Estimate:
     """Return what a slide will take, from its headers and thumbnail; nothing is written.
 
@@ -276,13 +280,16 @@ def estimate(
         threads: of the CPU for one worker's forward passes; None = all.
         rate: patches per second, of all workers together.
         model: what it takes.
+        overwrite: whatever the folder holds.
 
     Raises:
-        WsiPipelineError: the slide or the model cannot be used; the message says why.
+        WsiPipelineError: the slide, the model or the folder cannot be used; the message says why.
     """
     select = job.select(settings.select)
     settings = _fitting(replace(settings, select=select), bundle)
     with _open(job.path, bundle, settings) as source:
+        if not overwrite:
+            _refuse_others(job, source.fingerprint, bundle)
         store = RunStore(folder=job.folder.absolute())
         if isinstance(source, Slide):
             stored = survey(source, bundle, settings)
@@ -377,23 +384,33 @@ def _begin(
             settings = fitting_outputs(source, settings)
             key = run_key(scan_identity(source, bundle, settings))
         if not overwrite:
+            _refuse_others(job, source.fingerprint, bundle)
             settings = _as_exported(job.home, key, settings)
         in_hand = job.target is not None and job.folder.is_dir()
-        if not overwrite and not in_hand and (run := _finished(job.home, key, settings.export)):
+        if (
+            not overwrite
+            and not in_hand
+            and (run := _finished(job.home, key, bundle, settings.export))
+        ):
             logger.info("%s is done already", job.folder)
             return run
         # absolute: workers elsewhere have another current folder
         folder = job.folder.absolute()
         claim.enter_context(RunStore(folder=folder).claim())
-        if not overwrite and (run := _finished(job.home, key, settings.export)):
+        if not overwrite and (run := _finished(job.home, key, bundle, settings.export)):
             if job.target:
                 shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
             return run  # by another process, a moment ago
-        if job.target and not overwrite and (run := _finished(folder, key, settings.export)):
+        if (
+            job.target
+            and not overwrite
+            and (run := _finished(folder, key, bundle, settings.export))
+        ):
             return _move_home(job, run)  # which an earlier run could not
         store = open_run_store(
             folder,
             fingerprint=source.fingerprint,
+            model=_who(bundle),
             key=key,
             overwrite=overwrite,
         )
@@ -405,6 +422,31 @@ def _begin(
         return _Begun(
             job=job, run=begun, claim=claim.pop_all(), seconds=time.perf_counter() - start
         )
+
+
+def _who(bundle: Bundle) -> str:
+    """Return a digest of what makes a model another one: its name, its weights, what it sees."""
+    return run_key(model_facts(replace(bundle, limits="")))
+
+
+def _refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
+    """Refuse a folder that holds another slide's run, or another model's.
+
+    Raises:
+        StoreError: it does.
+    """
+    try:
+        with reaching(job.home):
+            run = load_run(job.home / RUN_FILE)
+    except StoreError:  # nothing, or nothing that can be read
+        run = None
+    if run is not None and (run.status == "done" or run.amounts):
+        facts = model_facts(bundle)
+        if run.slide.get("fingerprint") != fingerprint:
+            raise another(job.home, "slide")
+        if any(run.model.get(k, facts[k]) != facts[k] for k in ("name", "weights_sha256", "input")):
+            raise another(job.home, f"model, {run.model.get('name')}")
+    check_same(job.folder, fingerprint=fingerprint, model=_who(bundle))
 
 
 def _open(path: Path, bundle: Bundle, settings: Settings) -> Slide | Scan:
@@ -605,6 +647,8 @@ def _finish(begun: _Begun, seconds: float, stage: Stage) -> Run:
     """Write the outputs of a slide whose blocks took so many seconds; return its run."""
     start = time.perf_counter()
     store = begun.run.plan.store
+    if isinstance(begun.run, Finished):
+        _check_slide(begun.run)
     with writing(store.folder):
         files = WrittenFiles(store, tell=lambda name: stage(f"writing {name}"))
         _drop_what_is_old(begun, files)
@@ -616,6 +660,21 @@ def _finish(begun: _Begun, seconds: float, stage: Stage) -> Run:
     run = replace(run, seconds={**run.seconds, "total": round(total, 3)})
     write_run_json(begun.job.folder / RUN_FILE, run)
     return run
+
+
+def _check_slide(finished: Finished) -> None:
+    """Refuse a slide that was replaced since it was surveyed, and forget what was made of it.
+
+    Raises:
+        SourceError: it was.
+    """
+    plan = finished.plan
+    with open_source(plan.path, mpp=plan.mpp, series=plan.series) as slide:
+        try:
+            check_fingerprint(plan, slide.fingerprint)
+        except SourceError:
+            plan.store.empty()
+            raise
 
 
 def _move_home(job: Job, run: Run) -> Run:
@@ -710,8 +769,7 @@ def _identity(slide: Slide, bundle: Bundle, settings: Settings) -> dict[str, Any
     return {
         "slide": slide.fingerprint,
         "mpp": slide.mpp,
-        "model": sha256_of(bundle.path / "model.toml"),
-        "weights": bundle.weights_sha256,
+        "model": bundle.digest,
         "select": where,
         "files": files,
         "predict": {k: v for k, v in asdict(predict).items() if k not in ("device", "batch_size")},
@@ -738,7 +796,7 @@ def _drop_what_is_old(begun: _Begun, files: WrittenFiles) -> None:
     sync(folder)
 
 
-def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
+def _finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE
     with reaching(folder):
@@ -746,7 +804,9 @@ def _finished(folder: Path, key: str, export: ExportOptions) -> Run | None:
             return None
         run = load_run(path)
     wanted = {"key": key, "export": as_plain(export)}
-    same = run.status == "done" and wanted.items() <= run.settings.items()
+    # what the model says of its limits may have changed since
+    same = run.status == "done" and run.model == model_facts(bundle)
+    same &= wanted.items() <= run.settings.items()
     return run if same else None
 
 
@@ -799,7 +859,9 @@ def _plan(
         path=slide.path.absolute(),
         mpp=settings.select.mpp,
         series=settings.select.series,
+        fingerprint=slide.fingerprint,
         bundle_path=bundle.path.absolute(),
+        model=bundle.digest,
         store=store,
         grid=stored.grid,
         grid_mpp=stored.info.grid_mpp,
@@ -902,8 +964,9 @@ def _patches_touching(plan: Plan, blocks: list[Block]) -> int:
 def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> Run:
     """Return the run of a slide that failed, written down unless its folder holds a good run."""
     reason = " ".join(str(error).split()) or type(error).__name__
-    # it is said beside the slide's name
-    reason = reason.removeprefix(f"{without_secrets(str(job.path))}: ")
+    for path in (job.path, job.path.absolute()):
+        # it is said beside the slide's name
+        reason = reason.removeprefix(f"{without_secrets(str(path))}: ")
     reason = without_secrets(reason)
     if not isinstance(error, WsiPipelineError):
         reason = f"{type(error).__name__}: {reason}"
@@ -911,7 +974,7 @@ def _failed(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> R
         status="busy" if isinstance(error, BusyError) else "failed",
         reason=reason,
         slide={"name": name_of(job.path), "path": without_secrets(str(job.path))},
-        model={"name": bundle.name, "weights_sha256": bundle.weights_sha256},
+        model=model_facts(bundle),
         settings=settings.as_plain(),
         versions=versions(),
     )

@@ -18,11 +18,11 @@ from wsi_pipeline.outputs import (
     frame_facts,
     made_by,
     options_of,
+    stamp_of,
     write_each,
     write_polygons,
     write_tiffs,
 )
-from wsi_pipeline.records import check, read_json
 from wsi_pipeline.report import RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.store import RunStore, open_patch_grid
 from wsi_pipeline.written import WrittenFiles
@@ -117,7 +117,7 @@ def _dialect(run: Run, mask_mpp: tuple[float, float], options: ExportOptions) ->
     """Return how regions become features, as `segment` makes them."""
     (x, y), mpp = mask_mpp, run.slide["mpp"]
     return geojson.Dialect(
-        classes=(ClassInfo(name="Background"), *_classes(run)),
+        classes=(ClassInfo(name=run.background), *_classes(run)),
         downsample=(x / mpp[0], y / mpp[1]),
         mpp=(mpp[0], mpp[1]),
         crop=_crop(run, options),
@@ -147,7 +147,7 @@ def _write(
         "tiff": lambda path: write_tiffs(
             path, mask_path, dialect, name=Path(run.slide["name"]).stem, kind=options.tiff
         ),
-        "overlay": lambda path: _write_overlay(path, store, dialect),
+        "overlay": lambda path: _write_overlay(path, store, dialect, stamp_of(run.model)),
     }
     files = WrittenFiles(store)
     failures = write_each(writers, due, store.folder, files, clock)
@@ -188,18 +188,13 @@ def _side(run: Run) -> int:
 
 def _held(run: Run, store: RunStore, blocks: list[Block]) -> list[Block]:
     """Return which blocks are in the ledger, if that is the run's."""
-    try:
-        held = read_json(store.key_path)
-        check(held, dict[str, str])
-    except (OSError, ValueError):
-        return []
-    if held.get("key") != run.settings["key"]:
-        return []  # of a run with other settings that was begun since
+    if store.key().get("key") != run.settings["key"]:
+        return []  # lost, or of a run with other settings that was begun since
     pending = {block.index for block in store.pending(blocks)}
     return [block for block in blocks if block.index not in pending]
 
 
-def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect) -> None:
+def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect, note: str) -> None:
     if not store.grid_path.is_dir():
         raise WsiPipelineError("the slide's thumbnail is not kept here; segment the slide again")
     stored = open_patch_grid(store.grid_path)
@@ -209,4 +204,5 @@ def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect) -> Non
         ome_zarr.read_mask(store.finished_mask_path, stored.tissue.shape),
         classes=dialect.classes,
         tissue=stored.tissue,
+        note=note,
     )

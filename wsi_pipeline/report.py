@@ -57,6 +57,8 @@ class ModelFacts(TypedDict, total=False):
 
     name: str
     weights_sha256: str
+    input: dict[str, Any]
+    limits: str
 
 
 class LesionFacts(TypedDict):
@@ -76,13 +78,14 @@ class Run:
         reason: one sentence for people; "" where all is well.
         slide: name, path, size (w, h), mpp (x, y), mpp_source, bounds, backend, fingerprint; of a
             slide that could not be opened only the first two.
-        model: name and weights_sha256.
+        model: name and weights_sha256, `input` as its `model.toml` has it, and its limits.
         settings: options of the run.
         versions: of the software.
         patches: how many the grid has, were kept as tissue, were predicted.
         seconds: per stage; "total" is wall time.
         area_mm2: per class, from the mask's pixels, in the mask's order.
         colors: (red, green, blue) per class, 0 to 255.
+        background: name of class 0.
         tissue_mm2: where the model looked, from the thumbnail.
         regions: polygons per class.
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
@@ -105,6 +108,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     area_mm2: dict[str, float] = field(default_factory=dict)
     colors: Annotated[dict[str, list[int]], dict[str, ColorFacts]] = field(default_factory=dict)
+    background: str = "Background"
     tissue_mm2: float = 0.0
     regions: dict[str, int] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
@@ -203,10 +207,20 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
     _write_text(output_dir / "summary.csv", buffer.getvalue())
 
 
-def _more_columns(run: Run) -> dict[str, float]:
-    """Return what a row has only of images and volumes, by its column."""
+def _more_columns(run: Run) -> dict[str, str | float]:
+    """Return what a row has behind the columns that all tables have, by its column."""
+    found: dict[str, str | float] = {
+        "model": _no_formula(run.model.get("name", "")),
+        "weights": run.model.get("weights_sha256", ""),
+    }
+    if run.has_tissue and run.tissue_mm2 > 0:
+        found |= {
+            f"tissue_percent_{name}": round(100 * area / run.tissue_mm2, 4)
+            for name, area in run.area_mm2.items()
+        }
+    found |= {f"regions_{name}": count for name, count in run.regions.items()}
     spacing = run.slide.get("spacing_mm") or ()
-    found = {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
+    found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
     if len(size := run.slide.get("size", ())) == 3:
         found["depth_px"] = size[2]
     if run.unit != "mm²":

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pictures
 
-from wsi_pipeline.blocks import Clock, ScanPlan
-from wsi_pipeline.bundle import AXES, Bundle, ClassInfo, sha256_of
+from wsi_pipeline.blocks import Clock, ScanPlan, check_fingerprint
+from wsi_pipeline.bundle import AXES, Bundle, ClassInfo
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import MaskLike, geojson, overlay
 from wsi_pipeline.export.dicom_seg import write_dicom_seg
@@ -30,7 +30,9 @@ from wsi_pipeline.outputs import (
     made_by,
     model_facts,
     seconds_of,
+    stamp_of,
     versions,
+    warnings_of,
     write_each,
     write_polygons,
 )
@@ -77,8 +79,7 @@ def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, A
         "spacing_mm": scan.spacing_mm,
         "frame": settings.select.series,
         "time_point": settings.select.time_point,
-        "model": sha256_of(bundle.path / "model.toml"),
-        "weights": bundle.weights_sha256,
+        "model": bundle.digest,
         "predict": {k: v for k, v in asdict(settings.predict).items() if k not in left_out},
         "version": version("wsi-pipeline"),
     }
@@ -123,7 +124,9 @@ def plan_scan(
         raise StoreError(str(error)) from error
     return ScanPlan(
         path=scan.path.absolute(),
+        fingerprint=scan.fingerprint,
         bundle_path=bundle.path.absolute(),
+        model=bundle.digest,
         store=store,
         grid=grid,
         mask_shape=scan.shape,
@@ -242,6 +245,7 @@ def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
     clock.lap("lesions")
     written: list[geojson.Written] = []
     with open_one(plan.path, finished.bundle, settings) as scan:
+        check_fingerprint(plan, scan.fingerprint)
         writers: dict[Output, Callable[[Path], object]] = {
             "png": lambda path: write_mask_png(path, mask, classes=finished.classes),
             "nifti": lambda path: _write_nifti(path, mask, scan),
@@ -270,7 +274,7 @@ def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
         status="failed" if failures else "done",
         reason="; ".join(failures),
         slide=_facts(finished.scan),
-        model={"name": finished.bundle.name, "weights_sha256": finished.bundle.weights_sha256},
+        model=model_facts(finished.bundle),
         settings={
             "key": finished.key,
             **settings.as_plain(),
@@ -284,10 +288,11 @@ def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
         },
         seconds=seconds_of(ledger, clock),
         colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
+        background=finished.classes[0].name,
         regions=(written[0] if written else NOTHING).regions,
         lesions={found.name: _lesions(found, len(plan.mask_shape)) for found in lesions},
         labels=_labels(finished.bundle, ledger),
-        warnings=list(finished.scan.doubts),
+        warnings=[*warnings_of(finished.bundle), *finished.scan.doubts],
     )
     return files.noted(replace(run, **_amounts(finished, lesions)))
 
@@ -358,8 +363,9 @@ def _write_overlay(
     mask: MaskLike,
     lesions: Sequence[Lesions],
 ) -> None:
+    note = stamp_of(model_facts(finished.bundle))
     if isinstance(scan, Volume):
-        write_planes_overlay(path, scan, mask, finished.classes, lesions)
+        write_planes_overlay(path, scan, mask, finished.classes, lesions, note=note)
         return
     height, width = scan.shape
     share = min(max(SMALLEST_SIDE // max(height, width), 1), PICTURE_SIDE / max(height, width))
@@ -368,7 +374,11 @@ def _write_overlay(
         (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(shape, scan.shape, strict=True)
     )
     overlay.write_overlay(
-        path, _picture(scan, shape), mask[:, :][np.ix_(rows, columns)], classes=finished.classes
+        path,
+        _picture(scan, shape),
+        mask[:, :][np.ix_(rows, columns)],
+        classes=finished.classes,
+        note=note,
     )
 
 

@@ -425,6 +425,15 @@ class RunStore:
         """Return the file that tells whose run it is."""
         return self.path / "key.json"
 
+    def key(self) -> dict[str, str]:
+        """Return what that file tells, nothing where there is none."""
+        try:
+            found: dict[str, str] = read_json(self.key_path)
+            check(found, dict[str, str])
+        except (OSError, ValueError):
+            return {}
+        return found
+
     def _block_path(self, block: Block) -> Path:
         return self.path / "blocks" / f"{block.name}.npz"
 
@@ -525,7 +534,34 @@ def run_key(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool) -> RunStore:
+def another(folder: Path, what: str) -> StoreError:
+    """Return the refusal of a folder that holds the run of another slide or model."""
+    return StoreError(
+        f"{folder} holds the run of another {what}; choose another --output, or --overwrite"
+    )
+
+
+def check_same(folder: Path, *, fingerprint: str, model: str) -> None:
+    """Refuse a folder in which another slide, or another model, was begun; return nothing.
+
+    Args:
+        folder: the run's folder.
+        fingerprint: of the slide.
+        model: digest of what makes a model another; "" = any will do.
+
+    Raises:
+        StoreError: it was. Of another model something must be there to be lost.
+    """
+    found = RunStore(folder=folder).key()
+    if found.get("fingerprint", fingerprint) != fingerprint:
+        raise another(folder, "slide")
+    if found.get("model", model) != model and RunStore(folder=folder).blocks():
+        raise another(folder, "model")
+
+
+def open_run_store(
+    folder: Path, *, fingerprint: str, model: str = "", key: str, overwrite: bool
+) -> RunStore:
     """Open a run's working folder, emptied unless it belongs to the same run; return it.
 
     Outputs of an earlier run beside it stay until new ones take their place.
@@ -533,25 +569,19 @@ def open_run_store(folder: Path, *, fingerprint: str, key: str, overwrite: bool)
     Args:
         folder: the run's folder; created.
         fingerprint: of the slide.
+        model: as in `check_same`.
         key: digest of slide, model and settings, from `run_key`.
         overwrite: throw away what is there.
 
     Raises:
-        StoreError: the folder holds another slide's run, or cannot be written.
+        StoreError: the folder holds another slide's or model's run, or cannot be written.
     """
     store = RunStore(folder=folder)
-    wanted = {"fingerprint": fingerprint, "key": key}
-    try:
-        found = read_json(store.key_path)
-        check(found, dict[str, str])
-    except (OSError, ValueError):
-        found = None
-    if found and not overwrite and found.get("fingerprint") != fingerprint:
-        raise StoreError(
-            f"{folder} holds the run of another slide; choose another --output, or --overwrite"
-        )
+    wanted = {"fingerprint": fingerprint, "model": model, "key": key}
+    if not overwrite:
+        check_same(folder, fingerprint=fingerprint, model=model)
     with writing(folder):
-        is_new = overwrite or found != wanted
+        is_new = overwrite or store.key().get("key") != key
         if is_new:
             store.empty()
         make_folders(store.path / "blocks")

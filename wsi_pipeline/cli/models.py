@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from wsi_pipeline.bundle import FOREIGN, Bundle, bundle_table, load_bundle
+from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.demo import CHECKOUT
 from wsi_pipeline.cli.options import MPP
 from wsi_pipeline.errors import BundleError, without_secrets
@@ -204,7 +204,7 @@ def init(location: str, output: Path, seed: int, overwrite: bool) -> None:
     from wsi_pipeline.networks.checkpoints import init_model
 
     init_model(load_bundle(location, fetch=False), output, seed=seed, overwrite=overwrite)
-    click.echo("random weights: what this model marks means nothing", err=True)
+    click.echo(f"{RANDOM_WEIGHTS}: what this model marks means nothing", err=True)
     click.echo(str(output))
 
 
@@ -322,6 +322,7 @@ def _as_text(facts: dict[str, Any]) -> str:
         ("scaled by", f"mean {spec['mean']}, std {spec['std']}, after [0, 1]"),
         ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
         *([("labels", ", ".join(output["labels"]))] if "labels" in output else []),
+        *([("limits", facts["limits"])] if "limits" in facts else []),
         *_cost_rows(facts["cost"]),
         ("weights", _weights_place(weights)),
         *([("sha256", weights["sha256"])] if weights["sha256"] else []),

@@ -297,7 +297,7 @@ def command(
         max_ram=options["max_ram"],
     )
     if options["dry_run"]:
-        if not _dry_run(jobs, bundle, settings, schedule):
+        if not _dry_run(jobs, bundle, settings, schedule, options["overwrite"]):
             ctx.exit(1)
         return
     make_folder(output)
@@ -415,6 +415,8 @@ def _run(
         Bars(quiet=quiet, unit="patches", of=len(jobs)) as bars,
         _summary(output, target) as summary,
     ):
+        if not quiet and bundle.limits:
+            click.echo(f"limits of {bundle.name}: {bundle.limits}", err=True)
         if not quiet and (link := dashboard_link(client)):
             click.echo(f"dashboard: {link}", err=True)
         for job, run in segment_all(
@@ -604,7 +606,9 @@ def _threads(schedule: ScheduleOptions) -> int:
     return max(cpu_count() // (len(schedule.gpus) or schedule.workers), 1)
 
 
-def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: ScheduleOptions) -> bool:
+def _dry_run(
+    jobs: list[Any], bundle: Any, settings: Settings, schedule: ScheduleOptions, overwrite: bool
+) -> bool:
     """Say what a run would take, a line for each slide and one for all; return whether it could."""
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.estimate import model_bytes, patches_per_second
@@ -626,6 +630,7 @@ def _dry_run(jobs: list[Any], bundle: Any, settings: Settings, schedule: Schedul
                 threads=_threads(schedule),
                 rate=rate,
                 model=model,
+                overwrite=overwrite,
             )
         except WsiPipelineError as error:
             click.echo(without_secrets(f"{job.path}\twould fail: {error}"))

@@ -20,7 +20,7 @@ from wsi_pipeline.files import written_beside
 FILL = 0.3
 """Opacity of a class inside its outline: the tissue must stay visible."""
 TISSUE_COLOR = (70, 70, 90)
-TEXT_COLOR = (40, 40, 40)
+TEXT_COLOR, WHITE = (40, 40, 40), (255, 255, 255)
 FONT_SIZE = 15  # px
 MARGIN = 10  # px, around and between the legend's entries
 PREVIEW = "preview"
@@ -39,6 +39,7 @@ def write_overlay(
     classes: Sequence[ClassInfo],
     tissue: BoolMask | None = None,
     captions: Sequence[str] | None = None,
+    note: str = "",
 ) -> None:
     """Write a PNG of the thumbnail under translucent, outlined classes, with a legend below.
 
@@ -52,6 +53,7 @@ def write_overlay(
         classes: in the mask's order; 0 is the background.
         tissue: (h, w) bool; drawn as a thin line where given.
         captions: what the legend says of each class but the background, in place of shares.
+        note: that stands before the legend.
     """
     picture = _draw(thumbnail, mask, classes, tissue)
     if captions is None:
@@ -59,6 +61,8 @@ def write_overlay(
     else:
         colors = [c.color or (0, 0, 0) for c in classes[1:]]
         entries = list(zip(colors, captions, strict=True))
+    if note:
+        entries = [(WHITE, note), *entries]
     below = legend(entries, picture.shape[1])
     info = PngInfo()
     info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())

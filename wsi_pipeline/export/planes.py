@@ -40,6 +40,8 @@ def write_planes_overlay(
     mask: MaskLike,
     classes: Sequence[ClassInfo],
     lesions: Sequence[Lesions],
+    *,
+    note: str = "",
 ) -> None:
     """Write a PNG of axial, coronal and sagittal slices through the largest lesion, outlined.
 
@@ -52,6 +54,7 @@ def write_planes_overlay(
         mask: uint8 (z, y, x) class index.
         classes: in the mask's order; 0 is the background.
         lesions: of the mask, as `count_lesions` finds them.
+        note: that stands before the legend.
     """
     at = _middle(lesions, volume.shape)
     axis_of, is_forward = _body_axes(volume.affine)
@@ -84,6 +87,7 @@ def write_planes_overlay(
         _side_by_side([m.astype(np.uint8) for m in masks]),
         classes=classes,
         captions=[_caption(own) for own in lesions],
+        note=note,
     )
 
 

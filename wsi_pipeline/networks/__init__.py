@@ -48,7 +48,7 @@ def build(bundle: Bundle) -> Network:
             f"the bundle {bundle.path} has no weights; bring some in with `models import`, or try "
             "it with random ones of `models init`"
         )
-    load_weights(module, bundle.weights_path, unused=module.unused)
+    load_weights(module, bundle.weights_path, unused=module.unused, data=bundle.read_weights())
     return Network(module=module.eval(), batch_size=None)
 
 

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from wsi_pipeline.bundle import (
     FOREIGN,
+    RANDOM_WEIGHTS,
     Bundle,
     bundle_table,
     bundle_toml,
@@ -130,7 +131,8 @@ def init_model(template: Bundle, folder: Path, *, seed: int = 0, overwrite: bool
         torch.manual_seed(seed)
         network = create(template)
         _balance(network, template)
-    bundle = replace(template, name=folder.resolve().name)
+    limits = f"{RANDOM_WEIGHTS}: the model has learnt nothing, and what it marks means nothing."
+    bundle = replace(template, name=folder.resolve().name, limits=limits)
     with written_folder(folder, overwrite=overwrite) as partial:
         save_file(kept_state(network), partial / WEIGHTS)
         (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
@@ -217,7 +219,8 @@ def make_template(
         raise BundleError(f"{like.path} is a program, which takes no checkpoint")
     if like is None and (network is None or classes is None or mpp is None):
         raise BundleError("a model is described by --like, or by --network, --classes and --mpp")
-    table = bundle_table(like) if like else _slide_table(str(network))
+    # what another model is not to be trusted with says nothing of this one
+    table = bundle_table(replace(like, limits="")) if like else _slide_table(str(network))
     spec, output = table["input"], table["output"]
     table["name"] = folder.resolve().name
     if mpp is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ def load_foreign(bundle: Bundle) -> Network:
         raise BundleError(f"the bundle {bundle.path} names no program; set weights in model.toml")
     load = _load_exported if bundle.network == "exported" else _load_torchscript
     try:
-        return load(path)
+        return load(io.BytesIO(bundle.read_weights()))
     except BundleError:
         raise
     except Exception as error:  # torch's loaders raise whatever the file makes them
@@ -48,13 +48,13 @@ def load_foreign(bundle: Bundle) -> Network:
         raise BundleError(f"cannot load {path} as {bundle.network}: {reason}") from error
 
 
-def _load_torchscript(path: Path) -> Network:
-    module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+def _load_torchscript(program: BinaryIO) -> Network:
+    module = torch.jit.load(program, map_location="cpu")  # type: ignore[no-untyped-call]
     return Network(module=module.eval(), batch_size=None)
 
 
-def _load_exported(path: Path) -> Network:
-    program = torch.export.load(path)
+def _load_exported(file: BinaryIO) -> Network:
+    program = torch.export.load(file)
     return Network(module=program.module(), batch_size=_static_batch(program))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from wsi_pipeline.errors import BundleError
@@ -17,17 +18,20 @@ NAMES_SHOWN = 8
 """Of each kind, where tensors do not fit."""
 
 
-def read_state(path: Path, *, key: str | None = None) -> dict[str, Tensor]:
+def read_state(
+    path: Path, *, key: str | None = None, data: bytes | None = None
+) -> dict[str, Tensor]:
     """Read the tensors of a `.safetensors` file or a PyTorch checkpoint; return them by name.
 
     Args:
         path: the file; what it is its content says.
+        data: what it holds; None = to be read.
         key: where in a checkpoint the tensors are, as "ema.model"; None = at the only such place.
 
     Raises:
         BundleError: no weight file, one that holds more than tensors or several sets of them.
     """
-    states = _states(_read(path))
+    states = _states(_read(path, data))
     if key is None:
         if len(states) > 1:
             raise BundleError(
@@ -43,18 +47,21 @@ def read_state(path: Path, *, key: str | None = None) -> dict[str, Tensor]:
     return state
 
 
-def load_weights(network: nn.Module, path: Path, *, unused: Collection[str] = ()) -> None:
+def load_weights(
+    network: nn.Module, path: Path, *, unused: Collection[str] = (), data: bytes | None = None
+) -> None:
     """Load a weight file into a network, upcast to the network's own precision; return nothing.
 
     Args:
         network: to load into.
         path: of the weights.
         unused: prefixes of tensors that the network never calls and a file may lack or have.
+        data: what the file holds; None = to be read.
 
     Raises:
         BundleError: the file does not fit, with the names that do not.
     """
-    load_state(network, read_state(path), path=path, unused=unused)
+    load_state(network, read_state(path, data=data), path=path, unused=unused)
 
 
 def load_state(
@@ -107,21 +114,20 @@ def kept_state(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _read(path: Path) -> object:
+def _read(path: Path, data: bytes | None) -> object:
     """Return what a weight file holds."""
     try:
-        with path.open("rb") as file:
-            head = file.read(9)
-        if head[8:] == b"{":  # behind the length of a safetensors header
-            return load_file(path)
-        if head.startswith(b"PK"):
-            _check_archive(path)
-        elif not head.startswith(b"\x80\x02"):  # a pickle as torch.save once wrote it bare
+        data = path.read_bytes() if data is None else data
+        if data[8:9] == b"{":  # behind the length of a safetensors header
+            return load(data)
+        if data.startswith(b"PK"):
+            _check_archive(path, data)
+        elif not data.startswith(b"\x80\x02"):  # a pickle as torch.save once wrote it bare
             raise BundleError(
                 f"cannot read weights from {path}: neither safetensors nor a PyTorch checkpoint; "
                 "a short text may stand for a file that Git LFS has not fetched"
             )
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except BundleError:
         raise
     except OSError as error:
@@ -135,9 +141,9 @@ def _read(path: Path) -> object:
         raise BundleError(f"cannot read weights from {path}: damaged, or another format") from error
 
 
-def _check_archive(path: Path) -> None:
+def _check_archive(path: Path, data: bytes) -> None:
     """Refuse archives that torch.save does not write: programs, and those that grow on reading."""
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
     names = {entry.filename.rpartition("/")[2] for entry in entries}
     if names & {"constants.pkl", "archive_format"}:
@@ -145,7 +151,7 @@ def _check_archive(path: Path) -> None:
             f"cannot read weights from {path}: it is a program; a model.toml names it with "
             'network = "torchscript" or "exported"'
         )
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    if sum(entry.file_size for entry in entries) > len(data):
         raise BundleError(f"cannot read weights from {path}: it would unpack to more than it is")
 
 

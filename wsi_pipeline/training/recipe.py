@@ -330,8 +330,9 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
     unknown = table.keys() - {"bundle", "train", "augment", "split", "data", "notes", "limits"}
     if unknown:
         raise RecipeError(f"{path}: unknown {sorted(unknown)}")
+    limits = str(table.get("limits", "")).strip()
     try:
-        bundle = parse_bundle(table["bundle"], path)
+        bundle = parse_bundle({"limits": limits, **table["bundle"]}, path)
     except BundleError as error:
         raise RecipeError(str(error)) from error
     data = tuple(_data(entry) for entry in table["data"])
@@ -347,7 +348,7 @@ def _parse(table: dict[str, Any], path: Path) -> Recipe:
         split=split,
         data=data,
         notes=str(table.get("notes", "")).strip(),
-        limits=str(table.get("limits", "")).strip(),
+        limits=limits,
     )
 
 

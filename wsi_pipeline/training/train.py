@@ -8,7 +8,7 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -212,7 +212,8 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
         (s.patient, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)
     ]
-    text = json.dumps([bundle_table(recipe.bundle), settings, data], sort_keys=True)
+    table = bundle_table(replace(recipe.bundle, limits=""))
+    text = json.dumps([table, settings, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

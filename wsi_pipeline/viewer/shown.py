@@ -34,7 +34,6 @@ JPEG_QUALITY = 85
 HATCH = 16
 """px between the lines over what cannot be read."""
 POLYGONS = "annotations.geojson"
-BACKGROUND = "Background"
 
 Pixels = npt.NDArray[np.uint8]
 Pair = tuple[int, int]
@@ -73,7 +72,7 @@ class ShownRun:
     def classes(self) -> dict[str, tuple[int, ...]]:
         """Return the colour of each class of the mask, in its order, the background first."""
         colors = {name: tuple(color or GREY) for name, color in self.run.colors.items()}
-        return {BACKGROUND: (0, 0, 0), **colors}
+        return {self.run.background: (0, 0, 0), **colors}
 
     def is_current(self) -> bool:
         """Return whether the run is still the one that was opened."""
@@ -94,6 +93,7 @@ class ShownRun:
             "mpp": run.slide.get("mpp"),
             "bounds": run.slide.get("bounds"),
             "model": run.model["name"],
+            "limits": run.model.get("limits", ""),
             "tissue_mm2": run.tissue_mm2,
             "classes": [
                 {**of, "mm2": run.area_mm2.get(of["name"]), "regions": run.regions.get(of["name"])}

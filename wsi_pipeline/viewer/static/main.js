@@ -144,6 +144,7 @@ function tellFacts(facts) {
   element("facts").textContent = lines.join("\n");
   if (facts.status !== "done") say(`${facts.status}: ${facts.reason}`, "bad");
   facts.problems.forEach((sentence) => say(sentence, "bad"));
+  if (facts.limits) say(`limits of ${facts.model}: ${facts.limits}`);
   facts.warnings.forEach((sentence) => say(sentence));
   element("layers").hidden = !facts.size;
 }
