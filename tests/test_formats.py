@@ -996,6 +996,28 @@ def write_dicom_levels(
 KINDS = ["TIFF", "SubIFD", "OME-TIFF", "SVS", "DICOM", "OME-Zarr"]
 
 
+def test_a_factor_that_the_file_states_wrongly_is_not_believed(
+    tmp_path: Path, scene: Pixels
+) -> None:
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for factor, said in ((1, 1), (8, 10), (16, 8)):  # could be padded, and could not
+            file.write(
+                box_means(scene, factor),
+                tile=(256, 256),
+                photometric="rgb",
+                resolution=(20000 / said,) * 2,
+                resolutionunit="CENTIMETER",
+                metadata=None,
+                subfiletype=int(factor > 1),
+            )
+    with open_source(path) as slide:
+        assert slide.level_downsamples == ((1, 1), (8, 8), (16, 16))
+        assert slide.at(8.0).level == 2
+        assert differing(slide, scene) == 0
+        assert slide.doubts == ()
+
+
 def differing(slide: Slide, scene: Pixels) -> float:
     """Return which share of the pixels at 8 µm is not the mean of 16 × 16 of level 0."""
     expected = box_means(scene, 16).astype(int)
