@@ -508,7 +508,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     monkeypatch.setattr("wsi_pipeline.schedule.used_memory", lambda: int(7.9e9))
     assert run(place, tmp_path / "out", "--max-ram", "8GB").returncode == 0
     assert_mask(tmp_path / "out" / "slide", big_pixels)
-    with pytest.raises(WsiPipelineError, match="with no block in hand"):
+    with pytest.raises(WsiPipelineError, match="no block is in hand"):
         _room(0, 2, max_ram=int(7e9))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
 import http.server
 import json
@@ -15,6 +16,7 @@ import threading
 import tracemalloc
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,22 @@ import pytest
 import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner, Result
+from pydicom import DataElement, Dataset
+from pydicom.dataset import FileMetaDataset
+from pydicom.uid import (
+    CTImageStorage,
+    DeflatedExplicitVRLittleEndian,
+    VLWholeSlideMicroscopyImageStorage,
+    generate_uid,
+)
 
+from wsi_pipeline.annotations.document import parse_document
 from wsi_pipeline.bundle import _fetch, download
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import BundleError, SourceError
+from wsi_pipeline.errors import AnnotationError, BundleError, SourceError
 from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.options import ScheduleOptions, SelectOptions
-from wsi_pipeline.paths import as_path, without_secrets
+from wsi_pipeline.paths import as_path, dicom_slides, without_secrets
 from wsi_pipeline.pipeline import tile
 from wsi_pipeline.schedule import open_cluster
 from wsi_pipeline.sources import open_source
@@ -290,6 +301,47 @@ def test_large_chunks_are_read_one_by_one_and_whole(tmp_path: Path) -> None:
     with open_source(slide) as opened:
         found = opened.at(0.25).read((1100, 1250), (1150, 1301))
         np.testing.assert_array_equal(found, pixels[1100:2250, 1250:2551])
+
+
+# --- what unpacks to much ------------------------------------------------------------------------
+
+
+@contextmanager
+def bounded(most: int) -> Iterator[None]:
+    """Let the body take so many bytes at most, as far as Python knows of them."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", [VLWholeSlideMicroscopyImageStorage, CTImageStorage])
+def test_a_deflated_dicom_is_not_unpacked_to_look_at(tmp_path: Path, kind: str) -> None:
+    header = Dataset()
+    header.SOPClassUID, header.SOPInstanceUID = kind, generate_uid()
+    header.file_meta = FileMetaDataset()
+    header.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    header["PixelData"] = DataElement("PixelData", "OB", bytes(1 << 27))
+    path = tmp_path / "a.dcm"
+    header.save_as(path, enforce_file_format=True)
+    assert path.stat().st_size < 1 << 18
+    with bounded(1 << 26):
+        assert dicom_slides([path]) == ([path] if "77.1.6" in kind else [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(bytes(1 << 28)), b"[" * 1_000_000, b'{"a":' * 100_000],
+    ids=["gzip", "lists", "tables"],
+)
+def test_a_geojson_bomb_is_refused(content: bytes) -> None:
+    with (
+        bounded(1 << 28),
+        pytest.raises(AnnotationError, match=r"gzip data unpack|nested too deeply"),
+    ):
+        parse_document(content)
 
 
 # --- secrets -----------------------------------------------------------------------------------

@@ -327,9 +327,16 @@ def is_dicom_slide(path: Path) -> bool:
 def _slide_header(path: Path) -> Dataset | None:
     """Return what a DICOM file says of the slide that it belongs to, None where it is none."""
     from pydicom import dcmread  # takes its time
-    from pydicom.uid import VLWholeSlideMicroscopyImageStorage
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.uid import DeflatedExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
 
     with quiet():
+        meta = read_file_meta_info(path)
+        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            # pydicom would unpack all of it, whatever it comes to, and no slide's reader can
+            if meta.get("MediaStorageSOPClassUID") != VLWholeSlideMicroscopyImageStorage:
+                return None
+            raise ValueError("a deflated slide")
         header = dcmread(
             path,
             stop_before_pixels=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -34,14 +35,14 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: no file, too large, no UTF-8, no JSON, nested too deeply.
     """
-    if isinstance(path, Path) and path.exists() and not path.is_file():
-        raise ValueError("no file")  # a pipe would be waited for
-    with path.open("rb") as file:
-        data = file.read(MOST_BYTES + 1)
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES >> 20} MB")
+    if isinstance(path, Path):  # else it lies behind a URL
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("no file")  # a pipe would be waited for
+        if status.st_size > MOST_BYTES:
+            raise ValueError(f"more than {MOST_BYTES >> 20} MB")
     try:
-        found = json.loads(data.decode("utf-8"), parse_constant=_refuse)
+        found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     _check_depth(found, DEEPEST)

@@ -220,8 +220,8 @@ def _room(in_flight: int, most: int, max_ram: int | None) -> int:
     if used < max_ram:
         return 1
     raise WsiPipelineError(
-        f"{used / 1e9:.2g} GB of memory are taken with no block in hand, --max-ram allows "
-        f"{max_ram / 1e9:.2g} GB; raise it"
+        f"{used / 1e9:.2f} GB of memory are taken, --max-ram allows {max_ram / 1e9:.2f} GB, and "
+        "no block is in hand; raise it"
     )
 
 

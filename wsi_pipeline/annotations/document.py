@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import zlib
@@ -21,6 +20,10 @@ GEOMETRY_TYPES = (
     "MultiPolygon",
     "GeometryCollection",
 )
+MOST_PACKED = 64
+"""Bytes of JSON for one of gzip: ten are usual."""
+LEAST_ROOM = 1 << 26
+"""Bytes that any gzip may unpack to."""
 GZIP_MAGIC = b"\x1f\x8b"
 
 _STRING_OR_TRAILING_COMMA = re.compile(r'"(?:[^"\\]|\\.)*"|,(?=\s*[\]}])')
@@ -79,10 +82,22 @@ def parse_document(raw: bytes) -> Document:
 
 
 def _decompress(raw: bytes) -> bytes:
+    room, data = LEAST_ROOM + MOST_PACKED * len(raw), b""
     try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
+        while raw:  # a file may be of several parts
+            unpacker = zlib.decompressobj(zlib.MAX_WBITS + 16)
+            data += unpacker.decompress(raw, room - len(data) + 1)
+            if len(data) > room:
+                raise AnnotationError(
+                    f"The gzip data unpack to more than {MOST_PACKED} times their size: "
+                    "no coordinates do."
+                )
+            if not unpacker.eof:
+                raise EOFError("they end before their end")
+            raw = unpacker.unused_data.lstrip(b"\0")
+    except (EOFError, zlib.error) as error:
         raise AnnotationError(f"The gzip data are damaged or cut off: {error}.") from error
+    return data
 
 
 def _parse_json(text: str) -> tuple[object, list[str]]:
