@@ -681,6 +681,17 @@ def test_fix_refuses_a_place_it_cannot_write(
         mend_geojson(save(collection(GOOD)), tmp_path / out)
 
 
+@pytest.mark.parametrize("name", ["mine.geojson", "in.geojson"])
+def test_fix_writes_over_no_file(name: str, tmp_path: Path) -> None:
+    for file in ("mine.geojson", "in.geojson"):
+        (tmp_path / file).write_text(json.dumps(collection(REFUSED["open ring"])), "utf-8")
+    before = (tmp_path / name).read_bytes()
+    result = run(tmp_path / "in.geojson", "--fix", tmp_path / name)
+    assert result.exit_code == 2
+    assert f"{name} is there already; name another file" in result.stderr
+    assert (tmp_path / name).read_bytes() == before
+
+
 def nested(depth: int) -> bytes:
     before, _, after = json.dumps(having(childObjects=["child"])).partition('"child"')
     innermost = json.dumps(having(classification=3))

@@ -55,3 +55,18 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "a", "1", overwrite=True)
     with pytest.raises(BundleError, match="cannot write"):
         write(tmp_path / "a" / "b", "1")
+
+
+def test_a_card_that_was_filled_in_stays_beside_the_new_one(tmp_path: Path) -> None:
+    def write_card(text: str) -> None:
+        with written_folder(tmp_path / "a", overwrite=True) as partial:
+            (partial / "README.md").write_text(text, "utf-8")
+
+    for text in ("1", "1", "2"):
+        write_card(text)
+    (tmp_path / "a" / "README.md").write_text("mine", "utf-8")
+    for _ in range(2):
+        write_card("2")
+    assert {p.name: p.read_text("utf-8") for p in (tmp_path / "a").iterdir()} == {
+        "README.md": "2", "README.old.md": "1", "README.old-2.md": "mine",
+    }  # fmt: skip

@@ -23,7 +23,7 @@ from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
-from wsi_pipeline.errors import BundleError, SourceError
+from wsi_pipeline.errors import BundleError, SourceError, StoreError
 from wsi_pipeline.grid import PatchGrid
 from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.networks import build
@@ -446,6 +446,25 @@ def test_a_stored_grid_gives_the_slides_mask(tmp_path, slide_path, mpp, make_bun
     stored, made = run(grid, bundle, tmp_path / "b", select=select)
     assert made.slide["size"] == [1931, 1487]
     assert (mask_of(direct) == mask_of(stored)).all()
+
+
+@pytest.mark.parametrize("what", ["folder", "noted grid", "slide"])
+def test_tile_replaces_nothing_but_grids(tmp_path, slide_path, what):
+    target = tmp_path / "grid.zarr"
+    options = {"mpp": 1.0, "patch_size": 128, "overlap": 0, "select": SelectOptions()}
+    source = slide_path
+    if what != "folder":
+        tile(slide_path, target, **options)
+        tile(slide_path, target, **options)
+    if what == "slide":
+        source = target
+    else:
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("mine")
+    before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    with pytest.raises(StoreError, match="choose another --output"):
+        tile(source, target, **options)
+    assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
 
 
 def test_a_mask_may_be_coarser_than_the_slide(tmp_path, slide_path, slide_pixels):

@@ -89,6 +89,7 @@ from wsi_pipeline.schedule import (
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.sources.prepared import Scan
 from wsi_pipeline.store import (
+    GRID_FILES,
     PIXEL_CHUNK,
     RunStore,
     StoredGrid,
@@ -96,6 +97,7 @@ from wsi_pipeline.store import (
     check_same,
     claimed,
     close_patch_grid,
+    is_patch_grid,
     make_folder,
     open_patch_grid,
     open_run_store,
@@ -231,6 +233,7 @@ def tile(
         WsiPipelineError: the slide or the target cannot be used.
     """
     target = Path(target)
+    _check_grid_goes(target, path)
     with open_source(path, mpp=select.mpp, series=select.series) as slide:
         stored = plan_grid(
             slide,
@@ -255,6 +258,24 @@ def tile(
                     progress(done, len(blocks))
             close_patch_grid(partial, bad)
     return open_patch_grid(target)
+
+
+def _check_grid_goes(target: Path, source: str | Path) -> None:
+    """Refuse to replace what is no patch grid, what else lies in one, or the source itself.
+
+    Raises:
+        StoreError: it is one of these.
+    """
+    if not os.path.lexists(target):
+        return
+    if os.path.exists(str(source)) and target.samefile(str(source)):
+        raise StoreError(f"{target} is the slide itself; choose another --output")
+    if not is_patch_grid(target):
+        raise StoreError(f"{target} is there and no patch grid; choose another --output")
+    if others := sorted({path.name for path in target.iterdir()} - GRID_FILES):
+        raise StoreError(
+            f"{target} holds {others[0]}, which no patch grid has; choose another --output"
+        )
 
 
 def estimate(

@@ -41,6 +41,8 @@ FORMAT = "wsi_pipeline/patch-grid"
 VERSION = 1
 PIXEL_CHUNK = 1024
 """Side of a chunk of stored pixels, in grid pixels."""
+GRID_FILES = frozenset(["zarr.json", "patches", "tissue", "thumbnail", "pixels"])
+"""What a patch grid's folder may hold."""
 LOCK_FILE = ".lock"
 CLAIM_PATIENCE = 0.2
 """Seconds: who only looks whether a folder is claimed has it for a moment."""

@@ -35,6 +35,8 @@ def command(ctx: click.Context, file: Path, fixed: Path | None, as_json: bool) -
     """
     from wsi_pipeline.annotations import check_geojson, mend_geojson
 
+    if fixed and fixed.exists():
+        raise click.UsageError(f"{fixed} is there already; name another file, or remove it")
     report = check_geojson(file)
     if not as_json:
         for finding in report.findings:

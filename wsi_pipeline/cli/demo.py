@@ -61,17 +61,22 @@ def _make_slide(output: Path) -> Path:
     import tifffile
     from skimage.data import immunohistochemistry
 
+    from wsi_pipeline.files import written_beside
+
     picture = immunohistochemistry()  # type: ignore[no-untyped-call]
     pixels = np.pad(picture, ((0, 3 * 512), (0, 3 * 512), (0, 0)), mode="symmetric")
     path = output / "demo slide.tif"
+    if path.exists():
+        return path
     output.mkdir(parents=True, exist_ok=True)
-    tifffile.imwrite(
-        path,
-        pixels,
-        tile=(256, 256),
-        photometric="rgb",
-        compression="deflate",
-        resolution=(20_000, 20_000),  # pixels per cm: 0.5 µm each
-        resolutionunit="CENTIMETER",
-    )
+    with written_beside(path) as beside:
+        tifffile.imwrite(
+            beside,
+            pixels,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="deflate",
+            resolution=(20_000, 20_000),  # pixels per cm: 0.5 µm each
+            resolutionunit="CENTIMETER",
+        )
     return path
