@@ -734,6 +734,11 @@ def test_a_contradiction_about_colours_reaches_the_user(
     said = "its header says that colours are stored as RGB, its tiles that they are YCbCr"
     assert any(said in warning for warning in run["warnings"])
     assert said in result.output
+    arguments = ["tile", path, "--mpp", "0.5", "--patch-size", "256", "--output", tmp_path]
+    result = CliRunner().invoke(group, [*map(str, arguments), "--tissue", "none"])
+    assert f"warning: {path.name}: {said}" in result.output
+    with open_source(tmp_path / f"{path.stem}.zarr") as grid:
+        assert any(said in doubt for doubt in grid.doubts)
 
 
 def test_a_contradiction_about_colours_in_dicom_is_told(tmp_path: Path) -> None:

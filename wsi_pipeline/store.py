@@ -70,6 +70,7 @@ class GridInfo:
         shape: (y, x) grid pixels of the whole slide.
         patch_size: (y, x) grid pixels.
         stride: (y, x) grid pixels between origins.
+        doubts: sentences on what makes the slide's picture doubtful.
     """
 
     source_name: str
@@ -82,6 +83,7 @@ class GridInfo:
     shape: tuple[int, int]
     patch_size: tuple[int, int]
     stride: tuple[int, int]
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -215,6 +217,7 @@ def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
         fingerprint=str(attrs["fingerprint"]),
         grid_mpp=float(attrs["grid_mpp"]),
         bounds=None if bounds is None else Region(**bounds),
+        doubts=tuple(map(str, attrs.get("doubts", ()))),
         **{name: _pair(attrs[name], float) for name in ("mpp", "downsample")},
         **{name: _pair(attrs[name], int) for name in ("size", "shape", "patch_size", "stride")},
     )

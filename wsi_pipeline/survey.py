@@ -99,6 +99,7 @@ def plan_grid(
             shape=view.shape,
             patch_size=patch_size,
             stride=(grid.stride[0], grid.stride[1]),
+            doubts=slide.pixels.doubts,
         ),
         patches=grid.keep(keep).origins,
         tissue=tissue,

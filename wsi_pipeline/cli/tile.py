@@ -104,6 +104,8 @@ def command(
                 continue
             bars.close()
             click.echo(f"done: {target} ({len(stored.patches)} patches)", err=True)
+            for doubt in stored.info.doubts:
+                click.echo(f"warning: {name_of(job.path)}: {doubt}", err=True)
             if stored.unreadable:
                 click.echo(
                     f"{len(stored.unreadable)} parts of {name_of(job.path)} cannot be read: they "

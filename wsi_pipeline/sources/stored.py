@@ -19,7 +19,6 @@ class StoredBackend:
     """The pixels of a patch grid: one level, at the grid's own downsample."""
 
     name = "patch grid"
-    doubts: tuple[str, ...] = ()
 
     def __init__(self, path: Path) -> None:
         stored = open_patch_grid(path)
@@ -38,6 +37,7 @@ class StoredBackend:
             (r.x / x, r.y / y, (r.x + r.width) / x, (r.y + r.height) / y) for r in stored.unreadable
         ]
         self.properties: Mapping[str, str] = _properties(stored.info)
+        self.doubts = stored.info.doubts
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle of the canvas; return uint8 (height, width, 3)."""
