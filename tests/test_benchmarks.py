@@ -10,10 +10,12 @@ import numpy as np
 import openslide
 import pytest
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from skimage.data import immunohistochemistry
 
 from wsi_pipeline import PatchGrid, open_source
+from wsi_pipeline.cli import group
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SIDE = 1024
@@ -207,3 +209,84 @@ def test_trained_networks_are_compared_by_patient(tmp_path):
         assert picture.format == "PNG"
     nothing = f"{workflows / 'bcss-compare.toml'}={tmp_path}"
     assert "no held-out patient" in start("compare_training.py", nothing, "--output", output).stderr
+
+
+LEFT_OUT = """
+[bundle]
+name = "spots"
+modality = "image"
+network = "swish_unet"
+network_options = { classes = 1, widths = [8, 16], channels = 1 }
+
+[bundle.input]
+fit = [64, 64]
+channels = 1
+patch_size = [64, 64]
+overlap = [0, 0]
+mean = [0.0]
+std = [1.0]
+
+[bundle.output]
+activation = "sigmoid"
+classes = [{ name = "Background" }, { name = "Lesion", color = [200, 0, 0] }]
+
+[train]
+steps = 4
+batch_size = 2
+crop = [64, 64]
+
+[[data]]
+patients = "^P\\\\d"
+images = "P*.png"
+masks = "masks"
+classes = { Lesion = [255] }
+"""
+
+
+def test_left_out_images_are_judged_anew_by_networks_that_have_not_seen_them(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for i, name in enumerate(("P1_a", "P1_b", "P2_a")):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[8:24, 8:24] = mask[40:56, 30:50] = 255
+        Image.fromarray(mask // 2 + 40 + i).save(tmp_path / f"{name}.png")
+        Image.fromarray(mask).save(tmp_path / f"masks/{name}.png")
+    (tmp_path / "recipe.toml").write_text(LEFT_OUT, "utf-8")
+    trained = CliRunner().invoke(
+        group,
+        ["-q", "train", str(tmp_path / "recipe.toml"), "-o", str(tmp_path / "out")],
+        catch_exceptions=False,
+    )
+    assert trained.exit_code == 0, trained.output
+    counted = np.zeros((2, 2))
+    for path in (tmp_path / "out/.training").glob("*/held_out.json"):
+        for told in json.loads(path.read_text("utf-8")).values():
+            counted += np.array(told["pixels"])
+    dice = 2 * counted[1, 1] / (counted[1].sum() + counted[:, 1].sum())
+    run = start("left_out.py", tmp_path / "recipe.toml", tmp_path / "out", "--data", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "3 images" in run.stdout
+    assert f"{dice:.3f} of all pixels" in run.stdout
+    run = start(
+        "left_out.py", tmp_path / "recipe.toml", tmp_path / "out", "--data", tmp_path,
+        "--only", "_a", "--mirrored",
+    )  # fmt: skip
+    assert "2 images" in run.stdout
+    for arguments in (("--only", "none"), ()):
+        place = tmp_path / "out" if arguments else tmp_path
+        run = start("left_out.py", tmp_path / "recipe.toml", place, "--data", tmp_path, *arguments)
+        assert run.returncode == 2
+        assert "is through, or no image is named so" in run.stderr
+
+
+def test_a_lesion_is_found_where_a_tenth_of_the_union_is_shared(module):
+    found_at = module("left_out").found_at
+    truth, chance = np.zeros((40, 40), np.uint8), np.zeros((40, 40), np.float32)
+    truth[0:10, 0:10] = 1
+    truth[20:30, 0:10] = 1
+    truth[:, 30:] = 255
+    chance[0:10, 5:15] = 0.9  # 50 of 150
+    chance[29:31, 9:30] = 0.8  # 1 of 141
+    chance[0:10, 32:40] = 0.9  # where nothing is known
+    assert found_at(chance, truth, 0.5) == (2, 1, 1)
+    assert found_at(chance, truth, 0.85) == (2, 1, 0)
+    assert found_at(chance, truth, 0.95) == (2, 0, 0)

@@ -121,7 +121,7 @@ def train(
             trained = Trained(samples=samples, surveys=looked, judged=judged, fingerprint=key)
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
-            states = [output / STATE / _folder_name(_without(split)) for split in splits]
+            states = [output / STATE / fold_folder(split) for split in splits]
             gather_cases([state / CASES for state in states], output / CASES)
     return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
 
@@ -130,11 +130,10 @@ def _judged(
     recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
 ) -> dict[str, Judged]:
     """Return the counts of a split's patients, from an earlier call where it got that far."""
-    name = _without(split)
-    path = folder / _folder_name(name) / "held_out.json"
+    path = folder / fold_folder(split) / "held_out.json"
     with suppress(OSError, ValueError):  # not measured yet, or in a way that cannot be read
         return load_held_out(path)
-    fitted = learn(name, split.train, split.test)
+    fitted = learn(_without(split), split.train, split.test)
     judged = measure(fitted.network, recipe.bundle, split.test)
     draw_cases(fitted.network, recipe.bundle, split.test, judged, path.with_name(CASES))
     for patient, found in judged.items():
@@ -145,6 +144,11 @@ def _judged(
     with writing(path), written_beside(path) as partial:
         partial.write_text(json.dumps({p: _as_json(found) for p, found in judged.items()}), "utf-8")
     return judged
+
+
+def fold_folder(split: Split) -> str:
+    """Return the name of a split's folder in `STATE`."""
+    return _folder_name(_without(split))
 
 
 def _without(split: Split) -> str:
