@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("resource", reason="the memory of the processes is measured as on POSIX")
 
-from fuzz import Case, Outcome, choose_cases, originals, run_cases
+from fuzz import OTHERS, Case, Outcome, choose_cases, originals, run_cases
 from mutate import mutate
 
 FOUND = [
@@ -23,6 +23,10 @@ FOUND = [
     ("OME-TIFF, several files", 394),  # 65,535 rows, 24 strips: hours in a list of bad ones
     ("DICOM WSI, large", 29),  # a UID that is none: pydicom's warning quoted it
     ("DICOM WSI, large", 500285),  # the same of a file that is looked at as a volume
+    ("DICOM WSI", 500236),  # pydicom's log beside the sentence
+    ("DICOM series", 910308),  # a place that is no number: a traceback for all of the folder
+    ("NIfTI, gzip", 700045),  # other voxels, though their checksum says so
+    ("mask, PNG", 700011),  # cut off: a traceback, and zeros without a word where GDAL gave those
 ]
 """Kinds and seeds for which there was a defect."""
 
@@ -40,9 +44,14 @@ def fuzz(cases: list[Case], folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def test_a_hundred_damaged_slides(slides: dict[str, Path], tmp_path: Path) -> None:
+def test_a_hundred_damaged_slides_and_some_of_all_else(
+    slides: dict[str, Path], tmp_path: Path
+) -> None:
     found = [Case(kind=k, original=slides[k], seed=seed) for k, seed in FOUND if k in slides]
-    outcomes = fuzz([*found, *choose_cases(slides, 100)], tmp_path)
+    real = {kind: path for kind, path in slides.items() if kind not in OTHERS}
+    rest = {kind: path for kind, path in slides.items() if kind in OTHERS}
+    cases = [*found, *choose_cases(real, 100), *choose_cases(rest, 4 * len(rest))]
+    outcomes = fuzz(cases, tmp_path)
     ended = Counter(outcome.ended for outcome in outcomes)
     # damage that is always fatal, or never, would show nothing
     assert min(ended[end] for end in ("refused", "read", "segmented")) >= 3

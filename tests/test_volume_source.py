@@ -374,6 +374,22 @@ def test_slices_with_one_instance_uid_are_all_read(tmp_path, uid):
     assert "no DICOM segmentation can refer to them" in open_volume(folder).doubts[0]
 
 
+@pytest.mark.parametrize("tag", ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"])
+def test_a_slice_without_numbers_in_its_header_is_missed(tmp_path, tag):
+    folder = write_series(tmp_path, VOXELS)
+    last = folder / "slice006"
+    with pydicom.dcmread(last) as header:
+        text = "\\".join(map(str, header[tag].value)).encode()
+    data = last.read_bytes()
+    assert text in data
+    last.write_bytes(data.replace(text, b"r" + text[1:]))
+    with pytest.raises(SourceError, match=r"slice006 beside its slices cannot be read"):
+        open_volume(folder)
+    with pytest.raises(SourceError, match="its header is damaged"):
+        open_volume(last)
+    assert find_volumes([str(folder)], tmp_path / "out") == [folder]
+
+
 @pytest.mark.parametrize("ending", ["empty", "cut", "garbled", "no preamble", "no meta"])
 def test_a_slice_that_cannot_be_read_is_missed(tmp_path, ending):
     folder = write_series(tmp_path, VOXELS)

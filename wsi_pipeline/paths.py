@@ -296,9 +296,10 @@ def zarr_attributes(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings back: they quote values, which may be the patient's."""
-    from pydicom.config import disable_value_validation
+    """Keep pydicom's warnings and log back: they quote values, which may be the patient's."""
+    from pydicom.config import disable_value_validation, logger
 
+    logger.setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         yield

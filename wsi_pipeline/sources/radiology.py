@@ -161,7 +161,10 @@ def series_of(path: Path) -> Series:
 
     read_header(path)
     every = group_series(*_sorted_out(path.parent.iterdir()))
-    return next(series for series in every if any(path.samefile(p) for p, _ in series.files))
+    for series in every:
+        if any(path.samefile(other) for other, _ in series.files):
+            return series
+    raise SourceError("its header is damaged: it does not say in numbers where in a volume it lies")
 
 
 def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:

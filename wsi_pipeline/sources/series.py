@@ -161,7 +161,7 @@ def group_series(dicom: Iterable[Path], others: Iterable[Path] = ()) -> list[Ser
             continue
         uid = str(header.get("SeriesInstanceUID", ""))
         try:
-            check_header(header)
+            _check_header(header)
         except SourceError as error:
             if is_image_class(header) and not uid:
                 lost[path.parent].append((path, str(error)))
@@ -188,6 +188,21 @@ def group_series(dicom: Iterable[Path], others: Iterable[Path] = ()) -> list[Ser
             )
     whole = [series for series in found.values() if series.files]
     return _join_folders(_join_single_slices(whole))
+
+
+def _check_header(header: Dataset) -> None:
+    """Refuse what has no pixels that are read here, or no numbers where it should have some."""
+    try:
+        check_header(header)
+        count_frames(header)
+        _kind(header)
+        _place(header)
+    except SourceError:
+        raise
+    except (AttributeError, TypeError, ValueError):
+        # without what was said, which may quote values that are the patient's
+        sentence = "its header is damaged: there are no numbers where some should be"
+        raise SourceError(sentence) from None
 
 
 def _pattern(path: Path) -> str:
@@ -242,8 +257,12 @@ def _kind(header: Dataset) -> Any:
 
 def _places(series: Series) -> set[Any]:
     """Return where the slices of a series of single frames lie in the body."""
-    found = (header.get("ImagePositionPatient") or () for _, header in series.files)
-    return {tuple(np.round(np.array(place, np.float64), 2).tolist()) for place in found}
+    return {_place(header) for _, header in series.files}
+
+
+def _place(header: Dataset) -> Any:
+    place = np.array(header.get("ImagePositionPatient") or (), np.float64)
+    return tuple(np.round(place, 2).tolist())
 
 
 def stack_series(
