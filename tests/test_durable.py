@@ -159,7 +159,7 @@ def test_killed_at_every_file_event(place, walker, name):
         if whole:
             stage.check_whole(whole, f"killed at event {event}")
         stage.check(f"killed at event {event}")
-    assert event > 20
+    assert event > 10
 
 
 @pytest.mark.slow

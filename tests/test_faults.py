@@ -493,6 +493,27 @@ def test_a_summary_that_does_not_fit_costs_no_slide_its_turn(tmp_path, place):
         assert re.match(full_disk, last)
 
 
+def test_a_grid_that_was_copied_in_part_is_no_white_slide(tmp_path, place):
+    tile = [*command(place, tmp_path)[:4], "tile", str(place / "slide.tif"), "--mpp", "0.5"]
+    tile += ["--patch-size", "256", "--tissue", "none", "--output", str(tmp_path / "grids")]
+    assert invoke(tile).returncode == 0
+    (tmp_path / "grids" / "slide.zarr" / "pixels" / "c" / "1" / "1" / "0").unlink()
+    line = command(place, tmp_path / "out")
+    line[line.index(str(place / "slide.tif"))] = str(tmp_path / "grids")
+    result = invoke(line)
+    assert result.returncode == 1
+    assert "is not whole: 3 of 4 chunks of pixels" in said(result.stderr)[0]
+
+
+def test_a_damaged_run_json_is_written_again(tmp_path, place, calm, big_pixels):
+    folder = tmp_path / "out" / "slide"
+    shutil.copytree(calm, folder)
+    damage(folder / "run.json", "zeros")
+    result = run(place, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert_same(folder, calm, big_pixels)
+
+
 def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatch, big_pixels):
     early = run(place, tmp_path / "out", "--max-ram", "10MB")
     assert early.returncode == 1

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files import make_folders, written_beside
 
 Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
@@ -585,19 +586,20 @@ def _fetch(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https", "file"):
         raise BundleError(f"{url} is not fetched; expected a URL of https://, http:// or file://")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        with urllib.request.urlopen(_request(parts), timeout=PATIENCE) as answer:
-            announced = int(answer.headers.get("Content-Length") or 0)
-            with partial.open("wb") as file:
-                while (size := file.tell()) <= most and (data := answer.read(1 << 20)):
-                    file.write(data)
-        if size > most or announced > most:
-            raise BundleError(f"{url} has more than {most >> 20:,} MB; fetch it yourself")
-        if size < announced:
-            raise BundleError(f"{url} broke off: {size:,} of {announced:,} bytes came; try again")
-        os.replace(partial, target)
+        make_folders(target.parent)
+        with written_beside(target) as partial:
+            with urllib.request.urlopen(_request(parts), timeout=PATIENCE) as answer:
+                announced = int(answer.headers.get("Content-Length") or 0)
+                with partial.open("wb") as file:
+                    while (size := file.tell()) <= most and (data := answer.read(1 << 20)):
+                        file.write(data)
+            if size > most or announced > most:
+                raise BundleError(f"{url} has more than {most >> 20:,} MB; fetch it yourself")
+            if size < announced:
+                raise BundleError(
+                    f"{url} broke off: {size:,} of {announced:,} bytes came; try again"
+                )
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, BundleError):
             raise
@@ -605,8 +607,6 @@ def _fetch(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
         for secret in filter(None, (parts.password, parts.query)):
             reason = reason.replace(secret, "…")  # some say a part of the URL only
         raise BundleError(f"cannot fetch {url}: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

@@ -823,7 +823,12 @@ def _finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions) -> 
     with reaching(folder):
         if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
             return None
-        run = load_run(path)
+        try:
+            run = load_run(path)
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):  # out of reach
+                raise
+            return None  # damaged: it is written again
     wanted = {"key": key, "export": as_plain(export)}
     # what the model says of its limits may have changed since
     same = run.status == "done" and run.model == model_facts(bundle)

@@ -19,7 +19,7 @@ from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.metrics import Tally
 from wsi_pipeline.export import map_in_threads
-from wsi_pipeline.files import written_beside
+from wsi_pipeline.files import remove, written_beside
 from wsi_pipeline.records import check, read_json
 from wsi_pipeline.store import claim_folder, writing
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
@@ -90,6 +90,9 @@ def train(
         key = _key(recipe, samples, looked)
         if fabric.is_global_zero:
             closing.enter_context(claim_folder(output / STATE))
+            for folder in (output, *(output / STATE).glob("**")):
+                for path in folder.glob(".*.partial"):
+                    remove(path)  # of processes that were killed
             _open_state(output / STATE, key, overwrite=overwrite)
         fabric.barrier()
 

@@ -23,7 +23,7 @@ from wsi_pipeline.evaluation.metrics import (
     drawn_anew,
     interval,
 )
-from wsi_pipeline.files import written_beside
+from wsi_pipeline.files import make_folders, sync, written_beside
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.store import writing
 from wsi_pipeline.training.calibrate import (
@@ -71,7 +71,7 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
         trained: on what, and how well.
         folder: to write into; made where it is missing, its three files replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folders(folder)
     found = list(trained.judged.values())
     temperature = round(recipe.bundle.temperature * fit_temperature(found), 3)
     bundle = replace(recipe.bundle, temperature=temperature)
@@ -80,10 +80,17 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
         name: tensor.half()
         for name, tensor in kept_state(network).items()
     }
-    with written_beside(folder / WEIGHTS) as partial:
-        partial.write_bytes(save(state))
-    (folder / "model.toml").write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
-    (folder / "README.md").write_text(model_card(recipe, trained), "utf-8")
+    files = {
+        WEIGHTS: save(state),
+        "README.md": model_card(recipe, trained).encode(),
+        # last, and away until then: killed on the way, this is no bundle of old and new parts
+        "model.toml": bundle_toml(bundle, weights=WEIGHTS).encode(),
+    }
+    (folder / "model.toml").unlink(missing_ok=True)
+    sync(folder)
+    for name, data in files.items():
+        with written_beside(folder / name) as partial:
+            partial.write_bytes(data)
 
 
 def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
