@@ -214,7 +214,7 @@ def _better(found: TiffBackend, reference: OpenSlideBackend) -> Backend:
         width, height = reference.size
         found.doubts += (
             f"OpenSlide, and QuPath with it, shows another picture of the file, {width} × {height} "
-            "px: polygons fit the largest picture, not that one",
+            "px: polygons fit the picture that is read here, not that one",
         )
     if is_same and not found.is_known_better:
         difference = _difference(found, reference)
