@@ -160,3 +160,14 @@ def test_what_begins_like_nothing_known_is_said_in_words(tmp_path: Path) -> None
     result = CliRunner().invoke(group, ["info", str(path)])
     assert "it begins like no kind of slide" in result.output
     assert "b'" not in result.output
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_the_extra_that_is_lacking_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    nibabel.save(nibabel.Nifti1Image(blobs((6, 7, 8)), np.eye(4)), tmp_path / name)
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    result = CliRunner().invoke(group, ["info", str(tmp_path / name)])
+    assert result.exit_code == 1
+    assert 'NIfTI needs nibabel: pip install "wsi-pipeline[radiology]"' in result.output

@@ -15,6 +15,7 @@ from wsi_pipeline.errors import BusyError, StoreError
 from wsi_pipeline.grid import Block, PatchGrid, Region
 from wsi_pipeline.store import (
     GridInfo,
+    RunStore,
     StoredGrid,
     claimed,
     close_patch_grid,
@@ -250,3 +251,12 @@ except StoreError as error: sys.exit(str(error))
     environment = {**os.environ, "LD_PRELOAD": str(refusing), "FLOCK_SAYS": str(errno.EIO)}
     ended = subprocess.run(line, capture_output=True, text=True, env=environment)
     assert ended.stderr.strip() == f"cannot write to {tmp_path}: Input/output error"
+
+
+def test_an_entry_that_unpacks_to_much_is_refused(tmp_path):
+    store = RunStore(folder=tmp_path)
+    block = Block(index=(0, 0), start=(0, 0), stop=(64, 64))
+    (store.path / "blocks").mkdir(parents=True)
+    np.savez_compressed(store._block_path(block), vertices=np.zeros(350_000_000, np.uint8))
+    with pytest.raises(StoreError, match="unpacks to more than a block has"):
+        store.load_block(block)

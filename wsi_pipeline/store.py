@@ -43,6 +43,10 @@ PIXEL_CHUNK = 1024
 """Side of a chunk of stored pixels, in grid pixels."""
 GRID_FILES = frozenset(["zarr.json", "patches", "tissue", "thumbnail", "pixels"])
 """What a patch grid's folder may hold."""
+LEAST_ROOM = 1 << 28
+"""Bytes that any entry of the ledger may unpack to."""
+MOST_PACKED = 128
+"""Bytes besides for one that is stored: outlines pack to a tenth or so."""
 LOCK_FILE = ".lock"
 CLAIM_PATIENCE = 0.2
 """Seconds: who only looks whether a folder is claimed has it for a moment."""
@@ -520,6 +524,9 @@ class RunStore:
         path = self._block_path(block)
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                room = LEAST_ROOM + MOST_PACKED * path.stat().st_size
+                if sum(entry.file_size for entry in arrays.zip.infolist()) > room:
+                    raise ValueError("it unpacks to more than a block has")
                 return dict(arrays)
         except Exception as error:  # what is damaged may be anything
             reason = " ".join(str(error).split()) or type(error).__name__
