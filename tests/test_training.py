@@ -1597,6 +1597,15 @@ def test_the_command_measures_by_patient_and_writes_a_bundle(folder: Path) -> No
     assert (folder / "bundle/model.safetensors").read_bytes() != before
 
 
+def test_what_was_held_out_by_other_folds_is_not_taken_over(folder: Path) -> None:
+    text = (folder / "recipe.toml").read_text("utf-8")
+    marks = [text.replace('patient = "B"', f'patient = "B"\nfold = "{n}"') for n in (1, 2)]
+    for mark, code in zip(marks, (0, 1), strict=True):
+        (folder / "recipe.toml").write_text(mark, "utf-8")
+        said = run_train(folder, "--folds", "none", code=code)
+    assert "holds a training by another recipe, or on other data" in said
+
+
 def test_held_out_images_are_drawn_beside_where_their_masks_disagree(folder: Path) -> None:
     run_train(folder, "--folds", "A")
     pictures = sorted((folder / "bundle/cases").iterdir())

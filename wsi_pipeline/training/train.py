@@ -216,7 +216,7 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
     """Return a digest of all that the weights depend on."""
     settings = [asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
     data = [
-        (s.patient, s.name, s.label, s.digest, found.digest)
+        (s.patient, s.fold, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)
     ]
     table = bundle_table(replace(recipe.bundle, limits=""))
