@@ -175,4 +175,3 @@ def test_power_cut(place, walker, name, disk):
         if code is None:  # threads: the last events may come to less
             walker.cut_power(None if disk == "what was synced" else cut)
             stage.check(f"cut at event {event} of {events}")
-    walker.cut_power(None if disk == "what was synced" else 0)
