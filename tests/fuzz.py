@@ -345,12 +345,13 @@ class Worker:
 
     def __call__(self, case: Case) -> Outcome:
         """Have a case done; return what became of it."""
+        # the first case waits for the imports besides, which a busy machine has little time for
+        patience = SECONDS if self._process else 6 * SECONDS
         if self._process is None:
             self._start()
         self._pipe.send(case)
         try:
-            # the first case waits for the imports besides
-            if self._pipe.poll(SECONDS):
+            if self._pipe.poll(patience):
                 outcome: Outcome = self._pipe.recv()
                 if outcome.ended != "memory":
                     return outcome
