@@ -24,6 +24,7 @@ FOUND = [
     ("DICOM WSI, large", 29),  # a UID that is none: pydicom's warning quoted it
     ("DICOM WSI, large", 500285),  # the same of a file that is looked at as a volume
     ("DICOM WSI", 500236),  # pydicom's log beside the sentence
+    ("TIFF, turned", 4242500),  # a list of tiles that is too short: a traceback
     ("DICOM series", 910308),  # a place that is no number: a traceback for all of the folder
     ("NIfTI, gzip", 700045),  # other voxels, though their checksum says so
     ("mask, PNG", 700011),  # cut off: a traceback, and zeros without a word where GDAL gave those

@@ -160,7 +160,9 @@ class TiffBackend:
         """Return whether a tile or strip was written."""
         page = self._pages[level]
         index = row * -(-page.imagewidth // self.level_tiles[level][0]) + column
-        return bool(page.dataoffsets[index] and page.databytecounts[index])
+        # lists that are too short are damage, of which the reading of a tile will tell
+        at, counts = page.dataoffsets, page.databytecounts
+        return index >= min(len(at), len(counts)) or bool(at[index] and counts[index])
 
     def busy_regions(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
