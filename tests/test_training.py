@@ -1153,8 +1153,9 @@ def test_images_without_a_label_are_not_judged_by_it(saying: Recipe) -> None:
     dark = torch.zeros(3, 64, 64, dtype=torch.uint8)
     sample = make_sample("A", dark, torch.zeros(64, 64, dtype=torch.uint8))
     without = dataclasses.replace(sample, label=UNLABELLED)
-    judged = measure(Gloomy(), saying.bundle, [without])["A"]
+    (judged,) = measure(Gloomy(), saying.bundle, [without]).values()
     assert not judged.labels.any()
+    assert math.isnan(accuracy({"A": judged}))
     assert len(judged.said) == 0
     assert judged.pixels.confusion.tolist() == [[0, 64 * 64], [0, 0]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -200,9 +201,9 @@ def mean_dice(judged: Mapping[str, Judged], bundle: Bundle) -> float:
 
 
 def accuracy(judged: Mapping[str, Judged]) -> float:
-    """Return the share of all patients' patches that were given the right label."""
+    """Return the share of all patients' patches that were given the right label, NaN of none."""
     labels = sum(found.labels for found in judged.values())
-    return float(np.trace(labels) / np.sum(labels))
+    return float(np.trace(labels) / np.sum(labels)) if np.any(labels) else math.nan
 
 
 def _or_nothing(value: float) -> float:
