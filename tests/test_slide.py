@@ -1102,6 +1102,16 @@ def test_a_stored_grid_is_shrunk_but_never_blown_up(grid_path: Path) -> None:
         assert downsample[0] * thumbnail.shape[0] >= stored.size[1]
 
 
+def test_to_open_a_slide_needs_little_of_scipy(slide_path: Path) -> None:
+    script = (
+        "import sys; from wsi_pipeline.sources import open_source\n"
+        f"open_source({str(slide_path)!r}, mpp=1).close()\n"
+        "sys.exit(', '.join({'scipy.signal', 'scipy.ndimage', 'skimage'} & set(sys.modules)) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+
+
 def test_a_grid_without_pixels_is_no_source(grid_path: Path) -> None:
     assert "without pixels" in refusal(grid_path.with_name("empty.zarr"))
 

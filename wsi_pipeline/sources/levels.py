@@ -10,8 +10,6 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.ndimage import uniform_filter
-from skimage.feature import match_template
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.sources.backend import (
@@ -234,6 +232,10 @@ class Levels:
         mean of its surroundings in the finer level, and is the square found again where it should
         be? The first sees smooth pictures out of place, the second textured ones.
         """
+        # they bring much of SciPy: would double the time to open a slide, most of which need none
+        from scipy.ndimage import uniform_filter
+        from skimage.feature import match_template
+
         x, y = corner
         stored = self._read_grey(level, x, y, edge, edge)
         box = [x * ratio[0], y * ratio[1], (x + edge) * ratio[0], (y + edge) * ratio[1]]
@@ -269,9 +271,14 @@ class Levels:
         return bool(here >= (0.97 if best > 0.7 else 0.9) * best)
 
     def _read_grey(self, level: int, x: int, y: int, width: int, height: int) -> Grey:
-        if not all(self._tiles(level, x, y, width, height)):
-            raise _LeftOut
         pixels = self._backend.read_level(level, x, y, width, height)
+        # only then: to ask for a tile may take a request or a decoding of its own
+        if (
+            isinstance(self._backend, Sparse)
+            and (pixels == self._backend.blank).all(axis=2).any()
+            and not all(self._tiles(level, x, y, width, height))
+        ):
+            raise _LeftOut
         return np.asarray(pixels.sum(axis=2, dtype=np.uint16) / np.float32(3), np.float32)
 
     def _places(self) -> Iterator[tuple[float, float]]:
