@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -1021,6 +1022,26 @@ def test_a_factor_that_the_file_states_wrongly_is_not_believed(
         assert slide.at(8.0).level == 2
         assert differing(slide, scene) == 0
         assert slide.doubts == ()
+
+
+def test_a_deflated_file_beside_a_dicom_slide_is_not_unpacked(
+    tmp_path: Path, scene: Pixels
+) -> None:
+    path = write_dicom_levels(tmp_path, [scene, box_means(scene, 4)], stated=False)
+    other = pydicom.Dataset()
+    other.SOPClassUID = pydicom.uid.CTImageStorage
+    other.SOPInstanceUID = pydicom.uid.generate_uid()
+    other.file_meta = pydicom.dataset.FileMetaDataset()
+    other.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    other["PixelData"] = pydicom.DataElement("PixelData", "OB", bytes(1 << 27))
+    other.save_as(tmp_path / "other.dcm", enforce_file_format=True)
+    tracemalloc.start()
+    try:
+        with open_source(path) as slide:
+            assert slide.level_downsamples == ((1, 1), (4, 4))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()
 
 
 def differing(slide: Slide, scene: Pixels) -> float:

@@ -200,6 +200,14 @@ def test_a_list_that_is_no_text_is_refused(tmp_path):
             find_slides(path, output=tmp_path / "out")
 
 
+@pytest.mark.parametrize("read", [read_mpp_table, lambda path: find_slides(path, output="out")])
+def test_a_csv_that_is_none_is_refused_by_name(tmp_path, read):
+    path = tmp_path / "list.csv"
+    path.write_text("slide,mpp\n" + 200_000 * "a" + ",1\n")
+    with pytest.raises(SourceError, match=r"list\.csv: no CSV"):
+        read(path)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize(
     "text",

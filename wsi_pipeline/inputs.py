@@ -124,7 +124,7 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
     if entries is None:
         yield folder
         return
-    dicom = dicom_slides(filter(_may_be_dicom, entries))
+    dicom = set(dicom_slides(filter(_may_be_dicom, entries)))
     for path in entries:
         suffix = path.suffix.lower()
         if path.absolute() == output:
@@ -199,11 +199,9 @@ def read_mpp_table(path: str | Path) -> dict[str, float]:
     Raises:
         SourceError: the file is no such table.
     """
-    lines = in_letters(read_text(Path(path))).splitlines()
-    try:
-        header, *rows = table_rows(lines) if lines else [[]]
-    except SourceError as error:
-        raise SourceError(f"{path}: {error}") from error
+    path = Path(path)
+    lines = in_letters(read_text(path)).splitlines()
+    header, *rows = table_rows(path, lines) if lines else [[]]
     columns = [cell.casefold() for cell in header]
     table: dict[str, float] = {}
     for number, row in enumerate(rows, start=2):

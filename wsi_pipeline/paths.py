@@ -111,7 +111,7 @@ def _entries(path: Path) -> list[str]:
     lines = [line.strip() for line in io.StringIO(read_text(path), newline=None)]
     lines = [line for line in lines if line]
     if path.suffix.lower() == ".csv" and lines:
-        rows = table_rows(lines)
+        rows = table_rows(path, lines)
         header = [cell.casefold() for cell in rows[0]]
         if named := [name for name in LISTED if name in header]:
             column = header.index(named[0])
@@ -160,13 +160,17 @@ def in_letters(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
 
 
-def table_rows(lines: list[str]) -> list[list[str]]:
-    """Return the cells of a CSV's lines, stripped; what separates them is told by the first."""
+def table_rows(path: Path, lines: list[str]) -> list[list[str]]:
+    """Return the cells of a CSV's lines, stripped; what separates them is told by the first.
+
+    Raises:
+        SourceError: a cell that no name of a file is as long as.
+    """
     separator = max(",;\t", key=lines[0].count)
     try:
         rows = [next(csv.reader([line], delimiter=separator)) for line in lines]
     except csv.Error as error:
-        raise SourceError(f"no CSV ({error})") from error
+        raise SourceError(f"{path}: no CSV ({error})") from error
     return [[cell.strip() for cell in row] for row in rows]
 
 
@@ -320,13 +324,17 @@ def is_dicom_slide(path: Path) -> bool:
     So is what cannot be read, for its reader to say why.
     """
     try:
-        return _slide_header(path) is not None
+        return slide_header(path) is not None
     except Exception:  # pydicom raises anything on damaged files
         return True
 
 
-def _slide_header(path: Path) -> Dataset | None:
-    """Return what a DICOM file says of the slide that it belongs to, None where it is none."""
+def slide_header(path: Path) -> Dataset | None:
+    """Return what a DICOM file says of the slide that it belongs to, None where it is none.
+
+    Raises:
+        Exception: whatever pydicom raises on damaged files.
+    """
     from pydicom import dcmread  # takes its time
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import DeflatedExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
@@ -344,6 +352,7 @@ def _slide_header(path: Path) -> Dataset | None:
             specific_tags=[
                 "SOPClassUID", "SeriesInstanceUID", "ImageType",
                 "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
+                "SharedFunctionalGroupsSequence", "ImagedVolumeWidth", "ImagedVolumeHeight",
             ],
         )  # fmt: skip
         return header if header.SOPClassUID == VLWholeSlideMicroscopyImageStorage else None
@@ -359,7 +368,7 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
     largest: dict[str, tuple[int, Path]] = {}
     for path in paths:
         try:
-            header = _slide_header(path)
+            header = slide_header(path)
             if header is None:
                 continue
             with quiet():

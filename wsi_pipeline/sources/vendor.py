@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from wsi_pipeline.paths import quiet
+from wsi_pipeline.paths import is_dicom, quiet, slide_header
 from wsi_pipeline.sources.backend import (
     WHITE,
     Downsample,
@@ -129,16 +129,16 @@ def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, flo
         path: of one of its files; the others lie beside it.
         series: UID that all have.
     """
-    from pydicom import Dataset, dcmread
+    from pydicom import Dataset
 
-    names = ["SeriesInstanceUID", "ImageType", "TotalPixelMatrixColumns", "TotalPixelMatrixRows"]
-    names += ["SharedFunctionalGroupsSequence", "ImagedVolumeWidth", "ImagedVolumeHeight"]
     found: dict[tuple[int, int], tuple[float, float]] = {}
-    for file in path.parent.iterdir():
+    for file in filter(is_dicom, path.parent.iterdir()):
         try:
+            header = slide_header(file)
             with quiet():
-                header = dcmread(file, stop_before_pixels=True, specific_tags=names)
-                if header.SeriesInstanceUID != series or "VOLUME" not in header.ImageType:
+                if header is None or header.SeriesInstanceUID != series:
+                    continue
+                if "VOLUME" not in header.ImageType:
                     continue
                 size = (int(header.TotalPixelMatrixColumns), int(header.TotalPixelMatrixRows))
                 shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
@@ -148,7 +148,7 @@ def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, flo
                 else:
                     x = float(header.ImagedVolumeWidth) / size[0]
                     y = float(header.ImagedVolumeHeight) / size[1]
-        except Exception:  # whatever else lies there, and what pydicom says of damage
+        except Exception:  # pydicom raises anything on damaged files
             continue
         if 0 < x < math.inf and 0 < y < math.inf:
             found[size] = (x, y)
