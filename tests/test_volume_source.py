@@ -670,6 +670,10 @@ def refused(tmp_path, name):
         nrrd.write(str(path), VOXELS[:1].T, {"encoding": "ascii", "spacings": [1, 1, 1]})
     elif name == "picture.nii":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(400))
+    elif name == "damaged.nrrd":
+        header = "NRRD0004\ntype: uint8\ndimension: 3\nsizes: 2 2 2\nspacings: 1 1 1\n"
+        packed = bz2.compress(bytes(range(8)))
+        path.write_bytes(f"{header}encoding: bzip2\n\n".encode() + packed[:-12] + bytes(12))
     elif name == "text.nii":
         path.write_text("no volume")
     return path
@@ -705,6 +709,7 @@ def refused(tmp_path, name):
         "hex.nrrd": "stored as ascii",
         "picture.nii": "a planar image",
         "text.nii": "no volume that is known here",
+        "damaged.nrrd": "cannot be read .*: Invalid data stream",
         "absent.nii": "No such file",
     }.items(),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
 import zlib
@@ -82,21 +84,16 @@ def parse_document(raw: bytes) -> Document:
 
 
 def _decompress(raw: bytes) -> bytes:
-    room, data = LEAST_ROOM + MOST_PACKED * len(raw), b""
+    room = LEAST_ROOM + MOST_PACKED * len(raw)
     try:
-        while raw:  # a file may be of several parts
-            unpacker = zlib.decompressobj(zlib.MAX_WBITS + 16)
-            data += unpacker.decompress(raw, room - len(data) + 1)
-            if len(data) > room:
-                raise AnnotationError(
-                    f"The gzip data unpack to more than {MOST_PACKED} times their size: "
-                    "no coordinates do."
-                )
-            if not unpacker.eof:
-                raise EOFError("they end before their end")
-            raw = unpacker.unused_data.lstrip(b"\0")
-    except (EOFError, zlib.error) as error:
+        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+            data = packed.read(room + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise AnnotationError(f"The gzip data are damaged or cut off: {error}.") from error
+    if len(data) > room:
+        raise AnnotationError(
+            f"The gzip data unpack to more than {MOST_PACKED} times their size: no coordinates do."
+        )
     return data
 
 

@@ -149,7 +149,9 @@ class Voxels:
             raise
         except OSError as error:
             place = f" (decoded to {tempfile.gettempdir()})" if self._decode else ""
-            raise SourceError(f"{self._path}: cannot be read{place}: {error.strerror}") from error
+            raise SourceError(
+                f"{self._path}: cannot be read{place}: {error.strerror or error}"
+            ) from error
         return stored
 
     def _opened(self) -> BinaryIO:
