@@ -23,6 +23,7 @@ from PIL import Image
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Region
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.image import open_image
 from wsi_pipeline.sources.stain import why_not_brightfield
 from wsi_pipeline.sources.tiff import FileBytes
 from wsi_pipeline.sources.vendor import OpenSlideBackend
@@ -177,6 +178,30 @@ def test_a_turned_photograph_is_read_as_stored_and_said_to_be_turned(tmp_path: P
         assert "Orientation tag of 6" in slide.doubts[0]
 
 
+@pytest.mark.parametrize("orientation", [0, 9])
+@pytest.mark.parametrize("kind", ["jpg", "tif"])
+def test_an_orientation_that_is_none_says_nothing(
+    tmp_path: Path, kind: str, orientation: int
+) -> None:
+    path, exif = tmp_path / f"a.{kind}", Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (30, 20), (200, 100, 150)).save(path, exif=exif)
+    with open_source(path, mpp=1) as slide:
+        assert slide.properties["tiff.Orientation"] == str(orientation)
+        assert slide.doubts == ()
+    assert open_image(path).doubts == ()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("exif", [b"no data of EXIF", b"II*\0\x08\0\0\0\x05\0"])
+def test_damaged_exif_says_nothing(tmp_path: Path, exif: bytes) -> None:
+    picture = Image.new("RGB", (30, 20), (200, 100, 150))
+    picture.save(tmp_path / "a.jpg", dpi=(72, 72), exif=b"Exif\0\0" + exif)
+    with open_source(tmp_path / "a.jpg", mpp=1) as slide:
+        assert slide.size == (30, 20)
+        assert slide.doubts == ()
+
+
 # --- headers -----------------------------------------------------------------------------------
 
 
@@ -187,6 +212,26 @@ def set_tag(path: Path, code: int, value: int, *, index: int = 0) -> None:
         values = list(tag.value) if isinstance(tag.value, tuple) else [tag.value]
         values[index] = value
         tag.overwrite(values if len(values) > 1 else values[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "um"),
+    [("f", 20000.0, 0.5), ("I", 20000, 0.5), ("2I", (2, 1, 2, 1), None), ("f", float("nan"), None)],
+)
+def test_a_resolution_of_any_type_is_read(
+    slide_path: Path, tmp_path: Path, dtype: str, value: object, um: float | None
+) -> None:
+    path = tmp_path / "a.tif"
+    shutil.copy(slide_path, path)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        for page in file.pages:
+            assert isinstance(page, tifffile.TiffPage)
+            page.tags["ResolutionUnit"].overwrite(3)
+            for name in ("XResolution", "YResolution"):
+                page.tags[name].overwrite(value, dtype=dtype)
+    with open_source(path, mpp=None if um else 1) as slide:
+        assert slide.backend == "tiffslide"
+        assert slide.mpp == ((um, um) if um else (1, 1))
 
 
 WIDTH, HEIGHT, TILE_WIDTH, TILE_HEIGHT, OFFSETS, COUNTS = 256, 257, 322, 323, 324, 325

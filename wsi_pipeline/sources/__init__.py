@@ -10,7 +10,7 @@ from typing import Any
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
 from wsi_pipeline.paths import as_path, is_remote
-from wsi_pipeline.sources.backend import Backend, sampled_digest
+from wsi_pipeline.sources.backend import Backend, is_turned, sampled_digest
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.slide import open_slide_file
 from wsi_pipeline.sources.stain import why_not_brightfield
@@ -69,7 +69,7 @@ def _open_backend(path: Path, series: int | None) -> Backend:
 
 
 def _turned(orientation: str) -> list[str]:
-    if orientation == "1":
+    if not is_turned(orientation):
         return []
     return [
         f"its Orientation tag of {orientation} says that the picture is turned or mirrored; pixels "

@@ -141,6 +141,14 @@ def count_cpus() -> int:
     return os.cpu_count() or 1
 
 
+def is_turned(orientation: object) -> bool:
+    """Return whether a tag Orientation says that a picture is turned or mirrored.
+
+    Some programs write 0, which says nothing.
+    """
+    return str(orientation) in tuple("2345678")
+
+
 def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
     """Return (h, w, 3) of grey, RGB or four samples; what is transparent becomes white.
 

@@ -13,7 +13,7 @@ import tifffile
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.grid import Shape, box_slices
-from wsi_pipeline.sources.backend import MAX_PIECE, check_size, one_line, sampled_digest
+from wsi_pipeline.sources.backend import MAX_PIECE, check_size, is_turned, one_line, sampled_digest
 from wsi_pipeline.sources.dicom import (
     burnt_in,
     count_frames,
@@ -157,7 +157,7 @@ def _open_picture(path: Path, kind: Kind, frame: int | None) -> Image:
         turned = dataset.tags().get("EXIF_Orientation", "1")
     if hidden:
         doubts.append("its transparency is left out: what it hides is seen by the network")
-    if turned != "1":
+    if is_turned(turned):
         doubts.append(_turned(turned))
     inverted = full is not None and "MINISWHITE" in about
     return _image(
@@ -222,7 +222,11 @@ def _choose_page(path: Path, frame: int | None) -> tuple[int, int, list[str]]:
         chosen, doubts = _choose(frame, len(pages))
         page = pages[chosen]
         orientation = page.tags.valueof("Orientation", 1)
-    return page.offset, chosen, doubts if orientation == 1 else [*doubts, _turned(orientation)]
+    return (
+        page.offset,
+        chosen,
+        [*doubts, _turned(orientation)] if is_turned(orientation) else doubts,
+    )
 
 
 def _turned(orientation: Any) -> str:

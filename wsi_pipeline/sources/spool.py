@@ -7,7 +7,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +132,20 @@ class PictureBackend:
     def __init__(self, path: Path, driver: str) -> None:
         self._path = path
         try:
-            with path.open("rb") as file, OPENERS[driver](file) as image:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                path.open("rb") as file,
+                OPENERS[driver](file) as image,
+            ):
                 self.size = image.size
                 mode, dpi = image.mode, image.info.get("dpi")
                 file.seek(PNG_BITS)
                 deep = driver == "PNG" and file.read(1) == b"\x10"
                 # of a PNG it may stand after the pixels, all of which would be decoded for it
-                exif = image.getexif() if driver == "JPEG" else {}
-                orientation = exif.get(ExifTags.Base.Orientation, 1)
+                orientation: Any = 1
+                if driver == "JPEG":
+                    with suppress(Exception):  # Pillow raises anything on damaged EXIF
+                        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except SyntaxError as error:
             raise SourceError(
                 f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"

@@ -36,6 +36,7 @@ from wsi_pipeline.sources.backend import (
     as_rgb,
     check_size,
     count_cpus,
+    is_turned,
     snap_downsamples,
     stated_downsamples,
     unreadable,
@@ -143,7 +144,7 @@ class TiffBackend:
         # OpenSlide takes the series of an OME-TIFF for levels of one slide, turns the pixels of
         # each tile by the Orientation tag but not the tiles, and believes tags about colours
         self.is_known_better = bool(
-            self.is_ome or self.properties.get("tiff.Orientation", "1") != "1" or self.doubts
+            self.is_ome or is_turned(self.properties.get("tiff.Orientation")) or self.doubts
         )
         self._threads = ThreadPoolExecutor(max(1, count_cpus() - 1), "decode")
 
@@ -527,13 +528,12 @@ def _check_sizes(page: Any) -> None:
 
 def _stated_downsample(page: Any, full: Any) -> Downsample | None:
     """Return the (x, y) downsample of a page by its resolution, or by what Aperio writes of it."""
-    tags = [[p.tags.get(f"{axis}Resolution") for p in (full, page)] for axis in "XY"]
     units = [p.tags.get("ResolutionUnit") for p in (full, page)]
     is_one_unit = len({unit and unit.value for unit in units}) == 1
-    if is_one_unit and all(tag is not None and all(tag.value) for pair in tags for tag in pair):
-        x, y = (Fraction(*a.value) / Fraction(*b.value) for a, b in tags)
-        if max(x, y) > 1.01:
-            return float(x), float(y)
+    pairs = [(_resolution(full, axis), _resolution(page, axis)) for axis in "XY"]
+    x, y = (a / b if a and b else 0 for a, b in pairs)
+    if is_one_unit and x and y and max(x, y) > 1.01:
+        return float(x), float(y)
     if found := re.search(r"-> *(\d+)x(\d+)", page.description):
         width, height = map(int, found.groups())
         if width and height:
@@ -556,7 +556,10 @@ def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, s
     }
     properties["tiff.Compression"] = key.compression.name
     properties["tiff.Photometric"] = key.photometric.name
-    resolution = [_resolution(page, axis) for axis in "XY"]
+    resolution = [
+        None if value is None else float(value)
+        for value in (_resolution(page, axis) for axis in "XY")
+    ]
     properties |= {
         f"tiff.{axis}Resolution": repr(value)
         for axis, value in zip("XY", resolution, strict=True)
@@ -568,7 +571,7 @@ def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, s
         getattr(unit.value, "name", "none").lower() if unit else "inch"
     )
     if (tag := page.tags.get("Orientation")) is not None:
-        properties["tiff.Orientation"] = str(int(tag.value))
+        properties["tiff.Orientation"] = str(tag.value)
     if page.is_imagej:
         properties |= imagej_mpp(page.imagej_description, resolution)
     if file.is_ome and not page.is_subifd:
@@ -577,10 +580,14 @@ def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, s
     return properties
 
 
-def _resolution(page: Any, axis: str) -> float | None:
-    """Return pixels per unit along an axis, None where a tag does not say."""
-    tag = page.tags.get(f"{axis}Resolution")
-    return tag.value[0] / tag.value[1] if tag is not None and tag.value[1] else None
+def _resolution(page: Any, axis: str) -> Fraction | None:
+    """Return pixels per unit along an axis, None where no tag says, whatever its type."""
+    said = page.tags.valueof(f"{axis}Resolution")
+    try:
+        value = Fraction(*said) if isinstance(said, tuple) else Fraction(said)
+    except (TypeError, ValueError, ArithmeticError):
+        return None
+    return value if value > 0 else None
 
 
 def _segment_size(page: Any) -> tuple[int, int]:
