@@ -1,5 +1,6 @@
 """Exit codes and messages; what commands do is tested with the modules they call."""
 
+import csv
 import io
 import json
 import re
@@ -315,6 +316,28 @@ def test_tile_writes_a_grid_that_plain_zarr_reads(tmp_path, slide_path):
     again = invoke("-q", *arguments, "--output", tmp_path)
     assert again.exit_code == 0
     assert "--overwrite" in again.stderr
+
+
+def test_results_may_lie_beside_their_slides(tmp_path, slide_path):
+    shutil.copy(slide_path, tmp_path / "a.tif")
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    line = ["-q", "segment", tmp_path, "--model", bundle, "--output", tmp_path, "--device", "cpu"]
+    assert invoke(*line).exit_code == 0
+    before = (tmp_path / "a" / "run.json").stat()
+    again = invoke(*line)
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "a" / "run.json").stat() == before  # is done
+    with (tmp_path / "summary.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["folder"] for row in csv.DictReader(file)] == ["a"]
+
+
+def test_tile_leaves_a_link_that_leads_nowhere(tmp_path, slide_path):
+    link = tmp_path / f"{slide_path.stem}.zarr"
+    link.symlink_to(tmp_path / "gone")
+    result = invoke("tile", slide_path, "--mpp", "1", "--output", tmp_path)
+    assert result.exit_code == 1
+    assert "is there and no patch grid" in result.stderr
+    assert link.is_symlink()
 
 
 def test_tile_names_its_own_option_for_a_slide_without_mpp(tmp_path, slide_pixels):

@@ -41,6 +41,20 @@ def test_a_folder_gives_its_slides_but_not_its_results(slides):
     assert names(found, slides) == ["a.svs", "deep/b.TIFF", "deep/er/c.ndpi", "x.mrxs"]
 
 
+def test_runs_are_no_slides_wherever_they_lie(slides):
+    for folder in (slides / "deep" / "er", slides / "x"):
+        (folder / ".store").mkdir()
+    every = [str(slides), str(slides / "**" / "*.[nT]*")]
+    assert names(find_slides(every, output=slides), slides) == [
+        "a.svs", "deep/b.TIFF", "out/a/mask.ome.tif", "x.mrxs",
+    ]  # fmt: skip
+    assert names(find_images([str(slides / "x"), str(slides / "deep")], slides), slides) == [
+        "deep/b.TIFF"
+    ]
+    named = [str(slides / "deep" / "er" / "c.ndpi")]
+    assert names(find_slides(named, output=slides), slides) == ["deep/er/c.ndpi"]
+
+
 def test_patterns_files_and_lists(slides):
     listed = slides / "list.txt"
     listed.write_text("a.svs\n\ndeep/b.TIFF\na.svs\n")

@@ -130,6 +130,20 @@ def test_a_run_whose_output_failed_still_shows_its_mask(tmp_path: Path) -> None:
     assert page.values("href").count(f"#{card}") == 2  # of the failure, and of the table
 
 
+def test_runs_that_say_little_cost_no_page(tmp_path: Path) -> None:
+    odd = {"name": "odd.svs"}
+    runs = {
+        tmp_path / "a": done(slide=odd, model={"limits": "Four patients."}),
+        tmp_path / "bad": Run(
+            status="failed", reason="cut off", slide=odd, model={}, settings={}, versions={}
+        ),
+    }
+    write_report(tmp_path, runs)
+    page = Page(tmp_path / "report.html")
+    assert "Four patients." in page.text
+    assert "odd.svs cut off" in page.text
+
+
 def test_a_picture_that_is_none_costs_no_page(tmp_path: Path) -> None:
     for name, data in (("a", b"no picture"), ("b", b"")):
         (tmp_path / name).mkdir()

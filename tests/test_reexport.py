@@ -191,6 +191,11 @@ def edit(folder, change):
         (lambda f: (f / "run.json").write_text("{"), "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["slide"].update(spacing_mm=[1, 1])), "export is for slides"),
         (lambda f: edit(f, lambda r: r["settings"].pop("export")), "is not a run of this version"),
+        (lambda f: edit(f, lambda r: r["settings"].pop("predict")), "is not a run of this version"),
+        (lambda f: edit(f, lambda r: r["settings"]["export"].update(outputs=["nope"])),
+         "is not a run of this version"),
+        (lambda f: edit(f, lambda r: r["settings"]["export"].update(simplify_um="1")),
+         "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["slide"].pop("bounds")), "is not a run of this version"),
         (lambda f: (f / "mask.ome.zarr/zarr.json").unlink(missing_ok=True)
          or (f / "mask.ome.zarr/.zattrs").unlink(missing_ok=True), "mask.ome.zarr is damaged"),
@@ -390,6 +395,15 @@ def test_the_plain_line_leaves_what_export_wrote(output, bounded, model):
     call("export", output, "--simplify", 2)
     before = contents(folder)
     call(*line(bounded, model, output, "--simplify", 1))  # the same line again
+    assert contents(folder) == before
+
+
+def test_options_that_no_run_has_are_not_gone_on_with(output, bounded, model):
+    folder = output / "bounded"
+    before = contents(folder)
+    edit(folder, lambda run: run["settings"]["export"].update(outputs=["zarr", "nope"]))
+    call(*line(bounded, model, output))
+    assert load_run(folder / "run.json").settings["export"]["outputs"] != ["zarr", "nope"]
     assert contents(folder) == before
 
 

@@ -937,6 +937,8 @@ def test_files_beside_the_slide_take_part_in_the_fingerprint(
     before = fingerprint(source / path.name)
     assert fingerprint(path) == before
     (tmp_path / "copy" / "Mirax2-Fluorescence-2").chmod(0o755)
+    (tmp_path / "copy" / "Mirax2-Fluorescence-2" / "run.json").write_bytes(b"of a run beside it")
+    assert fingerprint(path) == before
     (tmp_path / "copy" / "Mirax2-Fluorescence-2" / "Data0005.dat").write_bytes(b"found again")
     assert fingerprint(path) != before
 

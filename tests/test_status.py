@@ -2,7 +2,9 @@
 
 import json
 import os
+import zlib
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -115,6 +117,18 @@ def test_nobody_at_work_no_time_left(output):
 def test_a_slide_that_is_done_again_is_running(output):
     with RunStore(folder=output / "a").claim():
         assert read_status(output).running == {"a": 0}
+
+
+def test_a_damaged_block_does_not_end_it(output):
+    path = RunStore(folder=output / "f").path / "blocks" / "0-0.npz"
+    np.savez_compressed(path, predicted=np.arange(1000))
+    data = bytearray(path.read_bytes())
+    start = data.index(b"predicted.npy") + len("predicted.npy")
+    data[start + 40 : -200] = b"\xff" * len(data[start + 40 : -200])
+    path.write_bytes(data)
+    with pytest.raises(zlib.error), np.load(path) as arrays:
+        arrays["predicted"]
+    assert "f" in read_status(output).waiting
 
 
 def test_the_command_says_it_for_people_and_for_programs(output):

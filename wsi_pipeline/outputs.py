@@ -25,6 +25,7 @@ from wsi_pipeline.files import sync
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import ExportOptions, Frame, Output, Settings, TiffKind, as_plain
 from wsi_pipeline.paths import name_of, without_secrets
+from wsi_pipeline.records import check
 from wsi_pipeline.report import Run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.store import RunStore, StoredGrid, why_not_written, writing
@@ -398,8 +399,13 @@ def slide_facts(slide: Slide) -> dict[str, Any]:
 
 
 def options_of(run: Run) -> ExportOptions:
-    """Return the options by which a run's outputs were written."""
+    """Return the options by which a run's outputs were written.
+
+    Raises:
+        KeyError, TypeError, ValueError: the run does not say, as those of older versions.
+    """
     held = run.settings["export"]
+    check(held, ExportOptions, "export")
     return ExportOptions(**{**held, "outputs": tuple(held["outputs"])})
 
 

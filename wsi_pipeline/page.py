@@ -128,7 +128,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         done=sum(run.status == "done" for run in runs.values()),
         runs=len(runs),
         limits=dict.fromkeys(
-            (run.model["name"], run.model["limits"])
+            (run.model.get("name", ""), run.model["limits"])
             for run in runs.values()
             if "limits" in run.model
         ),

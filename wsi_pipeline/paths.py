@@ -32,6 +32,8 @@ MASK = "wsi_pipeline"
 """Attribute of a run's mask, whose labels lie deeper: `classes` are their names by value."""
 LISTED = ("path", "file", "filename", "file_name", "slide_path", "slide", "image", "name")
 """Headers of the column of paths in a CSV list; the first that occurs counts."""
+WORK = ".store"
+"""In the folder of a run: what it keeps besides its outputs."""
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
@@ -186,19 +188,22 @@ def _matches(pattern: str) -> list[Path]:
         folder = waiting.pop(0)
         entries = visible_entries(folder, seen) if folder.is_dir() else []
         waiting += [entry for entry in entries or () if os.path.isdir(entry)]
-        found += _matches(str(Path(glob.escape(str(folder)), *(parts[index + 1 :] or ("*",)))))
+        if not (folder / WORK).is_dir():
+            found += _matches(str(Path(glob.escape(str(folder)), *(parts[index + 1 :] or ("*",)))))
     return sorted(dict.fromkeys(found))
 
 
 def visible_entries(folder: Path, seen: set[str]) -> list[Path] | None:
     """Return what a folder holds but hidden entries, sorted, links behind; None if unreadable.
 
+    A run's folder holds nothing: its masks and pictures are no inputs of the next run.
+
     Args:
         folder: to be listed.
         seen: real paths of folders that have been listed, which hold nothing more; it is added.
     """
     real = os.path.realpath(folder)
-    if real in seen:
+    if real in seen or (folder / WORK).is_dir():
         return []
     seen.add(real)
     try:

@@ -268,7 +268,8 @@ def _check_grid_goes(target: Path, source: str | Path) -> None:
     """
     if not os.path.lexists(target):
         return
-    if os.path.exists(str(source)) and target.samefile(str(source)):
+    # what cannot be looked at, such as a link that leads nowhere, is no file at all
+    if all(map(os.path.exists, (target, source))) and target.samefile(source):
         raise StoreError(f"{target} is the slide itself; choose another --output")
     if not is_patch_grid(target):
         raise StoreError(f"{target} is there and no patch grid; choose another --output")
@@ -847,7 +848,7 @@ def _as_exported(home: Path, key: str, settings: Settings) -> Settings:
         held = run.settings
         if held["key"] == key and held["named"] == settings.as_plain()["named"]:
             return replace(settings, export=options_of(run))
-    except (StoreError, KeyError, TypeError):  # no run, or none of this version
+    except (StoreError, KeyError, TypeError, ValueError):  # no run, or none of this version
         pass
     return settings
 

@@ -7,6 +7,7 @@ import math
 import stat
 import types
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import (
     Annotated,
@@ -73,14 +74,14 @@ def check(value: object, kind: Any, where: str = "it") -> None:
     elif origin is dict and isinstance(value, dict):
         for key, entry in value.items():
             check(entry, inner[1], f"{where}.{key}")
-    elif origin is list and isinstance(value, list):
+    elif isinstance(value, list) and (origin is list or inner[1:] == (...,)):
         for index, entry in enumerate(value):
             check(entry, inner[0], f"{where}[{index}]")
     elif origin is tuple and isinstance(value, list) and len(value) == len(inner):
         for index, (entry, one) in enumerate(zip(value, inner, strict=True)):
             check(entry, one, f"{where}[{index}]")
     elif (is_typeddict(kind) or is_dataclass(kind)) and isinstance(value, dict):
-        hints = get_type_hints(kind, include_extras=True)
+        hints = _hints(kind)
         if lacking := [key for key in _required(kind, hints) if key not in value]:
             raise ValueError(f"{where} lacks {', '.join(lacking)}")
         for key in filter(value.__contains__, hints):
@@ -108,6 +109,11 @@ def _fits(value: object, kind: Any) -> bool:
     except ValueError:
         return False
     return True
+
+
+@cache  # which takes longer than all the rest of a check
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _required(kind: Any, hints: dict[str, Any]) -> list[str]:

@@ -69,6 +69,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         try:
             before = options_of(run)
             _dialect(run, mask_mpp, before)
+            _side(run)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise StoreError(
                 f"{path} is not a run of this version ({error!r}); segment the slide again"

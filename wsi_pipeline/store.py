@@ -33,6 +33,7 @@ from wsi_pipeline.arrays import read_whole, trusted
 from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
 from wsi_pipeline.files import make_folders, remove, sweep, sync, written_beside
 from wsi_pipeline.grid import Block, PatchGrid, Region, Shape
+from wsi_pipeline.paths import WORK
 from wsi_pipeline.records import check, read_json
 
 logger = logging.getLogger(__name__)
@@ -372,7 +373,7 @@ class RunStore:
     @property
     def path(self) -> Path:
         """Return the working folder."""
-        return self.folder / ".store"
+        return self.folder / WORK
 
     @property
     def grid_path(self) -> Path:

@@ -101,17 +101,21 @@ class WrittenFiles:
                 return other
         raise AssertionError  # there are always more
 
-    def ours(self, names: Collection[str]) -> list[str]:
+    def ours(self, names: Collection[str], *, above: int = -1) -> list[str]:
         """Return what of an earlier run is there under these names and is no person's.
 
         A zarr is ours. A file of a person gets a warning.
+
+        Args:
+            names: without what is added where a person's file has the name.
+            above: number of a name, of which only later ones count.
         """
         found = []
         with reaching(self._folder):
             there = self._folder.iterdir() if self._folder.is_dir() else ()
             entries = sorted(map(name_of, there))
         for entry in entries:
-            if _usual(entry) not in names:
+            if _usual(entry) not in names or _number(entry) <= above:
                 continue
             if entry.endswith(".zarr") or self._is_ours(entry):
                 found.append(entry)
@@ -127,9 +131,8 @@ class WrittenFiles:
         name = self.free(path.name)
         os.replace(path, self._folder / name)
         self.placed[name] = digest
-        for later in self.ours([path.name]):
-            if _number(later) > _number(name):
-                (self._folder / later).unlink()
+        for later in self.ours([path.name], above=_number(name)):
+            (self._folder / later).unlink()
 
     def _is_there(self, name: str) -> bool:
         path = self._folder / name

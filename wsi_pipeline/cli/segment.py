@@ -311,19 +311,18 @@ def command(
 
 def _gpus(options: dict[str, Any]) -> tuple[int, ...]:
     """Return which GPUs of this machine to use; none where another option says what does."""
-    chosen: tuple[int, ...] | None = options["gpus"]
-    elsewhere = options["scheduler"] or options["cluster"]
     from wsi_pipeline.inference import choose_device, count_gpus
 
-    if elsewhere or options["device"] not in ("auto", "cuda"):
-        if chosen:
-            raise click.UsageError("--gpus is for --device auto or cuda, on this machine")
-        if not elsewhere:
-            with wrong_usage():
-                choose_device(options["device"])
+    chosen: tuple[int, ...] | None = options["gpus"]
+    elsewhere = options["scheduler"] or options["cluster"]
+    is_told = elsewhere or options["device"] not in ("auto", "cuda")
+    if chosen and is_told:
+        raise click.UsageError("--gpus is for --device auto or cuda, on this machine")
+    if not elsewhere:
+        with wrong_usage():
+            choose_device(options["device"])
+    if is_told:
         return ()
-    with wrong_usage():
-        choose_device(options["device"])
     count = count_gpus()
     if absent := [gpu for gpu in chosen or () if gpu >= count]:
         raise click.UsageError(

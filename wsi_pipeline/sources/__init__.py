@@ -98,26 +98,23 @@ def _scale(path: Path, pixels: Backend, mpp: float | None) -> tuple[tuple[float,
 def _fingerprint(path: Path) -> str:
     """Return a digest of the content, cheap for a file of any size.
 
-    Formats of several files keep the others in a folder named like the slide; their names and
-    sizes take part, as do those of all files where the slide is a folder.
+    MRXS keeps most in the files of a folder named like the slide; their names and sizes take part,
+    as do those of all files where the slide is a folder, and what zarr's metadata says.
     """
     if not path.is_file():
-        return _folder_digest(hashlib.sha256(), path)
-    digest = sampled_digest(path)
-    companions = path.with_suffix("")
-    if is_remote(path) or companions == path or not companions.is_dir():
+        digest = hashlib.sha256()
+        for name, size in sorted(_files(path)):
+            digest.update(f"{name} {size}\n".encode())
+            if name.rpartition("/")[2] in (".zattrs", ".zarray", "zarr.json"):
+                digest.update((path / name).read_bytes())
         return digest.hexdigest()
-    return _folder_digest(digest, companions)
-
-
-def _folder_digest(digest: Any, folder: Path) -> str:
-    """Add the names and sizes of a folder's files, and what zarr's metadata says, to a digest."""
-    for name, size in sorted(_files(folder)):
-        digest.update(f"{name} {size}\n".encode())
-        if name.rpartition("/")[2] in (".zattrs", ".zarray", "zarr.json"):
-            digest.update((folder / name).read_bytes())
-    found: str = digest.hexdigest()
-    return found
+    digest = sampled_digest(path)
+    if path.suffix.lower() == ".mrxs" and not is_remote(path):
+        # nothing else there is the slide's: its run may have a folder of the same name
+        for other in sorted(path.with_suffix("").glob("*")):
+            if other.suffix.lower() in (".dat", ".ini"):
+                digest.update(f"{other.name} {other.stat().st_size}\n".encode())
+    return digest.hexdigest()
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

@@ -86,13 +86,13 @@ class ShownRun:
         run = self.run
         return {
             "name": run.slide["name"],
-            "path": run.slide["path"],
+            "path": run.slide.get("path", ""),
             "status": run.status,
             "reason": run.reason,
             "size": run.slide.get("size"),
             "mpp": run.slide.get("mpp"),
             "bounds": run.slide.get("bounds"),
-            "model": run.model["name"],
+            "model": run.model.get("name", ""),
             "limits": run.model.get("limits", ""),
             "tissue_mm2": run.tissue_mm2,
             "classes": [
