@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_distances_of_surfaces_are_those_of_simpleitk(seed: int, shape: tuple[in
     assert surface_distances(one, other, spacing) == pytest.approx(
         itk_distances(one, other, spacing), rel=1e-5
     )
+
+
+def test_distances_of_surfaces_take_little_memory() -> None:
+    one, other = np.zeros((2, 160, 160, 160), bool)
+    one[2, 2, 2] = one[155, 155, 155] = other[2, 2, 5] = other[155, 155, 155] = True
+    tracemalloc.start()
+    try:
+        found = surface_distances(one, other, SPACING)
+        assert tracemalloc.get_traced_memory()[1] < 12 * one.size
+    finally:
+        tracemalloc.stop()
+    assert found == pytest.approx((0.95 * 3 * SPACING[2], 3 * SPACING[2] / 2))
 
 
 def test_a_volume_agrees_with_itself_in_any_axes(tmp_path: Path) -> None:
