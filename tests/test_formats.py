@@ -855,6 +855,30 @@ def test_damaged_zarrs_are_refused_in_one_line(tmp_path: Path, damage: str) -> N
     assert "\n" not in str(error.value)
 
 
+def test_a_zarr_that_lists_no_arrays_is_said_to(tmp_path: Path) -> None:
+    path = write_ome_zarr("0.4")(tmp_path)
+    attributes = json.loads((path / ".zattrs").read_text())
+    attributes["multiscales"][0]["datasets"] = []
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    with pytest.raises(SourceError, match="lists no arrays"):
+        open_source(path)
+
+
+def test_scales_beyond_all_bounds_say_nothing(tmp_path: Path) -> None:
+    path = write_ome_zarr("0.4")(tmp_path)
+    with open_source(path) as slide:
+        expected = slide.level_downsamples
+    attributes = json.loads((path / ".zattrs").read_text())
+    for dataset, scale in zip(
+        attributes["multiscales"][0]["datasets"], (1e-300, 1e300), strict=True
+    ):
+        (transformation,) = dataset["coordinateTransformations"]
+        transformation["scale"] = [scale] * len(transformation["scale"])
+    (path / ".zattrs").write_text(json.dumps(attributes))
+    with open_source(path, mpp=0.5) as slide:
+        assert slide.level_downsamples == expected
+
+
 # --- levels ------------------------------------------------------------------------------------
 
 SIDE = 128

@@ -222,8 +222,8 @@ def stated_downsamples(
     found = []
     for level_size, tile, said in zip(level_sizes, level_tiles, stated, strict=True):
         by_size = _snap(size, level_size)
-        if said is not None and max(said) < 1.01:
-            said = None  # a tag that the writer copied from level 0
+        if said is not None and not 1.01 <= max(said) <= MAX_SIDE:
+            said = None  # a tag that the writer copied from level 0, or no number of pixels
         if said is not None:
             whole = (float(round(said[0])), float(round(said[1])))
             # numbers in files are rounded, sometimes to what the sizes come to

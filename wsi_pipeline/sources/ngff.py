@@ -53,6 +53,8 @@ class OmeZarrBackend:
             # level 0 is the largest, whichever stands first
             multiscale["datasets"].sort(key=lambda d: -math.prod(group[str(d["path"])].shape))
             levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
+            if not levels:
+                raise SourceError("a damaged OME-Zarr: it lists no arrays")
             for level in levels:
                 _check_array(level, self._axes)
             self._levels = [trusted(level) for level in levels]
