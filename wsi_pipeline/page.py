@@ -90,7 +90,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
             anchor=f"run-{number}",
             picture=_picture(folder, side) if folder in shown else "",
             links={
-                name: _link(output_dir, folder / name)
+                name: quote_from_bytes(os.fsencode(os.path.relpath(folder / name, output_dir)))
                 for name in dict.fromkeys((*LINKED_FILES, *run.files))
                 # of a run behind a URL not every file has a copy in the folder
                 if name in run.files or (folder / name).exists()
@@ -208,10 +208,6 @@ def _picture(folder: Path, side: int) -> str:
     except (OSError, KeyError, ValueError) as error:
         logger.debug("no picture of %s: %s", folder, error)
         return ""
-
-
-def _link(output_dir: Path, path: Path) -> str:
-    return quote_from_bytes(os.fsencode(os.path.relpath(path, output_dir)))
 
 
 def _amount(area: float) -> str:

@@ -408,26 +408,22 @@ def _begin(
         if not overwrite:
             _refuse_others(job, source.fingerprint, bundle)
             settings = _as_exported(job.home, key, settings)
+
+        def finished(folder: Path) -> Run | None:
+            return None if overwrite else _finished(folder, key, bundle, settings.export)
+
         in_hand = job.target is not None and job.folder.is_dir()
-        if (
-            not overwrite
-            and not in_hand
-            and (run := _finished(job.home, key, bundle, settings.export))
-        ):
+        if not in_hand and (run := finished(job.home)):
             logger.info("%s is done already", job.folder)
             return run
         # absolute: workers elsewhere have another current folder
         folder = job.folder.absolute()
         claim.enter_context(RunStore(folder=folder).claim())
-        if not overwrite and (run := _finished(job.home, key, bundle, settings.export)):
+        if run := finished(job.home):
             if job.target:
                 shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
             return run  # by another process, a moment ago
-        if (
-            job.target
-            and not overwrite
-            and (run := _finished(folder, key, bundle, settings.export))
-        ):
+        if job.target and (run := finished(folder)):
             return _move_home(job, run)  # which an earlier run could not
         store = open_run_store(
             folder,

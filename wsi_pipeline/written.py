@@ -95,7 +95,10 @@ class WrittenFiles:
     def free(self, name: str) -> str:
         """Return the name under which a file may be written: its own, or one beside a person's."""
         for other in _names(name):
-            if not self._is_there(other) or self._is_ours(other):
+            path = self._folder / other
+            with reaching(path):
+                is_free = not (path.exists() or path.is_symlink())
+            if is_free or self._is_ours(other):
                 if other != name:
                     self._warnings[name] = f"{name} {STAYS}; the new one is {other}"
                 return other
@@ -133,11 +136,6 @@ class WrittenFiles:
         self.placed[name] = digest
         for later in self.ours([path.name], above=_number(name)):
             (self._folder / later).unlink()
-
-    def _is_there(self, name: str) -> bool:
-        path = self._folder / name
-        with reaching(path):
-            return path.exists() or path.is_symlink()
 
     def _is_ours(self, name: str) -> bool:
         path = self._folder / name
