@@ -192,7 +192,7 @@ def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Open
         )
 
     # a side that tells the slide's bounds comes first: GeoJSON of the other may begin there
-    if _tells_slide(pairing.truth):
+    if (pairing.truth / RUN_FILE).is_file():
         truth = opened(pairing.truth, options.truth_values, slide)
         prediction = opened(pairing.prediction, options.prediction_values, slide or truth.canvas)
     else:
@@ -271,10 +271,6 @@ def _surfaces(
         for i, name in enumerate(classes)
         if i > 0
     }
-
-
-def _tells_slide(path: Path) -> bool:
-    return (path / RUN_FILE).is_file()
 
 
 def _check_extent(side: Side, canvas: Canvas) -> None:

@@ -23,7 +23,7 @@ from wsi_pipeline.errors import EvaluationError, StoreError
 from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values, named, settle
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
-from wsi_pipeline.evaluation.volumes import is_dicom, open_labels
+from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.grid import Region
 from wsi_pipeline.options import Frame
 from wsi_pipeline.outputs import FILES
@@ -31,6 +31,7 @@ from wsi_pipeline.paths import LABEL, MASK
 from wsi_pipeline.report import RUN_FILE, Run, load_run
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.mpp import ome_mpp
+from wsi_pipeline.sources.radiology import is_dicom
 from wsi_pipeline.store import RunStore
 
 Pair = tuple[float, float]

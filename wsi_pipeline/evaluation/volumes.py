@@ -15,7 +15,7 @@ from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
 from wsi_pipeline.evaluation.metrics import IGNORE, Mask
 from wsi_pipeline.paths import quiet
 from wsi_pipeline.sources.alignment import turned_onto
-from wsi_pipeline.sources.radiology import kind_of
+from wsi_pipeline.sources.radiology import is_dicom, kind_of
 from wsi_pipeline.sources.volume import open_volume
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -77,11 +77,6 @@ def is_volume(path: Path) -> bool:
     if is_dicom(path):
         return open_labels(path).is_part
     return path.is_file() and kind_of(path) in ("NIfTI", "NRRD")
-
-
-def is_dicom(path: Path) -> bool:
-    """Return whether a file is one of DICOM."""
-    return path.is_file() and kind_of(path) == "DICOM"
 
 
 def open_labels(path: Path) -> LabelVolume:

@@ -234,33 +234,26 @@ def _vendor_readings(properties: Mapping[str, str]) -> Iterator[MppReading]:
     if properties.get("openslide.vendor", "generic-tiff") != "generic-tiff":
         names.append(("openslide.mpp", "openslide.mpp-x", "openslide.mpp-y"))
     for source, x, y in names:
-        values = (_number(properties.get(x)), _number(properties.get(y)))
-        if values[0] is not None and values[1] is not None:
-            mpp = (values[0], values[1])
+        if mpp := _pair(properties, x, y):
             # ImageJ keeps what other programs wrote
             made = _by_density(source, mpp) if source == "ImageJ" else None
             yield made or MppReading(source=source, mpp=mpp, doubt=_doubt(mpp))
     for source, name in MEASURED.items():
-        values = (
-            _number(properties.get(f"{name}.said-x")),
-            _number(properties.get(f"{name}.said-y")),
-        )
-        if values[0] is not None and values[1] is not None:
-            doubt = properties.get(f"{name}.doubt", "")
-            yield MppReading(source=source, mpp=(values[0], values[1]), doubt=doubt)
+        if mpp := _pair(properties, f"{name}.said-x", f"{name}.said-y"):
+            yield MppReading(source=source, mpp=mpp, doubt=properties.get(f"{name}.doubt", ""))
 
 
 def _resolution_tags(properties: Mapping[str, str]) -> MppReading | None:
     unit = um_per(properties.get("tiff.ResolutionUnit", ""))
-    x, y = (_number(properties.get(f"tiff.{axis}Resolution")) for axis in "XY")
-    if unit is None or x is None or y is None:
+    found = _pair(properties, "tiff.XResolution", "tiff.YResolution")
+    if unit is None or found is None:
         return None
-    return _by_density("TIFF resolution tags", (unit / x, unit / y))
+    return _by_density("TIFF resolution tags", (unit / found[0], unit / found[1]))
 
 
 def _picture_density(properties: Mapping[str, str]) -> MppReading | None:
-    x, y = (_number(properties.get(f"picture.mpp-{axis}")) for axis in "xy")
-    return None if x is None or y is None else _by_density("the picture's dots per inch", (x, y))
+    found = _pair(properties, "picture.mpp-x", "picture.mpp-y")
+    return found and _by_density("the picture's dots per inch", found)
 
 
 def _by_density(source: str, mpp: tuple[float, float]) -> MppReading:
@@ -270,6 +263,12 @@ def _by_density(source: str, mpp: tuple[float, float]) -> MppReading:
     if any(math.isclose(dpi, usual, rel_tol=0.005) for usual in MEANINGLESS_DPI):
         doubt = f"{dpi:.0f} dpi is what programs write that do not know"
     return MppReading(source=source, mpp=mpp, doubt=doubt)
+
+
+def _pair(properties: Mapping[str, str], x: str, y: str) -> tuple[float, float] | None:
+    """Return two properties as positive finite numbers, None where one is none."""
+    found = _number(properties.get(x)), _number(properties.get(y))
+    return None if found[0] is None or found[1] is None else (found[0], found[1])
 
 
 def _number(text: str | None) -> float | None:

@@ -6,7 +6,7 @@ import itertools
 import math
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class OmeZarrBackend:
         self.blank = int(as_rgb(fill).max())
         self.properties: Mapping[str, str] = _properties(multiscale, group, self._axes)
         self.doubts: tuple[str, ...] = ()
-        if "c" in self._axes and self._levels[0].shape[self._axes.index("c")] == 4:
+        if samples == 4:
             self.doubts = ("it has a fourth channel, which is left out",)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
@@ -278,7 +278,8 @@ def _stated(multiscale: dict[str, Any], x: int, y: int) -> list[Downsample | Non
 def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:
     """Return µm per pixel and the colours of the channels, where the metadata says."""
     properties: dict[str, str] = {}
-    try:
+    wrong = AttributeError, IndexError, KeyError, TypeError, ValueError
+    with suppress(*wrong):  # what is said wrongly is not said
         units = [axis.get("unit") for axis in multiscale["axes"]]
         lists = (multiscale["datasets"][0], multiscale)
         transforms = [t for m in lists for t in m.get("coordinateTransformations", ())]
@@ -287,11 +288,7 @@ def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict
         if scales:
             sizes = [math.prod(float(scale[index]) for scale in scales) for index in (x, y)]
             properties |= measured("OME-Zarr", sizes, [units[x], units[y]])
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        pass  # whatever is said wrongly is not said
-    try:
+    with suppress(*wrong):
         if colours := _colours(group):
             properties["ome-zarr.colors"] = ",".join(colours)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return properties  # whatever is said wrongly is not said
     return properties

@@ -125,7 +125,7 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
     from wsi_pipeline.sources.series import group_series  # takes its time; slides do without
 
     paths = find_images(inputs, output)
-    folders = dict.fromkeys(path.parent for path in paths if _is_dicom(path))
+    folders = dict.fromkeys(path.parent for path in paths if is_dicom(path))
     every = group_series(*_sorted_out(path for folder in folders for path in folder.iterdir()))
     names: dict[Path, Path | None] = {}
     for series in every:
@@ -170,7 +170,7 @@ def series_of(path: Path) -> Series:
 def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Return the files that look like DICOM, and the others that are no known companions."""
     files = [p for p in sorted(paths) if p.is_file() and not _is_beside(p)]
-    dicom = [path for path in files if _is_dicom(path)]
+    dicom = [path for path in files if is_dicom(path)]
     return dicom, [path for path in files if path not in set(dicom)]
 
 
@@ -180,7 +180,8 @@ def _is_beside(path: Path) -> bool:
     return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Return whether a path is of a file of DICOM that can be read, with or without preamble."""
     try:
         return path.is_file() and kind_of(path) == "DICOM"
     except SourceError:

@@ -304,7 +304,7 @@ def _open_nifti(path: Path, time_points: Sequence[int] | None) -> Volume:
         stored.dtype,
         offset=int(stored.offset),
         volumes=chosen,
-        unpack=_gunzip if _is_gzip(path) else None,
+        unpack=gzip.open if _is_gzip(path) else None,
         slope=float(stored.slope),
         intercept=float(stored.inter),
     )
@@ -364,13 +364,8 @@ def _open_nrrd(path: Path, time_points: Sequence[int] | None) -> Volume:
     if header.get("line skip") or header.get("byte skip"):
         raise SourceError("a NRRD that skips lines or bytes; save it without")
     affine, more_doubts = _nrrd_affine(header, spatial)
-    unpackers = {
-        "raw": None,
-        "gzip": _gunzip,
-        "gz": _gunzip,
-        "bzip2": _bunzip,
-        "bz2": _bunzip,
-    }
+    unpackers: dict[str, Any] = {"raw": None, "gzip": gzip.open, "gz": gzip.open}
+    unpackers |= {"bzip2": bz2.open, "bz2": bz2.open}
     if header["encoding"] not in unpackers:
         raise SourceError(f"voxels stored as {header['encoding']}; expected raw, gzip or bzip2")
     voxels = _file_voxels(
@@ -560,14 +555,6 @@ def _file_voxels(
             )
         )
     return tuple(found)
-
-
-def _gunzip(packed: BinaryIO) -> Any:
-    return gzip.GzipFile(fileobj=packed, mode="rb")
-
-
-def _bunzip(packed: BinaryIO) -> Any:
-    return bz2.BZ2File(packed)
 
 
 def _unpack(
