@@ -42,17 +42,19 @@ def test_a_folder_gives_its_slides_but_not_its_results(slides):
 
 
 def test_runs_are_no_slides_wherever_they_lie(slides):
-    for folder in (slides / "deep" / "er", slides / "x"):
-        (folder / ".store").mkdir()
-    every = [str(slides), str(slides / "**" / "*.[nT]*")]
+    results = ["deep/er/mask.ome.tif", "deep/er/overlay.png", "deep/er/mask.new-2.dcm"]
+    for name in results:
+        (slides / name).write_bytes(b"x")
+    (slides / "deep" / "er" / ".store").mkdir()
+    every = [str(slides), str(slides / "deep" / "**" / "*.[nTt]*")]
     assert names(find_slides(every, output=slides), slides) == [
-        "a.svs", "deep/b.TIFF", "out/a/mask.ome.tif", "x.mrxs",
+        "a.svs", "deep/b.TIFF", "deep/er/c.ndpi", "out/a/mask.ome.tif", "x.mrxs",
     ]  # fmt: skip
-    assert names(find_images([str(slides / "x"), str(slides / "deep")], slides), slides) == [
-        "deep/b.TIFF"
-    ]
-    named = [str(slides / "deep" / "er" / "c.ndpi")]
-    assert names(find_slides(named, output=slides), slides) == ["deep/er/c.ndpi"]
+    assert names(find_images([str(slides / "deep")], slides), slides) == [
+        "deep/b.TIFF", "deep/er/c.ndpi",
+    ]  # fmt: skip
+    for name in results:  # named itself
+        assert names(find_slides([str(slides / name)], output=slides), slides) == [name]
 
 
 def test_patterns_files_and_lists(slides):

@@ -34,6 +34,8 @@ LISTED = ("path", "file", "filename", "file_name", "slide_path", "slide", "image
 """Headers of the column of paths in a CSV list; the first that occurs counts."""
 WORK = ".store"
 """In the folder of a run: what it keeps besides its outputs."""
+RESULTS = ("mask", "annotations", "overlay", "run")
+"""How the names of what is written there begin, up to their first dot."""
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
@@ -188,29 +190,36 @@ def _matches(pattern: str) -> list[Path]:
         folder = waiting.pop(0)
         entries = visible_entries(folder, seen) if folder.is_dir() else []
         waiting += [entry for entry in entries or () if os.path.isdir(entry)]
-        if not (folder / WORK).is_dir():
-            found += _matches(str(Path(glob.escape(str(folder)), *(parts[index + 1 :] or ("*",)))))
+        found += _matches(str(Path(glob.escape(str(folder)), *(parts[index + 1 :] or ("*",)))))
+    found = [path for path in found if not ((path.parent / WORK).is_dir() and _is_result(path))]
     return sorted(dict.fromkeys(found))
 
 
 def visible_entries(folder: Path, seen: set[str]) -> list[Path] | None:
     """Return what a folder holds but hidden entries, sorted, links behind; None if unreadable.
 
-    A run's folder holds nothing: its masks and pictures are no inputs of the next run.
+    What a run has written into its folder does not count: it is no input of the next. The folder
+    may be that of a DICOM series, too.
 
     Args:
         folder: to be listed.
         seen: real paths of folders that have been listed, which hold nothing more; it is added.
     """
     real = os.path.realpath(folder)
-    if real in seen or (folder / WORK).is_dir():
+    if real in seen:
         return []
     seen.add(real)
     try:
         entries = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError:
         return None
+    if (folder / WORK).is_dir():
+        entries = [path for path in entries if not _is_result(path)]
     return sorted(entries, key=lambda path: (path.is_symlink(), path))
+
+
+def _is_result(path: Path) -> bool:
+    return path.name.partition(".")[0] in RESULTS
 
 
 def each_once(paths: Iterable[Path]) -> list[Path]:
