@@ -238,6 +238,7 @@ def test_a_recipe_holds_what_its_file_says(recipe: Recipe) -> None:
         ("ignore = [0]", 'label = "Benign"', "label 'Benign' is none of"),
         ("Tumor = [255]", "Necrosis = [255]", "Necrosis"),
         ("mpp = 0.25", "mpp = 0", "expected µm per pixel"),
+        ("mpp = 0.25", "mpp = 0.25\nweight = 0", "weight is 0; expected a number above 0"),
         ("ignore = [0]", "ignored = [0]", "ignored"),
         ('activation = "sigmoid"', 'activation = "relu"', "relu"),
         ('notes = "Two', 'note = "Two', "unknown"),
@@ -429,6 +430,14 @@ def test_patients_are_drawn_evenly_and_their_images_by_area() -> None:
     assert shares == pytest.approx({"A10": 0.5, "B10": 0.1, "B20": 0.4}, abs=0.04)
     ones = sum(c == 1 for _, c in found) / 2000
     assert ones == pytest.approx(0.5 * 0.1 + 0.1 * 0.1 + 0.4 * 0.05, abs=0.03)
+
+
+def test_patients_are_drawn_by_their_weights() -> None:
+    samples = [
+        dataclasses.replace(s, weight=0.25 if s.patient == "A" else 1.0) for s in flat_samples()
+    ]
+    found = drawn(Sampler(samples, learner(samples, classes=3).surveys, balance=0))
+    assert sum(name == "A10" for name, _ in found) / 2000 == pytest.approx(0.2, abs=0.03)
 
 
 def test_classes_are_drawn_evenly_from_the_patients_that_have_them() -> None:

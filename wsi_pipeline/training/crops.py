@@ -92,6 +92,7 @@ class Sampler:
         self._balance = balance
         self._totals = np.stack([s.totals for s in surveys])  # (samples, K)
         self._owners: dict[str, list[int]] = {}
+        self._weights = {sample.patient: sample.weight for sample in samples}
         for i, sample in enumerate(samples):
             if self._totals[i].sum():
                 self._owners.setdefault(sample.patient, []).append(i)
@@ -106,7 +107,11 @@ class Sampler:
         classes = [chosen] if wanted else self._classes
         amounts = self._totals[:, classes].sum(1)
         having = [p for p in sorted(self._owners) if amounts[self._owners[p]].sum()]
-        own = self._owners[having[_pick(len(having), generator)]]
+        shares = np.array([self._weights[p] for p in having])
+        # where all weigh the same, as many random numbers as ever
+        is_even = bool((shares == shares[0]).all())
+        k = _pick(len(having), generator) if is_even else _weighted(shares, generator)
+        own = self._owners[having[k]]
         i = own[_weighted(amounts[own], generator)]
         blocks = self._surveys[i].counts
         block = _weighted(blocks[:, classes].sum(1), generator)
@@ -120,7 +125,9 @@ def _pick(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _weighted(amounts: npt.NDArray[np.int64], generator: Generator) -> int:
+def _weighted(
+    amounts: npt.NDArray[np.int64] | npt.NDArray[np.float64], generator: Generator
+) -> int:
     return int(
         torch.multinomial(torch.from_numpy(amounts.astype(np.float64)), 1, generator=generator)
     )

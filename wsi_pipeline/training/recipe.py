@@ -182,6 +182,7 @@ class DataSpec:
         table: CSV with a row for each image, relative to the data folder.
         columns: of the table, which say what would else be said here: "image" (the file's name,
             "file" if not said), "patient", "label" (in any case of its letters), "fold".
+        weight: how often a patient is drawn, against 1 of others.
         unlabelled: what the column of labels says of images of which nothing is to be said.
         masks: a folder or file.
         mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
@@ -205,6 +206,7 @@ class DataSpec:
     table: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     unlabelled: tuple[str, ...] = ()
+    weight: float = 1.0
     masks: str | None = None
     mask_name: str = "{stem}.png"
     annotations: str | None = None
@@ -251,6 +253,8 @@ class DataSpec:
                 raise ValueError(f"{where}: patients is no regular expression: {error}") from error
         if self.mpp is not None and not 0 < self.mpp < math.inf:
             raise ValueError(f"{where}: mpp is {self.mpp}; expected µm per pixel above 0")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"{where}: weight is {self.weight}; expected a number above 0")
         if self.frame not in get_args(Frame):
             raise ValueError(f"{where}: frame {self.frame!r} is none of {get_args(Frame)}")
 

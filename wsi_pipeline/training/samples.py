@@ -67,6 +67,7 @@ class Sample:
         label: index of what is to be said of the whole, or `UNLABELLED`; None = whether it shows
             any class.
         fold: name of the group that is held out together, or None.
+        weight: how often its patient is drawn, against 1 of others.
         digest: of the picture's pixels, or of the slide's file: the same picture under another
             name has the same.
     """
@@ -76,6 +77,7 @@ class Sample:
     source: Source
     label: int | None = None
     fold: str | None = None
+    weight: float = 1.0
     digest: str = ""
 
     @property
@@ -374,6 +376,7 @@ def _decoded(
         source=Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache),
         label=told.label,
         fold=told.fold,
+        weight=spec.weight,
         digest=hashlib.sha256(np.ascontiguousarray(pixels.numpy()).tobytes()).hexdigest(),
     )
 
@@ -411,6 +414,7 @@ def _annotated(
         ),
         label=told.label,
         fold=told.fold,
+        weight=spec.weight,
         digest=slide.fingerprint,
     )
 

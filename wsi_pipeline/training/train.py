@@ -220,7 +220,8 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
         for s, found in zip(samples, surveys, strict=True)
     ]
     table = bundle_table(replace(recipe.bundle, limits=""))
-    text = json.dumps([table, settings, data], sort_keys=True)
+    weights = [(s.patient, s.weight) for s in samples if s.weight != 1]
+    text = json.dumps([table, settings, data, *filter(None, [weights])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
