@@ -187,6 +187,8 @@ def _command(*arguments: object) -> bool:
 
 def _list(path: Path, original: Path) -> str:
     """Take slides from a list, and µm per pixel from a table."""
+    slide = original.parent.parent / "a.tif"
+    (path.parent / slide.name).symlink_to(slide)
     plan_jobs(find_slides([str(path)], output=path.parent / "out"), path.parent / "out")
     if path.suffix == ".csv":
         read_mpp_table(path)
@@ -444,8 +446,9 @@ def _others(folder: Path, slide: Path) -> dict[str, Path]:
     import nrrd
 
     folder.mkdir()
-    (folder / "a.txt").write_text(f"{slide}\n\n{slide.parent}/*.tif\nb.svs\n", "utf-8")
-    (folder / "a.csv").write_text(f"slide,mpp\n{slide},0.5\n", "utf-8")
+    # paths of their own folder: what is left of a longer one would have the whole disk searched
+    (folder / "a.txt").write_text(f"{slide.name}\n\n*.tif\nb.svs\n", "utf-8")
+    (folder / "a.csv").write_text(f"slide,mpp\n{slide.name},0.5\n", "utf-8")
     bundle = pointwise_bundle(folder / "model", mpp=MPP, patch_size=128, overlap=0)
     small_unet_bundle(folder / "bundle")
     settings = Settings(select=SelectOptions(mpp=MPP, tissue="none"))

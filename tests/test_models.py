@@ -106,7 +106,7 @@ def test_a_card_says_what_the_bundle_is_not_and_where_its_weights_are_from(path:
     card = (path / "README.md").read_text("utf-8")
     weights = ("Training data", "Dice", "CC0")
     if path not in WITH_WEIGHTS:
-        weights = ("No weights.", "None exist", f"models import best.pth --like models/{path.name}")
+        weights = ("No weights", "None exist", f"models import best.pth --like models/{path.name}")
     for words in (
         "Not a medical device",
         "not for diagnosis",
