@@ -88,7 +88,7 @@ def _content(path):
             run = json.loads(path.read_text("utf-8"))
             return {name: value for name, value in run.items() if name != "seconds"}
         case "csv":
-            rows = list(csv.DictReader(path.open(encoding="utf-8")))
+            rows = csv.DictReader(path.read_text("utf-8").splitlines())
             return [{name: cell for name, cell in row.items() if name != "seconds"} for row in rows]
         case "html":  # with seconds here and there
             return b"</html>" in path.read_bytes()
@@ -106,6 +106,7 @@ class Stage:
         if before:
             self._run(before)
             self._old = held(self.root)
+        shutil.rmtree(self._start, ignore_errors=True)  # of another test of the same command
         shutil.copytree(self.root, self._start)
         self._run(self.line)
         self.calm = held(self.root)
