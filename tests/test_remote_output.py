@@ -264,7 +264,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
 
     kept = {}
 
-    def look(begun):
+    def look(begun, files):
         kept.update({p.name: p.stat().st_mtime_ns for p in begun.run.plan.store.blocks()})
 
     monkeypatch.setattr("wsi_pipeline.pipeline._drop_what_is_old", look)
