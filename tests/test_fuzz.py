@@ -27,6 +27,7 @@ FOUND = [
     ("TIFF, turned", 4242500),  # a list of tiles that is too short: a traceback
     ("DICOM series", 910308),  # a place that is no number: a traceback for all of the folder
     ("NIfTI, gzip", 700045),  # other voxels, though their checksum says so
+    ("run", 9100049),  # hashes of what was written that are no text: a traceback
     ("mask, PNG", 700011),  # cut off: a traceback, and zeros without a word where GDAL gave those
 ]
 """Kinds and seeds for which there was a defect."""

@@ -58,7 +58,7 @@ class WrittenFiles:
         kept = store.written_path
         self._known = set((told or {}).values())
         if kept.is_file():
-            self._known |= set(kept.read_text("utf-8").split())
+            self._known |= set(kept.read_text("utf-8", "replace").split())
         self._has_no_hashes = told == {} and not kept.is_file()
         if home is None:
             if self._has_no_hashes:

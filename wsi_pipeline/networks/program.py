@@ -97,7 +97,7 @@ def export_torch(
     """
     network = _network(bundle)
     card = bundle.path / CARD
-    told = card.read_text("utf-8") if card.is_file() else f"# {bundle.name}\n"
+    told = card.read_text("utf-8", "replace") if card.is_file() else f"# {bundle.name}\n"
     note = f"\n## This form\n\nExported from `{bundle.name}`, weights sha256 "
     exported = replace(bundle, network="exported", network_options={})
     with written_folder(folder, overwrite=overwrite) as partial:
