@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -127,6 +128,7 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
     paths = find_images(inputs, output)
     folders = dict.fromkeys(path.parent for path in paths if is_dicom(path))
     every = group_series(*_sorted_out(path for folder in folders for path in folder.iterdir()))
+    series_in_folder = Counter(folder for series in every for folder in series.folders)
     names: dict[Path, Path | None] = {}
     for series in every:
         # what cannot be read beside a series is told with it
@@ -135,8 +137,7 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
         if others:
             name = Path(os.path.commonpath([path.absolute() for path in series.folders]))
         else:
-            is_alone = sum(folder in other.folders for other in every) == 1
-            name = folder if is_alone else first
+            name = folder if series_in_folder[folder] == 1 else first
         names |= {path: name for path, _ in series.files}
     found = dict.fromkeys(names.get(path, path) for path in paths)
     return [path for path in found if path is not None]
@@ -171,7 +172,8 @@ def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Return the files that look like DICOM, and the others that are no known companions."""
     files = [p for p in sorted(paths) if p.is_file() and not _is_beside(p)]
     dicom = [path for path in files if is_dicom(path)]
-    return dicom, [path for path in files if path not in set(dicom)]
+    known = set(dicom)
+    return dicom, [path for path in files if path not in known]
 
 
 def _is_beside(path: Path) -> bool:
