@@ -1416,11 +1416,14 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out(
     recipe: Recipe, samples: list[Sample]
 ) -> None:
     fabric_of = pytest.importorskip("lightning_fabric").Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
     from lightning_fabric.plugins.precision.amp import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
     precision = MixedPrecision("16-mixed", "cpu", scaler=scaler)
-    fabric = fabric_of(accelerator="cpu", devices=1, plugins=[precision])
+    # Where `srun` is installed, Fabric warns of a command that does not run under it.
+    plugins = [LightningEnvironment(), precision]
+    fabric = fabric_of(accelerator="cpu", devices=1, plugins=plugins)
     few = changed(recipe, steps=4, average=0.0)
     network = fit(few, learner(samples), fabric=fabric).network
     assert scaler.get_scale() < 2.0**120
