@@ -5,7 +5,7 @@ Whatever a request names is looked up in a dict; no part of a URL ever becomes a
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import ipaddress
 import json
 import logging
@@ -13,21 +13,21 @@ import os
 import re
 import secrets
 import socket
-import socketserver
-import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote_from_bytes, unquote_to_bytes
 
 import orjson
+from tornado.httpserver import HTTPServer
+from tornado.iostream import IOStream
+from tornado.web import Application, HTTPError, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.report import RUN_FILE
@@ -39,7 +39,11 @@ LOOPBACK = "127.0.0.1"
 MOST_OPEN = 4
 """Slides that stay open while others are looked at."""
 MOST_CONNECTIONS = 64
-"""At a time, each with a thread: a browser opens six."""
+"""At a time: a browser opens six."""
+THREADS = 8
+"""That read files: the loop itself never waits for a disk."""
+LONGEST_BODY = 1 << 16
+"""Bytes of a request's body, which nobody reads."""
 IDLE_SECONDS = 60
 """After which a connection that is not used is closed."""
 TYPES = {
@@ -54,17 +58,19 @@ HEADERS = {
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",
+    "Server": "wsi_pipeline",
     "X-Content-Type-Options": "nosniff",
 }
 
 
-class RequestError(WsiPipelineError):
+class RequestError(HTTPError):
     """A request that names what is not there, or says it wrongly."""
 
-    def __init__(self, status: HTTPStatus, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, status: HTTPStatus, sentence: str) -> None:
+        super().__init__(status)
+        self.sentence = sentence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,59 +91,61 @@ class Answer:
 Query = Mapping[str, list[str]]
 
 
-class Viewer(ThreadingHTTPServer):
+class Viewer:
     """A server of finished runs in a thread of its own; close it, or use it in a `with`.
 
     Attributes:
         root: with which the path of every URL begins; whoever does not know it sees nothing, as
             other users of the machine, who reach the port too.
         url: of the page.
+        server_port: on which it listens.
+        hosts: names by which it may be called; "*" stands for any address.
+        pages: the files of the page, by name.
+        pool: threads that answer.
     """
 
-    daemon_threads = True
-    allow_reuse_address = os.name == "posix"  # elsewhere two servers would share the port
-    request_queue_size = 64
-
     def __init__(self, folder: Path, *, host: str, port: int, slide: Path | None) -> None:
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=64)
+        listening.setblocking(False)
+        self.server_port: int = listening.getsockname()[1]
         self.folder, self.slide_path = folder, slide
         self.root = f"/{secrets.token_urlsafe(16)}/"
         self.pages = dict(_static_files())
         self.pages[""] = self.pages.pop("index.html")
+        is_any = _is_address(host) and ipaddress.ip_address(host).is_unspecified
+        own = {socket.gethostname().lower(), "*"} if is_any else set()
+        self.hosts = {"localhost", LOOPBACK, "::1", host.lower()} | own
+        name = socket.gethostname() if is_any else host
+        self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
+        self.pool = ThreadPoolExecutor(THREADS, "viewer")
         self._folders: dict[str, Path] = {}
         self._open: OrderedDict[str, ShownRun] = OrderedDict()  # the latest used last
-        self._users: dict[ShownRun, int] = {}
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(MOST_CONNECTIONS)
-        super().__init__((host, port), Handler)
-        self.hosts = _own_names(host)
-        name = socket.gethostname() if _is_any(host) else host
-        self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
-        self._thread = threading.Thread(target=self.serve_forever, name="viewer", daemon=True)
+        # a loop of its own: that of a notebook is left as it is
+        self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self._loop, self._ended = self._runner.get_loop(), asyncio.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=[listening], name="viewer", daemon=True
+        )
         self._thread.start()
 
-    def server_bind(self) -> None:
-        """Take the address, without asking a name server for its name as the base class does."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+    def _run(self, listening: socket.socket) -> None:
+        with self._runner:
+            self._runner.run(self._serve(listening))
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread, unless there are as many as one person's browsers never open."""
-        if self._slots.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer in the thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Write down what went wrong with a connection: a browser may leave whenever it likes."""
-        logger.debug("connection from %s: %r", client_address, sys.exc_info()[1])
+    async def _serve(self, listening: socket.socket) -> None:
+        """Answer until the viewer is closed."""
+        page = (".*", _Page, {"viewer": self})
+        server = _BoundedServer(
+            Application([page], log_function=_log_request),
+            idle_connection_timeout=IDLE_SECONDS,
+            max_body_size=LONGEST_BODY,
+        )
+        server.add_socket(listening)
+        await self._ended.wait()
+        server.stop()
+        await server.close_all_connections()
 
     def wait(self) -> None:
         """Wait until the server is closed, or Ctrl-C."""
@@ -146,11 +154,11 @@ class Viewer(ThreadingHTTPServer):
 
     def close(self) -> None:
         """Stop serving and give the slides back."""
-        self.shutdown()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._ended.set)
         self._thread.join()
-        self.server_close()
-        with self._lock:
-            self._drop_all_but(0)
+        self.pool.shutdown()
+        self._open.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -175,46 +183,24 @@ class Viewer(ThreadingHTTPServer):
         self._folders = {_id(folder.absolute().name): folder for folder in folders}
         return self._folders
 
-    @contextmanager
-    def lend(self, name: str) -> Iterator[ShownRun]:
-        """Open a run, or take it from those that are open; yield it, open until the end.
+    def shown(self, name: str) -> ShownRun:
+        """Open a run, or take it from those that are open; return it, closed when nobody holds it.
 
         Raises:
             RequestError: no run of that name.
             StoreError: it cannot be shown.
         """
         with self._lock:
-            shown = self._take(name)
-            self._users[shown] = self._users.get(shown, 0) + 1
-        try:
-            yield shown
-        finally:
-            with self._lock:
-                self._users[shown] -= 1
-                self._close_unused(shown)
-
-    def _take(self, name: str) -> ShownRun:
-        folder = self._folders.get(name) or self._find().get(name)
-        if folder is None:
-            raise RequestError(HTTPStatus.NOT_FOUND, "there is no such slide here")
-        shown = self._open.pop(name, None)
-        if shown is not None and not shown.is_current():
-            self._users.setdefault(shown, 0)
-            self._close_unused(shown)
-            shown = None
-        self._open[name] = shown = shown or open_shown(folder, self.slide_path)
-        self._drop_all_but(MOST_OPEN)
-        return shown
-
-    def _drop_all_but(self, number: int) -> None:
-        """Forget the runs that were not used for longest; close those that nobody uses."""
-        while len(self._open) > number:
-            self._close_unused(self._open.popitem(last=False)[1])
-
-    def _close_unused(self, shown: ShownRun) -> None:
-        if not self._users.get(shown) and shown not in self._open.values():
-            self._users.pop(shown, None)
-            shown.close()
+            folder = self._folders.get(name) or self._find().get(name)
+            if folder is None:
+                raise RequestError(HTTPStatus.NOT_FOUND, "there is no such run here")
+            shown = self._open.pop(name, None)
+            if shown is None or not shown.is_current():
+                shown = open_shown(folder, self.slide_path)
+            self._open[name] = shown
+            if len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+            return shown
 
 
 def serve(
@@ -248,100 +234,103 @@ def serve(
         ) from error
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers GET and HEAD."""
+class _BoundedServer(HTTPServer):
+    """A server that takes no more connections than one person's browsers open."""
 
-    server: Viewer
-    protocol_version = "HTTP/1.1"
-    server_version, sys_version = "wsi_pipeline", ""
-    timeout = IDLE_SECONDS
-    wbufsize = -1
-    """Head and body in one packet: the second would wait for the first to be acknowledged."""
+    streams: frozenset[IOStream] = frozenset()
 
-    def do_GET(self) -> None:
-        """Answer a request; what cannot be answered gets a sentence."""
-        try:
-            self._check_host()
-            self._send(HTTPStatus.OK, self._answer())
-        except ConnectionError:
-            raise
-        except RequestError as error:
-            self._refuse(error.status, str(error))
-        except SourceError as error:
-            self._refuse(HTTPStatus.NOT_FOUND, str(error))
-        except WsiPipelineError as error:
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
-        except Exception as error:  # a damaged file must not end the page
-            logger.debug("%s", self.path, exc_info=True)
-            self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, f"cannot be shown: {error}")
-
-    do_HEAD = do_GET
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Refuse what the base class does not understand: other methods, damaged requests."""
-        self.close_connection = True  # a body may follow, which nobody reads
-        if code == HTTPStatus.NOT_IMPLEMENTED:
-            self._refuse(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD are answered")
+    def handle_stream(self, stream: IOStream, address: tuple[Any, ...]) -> None:
+        """Serve a new connection, or close it."""
+        self.streams = frozenset(s for s in self.streams if not s.closed()) | {stream}
+        if len(self.streams) > MOST_CONNECTIONS:
+            stream.close()
         else:
-            self._refuse(HTTPStatus(code), message or HTTPStatus(code).phrase)
+            super().handle_stream(stream, address)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log a request for those who want to know all."""
-        logger.debug("%s %s", self.address_string(), format % args)
+
+class _Page(RequestHandler):
+    """Answers GET and HEAD; what cannot be answered gets a sentence."""
+
+    def initialize(self, viewer: Viewer) -> None:
+        """Take what every request needs."""
+        self._viewer = viewer
+        self._is_kept = False
+
+    def set_default_headers(self) -> None:
+        """Say what a browser may do with any answer."""
+        for name, value in HEADERS.items():
+            self.set_header(name, value)
+
+    async def get(self) -> None:
+        """Answer a request."""
+        self._check_host()
+        loop = asyncio.get_running_loop()
+        answer = await loop.run_in_executor(self._viewer.pool, self._answer)
+        self._is_kept = answer.is_kept
+        self.set_header("Content-Type", answer.kind)
+        if answer.is_kept:
+            self.set_header("Cache-Control", "no-cache")
+        self.write(answer.body)
+
+    head = get
+
+    def compute_etag(self) -> str | None:
+        """Return a hash of what the browser may keep."""
+        return super().compute_etag() if self._is_kept else None
+
+    def write_error(self, status_code: int, **kwargs: Any) -> None:
+        """Refuse in one sentence."""
+        error = kwargs["exc_info"][1]
+        sentence = f"cannot be shown: {error}"  # a damaged file must not end the page
+        if isinstance(error, RequestError):
+            sentence = error.sentence
+        elif isinstance(error, WsiPipelineError):
+            sentence = str(error)
+            if isinstance(error, SourceError):
+                self.set_status(HTTPStatus.NOT_FOUND)
+        elif status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            sentence = "only GET and HEAD are answered"
+            self.set_header("Allow", "GET, HEAD")
+            self.set_header("Connection", "close")
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        self.finish(f"{sentence}\n".encode("utf-8", "backslashreplace"))
+
+    def log_exception(self, *error: Any) -> None:
+        """Log what went wrong for those who want to know all."""
+        logger.debug("%s: %r", self.request.uri, error[1])
 
     def _check_host(self) -> None:
         """Refuse requests for other names: a foreign page's name may be made to lead here."""
-        host = self.headers.get("Host", "")
+        host = self.request.headers.get("Host", "")
         name, port = _split_host(host)
-        hosts = self.server.hosts
+        hosts = self._viewer.hosts
         known = name in hosts or ("*" in hosts and _is_address(name))
-        if not known or port != self.server.server_port:
+        if not known or port != self._viewer.server_port:
             raise RequestError(
                 HTTPStatus.FORBIDDEN,
                 f"this server does not answer to {host[:80]!r}; open the address that it told",
             )
 
     def _answer(self) -> Answer:
-        root, path = self.path[: len(self.server.root)], self.path[len(self.server.root) :]
-        if not secrets.compare_digest(root.encode(), self.server.root.encode()):
+        viewer, given = self._viewer, self.request.path
+        root, path = given[: len(viewer.root)], given[len(viewer.root) :]
+        if not secrets.compare_digest(root.encode(), viewer.root.encode()):
             raise RequestError(
                 HTTPStatus.FORBIDDEN, "open the address that `view` told, with all its letters"
             )
-        path, _, query = path.partition("?")
-        if path in self.server.pages:
-            return self.server.pages[path]
+        if path in viewer.pages:
+            return viewer.pages[path]
         parts = path.split("/")
         if parts == ["runs"]:
-            return _json(self.server.list_runs())
+            return _json(viewer.list_runs())
         if parts[0] == "runs" and len(parts) > 1:
-            with self.server.lend(_id(unquote_to_bytes(parts[1]))) as shown:
-                return _answer_of(shown, parts[2:], parse_qs(query))
+            shown = viewer.shown(_id(unquote_to_bytes(parts[1])))
+            return _answer_of(shown, parts[2:], parse_qs(self.request.query))
         raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
 
-    def _send(self, status: HTTPStatus, answer: Answer) -> None:
-        tag = f'"{hashlib.sha256(answer.body).hexdigest()[:20]}"' if answer.is_kept else ""
-        if tag and tag in self.headers.get("If-None-Match", ""):
-            status = HTTPStatus.NOT_MODIFIED
-        self.send_response(status)
-        for name, value in HEADERS.items():
-            self.send_header(name, value)
-        if status == HTTPStatus.METHOD_NOT_ALLOWED:
-            self.send_header("Allow", "GET, HEAD")
-        if tag:
-            self.send_header("ETag", tag)
-        self.send_header("Cache-Control", "no-cache" if answer.is_kept else "no-store")
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        if status != HTTPStatus.NOT_MODIFIED:
-            self.send_header("Content-Type", answer.kind)
-            self.send_header("Content-Length", str(len(answer.body)))
-        self.end_headers()
-        if status != HTTPStatus.NOT_MODIFIED and self.command != "HEAD":
-            self.wfile.write(answer.body)
 
-    def _refuse(self, status: HTTPStatus, sentence: str) -> None:
-        body = f"{sentence}\n".encode("utf-8", "backslashreplace")
-        self._send(status, Answer(body=body, kind="text/plain; charset=utf-8"))
+def _log_request(handler: RequestHandler) -> None:
+    logger.debug("%s %s: %s", handler.request.method, handler.request.uri, handler.get_status())
 
 
 def _answer_of(shown: ShownRun, parts: list[str], query: Query) -> Answer:
@@ -437,17 +426,6 @@ def _static_files() -> Iterator[tuple[str, Answer]]:
         kind = TYPES.get(Path(file.name).suffix)
         if kind:
             yield file.name, Answer(body=file.read_bytes(), kind=kind, is_kept=True)
-
-
-def _own_names(host: str) -> set[str]:
-    """Return the names by which the server may be called; "*" stands for any address."""
-    names = {"localhost", LOOPBACK, "::1", host.lower()}
-    return names | {socket.gethostname().lower(), "*"} if _is_any(host) else names
-
-
-def _is_any(host: str) -> bool:
-    """Return whether a server listens on all addresses of the machine."""
-    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
 def _is_address(name: str) -> bool:

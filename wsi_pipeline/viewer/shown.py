@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import math
 import threading
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ class ShownRun:
         thumbnail: uint8 (h, w, 3), where the run keeps one.
         thumbnail_downsample: (y, x) level-0 pixels per pixel of it.
         mask: levels, the whole one first.
-        mask_downsample: (x, y) level-0 pixels per pixel of the first.
+        mask_downsample: (y, x) level-0 pixels per pixel of the first.
         problems: a sentence on each thing that cannot be shown.
     """
 
@@ -67,6 +68,10 @@ class ShownRun:
     mask_downsample: tuple[float, float]
     problems: tuple[str, ...]
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """See to it that the slide is closed when nobody holds the run any more."""
+        _ = self._closing
 
     @property
     def classes(self) -> dict[str, tuple[int, ...]]:
@@ -103,10 +108,10 @@ class ShownRun:
             "problems": self.problems,
             "warnings": run.warnings,
             "tile": TILE,
-            "slide": [_level(view.shape, view.downsample[::-1]) for view in self.views],
+            "slide": [_level(view.shape, view.downsample) for view in self.views],
             "thumbnail": None
             if self.thumbnail is None
-            else _level(self.thumbnail.shape, self.thumbnail_downsample[::-1]),
+            else _level(self.thumbnail.shape, self.thumbnail_downsample),
             "mask": [
                 _level(level.shape, [d * 2**n for d in self.mask_downsample])
                 for n, level in enumerate(self.mask)
@@ -181,6 +186,10 @@ class ShownRun:
         return [{"name": name, "color": colors.get(name) or color_of(name)} for name in names]
 
     @cached_property
+    def _closing(self) -> weakref.finalize[[], Self]:
+        return weakref.finalize(self, self.slide.close if self.slide else lambda: None)
+
+    @cached_property
     def _polygons(self) -> Polygons:
         return load_polygons(
             self.folder / POLYGONS,
@@ -190,8 +199,7 @@ class ShownRun:
 
     def close(self) -> None:
         """Give the slide's file back."""
-        if self.slide is not None:
-            self.slide.close()
+        self._closing()
 
 
 def load_slide_run(folder: Path) -> Run:
@@ -328,8 +336,8 @@ def _views(slide: Slide) -> tuple[SlideView, ...]:
 
 
 def _level(shape: tuple[int, ...], downsample: Sequence[float]) -> dict[str, Any]:
-    """Return what the page knows of a level: (x, y) as everywhere there."""
-    return {"size": [shape[1], shape[0]], "downsample": list(downsample)}
+    """Return what the page knows of a level, (x, y) as everywhere there, from (y, x)."""
+    return {"size": [shape[1], shape[0]], "downsample": list(reversed(downsample))}
 
 
 def _place(
