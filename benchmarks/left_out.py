@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from wsi_pipeline.evaluation.metrics import IGNORE
 from wsi_pipeline.networks import create
 from wsi_pipeline.training.fit import LAST
-from wsi_pipeline.training.measure import chances
+from wsi_pipeline.training.measure import chances, open_predictor
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import plan_splits
@@ -112,7 +112,9 @@ def main() -> None:
         if not re.search(given.only, sample.name):
             continue
         image, known = sample.read_all()
-        certain = chances(Mirrored(network) if given.mirrored else network, recipe.bundle, image)
+        shown = Mirrored(network) if given.mirrored else network
+        with closing(open_predictor(shown, recipe.bundle)) as predictor:
+            certain = chances(predictor, image, outside=sample.outside)
         chance, truth = certain[-1].numpy(), known.numpy()
         found, true = (chance > 0.5) & (truth != IGNORE), (truth > 0) & (truth != IGNORE)
         parts = np.array([2 * (found & true).sum(), found.sum() + true.sum()])

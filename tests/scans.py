@@ -27,7 +27,10 @@ class Around(torch.nn.Module):
     """Logits from means over some pixels around: patches differ where they overlap."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean = torch.nn.functional.avg_pool3d(x[:, :1], 5, 1, 2)
+        if x.ndim == 5:
+            mean = torch.nn.functional.avg_pool3d(x[:, :1], 5, 1, 2)
+        else:
+            mean = torch.nn.functional.avg_pool2d(x[:, :1], 5, 1, 2)
         return torch.cat([0.45 - mean, x[:, :1] - 0.5, mean - 0.45], dim=1) * 20
 
 

@@ -1,14 +1,21 @@
 """The predictor and the cache of straddling patches."""
 
 import threading
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from bundles import THRESHOLDS, classify, lightmuseg_bundle, pointwise_bundle, write_toml
+from bundles import (
+    THRESHOLDS,
+    classify,
+    lightmuseg_bundle,
+    pointwise_bundle,
+    small_unet_bundle,
+    write_toml,
+)
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
@@ -284,6 +291,18 @@ def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
     with pytest.raises(BundleError, match="first failed"):
         waiting[0].result(timeout=1)
     assert claimed(cache, [1]) == ([1], [1])
+
+
+def test_threads_that_come_after_a_predictor_have_their_cores(tmp_path):
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    predictor = Predictor(load_bundle(small_unet_bundle(tmp_path)), device="cpu", threads=2)
+    list(predictor.predict(REGION, ORIGINS))
+    predictor.close()
+    with ThreadPoolExecutor(1) as pool:
+        cores = pool.submit(torch.get_num_threads).result()
+    torch.set_num_threads(usual)
+    assert cores == 3
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import numpy as np
 import pytest
 import shapely
 import torch
+import zarr
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+from scans import Around, blobs, scan_bundle
 from scipy import ndimage
+from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
 from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
@@ -57,10 +61,17 @@ from wsi_pipeline.training.measure import (
     decided,
     mean_dice,
     measure,
-    predict,
+    open_predictor,
     scores_of,
 )
-from wsi_pipeline.training.recipe import AugmentSpec, Recipe, SplitSpec, load_recipe
+from wsi_pipeline.training.recipe import (
+    AugmentSpec,
+    DataSpec,
+    Recipe,
+    SplitSpec,
+    TrainSpec,
+    load_recipe,
+)
 from wsi_pipeline.training.samples import IGNORE, UNLABELLED, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
 from wsi_pipeline.training.write import Trained, model_card, write_bundle, write_history
@@ -1092,7 +1103,8 @@ def test_whole_images_are_predicted_at_their_own_size(
     recipe: Recipe, size: tuple[int, int]
 ) -> None:
     image = torch.randint(0, 256, (3, *size), generator=seeded()).to(torch.uint8)
-    mask = predict(Darkness(), recipe.bundle, image)
+    with closing(open_predictor(Darkness(), recipe.bundle)) as predictor:
+        mask = decided(chances(predictor, image))
     expected = image.float().mean(0) / 255 < 0.5
     assert mask.shape == size
     assert float((mask.bool() == expected).float().mean()) > 0.999
@@ -1125,6 +1137,72 @@ def test_large_images_are_measured_region_by_region(
     parts = measure(Darkness(), recipe.bundle, [sample])["A"]
     np.testing.assert_array_equal(parts.pixels.confusion, whole.pixels.confusion)
     assert whole.pixels.confusion.sum() == 130 * 170
+
+
+@pytest.mark.parametrize(
+    ("modality", "shape", "options"),
+    [
+        ("slide", (301, 211), {"resolution": "mpp = 0.5", "channels": 3}),
+        ("image", (211, 301), {"resolution": "fit = [211, 301]"}),
+        ("volume", (21, 75, 90), {"keys": "scale = [100.0, 900.0]"}),  # flatter than a patch
+        ("volume", (21, 75, 90), {"keys": 'scale = "zscore"'}),
+    ],
+)
+def test_what_is_measured_is_what_segment_writes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_slide: Callable[..., Path],
+    modality: str,
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    side = 32 if modality == "volume" else 64
+    model = scan_bundle(
+        tmp_path / "model",
+        modality=modality,
+        patch_size=(side,) * len(shape),
+        program=Around,  # whose answers depend on where a patch ends
+        **options,
+    )
+    values, truth = blobs(shape), np.random.default_rng(0).integers(0, 3, shape, dtype=np.uint8)
+    image, mask = tmp_path / "image.png", tmp_path / "truth.png"
+    if modality == "volume":
+        image, mask = tmp_path / "image.nii.gz", tmp_path / "truth.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(values.T, np.eye(4)), image)
+        nibabel.save(nibabel.Nifti1Image(truth.T, np.eye(4)), mask)
+    else:
+        Image.fromarray((values // 4).astype(np.uint8)).save(image)
+        Image.fromarray(truth).save(mask)
+    if modality == "slide":
+        red = (values // 4).astype(np.uint8)  # green and blue are looked at for colour alone
+        pixels = np.stack([red, 255 - red // 2, np.full_like(red, 200)], axis=-1)
+        image = make_slide(tmp_path / "image.tif", pixels, 0.5)
+    everywhere = ["--tissue", "none"] if modality == "slide" else []
+    run_command("segment", image, "-m", model, "-o", tmp_path / "out", "--precision", "fp32",
+                *everywhere)  # fmt: skip
+    folder = tmp_path / "out/image"
+    if modality == "slide":
+        found = zarr.open_array(folder / "mask.ome.zarr/0", mode="r")[:]
+    elif modality == "image":
+        found = np.asarray(Image.open(folder / "mask.png"))
+    else:
+        found = np.asarray(nibabel.load(folder / "mask.nii.gz").dataobj).T
+    data = DataSpec(
+        images=image.name,
+        masks=mask.name,
+        patient="A",
+        classes={"Grey": (1,), "Bright": (2,)},
+        mpp=0.5 if modality == "slide" else None,
+    )
+    bundle = load_bundle(model)
+    recipe = Recipe(
+        bundle=bundle, train=TrainSpec(), augment=QUIET, split=SplitSpec(), data=(data,)
+    )
+    monkeypatch.setattr("wsi_pipeline.training.measure.REGION", {2: 100, 3: 40})
+    judged = measure(build(bundle).module, bundle, load(recipe, tmp_path))["A"]
+    expected = confusion_matrix(truth.ravel(), found.ravel(), labels=[0, 1, 2])
+    np.testing.assert_array_equal(judged.pixels.confusion, expected)
 
 
 class Gloomy(Darkness):
@@ -1220,7 +1298,8 @@ def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Rec
 def test_a_temperature_softens_probabilities_and_no_mask(recipe: Recipe) -> None:
     image = torch.randint(0, 256, (3, 64, 64), generator=seeded()).to(torch.uint8)
     soft = dataclasses.replace(recipe.bundle, temperature=20.0)
-    plain, softened = (chances(Darkness(), b, image) for b in (recipe.bundle, soft))
+    predictors = [open_predictor(Darkness(), b) for b in (recipe.bundle, soft)]
+    plain, softened = (chances(predictor, image) for predictor in predictors)
     logits = -50 * ((image.float() / 255).mean(0, keepdim=True) - 0.5) / 0.25
     torch.testing.assert_close(plain, logits.sigmoid())
     torch.testing.assert_close(softened, (logits / 20).sigmoid())

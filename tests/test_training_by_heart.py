@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import nibabel
@@ -13,8 +13,8 @@ from skimage.filters import threshold_otsu
 from sklearn.metrics import f1_score
 
 from wsi_pipeline.bundle import load_bundle
-from wsi_pipeline.networks import build
-from wsi_pipeline.training.measure import predict
+from wsi_pipeline.inference import Predictor
+from wsi_pipeline.training.measure import chances, decided
 from wsi_pipeline.training.recipe import load_recipe
 from wsi_pipeline.training.samples import IGNORE, load_samples
 from wsi_pipeline.training.train import train
@@ -128,11 +128,11 @@ def test_a_network_learns_a_real_image_by_heart(tmp_path: Path, data_dir: Path, 
     recipe = load_recipe(tmp_path / "recipe.toml")
     train(recipe, tmp_path, tmp_path / "bundle", folds=(), device="cpu")
     bundle = load_bundle(tmp_path / "bundle")
-    network = build(bundle).module
-    with ExitStack() as closing:
-        (sample,) = load_samples(recipe, tmp_path, closing)
+    with ExitStack() as stack:
+        (sample,) = load_samples(recipe, tmp_path, stack)
         image, truth = sample.read_all()
-    found = predict(network, bundle, image)
+    with closing(Predictor(bundle, device="cpu", precision="fp32")) as predictor:
+        found = decided(chances(predictor, image, outside=sample.outside))
     known = truth != IGNORE
     classes = list(range(1, len(bundle.classes)))
     dice = f1_score(truth[known], found[known], labels=classes, average=None)

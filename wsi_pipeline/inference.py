@@ -16,11 +16,12 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.grid import box_slices
-from wsi_pipeline.networks import SegmentationNetwork, build
+from wsi_pipeline.networks import Network, SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import DEVICES, Precision
 
@@ -92,6 +93,7 @@ class Predictor:
         precision: number format of the forward pass.
         batch_size: patches in one forward pass; None = chosen for the device.
         threads: of the CPU to keep busy; None = all.
+        network: in place of the one in the bundle's files, such as one that is being trained.
 
     Raises:
         BundleError: the bundle has no network that can be built, or the device is not there.
@@ -105,17 +107,18 @@ class Predictor:
         precision: Precision = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
+        network: nn.Module | None = None,
     ) -> None:
-        network = build(bundle)
+        built = Network(module=network, batch_size=None) if network else build(bundle)
         self.device = choose_device(device)
         self.dtype = choose_dtype(precision, self.device)
         self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
-        self._bundle = bundle
-        self._is_ours = isinstance(network.module, SegmentationNetwork)
+        self.bundle = bundle
+        self._is_ours = isinstance(built.module, SegmentationNetwork)
         self._module = (
-            for_inference(network.module, device=self.device, dtype=self.dtype)
-            if isinstance(network.module, SegmentationNetwork)
-            else network.module.to(self.device)
+            for_inference(built.module, device=self.device, dtype=self.dtype)
+            if isinstance(built.module, SegmentationNetwork)
+            else built.module.to(self.device)
         )
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
@@ -127,8 +130,8 @@ class Predictor:
         std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
         self._scale = {torch.uint8: 1 / (255 * std), torch.float32: 1 / std}
         self._shift = -mean / std
-        self._static_batch = network.batch_size
-        self._batch = network.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
+        self._static_batch = built.batch_size
+        self._batch = built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
 
     @property
     def patches_at_once(self) -> int:
@@ -194,11 +197,13 @@ class Predictor:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+        # what any thread set last is what torch gives to threads that are new to it
+        torch.set_num_threads(torch.get_num_threads())
 
     @torch.inference_mode()
     def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
         """Return the probabilities of some patches, in one pass if they fit in."""
-        size, count = self._bundle.input.patch_size, len(origins)
+        size, count = self.bundle.input.patch_size, len(origins)
         patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
         # always full batches: on the way a patch is rounded differently in one of another size
         patches += [torch.zeros_like(patches[0])] * (self._batch - count)
@@ -208,7 +213,7 @@ class Predictor:
         except torch.OutOfMemoryError:
             if self._static_batch or self._batch == 1:
                 raise BundleError(
-                    f"{self._bundle.name} does not fit into the memory of {self.device} with "
+                    f"{self.bundle.name} does not fit into the memory of {self.device} with "
                     f"{self._batch} patches at a time; use --device cpu"
                 ) from None
         self._batch = len(patches) // 2
@@ -234,36 +239,36 @@ class Predictor:
             raise
         except RuntimeError as error:
             raise BundleError(
-                f"{self._bundle.name} failed on a batch {tuple(inputs.shape)}: "
+                f"{self.bundle.name} failed on a batch {tuple(inputs.shape)}: "
                 f"{str(error).strip().splitlines()[-1]}"
             ) from error
         answer = output if isinstance(output, dict) else {"mask": output}
-        expected = (len(inputs), self.channels, *self._bundle.input.patch_size)
+        expected = (len(inputs), self.channels, *self.bundle.input.patch_size)
         logits = self._checked(answer["mask"], expected)
-        if self._bundle.temperature != 1:
-            logits = logits / self._bundle.temperature
-        mask = logits.sigmoid() if self._bundle.activation == "sigmoid" else logits.softmax(1)
-        if not self._bundle.labels:
+        if self.bundle.temperature != 1:
+            logits = logits / self.bundle.temperature
+        mask = logits.sigmoid() if self.bundle.activation == "sigmoid" else logits.softmax(1)
+        if not self.bundle.labels:
             return mask, None
         if "label" not in answer:
             raise BundleError(
-                f"{self._bundle.name} answered without label; its model.toml has "
-                f"{len(self._bundle.labels)} labels"
+                f"{self.bundle.name} answered without label; its model.toml has "
+                f"{len(self.bundle.labels)} labels"
             )
-        shape = (len(inputs), len(self._bundle.labels))
+        shape = (len(inputs), len(self.bundle.labels))
         return mask, self._checked(answer["label"], shape).softmax(1)
 
     def _checked(self, logits: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
         if tuple(logits.shape) != expected:
             raise BundleError(
-                f"{self._bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
+                f"{self.bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
                 f"makes it {expected}"
             )
         return logits.float().contiguous()  # classes apart: fast from here on
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""
-        spec = self._bundle.input
+        spec = self.bundle.input
         patches = torch.zeros((PROBE, *spec.patch_size, spec.channels), dtype=torch.uint8)
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)

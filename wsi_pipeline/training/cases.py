@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from wsi_pipeline.evaluation.metrics import IGNORE, class_figures
 from wsi_pipeline.evaluation.picture import Disagreement
 from wsi_pipeline.files import written_beside
 from wsi_pipeline.grid import Block
-from wsi_pipeline.training.measure import Judged, predict
+from wsi_pipeline.training.measure import Judged, chances, decided, open_predictor
 from wsi_pipeline.training.samples import Sample
 
 CASES = "cases"
@@ -51,11 +52,14 @@ def draw_cases(
         if max(s.shape[-2:]) < LARGEST and counts[s.patient, s.name][1:].any()
     )
     folder.mkdir(exist_ok=True)
-    for dice, i in dict.fromkeys(ranked[k] for k in _three(len(ranked))):
-        image, truth = samples[i].read_all()
-        picture = _drawn(image, truth, predict(network, bundle, image))
-        with written_beside(folder / f"{dice:.3f} {Path(samples[i].name).name}.png") as partial:
-            picture.save(partial, "PNG")
+    with closing(open_predictor(network, bundle)) as predictor:
+        for dice, i in dict.fromkeys(ranked[k] for k in _three(len(ranked))):
+            sample = samples[i]
+            image, truth = sample.read_all()
+            found = decided(chances(predictor, image, outside=sample.outside))
+            picture = _drawn(image, truth, found)
+            with written_beside(folder / f"{dice:.3f} {Path(sample.name).name}.png") as partial:
+                picture.save(partial, "PNG")
 
 
 def gather_cases(folders: Sequence[Path], output: Path) -> None:

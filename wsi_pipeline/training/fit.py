@@ -31,7 +31,7 @@ from wsi_pipeline.store import writing
 from wsi_pipeline.training.augment import augment
 from wsi_pipeline.training.crops import Sampler, Survey, random_crop
 from wsi_pipeline.training.losses import network_loss
-from wsi_pipeline.training.measure import accuracy, mean_dice, measure, normalise
+from wsi_pipeline.training.measure import accuracy, mean_dice, measure
 from wsi_pipeline.training.recipe import Recipe, TrainSpec
 from wsi_pipeline.training.samples import Sample
 
@@ -396,17 +396,20 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
         images.append(image)
         truths.append(truth)
         labels.append(sample.label_of(truth))
-    stained = recipe.bundle.modality == "slide" and recipe.bundle.input.channels == 3
+    wanted = recipe.bundle.input
+    stained = recipe.bundle.modality == "slide" and wanted.channels == 3
     batch, truth = augment(
         torch.stack(images),
         torch.stack(truths),
         variation,
         generator,
         stained=stained,
-        bounded=recipe.bundle.input.scale != "zscore",
+        bounded=wanted.scale != "zscore",
     )
     said = torch.tensor(labels) if recipe.bundle.labels else None
-    return normalise(batch, recipe.bundle.input), truth, said
+    shape = (-1, *(1,) * (batch.ndim - 2))
+    mean, std = (torch.tensor(v).reshape(shape) for v in (wanted.mean, wanted.std))
+    return (batch - mean) / std, truth, said
 
 
 def _seed(*parts: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,18 +12,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.blend import Windows
-from wsi_pipeline.bundle import Bundle, InputSpec
+from wsi_pipeline.blend import Windows, iter_blended_rows
+from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.evaluation.metrics import IGNORE, Tally, class_figures, count_block
-from wsi_pipeline.grid import Block, PatchGrid, Shape, box_slices, iter_blocks
+from wsi_pipeline.grid import PatchGrid, Shape, box_slices, iter_blocks
+from wsi_pipeline.inference import Predictor
 from wsi_pipeline.training.samples import UNLABELLED, Sample
 
 REGION = {2: 1024, 3: 256}
 """Side of what is predicted and counted at once, by the number of axes."""
 SAMPLED = (64, 4096, 1 << 16)
 """Pixels of an image whose certainty is kept: at least, at most, and of all images together."""
-Said = tuple[tuple[slice, ...], list[float]]
-"""Where a patch lies, and the probability that the network gave each label."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class Judged:
 
 
 def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Judged]:
-    """Predict whole images by overlapping patches; return what was right of each patient.
+    """Predict images as `segment` does, patch by patch; return what was right of each patient.
 
     Args:
         network: in eval mode.
@@ -96,46 +96,56 @@ def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> di
     judged: dict[str, Judged] = {}
     least, most, together = SAMPLED
     count = min(max(together // max(1, len(samples)), least), most)
-    for sample in samples:
-        whole = sum(_judged(network, bundle, sample, count), start=Judged.empty(bundle))
-        image = replace(whole, images=((sample.name, whole.pixels.confusion),))
-        judged[sample.patient] = judged.get(sample.patient, Judged.empty(bundle)) + image
+    with closing(open_predictor(network, bundle)) as predictor:
+        for sample in samples:
+            whole = sum(_judged(predictor, sample, count), start=Judged.empty(bundle))
+            image = replace(whole, images=((sample.name, whole.pixels.confusion),))
+            judged[sample.patient] = judged.get(sample.patient, Judged.empty(bundle)) + image
     return judged
 
 
-def _judged(network: nn.Module, bundle: Bundle, sample: Sample, count: int) -> Iterator[Judged]:
+def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Judged]:
     """Yield what was right in the regions of a sample of which anything is known.
 
     Args:
-        network: as in `measure`.
-        bundle: likewise.
+        predictor: of the network.
         sample: to judge by.
         count: of the pixels whose certainty is kept.
     """
+    bundle = predictor.bundle
+    grid = PatchGrid.cover(sample.shape, bundle.input.patch_size, bundle.input.overlap)
     side = REGION[len(sample.shape)]
     whole = all(n <= 2 * side for n in sample.shape)
     blocks = list(iter_blocks(sample.shape, sample.shape if whole else (side,) * len(sample.shape)))
     for block in blocks:
         if not sample.source.may_know(block.start, block.shape):
             continue
-        start, stop = _with_context(block, sample.shape, bundle.input.patch_size)
-        image, truth = sample.read(start, tuple(b - a for a, b in zip(start, stop, strict=True)))
+        touching = np.isin(np.arange(len(grid)), grid.touching(block.start, block.stop))
+        patches = grid.keep(touching)
+        low = patches.origins.min(0)
+        size = np.minimum(patches.origins.max(0) + grid.patch_size, sample.shape) - low
+        image, truth = sample.read(tuple(low.tolist()), tuple(size.tolist()))
         if not bool((truth != IGNORE).any()):
             continue
-        inside = tuple(
-            slice(a - s, b - s) for a, b, s in zip(block.start, block.stop, start, strict=True)
+        said: list[Tensor] = []
+        certain = chances(
+            predictor,
+            image,
+            grid=patches,
+            box=(block.start, block.stop),
+            outside=sample.outside,
+            said=said,
         )
-        said: list[Said] = []
-        certain = chances(network, bundle, image, said=said)[(slice(None), *inside)]
-        found, known = decided(certain), truth[inside]
+        found, known = decided(certain), truth[box_slices(block.start - low, block.shape)]
         judged, rows = Judged.empty(bundle), []
-        for place, of_labels in said:
+        for origin, of_labels in zip(patches.origins, said, strict=False):  # of none without labels
+            part = truth[box_slices(origin - low, grid.patch_size)]
             # around a region others are looked at, too; they count where they begin
-            is_own = all(i.start <= p.start < i.stop for i, p in zip(inside, place, strict=True))
-            true = sample.label_of(truth[place])
-            if is_own and true != UNLABELLED and bool((truth[place] != IGNORE).any()):
-                judged.labels[true, int(np.argmax(of_labels))] += 1
-                rows.append([true, *of_labels])
+            is_own = bool(((origin >= block.start) & (origin < block.stop)).all())
+            true = sample.label_of(part)
+            if is_own and true != UNLABELLED and bool((part != IGNORE).any()):
+                judged.labels[true, int(of_labels.argmax())] += 1
+                rows.append([true, *of_labels.tolist()])
         pixels = count_block(
             found.reshape(len(found), -1).numpy(),
             known.reshape(len(known), -1).numpy(),
@@ -167,13 +177,6 @@ def _drawn(
     values = torch.cat([1 - values, values]) if len(values) == 1 else values
     true = truth.flatten()[places].double()[None]
     return torch.cat([true, values.clamp_min(1e-9).log()]).T.numpy()
-
-
-def _with_context(block: Block, shape: Shape, margin: Shape) -> tuple[Shape, Shape]:
-    """Return a region's corners, a patch farther out as far as the image goes."""
-    start = tuple(max(0, a - m) for a, m in zip(block.start, margin, strict=True))
-    stop = tuple(min(n, b + m) for b, n, m in zip(block.stop, shape, margin, strict=True))
-    return start, stop
 
 
 def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
@@ -210,11 +213,6 @@ def _or_nothing(value: float) -> float:
     return 0.0 if value != value else float(value)
 
 
-def predict(network: nn.Module, bundle: Bundle, image: Tensor) -> Tensor:
-    """Predict one image as `chances` does; return its mask, (*shape) uint8 class index."""
-    return decided(chances(network, bundle, image))
-
-
 def decided(certain: Tensor) -> Tensor:
     """Return the likeliest class, (*shape) uint8, of (K, *shape) probabilities; one is a class's.
 
@@ -226,58 +224,63 @@ def decided(certain: Tensor) -> Tensor:
     return found.to(torch.uint8)
 
 
+def open_predictor(network: nn.Module, bundle: Bundle) -> Predictor:
+    """Return what predicts as `segment --precision fp32` does, by a network where it lies.
+
+    Close it. In fp32 the figures are the same on all machines.
+    """
+    parameter = next(network.parameters(), torch.empty(0))
+    return Predictor(
+        bundle,
+        device=str(parameter.device),
+        precision="fp32",
+        threads=torch.get_num_threads(),
+        network=network,
+    )
+
+
 @torch.inference_mode()
 def chances(
-    network: nn.Module, bundle: Bundle, image: Tensor, *, said: list[Said] | None = None
+    predictor: Predictor,
+    image: Tensor,
+    *,
+    grid: PatchGrid | None = None,
+    box: tuple[Shape, Shape] | None = None,
+    outside: float | None = None,
+    said: list[Tensor] | None = None,
 ) -> Tensor:
-    """Predict one image of any size by the bundle's patches; return its probabilities.
+    """Predict an image of any size, or a box of one, by overlapping patches, blended.
 
     Args:
-        network: in eval mode.
-        bundle: says patch size, overlap and normalisation.
-        image: (C, *shape), uint8 or float32 of full scale 1.
-        said: gets what the network says of each patch as a whole, where the bundle has labels.
+        predictor: of the network.
+        image: (C, *shape), uint8 or float32 of full scale 1, from the first pixel of the patches'.
+        grid: the patches of the box alone, laid over the whole image; None = over this one.
+        box: first pixel and one past the last in the whole image; None = all of this one.
+        outside: value of what lies beyond an image smaller than a patch; None = it is mirrored.
+        said: gets (L,) probabilities of the labels of each patch in turn, where there are any.
 
     Returns:
-        (K, *shape) float32; K = 1 with sigmoid.
+        (K, *box) float32 on the CPU; K = 1 with sigmoid.
     """
-    spec, device = bundle.input, next(iter(network.parameters()), image).device
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
-    shape = tuple(image.shape[1:])
-    # what lies beyond a small image is mirrored at its middle, as often as needed
-    padded = _padded(image, spec.patch_size)
-    grid = PatchGrid.cover(tuple(padded.shape[1:]), spec.patch_size, spec.overlap)
-    windows = Windows(grid, "gaussian", device)
-    sigmoid = bundle.activation == "sigmoid"
-    total = torch.zeros(1 if sigmoid else len(bundle.classes), *grid.shape)
-    weights = torch.zeros(grid.shape)
-    for origin in map(tuple, grid.origins.tolist()):
-        place = box_slices(origin, spec.patch_size)
-        patch = normalise(padded[(slice(None), *place)][None].to(device), spec)
-        answer = network(patch)
-        if said is not None and bundle.labels:
-            said.append((place, answer["label"][0].float().softmax(0).tolist()))
-        logits = (answer["mask"] if isinstance(answer, Mapping) else answer)[0].float()
-        logits = logits / bundle.temperature
-        weight = windows.weight(origin)
-        part = (logits.sigmoid() if sigmoid else logits.softmax(0)) * weight
-        total[(slice(None), *place)] += part.cpu()
-        weights[place] += weight.cpu()
-    return (total / weights)[(slice(None), *map(slice, shape))]
-
-
-def _padded(image: Tensor, least: Shape) -> Tensor:
-    """Return an image at least as large as a patch."""
-    for axis, side in enumerate(least, 1):
-        length = image.shape[axis]
-        if length < side:
-            there_and_back = torch.cat([torch.arange(length), torch.arange(length).flip(0)])
-            image = image.index_select(axis, there_and_back[torch.arange(side) % (2 * length)])
-    return image
-
-
-def normalise(images: Tensor, spec: InputSpec) -> Tensor:
-    """Return images of full scale 1, (N, C, *sides), less the mean and over the deviation."""
-    shape = (-1, *(1,) * (images.ndim - 2))
-    mean = torch.tensor(spec.mean, device=images.device).reshape(shape)
-    return (images - mean) / torch.tensor(spec.std, device=images.device).reshape(shape)
+    spec, shape = predictor.bundle.input, tuple(image.shape[1:])
+    grid = grid or PatchGrid.cover(shape, spec.patch_size, spec.overlap)
+    start, stop = box or ((0,) * len(shape), shape)
+    pixels = image.movedim(0, -1).numpy()
+    beyond = [(0, max(0, p - n)) for p, n in zip(spec.patch_size, shape, strict=True)] + [(0, 0)]
+    if outside is None:
+        pixels = np.pad(pixels, beyond, mode="symmetric")
+    else:
+        pixels = np.pad(pixels, beyond, constant_values=outside)
+    region = predictor.upload(np.ascontiguousarray(pixels))
+    patches = predictor.predict(region, grid.origins - grid.origins.min(0), labels=said)
+    bands = iter_blended_rows(
+        zip(map(tuple, grid.origins.tolist()), patches, strict=True),
+        start,
+        stop,
+        windows=Windows(grid, "gaussian", predictor.device),
+        patch_rows=spec.patch_size[0],
+        channels=predictor.channels,
+        device=predictor.device,
+    )
+    # each band is overwritten by the next
+    return torch.cat([band.to("cpu", copy=True) for _, band in bands], dim=1)

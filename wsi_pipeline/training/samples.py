@@ -68,6 +68,8 @@ class Sample:
             any class.
         fold: name of the group that is held out together, or None.
         weight: how often its patient is drawn, against 1 of others.
+        outside: value of what lies beyond, as `segment` pads images and volumes; None = pixels are
+            mirrored, since a tile goes on in its slide.
         digest: of the picture's pixels, or of the slide's file: the same picture under another
             name has the same.
     """
@@ -78,6 +80,7 @@ class Sample:
     label: int | None = None
     fold: str | None = None
     weight: float = 1.0
+    outside: float | None = None
     digest: str = ""
 
     @property
@@ -370,10 +373,12 @@ def _decoded(
         return read_picture(image, mask, table=table, channels=wanted.channels, factor=factor)
 
     pixels, truth = cache.get(image, load)
+    dark = float(pixels.min()) if wanted.scale == "zscore" else 0.0
     return Sample(
         patient=told.patient,
         name=image.name,
         source=Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache),
+        outside=dark if spec.mpp is None else None,
         label=told.label,
         fold=told.fold,
         weight=spec.weight,
