@@ -144,7 +144,7 @@ def reach(file: Path) -> None:
 
     import fsspec
 
-    from wsi_pipeline.paths import as_path, is_remote
+    from wsi_pipeline.files.paths import as_path, is_remote
     from wsi_pipeline.sources import open_source
 
     class Handler(http.server.SimpleHTTPRequestHandler):

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.evaluation.metrics import Tally, bootstrap
+from wsi_pipeline.evaluation.confusion import Tally, bootstrap
 from wsi_pipeline.networks import create
-from wsi_pipeline.training.measure import Score, scores_of
 from wsi_pipeline.training.recipe import load_recipe
 from wsi_pipeline.training.train import load_held_out
+from wsi_pipeline.training.validate import Score, scores_of
 
 Row = dict[str, float]
 COLORS = ("#4575b4", "#d73027", "#1a9850", "#984ea3")

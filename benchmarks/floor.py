@@ -29,13 +29,13 @@ import torch
 from reader import Tiles, make_raw
 
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.grid import PatchGrid
-from wsi_pipeline.inference import choose_device, choose_dtype, use_one_core
+from wsi_pipeline.geometry import PatchGrid
+from wsi_pipeline.inference.predictor import choose_device, choose_dtype, use_one_core
 from wsi_pipeline.networks import NETWORKS, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import MPP_TOLERANCE, SelectOptions
 from wsi_pipeline.sources import Slide, SlideView, open_source
-from wsi_pipeline.survey import plan_grid
+from wsi_pipeline.tissue.select import plan_grid
 
 RESIDENT = 64
 """Different patches that are kept in memory; a pass does not care which it gets."""

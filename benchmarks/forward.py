@@ -23,7 +23,7 @@ from skimage.data import immunohistochemistry
 from torch import nn
 
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.inference import choose_dtype, use_one_core
+from wsi_pipeline.inference.predictor import choose_dtype, use_one_core
 from wsi_pipeline.networks import build
 from wsi_pipeline.networks.fold import for_inference
 

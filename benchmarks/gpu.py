@@ -29,7 +29,7 @@ from run import HERE, read_through
 from skimage.data import immunohistochemistry
 from tables import slug
 
-from wsi_pipeline.report import find_runs
+from wsi_pipeline.report.record import find_runs
 
 SAMPLING_MS = 100
 PAPER_RATE = 44.51

@@ -23,14 +23,14 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.networks import create
 from wsi_pipeline.training.fit import LAST
-from wsi_pipeline.training.measure import chances, open_predictor
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import plan_splits
 from wsi_pipeline.training.train import STATE, fold_folder
+from wsi_pipeline.training.validate import chances, open_predictor
 
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 LEAST_OVERLAP = 0.1

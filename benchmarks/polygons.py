@@ -35,10 +35,10 @@ from shapely import get_num_coordinates, get_num_interior_rings, is_valid
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import Dialect, write_geojson
 from wsi_pipeline.export.ome_zarr import create_mask, open_mask, write_block
-from wsi_pipeline.export.outlines import find_outlines
-from wsi_pipeline.export.polygons import map_polygons, polygons
-from wsi_pipeline.export.regions import PROBABILITY_ONE, Pieces, find_pieces
-from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.export.polygons.build import map_polygons, polygons
+from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, Pieces, find_pieces
+from wsi_pipeline.export.polygons.trace import find_outlines
+from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import ExportOptions
 
 CLASSES = (ClassInfo(name="Background"), *(ClassInfo(name=name) for name in "ABCD"))

@@ -37,7 +37,7 @@ from tables import job_key, write_results
 
 import wsi_pipeline
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.report import load_run
+from wsi_pipeline.report.record import load_run
 
 HERE = Path(__file__).parent
 SAMPLED = 8

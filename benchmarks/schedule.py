@@ -27,10 +27,10 @@ from typing import Any
 
 import psutil
 
-from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.pipeline import SLIDES_AT_ONCE
-from wsi_pipeline.schedule import open_cluster, run_blocks
+from wsi_pipeline.run.segment import SLIDES_AT_ONCE
+from wsi_pipeline.schedule.cluster import open_cluster, run_blocks
 
 
 class Nothing:

@@ -27,9 +27,9 @@ from wsi_pipeline.export.ome_zarr import (
     open_mask,
     write_block,
 )
-from wsi_pipeline.grid import iter_blocks
+from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import MPP_TOLERANCE
-from wsi_pipeline.report import load_run
+from wsi_pipeline.report.record import load_run
 from wsi_pipeline.sources import open_source
 
 BLOCK = 2048

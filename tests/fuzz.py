@@ -40,17 +40,17 @@ from wsi_pipeline.annotations import read_region
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.inputs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.options import PredictOptions, ScheduleOptions, SelectOptions, Settings
-from wsi_pipeline.page import write_report
-from wsi_pipeline.pipeline import segment, survey
-from wsi_pipeline.report import find_runs, write_summary
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.report.page import write_report
+from wsi_pipeline.report.record import find_runs, write_summary
+from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
+from wsi_pipeline.run.segment import segment, survey
+from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import Slide, open_source
-from wsi_pipeline.sources.prepared import open_scan
-from wsi_pipeline.sources.radiology import find_volumes
-from wsi_pipeline.tissue import check_tissue, read_tissue
-from wsi_pipeline.viewer.shown import open_shown
+from wsi_pipeline.sources.radiology.discover import find_volumes
+from wsi_pipeline.sources.radiology.preprocess import open_scan
+from wsi_pipeline.tissue.detect import check_tissue, read_tissue
+from wsi_pipeline.viewer.run_view import open_shown
 
 MPP = 0.5
 SECONDS = 30
@@ -427,7 +427,7 @@ def originals(folder: Path) -> dict[str, Path]:
     """Make the slides that are damaged; return them by kind, real ones where they are there."""
     from test_formats import DATA, MADE, TISSUE, write_tiff
 
-    from wsi_pipeline.pipeline import tile
+    from wsi_pipeline.run.segment import tile
 
     found = {kind: DATA / "wsi" / name for kind, name in REAL.items()}
     found = {kind: path for kind, path in found.items() if path.exists()}

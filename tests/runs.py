@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wsi_pipeline.report import Run
+from wsi_pipeline.report.record import Run
 
 HOSTILE = "<script>alert('1')</script>&\"{x}.svs"
 

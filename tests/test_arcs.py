@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wsi_pipeline.export.arcs import order_paths
+from wsi_pipeline.export.polygons.arcs import order_paths
 
 
 @given(st.integers(0, 30).flatmap(lambda n: st.permutations(range(n))), st.sets(st.integers(0, 29)))

@@ -6,14 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wsi_pipeline.blend import (
+from wsi_pipeline.geometry import PatchGrid
+from wsi_pipeline.inference.blend import (
     Windows,
     axis_windows,
     iter_blended_rows,
     iter_owned,
     iter_sampled_rows,
 )
-from wsi_pipeline.grid import PatchGrid
 
 CPU = torch.device("cpu")
 blends = st.sampled_from(["gaussian", "constant", "crop"])

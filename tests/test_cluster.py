@@ -24,8 +24,8 @@ from wsi_pipeline import (
     plan_jobs,
     segment_all,
 )
-from wsi_pipeline.report import load_run
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run.store import RunStore
 
 SLIDES = 3
 

@@ -14,8 +14,8 @@ from pydicom.uid import (
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export.dicom_seg import write_dicom_seg
-from wsi_pipeline.sources.image import open_image
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.sources.radiology.image import open_image
+from wsi_pipeline.sources.radiology.volume import open_volume
 
 CLASSES = [
     ClassInfo(name="Background"),

@@ -21,8 +21,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
 from wsi_pipeline.evaluation import compare
 from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all, pair_up
-from wsi_pipeline.evaluation.meaning import Values
-from wsi_pipeline.evaluation.metrics import (
+from wsi_pipeline.evaluation.confusion import (
     IGNORE,
     Tally,
     bootstrap,
@@ -30,11 +29,12 @@ from wsi_pipeline.evaluation.metrics import (
     count_block,
     pooled_figures,
 )
-from wsi_pipeline.evaluation.picture import COLORS
-from wsi_pipeline.evaluation.write import FIGURES
+from wsi_pipeline.evaluation.disagreement import COLORS
+from wsi_pipeline.evaluation.meaning import Values
+from wsi_pipeline.evaluation.report import FIGURES
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
 from wsi_pipeline.export.ome_zarr import create_mask
-from wsi_pipeline.report import Run, write_run_json
+from wsi_pipeline.report.record import Run, write_run_json
 
 Mask = npt.NDArray[np.uint8]
 CLASSES = (

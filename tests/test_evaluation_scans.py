@@ -22,7 +22,7 @@ from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
 from wsi_pipeline.cli import group
-from wsi_pipeline.evaluation.metrics import surface_distances
+from wsi_pipeline.evaluation.confusion import surface_distances
 
 SPACING = (2.5, 0.7, 0.6)
 """(z, y, x) mm."""

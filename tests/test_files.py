@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from wsi_pipeline.files import make_folders, sweep, sync_tree, this_process, written_beside
+from wsi_pipeline.files.atomic import make_folders, sweep, sync_tree, this_process, written_beside
 
 
 def folder_of(path, text):

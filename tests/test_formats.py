@@ -32,8 +32,8 @@ from skimage.data import immunohistochemistry
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import MissingMppError, SourceError
-from wsi_pipeline.grid import Region
-from wsi_pipeline.inputs import find_slides, plan_jobs
+from wsi_pipeline.geometry import Region
+from wsi_pipeline.run.jobs import find_slides, plan_jobs
 from wsi_pipeline.sources import Slide, open_source
 
 Pixels = npt.NDArray[np.uint8]

@@ -17,7 +17,7 @@ from traced import outlines_of
 from wsi_pipeline.annotations import check_geojson
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import Dialect, write_geojson
-from wsi_pipeline.grid import Region
+from wsi_pipeline.geometry import Region
 
 CLASSES = (
     ClassInfo(name="Background"),
@@ -308,7 +308,7 @@ def test_threads_and_batches_leave_no_trace(tmp_path, monkeypatch):
     outlines, chosen = outlines_of(blobs(2), tolerance=4), dialect()
     files = []
     for threads, batch in ((1, 10**6), (4, 50)):
-        monkeypatch.setattr("wsi_pipeline.export.polygons.BATCH", batch)
+        monkeypatch.setattr("wsi_pipeline.export.polygons.build.BATCH", batch)
         path = tmp_path / f"{threads}.geojson"
         write_geojson(path, outlines, chosen, threads=threads)
         files.append(path.read_bytes())

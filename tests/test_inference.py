@@ -19,7 +19,7 @@ from bundles import (
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.inference import (
+from wsi_pipeline.inference.predictor import (
     PatchCache,
     Predictor,
     _warn_of_slow_bf16,

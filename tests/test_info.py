@@ -21,7 +21,7 @@ from scans import blobs, write_series
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.inputs import find_slides
+from wsi_pipeline.run.jobs import find_slides
 from wsi_pipeline.sources import open_source
 
 

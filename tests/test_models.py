@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.networks import build, create
+from wsi_pipeline.networks.check import check_shapes, run, try_bundle
 from wsi_pipeline.networks.cost import count_macs, count_parameters
-from wsi_pipeline.networks.trial import check_shapes, run, try_bundle
 from wsi_pipeline.training.recipe import load_recipe
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -141,8 +141,8 @@ def test_the_demo_bundle_calls_glass_background() -> None:
 
 
 def test_the_demo_bundle_tells_tumour_from_necrosis_on_a_real_region(data_dir: Path) -> None:
-    from wsi_pipeline.training.measure import measure, scores_of
     from wsi_pipeline.training.samples import load_samples
+    from wsi_pipeline.training.validate import measure, scores_of
 
     recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")
     if not (data_dir / "bcss_a0sk").is_dir():

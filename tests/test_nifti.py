@@ -9,7 +9,7 @@ from dicoms import write_series
 
 from wsi_pipeline.export import nifti
 from wsi_pipeline.export.nifti import write_nifti
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.sources.radiology.volume import open_volume
 
 RNG = np.random.default_rng(9)
 MASK = RNG.integers(0, 3, (7, 11, 13), dtype=np.uint8)

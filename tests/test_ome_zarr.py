@@ -28,7 +28,7 @@ from wsi_pipeline.export.ome_zarr import (
     read_mask,
     write_block,
 )
-from wsi_pipeline.grid import Block, iter_blocks
+from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import Ngff
 
 CLASSES = (

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from traced import binary, blobs, masks, outlines_of, pieces_of, same
 
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export.outlines import find_outlines, trace_mask
-from wsi_pipeline.export.polygons import map_polygons, polygons
-from wsi_pipeline.grid import iter_blocks
+from wsi_pipeline.export.polygons.build import map_polygons, polygons
+from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
+from wsi_pipeline.geometry import iter_blocks
 
 
 def test_small_regions_and_holes_are_left_out_together():
@@ -54,8 +54,8 @@ class Repeated:
 @pytest.mark.parametrize(("tolerance", "limit"), [(0, 35), (2, 90)])
 def test_memory_is_some_bytes_for_each_vertex_that_is_left(monkeypatch, tolerance, limit):
     """On noise, with only seven vertices an arc, and three when simplified."""
-    monkeypatch.setattr("wsi_pipeline.export.simplify.VERTICES", 20_000)
-    monkeypatch.setattr("wsi_pipeline.export.polygons.BATCH", 20_000)
+    monkeypatch.setattr("wsi_pipeline.export.polygons.simplify.VERTICES", 20_000)
+    monkeypatch.setattr("wsi_pipeline.export.polygons.build.BATCH", 20_000)
     pattern, peaks, left = blobs(0, side=512, sigma=3), [], []
     for width in (1024, 4096):
         mask = Repeated(pattern, (1024, width))

@@ -24,8 +24,7 @@ from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
-from wsi_pipeline.grid import PatchGrid
-from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.networks import build
 from wsi_pipeline.options import (
     ExportOptions,
@@ -34,9 +33,10 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment, segment_all, tile
-from wsi_pipeline.report import load_run
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run.jobs import plan_jobs
+from wsi_pipeline.run.segment import segment, segment_all, tile
+from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 
 EXACT = ExportOptions(simplify_um=0, min_area_um2=0)

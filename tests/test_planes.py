@@ -8,7 +8,7 @@ from PIL import Image
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.lesions import count_lesions
 from wsi_pipeline.export.planes import write_planes_overlay
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.sources.radiology.volume import open_volume
 
 CLASSES = [ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(0, 0, 255))]
 

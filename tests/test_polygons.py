@@ -12,7 +12,7 @@ from scipy import ndimage
 from traced import binary, blobs, masks, outlines_of, same
 
 from wsi_pipeline.export import polygons as polygons_module
-from wsi_pipeline.export.polygons import polygons
+from wsi_pipeline.export.polygons.build import polygons
 
 
 def components(mask):

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from wsi_pipeline.bundle import Bundle, bundle_toml, load_bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import build, create
+from wsi_pipeline.networks.check import random_patches, run, with_patch_size
 from wsi_pipeline.networks.program import export_onnx, export_torch
-from wsi_pipeline.networks.trial import random_patches, run, with_patch_size
 from wsi_pipeline.networks.weights import kept_state
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -13,9 +13,9 @@ from imagecodecs import jpeg_encode, png_encode
 from pydicom.uid import SegmentationStorage, generate_uid
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.image import open_image
-from wsi_pipeline.sources.radiology import find_images, find_volumes, kind_of
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.sources.radiology.discover import find_images, find_volumes, kind_of
+from wsi_pipeline.sources.radiology.image import open_image
+from wsi_pipeline.sources.radiology.volume import open_volume
 
 VOXELS = np.zeros((3, 4, 5), np.int16)
 GREY = np.zeros((4, 5), np.uint8)

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from traced import binary, masks, pieces_of
 
-from wsi_pipeline.export.regions import Pieces, join
+from wsi_pipeline.export.polygons.components import Pieces, join
 
 
 def regions_of(mask, probability):

@@ -26,12 +26,19 @@ from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.inputs import plan_jobs
-from wsi_pipeline.paths import as_path
-from wsi_pipeline.remote import check_listed, fetch, reaching, upload, work_folder, write_whole
-from wsi_pipeline.report import Run, write_run_json
-from wsi_pipeline.status import note_jobs, read_status
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.files.paths import as_path
+from wsi_pipeline.files.remote import (
+    check_listed,
+    fetch,
+    reaching,
+    upload,
+    work_folder,
+    write_whole,
+)
+from wsi_pipeline.report.record import Run, write_run_json
+from wsi_pipeline.run.jobs import plan_jobs
+from wsi_pipeline.run.status import note_jobs, read_status
+from wsi_pipeline.run.store import RunStore
 
 SLIDE = "a [1] é"
 """Of the slide: what a client may take for a pattern, and what is no ASCII."""
@@ -156,7 +163,7 @@ def test_a_run_at_a_url_equals_one_on_disk(place, url, cache, monkeypatch, tmp_p
 
     # another machine
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr("wsi_pipeline.pipeline.plan_grid", no_blocks)
+    monkeypatch.setattr("wsi_pipeline.run.segment.plan_grid", no_blocks)
     result = segment(place, url)
     assert result.exit_code == 0, result.output
     again = objects(url)
@@ -200,7 +207,7 @@ def test_an_upload_that_fails_is_made_up_for(place, url, cache, monkeypatch):
     assert b"Access Denied" in half["summary.csv"]
     assert json.loads(invoke("status", url, "--json").stdout)["failed"].keys() == {SLIDE}
 
-    monkeypatch.setattr("wsi_pipeline.pipeline.run_blocks", no_blocks)
+    monkeypatch.setattr("wsi_pipeline.run.segment.run_blocks", no_blocks)
     result = segment(place, url)
     assert result.exit_code == 0, result.output
     same_files(objects(url), files(place / "local"))
@@ -267,7 +274,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
     def look(begun, files):
         kept.update({p.name: p.stat().st_mtime_ns for p in begun.run.plan.store.blocks()})
 
-    monkeypatch.setattr("wsi_pipeline.pipeline._drop_what_is_old", look)
+    monkeypatch.setattr("wsi_pipeline.run.segment._drop_what_is_old", look)
     assert invoke(*line).exit_code == 0
     assert done.items() <= kept.items()
     mask = zarr.open_group(f"{url}/slide/mask.ome.zarr", mode="r")["0"]
@@ -276,7 +283,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
 
 def test_a_kill_after_the_upload_leaves_nothing_here(place, url, cache, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_pipeline.pipeline.shutil.rmtree", lambda *args, **options: None)
+        patch.setattr("wsi_pipeline.run.segment.shutil.rmtree", lambda *args, **options: None)
         assert segment(place, url, *SMALL).exit_code == 0
     assert slides_in_hand(cache) == [SLIDE]
     assert segment(place, url, *SMALL).exit_code == 0

@@ -16,8 +16,8 @@ from runs import done, failed
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.page import write_report
-from wsi_pipeline.report import (
+from wsi_pipeline.report.page import write_report
+from wsi_pipeline.report.record import (
     Run,
     find_runs,
     load_run,

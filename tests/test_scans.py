@@ -21,13 +21,11 @@ from scans import Around, Enhanced, Labelled, blobs, classify, scan_bundle, writ
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
-from wsi_pipeline import blocks
 from wsi_pipeline.annotations.check import check_geojson
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.grid import PatchGrid
-from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.networks import build
 from wsi_pipeline.options import (
     ExportOptions,
@@ -36,9 +34,11 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment
-from wsi_pipeline.report import load_run
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run import worker as blocks
+from wsi_pipeline.run.jobs import plan_jobs
+from wsi_pipeline.run.segment import segment
+from wsi_pipeline.schedule.cluster import open_cluster
 
 NIFTI = ("nifti",)
 FULL = "scale = [0.0, 1024.0]"
@@ -484,10 +484,10 @@ import sys
 from pathlib import Path
 from peak import peak_bytes
 from wsi_pipeline.bundle import load_bundle
-from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.options import ExportOptions, PredictOptions, ScheduleOptions, Settings
-from wsi_pipeline.pipeline import segment
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.run.segment import segment
+from wsi_pipeline.schedule.cluster import open_cluster
 path, bundle, output = sys.argv[1:]
 (job,) = plan_jobs([Path(path)], Path(output))
 settings = Settings(predict=PredictOptions(device="cpu", precision="fp32"))

@@ -13,9 +13,9 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
 
 from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
-from wsi_pipeline.grid import iter_blocks
+from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.schedule import (
+from wsi_pipeline.schedule.cluster import (
     check_shared,
     gpu_share,
     memory_limit_of_job,
@@ -281,7 +281,7 @@ def test_a_process_sees_the_limit_of_its_own_control_group():
         script = (
             "import os, sys\n"
             "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
-            "from wsi_pipeline.schedule import free_memory, used_memory\n"
+            "from wsi_pipeline.schedule.cluster import free_memory, used_memory\n"
             "print(free_memory(), used_memory())"
         )
         line = [sys.executable, "-c", script, str(job / "cgroup.procs")]

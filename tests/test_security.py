@@ -42,14 +42,14 @@ from wsi_pipeline.annotations.document import parse_document
 from wsi_pipeline.bundle import _fetch, download
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import AnnotationError, BundleError, SourceError
-from wsi_pipeline.inputs import plan_jobs
+from wsi_pipeline.files.paths import as_path, dicom_slides, without_secrets
 from wsi_pipeline.options import ScheduleOptions, SelectOptions
-from wsi_pipeline.paths import as_path, dicom_slides, without_secrets
-from wsi_pipeline.pipeline import tile
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.run.jobs import plan_jobs
+from wsi_pipeline.run.segment import tile
+from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.mpp import ome_mpp
-from wsi_pipeline.viewer.shown import open_shown
+from wsi_pipeline.viewer.run_view import open_shown
 
 HOSTILE = "<script>alert(1)</script>"
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from traced import TILE, binary, blobs, masks, outlines_of, pieces_of, same
 
-from wsi_pipeline.export.outlines import find_outlines
-from wsi_pipeline.export.polygons import polygons
+from wsi_pipeline.export.polygons.build import polygons
+from wsi_pipeline.export.polygons.trace import find_outlines
 
 
 @pytest.mark.parametrize("seed", range(4))

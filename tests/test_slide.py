@@ -25,9 +25,10 @@ from PIL import Image
 from skimage.data import immunohistochemistry
 
 from wsi_pipeline.errors import MissingMppError, SourceError
-from wsi_pipeline.grid import PatchGrid, Region
+from wsi_pipeline.geometry import PatchGrid, Region
+from wsi_pipeline.run.store import GridInfo, StoredGrid, write_patch_grid
 from wsi_pipeline.sources import Slide, open_source
-from wsi_pipeline.sources.backend import snap_downsamples
+from wsi_pipeline.sources.base import snap_downsamples
 from wsi_pipeline.sources.mpp import (
     best_mpp,
     contradictions,
@@ -36,10 +37,9 @@ from wsi_pipeline.sources.mpp import (
     read_mpp,
     um_per,
 )
-from wsi_pipeline.sources.tiff import FileBytes, TiffBackend
-from wsi_pipeline.sources.vendor import OpenSlideBackend
-from wsi_pipeline.sources.view import SlideView
-from wsi_pipeline.store import GridInfo, StoredGrid, write_patch_grid
+from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
+from wsi_pipeline.sources.slide import SlideView
+from wsi_pipeline.sources.tiff_reader import FileBytes, TiffBackend
 
 Pixels = npt.NDArray[np.uint8]
 MakeSlide = Callable[..., Path]

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from bundles import Busy, classify, pointwise_bundle
 
-from wsi_pipeline.report import load_run
+from wsi_pipeline.report.record import load_run
 
 WORKFLOW = Path(__file__).parents[1] / "workflows" / "slurm"
 SLIDES = 6

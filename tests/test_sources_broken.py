@@ -21,12 +21,12 @@ import tifffile
 from PIL import Image
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.grid import Region
+from wsi_pipeline.geometry import Region
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.sources.image import open_image
-from wsi_pipeline.sources.stain import why_not_brightfield
-from wsi_pipeline.sources.tiff import FileBytes
-from wsi_pipeline.sources.vendor import OpenSlideBackend
+from wsi_pipeline.sources.brightfield import why_not_brightfield
+from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
+from wsi_pipeline.sources.radiology.image import open_image
+from wsi_pipeline.sources.tiff_reader import FileBytes
 
 Pixels = npt.NDArray[np.uint8]
 MakeSlide = Callable[..., Path]

@@ -10,14 +10,14 @@ from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.grid import Block
-from wsi_pipeline.inputs import Job
+from wsi_pipeline.geometry import Block
 from wsi_pipeline.options import SelectOptions
-from wsi_pipeline.report import Run, write_run_json
+from wsi_pipeline.report.record import Run, write_run_json
+from wsi_pipeline.run.jobs import Job
+from wsi_pipeline.run.status import note_jobs, read_status
+from wsi_pipeline.run.store import RunStore, write_patch_grid
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.status import note_jobs, read_status
-from wsi_pipeline.store import RunStore, write_patch_grid
-from wsi_pipeline.survey import plan_grid
+from wsi_pipeline.tissue.select import plan_grid
 
 
 def jobs(output, *names):

@@ -12,8 +12,8 @@ import pytest
 import zarr
 
 from wsi_pipeline.errors import BusyError, StoreError
-from wsi_pipeline.grid import Block, PatchGrid, Region
-from wsi_pipeline.store import (
+from wsi_pipeline.geometry import Block, PatchGrid, Region
+from wsi_pipeline.run.store import (
     GridInfo,
     RunStore,
     StoredGrid,
@@ -218,7 +218,7 @@ def test_a_file_system_without_locks_is_worked_on_with_one_warning(tmp_path, ref
     script = """
 import logging, sys, warnings
 from pathlib import Path
-from wsi_pipeline.store import RunStore
+from wsi_pipeline.run.store import RunStore
 warnings.simplefilter("error")
 logging.basicConfig(format="%(message)s")
 for name in ("one", "two"):
@@ -243,7 +243,7 @@ def test_a_lock_that_fails_otherwise_is_a_sentence(tmp_path, refusing):
 import sys
 from pathlib import Path
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.store import claim_folder
+from wsi_pipeline.run.store import claim_folder
 try: claim_folder(Path(sys.argv[1]))
 except StoreError as error: sys.exit(str(error))
 """

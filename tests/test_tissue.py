@@ -19,9 +19,9 @@ from scipy.spatial import cKDTree
 from skimage.data import immunohistochemistry
 
 from wsi_pipeline.errors import AnnotationError
-from wsi_pipeline.grid import PatchGrid
+from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.tissue import find_tissue, read_tissue, select_patches
+from wsi_pipeline.tissue.detect import find_tissue, read_tissue, select_patches
 
 Pixels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -352,7 +352,7 @@ LARGE_MASK = """
 import sys, warnings
 from pathlib import Path
 from peak import peak_bytes
-from wsi_pipeline.tissue import read_tissue
+from wsi_pipeline.tissue.detect import read_tissue
 warnings.simplefilter("error")
 before = peak_bytes()
 found = read_tissue(Path(sys.argv[1]), (90000, 70000), (1593, 2048), (70000 / 1593, 90000 / 2048))

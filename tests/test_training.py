@@ -33,7 +33,7 @@ from torch import Tensor
 from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.metrics import Tally
+from wsi_pipeline.evaluation.confusion import Tally
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source
@@ -46,6 +46,7 @@ from wsi_pipeline.training.augment import (
     vary_contrast,
     vary_stain,
 )
+from wsi_pipeline.training.bundle_card import Trained, model_card, write_bundle, write_history
 from wsi_pipeline.training.calibrate import (
     calibration_error,
     fit_temperature,
@@ -54,16 +55,6 @@ from wsi_pipeline.training.calibrate import (
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
-from wsi_pipeline.training.measure import (
-    Judged,
-    accuracy,
-    chances,
-    decided,
-    mean_dice,
-    measure,
-    open_predictor,
-    scores_of,
-)
 from wsi_pipeline.training.recipe import (
     AugmentSpec,
     DataSpec,
@@ -74,7 +65,16 @@ from wsi_pipeline.training.recipe import (
 )
 from wsi_pipeline.training.samples import IGNORE, UNLABELLED, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
-from wsi_pipeline.training.write import Trained, model_card, write_bundle, write_history
+from wsi_pipeline.training.validate import (
+    Judged,
+    accuracy,
+    chances,
+    decided,
+    mean_dice,
+    measure,
+    open_predictor,
+    scores_of,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -1133,7 +1133,7 @@ def test_large_images_are_measured_region_by_region(
     truth[:70] = IGNORE
     sample = make_sample("A", image, truth)
     whole = measure(Darkness(), recipe.bundle, [sample])["A"]
-    monkeypatch.setattr("wsi_pipeline.training.measure.REGION", {2: 48})
+    monkeypatch.setattr("wsi_pipeline.training.validate.REGION", {2: 48})
     parts = measure(Darkness(), recipe.bundle, [sample])["A"]
     np.testing.assert_array_equal(parts.pixels.confusion, whole.pixels.confusion)
     assert whole.pixels.confusion.sum() == 130 * 170
@@ -1199,7 +1199,7 @@ def test_what_is_measured_is_what_segment_writes(
     recipe = Recipe(
         bundle=bundle, train=TrainSpec(), augment=QUIET, split=SplitSpec(), data=(data,)
     )
-    monkeypatch.setattr("wsi_pipeline.training.measure.REGION", {2: 100, 3: 40})
+    monkeypatch.setattr("wsi_pipeline.training.validate.REGION", {2: 100, 3: 40})
     judged = measure(build(bundle).module, bundle, load(recipe, tmp_path))["A"]
     expected = confusion_matrix(truth.ravel(), found.ravel(), labels=[0, 1, 2])
     np.testing.assert_array_equal(judged.pixels.confusion, expected)

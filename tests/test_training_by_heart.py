@@ -13,11 +13,11 @@ from skimage.filters import threshold_otsu
 from sklearn.metrics import f1_score
 
 from wsi_pipeline.bundle import load_bundle
-from wsi_pipeline.inference import Predictor
-from wsi_pipeline.training.measure import chances, decided
+from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.training.recipe import load_recipe
 from wsi_pipeline.training.samples import IGNORE, load_samples
 from wsi_pipeline.training.train import train
+from wsi_pipeline.training.validate import chances, decided
 
 RECIPE = """
 [bundle]

@@ -37,7 +37,6 @@ from tornado.websocket import websocket_connect
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.inputs import plan_jobs
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -45,14 +44,15 @@ from wsi_pipeline.options import (
     SelectOptions,
     Settings,
 )
-from wsi_pipeline.pipeline import segment
-from wsi_pipeline.report import RUN_FILE, Run, write_run_json
-from wsi_pipeline.schedule import open_cluster
+from wsi_pipeline.report.record import RUN_FILE, Run, write_run_json
+from wsi_pipeline.run.jobs import plan_jobs
+from wsi_pipeline.run.segment import segment
+from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.viewer import serve
 from wsi_pipeline.viewer.polygons import load_polygons
+from wsi_pipeline.viewer.run_view import TILE, open_shown
 from wsi_pipeline.viewer.server import MOST_CONNECTIONS
-from wsi_pipeline.viewer.shown import TILE, open_shown
 
 EVERYWHERE = SelectOptions(tissue="none")
 EXACT = ExportOptions(outputs=("zarr", "geojson"), simplify_um=0, min_area_um2=0)

@@ -26,7 +26,7 @@ from wsi_pipeline import (
     plan_jobs,
     segment,
 )
-from wsi_pipeline.report import write_run_json
+from wsi_pipeline.report.record import write_run_json
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
 SCRIPT = WORKFLOWS / "qupath" / "import_annotations.groovy"

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from wsi_pipeline.export.outlines import Outlines, find_outlines
-from wsi_pipeline.export.regions import PROBABILITY_ONE, Pieces, find_pieces
-from wsi_pipeline.grid import Shape, iter_blocks
+from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, Pieces, find_pieces
+from wsi_pipeline.export.polygons.trace import Outlines, find_outlines
+from wsi_pipeline.geometry import Shape, iter_blocks
 
 TILE = 32
 

@@ -149,7 +149,6 @@ class Disk:
 
 def serve(root: Path) -> None:
     """Answer requests until there are no more."""
-    from wsi_pipeline import pipeline, reexport, report, scans, schedule, status  # noqa: F401
     from wsi_pipeline.cli import export, group, models, segment, tile  # noqa: F401
     from wsi_pipeline.networks import checkpoints, program  # noqa: F401
 

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
         StoreError,
         WsiPipelineError,
     )
-    from wsi_pipeline.grid import PatchGrid
-    from wsi_pipeline.inputs import Job, find_slides, plan_jobs
+    from wsi_pipeline.geometry import PatchGrid
     from wsi_pipeline.options import (
         ExportOptions,
         PredictOptions,
@@ -29,12 +28,13 @@ if TYPE_CHECKING:
         SelectOptions,
         Settings,
     )
-    from wsi_pipeline.pipeline import segment, segment_all, tile
-    from wsi_pipeline.reexport import export_again
-    from wsi_pipeline.report import Run, load_run
-    from wsi_pipeline.schedule import open_cluster
+    from wsi_pipeline.report.record import Run, load_run
+    from wsi_pipeline.run.again import export_again
+    from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs
+    from wsi_pipeline.run.segment import segment, segment_all, tile
+    from wsi_pipeline.run.store import StoredGrid, open_patch_grid
+    from wsi_pipeline.schedule.cluster import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
-    from wsi_pipeline.store import StoredGrid, open_patch_grid
 
 __all__ = [
     "AnnotationError",
@@ -76,17 +76,17 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
             "AnnotationError", "BundleError", "MissingMppError", "RecipeError", "SourceError",
             "StoreError", "WsiPipelineError",
         ),
-        "grid": ("PatchGrid",),
-        "inputs": ("Job", "find_slides", "plan_jobs"),
+        "geometry": ("PatchGrid",),
+        "run.jobs": ("Job", "find_slides", "plan_jobs"),
         "options": (
             "ExportOptions", "PredictOptions", "ScheduleOptions", "SelectOptions", "Settings",
         ),
-        "pipeline": ("segment", "segment_all", "tile"),
-        "reexport": ("export_again",),
-        "report": ("Run", "load_run"),
-        "schedule": ("open_cluster",),
+        "run.segment": ("segment", "segment_all", "tile"),
+        "run.again": ("export_again",),
+        "report.record": ("Run", "load_run"),
+        "schedule.cluster": ("open_cluster",),
         "sources": ("Slide", "SlideView", "open_source"),
-        "store": ("StoredGrid", "open_patch_grid"),
+        "run.store": ("StoredGrid", "open_patch_grid"),
     }  # fmt: skip
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.files import make_folders, written_beside
+from wsi_pipeline.files.atomic import make_folders, written_beside
 
 Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]

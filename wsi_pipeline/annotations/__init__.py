@@ -10,9 +10,9 @@ from wsi_pipeline.annotations.classes import (
     is_ignored,
 )
 from wsi_pipeline.annotations.geometry import mend_polygon, survive_float32, survives_float32
-from wsi_pipeline.annotations.mend import Repair, mend_geojson
 from wsi_pipeline.annotations.raster import rasterise
 from wsi_pipeline.annotations.read import Annotation, read_polygons, read_region
+from wsi_pipeline.annotations.repair import Repair, mend_geojson
 from wsi_pipeline.colors import QUPATH_COLORS
 
 __all__ = [

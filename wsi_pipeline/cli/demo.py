@@ -61,7 +61,7 @@ def _make_slide(output: Path) -> Path:
     import tifffile
     from skimage.data import immunohistochemistry
 
-    from wsi_pipeline.files import written_beside
+    from wsi_pipeline.files.atomic import written_beside
 
     picture = immunohistochemistry()  # type: ignore[no-untyped-call]
     pixels = np.pad(picture, ((0, 3 * 512), (0, 3 * 512), (0, 0)), mode="symmetric")

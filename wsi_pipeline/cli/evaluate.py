@@ -157,7 +157,7 @@ def command(
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
     from wsi_pipeline.evaluation.meaning import Values
-    from wsi_pipeline.evaluation.write import describe, write_evaluation
+    from wsi_pipeline.evaluation.report import describe, write_evaluation
 
     options = CompareOptions(
         classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
@@ -194,7 +194,7 @@ def _joined(entries: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[i
 
 
 def _table(described: dict[str, Any]) -> str:
-    from wsi_pipeline.evaluation.write import FIGURES, as_rows
+    from wsi_pipeline.evaluation.report import FIGURES, as_rows
 
     lines = ["\t".join(("slide", "class", *FIGURES))]
     for row in as_rows(described):

@@ -16,7 +16,7 @@ from wsi_pipeline.errors import MissingMppError, SourceError, without_secrets
 if TYPE_CHECKING:
     from wsi_pipeline.bundle import Bundle
     from wsi_pipeline.sources import Slide
-    from wsi_pipeline.sources.prepared import Scan
+    from wsi_pipeline.sources.radiology.preprocess import Scan
 
 THUMBNAIL = 512
 """px of the picture on which the kind of light is judged."""
@@ -71,7 +71,7 @@ def describe(
 
 def _why_not(facts: dict[str, Any], bundle: Bundle) -> str | None:
     """Return why `segment` refuses what is described, None where it takes it."""
-    from wsi_pipeline.survey import why_too_coarse
+    from wsi_pipeline.tissue.select import why_too_coarse
 
     if bundle.modality != "slide":
         return None  # it has been opened as what the model is for
@@ -86,9 +86,9 @@ def _describe(
     path: str | Path, mpp: float | None, series: int | None, modality: str | None
 ) -> dict[str, Any]:
     """Open what is there, or what is asked for; return what it says."""
-    from wsi_pipeline.paths import as_path
+    from wsi_pipeline.files.paths import as_path
     from wsi_pipeline.sources import open_source
-    from wsi_pipeline.sources.prepared import open_scan
+    from wsi_pipeline.sources.radiology.preprocess import open_scan
 
     if axes := AXES[modality] if modality else _axes(as_path(path)):
         try:
@@ -140,10 +140,10 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
 
 def _axes(path: Path) -> int:
     """Return 2 for what is or may be an image, 3 for what is or may be a volume, 0 for a slide."""
-    from wsi_pipeline.inputs import SLIDE_SUFFIXES
-    from wsi_pipeline.paths import dicom_slides, is_dicom_slide, is_ome_zarr, is_remote
-    from wsi_pipeline.sources.radiology import kind_of, series_in
-    from wsi_pipeline.store import is_patch_grid
+    from wsi_pipeline.files.paths import dicom_slides, is_dicom_slide, is_ome_zarr, is_remote
+    from wsi_pipeline.run.jobs import SLIDE_SUFFIXES
+    from wsi_pipeline.run.store import is_patch_grid
+    from wsi_pipeline.sources.radiology.discover import kind_of, series_in
 
     if is_remote(path) or not os.path.exists(path):
         return 0

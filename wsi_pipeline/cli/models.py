@@ -17,7 +17,7 @@ from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.options import ProgramFormat
 
 if TYPE_CHECKING:
-    from wsi_pipeline.networks.trial import Trial
+    from wsi_pipeline.networks.check import Trial
 
 
 class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -109,7 +109,7 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     Does it answer as its model.toml says? Shapes and values are checked on the CPU, and that the
     form for prediction equals the network. A bundle without weights gets random ones.
     """
-    from wsi_pipeline.networks.trial import try_bundle
+    from wsi_pipeline.networks.check import try_bundle
 
     bundle = load_bundle(location)
     trial = try_bundle(bundle, patch_size=patch_size)

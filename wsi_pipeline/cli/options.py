@@ -101,7 +101,7 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
             kind = click.Path(exists=self._exists, file_okay=False, path_type=Path)
             folder: Path = kind.convert(value, param, ctx)
             return folder
-        from wsi_pipeline.paths import as_path, without_secrets
+        from wsi_pipeline.files.paths import as_path, without_secrets
 
         if not self._url:
             self.fail(f"{without_secrets(value)} is a URL; expected a folder here", param, ctx)
@@ -208,8 +208,8 @@ def choose_work(output: Path, work: Path | None) -> Path:
         output: of `segment`.
         work: what --work says.
     """
-    from wsi_pipeline.paths import is_remote
-    from wsi_pipeline.remote import work_folder
+    from wsi_pipeline.files.paths import is_remote
+    from wsi_pipeline.files.remote import work_folder
 
     if is_remote(output):
         return work or work_folder(output)

@@ -21,7 +21,7 @@ def command(folder: Path, work: Path | None, as_json: bool) -> None:
     DIR: the --output of `segment`, whichever machines are working on it. Of a URL only those slides
     count as running on which this machine works.
     """
-    from wsi_pipeline.status import read_status
+    from wsi_pipeline.run.status import read_status
 
     status = read_status(folder, choose_work(folder, work))
     if as_json:

@@ -56,11 +56,11 @@ def command(
     """
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
-    from wsi_pipeline.inputs import find_slides, plan_jobs, read_mpp_table, why_none
-    from wsi_pipeline.paths import name_of, without_secrets
-    from wsi_pipeline.pipeline import tile
-    from wsi_pipeline.store import is_patch_grid
-    from wsi_pipeline.survey import check_files
+    from wsi_pipeline.files.paths import name_of, without_secrets
+    from wsi_pipeline.run.jobs import find_slides, plan_jobs, read_mpp_table, why_none
+    from wsi_pipeline.run.segment import tile
+    from wsi_pipeline.run.store import is_patch_grid
+    from wsi_pipeline.tissue.select import check_files
 
     if overlap >= patch_size:
         raise click.UsageError(f"--overlap {overlap} must be below --patch-size {patch_size}")

@@ -62,7 +62,7 @@ def command(
     """
     import torch
 
-    from wsi_pipeline.inference import choose_device
+    from wsi_pipeline.inference.predictor import choose_device
     from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.train import train
 

@@ -15,11 +15,10 @@ import numpy.typing as npt
 
 from wsi_pipeline.annotations import Annotation, read_region
 from wsi_pipeline.errors import EvaluationError, SourceError, StoreError
-from wsi_pipeline.evaluation.areas import AreaReader, Areas
-from wsi_pipeline.evaluation.meaning import Values, settle
-from wsi_pipeline.evaluation.metrics import IGNORE, Mask, Tally, count_block, surface_distances
-from wsi_pipeline.evaluation.picture import LONGEST, Disagreement
-from wsi_pipeline.evaluation.sides import (
+from wsi_pipeline.evaluation.annotations import AreaReader, Areas
+from wsi_pipeline.evaluation.confusion import IGNORE, Mask, Tally, count_block, surface_distances
+from wsi_pipeline.evaluation.disagreement import LONGEST, Disagreement
+from wsi_pipeline.evaluation.inputs import (
     AREA_SUFFIXES,
     MASK_SUFFIXES,
     Canvas,
@@ -31,16 +30,17 @@ from wsi_pipeline.evaluation.sides import (
     reader_of,
     settle_canvas,
 )
+from wsi_pipeline.evaluation.meaning import Values, settle
 from wsi_pipeline.evaluation.volumes import LabelVolume, is_volume, open_labels
 from wsi_pipeline.export import map_in_threads
-from wsi_pipeline.grid import Block, iter_blocks
-from wsi_pipeline.inputs import find_slides
+from wsi_pipeline.files.paths import zarr_attributes
+from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import Frame
-from wsi_pipeline.outputs import FILES
-from wsi_pipeline.paths import zarr_attributes
-from wsi_pipeline.report import RUN_FILE
+from wsi_pipeline.report.record import RUN_FILE
+from wsi_pipeline.run.jobs import find_slides
+from wsi_pipeline.run.outputs import FILES
+from wsi_pipeline.run.store import RunStore, open_patch_grid
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.store import RunStore, open_patch_grid
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import EvaluationError, SourceError
+from wsi_pipeline.evaluation.confusion import IGNORE, Mask
 from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
-from wsi_pipeline.evaluation.metrics import IGNORE, Mask
-from wsi_pipeline.paths import quiet
-from wsi_pipeline.sources.alignment import turned_onto
-from wsi_pipeline.sources.radiology import is_dicom, kind_of
-from wsi_pipeline.sources.volume import open_volume
+from wsi_pipeline.files.paths import quiet
+from wsi_pipeline.sources.radiology.alignment import turned_onto
+from wsi_pipeline.sources.radiology.discover import is_dicom, kind_of
+from wsi_pipeline.sources.radiology.volume import open_volume
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

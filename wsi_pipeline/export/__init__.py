@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
-from wsi_pipeline.grid import Shape
+from wsi_pipeline.geometry import Shape
 
 T = TypeVar("T")
 R = TypeVar("R")

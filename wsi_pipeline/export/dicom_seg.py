@@ -20,10 +20,10 @@ from pydicom.uid import UID, SecondaryCaptureImageStorage, generate_uid
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.files import written_beside
-from wsi_pipeline.paths import quiet
-from wsi_pipeline.sources.image import Image
-from wsi_pipeline.sources.volume import Volume
+from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.paths import quiet
+from wsi_pipeline.sources.radiology.image import Image
+from wsi_pipeline.sources.radiology.volume import Volume
 
 MORPHOLOGY = Code("49755003", "SCT", "Morphologically Abnormal Structure")
 TISSUE = Code("85756007", "SCT", "Tissue")

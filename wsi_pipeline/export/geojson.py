@@ -18,11 +18,11 @@ import shapely
 
 from wsi_pipeline.annotations import mend_polygon, survive_float32
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.outlines import Outlines
-from wsi_pipeline.export.polygons import Polygons, map_polygons
-from wsi_pipeline.export.regions import Regions
-from wsi_pipeline.files import written_beside
-from wsi_pipeline.grid import Region
+from wsi_pipeline.export.polygons.build import Polygons, map_polygons
+from wsi_pipeline.export.polygons.components import Regions
+from wsi_pipeline.export.polygons.trace import Outlines
+from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.geometry import Region
 
 logger = logging.getLogger(__name__)
 

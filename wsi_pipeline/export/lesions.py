@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.grid import Shape, box_slices
+from wsi_pipeline.geometry import Shape, box_slices
 
 SLAB = 1 << 24
 """Pixels labelled at once."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.files import written_beside
-from wsi_pipeline.sources.volume import Volume, load_nifti
+from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.sources.radiology.volume import Volume, load_nifti
 
 GEOMETRY = (
     "xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code",

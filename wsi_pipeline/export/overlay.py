@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.files import written_beside
+from wsi_pipeline.files.atomic import written_beside
 
 FILL = 0.3
 """Opacity of a class inside its outline: the tissue must stay visible."""

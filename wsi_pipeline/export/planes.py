@@ -14,8 +14,8 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.export.lesions import Lesions
 from wsi_pipeline.export.overlay import write_overlay
-from wsi_pipeline.grid import Shape, box_slices
-from wsi_pipeline.sources.volume import Volume
+from wsi_pipeline.geometry import Shape, box_slices
+from wsi_pipeline.sources.radiology.volume import Volume
 
 SIDE = 480
 """Pixels of the longest side of the volume in the picture."""

@@ -10,7 +10,7 @@ from PIL import Image
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.files import written_beside
+from wsi_pipeline.files.atomic import written_beside
 
 
 def write_mask_png(path: Path, mask: MaskLike, *, classes: Sequence[ClassInfo]) -> None:

@@ -27,8 +27,8 @@ from wsi_pipeline.bundle import (
 )
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
+from wsi_pipeline.networks.bundle_writer import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
 from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features, present_names
-from wsi_pipeline.networks.folder import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
 from wsi_pipeline.networks.weights import kept_state, load_state, read_state
 
 COLORS = (

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle, bundle_toml
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.files import written_beside
+from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.networks import SegmentationNetwork, build, create
-from wsi_pipeline.networks.fold import for_inference
-from wsi_pipeline.networks.folder import CARD, MODEL_TOML, PROGRAM, written_folder
-from wsi_pipeline.networks.trial import (
+from wsi_pipeline.networks.bundle_writer import CARD, MODEL_TOML, PROGRAM, written_folder
+from wsi_pipeline.networks.check import (
     TOLERANCE,
     check_shapes,
     largest_difference,
     random_patches,
     run,
 )
-from wsi_pipeline.store import claimed
+from wsi_pipeline.networks.fold import for_inference
+from wsi_pipeline.run.store import claimed
 
 INPUT = "patches"
 """Name of an ONNX file's input; its outputs are `mask` and, where there is one, `label`."""

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
-from wsi_pipeline.paths import as_path, is_remote
-from wsi_pipeline.sources.backend import Backend, is_turned, sampled_digest
+from wsi_pipeline.files.paths import as_path, is_remote
+from wsi_pipeline.run.store import is_patch_grid
+from wsi_pipeline.sources.base import Backend, is_turned, sampled_digest
+from wsi_pipeline.sources.brightfield import why_not_brightfield
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
-from wsi_pipeline.sources.slide import open_slide_file
-from wsi_pipeline.sources.stain import why_not_brightfield
-from wsi_pipeline.sources.stored import StoredBackend
-from wsi_pipeline.sources.view import Slide, SlideView
-from wsi_pipeline.store import is_patch_grid
+from wsi_pipeline.sources.open import open_slide_file
+from wsi_pipeline.sources.patch_grid_reader import StoredBackend
+from wsi_pipeline.sources.slide import Slide, SlideView
 
 __all__ = ["Slide", "SlideView", "open_source", "why_not_brightfield"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from wsi_pipeline.paths import quiet
-from wsi_pipeline.sources.backend import Pixels
+from wsi_pipeline.files.paths import quiet
+from wsi_pipeline.sources.base import Pixels
 
 COLOURS = {"RGB": "RGB", "YCBCR": "YCbCr"}
 """How colours are stored, as people write it."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.backend import (
+from wsi_pipeline.sources.base import (
     Backend,
     Downsample,
     Downsamples,

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from wsi_pipeline.training.measure import Judged
+from wsi_pipeline.training.validate import Judged
 
 GROUPS = 10
 """Of patients, each judged by a temperature that fits the others."""

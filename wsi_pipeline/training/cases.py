@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.evaluation.metrics import IGNORE, class_figures
-from wsi_pipeline.evaluation.picture import Disagreement
-from wsi_pipeline.files import written_beside
-from wsi_pipeline.grid import Block
-from wsi_pipeline.training.measure import Judged, chances, decided, open_predictor
+from wsi_pipeline.evaluation.confusion import IGNORE, class_figures
+from wsi_pipeline.evaluation.disagreement import Disagreement
+from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.geometry import Block
 from wsi_pipeline.training.samples import Sample
+from wsi_pipeline.training.validate import Judged, chances, decided, open_predictor
 
 CASES = "cases"
 """Folder of the pictures."""

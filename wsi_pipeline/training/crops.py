@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.grid import Shape, iter_blocks
+from wsi_pipeline.geometry import Shape, iter_blocks
 from wsi_pipeline.training.recipe import AugmentSpec
 from wsi_pipeline.training.samples import IGNORE, Sample
 

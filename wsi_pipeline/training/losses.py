@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wsi_pipeline.bundle import Activation
-from wsi_pipeline.evaluation.metrics import IGNORE
+from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.training.recipe import Loss
 from wsi_pipeline.training.samples import UNLABELLED
 

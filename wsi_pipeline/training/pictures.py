@@ -14,12 +14,12 @@ from torch import Tensor
 
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.metrics import IGNORE
-from wsi_pipeline.grid import Shape
-from wsi_pipeline.sources.alignment import turned_onto
-from wsi_pipeline.sources.image import Image
-from wsi_pipeline.sources.prepared import Preparation, open_scan, prepare
-from wsi_pipeline.sources.volume import Volume, open_volume
+from wsi_pipeline.evaluation.confusion import IGNORE
+from wsi_pipeline.geometry import Shape
+from wsi_pipeline.sources.radiology.alignment import turned_onto
+from wsi_pipeline.sources.radiology.image import Image
+from wsi_pipeline.sources.radiology.preprocess import Preparation, open_scan, prepare
+from wsi_pipeline.sources.radiology.volume import Volume, open_volume
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from wsi_pipeline.annotations import Annotation
 from wsi_pipeline.errors import RecipeError, WsiPipelineError
-from wsi_pipeline.evaluation.areas import AreaReader, Areas, load_areas
-from wsi_pipeline.evaluation.metrics import IGNORE
-from wsi_pipeline.evaluation.sides import AREA_SUFFIXES, Canvas
-from wsi_pipeline.grid import Shape, box_slices
+from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
+from wsi_pipeline.evaluation.confusion import IGNORE
+from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, Canvas
+from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
 from wsi_pipeline.training.pictures import Read, read_picture, read_scan

@@ -17,19 +17,19 @@ import numpy as np
 
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.metrics import Tally
+from wsi_pipeline.evaluation.confusion import Tally
 from wsi_pipeline.export import map_in_threads
-from wsi_pipeline.files import remove, written_beside
-from wsi_pipeline.records import check, read_json
-from wsi_pipeline.store import claim_folder, writing
+from wsi_pipeline.files.atomic import remove, written_beside
+from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.run.store import claim_folder, writing
+from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
-from wsi_pipeline.training.measure import Judged, Score, accuracy, measure, scores_of
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
-from wsi_pipeline.training.write import Trained, write_bundle, write_history
+from wsi_pipeline.training.validate import Judged, Score, accuracy, measure, scores_of
 
 logger = logging.getLogger(__name__)
 

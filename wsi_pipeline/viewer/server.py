@@ -30,8 +30,8 @@ from tornado.iostream import IOStream
 from tornado.web import Application, HTTPError, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
-from wsi_pipeline.report import RUN_FILE
-from wsi_pipeline.viewer.shown import ShownRun, load_slide_run, open_shown
+from wsi_pipeline.report.record import RUN_FILE
+from wsi_pipeline.viewer.run_view import ShownRun, load_slide_run, open_shown
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,182 @@
+"""Annotated areas, read as a mask at any resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+from shapely import Polygon, STRtree
+
+from wsi_pipeline.annotations import (
+    IGNORED_CLASS,
+    REGION_CLASS,
+    Annotation,
+    is_ignored,
+    rasterise,
+    read_polygons,
+)
+from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.evaluation.confusion import IGNORE, Mask
+from wsi_pipeline.run.outputs import UNREADABLE
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Areas:
+    """Annotated areas of one slide, in level-0 pixels.
+
+    Attributes:
+        path: of the file.
+        annotations: that have a class of their own.
+        ignored: areas that do not count.
+        regions: outside of which nothing counts, where there are any.
+    """
+
+    path: Path
+    annotations: tuple[Annotation, ...]
+    ignored: tuple[Polygon, ...] = ()
+    regions: tuple[Polygon, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the classes that occur, sorted."""
+        return tuple(sorted({a.class_name for a in self.annotations if a.class_name}))
+
+    @property
+    def extent(self) -> tuple[float, float, float, float]:
+        """Return (min_x, min_y, max_x, max_y) of all areas, zeros where there are none."""
+        shapes = [a.polygon for a in self.annotations] + [*self.ignored, *self.regions]
+        if not shapes:
+            return 0.0, 0.0, 0.0, 0.0
+        x0, y0, x1, y1 = shapely.total_bounds(shapes)
+        return float(x0), float(y0), float(x1), float(y1)
+
+
+def load_areas(
+    path: Path, *, offset: tuple[float, float] = (0.0, 0.0), renamed: Mapping[str, str]
+) -> Areas:
+    """Read a GeoJSON file of annotations; return its areas.
+
+    Args:
+        path: of the file.
+        offset: (x, y) added to every position, as in `read_polygons`.
+        renamed: new names of classes; "" names areas without a class.
+
+    Raises:
+        AnnotationError: not readable, or areas without a class that nothing names.
+    """
+    found = read_polygons(path, offset=offset)
+    annotations, ignored, regions = [], [], []
+    nameless = 0
+    for area in found:
+        name = renamed.get(area.class_name or "", area.class_name)
+        if name == REGION_CLASS:
+            regions.append(area.polygon)
+        elif is_ignored(name) or name == UNREADABLE.name:
+            ignored.append(area.polygon)
+        elif name is None:
+            nameless += 1
+        else:
+            annotations.append(Annotation(polygon=area.polygon, class_name=name))
+    if nameless:
+        raise AnnotationError(
+            f"{path}: {nameless} of {len(found)} areas have no class; give them one in QuPath, "
+            f"{IGNORED_CLASS} where none fits (`evaluate` names them all with --rename =CLASS)"
+        )
+    return Areas(
+        path=path,
+        annotations=tuple(annotations),
+        ignored=tuple(ignored),
+        regions=tuple(regions),
+    )
+
+
+class AreaReader:
+    """Areas as class indices, wherever they are asked for.
+
+    Where areas of several classes overlap the smallest lies on top, as QuPath draws them.
+
+    Args:
+        areas: of one slide.
+        indices: class index by name; other classes are `others`.
+        others: index of areas whose class is not in `indices`.
+        outside: index of what lies in no area.
+    """
+
+    def __init__(
+        self, areas: Areas, indices: Mapping[str, int], *, others: int = 0, outside: int = 0
+    ) -> None:
+        ordered = sorted(areas.annotations, key=lambda a: -a.polygon.area)
+        self._polygons = [a.polygon for a in ordered]
+        self._values = [indices.get(a.class_name or "", others) for a in ordered]
+        self._tree = STRtree(self._polygons)
+        self._areas = areas
+        self._outside = outside
+
+    def read(
+        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
+    ) -> Mask:
+        """Return the class index at the centre of each pixel, (h, w) uint8.
+
+        Args:
+            origin: (y, x) of the first pixel.
+            shape: (h, w) in pixels.
+            downsample: (y, x) level-0 pixels per pixel.
+        """
+        seen = np.sort(self._near(origin, shape, downsample))
+        corner = (origin[0] * downsample[0], origin[1] * downsample[1])
+        mask = _burn(
+            [(self._polygons[i], self._values[i]) for i in seen],
+            shape,
+            self._outside,
+            origin=corner,
+            downsample=downsample,
+        )
+        if regions := self._areas.regions:
+            mask[~rasterise(regions, shape, origin=corner, downsample=downsample)] = IGNORE
+        if ignored := self._areas.ignored:
+            mask[rasterise(ignored, shape, origin=corner, downsample=downsample)] = IGNORE
+        return mask
+
+    def touches(
+        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
+    ) -> bool:
+        """Return whether any area shares a point with a rectangle, given as in `read`."""
+        return len(self._near(origin, shape, downsample)) > 0
+
+    def _near(
+        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
+    ) -> npt.NDArray[np.int64]:
+        """Return the indices of the polygons that share a point with a rectangle."""
+        (y, x), (height, width), (fy, fx) = origin, shape, downsample
+        window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
+        return np.asarray(self._tree.query(window, predicate="intersects"))
+
+
+def _burn(
+    shapes: Sequence[tuple[Polygon, int]],
+    shape: tuple[int, int],
+    outside: int,
+    *,
+    origin: tuple[float, float],
+    downsample: tuple[float, float],
+) -> Mask:
+    """Return the values of polygons, later ones over earlier ones, (h, w) uint8."""
+    import rasterio.features  # brings GDAL: would triple the time to import this package
+
+    shapes = [(polygon, value) for polygon, value in shapes if polygon.area > 0]
+    if not shapes:
+        return np.full(shape, outside, np.uint8)
+    (y, x), (fy, fx) = origin, downsample
+    return np.asarray(
+        rasterio.features.rasterize(
+            shapes,
+            out_shape=shape,
+            transform=rasterio.Affine(fx, 0.0, x, 0.0, fy, y),
+            fill=outside,
+            dtype=np.uint8,
+        )
+    )

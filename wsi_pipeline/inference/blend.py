@@ -1,0 +1,312 @@
+"""Blend overlapping patch predictions into one field of probabilities, and sample it anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from wsi_pipeline.geometry import PatchGrid, Shape, axis_origins
+from wsi_pipeline.options import Blend
+
+SIGMA = 1 / 8
+"""Width of the Gaussian in patch sizes, as nnU-Net and MONAI have it."""
+
+
+def axis_windows(
+    blend: Blend, *, length: int, patch_size: int, stride: int
+) -> dict[int, torch.Tensor]:
+    """Weigh the pixels of the patches along one axis; return a window for each origin.
+
+    A patch's weight at a pixel is the product of its windows along the axes. `crop` gives every
+    pixel to the one patch whose middle is nearest, so its windows are 0 or 1 and sum to 1.
+
+    Args:
+        blend: how overlapping predictions combine.
+        length: grid pixels along the axis.
+        patch_size: pixels of a patch.
+        stride: pixels between origins.
+
+    Returns:
+        Origin → float32 (patch_size,), each with a value above 0.
+    """
+    origins = [int(o) for o in axis_origins(length, patch_size, stride)]
+    if blend == "constant":
+        return dict.fromkeys(origins, torch.ones(patch_size))
+    if blend == "gaussian":
+        position = torch.arange(patch_size, dtype=torch.float64) - (patch_size - 1) / 2
+        window = torch.exp(-0.5 * (position / (patch_size * SIGMA)) ** 2).float()
+        return dict.fromkeys(origins, window)
+    borders = [(a + patch_size + b + 1) // 2 for a, b in itertools.pairwise(origins)]
+    starts, stops = [origins[0], *borders], [*borders, origins[-1] + patch_size]
+    windows = {}
+    for origin, start, stop in zip(origins, starts, stops, strict=True):
+        windows[origin] = torch.zeros(patch_size)
+        windows[origin][start - origin : stop - origin] = 1
+    return windows
+
+
+class Windows:
+    """The weights of every patch of a grid, one window an axis.
+
+    Args:
+        grid: of the patches.
+        blend: how overlapping predictions combine.
+        device: of the weights.
+
+    Attributes:
+        exclusive: whether every pixel takes the prediction of one patch alone, the nearest: asked
+            for by `crop`, and so wherever patches do not overlap.
+    """
+
+    def __init__(self, grid: PatchGrid, blend: Blend, device: torch.device) -> None:
+        self.exclusive = blend == "crop" or grid.stride == grid.patch_size
+        kind: Blend = "crop" if self.exclusive else blend
+        axes = zip(grid.shape, grid.patch_size, grid.stride, strict=True)
+        self._axes = [axis_windows(kind, length=n, patch_size=p, stride=s) for n, p, s in axes]
+        self._device = device
+        self._weights: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def weight(self, origin: Shape) -> torch.Tensor:
+        """Return the weight of the patch at `origin`, float32 (*patch)."""
+        windows = [axis[corner] for axis, corner in zip(self._axes, origin, strict=True)]
+        key = tuple(id(window) for window in windows)  # patches share their windows
+        if key not in self._weights:
+            weight = torch.ones(())
+            for window in windows:
+                weight = weight[..., None] * window
+            self._weights[key] = weight.to(self._device)
+        return self._weights[key]
+
+    def owned(self, origin: Shape) -> tuple[slice, ...]:
+        """Return the pixels of the patch at `origin` that are its alone, if exclusive."""
+        inside = [torch.nonzero(axis[c])[:, 0] for axis, c in zip(self._axes, origin, strict=True)]
+        return tuple(slice(int(i[0]), int(i[-1]) + 1) for i in inside)
+
+
+def iter_owned(
+    predictions: Iterable[tuple[Shape, torch.Tensor]],
+    start: Shape,
+    stop: Shape,
+    *,
+    windows: Windows,
+) -> Iterator[tuple[Shape, torch.Tensor]]:
+    """Cut from each prediction what is its alone within a box; yield where that begins, and it.
+
+    Args:
+        predictions: origin and (C, *patch) of each patch.
+        start: first grid pixel of the box.
+        stop: one past the last.
+        windows: of an exclusive grid.
+    """
+    for origin, prediction in predictions:
+        spans = _spans(start, stop, origin, windows.owned(origin))
+        if all(a < b for a, b in spans):
+            here = [slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True)]
+            yield tuple(a for a, _ in spans), prediction[(slice(None), *here)]
+
+
+def _spans(
+    start: Sequence[int], stop: Shape, origin: Shape, inside: Sequence[slice]
+) -> list[tuple[int, int]]:
+    """Return, axis by axis, which grid pixels of a part of a patch lie in a box."""
+    axes = zip(start, stop, origin, inside, strict=True)
+    return [(max(a, o + part.start), min(b, o + part.stop)) for a, b, o, part in axes]
+
+
+def iter_blended_rows(
+    predictions: Iterable[tuple[Shape, torch.Tensor]],
+    start: Shape,
+    stop: Shape,
+    *,
+    windows: Windows,
+    patch_rows: int,
+    channels: int,
+    device: torch.device,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blend predictions over a box of the grid; yield its probabilities from the top down.
+
+    Only a band as high as a patch is held, which stays in the processor's cache.
+
+    Args:
+        predictions: origin and float32 (C, *patch) of each patch that touches the box, origins
+            ascending along the first axis.
+        start: first grid pixel of the box.
+        stop: one past the last.
+        windows: weights of the patches.
+        patch_rows: of a patch along the first axis.
+        channels: of the predictions.
+        device: where they lie.
+
+    Yields:
+        First grid row, and (C, rows, *rest) in [0, 1]: overwritten once the next is asked for.
+        Where no patch lies, channel 0 of several is 1 (background) and a single channel is 0.
+    """
+    band = _Band(start, stop, windows, patch_rows, channels, device)
+    for origin, prediction in predictions:
+        yield from band.finish(origin[0])
+        band.add(origin, prediction)
+    yield from band.finish(stop[0])
+
+
+class _Band:
+    """Sums of weighted predictions over some rows of a box, which move down it."""
+
+    def __init__(
+        self,
+        start: Shape,
+        stop: Shape,
+        windows: Windows,
+        rows: int,
+        channels: int,
+        device: torch.device,
+    ) -> None:
+        self._low, self._high, self._windows = list(start), stop, windows
+        rest = [b - a for a, b in zip(start[1:], stop[1:], strict=True)]
+        rows = min(rows, stop[0] - start[0])
+        self._sum = torch.empty((channels, rows, *rest), device=device)
+        weighted = 0 if windows.exclusive else rows
+        self._weight = torch.empty((weighted, *rest), device=device)
+        self._clear(0)
+
+    def add(self, origin: Shape, prediction: torch.Tensor) -> None:
+        """Add one patch, of which no row is finished but those above the box."""
+        inside = tuple(slice(0, n) for n in prediction.shape[1:])
+        if self._windows.exclusive:
+            inside = self._windows.owned(origin)
+        spans = _spans(self._low, self._high, origin, inside)
+        if any(a >= b for a, b in spans):
+            return
+        here = [slice(a - o, b - o) for (a, b), o in zip(spans, origin, strict=True)]
+        there = [slice(a - low, b - low) for (a, b), low in zip(spans, self._low, strict=True)]
+        patch = prediction[(slice(None), *here)]
+        if self._windows.exclusive:
+            self._sum[(slice(None), *there)] = patch
+            return
+        weight = self._windows.weight(origin)[tuple(here)]
+        self._sum[(slice(None), *there)] += patch * weight
+        self._weight[tuple(there)] += weight
+
+    def finish(self, row: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield the rows before `row` that are not yet finished, and move the band to it."""
+        while (count := min(row - self._low[0], self._sum.shape[1])) > 0:
+            done = self._sum[:, :count]
+            if not self._windows.exclusive:
+                weight = self._weight[:count]
+                bare = weight == 0
+                done /= weight.masked_fill_(bare, 1)
+                if len(done) > 1:
+                    done[0].masked_fill_(bare, 1)
+            yield self._low[0], done
+            kept = self._sum.shape[1] - count
+            for plane in (*self._sum, self._weight):
+                plane[:kept] = plane[count:].clone()
+            self._clear(kept)
+            self._low[0] += count
+
+    def _clear(self, first: int) -> None:
+        """Set the rows from `first` on to what they are without patches."""
+        self._sum[:, first:] = 0
+        self._weight[first:] = 0
+        if self._windows.exclusive and len(self._sum) > 1:
+            self._sum[0, first:] = 1
+
+
+def sample_positions(
+    start: int, stop: int, *, ratio: float, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Place mask pixels on the grid along one axis, centre on centre; return floor and fraction.
+
+    Args:
+        start: first mask pixel.
+        stop: one past the last.
+        ratio: grid pixels per mask pixel.
+        length: grid pixels along the axis; positions beyond the outermost centres are held there.
+
+    Example:
+        >>> floor, fraction = sample_positions(0, 4, ratio=0.5, length=2)
+        >>> floor.tolist(), fraction.tolist()
+        ([0, 0, 0, 1], [0.0, 0.25, 0.75, 0.0])
+    """
+    position = (np.arange(start, stop) + 0.5) * ratio - 0.5
+    position = np.clip(position, 0, length - 1)
+    floor = np.floor(position).astype(np.int64)
+    return floor, (position - floor).astype(np.float32)
+
+
+def iter_sampled_rows(
+    bands: Iterable[tuple[int, torch.Tensor]],
+    left: int | Shape,
+    *,
+    start: Shape,
+    stop: Shape,
+    ratio: Sequence[float],
+    shape: Shape,
+    rows: int = 512,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Interpolate probabilities linearly at the mask's pixels; yield them strip by strip.
+
+    Every value depends on its own mask pixel alone, never on how the mask is cut.
+
+    Args:
+        bands: first grid row, and (C, rows, *rest) of that and the following rows, from the top
+            down and without gaps, as `iter_blended_rows` yields them.
+        left: first grid pixel of the bands along the other axes; a number where there is but one.
+        start: first mask pixel wanted.
+        stop: one past the last.
+        ratio: grid pixels per mask pixel along each axis.
+        shape: of the whole grid.
+        rows: mask rows of a strip, which bounds the memory.
+
+    Yields:
+        First row of the strip relative to `start`, and (C, rows, *rest).
+    """
+    corner = (left,) if isinstance(left, int) else left
+    if all(r == 1.0 for r in ratio):
+        axes = zip(start[1:], stop[1:], corner, strict=True)
+        rest = tuple(slice(a - first, b - first) for a, b, first in axes)
+        for first, band in bands:
+            begin, end = max(start[0] - first, 0), max(stop[0] - first, 0)
+            if begin < min(end, band.shape[1]):
+                yield first + begin - start[0], band[(slice(None), slice(begin, end), *rest)]
+        return
+    places = [
+        sample_positions(a, b, ratio=r, length=n)
+        for a, b, r, n in zip(start, stop, ratio, shape, strict=True)
+    ]
+    (y, fy), *others = places
+    below = y + (fy > 0)
+    done, last = 0, None
+    for first, band in bands:
+        device = band.device
+        held = band if last is None else torch.cat([last, band], dim=1)
+        top = first - (held.shape[1] - band.shape[1])
+        last = held[:, -1:].clone()
+        ready = int(np.searchsorted(below, top + held.shape[1]))  # rows that need none below
+        for row in range(done, ready, rows):
+            part = slice(row, min(row + rows, ready))
+            line = _between(held, 1, y[part] - top, fy[part], device)
+            for axis, ((x, fx), low) in enumerate(zip(others, corner, strict=True), start=2):
+                line = _between(line, axis, x - low, fx, device)
+            yield row, line
+        done = max(done, ready)
+
+
+def _between(
+    field: torch.Tensor,
+    axis: int,
+    floor: np.ndarray,
+    fraction: np.ndarray,
+    device: torch.device,
+) -> torch.Tensor:
+    """Interpolate between neighbours along one axis of (C, *box)."""
+    low, high, weight = (
+        torch.from_numpy(a).to(device) for a in (floor, floor + (fraction > 0), fraction)
+    )
+    before: tuple[Any, ...] = (slice(None),) * axis
+    lower, upper = field[(*before, low)], field[(*before, high)]
+    # a + (b - a) * w in single steps: no fused rounding that would depend on the strip
+    return lower + (upper - lower) * weight.view(-1, *[1] * (field.ndim - axis - 1))

@@ -1,0 +1,397 @@
+"""Run a network over patches of a region: batches on the device in, probabilities out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.geometry import box_slices
+from wsi_pipeline.networks import Network, SegmentationNetwork, build
+from wsi_pipeline.networks.fold import for_inference
+from wsi_pipeline.options import DEVICES, Precision
+
+logger = logging.getLogger(__name__)
+
+PROBE, MAX_BATCH = 4, 64
+"""Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
+Answer = tuple[torch.Tensor, torch.Tensor | None]
+"""Probabilities (N, K, *patch), and (N, L) of what is said of whole patches."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of that name; "auto" takes the first GPU, else the CPU.
+
+    Raises:
+        BundleError: no such device, or a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(DEVICES, name):
+        raise BundleError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise BundleError(f"--device {name}: this machine shows no CUDA GPU; use --device cpu")
+    device = torch.device(name)
+    if (device.index or 0) >= (count := count_gpus()) and device.type == "cuda":
+        raise BundleError(
+            f"--device {name}: this machine shows {count} GPU{'s' * (count > 1)}, numbered from 0"
+        )
+    return device
+
+
+def count_gpus() -> int:
+    """Return how many GPUs this machine shows."""
+    return torch.cuda.device_count()
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Return the number format to compute in; "auto" is bf16 where the hardware has it."""
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if precision == "bf16" and device.type == "cpu" and not has_bf16:
+        _warn_of_slow_bf16()
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+@cache  # once, not by every worker
+def _warn_of_slow_bf16() -> None:
+    logger.warning(
+        "--precision bf16: this processor has no arithmetic for it and takes about ten times as "
+        "long as with fp32; leave --precision out"
+    )
+
+
+def use_one_core() -> None:
+    """Let torch in the calling thread use no others: work runs side by side as it is."""
+    torch.set_num_threads(1)  # OpenMP counts for each thread; idle ones of a team would spin
+
+
+class Predictor:
+    """A network on its device, ready to predict patches; close it.
+
+    Args:
+        bundle: the model.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        precision: number format of the forward pass.
+        batch_size: patches in one forward pass; None = chosen for the device.
+        threads: of the CPU to keep busy; None = all.
+        network: in place of the one in the bundle's files, such as one that is being trained.
+
+    Raises:
+        BundleError: the bundle has no network that can be built, or the device is not there.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        batch_size: int | None = None,
+        threads: int | None = None,
+        network: nn.Module | None = None,
+    ) -> None:
+        built = Network(module=network, batch_size=None) if network else build(bundle)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(precision, self.device)
+        self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
+        self.bundle = bundle
+        self._is_ours = isinstance(built.module, SegmentationNetwork)
+        self._module = (
+            for_inference(built.module, device=self.device, dtype=self.dtype)
+            if isinstance(built.module, SegmentationNetwork)
+            else built.module.to(self.device)
+        )
+        on_cpu = self.device.type == "cpu"
+        # Several passes on one core each are as fast as one pass on several, and what a pass gives
+        # does not depend on the number of threads then. Passes share nothing but the weights.
+        self._passes = (threads or os.cpu_count() or 1) if on_cpu else 1
+        self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=use_one_core)
+        row = bundle.input.patch_size[-1]  # a row of pixels is normalised at one go
+        mean = torch.tensor(bundle.input.mean, device=self.device).repeat(row)
+        std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
+        self._scale = {torch.uint8: 1 / (255 * std), torch.float32: 1 / std}
+        self._shift = -mean / std
+        self._static_batch = built.batch_size
+        self._batch = built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
+
+    @property
+    def patches_at_once(self) -> int:
+        """Return how many patches keep the device busy."""
+        return self._batch * self._passes
+
+    def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
+        """Bring the pixels of a region to the device; return them there.
+
+        Args:
+            pixels: (*region, C), uint8, or float32 in units of full scale.
+        """
+        region = torch.from_numpy(pixels)
+        if self.device.type == "cuda":
+            return region.pin_memory().to(self.device, non_blocking=True)
+        return region
+
+    def predict(
+        self,
+        region: torch.Tensor,
+        origins: npt.NDArray[np.int64],
+        *,
+        begun: Callable[[], None] | None = None,
+        labels: list[torch.Tensor] | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Predict patches of a region; yield the probabilities of each in turn.
+
+        Args:
+            region: (*region, C) on the device, as `upload` returns it, holding all the patches.
+            origins: (n, d) first corners within the region, array order.
+            begun: called when all passes are queued: those of another region may follow.
+            labels: gets (L,) probabilities of what the network says of each patch as a whole, in
+                turn, where it classifies.
+
+        Yields:
+            float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
+
+        Raises:
+            BundleError: the network fails, or answers in another shape than the bundle says.
+        """
+        ahead: deque[Future[Answer]] = deque()
+
+        def taken() -> torch.Tensor:
+            mask, said = ahead.popleft().result()
+            if labels is not None and said is not None:
+                labels.extend(said)
+            return mask
+
+        try:
+            for first in range(0, len(origins), self._batch):
+                batch = origins[first : first + self._batch]
+                ahead.append(self._pool.submit(self._forward, region, batch))
+                if begun is not None and first + len(batch) == len(origins):
+                    begun()
+                if len(ahead) > self._passes:  # one more than runs, so that no core waits
+                    yield from taken()
+            while ahead:
+                yield from taken()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+        # what any thread set last is what torch gives to threads that are new to it
+        torch.set_num_threads(torch.get_num_threads())
+
+    @torch.inference_mode()
+    def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
+        """Return the probabilities of some patches, in one pass if they fit in."""
+        size, count = self.bundle.input.patch_size, len(origins)
+        patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
+        # always full batches: on the way a patch is rounded differently in one of another size
+        patches += [torch.zeros_like(patches[0])] * (self._batch - count)
+        try:
+            mask, labels = self._run(torch.stack(patches))
+            return mask[:count], None if labels is None else labels[:count]
+        except torch.OutOfMemoryError:
+            if self._static_batch or self._batch == 1:
+                raise BundleError(
+                    f"{self.bundle.name} does not fit into the memory of {self.device} with "
+                    f"{self._batch} patches at a time; use --device cpu"
+                ) from None
+        self._batch = len(patches) // 2
+        torch.cuda.empty_cache()
+        logger.warning("out of memory: going on with %d patches at a time", self._batch)
+        halves = range(0, count, self._batch)
+        answers = [self._forward(region, origins[i : i + self._batch]) for i in halves]
+        said = [labels for _, labels in answers if labels is not None]
+        return torch.cat([mask for mask, _ in answers]), torch.cat(said) if said else None
+
+    def _run(self, patches: torch.Tensor) -> Answer:
+        """Return the probabilities of patches, (N, *patch, C) in full scale or uint8."""
+        scale = self._scale[patches.dtype]
+        values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
+        inputs = values.view(patches.shape).movedim(-1, 1)  # (N, C, *patch), channels last
+        # a foreign program may count on the usual order
+        inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
+        lower = self.dtype is not torch.float32 and not self._is_ours
+        try:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
+                output = self._module(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise BundleError(
+                f"{self.bundle.name} failed on a batch {tuple(inputs.shape)}: "
+                f"{str(error).strip().splitlines()[-1]}"
+            ) from error
+        answer = output if isinstance(output, dict) else {"mask": output}
+        expected = (len(inputs), self.channels, *self.bundle.input.patch_size)
+        logits = self._checked(answer["mask"], expected)
+        if self.bundle.temperature != 1:
+            logits = logits / self.bundle.temperature
+        mask = logits.sigmoid() if self.bundle.activation == "sigmoid" else logits.softmax(1)
+        if not self.bundle.labels:
+            return mask, None
+        if "label" not in answer:
+            raise BundleError(
+                f"{self.bundle.name} answered without label; its model.toml has "
+                f"{len(self.bundle.labels)} labels"
+            )
+        shape = (len(inputs), len(self.bundle.labels))
+        return mask, self._checked(answer["label"], shape).softmax(1)
+
+    def _checked(self, logits: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
+        if tuple(logits.shape) != expected:
+            raise BundleError(
+                f"{self.bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
+                f"makes it {expected}"
+            )
+        return logits.float().contiguous()  # classes apart: fast from here on
+
+    def _fitting_batch(self) -> int:
+        """Return how many patches, a power of two, fit into half of the GPU's free memory."""
+        spec = self.bundle.input
+        patches = torch.zeros((PROBE, *spec.patch_size, spec.channels), dtype=torch.uint8)
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            with torch.inference_mode():
+                self._run(patches.to(self.device))
+        except torch.OutOfMemoryError:
+            return 1
+        each = (torch.cuda.max_memory_allocated(self.device) - before) / PROBE
+        free, _ = torch.cuda.mem_get_info(self.device)
+        batch = 1
+        while batch < MAX_BATCH and 2 * batch * each <= free / 2:
+            batch *= 2
+        return batch
+
+
+class PatchCache:
+    """Predictions of patches that several blocks need, so that a worker makes each once.
+
+    Args:
+        uses: (n,) how many blocks need each patch; the last of them lets its prediction go.
+        max_bytes: of finished predictions to keep; beyond, the oldest go first.
+    """
+
+    def __init__(self, uses: npt.NDArray[np.int64], *, max_bytes: int) -> None:
+        self._uses = uses.copy()
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._futures: dict[int, Future[torch.Tensor]] = {}
+        self._bytes = 0
+        self._queue: list[Claim] = []
+        self._moved = threading.Condition(self._lock)
+
+    @contextmanager
+    def claim(self, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
+        """Yield what one block has to predict itself and what it gets from others.
+
+        Claims are made whole and in turn, and passes are to be begun in that order, see
+        `wait_for_turn`: so a block waits for earlier ones only and none waits in a circle. If the
+        body fails, those who wait for it get its error.
+
+        Args:
+            patches: indices, ascending, of all that the block needs.
+        """
+        with self._lock:
+            self._uses[patches] -= 1
+            futures = {int(p): self._futures.get(int(p)) for p in patches}
+            mine = [p for p, future in futures.items() if future is None]
+            made: dict[int, Future[torch.Tensor]] = {p: Future() for p in mine if self._uses[p] > 0}
+            self._futures.update(made)
+            others = {p: future for p, future in futures.items() if future is not None}
+            claim = Claim(mine=np.array(mine, np.int64), made=made, others=others, kept=self._keep)
+            self._queue.append(claim)
+        try:
+            yield claim
+        except BaseException as error:
+            for future in made.values():
+                if not future.done():
+                    future.set_exception(error)
+            raise
+        finally:
+            self.end_turn(claim)
+            self._settle(made)
+
+    def wait_for_turn(self, claim: Claim) -> None:
+        """Wait until the passes of all earlier claims are begun."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._queue[0] is claim)
+        if len(claim.mine) == 0:
+            self.end_turn(claim)
+
+    def end_turn(self, claim: Claim) -> None:
+        """Let the next claim begin its passes, unless that was done before."""
+        with self._moved:
+            if claim in self._queue:
+                self._queue.remove(claim)
+                self._moved.notify_all()
+
+    def _keep(self, prediction: torch.Tensor) -> None:
+        """Count a prediction that others may wait for."""
+        with self._lock:
+            self._bytes += prediction.nbytes
+            if self._bytes > self._max_bytes:  # what is needed no more goes with the block
+                self._drop()
+
+    def _settle(self, failed: Iterable[int]) -> None:
+        """Drop what a block was to make and has not, and what it was the last to need."""
+        with self._lock:
+            for patch in failed:
+                del self._futures[patch]
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let go what is needed no more, or too much."""
+        for patch, future in list(self._futures.items()):
+            if future.done() and (self._uses[patch] <= 0 or self._bytes > self._max_bytes):
+                self._bytes -= self._futures.pop(patch).result().nbytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Claim:
+    """What a block predicts itself and what it gets from others.
+
+    Attributes:
+        mine: (n,) indices of the patches to predict, ascending.
+        made: those of them that others may wait for, and that are not made yet.
+        others: patches that another block predicts or has predicted, and that were not asked for.
+        kept: told of each prediction that others may wait for.
+    """
+
+    mine: npt.NDArray[np.int64]
+    made: dict[int, Future[torch.Tensor]]
+    others: dict[int, Future[torch.Tensor]]
+    kept: Callable[[torch.Tensor], None]
+
+    def result(self, patch: int, fresh: Iterator[torch.Tensor]) -> torch.Tensor:
+        """Return the prediction of a patch, once; `fresh` yields those of `mine` in order."""
+        if (future := self.others.pop(patch, None)) is not None:
+            return future.result()
+        prediction = next(fresh)
+        if (future := self.made.get(patch)) is not None:
+            copy = prediction.clone()  # a view would keep its whole batch
+            future.set_result(copy)
+            del self.made[patch]
+            self.kept(copy)
+        return prediction

@@ -1,0 +1,71 @@
+"""A bundle's folder out: whole or not at all, and never over what is not a bundle."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wsi_pipeline.errors import BundleError, StoreError
+from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.run.store import claimed
+
+MODEL_TOML, CARD, WEIGHTS = "model.toml", "README.md", "model.safetensors"
+PROGRAM, ENCODER = "program.pt2", "encoder.safetensors"
+OLD_CARD = re.compile(r"README\.old(-\d+)?\.md")
+
+
+@contextmanager
+def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty folder that becomes `folder` once the body has ended well.
+
+    Args:
+        folder: that is to be; nothing is there yet, or an empty folder.
+        overwrite: a bundle may be there too, which goes; but its card stays as `README.old.md`, or
+            with a number, unless the new one is the same: it was its reader's to fill in.
+
+    Raises:
+        BundleError: something is there that is to stay, or the folder cannot be written.
+    """
+    folder = folder.resolve()
+    try:
+        with claimed(folder):
+            _check_free(folder, overwrite=overwrite)
+            with written_beside(folder) as partial:
+                partial.mkdir()
+                yield partial
+                _keep_cards(folder, partial)
+    except StoreError as error:
+        raise BundleError(str(error)) from error
+    except OSError as error:
+        raise BundleError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _keep_cards(folder: Path, new: Path) -> None:
+    """Copy the cards of a bundle that is to go into the folder that will take its place."""
+    cards = [path for path in folder.glob("*") if OLD_CARD.fullmatch(path.name)]
+    for path in cards:
+        shutil.copy2(path, new)
+    card = folder / CARD
+    if not card.is_file() or any(
+        card.read_bytes() == path.read_bytes() for path in (*cards, new / CARD) if path.is_file()
+    ):
+        return
+    names = itertools.chain(["README.old.md"], (f"README.old-{n}.md" for n in itertools.count(2)))
+    shutil.copy2(card, new / next(name for name in names if not (new / name).exists()))
+
+
+def _check_free(folder: Path, *, overwrite: bool) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is a file; name a folder")
+    found = {path.name for path in folder.iterdir()}
+    if found and not overwrite:
+        raise BundleError(f"{folder} is there already; name another folder, or add --overwrite")
+    found = {name for name in found if not OLD_CARD.fullmatch(name)}
+    if others := sorted(found - {MODEL_TOML, CARD, WEIGHTS, PROGRAM, ENCODER}):
+        raise BundleError(f"{folder} holds {others[0]}, which no bundle has; name another folder")

@@ -1,0 +1,261 @@
+"""What a run leaves for people and scripts: run.json and summary.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Required, TypedDict
+
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.files.paths import as_path, name_of
+from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.files.remote import write_whole
+
+logger = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+NOT_OF_SLIDES = ("area_px", "volume_ml", "lesions", "labels")
+"""Fields that are left out where they are empty."""
+GREY = (128, 128, 128)
+"""Of a class whose colour a run does not say."""
+
+
+ColorFacts = tuple[int, int, int] | tuple[()]
+"""Red, green and blue; none where the bundle does not say."""
+
+
+class BoundsFacts(TypedDict):
+    """A part of a slide, in level-0 pixels."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+
+class SourceFacts(TypedDict, total=False):
+    """What of a slide, image or volume is counted on; others of its facts are only shown."""
+
+    name: Required[str]
+    path: str
+    size: tuple[int, int] | tuple[int, int, int]
+    mpp: tuple[float, float]
+    spacing_mm: tuple[float, float] | tuple[float, float, float] | None
+    bounds: BoundsFacts | None
+    fingerprint: str
+
+
+class ModelFacts(TypedDict, total=False):
+    """What of a model is counted on."""
+
+    name: str
+    weights_sha256: str
+    input: dict[str, Any]
+    limits: str
+
+
+class LesionFacts(TypedDict):
+    """What of the lesions of a class is counted on."""
+
+    count: int
+    largest_mm: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One source's finished folder, as `run.json` holds it.
+
+    Attributes:
+        status: "done", or "failed" with the reason; "busy", never written down, where another
+            process works in the folder.
+        reason: one sentence for people; "" where all is well.
+        slide: name, path, size (w, h), mpp (x, y), mpp_source, bounds, backend, fingerprint; of a
+            slide that could not be opened only the first two.
+        model: name and weights_sha256, `input` as its `model.toml` has it, and its limits.
+        settings: options of the run.
+        versions: of the software.
+        patches: how many the grid has, were kept as tissue, were predicted.
+        seconds: per stage; "total" is wall time.
+        area_mm2: per class, from the mask's pixels, in the mask's order.
+        colors: (red, green, blue) per class, 0 to 255.
+        background: name of class 0.
+        tissue_mm2: where the model looked, from the thumbnail.
+        regions: polygons per class.
+        frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
+        bad_regions: parts of the slide that could not be read.
+        warnings: where the result may differ from what was asked.
+        files: SHA-256 of each file that was written, by name; `mask.ome.zarr` has none.
+        area_px: per class, of an image whose pixels have no known size, in place of `area_mm2`.
+        volume_ml: per class, of a volume, likewise.
+        lesions: of images and volumes, per class: how many, and the size of each.
+        labels: probability of each, where the network classifies.
+    """
+
+    status: Literal["done", "failed", "busy"]
+    reason: str = ""
+    slide: Annotated[dict[str, Any], SourceFacts]
+    model: Annotated[dict[str, Any], ModelFacts]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    patches: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    area_mm2: dict[str, float] = field(default_factory=dict)
+    colors: Annotated[dict[str, list[int]], dict[str, ColorFacts]] = field(default_factory=dict)
+    background: str = "Background"
+    tissue_mm2: float = 0.0
+    regions: dict[str, int] = field(default_factory=dict)
+    frame: dict[str, Any] = field(default_factory=dict)
+    bad_regions: list[Any] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    area_px: dict[str, float] = field(default_factory=dict)
+    volume_ml: dict[str, float] = field(default_factory=dict)
+    lesions: Annotated[dict[str, Any], dict[str, LesionFacts]] = field(default_factory=dict)
+    labels: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """Return how much there is of each class, in `unit`."""
+        return self.area_mm2 or self.volume_ml or self.area_px
+
+    @property
+    def unit(self) -> str:
+        """Return the unit of the amounts, as people write it."""
+        return "ml" if self.volume_ml else "px" if self.area_px else "mm²"
+
+    @property
+    def has_tissue(self) -> bool:
+        """Return whether it is, or may be, that of a slide: others have no tissue to look for."""
+        return "spacing_mm" not in self.slide
+
+
+def write_run_json(path: Path, run: Run) -> None:
+    """Write a run as strict JSON; the file appears when it is complete."""
+    facts = {k: v for k, v in asdict(run).items() if v or k not in NOT_OF_SLIDES}
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    _write_text(path, text + "\n")
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a `run.json`, or that of a run's folder; return the run.
+
+    Raises:
+        StoreError: the file cannot be read, or holds no run.
+    """
+    path = as_path(path)
+    if name_of(path) != RUN_FILE and path.is_dir():
+        path /= RUN_FILE
+    try:
+        found = read_json(path)
+        check(found, Run, "run")
+        return Run(**found)
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
+    except (TypeError, ValueError) as error:
+        raise StoreError(
+            f"{path} is not a run of this version ({error}); remove it or use --overwrite"
+        ) from error
+
+
+def find_runs(output_dir: Path) -> dict[Path, Run]:
+    """Return all runs below an output folder by their folder, sorted; unreadable ones are logged.
+
+    So that a summary holds what earlier calls and other machines have done as well.
+    """
+    runs = {}
+    for path in sorted(output_dir.glob(f"*/{RUN_FILE}")):
+        try:
+            runs[path.parent] = load_run(path)
+        except StoreError as error:
+            logger.warning("left out of the summary: %s", error)
+    return runs
+
+
+def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
+    """Write `summary.csv`, a row for each run.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe in front; `run.json` has
+    it as it is.
+
+    Args:
+        output_dir: folder of the file.
+        runs: by their folder.
+    """
+    buffer = io.StringIO(newline="")
+    rows = csv.writer(buffer)
+    names = list(dict.fromkeys(itertools.chain.from_iterable(r.area_mm2 for r in runs.values())))
+    more = list(dict.fromkeys(itertools.chain.from_iterable(map(_more_columns, runs.values()))))
+    rows.writerow(
+        [
+            *("folder", "slide", "status", "reason", "width_px", "height_px", "mpp_x", "mpp_y"),
+            *("patches", "tissue_mm2"),
+            *(_no_formula(f"{name}_mm2") for name in names),
+            "seconds",
+            *map(_no_formula, more),
+        ]
+    )
+    rows.writerows(
+        _summary_row(output_dir, folder, run, names, more) for folder, run in runs.items()
+    )
+    _write_text(output_dir / "summary.csv", buffer.getvalue())
+
+
+def _more_columns(run: Run) -> dict[str, str | float]:
+    """Return what a row has behind the columns that all tables have, by its column."""
+    found: dict[str, str | float] = {
+        "model": _no_formula(run.model.get("name", "")),
+        "weights": run.model.get("weights_sha256", ""),
+    }
+    if run.has_tissue and run.tissue_mm2 > 0:
+        found |= {
+            f"tissue_percent_{name}": round(100 * area / run.tissue_mm2, 4)
+            for name, area in run.area_mm2.items()
+        }
+    found |= {f"regions_{name}": count for name, count in run.regions.items()}
+    spacing = run.slide.get("spacing_mm") or ()
+    found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
+    if len(size := run.slide.get("size", ())) == 3:
+        found["depth_px"] = size[2]
+    if run.unit != "mm²":
+        found |= {f"{name}_{run.unit}": round(n, 6) for name, n in run.amounts.items()}
+    for name, lesions in run.lesions.items():
+        found[f"{name}_lesions"] = lesions["count"]
+        if lesions["largest_mm"] is not None:
+            found[f"{name}_largest_mm"] = round(lesions["largest_mm"], 3)
+    return found | {f"probability_{label}": round(p, 6) for label, p in run.labels.items()}
+
+
+def _summary_row(
+    output_dir: Path, folder: Path, run: Run, names: Sequence[str], more: Sequence[str]
+) -> list[str | int | float]:
+    """Return one row; numbers that a failed run lacks are empty."""
+    done, own = run.status == "done", _more_columns(run)
+    return [
+        _no_formula(os.path.relpath(folder, output_dir)),
+        _no_formula(run.slide["name"]),
+        run.status,
+        _no_formula(run.reason),
+        *run.slide.get("size", ("", ""))[:2],
+        *run.slide.get("mpp", ("", "")),
+        run.patches.get("kept", ""),
+        round(run.tissue_mm2, 6) if done and run.has_tissue else "",
+        *(round(run.area_mm2[name], 6) if name in run.area_mm2 else "" for name in names),
+        run.seconds.get("total", ""),
+        *(own.get(name, "") for name in more),
+    ]
+
+
+def _no_formula(text: str) -> str:
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def _write_text(path: Path, text: str) -> None:
+    # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
+    write_whole(path, text.encode("utf-8", "backslashreplace"))

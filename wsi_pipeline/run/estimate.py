@@ -1,0 +1,216 @@
+"""What a run will take, told before it: memory, time, disk and files. Figures were measured."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.geometry import Shape
+from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
+from wsi_pipeline.networks import SegmentationNetwork, build
+from wsi_pipeline.networks.cost import peak_memory
+from wsi_pipeline.options import ExportOptions, PredictOptions
+from wsi_pipeline.run.worker import CACHE_BYTES
+
+PROCESS_BYTES = 450 * 10**6
+"""Python, torch, dask and the libraries that read slides."""
+GPU_BYTES = 1200 * 10**6
+"""CUDA's own libraries in the main memory."""
+OUTPUT_BYTES = 250 * 10**6
+"""Pyramid, TIFF and overlay, written while the next slide's blocks are done."""
+VERTEX_BYTES = 75
+"""Of main memory, for each that is left of an outline."""
+PX_PER_VERTEX = 300
+"""Mask pixels on tissue for each vertex that is left, on real tissue; busy masks have many more."""
+MOST_PLANES = 1024
+"""Activations, in planes of a patch, which no network of the package reaches."""
+PROGRAM_PLANES = 64
+"""Activations of a program, of which none but its input is known, in planes of a patch."""
+MASK_PX_BYTES = 16
+"""Of a block: class, probability, number of the piece and what finding pieces takes."""
+GRID_PX_BYTES = 9
+"""Of a block: its pixels, the tiles that they are cut out of, and their way to the device."""
+SCAN_PX_BYTES = 6
+"""The same of an image or volume, in float32."""
+FREE_SHARE = 0.7
+"""Of the free memory, which passes over images and volumes may take."""
+DISK_PX_BYTES = 0.02
+"""Mask pixel on tissue, compressed, in one format with its pyramid."""
+DISK_VERTEX_BYTES = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What one slide takes.
+
+    Attributes:
+        patches: to predict.
+        seconds: of prediction; reading goes on beside it.
+        memory: bytes of the process at its peak.
+        disk: bytes of all files.
+        files: at most.
+        mask_shape: pixels along each axis of the mask.
+    """
+
+    patches: int
+    seconds: float
+    memory: int
+    disk: int
+    files: int
+    mask_shape: Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBytes:
+    """What a model takes.
+
+    Attributes:
+        weights: bytes of the weights.
+        activations: of one patch in float32.
+    """
+
+    weights: float
+    activations: float
+
+
+def estimate_memory(
+    bundle: Bundle,
+    predict: PredictOptions,
+    *,
+    model: ModelBytes,
+    block_shape: Shape,
+    ratio: tuple[float, ...],
+    patches: int,
+    blocks_in_hand: int,
+    workers: int,
+    threads: int,
+    tissue_px: float,
+) -> int:
+    """Return the bytes that the process takes at its peak, about.
+
+    Args:
+        bundle: the model.
+        predict: options.
+        model: what it takes.
+        block_shape: of a block in mask pixels.
+        ratio: grid pixels per mask pixel along each axis.
+        patches: to predict.
+        blocks_in_hand: of all workers together.
+        workers: each with a model of its own.
+        threads: of the CPU for one worker's forward passes.
+        tissue_px: mask pixels that patches cover.
+    """
+    device = choose_device(predict.device)
+    patch, channels = bundle.input.patch_size, len(bundle.classes)
+    patch_px = math.prod(patch)
+    grid_px, reach = (GRID_PX_BYTES, 2) if bundle.modality == "slide" else (SCAN_PX_BYTES, 1)
+    sides = [b * r + reach * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
+    bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
+    block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
+    total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
+    total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
+    if device.type == "cpu":
+        batch, each = predict.batch_size or 1, model.activations
+        if choose_dtype(predict.precision, device) is not torch.float32:
+            each /= 2
+        # finished predictions wait for their turn beside those that are made
+        made = (2 * threads + 1) * batch * channels * patch_px * 4
+        straddling = min(CACHE_BYTES, patches * channels * patch_px * 4)
+        total += workers * (2 * model.weights + threads * batch * each + made + bands + straddling)
+    else:
+        total += GPU_BYTES + workers * model.weights
+    return int(total)
+
+
+def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
+    """Return how many passes at once, each on one core, fit into the memory; 1 at least.
+
+    Args:
+        model: what it takes.
+        threads: of the CPU.
+        free: bytes.
+
+    Example:
+        >>> passes_that_fit(ModelBytes(weights=0, activations=5e9), 16, free=32 * 10**9)
+        4
+    """
+    return max(1, min(threads, int(FREE_SHARE * free / model.activations)))
+
+
+def most_model_bytes(bundle: Bundle) -> ModelBytes:
+    """Return, at once, what the model certainly does not exceed."""
+    weights = bundle.weights_path.stat().st_size if bundle.weights_path else 0
+    return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * MOST_PLANES)
+
+
+def model_bytes(bundle: Bundle) -> ModelBytes:
+    """Return what the model takes; it is built for that and run on shapes, in a second or two."""
+    module = build(bundle).module
+    weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    if isinstance(module, SegmentationNetwork):
+        return ModelBytes(weights=weights, activations=peak_memory(module, size) - weights)
+    return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * PROGRAM_PLANES)
+
+
+def _plane_bytes(bundle: Bundle) -> int:
+    return math.prod(bundle.input.patch_size) * 4
+
+
+def estimate_files(
+    export: ExportOptions, *, mask_files: int, blocks: int, tissue_px: float
+) -> tuple[int, int]:
+    """Return the bytes of a run's files, about, and the largest number of them.
+
+    Args:
+        export: options.
+        mask_files: at most, of the mask itself.
+        blocks: that hold patches.
+        tissue_px: mask pixels that patches cover.
+    """
+    vertices = tissue_px / PX_PER_VERTEX
+    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
+    disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
+    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
+    store = 90 + blocks  # patch grid with a thumbnail of 4,096 px, key and lock; the ledger
+    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
+    return int(disk), mask_files + store + single
+
+
+def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int) -> float:
+    """Measure how many patches of noise a device predicts in a second; return it.
+
+    Args:
+        bundle: the model.
+        predict: options.
+        threads: of the CPU.
+
+    Raises:
+        BundleError: the model does not run.
+    """
+    predictor = Predictor(
+        bundle,
+        device=predict.device,
+        precision=predict.precision,
+        batch_size=predict.batch_size,
+        threads=threads,
+    )
+    shape = (*bundle.input.patch_size, bundle.input.channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    count = predictor.patches_at_once
+    origins = np.zeros((count, len(bundle.input.patch_size)), np.int64)
+    try:
+        for _ in range(2):  # the first time, kernels are chosen and memory is got
+            start = time.perf_counter()
+            region = predictor.upload(pixels)
+            for probabilities in predictor.predict(region, origins):
+                probabilities.flatten()[0].item()  # waits for a GPU
+            seconds = time.perf_counter() - start
+    finally:
+        predictor.close()
+    return count / seconds

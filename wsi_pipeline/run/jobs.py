@@ -1,0 +1,285 @@
+"""Which slides a command line names, and the folder that each gets."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.paths import (
+    Inputs,
+    as_inputs,
+    as_path,
+    dicom_slides,
+    each_once,
+    in_letters,
+    is_damaged_zarr,
+    is_dicom,
+    is_ome_zarr,
+    is_remote,
+    is_zarr_url,
+    name_of,
+    named_paths,
+    read_text,
+    table_rows,
+    visible_entries,
+)
+from wsi_pipeline.options import SelectOptions
+from wsi_pipeline.run.store import is_patch_grid
+
+SLIDE_SUFFIXES = frozenset(
+    [
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".ndpi",
+        ".vms",
+        ".vmu",
+        ".scn",
+        ".mrxs",
+        ".svslide",
+        ".bif",
+        ".dcm",
+        ".czi",
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One slide and the folder of its run.
+
+    Attributes:
+        path: of the slide.
+        folder: of the run.
+        mpp: µm per level-0 pixel where a table gives them, in place of what the file says.
+        target: folder behind a URL to which the run is moved when it is whole; None = it stays.
+    """
+
+    path: Path
+    folder: Path
+    mpp: float | None = None
+    target: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("path", "folder", "target"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_path(given))
+
+    @property
+    def home(self) -> Path:
+        """Return the folder in which users find the run."""
+        return self.target or self.folder
+
+    def select(self, options: SelectOptions) -> SelectOptions:
+        """Return the options for this slide, with its own µm per pixel."""
+        return options if self.mpp is None else replace(options, mpp=self.mpp)
+
+
+def find_slides(inputs: Inputs, *, output: str | Path, linked: bool = False) -> list[Path]:
+    """Expand files, folders (recursively), globs and list files; return slide paths, each once.
+
+    A folder gives the files with a slide's suffix, OME-Zarr slides and stored patch grids, and of
+    DICOM files, whatever their suffix, one for each slide; a file that is named itself is taken
+    whatever its suffix. What cannot be looked into is among them, for its reader to say why.
+
+    Args:
+        inputs: as on the command line, see `named_paths`.
+        output: folder of the runs, in which no slides are looked for.
+        linked: keep all names of a slide that links give several.
+
+    Raises:
+        SourceError: an input that does not exist.
+    """
+    output, seen = as_path(output).absolute(), set[str]()
+    paths = (path for text in as_inputs(inputs) for path in named_paths(text))
+    found = [slide for path in paths for slide in _iter_slides(path, output, seen)]
+    return list(dict.fromkeys(found)) if linked else each_once(found)
+
+
+def _iter_slides(path: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    """Yield the slide that a path is, or those in its folder."""
+    if is_remote(path):
+        yield from _iter_remote(path)
+        return
+    is_folder = os.path.isdir(path)
+    is_slide = not is_folder or _is_folder_slide(path)
+    if is_slide:
+        yield path
+    if is_folder and (not is_slide or is_damaged_zarr(path)):
+        yield from _iter_folder(path, output, seen)
+
+
+def _is_folder_slide(path: Path) -> bool:
+    return is_patch_grid(path) or is_ome_zarr(path)
+
+
+def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    entries = visible_entries(folder, seen)
+    if entries is None:
+        yield folder
+        return
+    dicom = set(dicom_slides(filter(_may_be_dicom, entries)))
+    for path in entries:
+        suffix = path.suffix.lower()
+        if path.absolute() == output:
+            continue
+        if os.path.isdir(path):
+            if suffix != ".zarr":
+                yield from _iter_slides(path, output, seen)
+            elif _is_folder_slide(path):
+                yield path
+        elif suffix == ".dcm":
+            if path in dicom or not os.path.isfile(path):
+                yield path
+        elif suffix in SLIDE_SUFFIXES or path.name.lower().endswith(".zarr.zip") or path in dicom:
+            yield path
+
+
+def _may_be_dicom(path: Path) -> bool:
+    if path.suffix.lower() == ".dcm":
+        return os.path.isfile(path)
+    return path.suffix.lower() not in SLIDE_SUFFIXES and is_dicom(path)
+
+
+def _iter_remote(path: Path) -> Iterator[Path]:
+    """Yield the slide behind a URL, or those right in the folder that it names."""
+    if not str(path).endswith("/") or is_zarr_url(path):
+        yield path
+        return
+    try:
+        entries = sorted(path.iterdir(), key=str)
+    except Exception as error:  # clients of remote stores raise what they like
+        raise SourceError(f"{path}: cannot be listed ({error}); name the slides") from error
+    for entry in entries:
+        if PurePosixPath(name_of(entry)).suffix.lower() in {*SLIDE_SUFFIXES, ".zarr"}:
+            yield entry
+
+
+def why_none(inputs: Inputs, modality: str) -> str:
+    """Return that nothing was found, what lies there instead, and what to do.
+
+    Args:
+        inputs: in which nothing was found.
+        modality: of the model, "slide", "image" or "volume".
+    """
+    inputs, seen = as_inputs(inputs), set[str]()
+    kinds: Counter[str] = Counter()
+    waiting = [path for text in inputs for path in named_paths(text) if not is_remote(path)]
+    while waiting and kinds.total() < 10_000:
+        path = waiting.pop()
+        if os.path.isdir(path):
+            waiting += visible_entries(path, seen) or []
+        else:
+            kinds[path.suffix or path.name] += 1
+    there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    text = f"no {modality}s found in {', '.join(map(str, inputs))}, which holds {there}"
+    pictures = [kind for kind in kinds if kind.lower() in (".png", ".jpg", ".jpeg")]
+    if modality == "slide" and pictures:
+        text += (
+            "; pictures are taken as slides where they are named, as in "
+            f"'{inputs[0]}/**/*{pictures[0]}', with their µm per pixel as --mpp"
+        )
+    elif modality == "slide":
+        text += f"; of folders files are taken that end in {', '.join(sorted(SLIDE_SUFFIXES))}"
+    return text
+
+
+def read_mpp_table(path: str | Path) -> dict[str, float]:
+    """Read a CSV with the columns slide and mpp; return µm per pixel by the slide's file name.
+
+    Args:
+        path: of the table; a slide is given by its file name, with or without extension.
+
+    Raises:
+        SourceError: the file is no such table.
+    """
+    path = Path(path)
+    lines = in_letters(read_text(path)).splitlines()
+    header, *rows = table_rows(path, lines) if lines else [[]]
+    columns = [cell.casefold() for cell in header]
+    table: dict[str, float] = {}
+    for number, row in enumerate(rows, start=2):
+        if not any(row):
+            continue
+        try:
+            name, figure = (row[columns.index(column)] for column in ("slide", "mpp"))
+            mpp = float(figure.replace(",", "."))  # as spreadsheets of many countries write it
+        except (IndexError, ValueError) as error:
+            raise SourceError(
+                f"{path}, line {number}: expected the columns slide and mpp, a name and a number"
+            ) from error
+        if not 0 < mpp < math.inf or not name:
+            raise SourceError(f"{path}, line {number}: {name!r} has {mpp} µm per pixel")
+        if table.setdefault(name, mpp) != mpp:
+            raise SourceError(f"{path}, line {number}: {name} has {table[name]} and {mpp}")
+    if not table:
+        raise SourceError(f"{path}: no slides; expected the columns slide and mpp")
+    return table
+
+
+def plan_jobs(
+    slides: Iterable[str | Path],
+    output: str | Path,
+    mpp_table: Mapping[str, float] | None = None,
+    *,
+    target: Path | None = None,
+) -> list[Job]:
+    """Give each slide a folder of its own; return the jobs.
+
+    The folder is named as the slide without extension; slides that would share it are told apart
+    by their extension, then by their folder.
+
+    Args:
+        slides: their paths.
+        output: folder of the runs.
+        mpp_table: µm per level-0 pixel by file name, with or without extension.
+        target: folder behind a URL to which the runs are moved when they are whole.
+
+    Raises:
+        SourceError: a table that names none of the slides.
+    """
+    paths, output = [as_path(slide) for slide in slides], as_path(output)
+    for naming in (_stem, _file_name, _long_name):
+        names = Counter(naming(path).casefold() for path in paths)
+        folders = {p: naming(p) for p in paths if names[naming(p).casefold()] == 1}
+        if naming is _stem:
+            chosen = folders
+        else:
+            taken = {name.casefold() for name in chosen.values()}
+            chosen |= {
+                p: n for p, n in folders.items() if p not in chosen and n.casefold() not in taken
+            }
+    table = mpp_table or {}
+    mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in paths}
+    if table and paths and not any(mpps.values()):
+        raise SourceError(
+            f"the table of µm per pixel names none of the slides, {_file_name(paths[0])}…"
+        )
+    return [
+        Job(path=p, folder=output / name, mpp=mpps[p], target=target / name if target else None)
+        for p, name in ((p, chosen.get(p, _long_name(p))) for p in paths)
+    ]
+
+
+def _stem(path: Path) -> str:
+    stem = PurePosixPath(_file_name(path)).stem
+    for suffix in (".zarr", ".ome", ".nii"):  # before .zip, .zarr and .gz
+        stem = stem.removesuffix(suffix)
+    return stem
+
+
+def _file_name(path: Path) -> str:
+    name = name_of(path)
+    return name if name.strip(".") else "slide"  # a URL may end in ..
+
+
+def _long_name(path: Path) -> str:
+    """Return a name that differs wherever the paths do."""
+    digest = hashlib.sha256(os.fsencode(str(path.absolute()))).hexdigest()[:8]
+    return f"{path.absolute().parent.name}__{_file_name(path)}__{digest}"

@@ -1,0 +1,392 @@
+"""Planar images and volumes: what their runs depend on, how they are cut, what is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pictures
+
+from wsi_pipeline.bundle import AXES, Bundle, ClassInfo
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export import MaskLike, geojson, overlay
+from wsi_pipeline.export.dicom_seg import write_dicom_seg
+from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.nifti import write_nifti
+from wsi_pipeline.export.planes import write_planes_overlay
+from wsi_pipeline.export.png import write_mask_png
+from wsi_pipeline.files.paths import name_of, without_secrets
+from wsi_pipeline.geometry import Block, PatchGrid, Shape
+from wsi_pipeline.options import OUTPUTS, Output, Settings, as_plain
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.outputs import (
+    NOTHING,
+    Ledger,
+    made_by,
+    model_facts,
+    seconds_of,
+    stamp_of,
+    versions,
+    warnings_of,
+    write_each,
+    write_polygons,
+)
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.worker import Clock, ScanPlan, check_fingerprint
+from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.sources.radiology.preprocess import Scan, open_scan, prepare
+from wsi_pipeline.sources.radiology.volume import Volume
+
+BLOCK_SIDE = {2: 2048, 3: 256}
+"""Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
+CHUNK = {2: 1024, 3: 64}
+"""Side of a chunk of the mask while it grows; blocks are made of whole ones."""
+PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
+"""Longest side of an overlay, px, and what a smaller image is enlarged to, whole times."""
+
+
+def open_one(path: Path, bundle: Bundle, settings: Settings) -> Scan:
+    """Open an image or volume for a bundle; return it.
+
+    Raises:
+        SourceError: it is something else, or cannot be read.
+    """
+    return open_scan(
+        path,
+        axes=AXES[bundle.modality],
+        frame=settings.select.series,
+        time_points=_time_points(bundle, settings),
+    )
+
+
+def _time_points(bundle: Bundle, settings: Settings) -> tuple[int, ...] | None:
+    """Return which volumes of one place a bundle sees, or the user has chosen; None = the only."""
+    chosen = settings.select.time_point
+    return bundle.input.time_points or (None if chosen is None else (chosen,))
+
+
+def scan_identity(scan: Scan, bundle: Bundle, settings: Settings) -> dict[str, Any]:
+    """Return everything that the mask depends on."""
+    left_out = ("device", "batch_size")
+    return {
+        "scan": scan.fingerprint,
+        "spacing_mm": scan.spacing_mm,
+        "frame": settings.select.series,
+        "time_point": settings.select.time_point,
+        "model": bundle.digest,
+        "predict": {k: v for k, v in asdict(settings.predict).items() if k not in left_out},
+        "version": version("wsi-pipeline"),
+    }
+
+
+def fitting_outputs(scan: Scan, settings: Settings) -> Settings:
+    """Return the settings without the DICOM segmentation where it could not refer to its input.
+
+    Raises:
+        SourceError: it was asked for by name.
+    """
+    outputs = settings.export.outputs
+    if "dicom" not in outputs or scan.can_be_referred_to:
+        return settings
+    if outputs not in OUTPUTS.values():
+        what = "has no identifiers of its own" if scan.backend == "pydicom" else "is no DICOM"
+        raise SourceError(
+            f"{scan.path} {what}, which a DICOM segmentation must refer to; leave dicom out of "
+            "--outputs"
+        )
+    wanted = tuple(output for output in outputs if output != "dicom")
+    return replace(settings, export=replace(settings.export, outputs=wanted))
+
+
+def plan_scan(
+    scan: Scan, bundle: Bundle, store: RunStore, settings: Settings, threads: int
+) -> ScanPlan:
+    """Lay patches over an image or volume; return the plan for the workers.
+
+    Raises:
+        SourceError: it cannot be read, or does not fit the model.
+        StoreError: a block size or overlap that cannot be.
+    """
+    spec, axes = bundle.input, len(scan.shape)
+    prepared = prepare(scan, spec)
+    overlap = settings.predict.overlap
+    try:
+        grid = PatchGrid.cover(
+            prepared.shape, spec.patch_size, spec.overlap if overlap is None else (overlap,) * axes
+        )
+    except ValueError as error:
+        raise StoreError(str(error)) from error
+    return ScanPlan(
+        path=scan.path.absolute(),
+        fingerprint=scan.fingerprint,
+        bundle_path=bundle.path.absolute(),
+        model=bundle.digest,
+        store=store,
+        grid=grid,
+        mask_shape=scan.shape,
+        block_shape=_block_shape(axes, prepared.step, settings),
+        predict=settings.predict,
+        threads=threads,
+        outlines="geojson" in settings.export.outputs,
+        prepared=prepared,
+        frame=settings.select.series,
+        time_points=_time_points(bundle, settings),
+    )
+
+
+def _block_shape(axes: int, step: tuple[float, ...], settings: Settings) -> Shape:
+    """Return whole chunks of the mask: fewer along an axis whose pixels are coarser."""
+    unit, size = CHUNK[axes], settings.predict.block_size
+    check_block_size(axes, size)
+    if axes == 2:  # tracing wants squares
+        return (size or BLOCK_SIDE[axes],) * axes
+    sides = ((size or BLOCK_SIDE[axes]) * min(s, 1.0) for s in step)
+    return tuple(max(unit, round(side / unit) * unit) for side in sides)
+
+
+def check_block_size(axes: int, size: int | None) -> None:
+    """Refuse blocks that are not whole chunks of the mask.
+
+    Args:
+        axes: of an image, 2, or a volume, 3.
+        size: side of a block in px; None = the usual.
+
+    Raises:
+        StoreError: not a multiple.
+    """
+    if size and size % CHUNK[axes]:
+        raise StoreError(
+            f"--block-size {size} is not a multiple of {CHUNK[axes]}, the mask's chunk"
+        )
+
+
+def make_mask(plan: ScanPlan) -> None:
+    """Create the mask unless an interrupted run has begun one; forget blocks that are damaged."""
+    store = plan.store
+    try:
+        mask = store.open_mask()
+    except Exception:  # not there, or damaged in any way
+        store.forget_blocks()
+        store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+    else:
+        store.forget_blocks(store.damaged(plan.blocks(), mask))
+
+
+def count_chunks(shape: Shape) -> int:
+    """Return the largest number of files that a growing mask of this shape can have.
+
+    Example:
+        >>> count_chunks((512, 1024, 1024)), count_chunks((3000, 2000))
+        (2050, 8)
+    """
+    return math.prod(-(-n // CHUNK[len(shape)]) for n in shape) + 2  # of metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedScan:
+    """A run whose blocks are all done, and what its files are written from.
+
+    Attributes:
+        scan: closed again.
+        bundle: the model.
+        plan: of the blocks.
+        settings: options.
+        key: of the run.
+        blocks: all.
+    """
+
+    scan: Scan
+    bundle: Bundle
+    plan: ScanPlan
+    settings: Settings
+    key: str
+    blocks: list[Block]
+
+    @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Return the classes of the mask."""
+        return self.bundle.classes
+
+    def dialect(self) -> geojson.Dialect:
+        """Return how regions become features: exactly, in pixels."""
+        spacing = self.scan.spacing_mm or (1.0, 1.0)
+        return geojson.Dialect(
+            classes=self.classes,
+            downsample=(1.0, 1.0),
+            mpp=(spacing[1] * 1000, spacing[0] * 1000),
+            crop=None,
+            simplify_um=0,
+            min_area_um2=0,
+            namespace=f"{self.scan.fingerprint}/{self.bundle.weights_sha256}",
+            metadata=made_by(model_facts(self.bundle), self.key),
+            unit="mm^2" if self.scan.spacing_mm else "px^2",
+        )
+
+
+def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
+    """Write what was asked for of an image or volume; return the run.
+
+    An output that fails is named in the run and costs no other.
+
+    Args:
+        finished: of what.
+        files: of the run's folder.
+    """
+    plan, settings = finished.plan, finished.settings
+    ledger = {b.index: plan.store.load_block(b) for b in finished.blocks}
+    mask, clock = plan.store.open_mask(), Clock()
+    lesions = count_lesions(mask, finished.classes, finished.scan.spacing_mm)
+    clock.lap("lesions")
+    written: list[geojson.Written] = []
+    with open_one(plan.path, finished.bundle, settings) as scan:
+        check_fingerprint(plan, scan.fingerprint)
+        writers: dict[Output, Callable[[Path], object]] = {
+            "png": lambda path: write_mask_png(path, mask, classes=finished.classes),
+            "nifti": lambda path: _write_nifti(path, mask, scan),
+            "dicom": lambda path: write_dicom_seg(
+                path,
+                mask,
+                scan=scan,
+                classes=finished.classes,
+                model=finished.bundle.name,
+                version=finished.bundle.weights_sha256[:16],
+            ),
+            "geojson": lambda path: written.append(
+                write_polygons(
+                    path,
+                    mask,
+                    finished.dialect(),
+                    blocks=finished.blocks,
+                    side=plan.block_shape[0],
+                    ledger=ledger,
+                )
+            ),
+            "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
+        }
+        failures = write_each(writers, settings.export.outputs, plan.store.folder, files, clock)
+    run = Run(
+        status="failed" if failures else "done",
+        reason="; ".join(failures),
+        slide=_facts(finished.scan),
+        model=model_facts(finished.bundle),
+        settings={
+            "key": finished.key,
+            **settings.as_plain(),
+            "prepared": as_plain(plan.prepared),
+        },
+        versions=versions(),
+        patches={
+            "grid": len(plan.grid),
+            "kept": len(plan.grid),
+            "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
+        },
+        seconds=seconds_of(ledger, clock),
+        colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
+        background=finished.classes[0].name,
+        regions=(written[0] if written else NOTHING).regions,
+        lesions={found.name: _lesions(found, len(plan.mask_shape)) for found in lesions},
+        labels=_labels(finished.bundle, ledger),
+        warnings=[*warnings_of(finished.bundle), *finished.scan.doubts],
+    )
+    return files.noted(replace(run, **_amounts(finished, lesions)))
+
+
+def _amounts(finished: FinishedScan, lesions: Iterable[Lesions]) -> dict[str, Any]:
+    """Return how much there is of each class, in the unit that is known."""
+    if finished.scan.spacing_mm is None:
+        return {"area_px": {found.name: found.pixels for found in lesions}}
+    name = "volume_ml" if isinstance(finished.scan, Volume) else "area_mm2"
+    return {name: {found.name: found.size for found in lesions}}
+
+
+def _lesions(found: Lesions, axes: int) -> dict[str, Any]:
+    """Return what `run.json` says of the lesions of a class; corners are (x, y) or (x, y, z)."""
+    size = "area_mm2" if axes == 2 else "volume_ml"
+    diameters = [lesion.diameter_mm for lesion in found.largest]
+    return {
+        "count": found.count,
+        "largest_mm": max((d for d in diameters if d is not None), default=None),
+        "listed": [
+            {
+                "pixels": lesion.pixels,
+                size: lesion.size,
+                "diameter_mm": lesion.diameter_mm,
+                "start": list(reversed(lesion.start)),
+                "stop": list(reversed(lesion.stop)),
+            }
+            for lesion in found.largest
+        ],
+    }
+
+
+def _labels(bundle: Bundle, ledger: Ledger) -> dict[str, float]:
+    """Return the probability of each label: that of the patch where the first is least probable.
+
+    So of "no tumor" and "tumor" the patch counts that looks most like tumor.
+    """
+    found = [arrays["labels"] for arrays in ledger.values() if "labels" in arrays]
+    if not found:
+        return {}
+    patches = np.concatenate(found)
+    chosen = patches[np.argmin(patches[:, 0])].tolist()
+    return dict(zip(bundle.labels, chosen, strict=True))
+
+
+def _facts(scan: Scan) -> dict[str, Any]:
+    """Return what `run.json` says of an image or volume."""
+    spacing = scan.spacing_mm
+    return {
+        "name": name_of(scan.path),
+        "path": without_secrets(str(scan.path)),
+        "size": list(reversed(scan.shape)),
+        "spacing_mm": list(reversed(spacing)) if spacing else None,
+        "backend": scan.backend,
+        "fingerprint": scan.fingerprint,
+    }
+
+
+def _write_nifti(path: Path, mask: MaskLike, scan: Scan) -> None:
+    assert isinstance(scan, Volume)  # images have no such output
+    write_nifti(path, mask, scan)
+
+
+def _write_overlay(
+    path: Path,
+    finished: FinishedScan,
+    scan: Scan,
+    mask: MaskLike,
+    lesions: Sequence[Lesions],
+) -> None:
+    note = stamp_of(model_facts(finished.bundle))
+    if isinstance(scan, Volume):
+        write_planes_overlay(path, scan, mask, finished.classes, lesions, note=note)
+        return
+    height, width = scan.shape
+    share = min(max(SMALLEST_SIDE // max(height, width), 1), PICTURE_SIDE / max(height, width))
+    shape = max(1, round(height * share)), max(1, round(width * share))
+    rows, columns = (
+        (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(shape, scan.shape, strict=True)
+    )
+    overlay.write_overlay(
+        path,
+        _picture(scan, shape),
+        mask[:, :][np.ix_(rows, columns)],
+        classes=finished.classes,
+        note=note,
+    )
+
+
+def _picture(scan: Scan, shape: Shape) -> npt.NDArray[np.uint8]:
+    """Return an image as people see it, uint8 (h, w, 3)."""
+    black, white = scan.value_range
+    values = scan.read((0, 0), scan.shape) - np.float32(black)
+    values *= np.float32(255 / max(white - black, 1e-12))
+    pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    picture = Pictures.fromarray(np.repeat(pixels, 4 - scan.channels, axis=-1)[..., :3])
+    return np.asarray(picture.resize((shape[1], shape[0]), Pictures.Resampling.BOX))

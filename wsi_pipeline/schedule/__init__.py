@@ -1,0 +1,1 @@
+"""Blocks of work on dask workers: in this process by default, or wherever a cluster runs."""

@@ -1,0 +1,208 @@
+"""Pictures that must be decoded from their first row to their last: once, into memory or a file."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.paths import is_remote, name_of
+from wsi_pipeline.sources.base import (
+    Alpha,
+    Downsamples,
+    Pixels,
+    Sizes,
+    as_rgb,
+    check_size,
+    unreadable,
+)
+
+IN_MEMORY = 1 << 28
+"""Decoded bytes up to which a picture stays in memory; larger ones lie in a temporary file."""
+
+BAND = 1 << 25
+"""Bytes decoded at once."""
+
+DENSEST = 1100
+"""Decoded bytes for a stored one: what deflate comes to at most, and JPEG never."""
+
+DRIVERS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
+"""GDAL's name of a kind of picture, by its first bytes."""
+
+PNG_BITS = 24
+"""Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
+
+OPENERS: Mapping[str, Callable[..., ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile}
+"""Pillow's reader of each. `Image.open` warns of large pictures, which are bounded here."""
+
+GDAL = {
+    "GDAL_PAM_ENABLED": "NO",  # no files beside
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # a truncated picture is no picture
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # which is silent on one
+    "GDAL_CACHEMAX": 64 << 20,
+}
+
+
+class Spool:
+    """The pixels of one picture, decoded in order when they are first asked for.
+
+    A picture that does not fit in memory is decoded band by band into a temporary file, which is
+    gone with the object.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: tuple[int, int],
+        *,
+        driver: str,
+        directory: int = 0,
+        alpha: Alpha = "straight",
+    ):
+        """Say which picture; `directory` is the offset of a TIFF's, 0 in other files."""
+        self._path = path
+        self._alpha = alpha
+        self._size = size
+        self._driver = driver
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._pixels: npt.NDArray[np.uint8] | None = None
+
+    def read(self, x: int, y: int, width: int, height: int) -> Pixels:
+        """Return a rectangle, uint8 (height, width, 3)."""
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = self._decoded()
+        return np.array(self._pixels[y : y + height, x : x + width])
+
+    def close(self) -> None:
+        """Give memory or file back."""
+        self._pixels = None
+
+    def _decoded(self) -> npt.NDArray[np.uint8]:
+        width, height = self._size
+        rows = max(1, BAND // (width * 3))
+        with _local(self._path) as path, opened(path, self._driver, self._directory) as dataset:
+            if (dataset.width, dataset.height) != self._size:
+                raise ValueError(f"{dataset.width} × {dataset.height} px, {self._size} expected")
+            if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
+                raise ValueError(f"{dataset.count} bands of {dataset.dtypes[0]}")
+            bands = (
+                as_rgb(
+                    np.moveaxis(
+                        dataset.read(window=((top, min(top + rows, height)), (0, width))), 0, -1
+                    ),
+                    self._alpha,
+                )
+                for top in range(0, height, rows)
+            )
+            if width * height * 3 <= IN_MEMORY:
+                pixels, top = np.empty((height, width, 3), np.uint8), 0
+                for band in bands:
+                    pixels[top : top + len(band)] = band
+                    top += len(band)
+                return pixels
+            with tempfile.TemporaryFile() as file:
+                for band in bands:
+                    file.write(band.tobytes())
+                file.flush()
+                return np.memmap(file, np.uint8, "r", shape=(height, width, 3))
+
+
+class PictureBackend:
+    """A JPEG or PNG: one level, no tiles."""
+
+    name = "gdal"
+    doubts: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, driver: str) -> None:
+        self._path = path
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                path.open("rb") as file,
+                OPENERS[driver](file) as image,
+            ):
+                self.size = image.size
+                mode, dpi = image.mode, image.info.get("dpi")
+                file.seek(PNG_BITS)
+                deep = driver == "PNG" and file.read(1) == b"\x10"
+                # of a PNG it may stand after the pixels, all of which would be decoded for it
+                orientation: Any = 1
+                if driver == "JPEG":
+                    with suppress(Exception):  # Pillow raises anything on damaged EXIF
+                        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except SyntaxError as error:
+            raise SourceError(
+                f"begins like a {driver}, but is none that is read; save it as a tiled TIFF"
+            ) from error
+        check_size(self.size)
+        if deep or mode not in ("RGB", "RGBA", "L"):
+            found = f"mode {mode}, 16 bits" if deep else f"mode {mode}"
+            raise SourceError(f"a {driver} of {found}; expected RGB or grey, 8 bits")
+        decoded, stored = math.prod(self.size) * 3, path.stat().st_size
+        if decoded > max(IN_MEMORY, DENSEST * stored):
+            raise SourceError(f"its header says {decoded:,} bytes, which {stored:,} cannot hold")
+        self.level_sizes: Sizes = (self.size,)
+        self.level_downsamples: Downsamples = ((1.0, 1.0),)
+        self.level_tiles: Sizes = (self.size,)
+        self.properties: Mapping[str, str] = {
+            "tiff.Compression": driver,
+            "tiff.Orientation": str(orientation),
+        }
+        if dpi and min(dpi) > 0:
+            x, y = (str(25400 / float(value)) for value in dpi)
+            self.properties = {**self.properties, "picture.mpp-x": x, "picture.mpp-y": y}
+        self._spool = Spool(path, self.size, driver=driver)
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle of the picture; return uint8 (height, width, 3)."""
+        try:
+            return self._spool.read(x, y, width, height)
+        except Exception as error:  # decoders raise anything on damaged pictures
+            raise unreadable(self._path, error, level, x, y, width, height) from error
+
+    def close(self) -> None:
+        """Give the picture back."""
+        self._spool.close()
+
+
+@contextmanager
+def _local(path: Path) -> Iterator[Path]:
+    """Yield a path that GDAL opens; a remote file is copied for the time being."""
+    if not is_remote(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / name_of(path)
+        remote: Any = path
+        remote.fs.get_file(remote.path, str(copy))
+        yield copy
+
+
+@contextmanager
+def opened(path: Path, driver: str, directory: int = 0) -> Iterator[Any]:
+    """Yield GDAL's data set of a picture, or of one directory of a TIFF, by its offset."""
+    name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
+    import rasterio  # brings GDAL: half of the time to import this package
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with rasterio.Env(**GDAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        # no other driver: some open what a file names
+        with rasterio.open(name, driver=driver) as dataset:
+            yield dataset

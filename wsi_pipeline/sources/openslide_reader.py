@@ -1,0 +1,155 @@
+"""Slides of scanner vendors and DICOM slides, read by OpenSlide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from wsi_pipeline.files.paths import is_dicom, quiet, slide_header
+from wsi_pipeline.sources.base import (
+    WHITE,
+    Downsample,
+    Pixels,
+    Sizes,
+    as_rgb,
+    check_size,
+    stated_downsamples,
+    unreadable,
+)
+
+
+class OpenSlideBackend:
+    """A slide opened by OpenSlide."""
+
+    name = "openslide"
+    blank = WHITE
+
+    CHUNK = 1024
+    """Side of the pieces in which levels off the level-0 grid are read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._slide = openslide.OpenSlide(path)
+        self.size = self._slide.dimensions
+        check_size(self.size)
+        self.level_sizes: Sizes = self._slide.level_dimensions
+        self._own_downsamples = self._slide.level_downsamples  # a handle that failed tells nothing
+        self.properties: Mapping[str, str] = dict(self._slide.properties)
+        self.level_tiles: Sizes = tuple(map(self._tile, range(len(self.level_sizes))))
+        self.doubts: tuple[str, ...] = ()
+        self._is_dicom = self.properties.get("openslide.vendor") == "dicom"
+        self.level_downsamples = stated_downsamples(
+            self.size, self.level_sizes, self.level_tiles, self._stated()
+        )
+
+    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
+        if self._own_downsamples[level].is_integer():
+            return self._read(level, x, y, width, height)
+        # OpenSlide takes locations in level-0 pixels. Where those do not fall on the level's own
+        # pixels it interpolates, so pieces must not depend on what was asked for.
+        pixels = np.empty((height, width, 3), dtype=np.uint8)
+        chunk = self.CHUNK
+        level_width, level_height = self.level_sizes[level]
+        for top in range(y // chunk * chunk, y + height, chunk):
+            for left in range(x // chunk * chunk, x + width, chunk):
+                size = (min(chunk, level_width - left), min(chunk, level_height - top))
+                piece = self._read(level, left, top, *size)
+                x0, y0 = max(left, x), max(top, y)
+                part = piece[y0 - top : y + height - top, x0 - left : x + width - left]
+                pixels[y0 - y :, x0 - x :][: part.shape[0], : part.shape[1]] = part
+        return pixels
+
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a tile was written; only DICOM has levels that lack what others have."""
+        if not self._is_dicom:
+            return True
+        width, height = self.level_tiles[level]
+        full_width, full_height = self.level_sizes[level]
+        x = min(column * width + width // 2, full_width - 1)
+        y = min(row * height + height // 2, full_height - 1)
+        own = self._own_downsamples[level]
+        try:
+            pixel = self._slide.read_region((round(x * own), round(y * own)), level, (1, 1))
+        except openslide.OpenSlideError:
+            return True
+        return pixel.getpixel((0, 0))[3] > 0  # type: ignore[index]
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._slide.close()
+
+    def _stated(self) -> list[Downsample | None]:
+        """Return the (x, y) downsample of each level of a DICOM slide by its PixelSpacing."""
+        nothing: list[Downsample | None] = [None] * len(self.level_sizes)
+        if not self._is_dicom or len(self.level_sizes) == 1:
+            return nothing
+        spacings = _spacings(self._path, self.properties.get("dicom.SeriesInstanceUID", ""))
+        first = spacings.get(self.size)
+        if first is None:
+            return nothing
+        return [
+            own and (own[0] / first[0], own[1] / first[1])
+            for own in map(spacings.get, self.level_sizes)
+        ]
+
+    def _tile(self, level: int) -> tuple[int, int]:
+        """Return (width, height) of a level's tiles; some formats do not say."""
+        names = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
+        width, height = (int(self.properties.get(name, 256)) for name in names)
+        return width, height
+
+    def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        slide = self._slide
+        location = (
+            round(x * self._own_downsamples[level]),
+            round(y * self._own_downsamples[level]),
+        )
+        try:
+            image = slide.read_region(location, level, (width, height))
+        except openslide.OpenSlideError:
+            try:
+                # after an error a handle fails for ever, perhaps through another thread's reading
+                fresh = openslide.OpenSlide(self._path)
+                image = fresh.read_region(location, level, (width, height))
+            except (openslide.OpenSlideError, OSError) as error:
+                raise unreadable(self._path, error, level, x, y, width, height) from error
+            self._slide = fresh
+        return as_rgb(np.asarray(image), "straight")
+
+
+def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, float]]:
+    """Return (x, y) mm per pixel of the levels of a DICOM slide, by their (width, height).
+
+    Args:
+        path: of one of its files; the others lie beside it.
+        series: UID that all have.
+    """
+    from pydicom import Dataset
+
+    found: dict[tuple[int, int], tuple[float, float]] = {}
+    for file in filter(is_dicom, path.parent.iterdir()):
+        try:
+            header = slide_header(file)
+            with quiet():
+                if header is None or header.SeriesInstanceUID != series:
+                    continue
+                if "VOLUME" not in header.ImageType:
+                    continue
+                size = (int(header.TotalPixelMatrixColumns), int(header.TotalPixelMatrixRows))
+                shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
+                measures = shared[0].get("PixelMeasuresSequence") or [Dataset()]
+                if measures[0].get("PixelSpacing"):
+                    y, x = map(float, measures[0].PixelSpacing)
+                else:
+                    x = float(header.ImagedVolumeWidth) / size[0]
+                    y = float(header.ImagedVolumeHeight) / size[1]
+        except Exception:  # pydicom raises anything on damaged files
+            continue
+        if 0 < x < math.inf and 0 < y < math.inf:
+            found[size] = (x, y)
+    return found

@@ -1,0 +1,1 @@
+"""Planar images and volumes: what opens, its values and its geometry."""

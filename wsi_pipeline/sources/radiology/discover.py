@@ -1,0 +1,220 @@
+"""Which files of a folder are planar images or volumes, told by what they begin with."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.paths import (
+    Inputs,
+    as_inputs,
+    as_path,
+    check_opens,
+    each_once,
+    is_damaged_zarr,
+    is_ome_zarr,
+    is_remote,
+    named_paths,
+    visible_entries,
+)
+from wsi_pipeline.run.store import is_patch_grid
+
+if TYPE_CHECKING:
+    from wsi_pipeline.sources.radiology.dicom_series import Series
+
+Kind = Literal["PNG", "JPEG", "TIFF", "DICOM", "NIfTI", "NRRD", ""]
+
+COMPANIONS = frozenset([".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".html", ".pdf", ".toml"])
+"""Files that lie beside images and are none: left out of folders without a word."""
+BESIDE = frozenset(
+    ["dicomdir", "license", "licence", "readme", "notice", "copying", "version", "changelog",
+     "thumbs.db", "desktop.ini", "checksums", "md5sums", "sha256sums"]
+)  # fmt: skip
+"""Names of such without a suffix that tells, in small letters."""
+
+BARE_ELEMENTS = tuple(
+    element.to_bytes(2, "little")
+    for element in (0x00, 0x01, 0x05, 0x06, 0x08, 0x12, 0x13, 0x14, 0x16, 0x18)
+)
+"""Of group 0008, with which a file of DICOM without preamble may begin."""
+
+HEAD = 352
+"""Bytes that tell each kind; those of a NIfTI's header."""
+
+
+def kind_of(path: Path) -> Kind:
+    """Return what a file is by its first bytes; "" for what is not known here.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    check_opens(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+        if head[:2] == b"\x1f\x8b":
+            with gzip.open(path) as file:
+                head = file.read(HEAD)
+            return "NIfTI" if _is_nifti(head) else ""
+    except (EOFError, zlib.error):
+        return ""
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if head[128:132] == b"DICM" or _is_bare_dicom(head):
+        return "DICOM"
+    if _is_nifti(head):
+        return "NIfTI"
+    starts: dict[bytes, Kind] = {
+        b"\x89PNG": "PNG",
+        b"\xff\xd8\xff": "JPEG",
+        b"NRRD": "NRRD",
+        b"II*\0": "TIFF",
+        b"MM\0*": "TIFF",
+        b"II+\0": "TIFF",
+        b"MM\0+": "TIFF",
+    }
+    return next((kind for start, kind in starts.items() if head.startswith(start)), "")
+
+
+def _is_bare_dicom(head: bytes) -> bool:
+    """Return whether a file begins with the attributes of DICOM, without preamble and mark."""
+    group, element, kind = head[:2], head[2:4], head[4:6]
+    if group == b"\x02\0":
+        return element in (b"\0\0", b"\1\0") and kind in (b"UL", b"OB")
+    if group == b"\0\x08":  # high bytes first
+        group, element = group[::-1], element[::-1]
+    # identifying group, whose first elements are few; the length of a value, or its kind
+    return group == b"\x08\0" and element in BARE_ELEMENTS and (
+        kind in (b"UL", b"CS", b"UI", b"DA", b"TM", b"SH") or head[6:8] == b"\0\0"
+    )  # fmt: skip
+
+
+def _is_nifti(head: bytes) -> bool:
+    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
+
+
+def find_images(inputs: Inputs, output: str | Path) -> list[Path]:
+    """Expand files, folders (recursively), globs and list files; return the paths, each once.
+
+    Of folders all files come back, but hidden ones and texts: what is no planar image is for
+    `open_image` to refuse by its name.
+
+    Args:
+        inputs: as on the command line.
+        output: folder of the runs, in which nothing is looked for.
+
+    Raises:
+        SourceError: an input that does not exist.
+    """
+    return each_once(_iter_paths(as_inputs(inputs), as_path(output).absolute()))
+
+
+def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
+    """Expand as `find_images`; return one path for each DICOM series, and those of other files.
+
+    A series is named by its folder where it is alone there, else by its first file.
+
+    Raises:
+        SourceError: an input that does not exist.
+    """
+    from wsi_pipeline.sources.radiology.dicom_series import (
+        group_series,  # takes its time; slides do without
+    )
+
+    paths = find_images(inputs, output)
+    folders = dict.fromkeys(path.parent for path in paths if is_dicom(path))
+    every = group_series(*_sorted_out(path for folder in folders for path in folder.iterdir()))
+    series_in_folder = Counter(folder for series in every for folder in series.folders)
+    names: dict[Path, Path | None] = {}
+    for series in every:
+        # what cannot be read beside a series is told with it
+        names |= {path: None for path, _ in series.unread if path not in names}
+        (folder, *others), first = series.folders, series.files[0][0]
+        if others:
+            name = Path(os.path.commonpath([path.absolute() for path in series.folders]))
+        else:
+            name = folder if series_in_folder[folder] == 1 else first
+        names |= {path: name for path, _ in series.files}
+    found = dict.fromkeys(names.get(path, path) for path in paths)
+    return [path for path in found if path is not None]
+
+
+def series_in(folder: Path) -> list[Series]:
+    """Return the series of DICOM images in a folder, else those of the folders in it."""
+    from wsi_pipeline.sources.radiology.dicom_series import group_series
+
+    every = group_series(*_sorted_out(folder.rglob("*")))
+    return [series for series in every if folder in series.folders] or every
+
+
+def series_of(path: Path) -> Series:
+    """Return the series that a DICOM file is a slice of, as far as its folder holds it.
+
+    Raises:
+        SourceError: the file cannot be read, or is no image.
+    """
+    from wsi_pipeline.sources.radiology.dicom import read_header
+    from wsi_pipeline.sources.radiology.dicom_series import group_series
+
+    read_header(path)
+    every = group_series(*_sorted_out(path.parent.iterdir()))
+    for series in every:
+        if any(path.samefile(other) for other, _ in series.files):
+            return series
+    raise SourceError("its header is damaged: it does not say in numbers where in a volume it lies")
+
+
+def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the files that look like DICOM, and the others that are no known companions."""
+    files = [p for p in sorted(paths) if p.is_file() and not _is_beside(p)]
+    dicom = [path for path in files if is_dicom(path)]
+    known = set(dicom)
+    return dicom, [path for path in files if path not in known]
+
+
+def _is_beside(path: Path) -> bool:
+    """Return whether a file lies beside images and is none, by its name."""
+    name = path.name.lower()
+    return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
+
+
+def is_dicom(path: Path) -> bool:
+    """Return whether a path is of a file of DICOM that can be read, with or without preamble."""
+    try:
+        return path.is_file() and kind_of(path) == "DICOM"
+    except SourceError:
+        return False
+
+
+def _iter_paths(inputs: Iterable[str | Path], output: Path) -> Iterator[Path]:
+    seen: set[str] = set()
+    for path in (path for text in inputs for path in named_paths(text)):
+        if is_remote(path):
+            raise SourceError(f"{path}: images and volumes are read from here only; copy it")
+        if os.path.isdir(path):
+            yield from _iter_folder(path, output, seen)
+        else:
+            yield path
+
+
+def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
+    if is_patch_grid(folder) or (is_ome_zarr(folder) and not is_damaged_zarr(folder)):
+        yield folder
+        return
+    entries = visible_entries(folder, seen)
+    if entries is None:
+        yield folder
+        return
+    for path in entries:
+        if path.absolute() == output:
+            continue
+        if os.path.isdir(path):
+            yield from _iter_folder(path, output, seen)
+        elif not _is_beside(path):
+            yield path

@@ -1,0 +1,327 @@
+"""Where on a slide there is tissue, and which patches are worth predicting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from skimage.morphology import disk
+
+from wsi_pipeline.annotations import rasterise, read_region
+from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.geometry import PatchGrid
+from wsi_pipeline.sources.decoded import DRIVERS, opened
+from wsi_pipeline.sources.tiff_reader import MAGIC
+
+Mask = npt.NDArray[np.bool_]
+Plane = npt.NDArray[np.float32]
+Edges = npt.NDArray[np.int64]
+
+MIN_HUE = 0.12
+"""Colourfulness over density: below it a pixel is grey, however dark."""
+
+BEST_MPP = 8.0
+"""µm per pixel at which tissue is looked for: nuclei have melted into tissue, its edges have not.
+
+Finer thumbnails are shrunk to about this.
+"""
+
+SMOOTH_UM = 5.0
+"""Gaussian that takes the noise of sensor and JPEG away before colours are compared."""
+
+CLOSE_UM = 40.0
+"""Gaps up to twice this are bridged: the walls of fat cells are a net, not a surface."""
+
+MIN_COLOUR, MAX_COLOUR = 0.012, 0.02
+"""Bounds of the colourfulness that tells tissue from glass, in optical density.
+
+Otsu's threshold alone follows the strongest stain and loses the palest tissue.
+"""
+
+
+BAND_PX = 1 << 23
+"""Pixels of a mask image that are held at a time."""
+MASK_DRIVERS = {**DRIVERS, **dict.fromkeys(MAGIC, "GTiff")}
+"""GDAL's name of a kind of picture, by its first bytes."""
+
+
+def find_tissue(
+    thumbnail: npt.NDArray[np.uint8],
+    mpp: float,
+    *,
+    min_area_um2: float = 10_000.0,
+    max_hole_um2: float = 50_000.0,
+) -> Mask:
+    """Find stained tissue on a thumbnail; return bool (h, w).
+
+    Stain is coloured and takes light away in proportion to its amount; so in optical density, the
+    logarithm of glass over pixel, its hue does not depend on its strength. Tissue is what is more
+    colourful than glass there, and neither black nor of a pen's hue. Shadows, scratches, black
+    borders and most hairs are grey, and go.
+
+    Args:
+        thumbnail: uint8 (h, w, 3), at 8 to 10 µm per pixel or finer.
+        mpp: µm per pixel of the thumbnail.
+        min_area_um2: smaller pieces are dust.
+        max_hole_um2: smaller holes are filled.
+    """
+    factor = max(1, round(BEST_MPP / mpp))
+    if factor == 1:
+        return _find(thumbnail, mpp, min_area_um2, max_hole_um2)
+    coarse = np.asarray(Image.fromarray(thumbnail).reduce(factor))
+    found = _find(coarse, mpp * factor, min_area_um2, max_hole_um2)
+    height, width = thumbnail.shape[:2]
+    return found.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width]
+
+
+def _find(
+    thumbnail: npt.NDArray[np.uint8], mpp: float, min_area_um2: float, max_hole_um2: float
+) -> Mask:
+    red, green, blue = _optical_density(thumbnail, mpp)
+    strength = np.maximum(np.maximum(red, green), blue)
+    colour = strength - np.minimum(np.minimum(red, green), blue)
+    is_coloured = (colour > _colour_threshold(colour)) & (colour > MIN_HUE * strength)
+    tissue = is_coloured & ~_is_foreign(red, green, blue, mpp)
+    tissue = _close(tissue, CLOSE_UM / mpp)
+    tissue = ~_large_pieces(~tissue, max_hole_um2 / mpp**2)
+    return _large_pieces(tissue, min_area_um2 / mpp**2)
+
+
+def read_tissue(
+    path: str | Path,
+    size: tuple[int, int],
+    shape: tuple[int, int],
+    downsample: tuple[float, float],
+    *,
+    offset: tuple[float, float] = (0.0, 0.0),
+) -> Mask:
+    """Read tissue that somebody else found; return bool (h, w) at thumbnail scale.
+
+    Args:
+        path: polygons as GeoJSON, or a mask image, whose pixels above 0 are tissue and which is
+            stretched over the slide.
+        size: (width, height) of the slide at level 0.
+        shape: (h, w) of the thumbnail.
+        downsample: (fy, fx) level-0 pixels per pixel of the thumbnail.
+        offset: (x, y) level-0 pixels of the origin of the polygons' frame.
+
+    Raises:
+        AnnotationError: a file that cannot be read, or that does not fit the slide.
+    """
+    path = Path(path)
+    if _is_geojson(path):
+        region = read_region(path, offset=offset, size=size)
+        # where a pixel's centre decides, an area can be too small to count
+        return rasterise(region, shape, downsample=downsample, touched=True)
+    with _opened_mask(path) as mask:
+        width, height = mask.width, mask.height
+        if abs(width - height * size[0] / size[1]) > max(1.0, 0.02 * width):
+            raise AnnotationError(
+                f"{path}: {width} × {height} px do not fit a slide of {size[0]} × {size[1]} px; "
+                "the mask must show the whole slide, its sides in the same proportion"
+            )
+        # thumbnail pixels in pixels of the mask, (y, x)
+        scale = downsample[0] * height / size[1], downsample[1] * width / size[0]
+        y, x = (np.arange(n) for n in shape)
+        y0, y1 = _outward(y * scale[0], (y + 1) * scale[0], height)
+        x0, x1 = _outward(x * scale[1], (x + 1) * scale[1], width)
+        found = np.empty(shape, bool)
+        # in bands of rows, each of which is decoded once: GDAL would begin a PNG again to go back
+        band = max(1, int(BAND_PX / width / scale[0]))
+        rows, top = np.empty((0, width), bool), 0
+        for first in range(0, shape[0], band):
+            part = slice(first, first + band)
+            start, stop = int(y0[part][0]), int(y1[part][-1])
+            rows = np.concatenate([rows[start - top :], _inside(mask, top + len(rows), stop)])
+            top = start
+            found[part] = _any_within(
+                rows, y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
+            )
+    return found
+
+
+def check_tissue(path: Path) -> None:
+    """Refuse a file of tissue that fits no slide.
+
+    Raises:
+        AnnotationError: it cannot be read, or holds no area.
+    """
+    if _is_geojson(path):
+        read_region(path)
+        return
+    with _opened_mask(path):
+        pass
+
+
+def _is_geojson(path: Path) -> bool:
+    return bool({".json", ".geojson"} & {suffix.lower() for suffix in path.suffixes})
+
+
+def select_patches(
+    tissue: Mask,
+    tissue_downsample: tuple[float, float],
+    grid: PatchGrid,
+    grid_downsample: tuple[float, float],
+) -> Mask:
+    """Find the patches that hold tissue; return (n,) bool.
+
+    Args:
+        tissue: bool (h, w) at thumbnail scale.
+        tissue_downsample: (y, x) level-0 pixels per pixel of `tissue`.
+        grid: patches of the same slide.
+        grid_downsample: (y, x) level-0 pixels per grid pixel.
+    """
+    scale = np.array(grid_downsample) / np.array(tissue_downsample)
+    starts = grid.origins * scale
+    stops = (grid.origins + np.array(grid.patch_size)) * scale
+    y0, y1 = _outward(starts[:, 0], stops[:, 0], tissue.shape[0])
+    x0, x1 = _outward(starts[:, 1], stops[:, 1], tissue.shape[1])
+    return _any_within(tissue, y0, x0, y1, x1)
+
+
+def _outward(
+    starts: npt.NDArray[np.float64], stops: npt.NDArray[np.float64], length: int
+) -> tuple[Edges, Edges]:
+    """Return the first and one past the last whole pixel that each interval touches."""
+    first = np.clip(np.floor(starts), 0, length - 1).astype(np.int64)
+    last = np.clip(np.ceil(stops), first + 1, length).astype(np.int64)
+    return first, last
+
+
+def _any_within(mask: Mask, y0: Edges, x0: Edges, y1: Edges, x1: Edges) -> Mask:
+    """Return whether each rectangle [y0, y1) × [x0, x1) holds a pixel of the mask."""
+    sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), dtype=np.int64)
+    np.cumsum(mask, axis=0, out=sums[1:, 1:])
+    np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
+    counts = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
+    return np.asarray(counts > 0)
+
+
+@contextmanager
+def _opened_mask(path: Path) -> Iterator[Any]:
+    """Yield GDAL's data set of a mask image, whose errors are those of a file that is none."""
+    from rasterio.errors import RasterioError
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        driver = next(
+            (name for magic, name in MASK_DRIVERS.items() if head.startswith(magic)), None
+        )
+        if driver == "JPEG":
+            raise AnnotationError(
+                f"{path}: JPEG blurs a mask's edges and its zeros; save the mask as PNG"
+            )
+        if driver is None:
+            raise ValueError("neither PNG nor TIFF")
+        with opened(path, driver) as dataset:
+            yield dataset
+    except (OSError, ValueError, RasterioError) as error:
+        if isinstance(error, AnnotationError):
+            raise
+        raise AnnotationError(
+            f"{path}: no mask image ({error}); give a PNG, a TIFF or a GeoJSON file"
+        ) from error
+
+
+def _inside(mask: Any, start: int, stop: int) -> Mask:
+    """Return where rows of a mask image are above 0 in any of their colours, bool (h, w)."""
+    from rasterio.enums import ColorInterp
+
+    if start >= stop:
+        return np.empty((0, mask.width), bool)
+    bands = mask.read(window=((start, stop), (0, mask.width)))
+    if mask.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+        bits = int(mask.tags(1, ns="IMAGE_STRUCTURE").get("NBITS", 8 * bands.itemsize))
+        bands = (1 << bits) - 1 - bands
+    is_alpha = np.array([colour is ColorInterp.alpha for colour in mask.colorinterp])
+    return np.asarray((bands[~is_alpha] > 0).any(axis=0) & (bands[is_alpha] > 0).all(axis=0))
+
+
+def _optical_density(thumbnail: npt.NDArray[np.uint8], mpp: float) -> tuple[Plane, Plane, Plane]:
+    """Return log10(glass ÷ pixel) of red, green and blue, smoothed; 0 for glass."""
+    red, green, blue = (
+        _plane_density(thumbnail[..., channel], float(glass), SMOOTH_UM / mpp)
+        for channel, glass in enumerate(_glass_colour(thumbnail))
+    )
+    return red, green, blue
+
+
+def _plane_density(plane: npt.NDArray[np.uint8], glass: float, sigma: float) -> Plane:
+    values = plane.astype(np.float32)
+    if sigma >= 0.3:  # less is no smoothing at all
+        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
+    density = np.log10(np.float32(glass + 1) / (values + 1))
+    return np.asarray(density.clip(0), dtype=np.float32)
+
+
+def _glass_colour(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Return the colour of empty glass: of the brightest near-grey pixels, where there are some."""
+    red, green, blue = np.moveaxis(thumbnail, 2, 0)
+    darkest = np.minimum(np.minimum(red, green), blue)
+    brightest = np.maximum(np.maximum(red, green), blue)
+    # 254 and 255 are what programs paint where nothing was scanned
+    light = thumbnail[(darkest >= 200) & (brightest - darkest <= 30) & (darkest < 254)]
+    if len(light) < max(16, 0.002 * darkest.size):
+        return np.full(3, 245, dtype=np.float32)
+    brightness = light.sum(axis=1, dtype=np.int32)
+    top = light[brightness >= np.percentile(brightness, 99) - 3 * 8]
+    return np.asarray(np.median(top, axis=0), dtype=np.float32)
+
+
+def _colour_threshold(colour: Plane) -> float:
+    if colour.min() == colour.max():
+        return MAX_COLOUR
+    otsu = float(threshold_otsu(colour))  # type: ignore[no-untyped-call]
+    return min(max(otsu, MIN_COLOUR), MAX_COLOUR)
+
+
+def _is_foreign(red: Plane, green: Plane, blue: Plane, mpp: float) -> Mask:
+    """Return where black, or the ink of a pen, hides the stain."""
+    base = green + np.float32(1e-3)
+    # where hardly any red and green light is left there is a black or dark blue pen, a border of
+    # the scan, or a fluorescence slide; haematoxylin never takes so much at this scale
+    dark = (red > 0.75) & (green > 0.75)
+    # no stain takes more red than green light; haematoxylin comes near
+    cool = (red > 1.3 * base) & (red > 0.03)
+    # a red pen has the hue of blood, but strokes are larger than pools
+    crimson = (red < 0.2 * base) & (blue > 0.64 * base) & (green > 0.1)
+    strokes = _pieces_mostly(crimson, (red < 0.16 * base) & (green > 0.35))
+    strokes = _large_pieces(strokes, 50_000 / mpp**2)
+    # an edge half ink and half glass has a hue between, which may be a stain's
+    ink = ndimage.binary_dilation(dark | cool, iterations=max(1, round(16 / mpp)))
+    return np.asarray(strokes | ink)
+
+
+def _pieces_mostly(mask: Mask, sure: Mask, share: float = 0.25) -> Mask:
+    """Return the connected pieces of `mask` of which `sure` holds at least a share."""
+    labels, count = ndimage.label(mask)
+    surely = np.bincount(labels[sure], minlength=count + 1)
+    kept = surely >= share * np.bincount(labels.ravel(), minlength=count + 1)
+    kept[0] = False
+    return np.asarray(kept[labels])
+
+
+def _large_pieces(mask: Mask, min_px: float) -> Mask:
+    """Return the mask without connected pieces of fewer pixels."""
+    labels, _ = ndimage.label(mask)
+    kept = np.bincount(labels.ravel()) >= min_px
+    kept[0] = False
+    return np.asarray(kept[labels])
+
+
+def _close(mask: Mask, radius: float) -> Mask:
+    """Return the mask with gaps closed up to twice the radius; edges gain nothing."""
+    reach = round(radius)
+    if reach < 1:
+        return mask
+    padded = np.pad(mask, reach, mode="edge")
+    closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
+    return np.asarray(closed[reach:-reach, reach:-reach])

@@ -1,0 +1,286 @@
+"""How well a network does on images of patients it has not seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.evaluation.confusion import IGNORE, Tally, class_figures, count_block
+from wsi_pipeline.geometry import PatchGrid, Shape, box_slices, iter_blocks
+from wsi_pipeline.inference.blend import Windows, iter_blended_rows
+from wsi_pipeline.inference.predictor import Predictor
+from wsi_pipeline.training.samples import UNLABELLED, Sample
+
+REGION = {2: 1024, 3: 256}
+"""Side of what is predicted and counted at once, by the number of axes."""
+SAMPLED = (64, 4096, 1 << 16)
+"""Pixels of an image whose certainty is kept: at least, at most, and of all images together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Agreement of one class over all pixels of some images.
+
+    Attributes:
+        dice: 2 · overlap / (predicted + true).
+        iou: overlap / union.
+        share: of the class in the truth.
+        called: share of what is known that was called the class.
+        everywhere_dice: Dice of the answer "this class everywhere".
+    """
+
+    dice: float
+    iou: float
+    share: float
+    called: float
+    everywhere_dice: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judged:
+    """What was right and wrong in a patient's images; judgements of several may be added.
+
+    Attributes:
+        pixels: counts of the mask's.
+        labels: (L, L) int64 patches, rows the true label, columns what the network said.
+        images: of each, its name and (K, K) counts of its mask's pixels.
+        said: (n, 1 + L) of each patch, its true label and the probability of each.
+        sampled: (n, 1 + K) of pixels drawn at random, the true class and the logarithm of the
+            probability of each.
+    """
+
+    pixels: Tally
+    labels: npt.NDArray[np.int64]
+    images: tuple[tuple[str, npt.NDArray[np.int64]], ...]
+    said: npt.NDArray[np.float64]
+    sampled: npt.NDArray[np.float64]
+
+    @classmethod
+    def empty(cls, bundle: Bundle) -> Judged:
+        """Return the judgement of nothing."""
+        count = len(bundle.labels)
+        return cls(
+            pixels=Tally.empty(len(bundle.classes)),
+            labels=np.zeros((count, count), np.int64),
+            images=(),
+            said=np.zeros((0, 1 + count)),
+            sampled=np.zeros((0, 1 + len(bundle.classes))),
+        )
+
+    def __add__(self, other: Judged) -> Judged:
+        return Judged(
+            pixels=self.pixels + other.pixels,
+            labels=self.labels + other.labels,
+            images=self.images + other.images,
+            said=np.concatenate([self.said, other.said]),
+            sampled=np.concatenate([self.sampled, other.sampled]),
+        )
+
+
+def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Judged]:
+    """Predict images as `segment` does, patch by patch; return what was right of each patient.
+
+    Args:
+        network: in eval mode.
+        bundle: says patch size, overlap and normalisation.
+        samples: to judge by; only what is known of them is predicted, region by region.
+    """
+    judged: dict[str, Judged] = {}
+    least, most, together = SAMPLED
+    count = min(max(together // max(1, len(samples)), least), most)
+    with closing(open_predictor(network, bundle)) as predictor:
+        for sample in samples:
+            whole = sum(_judged(predictor, sample, count), start=Judged.empty(bundle))
+            image = replace(whole, images=((sample.name, whole.pixels.confusion),))
+            judged[sample.patient] = judged.get(sample.patient, Judged.empty(bundle)) + image
+    return judged
+
+
+def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Judged]:
+    """Yield what was right in the regions of a sample of which anything is known.
+
+    Args:
+        predictor: of the network.
+        sample: to judge by.
+        count: of the pixels whose certainty is kept.
+    """
+    bundle = predictor.bundle
+    grid = PatchGrid.cover(sample.shape, bundle.input.patch_size, bundle.input.overlap)
+    side = REGION[len(sample.shape)]
+    whole = all(n <= 2 * side for n in sample.shape)
+    blocks = list(iter_blocks(sample.shape, sample.shape if whole else (side,) * len(sample.shape)))
+    for block in blocks:
+        if not sample.source.may_know(block.start, block.shape):
+            continue
+        touching = np.isin(np.arange(len(grid)), grid.touching(block.start, block.stop))
+        patches = grid.keep(touching)
+        low = patches.origins.min(0)
+        size = np.minimum(patches.origins.max(0) + grid.patch_size, sample.shape) - low
+        image, truth = sample.read(tuple(low.tolist()), tuple(size.tolist()))
+        if not bool((truth != IGNORE).any()):
+            continue
+        said: list[Tensor] = []
+        certain = chances(
+            predictor,
+            image,
+            grid=patches,
+            box=(block.start, block.stop),
+            outside=sample.outside,
+            said=said,
+        )
+        found, known = decided(certain), truth[box_slices(block.start - low, block.shape)]
+        judged, rows = Judged.empty(bundle), []
+        for origin, of_labels in zip(patches.origins, said, strict=False):  # of none without labels
+            part = truth[box_slices(origin - low, grid.patch_size)]
+            # around a region others are looked at, too; they count where they begin
+            is_own = bool(((origin >= block.start) & (origin < block.stop)).all())
+            true = sample.label_of(part)
+            if is_own and true != UNLABELLED and bool((part != IGNORE).any()):
+                judged.labels[true, int(of_labels.argmax())] += 1
+                rows.append([true, *of_labels.tolist()])
+        pixels = count_block(
+            found.reshape(len(found), -1).numpy(),
+            known.reshape(len(known), -1).numpy(),
+            len(bundle.classes),
+            tolerance_px=-1,  # borders are not asked for
+        )
+        yield replace(
+            judged,
+            pixels=pixels,
+            said=np.array(rows).reshape(-1, 1 + len(bundle.labels)),
+            sampled=_drawn(certain, known, -(-count // len(blocks)), seed=block.start),
+        )
+
+
+def _drawn(
+    certain: Tensor, truth: Tensor, count: int, *, seed: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Return the true class and the logarithm of each class's probability of some known pixels.
+
+    Args:
+        certain: (K, *shape) probabilities; K = 1 with sigmoid.
+        truth: (*shape) class index, or IGNORE.
+        count: of the pixels, at most.
+        seed: of the choice.
+    """
+    places = np.flatnonzero((truth != IGNORE).numpy())
+    places = np.random.default_rng(seed).permutation(places)[:count]
+    values = certain.flatten(1)[:, places].double()
+    values = torch.cat([1 - values, values]) if len(values) == 1 else values
+    true = truth.flatten()[places].double()[None]
+    return torch.cat([true, values.clamp_min(1e-9).log()]).T.numpy()
+
+
+def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
+    """Return each class's score but the background's; 0 where a figure has no meaning."""
+    figures = class_figures(tally.confusion, tally.borders)
+    found, true = tally.confusion.sum(0), tally.confusion.sum(1)
+    pixels = max(1, int(true.sum()))
+    return {
+        info.name: Score(
+            dice=_or_nothing(figures["dice"][i]),
+            iou=_or_nothing(figures["iou"][i]),
+            share=int(true[i]) / pixels,
+            called=int(found[i]) / pixels,
+            everywhere_dice=2 * int(true[i]) / (pixels + int(true[i])),
+        )
+        for i, info in enumerate(bundle.classes)
+        if i > 0
+    }
+
+
+def mean_dice(judged: Mapping[str, Judged], bundle: Bundle) -> float:
+    """Return the mean over the classes of the Dice of all patients' pixels together."""
+    scores = scores_of(sum(judged.values(), start=Judged.empty(bundle)).pixels, bundle)
+    return sum(s.dice for s in scores.values()) / len(scores)
+
+
+def accuracy(judged: Mapping[str, Judged]) -> float:
+    """Return the share of all patients' patches that were given the right label, NaN of none."""
+    labels = sum(found.labels for found in judged.values())
+    return float(np.trace(labels) / np.sum(labels)) if np.any(labels) else math.nan
+
+
+def _or_nothing(value: float) -> float:
+    return 0.0 if value != value else float(value)
+
+
+def decided(certain: Tensor) -> Tensor:
+    """Return the likeliest class, (*shape) uint8, of (K, *shape) probabilities; one is a class's.
+
+    Example:
+        >>> decided(torch.tensor([[0.2, 0.7]])).tolist()
+        [0, 1]
+    """
+    found = certain[0] > 0.5 if len(certain) == 1 else certain.argmax(0)
+    return found.to(torch.uint8)
+
+
+def open_predictor(network: nn.Module, bundle: Bundle) -> Predictor:
+    """Return what predicts as `segment --precision fp32` does, by a network where it lies.
+
+    Close it. In fp32 the figures are the same on all machines.
+    """
+    parameter = next(network.parameters(), torch.empty(0))
+    return Predictor(
+        bundle,
+        device=str(parameter.device),
+        precision="fp32",
+        threads=torch.get_num_threads(),
+        network=network,
+    )
+
+
+@torch.inference_mode()
+def chances(
+    predictor: Predictor,
+    image: Tensor,
+    *,
+    grid: PatchGrid | None = None,
+    box: tuple[Shape, Shape] | None = None,
+    outside: float | None = None,
+    said: list[Tensor] | None = None,
+) -> Tensor:
+    """Predict an image of any size, or a box of one, by overlapping patches, blended.
+
+    Args:
+        predictor: of the network.
+        image: (C, *shape), uint8 or float32 of full scale 1, from the first pixel of the patches'.
+        grid: the patches of the box alone, laid over the whole image; None = over this one.
+        box: first pixel and one past the last in the whole image; None = all of this one.
+        outside: value of what lies beyond an image smaller than a patch; None = it is mirrored.
+        said: gets (L,) probabilities of the labels of each patch in turn, where there are any.
+
+    Returns:
+        (K, *box) float32 on the CPU; K = 1 with sigmoid.
+    """
+    spec, shape = predictor.bundle.input, tuple(image.shape[1:])
+    grid = grid or PatchGrid.cover(shape, spec.patch_size, spec.overlap)
+    start, stop = box or ((0,) * len(shape), shape)
+    pixels = image.movedim(0, -1).numpy()
+    beyond = [(0, max(0, p - n)) for p, n in zip(spec.patch_size, shape, strict=True)] + [(0, 0)]
+    if outside is None:
+        pixels = np.pad(pixels, beyond, mode="symmetric")
+    else:
+        pixels = np.pad(pixels, beyond, constant_values=outside)
+    region = predictor.upload(np.ascontiguousarray(pixels))
+    patches = predictor.predict(region, grid.origins - grid.origins.min(0), labels=said)
+    bands = iter_blended_rows(
+        zip(map(tuple, grid.origins.tolist()), patches, strict=True),
+        start,
+        stop,
+        windows=Windows(grid, "gaussian", predictor.device),
+        patch_rows=spec.patch_size[0],
+        channels=predictor.channels,
+        device=predictor.device,
+    )
+    # each band is overwritten by the next
+    return torch.cat([band.to("cpu", copy=True) for _, band in bands], dim=1)

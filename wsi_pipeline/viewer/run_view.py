@@ -1,0 +1,380 @@
+"""A finished run as a page asks for it: its facts, and tiles of its slide and its mask."""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from wsi_pipeline.annotations import color_of
+from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.files.paths import as_path, is_remote
+from wsi_pipeline.geometry import Region
+from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
+from wsi_pipeline.run.store import RunStore, open_patch_grid
+from wsi_pipeline.sources import Slide, SlideView, open_source
+from wsi_pipeline.viewer.polygons import Polygons, load_polygons
+
+TILE = 512
+"""Side of a tile in px: a chunk of the mask has four, and a screen a dozen."""
+MOST_REDUCED = 16
+"""Stored pixels per pixel, each way, up to which tiles are computed; the thumbnail is coarser."""
+JPEG_QUALITY = 85
+HATCH = 16
+"""px between the lines over what cannot be read."""
+POLYGONS = "annotations.geojson"
+
+Pixels = npt.NDArray[np.uint8]
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShownRun:
+    """A finished run of a slide, opened; close it.
+
+    Attributes:
+        folder: of the run.
+        run: what `run.json` says.
+        stamp: of `run.json` when it was read.
+        slide: opened, where it was found.
+        views: of the slide, each half as fine as the one before.
+        thumbnail: uint8 (h, w, 3), where the run keeps one.
+        thumbnail_downsample: (y, x) level-0 pixels per pixel of it.
+        mask: levels, the whole one first.
+        mask_downsample: (y, x) level-0 pixels per pixel of the first.
+        problems: a sentence on each thing that cannot be shown.
+    """
+
+    folder: Path
+    run: Run
+    stamp: tuple[int, int]
+    slide: Slide | None
+    views: tuple[SlideView, ...]
+    thumbnail: Pixels | None
+    thumbnail_downsample: tuple[float, float]
+    mask: tuple[ome_zarr.MaskArray, ...]
+    mask_downsample: tuple[float, float]
+    problems: tuple[str, ...]
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        """See to it that the slide is closed when nobody holds the run any more."""
+        _ = self._closing
+
+    @property
+    def classes(self) -> dict[str, tuple[int, ...]]:
+        """Return the colour of each class of the mask, in its order, the background first."""
+        colors = {name: tuple(color or GREY) for name, color in self.run.colors.items()}
+        return {self.run.background: (0, 0, 0), **colors}
+
+    def is_current(self) -> bool:
+        """Return whether the run is still the one that was opened."""
+        try:
+            return _stamp(self.folder) == self.stamp
+        except OSError:
+            return False
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that the page has to know before it asks for tiles."""
+        run = self.run
+        return {
+            "name": run.slide["name"],
+            "path": run.slide.get("path", ""),
+            "status": run.status,
+            "reason": run.reason,
+            "size": run.slide.get("size"),
+            "mpp": run.slide.get("mpp"),
+            "bounds": run.slide.get("bounds"),
+            "model": run.model.get("name", ""),
+            "limits": run.model.get("limits", ""),
+            "tissue_mm2": run.tissue_mm2,
+            "classes": [
+                {**of, "mm2": run.area_mm2.get(of["name"]), "regions": run.regions.get(of["name"])}
+                for of in self.legend(list(self.classes))
+            ],
+            "bad_regions": run.bad_regions,
+            "problems": self.problems,
+            "warnings": run.warnings,
+            "tile": TILE,
+            "slide": [_level(view.shape, view.downsample) for view in self.views],
+            "thumbnail": None
+            if self.thumbnail is None
+            else _level(self.thumbnail.shape, self.thumbnail_downsample),
+            "mask": [
+                _level(level.shape, [d * 2**n for d in self.mask_downsample])
+                for n, level in enumerate(self.mask)
+            ],
+            "polygons": (self.folder / POLYGONS).is_file(),
+        }
+
+    def thumbnail_jpeg(self) -> bytes:
+        """Return the thumbnail as a JPEG.
+
+        Raises:
+            SourceError: none is kept.
+        """
+        if self.thumbnail is None:
+            raise SourceError("this run keeps no thumbnail")
+        return _jpeg(self.thumbnail)
+
+    def slide_tile(self, level: int, column: int, row: int) -> bytes:
+        """Return a tile of the slide as a JPEG, hatched where the file cannot be read.
+
+        Raises:
+            SourceError: there is no such tile.
+        """
+        if not 0 <= level < len(self.views):
+            raise SourceError(f"the slide is shown at {len(self.views)} levels, not at {level}")
+        view = self.views[level]
+        (y, x), shape = _place(view.shape, column, row)
+        bad: list[Region] = []
+        pixels = view.read((y, x), shape, bad=bad)
+        for region in bad:
+            _hatch(pixels, region, (y, x), view.downsample)
+        return _jpeg(pixels)
+
+    def mask_tile(self, level: int, column: int, row: int, hidden: frozenset[int]) -> bytes:
+        """Return a tile of the mask as a PNG of class indices, in colour, the background clear.
+
+        Args:
+            level: 0 = the whole mask.
+            column: of the tile.
+            row: of the tile.
+            hidden: classes that are clear as well.
+
+        Raises:
+            SourceError: there is no such tile.
+            StoreError: the mask is damaged there.
+        """
+        if not 0 <= level < len(self.mask):
+            raise SourceError(f"the mask has {len(self.mask)} levels, not {level}")
+        mask = self.mask[level]
+        (y, x), (height, width) = _place((mask.shape[0], mask.shape[1]), column, row)
+        try:
+            picture = Image.fromarray(np.asarray(mask[y : y + height, x : x + width], np.uint8))
+        except Exception as error:  # codecs raise anything
+            raise StoreError(f"the mask is damaged here ({error}); segment again") from error
+        colors = list(self.classes.values())
+        picture.putpalette([value for color in colors for value in color])
+        alpha = bytes(0 if n in hidden else 255 for n in range(len(colors)))
+        return _encoded(picture, "PNG", transparency=b"\0" + alpha[1:], compress_level=1)
+
+    def polygons(self) -> Polygons:
+        """Return the polygons, read when they are first asked for.
+
+        Raises:
+            AnnotationError: there are none, or they cannot be read.
+        """
+        with self._lock:
+            return self._polygons
+
+    def legend(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return names and colours of classes, those that the mask lacks included."""
+        colors = self.classes
+        return [{"name": name, "color": colors.get(name) or color_of(name)} for name in names]
+
+    @cached_property
+    def _closing(self) -> weakref.finalize[[], Self]:
+        return weakref.finalize(self, self.slide.close if self.slide else lambda: None)
+
+    @cached_property
+    def _polygons(self) -> Polygons:
+        return load_polygons(
+            self.folder / POLYGONS,
+            offset=self.run.frame["offset"],
+            classes=self.classes,
+        )
+
+    def close(self) -> None:
+        """Give the slide's file back."""
+        self._closing()
+
+
+def load_slide_run(folder: Path) -> Run:
+    """Read what a folder says of the slide that was segmented there; return the run.
+
+    Raises:
+        StoreError: no run, or not that of a slide.
+    """
+    run = load_run(folder / RUN_FILE)
+    if not isinstance(run.slide, dict) or not {"name", "path"} <= run.slide.keys():
+        raise StoreError(f"{folder / RUN_FILE} names no slide; segment the slide again")
+    if "spacing_mm" in run.slide:
+        raise StoreError(
+            f"{folder} is the run of an image or volume; view shows slides: its overlay.png, and "
+            "mask.png or mask.nii.gz, open in other viewers"
+        )
+    return run
+
+
+def open_shown(folder: Path, slide_path: Path | None = None) -> ShownRun:
+    """Open a run; return it with what of it can be shown.
+
+    Args:
+        folder: of the run.
+        slide_path: where the slide is now; None = where it was. It must then be the right one.
+
+    Raises:
+        StoreError: no run, or not that of a slide.
+        SourceError: `slide_path` is no slide, or another one.
+    """
+    run = load_slide_run(folder)
+    try:
+        return _open(folder, run, slide_path)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, WsiPipelineError):
+            raise
+        raise StoreError(
+            f"{folder / RUN_FILE} is not a run of this version ({error!r}); segment the slide again"
+        ) from error
+
+
+def _open(folder: Path, run: Run, slide_path: Path | None) -> ShownRun:
+    problems: list[str] = []
+    slide, thumbnail, downsample = None, None, (1.0, 1.0)
+    mask, mask_downsample = tuple[ome_zarr.MaskArray, ...](), (1.0, 1.0)
+    if "fingerprint" in run.slide:  # else it could not be opened when it was to be segmented
+        try:
+            slide = _open_slide(run, slide_path or _slide_path(folder, run.slide["path"]))
+        except SourceError as error:
+            if slide_path is not None:
+                raise
+            problems.append(f"{error}. `view --slide PATH` takes it from where it is now")
+        try:
+            mask, mask_downsample = _open_mask(RunStore(folder=folder), run)
+        except StoreError as error:
+            problems.append(str(error))
+        with suppress(StoreError):  # a run may have lost its working folder
+            stored = open_patch_grid(RunStore(folder=folder).grid_path)
+            if stored.info.fingerprint == run.slide["fingerprint"]:
+                thumbnail, downsample = stored.thumbnail, stored.tissue_downsample
+    return ShownRun(
+        folder=folder,
+        run=run,
+        stamp=_stamp(folder),
+        slide=slide,
+        views=_views(slide) if slide is not None else (),
+        thumbnail=thumbnail,
+        thumbnail_downsample=downsample,
+        mask=mask,
+        mask_downsample=mask_downsample,
+        problems=tuple(problems),
+    )
+
+
+def _stamp(folder: Path) -> tuple[int, int]:
+    status = (folder / RUN_FILE).stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _slide_path(folder: Path, told: str) -> Path:
+    """Return where the slide of a run lies: a path may count from where `segment` was called."""
+    path = as_path(told)
+    if is_remote(path) or path.is_absolute() or path.exists():
+        return path
+    beside = folder.absolute().parent.parent / path  # called where the output folder was made
+    return beside if beside.exists() else path
+
+
+def _open_slide(run: Run, path: Path) -> Slide:
+    """Open the slide of a run; return it.
+
+    Raises:
+        SourceError: it is not there, or another one is.
+    """
+    if not is_remote(path) and not path.exists():
+        raise SourceError(f"the slide was not found at {path.absolute()}")
+    select = run.settings["select"]
+    slide = open_source(path, mpp=select["mpp"], series=select["series"])
+    if slide.fingerprint != run.slide["fingerprint"]:
+        slide.close()
+        raise SourceError(f"{path} is not the slide that was segmented: its content differs")
+    return slide
+
+
+def _open_mask(
+    store: RunStore, run: Run
+) -> tuple[tuple[ome_zarr.MaskArray, ...], tuple[float, float]]:
+    """Return the levels of a run's mask, and (y, x) level-0 pixels per pixel of the first.
+
+    Raises:
+        StoreError: there is no mask, or it is damaged.
+    """
+    # without zarr among the outputs the whole mask stays where it grew
+    paths = [path for path in (store.finished_mask_path, store.mask_path) if path.is_dir()]
+    if not paths:
+        raise StoreError(
+            f"{store.folder} has no {store.finished_mask_path.name}; segment the slide again"
+        )
+    levels, (x, y) = ome_zarr.open_finished(paths[0])
+    mpp = run.slide["mpp"]
+    return tuple(levels), (y / mpp[1], x / mpp[0])
+
+
+def _views(slide: Slide) -> tuple[SlideView, ...]:
+    """Return views of a slide, the finest first, as far as they are quick to compute."""
+    views: list[SlideView] = []
+    finest = max(slide.stored_mpp or 0, min(slide.mpp))
+    while not views or max(views[-1].shape) > TILE:
+        view = slide.at(finest * 2 ** len(views))
+        if views and max(view.ratio) > MOST_REDUCED:
+            break
+        views.append(view)
+    return tuple(views)
+
+
+def _level(shape: tuple[int, ...], downsample: Sequence[float]) -> dict[str, Any]:
+    """Return what the page knows of a level, (x, y) as everywhere there, from (y, x)."""
+    return {"size": [shape[1], shape[0]], "downsample": list(reversed(downsample))}
+
+
+def _place(
+    shape: tuple[int, int], column: int, row: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return origin and shape of a tile, (y, x), cut off at the edges.
+
+    Raises:
+        SourceError: it lies outside.
+    """
+    origin = (row * TILE, column * TILE)
+    if not all(0 <= start < n for start, n in zip(origin, shape, strict=True)):
+        raise SourceError(f"no tile {column}, {row}: the level has {shape[1]} × {shape[0]} px")
+    height, width = (min(TILE, n - start) for start, n in zip(origin, shape, strict=True))
+    return origin, (height, width)
+
+
+def _hatch(
+    pixels: Pixels, region: Region, origin: tuple[int, int], downsample: tuple[float, float]
+) -> None:
+    """Draw lines over a part of the slide that lies in a tile."""
+    starts = (region.y, region.x)
+    stops = (region.y + region.height, region.x + region.width)
+    rows, columns = (
+        slice(max(math.floor(a / f) - o, 0), max(math.ceil(b / f) - o, 0))
+        for a, b, f, o in zip(starts, stops, downsample, origin, strict=True)
+    )
+    y, x = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
+    is_line = (y + origin[0] + x + origin[1]) % HATCH < 2
+    pixels[rows, columns][is_line[rows, columns]] = GREY
+
+
+def _jpeg(pixels: Pixels) -> bytes:
+    return _encoded(Image.fromarray(pixels), "JPEG", quality=JPEG_QUALITY)
+
+
+def _encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
