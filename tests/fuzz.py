@@ -42,7 +42,8 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.options import PredictOptions, ScheduleOptions, SelectOptions, Settings
 from wsi_pipeline.report.page import write_report
-from wsi_pipeline.report.record import find_runs, write_summary
+from wsi_pipeline.report.record import find_runs
+from wsi_pipeline.report.summary import write_summary
 from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.run.segment import segment, survey
 from wsi_pipeline.schedule.cluster import open_cluster

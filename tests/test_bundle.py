@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wsi_pipeline.bundle import RemoteFile, bundle_toml, download, load_bundle, sha256_of
+from wsi_pipeline.bundle import RemoteFile, bundle_toml, download, load_bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files.atomic import sha256_of
 
 MODEL = """
 name = "test"

@@ -23,7 +23,7 @@ from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.schedule.cluster import _room
+from wsi_pipeline.schedule.blocks import _room
 
 NOT_COMPARED = {"run.json", ".store"}
 
@@ -327,15 +327,15 @@ def test_no_old_file_outlives_a_kill_in_the_middle(tmp_path, place, calm, big_pi
     folder = output / "slide"
     assert run(place, output, "--mask-mpp", 1).returncode == 0
     script = f"""
-import os, sys
-from wsi_pipeline.run import outputs, store
+import os, shutil, sys
+from wsi_pipeline.run import outputs
 from wsi_pipeline.cli import group
 def die(*args, **kwargs):
     os._exit(9)
 if {where!r} == "key":  # half emptied
-    store.shutil.rmtree = die
+    shutil.rmtree = die
 elif {where!r} == "drop":  # half of the old outputs removed
-    outputs.shutil.rmtree = die
+    shutil.rmtree = die
 else:  # mask in place, nothing else written
     outputs.write_polygons = die
 group(sys.argv[1:])
@@ -518,7 +518,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     early = run(place, tmp_path / "out", "--max-ram", "10MB")
     assert early.returncode == 1
     assert "before any work" in said(early.stderr)[0]
-    monkeypatch.setattr("wsi_pipeline.schedule.cluster.used_memory", lambda: int(0.2e9))
+    monkeypatch.setattr("wsi_pipeline.schedule.memory.used_memory", lambda: int(0.2e9))
     refused = run(place, tmp_path / "out", "--max-ram", "300MB")
     assert refused.returncode == 1
     (line,) = said(refused.stderr)
@@ -526,7 +526,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     assert not blocks_of(tmp_path / "out")
     assert run(place, tmp_path / "out", "--max-ram", "8").returncode == 2
     # near the limit all the time: one block after the other, and the same mask
-    monkeypatch.setattr("wsi_pipeline.schedule.cluster.used_memory", lambda: int(7.9e9))
+    monkeypatch.setattr("wsi_pipeline.schedule.blocks.used_memory", lambda: int(7.9e9))
     assert run(place, tmp_path / "out", "--max-ram", "8GB").returncode == 0
     assert_mask(tmp_path / "out" / "slide", big_pixels)
     with pytest.raises(WsiPipelineError, match="no block is in hand"):
@@ -537,7 +537,7 @@ def test_a_process_above_its_limit_ends_with_a_sentence(tmp_path, place):
     script = """
 import itertools, sys
 from wsi_pipeline.run import segment as pipeline
-from wsi_pipeline.schedule import cluster as schedule
+from wsi_pipeline.schedule import memory as schedule
 from wsi_pipeline.cli import group
 pipeline._peak_memory = lambda *args, **kwargs: 0
 used = itertools.chain([0], itertools.repeat(300_000_000))

@@ -19,8 +19,8 @@ from bundles import (
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.predictor import (
-    PatchCache,
     Predictor,
     _warn_of_slow_bf16,
     choose_device,

@@ -212,7 +212,7 @@ def test_background_costs_next_to_nothing(tmp_path: Path) -> None:
 def test_memory_does_not_grow_with_the_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr("wsi_pipeline.export.MOST_THREADS", 4)
+    monkeypatch.setattr("wsi_pipeline.files.threads.MOST_THREADS", 4)
     tracemalloc.start()
     write_ome(tmp_path / "m.tif", Dots(shape))
     peak = tracemalloc.get_traced_memory()[1]

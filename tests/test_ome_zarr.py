@@ -296,7 +296,7 @@ def test_a_mask_is_sampled_in_register_with_the_thumbnail(tmp_path: Path) -> Non
 def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ngff: Any, width: int
 ) -> None:
-    monkeypatch.setattr("wsi_pipeline.export.MOST_THREADS", 2)
+    monkeypatch.setattr("wsi_pipeline.files.threads.MOST_THREADS", 2)
     path = tmp_path / "m.zarr"
     mask = create_mask(path, (8192, width), classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m")
     mask[:, 100] = 1

@@ -15,7 +15,8 @@ from runs import HOSTILE, done, failed
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.overlay import write_overlay
 from wsi_pipeline.report.page import MANY_RUNS, write_report
-from wsi_pipeline.report.record import Run, write_summary
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.report.summary import write_summary
 
 
 class Page(HTMLParser):

@@ -11,7 +11,7 @@ from rasterio.features import shapes as rasterio_shapes
 from scipy import ndimage
 from traced import binary, blobs, masks, outlines_of, same
 
-from wsi_pipeline.export import polygons as polygons_module
+from wsi_pipeline.export.polygons import build as polygons_module
 from wsi_pipeline.export.polygons.build import polygons
 
 

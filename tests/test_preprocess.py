@@ -11,7 +11,7 @@ from PIL import Image as Pictures
 
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.radiology.discover import preprocess as prepared
+from wsi_pipeline.sources.radiology import preprocess as prepared
 from wsi_pipeline.sources.radiology.preprocess import axis_weights, prepare
 
 PILLOWS = {"linear": Pictures.Resampling.BILINEAR, "cubic": Pictures.Resampling.BICUBIC}

@@ -17,13 +17,8 @@ from runs import done, failed
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.report.page import write_report
-from wsi_pipeline.report.record import (
-    Run,
-    find_runs,
-    load_run,
-    write_run_json,
-    write_summary,
-)
+from wsi_pipeline.report.record import Run, find_runs, load_run, write_run_json
+from wsi_pipeline.report.summary import write_summary
 
 
 def refuse(token: str) -> None:

@@ -15,13 +15,9 @@ from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, ge
 from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
 from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.schedule.cluster import (
-    check_shared,
-    gpu_share,
-    memory_limit_of_job,
-    open_cluster,
-    run_blocks,
-)
+from wsi_pipeline.schedule.blocks import run_blocks
+from wsi_pipeline.schedule.cluster import check_shared, gpu_share, open_cluster
+from wsi_pipeline.schedule.memory import memory_limit_of_job
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 

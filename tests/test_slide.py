@@ -26,7 +26,7 @@ from skimage.data import immunohistochemistry
 
 from wsi_pipeline.errors import MissingMppError, SourceError
 from wsi_pipeline.geometry import PatchGrid, Region
-from wsi_pipeline.run.store import GridInfo, StoredGrid, write_patch_grid
+from wsi_pipeline.patch_grid import GridInfo, StoredGrid, write_patch_grid
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.base import snap_downsamples
 from wsi_pipeline.sources.mpp import (

@@ -12,10 +12,11 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.options import SelectOptions
+from wsi_pipeline.patch_grid import write_patch_grid
 from wsi_pipeline.report.record import Run, write_run_json
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.status import note_jobs, read_status
-from wsi_pipeline.run.store import RunStore, write_patch_grid
+from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.tissue.select import plan_grid
 

@@ -12,19 +12,17 @@ import pytest
 import zarr
 
 from wsi_pipeline.errors import BusyError, StoreError
+from wsi_pipeline.files.locks import claimed
 from wsi_pipeline.geometry import Block, PatchGrid, Region
-from wsi_pipeline.run.store import (
+from wsi_pipeline.patch_grid import (
     GridInfo,
-    RunStore,
     StoredGrid,
-    claimed,
     close_patch_grid,
     is_patch_grid,
     open_patch_grid,
-    open_run_store,
-    run_key,
     write_patch_grid,
 )
+from wsi_pipeline.run.store import RunStore, open_run_store, run_key
 
 BLOCK = Block(index=(3, 4), start=(0, 0), stop=(2, 2))
 

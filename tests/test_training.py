@@ -30,10 +30,11 @@ from scipy import ndimage
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
-from wsi_pipeline.bundle import bundle_toml, load_bundle, sha256_of
+from wsi_pipeline.bundle import bundle_toml, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Tally
+from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source

@@ -129,7 +129,7 @@ class Disk:
             self.keep(path)
 
     def keep(self, path: Path) -> None:
-        """Keep the content of a file or the entries of a folder."""
+        """WorkerCache the content of a file or the entries of a folder."""
         with self._lock:
             self._held.append(os.open(path, os.O_RDONLY))
             inode = os.fstat(self._held[-1]).st_ino

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
         SelectOptions,
         Settings,
     )
+    from wsi_pipeline.patch_grid import StoredGrid, open_patch_grid
     from wsi_pipeline.report.record import Run, load_run
     from wsi_pipeline.run.again import export_again
     from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs
     from wsi_pipeline.run.segment import segment, segment_all, tile
-    from wsi_pipeline.run.store import StoredGrid, open_patch_grid
     from wsi_pipeline.schedule.cluster import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
 
@@ -86,7 +86,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
         "report.record": ("Run", "load_run"),
         "schedule.cluster": ("open_cluster",),
         "sources": ("Slide", "SlideView", "open_source"),
-        "run.store": ("StoredGrid", "open_patch_grid"),
+        "patch_grid": ("StoredGrid", "open_patch_grid"),
     }  # fmt: skip
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 

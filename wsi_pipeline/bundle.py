@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import math
-import os
 import re
 import tomllib
 import urllib.parse
@@ -20,7 +19,8 @@ from typing import Any, Literal, get_args
 
 from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.files.atomic import make_folders, written_beside
+from wsi_pipeline.files.atomic import make_folders, sha256_of, written_beside
+from wsi_pipeline.files.paths import cache_dir
 
 Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
@@ -191,12 +191,6 @@ class Bundle:
         table = bundle_table(replace(self, limits=""))
         text = json.dumps([table, self.weights_sha256], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_sha256(path: Path, sha256: str, *, origin: str | Path) -> None:
@@ -561,12 +555,6 @@ def _weights(entry: Any, folder: Path, *, fetch: bool) -> tuple[Path | None, Rem
 def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
     if not re.fullmatch(rf"[0-9a-fA-F]{{{least},64}}", sha256):
         raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")
-
-
-def cache_dir() -> Path:
-    """Return the folder of this program in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "wsi_pipeline"
 
 
 def _cache_path(url: str, sha256: str) -> Path:

@@ -56,9 +56,8 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
     """
     from wsi_pipeline.cli.segment import Summary
     from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.report.record import RUN_FILE, find_runs
+    from wsi_pipeline.report.record import FILES, RUN_FILE, find_runs
     from wsi_pipeline.run.again import export_again
-    from wsi_pipeline.run.outputs import FILES
 
     changes = {name: value for name, value in options.items() if value is not None}
     runs: list[Path] = []

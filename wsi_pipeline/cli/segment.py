@@ -110,7 +110,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         """Return the bytes."""
-        from wsi_pipeline.schedule.cluster import read_size
+        from wsi_pipeline.schedule.memory import read_size
 
         try:
             size = read_size(str(value))
@@ -249,11 +249,11 @@ def command(
     Running the same command again goes on where it stopped.
     """
     from wsi_pipeline.bundle import load_bundle
+    from wsi_pipeline.files.locks import make_folder
     from wsi_pipeline.files.paths import is_remote
     from wsi_pipeline.run.jobs import find_slides, plan_jobs, read_mpp_table, why_none
     from wsi_pipeline.run.segment import check_settings
     from wsi_pipeline.run.status import note_jobs
-    from wsi_pipeline.run.store import make_folder
     from wsi_pipeline.sources.radiology.discover import find_images, find_volumes
 
     if options["scheduler"] and options["cluster"]:
@@ -334,7 +334,7 @@ def _gpus(options: dict[str, Any]) -> tuple[int, ...]:
 def _blocks_in_hand(device: str, workers: int) -> int:
     """Return how many blocks a worker needs in hand: on a GPU as many as cores can prepare."""
     from wsi_pipeline.inference.predictor import choose_device
-    from wsi_pipeline.schedule.cluster import cpu_count
+    from wsi_pipeline.schedule.memory import cpu_count
 
     if choose_device(device).type == "cpu":
         return SCHEDULE.blocks_in_hand
@@ -394,9 +394,10 @@ def _run(
     """Segment the slides, say how each ended, write the report; return how many are not whole."""
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.files.atomic import this_process
+    from wsi_pipeline.files.locks import GOES_ON
     from wsi_pipeline.files.paths import name_of, without_secrets
     from wsi_pipeline.run.segment import segment_all
-    from wsi_pipeline.run.store import GOES_ON, RunStore
+    from wsi_pipeline.run.store import RunStore
     from wsi_pipeline.schedule.cluster import dashboard_link, open_cluster
 
     def tidy() -> None:
@@ -492,10 +493,10 @@ class Summary:
             )
 
     def _write_all(self, timeout: float) -> None:
+        from wsi_pipeline.files.locks import claim_folder
         from wsi_pipeline.files.remote import fetch, write_whole
         from wsi_pipeline.report.page import LINKED_FILES
         from wsi_pipeline.report.record import RUN_FILE
-        from wsi_pipeline.run.store import claim_folder
 
         # one process after the other, so that the last to write has seen the runs of all
         with claim_folder(self._output, timeout=timeout):
@@ -523,7 +524,8 @@ class Summary:
     def _write(self, folder: Path) -> None:
         from wsi_pipeline.files.atomic import sweep
         from wsi_pipeline.report.page import write_report
-        from wsi_pipeline.report.record import find_runs, write_summary
+        from wsi_pipeline.report.record import find_runs
+        from wsi_pipeline.report.summary import write_summary
 
         for name in ("summary.csv", "report.html"):
             sweep(folder / name)  # of processes that were killed
@@ -563,8 +565,8 @@ def _log_file(output: Path) -> Iterator[None]:
 def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[None]:
     """End the process with a sentence when it takes more memory than allowed for a second."""
     from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.run.store import GOES_ON
-    from wsi_pipeline.schedule.cluster import used_memory
+    from wsi_pipeline.files.locks import GOES_ON
+    from wsi_pipeline.schedule.memory import used_memory
 
     over = threading.Event()
 
@@ -600,7 +602,7 @@ def _bounded_memory(max_ram: int | None, tidy: Callable[[], None]) -> Iterator[N
 
 def _threads(schedule: ScheduleOptions) -> int:
     """Return how many of this machine's CPUs each worker gets."""
-    from wsi_pipeline.schedule.cluster import cpu_count
+    from wsi_pipeline.schedule.memory import cpu_count
 
     return max(cpu_count() // (len(schedule.gpus) or schedule.workers), 1)
 
@@ -613,7 +615,7 @@ def _dry_run(
     from wsi_pipeline.files.paths import without_secrets
     from wsi_pipeline.run.estimate import model_bytes, patches_per_second
     from wsi_pipeline.run.segment import estimate
-    from wsi_pipeline.schedule.cluster import cpu_count
+    from wsi_pipeline.schedule.memory import cpu_count
 
     rate = patches_per_second(bundle, settings.predict, threads=cpu_count())
     model = model_bytes(bundle)

@@ -21,7 +21,7 @@ from wsi_pipeline.annotations import (
 )
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
-from wsi_pipeline.run.outputs import UNREADABLE
+from wsi_pipeline.report.record import UNREADABLE
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

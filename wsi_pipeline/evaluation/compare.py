@@ -32,14 +32,14 @@ from wsi_pipeline.evaluation.inputs import (
 )
 from wsi_pipeline.evaluation.meaning import Values, settle
 from wsi_pipeline.evaluation.volumes import LabelVolume, is_volume, open_labels
-from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.files.paths import zarr_attributes
+from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import Frame
-from wsi_pipeline.report.record import RUN_FILE
+from wsi_pipeline.patch_grid import open_patch_grid
+from wsi_pipeline.report.record import FILES, RUN_FILE
 from wsi_pipeline.run.jobs import find_slides
-from wsi_pipeline.run.outputs import FILES
-from wsi_pipeline.run.store import RunStore, open_patch_grid
+from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import open_source
 
 logger = logging.getLogger(__name__)

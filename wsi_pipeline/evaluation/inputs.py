@@ -27,8 +27,7 @@ from wsi_pipeline.files.arrays import trusted
 from wsi_pipeline.files.paths import LABEL, MASK
 from wsi_pipeline.geometry import Region
 from wsi_pipeline.options import Frame
-from wsi_pipeline.report.record import RUN_FILE, Run, load_run
-from wsi_pipeline.run.outputs import FILES
+from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.mpp import ome_mpp

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wsi_pipeline.annotations import is_ignored
 from wsi_pipeline.errors import EvaluationError
-from wsi_pipeline.run.outputs import UNREADABLE
+from wsi_pipeline.report.record import UNREADABLE
 
 LARGEST_VALUE = 65_535
 

@@ -24,7 +24,7 @@ from wsi_pipeline.evaluation.confusion import (
 )
 from wsi_pipeline.evaluation.disagreement import with_legend
 from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.run.store import claimed, make_folder, writing
+from wsi_pipeline.files.locks import claimed, make_folder, writing
 
 FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
 SURFACES = ("hd95_mm", "average_distance_mm", "hd95_px", "average_distance_px")

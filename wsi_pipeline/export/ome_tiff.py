@@ -18,8 +18,9 @@ import numpy.typing as npt
 from tifffile import COMPRESSION, RESUNIT, TiffWriter
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export import MaskLike, level_shapes, map_in_threads
+from wsi_pipeline.export import MaskLike, level_shapes
 from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.threads import map_in_threads
 
 TILE = 512
 """Side of a tile, as QuPath itself writes."""

@@ -26,13 +26,13 @@ from zarr.codecs import BloscCodec
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export import level_shapes, map_in_threads
-from wsi_pipeline.files.arrays import trusted
+from wsi_pipeline.export import level_shapes
+from wsi_pipeline.files.arrays import chunk_files, trusted
 from wsi_pipeline.files.atomic import sync_all
 from wsi_pipeline.files.paths import MASK
+from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
-from wsi_pipeline.run.store import chunk_files
 
 CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any, TypeAlias, cast
 
 import imagecodecs
 import numpy as np
@@ -16,6 +18,9 @@ import zarr
 from numcodecs.abc import Codec as V2Codec
 from zarr.abc.codec import BytesBytesCodec
 from zarr.codecs import ShardingCodec
+from zarr.storage import LocalStore
+
+from wsi_pipeline.geometry import Block
 
 Array: TypeAlias = "zarr.Array[Any]"
 
@@ -162,3 +167,11 @@ def _bounded(codec: Any) -> Any:
         return codec
     _known(codec)
     return _Bounded3(codec)
+
+
+def chunk_files(array: zarr.Array[Any], block: Block) -> list[Path]:
+    """Return where the chunks (shards, where there are) of a block lie, also if none is there."""
+    unit, folder = array.shards or array.chunks, cast("LocalStore", array.store).root / array.path
+    axes = zip(block.start, block.stop, unit, strict=True)
+    spans = (range(start // side, -(-stop // side)) for start, stop, side in axes)
+    return [folder / array.metadata.encode_chunk_key(key) for key in itertools.product(*spans)]

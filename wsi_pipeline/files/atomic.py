@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import socket
@@ -114,3 +115,9 @@ def sync_tree(path: Path) -> None:
     every = [path, *path.rglob("*")]
     sync_all(p for p in every if not p.is_dir())
     sync_all(p for p in every if p.is_dir())
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -396,3 +396,9 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
         if series not in largest or area > largest[series][0]:
             largest[series] = (area, path)
     return sorted([*damaged, *(path for _, path in largest.values())])
+
+
+def cache_dir() -> Path:
+    """Return the folder of this program in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wsi_pipeline"

@@ -13,11 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.bundle import cache_dir
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.files.paths import is_remote, name_of, without_secrets
-from wsi_pipeline.run.store import writing
+from wsi_pipeline.files.locks import writing
+from wsi_pipeline.files.paths import cache_dir, is_remote, name_of, without_secrets
 
 ZARR_METADATA = frozenset([".zattrs", ".zgroup", ".zarray", ".zmetadata", "zarr.json"])
 AT_ONCE = 32

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsi_pipeline.errors import BundleError, StoreError
 from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.run.store import claimed
+from wsi_pipeline.files.locks import claimed
 
 MODEL_TOML, CARD, WEIGHTS = "model.toml", "README.md", "model.safetensors"
 PROGRAM, ENCODER = "program.pt2", "encoder.safetensors"

@@ -23,9 +23,9 @@ from wsi_pipeline.bundle import (
     bundle_toml,
     load_bundle,
     parse_bundle,
-    sha256_of,
 )
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
 from wsi_pipeline.networks.bundle_writer import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
 from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features, present_names

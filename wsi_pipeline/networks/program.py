@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from wsi_pipeline.bundle import Bundle, bundle_toml
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.locks import claimed
 from wsi_pipeline.networks import SegmentationNetwork, build, create
 from wsi_pipeline.networks.bundle_writer import CARD, MODEL_TOML, PROGRAM, written_folder
 from wsi_pipeline.networks.check import (
@@ -24,7 +25,6 @@ from wsi_pipeline.networks.check import (
     run,
 )
 from wsi_pipeline.networks.fold import for_inference
-from wsi_pipeline.run.store import claimed
 
 INPUT = "patches"
 """Name of an ONNX file's input; its outputs are `mask` and, where there is one, `label`."""

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import json
 import logging
-import os
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required, TypedDict
 
+from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.paths import as_path, name_of
 from wsi_pipeline.files.records import check, read_json
 from wsi_pipeline.files.remote import write_whole
+from wsi_pipeline.options import Output
 
 logger = logging.getLogger(__name__)
 
@@ -178,84 +175,23 @@ def find_runs(output_dir: Path) -> dict[Path, Run]:
     return runs
 
 
-def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
-    """Write `summary.csv`, a row for each run.
-
-    A text that a spreadsheet would take for a formula gets an apostrophe in front; `run.json` has
-    it as it is.
-
-    Args:
-        output_dir: folder of the file.
-        runs: by their folder.
-    """
-    buffer = io.StringIO(newline="")
-    rows = csv.writer(buffer)
-    names = list(dict.fromkeys(itertools.chain.from_iterable(r.area_mm2 for r in runs.values())))
-    more = list(dict.fromkeys(itertools.chain.from_iterable(map(_more_columns, runs.values()))))
-    rows.writerow(
-        [
-            *("folder", "slide", "status", "reason", "width_px", "height_px", "mpp_x", "mpp_y"),
-            *("patches", "tissue_mm2"),
-            *(_no_formula(f"{name}_mm2") for name in names),
-            "seconds",
-            *map(_no_formula, more),
-        ]
-    )
-    rows.writerows(
-        _summary_row(output_dir, folder, run, names, more) for folder, run in runs.items()
-    )
-    _write_text(output_dir / "summary.csv", buffer.getvalue())
-
-
-def _more_columns(run: Run) -> dict[str, str | float]:
-    """Return what a row has behind the columns that all tables have, by its column."""
-    found: dict[str, str | float] = {
-        "model": _no_formula(run.model.get("name", "")),
-        "weights": run.model.get("weights_sha256", ""),
-    }
-    if run.has_tissue and run.tissue_mm2 > 0:
-        found |= {
-            f"tissue_percent_{name}": round(100 * area / run.tissue_mm2, 4)
-            for name, area in run.area_mm2.items()
-        }
-    found |= {f"regions_{name}": count for name, count in run.regions.items()}
-    spacing = run.slide.get("spacing_mm") or ()
-    found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
-    if len(size := run.slide.get("size", ())) == 3:
-        found["depth_px"] = size[2]
-    if run.unit != "mm²":
-        found |= {f"{name}_{run.unit}": round(n, 6) for name, n in run.amounts.items()}
-    for name, lesions in run.lesions.items():
-        found[f"{name}_lesions"] = lesions["count"]
-        if lesions["largest_mm"] is not None:
-            found[f"{name}_largest_mm"] = round(lesions["largest_mm"], 3)
-    return found | {f"probability_{label}": round(p, 6) for label, p in run.labels.items()}
-
-
-def _summary_row(
-    output_dir: Path, folder: Path, run: Run, names: Sequence[str], more: Sequence[str]
-) -> list[str | int | float]:
-    """Return one row; numbers that a failed run lacks are empty."""
-    done, own = run.status == "done", _more_columns(run)
-    return [
-        _no_formula(os.path.relpath(folder, output_dir)),
-        _no_formula(run.slide["name"]),
-        run.status,
-        _no_formula(run.reason),
-        *run.slide.get("size", ("", ""))[:2],
-        *run.slide.get("mpp", ("", "")),
-        run.patches.get("kept", ""),
-        round(run.tissue_mm2, 6) if done and run.has_tissue else "",
-        *(round(run.area_mm2[name], 6) if name in run.area_mm2 else "" for name in names),
-        run.seconds.get("total", ""),
-        *(own.get(name, "") for name in more),
-    ]
-
-
-def _no_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
-
-
 def _write_text(path: Path, text: str) -> None:
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
     write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
+FILES: dict[Output, str] = {
+    "zarr": "mask.ome.zarr",
+    "tiff": "mask.ome.tif",
+    "png": "mask.png",
+    "nifti": "mask.nii.gz",
+    "dicom": "mask.dcm",
+    "geojson": "annotations.geojson",
+    "overlay": "overlay.png",
+}
+"""The file of each output."""
+ASAP_FILE = "mask.asap.tif"
+OUTPUT_FILES = (*FILES.values(), ASAP_FILE)
+"""All that a run may write beside `run.json`."""
+UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
+"""Class, after the bundle's own, of what patches cover and nothing can read."""

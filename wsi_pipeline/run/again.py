@@ -10,11 +10,12 @@ from typing import Any
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.export import geojson, ome_zarr, overlay
+from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Region, iter_blocks
 from wsi_pipeline.options import ExportOptions, Output, as_plain
-from wsi_pipeline.report.record import RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.patch_grid import open_patch_grid
+from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.outputs import (
-    FILES,
     frame_facts,
     made_by,
     options_of,
@@ -23,8 +24,7 @@ from wsi_pipeline.run.outputs import (
     write_polygons,
     write_tiffs,
 )
-from wsi_pipeline.run.store import RunStore, open_patch_grid
-from wsi_pipeline.run.worker import Clock
+from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
 
 AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")

@@ -30,7 +30,7 @@ from wsi_pipeline.files.paths import (
     visible_entries,
 )
 from wsi_pipeline.options import SelectOptions
-from wsi_pipeline.run.store import is_patch_grid
+from wsi_pipeline.patch_grid import is_patch_grid
 
 SLIDE_SUFFIXES = frozenset(
     [

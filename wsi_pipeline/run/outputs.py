@@ -21,13 +21,16 @@ from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.polygons.components import Pieces
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.atomic import sync
+from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.files.locks import why_not_written, writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.records import check
 from wsi_pipeline.geometry import Block, PatchGrid, Region, Shape
 from wsi_pipeline.options import ExportOptions, Frame, Output, Settings, TiffKind, as_plain
-from wsi_pipeline.report.record import Run
-from wsi_pipeline.run.store import RunStore, StoredGrid, why_not_written, writing
-from wsi_pipeline.run.worker import STAGES, Clock, SlidePlan
+from wsi_pipeline.patch_grid import StoredGrid
+from wsi_pipeline.report.record import ASAP_FILE, FILES, UNREADABLE, Run
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.worker import STAGES, SlidePlan
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide
 
@@ -36,21 +39,6 @@ logger = logging.getLogger(__name__)
 
 LITTLE_TISSUE = 0.005
 """A slide with less tissue than this share gets a warning."""
-FILES: dict[Output, str] = {
-    "zarr": "mask.ome.zarr",
-    "tiff": "mask.ome.tif",
-    "png": "mask.png",
-    "nifti": "mask.nii.gz",
-    "dicom": "mask.dcm",
-    "geojson": "annotations.geojson",
-    "overlay": "overlay.png",
-}
-"""The file of each output."""
-ASAP_FILE = "mask.asap.tif"
-OUTPUT_FILES = (*FILES.values(), ASAP_FILE)
-"""All that a run may write beside `run.json`."""
-UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
-"""Class, after the bundle's own, of what patches cover and nothing can read."""
 NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
 Ledger = dict[Shape, dict[str, npt.NDArray[Any]]]
 

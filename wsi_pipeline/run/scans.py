@@ -21,6 +21,7 @@ from wsi_pipeline.export.lesions import Lesions, count_lesions
 from wsi_pipeline.export.nifti import write_nifti
 from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
+from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import Block, PatchGrid, Shape
 from wsi_pipeline.options import OUTPUTS, Output, Settings, as_plain
@@ -38,7 +39,7 @@ from wsi_pipeline.run.outputs import (
     write_polygons,
 )
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.run.worker import Clock, ScanPlan, check_fingerprint
+from wsi_pipeline.run.worker import ScanPlan, check_fingerprint
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan, open_scan, prepare
 from wsi_pipeline.sources.radiology.volume import Volume

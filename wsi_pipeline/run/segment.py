@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_pipeline.bundle import Bundle, sha256_of
+from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import (
     BundleError,
     BusyError,
@@ -30,7 +30,8 @@ from wsi_pipeline.errors import (
     WsiPipelineError,
 )
 from wsi_pipeline.export import ome_zarr
-from wsi_pipeline.files.atomic import remove, sync, written_beside
+from wsi_pipeline.files.atomic import remove, sha256_of, sync, written_beside
+from wsi_pipeline.files.locks import claimed, make_folder, writing
 from wsi_pipeline.files.paths import is_remote, name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
 from wsi_pipeline.geometry import Block, Region, iter_blocks
@@ -43,7 +44,16 @@ from wsi_pipeline.options import (
     Settings,
     as_plain,
 )
-from wsi_pipeline.report.record import RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.patch_grid import (
+    GRID_FILES,
+    PIXEL_CHUNK,
+    StoredGrid,
+    close_patch_grid,
+    is_patch_grid,
+    open_patch_grid,
+    write_patch_grid,
+)
+from wsi_pipeline.report.record import FILES, OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.estimate import (
     Estimate,
     ModelBytes,
@@ -54,15 +64,7 @@ from wsi_pipeline.run.estimate import (
     passes_that_fit,
 )
 from wsi_pipeline.run.jobs import Job
-from wsi_pipeline.run.outputs import (
-    FILES,
-    OUTPUT_FILES,
-    Finished,
-    model_facts,
-    options_of,
-    versions,
-    write_outputs,
-)
+from wsi_pipeline.run.outputs import Finished, model_facts, options_of, versions, write_outputs
 from wsi_pipeline.run.scans import (
     FinishedScan,
     check_block_size,
@@ -74,36 +76,13 @@ from wsi_pipeline.run.scans import (
     scan_identity,
     write_scan,
 )
-from wsi_pipeline.run.store import (
-    GRID_FILES,
-    PIXEL_CHUNK,
-    RunStore,
-    StoredGrid,
-    another,
-    check_same,
-    claimed,
-    close_patch_grid,
-    is_patch_grid,
-    make_folder,
-    open_patch_grid,
-    open_run_store,
-    run_key,
-    write_patch_grid,
-    writing,
-)
+from wsi_pipeline.run.store import RunStore, another, check_same, open_run_store, run_key
 from wsi_pipeline.run.worker import BlockWorker, Plan, SlidePlan, check_fingerprint, open_blocks
 from wsi_pipeline.run.written import WrittenFiles
-from wsi_pipeline.schedule.cluster import (
-    Keep,
-    check_shared,
-    cpu_count,
-    free_memory,
-    gpu_share,
-    is_in_process,
-    run_blocks,
-    used_memory,
-    worker_threads,
-)
+from wsi_pipeline.schedule.blocks import run_blocks
+from wsi_pipeline.schedule.cluster import check_shared, gpu_share, is_in_process, worker_threads
+from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
+from wsi_pipeline.schedule.worker_state import WorkerCache
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.sources.radiology.preprocess import Scan
 from wsi_pipeline.tissue.select import check_files, frame_offset, plan_grid, why_too_coarse
@@ -656,7 +635,7 @@ class _Team:
             plan.store.remove_partials()  # of workers that died
 
 
-def _open_elsewhere(plan: Plan, keep: Keep, *, threads: int | None) -> BlockWorker:
+def _open_elsewhere(plan: Plan, keep: WorkerCache, *, threads: int | None) -> BlockWorker:
     """Open a source on a worker of another process, with the threads that dask gives it."""
     return open_blocks(replace(plan, threads=threads or worker_threads()), keep)
 

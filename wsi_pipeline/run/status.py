@@ -12,12 +12,14 @@ import numpy as np
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.atomic import sweep
+from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.paths import as_path, is_remote, name_of, without_secrets
 from wsi_pipeline.files.records import check, read_json
 from wsi_pipeline.files.remote import check_listed, fetch, reaching, write_whole
+from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import RUN_FILE, Run, find_runs
 from wsi_pipeline.run.jobs import Job
-from wsi_pipeline.run.store import RunStore, claim_folder, open_patch_grid
+from wsi_pipeline.run.store import RunStore
 
 JOBS_FILE = ".slides.json"
 """In an output folder: the slide of each run's folder, of all commands that wrote into it."""

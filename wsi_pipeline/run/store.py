@@ -8,339 +8,38 @@ was. It holds checksums of what was written: what a disk has lost since is done 
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import itertools
 import json
 import logging
-import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import zarr
-from filelock import FileLock, Timeout
 from zarr.storage import LocalStore
 
-from wsi_pipeline.errors import BusyError, StoreError, WsiPipelineError
-from wsi_pipeline.files.arrays import read_whole, trusted
-from wsi_pipeline.files.atomic import make_folders, remove, sweep, sync, written_beside
+from wsi_pipeline.errors import BusyError, StoreError
+from wsi_pipeline.files.arrays import chunk_files, trusted
+from wsi_pipeline.files.atomic import make_folders, remove, sync, written_beside
+from wsi_pipeline.files.locks import LOCK_FILE, claim_folder, writing
 from wsi_pipeline.files.paths import WORK
 from wsi_pipeline.files.records import check, read_json
-from wsi_pipeline.geometry import Block, PatchGrid, Region, Shape
+from wsi_pipeline.geometry import Block, Shape
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "wsi_pipeline/patch-grid"
-VERSION = 1
-PIXEL_CHUNK = 1024
-"""Side of a chunk of stored pixels, in grid pixels."""
-GRID_FILES = frozenset(["zarr.json", "patches", "tissue", "thumbnail", "pixels"])
-"""What a patch grid's folder may hold."""
 LEAST_ROOM = 1 << 28
 """Bytes that any entry of the ledger may unpack to."""
 MOST_PACKED = 128
 """Bytes besides for one that is stored: outlines pack to a tenth or so."""
-LOCK_FILE = ".lock"
 CLAIM_PATIENCE = 0.2
 """Seconds: who only looks whether a folder is claimed has it for a moment."""
-GOES_ON = "the same command goes on where this one stopped"
-ENOTSUPP = 524
-"""The Linux kernel's own "not supported", which some network file systems let through."""
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, ENOTSUPP}
-"""What a file system without locks answers, as NFS does without its lock daemon."""
-_told_of_no_locks: set[int] = set()
-"""File systems of which a warning said so: once is enough for ten thousand slides."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GridInfo:
-    """Geometry of a stored patch grid: how its pixels lie on the slide.
-
-    Attributes:
-        source_name: file name of the slide.
-        fingerprint: of the slide's content.
-        size: (width, height) of the slide at level 0.
-        mpp: (x, y) µm per level-0 pixel.
-        bounds: of the slide's content in level-0 pixels, where the file says.
-        grid_mpp: µm per grid pixel that was asked for.
-        downsample: (y, x) level-0 pixels per grid pixel, exact.
-        shape: (y, x) grid pixels of the whole slide.
-        patch_size: (y, x) grid pixels.
-        stride: (y, x) grid pixels between origins.
-        doubts: sentences on what makes the slide's picture doubtful.
-    """
-
-    source_name: str
-    fingerprint: str
-    size: tuple[int, int]
-    mpp: tuple[float, float]
-    bounds: Region | None
-    grid_mpp: float
-    downsample: tuple[float, float]
-    shape: tuple[int, int]
-    patch_size: tuple[int, int]
-    stride: tuple[int, int]
-    doubts: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StoredGrid:
-    """An opened patch grid.
-
-    Attributes:
-        info: its geometry.
-        patches: (n, 2) int64 origins (y, x) in grid pixels, row-major.
-        tissue: bool (h, w) at thumbnail scale.
-        thumbnail: uint8 (h, w, 3), of the same size as `tissue`.
-        tissue_downsample: (y, x) level-0 pixels per pixel of both.
-        pixels: zarr array uint8 (*shape, 3), white where no kept patch lies; None without.
-        unreadable: parts of the slide that could not be read, in level-0 pixels; white in `pixels`.
-    """
-
-    info: GridInfo
-    patches: npt.NDArray[np.int64]
-    tissue: npt.NDArray[np.bool_]
-    thumbnail: npt.NDArray[np.uint8]
-    tissue_downsample: tuple[float, float]
-    pixels: zarr.Array[Any] | None
-    unreadable: tuple[Region, ...] = ()
-
-    @property
-    def grid(self) -> PatchGrid:
-        """Return the patches as a grid."""
-        info = self.info
-        return PatchGrid(
-            shape=info.shape, patch_size=info.patch_size, stride=info.stride, origins=self.patches
-        )
-
-
-def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> StoredGrid:
-    """Create a patch grid on disk, its pixels still white; return it opened.
-
-    Args:
-        path: folder to create; replaced where it exists.
-        stored: what to write; its `pixels` are ignored.
-        with_pixels: whether to make room for pixels.
-    """
-    group = zarr.open_group(path, mode="w")
-    info = asdict(stored.info)
-    group.attrs.update({"format": FORMAT, "version": VERSION, **info})
-    group.create_array("patches", data=stored.patches)
-    for name in ("tissue", "thumbnail"):
-        array = group.create_array(name, data=getattr(stored, name))
-        array.attrs["downsample"] = list(stored.tissue_downsample)
-    if with_pixels:
-        group.create_array(
-            "pixels",
-            shape=(*stored.info.shape, 3),
-            chunks=(PIXEL_CHUNK, PIXEL_CHUNK, 3),
-            dtype=np.uint8,
-            fill_value=255,
-        )
-    return open_patch_grid(path, mode="r+")
-
-
-def close_patch_grid(path: Path, unreadable: Iterable[Region] = ()) -> None:
-    """Write down, in a patch grid, what is to be found in it; return nothing.
-
-    Args:
-        path: of the grid, all of whose pixels are written.
-        unreadable: parts of the slide that could not be read, in level-0 pixels.
-    """
-    group = zarr.open_group(path, mode="r+")
-    # sorted, as folders list them in any order
-    chunks = {name: array.nchunks_initialized for name, array in sorted(group.arrays())}
-    regions = [asdict(region) for region in unreadable]
-    group.attrs.update({"chunks": chunks} | ({"unreadable": regions} if "pixels" in chunks else {}))
-
-
-def is_patch_grid(path: Path) -> bool:
-    """Return whether a folder looks like a patch grid, without reading it."""
-    try:
-        meta = read_json(path / "zarr.json")
-    except (OSError, ValueError, RecursionError):
-        return False
-    attributes = meta.get("attributes", {}) if isinstance(meta, dict) else {}
-    return isinstance(attributes, dict) and attributes.get("format") == FORMAT
-
-
-def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
-    """Open a patch grid; return it with its pixels left on disk.
-
-    Raises:
-        StoreError: not a patch grid, a damaged one, or one of a newer version.
-    """
-    path = Path(path)
-    if not is_patch_grid(path):
-        raise StoreError(f"{path} is not a patch grid; expected a folder that `tile` wrote")
-    try:
-        group = zarr.open_group(path, mode=mode)  # type: ignore[arg-type]
-        attrs: dict[str, Any] = dict(group.attrs)
-        if attrs["version"] != VERSION:
-            raise StoreError(
-                f"{path} is a patch grid of version {attrs['version']}; this program reads "
-                f"{VERSION}: write it again with `tile --overwrite`"
-            )
-        for name, count in attrs.get("chunks", {}).items():  # older grids do not say
-            array: Any = group[name]
-            if (found := array.nchunks_initialized) != count:
-                raise StoreError(
-                    f"the patch grid {path} is not whole: {found} of {count} chunks of {name} are "
-                    "there, as after a copy that was interrupted; copy or write it again"
-                )
-        tissue: Any = group["tissue"]
-        pixels = group.get("pixels")
-        y, x = tissue.attrs["downsample"]
-        return StoredGrid(
-            info=_grid_info(attrs),
-            patches=read_whole(group["patches"], np.int64),
-            tissue=read_whole(tissue, bool),
-            thumbnail=read_whole(group["thumbnail"], np.uint8),
-            tissue_downsample=(float(y), float(x)),
-            pixels=None if pixels is None else trusted(pixels),
-            unreadable=tuple(Region(**region) for region in attrs.get("unreadable", ())),
-        )
-    except StoreError:
-        raise
-    except Exception as error:  # metadata may be anything, and codecs raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise StoreError(f"the patch grid {path} is damaged ({reason}); write it again") from error
-
-
-def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
-    bounds = attrs["bounds"]
-    return GridInfo(
-        source_name=str(attrs["source_name"]),
-        fingerprint=str(attrs["fingerprint"]),
-        grid_mpp=float(attrs["grid_mpp"]),
-        bounds=None if bounds is None else Region(**bounds),
-        doubts=tuple(map(str, attrs.get("doubts", ()))),
-        **{name: _pair(attrs[name], float) for name in ("mpp", "downsample")},
-        **{name: _pair(attrs[name], int) for name in ("size", "shape", "patch_size", "stride")},
-    )
-
-
-def _pair(value: Any, kind: type) -> Any:
-    first, second = value
-    return (kind(first), kind(second))
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says of a failed write in the body into a sentence.
-
-    Args:
-        path: that the body writes, or the folder in which it does.
-
-    Raises:
-        StoreError: the disk is full, or nothing may be written there.
-    """
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, WsiPipelineError):
-            raise
-        raise StoreError(why_not_written(path, error)) from error
-
-
-def why_not_written(path: Path, error: OSError) -> str:
-    """Return the sentence that tells why a path could not be written, and what to do."""
-    if error.errno == errno.EDQUOT:
-        return f"{path} could not be written: the disk quota is used up; make room: {GOES_ON}"
-    if error.errno != errno.ENOSPC:
-        return f"cannot write to {path}: {error.strerror or error}"
-    free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
-    return (
-        f"{path} could not be written: the disk is full, {free / 1e6:.1f} MB are free; "
-        f"make room: {GOES_ON}"
-    )
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder unless it is there, and make sure that files can be written in it.
-
-    Raises:
-        StoreError: they cannot.
-    """
-    with writing(folder):
-        make_folders(folder)
-        with TemporaryFile(dir=folder) as probe:
-            probe.write(b"0")  # a full disk takes an empty file
-
-
-def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0) -> ExitStack:
-    """Claim a folder for this process; return what releases it when it is closed.
-
-    The operating system holds the lock, and drops it when the process dies, however that happens.
-
-    Args:
-        folder: created.
-        lock_file: relative to it; never removed.
-        timeout: seconds to wait for another process.
-
-    Raises:
-        BusyError: another process has claimed it.
-        StoreError: the folder cannot be written.
-    """
-    # not thread_local: one thread begins a slide and another finishes it
-    # no soft lock in place of the system's: it would outlive a process that was killed
-    lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False, fallback_to_soft=False)
-    with writing(folder):
-        make_folders((folder / lock_file).parent)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise BusyError(f"another process is working in {folder}: left to it") from None
-        except OSError as error:
-            if isinstance(error, Timeout) or error.errno not in NO_LOCKS:
-                raise
-            if (device := folder.stat().st_dev) not in _told_of_no_locks:
-                _told_of_no_locks.add(device)
-                logger.warning("%s cannot be locked: start no second process on it", folder)
-    claim = ExitStack()
-    claim.callback(lock.release)
-    return claim
-
-
-@contextmanager
-def claimed(target: Path) -> Iterator[None]:
-    """Claim a file or folder that the body writes; what killed processes left of it goes first.
-
-    Args:
-        target: that no folder claimed as a whole holds.
-
-    Raises:
-        BusyError: another process writes it.
-        StoreError: the folder cannot be written.
-    """
-    lock = target.with_name(f".{target.name}.lock")
-    try:
-        claim = claim_folder(target.parent, lock_file=lock.name)
-    except BusyError as error:
-        raise BusyError(f"another process is writing {target}") from error
-    with claim:
-        try:
-            sweep(target)
-            yield
-        finally:
-            with suppress(OSError):  # Windows keeps what is open
-                lock.unlink()
-
-
-def chunk_files(array: zarr.Array[Any], block: Block) -> list[Path]:
-    """Return where the chunks (shards, where there are) of a block lie, also if none is there."""
-    unit, folder = array.shards or array.chunks, cast("LocalStore", array.store).root / array.path
-    axes = zip(block.start, block.stop, unit, strict=True)
-    spans = (range(start // side, -(-stop // side)) for start, stop, side in axes)
-    return [folder / array.metadata.encode_chunk_key(key) for key in itertools.product(*spans)]
 
 
 def settle(array: zarr.Array[Any], block: Block) -> npt.NDArray[np.int64]:

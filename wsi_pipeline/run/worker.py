@@ -7,7 +7,6 @@ in three.
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
@@ -24,6 +23,8 @@ from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.errors import BundleError, SourceError
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_pieces
+from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import is_remote
 from wsi_pipeline.geometry import Block, PatchGrid, Region, Shape, box_slices, iter_blocks
 from wsi_pipeline.inference.blend import (
@@ -33,15 +34,16 @@ from wsi_pipeline.inference.blend import (
     iter_sampled_rows,
     sample_positions,
 )
-from wsi_pipeline.inference.predictor import Claim, PatchCache, Predictor, use_one_core
+from wsi_pipeline.inference.patch_cache import Claim, PatchCache
+from wsi_pipeline.inference.predictor import Predictor, use_one_core
 from wsi_pipeline.options import MPP_TOLERANCE, PredictOptions
-from wsi_pipeline.run.store import RunStore, settle, writing
-from wsi_pipeline.schedule.cluster import map_large_arrays
+from wsi_pipeline.run.store import RunStore, settle
+from wsi_pipeline.schedule.memory import map_large_arrays
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan
 
 if TYPE_CHECKING:
-    from wsi_pipeline.schedule.cluster import Keep
+    from wsi_pipeline.schedule.worker_state import WorkerCache
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """(*box, C)."""
@@ -179,7 +181,7 @@ class BlockWorker(ABC):
         keep: what the worker keeps from source to source.
     """
 
-    def __init__(self, plan: Plan, keep: Keep) -> None:
+    def __init__(self, plan: Plan, keep: WorkerCache) -> None:
         bundle = load_bundle(plan.bundle_path)
         if bundle.digest != plan.model:
             raise BundleError(
@@ -335,7 +337,7 @@ class SegmentBlocks(BlockWorker):
 
     _plan: SlidePlan
 
-    def __init__(self, plan: SlidePlan, keep: Keep) -> None:
+    def __init__(self, plan: SlidePlan, keep: WorkerCache) -> None:
         super().__init__(plan, keep)
         self._slide = open_source(plan.path, mpp=plan.mpp, series=plan.series)
         check_fingerprint(plan, self._slide.fingerprint)
@@ -427,7 +429,7 @@ class ScanBlocks(BlockWorker):
 
     _plan: ScanPlan
 
-    def __init__(self, plan: ScanPlan, keep: Keep) -> None:
+    def __init__(self, plan: ScanPlan, keep: WorkerCache) -> None:
         super().__init__(plan, keep)
         if len(plan.mask_shape) > 2:
             map_large_arrays()
@@ -506,7 +508,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def open_blocks(plan: Plan, keep: Keep) -> BlockWorker:
+def open_blocks(plan: Plan, keep: WorkerCache) -> BlockWorker:
     """Open a source on a worker; return what does its blocks."""
     if isinstance(plan, ScanPlan):
         return ScanBlocks(plan, keep)
@@ -531,7 +533,7 @@ def _best(
     return best, chosen
 
 
-def _kept_predictor(bundle: Bundle, plan: Plan, keep: Keep) -> Predictor:
+def _kept_predictor(bundle: Bundle, plan: Plan, keep: WorkerCache) -> Predictor:
     """Return the predictor that a worker made for the last slide, or a new one."""
     options = plan.predict
     key = repr((bundle, bundle.weights_sha256, options.device, options.precision,
@@ -548,20 +550,3 @@ def _kept_predictor(bundle: Bundle, plan: Plan, keep: Keep) -> Predictor:
             threads=plan.threads,
         )
     return predictor
-
-
-class Clock:
-    """Seconds spent since the last lap, by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap for a stage."""
-        last, self._last = self._last, time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + self._last - last
-
-    def skip(self) -> None:
-        """Leave out the time since the last lap."""
-        self._last = time.perf_counter()

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from wsi_pipeline.bundle import sha256_of
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.files.atomic import sync, written_beside
+from wsi_pipeline.files.atomic import sha256_of, sync, written_beside
 from wsi_pipeline.files.paths import is_remote, name_of
 from wsi_pipeline.files.remote import reaching
 from wsi_pipeline.report.record import RUN_FILE, Run, load_run

@@ -10,7 +10,7 @@ from typing import Any
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
 from wsi_pipeline.files.paths import as_path, is_remote
-from wsi_pipeline.run.store import is_patch_grid
+from wsi_pipeline.patch_grid import is_patch_grid
 from wsi_pipeline.sources.base import Backend, is_turned, sampled_digest
 from wsi_pipeline.sources.brightfield import why_not_brightfield
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp

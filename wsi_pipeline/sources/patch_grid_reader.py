@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.run.store import GridInfo, open_patch_grid
+from wsi_pipeline.patch_grid import GridInfo, open_patch_grid
 from wsi_pipeline.sources.base import Downsamples, Pixels, Sizes, unreadable
 
 PIECE = 256

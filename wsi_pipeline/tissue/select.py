@@ -13,7 +13,7 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
-from wsi_pipeline.run.store import GridInfo, StoredGrid
+from wsi_pipeline.patch_grid import GridInfo, StoredGrid
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.tissue.detect import check_tissue, find_tissue, read_tissue, select_patches
 

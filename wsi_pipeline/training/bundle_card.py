@@ -24,8 +24,8 @@ from wsi_pipeline.evaluation.confusion import (
     interval,
 )
 from wsi_pipeline.files.atomic import make_folders, sync, written_beside
+from wsi_pipeline.files.locks import writing
 from wsi_pipeline.networks.weights import kept_state
-from wsi_pipeline.run.store import writing
 from wsi_pipeline.training.calibrate import (
     BINS,
     calibration_error,

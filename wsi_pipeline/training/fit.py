@@ -22,12 +22,12 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.locks import writing
+from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.base import SegmentationNetwork
 from wsi_pipeline.networks.encoders import load_imagenet
-from wsi_pipeline.run.store import writing
 from wsi_pipeline.training.augment import augment
 from wsi_pipeline.training.crops import Sampler, Survey, random_crop
 from wsi_pipeline.training.losses import network_loss

@@ -18,10 +18,10 @@ import numpy as np
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Tally
-from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.files.atomic import remove, written_beside
+from wsi_pipeline.files.locks import claim_folder, writing
 from wsi_pipeline.files.records import check, read_json
-from wsi_pipeline.run.store import claim_folder, writing
+from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey

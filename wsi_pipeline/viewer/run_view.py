@@ -22,8 +22,9 @@ from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.files.paths import as_path, is_remote
 from wsi_pipeline.geometry import Region
+from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
-from wsi_pipeline.run.store import RunStore, open_patch_grid
+from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView, open_source
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
 

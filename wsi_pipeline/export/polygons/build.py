@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_pipeline.export import map_in_threads
 from wsi_pipeline.export.polygons.arcs import Bools, Ints, Numbers, order_paths, ranges
 from wsi_pipeline.export.polygons.trace import Outlines
+from wsi_pipeline.files.threads import map_in_threads
 
 BATCH = 200_000
 """Vertices that are made polygons at a time; a region of more is made at one go."""

@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export import MaskLike, map_in_threads
+from wsi_pipeline.export import MaskLike
 from wsi_pipeline.export.polygons.arcs import (
     Bools,
     Chains,
@@ -32,6 +32,7 @@ from wsi_pipeline.export.polygons.components import (
     label,
 )
 from wsi_pipeline.export.polygons.simplify import simplify
+from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, iter_blocks
 
 TILE = 1024

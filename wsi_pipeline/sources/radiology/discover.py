@@ -23,7 +23,7 @@ from wsi_pipeline.files.paths import (
     named_paths,
     visible_entries,
 )
-from wsi_pipeline.run.store import is_patch_grid
+from wsi_pipeline.patch_grid import is_patch_grid
 
 if TYPE_CHECKING:
     from wsi_pipeline.sources.radiology.dicom_series import Series

@@ -1,0 +1,44 @@
+"""Work in threads, in order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+MOST_THREADS = 8
+"""Each takes memory, and more gain little: between numpy's steps they wait for Python's lock."""
+
+
+def map_in_threads(
+    function: Callable[[T], R], items: Iterable[T], *, threads: int | None = None
+) -> Iterator[R]:
+    """Do something with each item in threads; yield the results in order, few of them held.
+
+    Args:
+        function: what to do.
+        items: with what.
+        threads: how many; None = as many as there are cores, but `MOST_THREADS` at the most.
+
+    Example:
+        >>> list(map_in_threads(abs, [-3, 2, -1], threads=2))
+        [3, 2, 1]
+    """
+    threads = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    waiting = deque[Future[R]]()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:  # where a result was an error
+                future.cancel()
