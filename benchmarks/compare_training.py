@@ -84,10 +84,12 @@ def markdown(trained: Sequence[Trained]) -> Iterator[str]:
         rows = {p: [t.scores(p)[info.name] for t in trained] for p in patients}
         for patient, scores in rows.items():
             cells = " | ".join(f"{s.dice:.3f} | {s.iou:.3f}" for s in scores)
-            yield f"| {patient} | {cells} | {scores[0].everywhere_dice:.3f} |"
-        means = np.mean([[(s.dice, s.iou) for s in scores] for scores in rows.values()], axis=0)
+            cells = f"{cells} | {scores[0].everywhere_dice:.3f}"
+            # who does not show the class has no figures
+            yield f"| {patient} | {cells.replace('nan', '')} |"
+        means = np.nanmean([[(s.dice, s.iou) for s in scores] for scores in rows.values()], axis=0)
         cells = " | ".join(f"**{dice:.3f}** | **{iou:.3f}**" for dice, iou in means)
-        everywhere = np.mean([scores[0].everywhere_dice for scores in rows.values()])
+        everywhere = np.nanmean([scores[0].everywhere_dice for scores in rows.values()])
         yield f"| **mean** | {cells} | {everywhere:.3f} |"
         yield ""
         for t in trained:
@@ -128,7 +130,7 @@ def draw(trained: Sequence[Trained], path: Path) -> None:
             steps, dice = [r["step"] for r in looks], [r["held_out_dice"] for r in looks]
             axes.plot(steps, dice, color=color, marker="o", label=t.label)
         everywhere = [s.everywhere_dice for p in fold for s in trained[0].scores(p).values()]
-        axes.axhline(np.mean(everywhere), color="grey", ls=":", label="everywhere")
+        axes.axhline(np.nanmean(everywhere), color="grey", ls=":", label="everywhere")
     panels[0].legend(loc="lower right", fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -234,7 +234,7 @@ def _bundle(path: Path, original: Path) -> str:
 def _mask(path: Path, original: Path) -> str:
     """Take a mask for the tissue, and compare it."""
     _command(
-        "evaluate", path, original, *("--prediction-values", "A=1"), *("--truth-values", "A=1")
+        "evaluate", path, original, *("--prediction-values", "A=1+"), *("--truth-values", "A=1+")
     )
     check_tissue(path)
     read_tissue(path, (400, 300), (30, 40), (10.0, 10.0))

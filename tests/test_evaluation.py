@@ -19,6 +19,7 @@ from sklearn import metrics as oracle
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
+from wsi_pipeline.errors import EvaluationError
 from wsi_pipeline.evaluation import compare
 from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all, pair_up
 from wsi_pipeline.evaluation.confusion import (
@@ -184,6 +185,11 @@ def test_what_one_side_lacks_has_no_meaning_or_counts_as_wrong() -> None:
     assert [figures[k][1] for k in ("dice", "iou", "recall", "boundary_f1")] == [0, 0, 0, 0]
     assert np.isnan(figures["precision"][1])
     assert all(np.isnan(values[2]) for values in figures.values())
+    # found where there is none: that nothing of it is right is all that can be said
+    tally = count_block(truth, np.zeros_like(truth), 2)
+    figures = {k: v.tolist() for k, v in class_figures(tally.confusion, tally.borders).items()}
+    assert figures.pop("precision")[1] == 0
+    assert all(np.isnan(values[1]) for values in figures.values())
 
 
 def test_ignored_pixels_do_not_count() -> None:
@@ -397,6 +403,71 @@ def test_values_of_two_kinds_of_masks_are_one_class(tmp_path: Path) -> None:
     ]
     assert [dice_of(f) for f in found] == [1, 1]
     assert [int(f.tally.confusion.sum()) for f in found] == [1600, 1200]
+
+
+def test_values_without_a_meaning_are_counted_and_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "BLOCK", 50)
+    monkeypatch.setattr("wsi_pipeline.evaluation.inputs.PART", 37)
+    y, x = np.ogrid[:180, :150]
+    disc = (y - 90) ** 2 + (x - 70) ** 2 < 60**2
+    Image.fromarray(disc * np.uint8(255)).save(tmp_path / "lossy.jpg", quality=75)
+    with Image.open(tmp_path / "lossy.jpg") as lossy:
+        stored = np.array(lossy)
+    truth = write_png(tmp_path / "truth.png", stored)
+    exact = write_png(tmp_path / "exact.png", (stored >= 128).astype(np.uint8))
+    values, counts = np.unique(stored, return_counts=True)
+    strange = (values > 0) & (values < 255)
+    sides = [exact, truth, "--prediction-values", "Tumor=1"]
+    said = run_evaluate(*sides, "--truth-values", "Tumor=255", code=1)
+    assert f"holds values without a meaning: {strange.sum()} (1, " in said
+    assert f", {counts[strange].sum():,} of 27,000 pixels" in said
+    assert "Background=others, or, of a mask that went through JPEG, Tumor=128+" in said
+    found = json.loads(run_evaluate(*sides, "--truth-values", "Tumor=128+", "--json"))
+    assert found["slides"][0]["classes"]["Tumor"]["dice"] == 1
+    assert found["slides"][0]["classes"]["Tumor"]["truth_px"] == int((stored >= 128).sum())
+    others = ("--truth-values", "Tumor=255", "--truth-values", "Background=others")
+    found = json.loads(run_evaluate(*sides, *others, "--json"))
+    assert found["slides"][0]["classes"]["Tumor"]["truth_px"] == int((stored == 255).sum())
+
+
+def test_a_mask_of_a_run_holds_no_value_without_a_name(tmp_path: Path) -> None:
+    mask = random_mask(1)
+    truth = write_png(tmp_path / "truth.png", mask)
+    mask[5:7, 3:10] = 9
+    run = write_run(tmp_path / "run", mask, (130, 90))
+    with pytest.raises(EvaluationError, match=r"1 \(9\), 14 of 11,700 pixels, 0\.12%"):
+        judge(run, truth)
+
+
+def test_what_is_found_where_the_truth_has_none_has_no_dice_and_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there, mask = np.zeros((2, 40, 50), np.uint8)
+    there[5:15, 5:25] = mask[5:15, 5:15] = 1
+    clean = np.zeros_like(there)
+    strewn = clean.copy()
+    strewn[30:32, 7:12] = 1
+    for side, masks in (("p", (mask, strewn)), ("t", (there, clean))):
+        (tmp_path / side).mkdir()
+        for name, values in zip("ab", masks, strict=True):
+            write_png(tmp_path / side / f"{name}.png", values)
+    names = ("--prediction-values", "Tumor=1", "--truth-values", "Tumor=1")
+    sides = (tmp_path / "p", tmp_path / "t", *names)
+    found = json.loads(run_evaluate(*sides, "--json"))
+    a, b = (slide["classes"]["Tumor"] for slide in found["slides"])
+    assert a["dice"] == pytest.approx(200 / 300)
+    assert [b[k] for k in ("dice", "iou", "recall", "boundary_f1")] == [None] * 4
+    assert (b["precision"], b["prediction_px"], b["truth_px"]) == (0, 10, 0)
+    assert found["slides"][1]["together"]["dice"] is None
+    assert found["pooled"]["classes"]["Tumor"]["dice"] == pytest.approx(200 / 310)
+    assert "b: the truth has no Tumor, of which 10 pixels are found" in caplog.text
+    run_evaluate(*sides, "--output", tmp_path / "out")
+    with (tmp_path / "out/evaluation.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["slide"]: row for row in csv.DictReader(file)}
+    assert (rows["b"]["dice"], rows["b"]["prediction_px"]) == ("", "10")
+    assert "\nb\tTumor\t-\t-\t" in run_evaluate(*sides)
 
 
 # -- refusals ---------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -111,6 +113,7 @@ images = "A/*.png"
 masks = "A/masks"
 mpp = 0.25
 classes = { Tumor = [1, 7] }
+background = [2]
 ignore = [0]
 
 [[data]]
@@ -247,6 +250,13 @@ def test_a_recipe_holds_what_its_file_says(recipe: Recipe) -> None:
         ("mpp = 0.25", "", "lacks 'mpp'"),
         ("[1, 7]", '["Tumor"]', "expected mask values"),
         ("[1, 7]", "[1, 1]", "the same twice"),
+        ("background = [2]", "background = [7]", "the same twice"),
+        ("background = [2]", 'background = "other"', "background is 'other'; expected a list"),
+        ("background = [2]", 'background = ["Glass"]', r"has \['Glass'\]; expected mask values"),
+        ("[1, 7]", "[-1]", "masks have values from 0 to 65535"),
+        ("ignore = [0]", "ignore = [70000]", "masks have values from 0 to 65535"),
+        ("ignore = [0]", "threshold = 128", "is for masks of one class, without ignore and backgr"),
+        ("Tumor = [255]", "Tumor = [1, 255] }\nthreshold = 128 #", "below the threshold 128"),
         ("ignore = [0]", 'label = "Benign"', "label 'Benign' is none of"),
         ("Tumor = [255]", "Necrosis = [255]", "Necrosis"),
         ("mpp = 0.25", "mpp = 0", "expected µm per pixel"),
@@ -332,6 +342,104 @@ def test_ignored_mask_values_are_neither_class(folder: Path, recipe: Recipe) -> 
     truth = truth_of(load(recipe, folder)[0])
     assert (truth[:10] == IGNORE).all()
     assert not (truth[10:] == IGNORE).any()
+
+
+def disc_through_jpeg(path: Path) -> np.ndarray:
+    """Write a picture, and a disc of 255 that went through JPEG as its mask; return the disc."""
+    y, x = np.ogrid[:200, :200]
+    disc = (y - 99) ** 2 + (x - 101) ** 2 < 60**2
+    Image.fromarray(np.full((200, 200), 90, np.uint8)).save(path / "a.png")
+    Image.fromarray(disc * np.uint8(255)).save(path / "lossy.jpg", quality=75)
+    return disc
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "bmp"])
+def test_values_of_masks_without_a_meaning_are_counted_and_refused(
+    tmp_path: Path, suffix: str
+) -> None:
+    disc = disc_through_jpeg(tmp_path)
+    with Image.open(tmp_path / "lossy.jpg") as lossy:
+        stored = np.array(lossy)
+        if suffix != "jpg":
+            lossy.save(tmp_path / f"lossy.{suffix}")
+    values, counts = np.unique(stored, return_counts=True)
+    strange = (values > 0) & (values < 255)
+    assert strange.sum() > 20
+    keys = {"images": "a.png", "masks": f"lossy.{suffix}", "classes": {"Tumor": (255,)}}
+    said = (
+        rf"lossy\.{suffix} holds values without a meaning: {strange.sum()} \(.*"
+        rf"{counts[strange].sum():,} of 40,000 pixels"
+    )
+    with pytest.raises(RecipeError, match=said):
+        load(image_recipe(tmp_path, background=(), **keys), tmp_path)
+    recipe = image_recipe(tmp_path, background=(), threshold=128, **keys)
+    spec = dataclasses.replace(recipe.bundle.input, fit=(200, 200))
+    recipe = dataclasses.replace(recipe, bundle=dataclasses.replace(recipe.bundle, input=spec))
+    np.testing.assert_array_equal(truth_of(load(recipe, tmp_path)[0]), stored >= 128)
+    assert np.mean((stored >= 128) == disc) > 0.999
+    # said to be background, they are
+    data = dataclasses.replace(recipe.data[0], threshold=None, background="others")
+    found = truth_of(load(dataclasses.replace(recipe, data=(data,)), tmp_path)[0])
+    np.testing.assert_array_equal(found, stored == 255)
+
+
+def test_twins_of_masks_with_fewer_bits_are_the_same_or_refused(
+    tmp_path: Path, data_dir: Path
+) -> None:
+    for i in range(1, 5):
+        for side in ("images", "masks"):
+            (tmp_path / side).mkdir(exist_ok=True)
+        source = data_dir / f"us/busi/images/malignant_{i}.png"
+        (tmp_path / f"images/m{i}.png").write_bytes(source.read_bytes())
+        with Image.open(data_dir / f"us/busi/masks/malignant_{i}.png") as mask:
+            lesion = np.array(mask.convert("L")) > 0
+        twin = Image.fromarray(lesion * np.uint8(255)) if i % 2 else Image.fromarray(lesion)
+        twin.save(tmp_path / f"masks/m{i}.png")
+    keys = {"images": "images/m?.png", "masks": "masks", "background": ()}
+
+    def read(*values: int) -> list[Sample]:
+        recipe = image_recipe(tmp_path, classes={"Tumor": values}, **keys)
+        spec = dataclasses.replace(recipe.bundle.input, fit=(512, 640))
+        bundle = dataclasses.replace(recipe.bundle, input=spec)
+        return load(dataclasses.replace(recipe, bundle=bundle), tmp_path)
+
+    with pytest.raises(RecipeError, match=r"m2\.png holds values without a meaning: 1 \(1\)"):
+        read(255)
+    shares = [100 * float((s.read_all()[1] == 1).double().mean()) for s in read(1, 255)]
+    assert shares == pytest.approx([33.9, 34.1, 6.0, 6.8], abs=0.1)
+
+
+def grey_png(path: Path, values: np.ndarray, bits: int) -> Path:
+    """Write a grey PNG of few bits a sample, by the standard; return its path."""
+    header = struct.pack(">IIBBBBB", *values.shape[::-1], bits, 0, 0, 0, 0)
+    digits = (values[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = np.packbits(digits.reshape(len(values), -1).astype(np.uint8), axis=1)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
+    parts = [
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    return path
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_masks_of_any_depth_have_their_stored_values_in_train_and_evaluate(
+    tmp_path: Path, bits: int
+) -> None:
+    values = np.random.default_rng(bits).integers(0, 2 ** min(bits, 2), (64, 96))
+    mask = grey_png(tmp_path / "mask.png", values, bits)
+    Image.new("L", (96, 64)).save(tmp_path / "a.png")
+    keys = {"classes": {"Tumor": (1,)}, "background": (2, 3), "ignore": ()}
+    recipe = image_recipe(tmp_path, images="a.png", masks="mask.png", **keys)
+    np.testing.assert_array_equal(truth_of(load(recipe, tmp_path)[0]), values == 1)
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / "eight.png")
+    names = ["--truth-values", "Tumor=1", "--prediction-values", "Tumor=1"]
+    names += ["--truth-values", "Background=2,3", "--prediction-values", "Background=2,3"]
+    said = run_command("evaluate", tmp_path / "eight.png", mask, *names, "--json")
+    found = json.loads(said)["slides"][0]["classes"]["Tumor"]
+    assert (found["dice"], found["truth_px"]) == (1.0, int((values == 1).sum()))
 
 
 def test_a_mask_of_another_size_is_refused(folder: Path, recipe: Recipe) -> None:
@@ -776,7 +884,7 @@ def test_a_mask_in_colour_is_refused(tmp_path: Path) -> None:
     Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
     Image.new("RGB", (96, 64), (255, 0, 0)).save(tmp_path / "a_mask.png")
     recipe = image_recipe(tmp_path, images="a.png", masks="a_mask.png")
-    with pytest.raises(RecipeError, match="a picture in colour; expected one value a pixel"):
+    with pytest.raises(RecipeError, match="a picture in colour; a mask has one value a pixel"):
         load(recipe, tmp_path)
 
 
@@ -827,7 +935,7 @@ def test_a_mask_is_laid_on_its_volume_by_geometry(tmp_path: Path) -> None:
         assert torch.equal(truth == 1, image[0] > 0.5)
     affine[0, 3] = 3  # a shape that fits is not enough
     nibabel.save(nibabel.Nifti1Image(np.asarray(mask.dataobj), affine), tmp_path / "m.nii.gz")
-    with pytest.raises(RecipeError, match=r"m\.nii\.gz: does not lie on its image: the mask has"):
+    with pytest.raises(RecipeError, match=r"m\.nii\.gz does not lie on its image: the mask has"):
         load(recipe, tmp_path)
 
 
@@ -1278,6 +1386,62 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
     # 0.7 is above 0.4, not above 0.8
     assert "Area under the curve of Malignant: 0.500 (" in card
     assert "| B | Tumor | | | 0 | 0.100 | |" in card
+
+
+def test_a_card_gives_no_figure_for_a_class_that_is_not_there(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    classes = (*recipe.bundle.classes, dataclasses.replace(recipe.bundle.classes[1], name="Cyst"))
+    bundle = dataclasses.replace(recipe.bundle, classes=classes, activation="softmax")
+    recipe = dataclasses.replace(recipe, bundle=bundle)
+    counts = {  # rows the truth; of A and B only the tumour is there, of C nothing
+        "A": [[80, 5, 3], [4, 8, 0], [0, 0, 0]],
+        "B": [[70, 0, 10], [10, 10, 0], [0, 0, 0]],
+        "C": [[95, 3, 2], [0, 0, 0], [0, 0, 0]],
+    }
+    judged = {
+        patient: dataclasses.replace(
+            Judged.empty(bundle),
+            pixels=Tally(confusion=np.array(found), borders=np.zeros((3, 4), np.int64)),
+            images=(("one.png", np.array(found)),),
+        )
+        for patient, found in counts.items()
+    }
+    trained = Trained(samples=samples, surveys=learner(samples, classes=3).surveys, judged=judged)
+    input_spec = dataclasses.replace(bundle.input, mpp=None, fit=(64, 64))
+    of_images = dataclasses.replace(bundle, modality="image", input=input_spec)
+    for card in (
+        model_card(recipe, trained),
+        model_card(dataclasses.replace(recipe, bundle=of_images), trained),
+    ):
+        assert "nan" not in card
+        assert "0.000 |" not in card.partition("## How well")[2].partition("Pixels of")[0]
+        assert "| C | Tumor | | | 0 | 0.030 | |" in card
+        assert "| A | Cyst | | | 0 | 0.030 | |" in card
+        assert "**mean of 2** | Tumor | **0.653** |" in card  # of 16 / 25 and 20 / 30
+        assert "| Cyst | **" not in card
+        assert "- 1 of 3 show no Tumor, and have no Dice: 3 of their 100 px are called so" in card
+        assert "- 3 of 3 show no Cyst, and have no Dice: 15 of their 300 px are called so" in card
+        assert "Cyst: Dice" not in card
+    scores = scores_of(judged["C"].pixels, bundle)["Tumor"]
+    assert [math.isnan(v) for v in (scores.dice, scores.iou, scores.everywhere_dice)] == [True] * 3
+    assert scores.called == pytest.approx(0.03)
+    assert mean_dice(judged, bundle) == pytest.approx(2 * 18 / (32 + 26))
+    assert math.isnan(mean_dice({"C": judged["C"]}, bundle))
+
+
+def test_patients_who_show_no_class_choose_no_weights(
+    recipe: Recipe, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = changed(recipe, steps=4, validate_every=1, patience=1)
+    image, truth = samples[0].read_all()
+    clean = make_sample("C", image, torch.zeros_like(truth))
+    keys = {"fabric": open_fabric(recipe, device="cpu", devices=1), "data_dir": tmp_path}
+    found = fit(recipe, learner(samples), validation=[clean], watched=[clean], **keys)
+    plain = fit(recipe, learner(samples), **keys)
+    assert_same_weights(found.network, plain.network)
+    assert not any("validation_dice" in row or "held_out_dice" in row for row in found.history)
+    assert "show no class: no weights are chosen by them" in caplog.text
 
 
 def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Recipe) -> None:
@@ -1746,9 +1910,10 @@ def test_each_fold_has_the_curve_of_its_held_out_patient(folder: Path) -> None:
 def test_the_command_says_what_it_refuses(
     folder: Path, old: str, new: str, options: list[str], message: str
 ) -> None:
-    text = RECIPE.replace(old, new)
+    text = RECIPE.replace(old, new).replace("background = [2]", 'background = "others"')
     if new == "[3]":  # no pixel of any patient is tumour
-        text, message = text.replace("[255]", "[254]"), "no pixel of any image is Tumor"
+        text = text.replace("[255] }", '[254] }\nbackground = "others"')
+        message = "no pixel of any image is Tumor"
     if "[1, 2, 7]" in new:  # nor background
         text = text.replace("[255]", "[0, 255]")
         message = "no pixel of any image is Background"

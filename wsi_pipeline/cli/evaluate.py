@@ -13,8 +13,9 @@ from wsi_pipeline.cli.options import MPP, once, wrong_usage
 from wsi_pipeline.options import Frame, SelectOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    from wsi_pipeline.evaluation.meaning import Values
 
 LARGEST_SIDE = 1 << 20
 """px of a slide's level 0, as for files."""
@@ -41,15 +42,24 @@ class MeaningChoice(click.ParamType):  # type: ignore[type-arg]  # generic since
     name = "CLASS=VALUE[,VALUE…]"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return the class's name and its values."""
-        name, equals, listed = str(value).rpartition("=")
-        values = listed.split(",")
-        if not (name.strip() and equals and all(v.strip().isdecimal() for v in values)):
-            self.fail(f"{value!r} is no class with its values; expected Tumor=1,20", param, ctx)
+        """Return the class's name and its values, None for those that nothing else names."""
+        name, equals, listed = (part.strip() for part in str(value).rpartition("="))
+        if (name, listed) == ("Background", "others"):
+            return name, None
+        values = [v.strip() for v in listed.removesuffix("+").split(",")]
+        is_open = listed.endswith("+")
+        is_list = all(v.isdecimal() for v in values) and not (is_open and len(values) > 1)
+        if not (name and equals and is_list):
+            self.fail(
+                f"{value!r} is no class with its values; expected Tumor=1,20, Tumor=128+ or "
+                "Background=others",
+                param,
+                ctx,
+            )
         numbers = tuple(map(int, values))
         if max(numbers) > LARGEST_VALUE:
             self.fail(f"{value!r}: the values of a mask go to {LARGEST_VALUE}", param, ctx)
-        return name.strip(), numbers
+        return name, range(numbers[0], LARGEST_VALUE + 1) if is_open else numbers
 
 
 class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
@@ -87,7 +97,8 @@ class RenameChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
     "--prediction-values",
     type=MeaningChoice(),
     multiple=True,
-    help="What values of a prediction's mask mean, where it does not say; others are background.",
+    help="What values of a prediction's mask mean, where it does not say. 0 is background if "
+    "nothing else; Tumor=128+ are all from 128 on, Background=others those without a name.",
 )
 @click.option(
     "--truth-values", type=MeaningChoice(), multiple=True, help="Likewise of a truth's mask."
@@ -137,8 +148,8 @@ def command(
     output: Path | None,
     classes: str | None,
     renamed: Iterable[tuple[str, str]],
-    prediction_values: Iterable[tuple[str, tuple[int, ...]]],
-    truth_values: Iterable[tuple[str, tuple[int, ...]]],
+    prediction_values: Iterable[tuple[str, Sequence[int] | None]],
+    truth_values: Iterable[tuple[str, Sequence[int] | None]],
     ignored: tuple[int, ...],
     slide: Path | None,
     size: tuple[int, int] | None,
@@ -156,13 +167,12 @@ def command(
     from wsi_pipeline.annotations import read_region
     from wsi_pipeline.cli.progress import Bars
     from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
-    from wsi_pipeline.evaluation.meaning import Values
     from wsi_pipeline.evaluation.report import describe, write_evaluation
 
     options = CompareOptions(
         classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
-        prediction_values=Values(classes=_joined(prediction_values)),
-        truth_values=Values(classes=_joined(truth_values), ignored=ignored),
+        prediction_values=_values(prediction_values, ()),
+        truth_values=_values(truth_values, ignored),
         renamed=dict(renamed),
         mpp=mpp,
         tolerance_px=tolerance,
@@ -186,11 +196,17 @@ def command(
     click.echo(json.dumps(described, indent=2) if as_json else _table(described))
 
 
-def _joined(entries: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+def _values(entries: Iterable[tuple[str, Sequence[int] | None]], ignored: Sequence[int]) -> Values:
+    from wsi_pipeline.evaluation.meaning import Values
+
     joined: dict[str, tuple[int, ...]] = {}
+    are_others = False
     for name, values in entries:
-        joined[name] = (*joined.get(name, ()), *values)
-    return joined
+        # below a threshold all is background
+        are_others |= values is None or isinstance(values, range)
+        if values is not None:
+            joined[name] = (*joined.get(name, ()), *values)
+    return Values(classes=joined, ignored=ignored, background=None if are_others else (0,))
 
 
 def _table(described: dict[str, Any]) -> str:

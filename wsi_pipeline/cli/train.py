@@ -84,7 +84,9 @@ def command(
         )
     for patient, classes in scores.items():
         for name, score in classes.items():
-            click.echo(f"{patient}\t{name}\tDice {score.dice:.3f}\tIoU {score.iou:.3f}")
+            figures = f"Dice {score.dice:.3f}\tIoU {score.iou:.3f}"
+            nothing = f"Dice -\tIoU -\tnot there, called so in {score.called:.3f}"
+            click.echo(f"{patient}\t{name}\t{figures if score.share else nothing}")
 
 
 class Bar:

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.annotations import Annotation, read_region
-from wsi_pipeline.errors import EvaluationError, SourceError, StoreError
+from wsi_pipeline.annotations.document import parse_document, read_bytes
+from wsi_pipeline.errors import AnnotationError, EvaluationError, SourceError, StoreError
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask, Tally, count_block, surface_distances
 from wsi_pipeline.evaluation.disagreement import LONGEST, Disagreement
@@ -30,8 +31,8 @@ from wsi_pipeline.evaluation.inputs import (
     reader_of,
     settle_canvas,
 )
-from wsi_pipeline.evaluation.meaning import Values, settle
-from wsi_pipeline.evaluation.volumes import LabelVolume, is_volume, open_labels
+from wsi_pipeline.evaluation.meaning import BACKGROUND, Values, settle
+from wsi_pipeline.evaluation.volumes import LabelVolume, is_labels, open_labels
 from wsi_pipeline.files.paths import zarr_attributes
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, iter_blocks
@@ -41,12 +42,12 @@ from wsi_pipeline.report.record import FILES, RUN_FILE
 from wsi_pipeline.run.jobs import find_slides
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.radiology.discover import is_beside
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 2048
 """Side of what is read and counted at once, px of the finest of both sides."""
-BACKGROUND = "Background"
 SURFACE_PX = 1 << 24
 """Pixels up to which the distances of surfaces are measured: both masks are held for it."""
 
@@ -152,6 +153,19 @@ def compare_all(
             else _compare(pairing, sides, canvas, classes, options, progress)
             for pairing, sides, canvas in opened
         ]
+    for comparison in found:
+        confusion = comparison.tally.confusion
+        for name, true_px, found_px in zip(
+            classes[1:], confusion.sum(1)[1:], confusion.sum(0)[1:], strict=True
+        ):
+            if found_px and not true_px:
+                logger.warning(
+                    "%s: the truth has no %s, of which %d pixels are found: it has no Dice, and "
+                    "they count in the figures of all taken together",
+                    comparison.pairing.name,
+                    name,
+                    found_px,
+                )
     true = sum(c.tally.confusion.sum(1) for c in found)
     if empty := [name for i, name in enumerate(classes) if i > 0 and true[i] == 0]:
         raise EvaluationError(
@@ -167,13 +181,12 @@ Opened = tuple[Pairing, tuple[Any, Any], Canvas | None]
 
 def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Opened:
     values = options.prediction_values, options.truth_values
-    of_volumes = [_volume_of(path) for path in (pairing.prediction, pairing.truth)]
+    paths = pairing.prediction, pairing.truth
+    of_volumes = [_volume_of(path) for path in paths]
     if any(of_volumes):
         found, true = (
-            _open_volume(path, mask, given, options)
-            for path, mask, given in zip(
-                (pairing.prediction, pairing.truth), of_volumes, values, strict=True
-            )
+            _settled(path, labels, given, options)
+            for path, labels, given in zip(paths, of_volumes, values, strict=True)
         )
         return pairing, (found, true), None
     slide = None
@@ -205,7 +218,7 @@ def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Open
     return pairing, sides, canvas
 
 
-def _volume_of(path: Path) -> Path | None:
+def _volume_of(path: Path) -> LabelVolume | None:
     """Return the mask of a volume that a path stands for; None where it is none."""
     if (path / RUN_FILE).is_file():
         run = finished_run(path)
@@ -213,24 +226,21 @@ def _volume_of(path: Path) -> Path | None:
             return None
         for output in ("nifti", "dicom"):
             if (mask := path / FILES[output]).is_file():
-                return mask
+                return replace(open_labels(mask), values=classes_of(run))
         raise EvaluationError(f"{path} holds no mask.nii.gz; segment with --outputs nifti")
-    return path if is_volume(path) else None
+    labels = open_labels(path) if is_labels(path) else None
+    return None if labels is None or labels.is_planar else labels
 
 
-def _open_volume(
-    path: Path, mask: Path | None, values: Values, options: CompareOptions
+def _settled(
+    path: Path, labels: LabelVolume | None, values: Values, options: CompareOptions
 ) -> LabelVolume:
-    """Open one side of two volumes; return it."""
-    if mask is None:
+    """Return one side of two volumes with what its values mean."""
+    if labels is None:
         raise EvaluationError(f"{path} is no mask of a volume, as the other side is")
     if options.roi or options.mpp:
         raise EvaluationError(f"--{'roi' if options.roi else 'mpp'} is for slides; {path} is none")
-    labels = open_labels(mask)
-    if mask != path:
-        labels = replace(labels, values=classes_of(finished_run(path)))
-    settled = settle(mask, labels.values, values, options.renamed)
-    return replace(labels, values=settled)
+    return replace(labels, values=settle(labels.path, labels.values, values, options.renamed))
 
 
 def _compare_volumes(
@@ -243,7 +253,7 @@ def _compare_volumes(
     prediction, truth = sides
     onto = prediction if truth.is_part and not prediction.is_part else truth
     indices = {name: i for i, name in enumerate(classes) if i > 0}
-    found, true = (side.indices(indices, onto) for side in sides)
+    found, true = (side.indices(indices, onto.codes.shape, onto.affine) for side in sides)
     tally = count_block(found, true, len(classes), tolerance_px=-1)
     differs = (found != true) & (true != IGNORE)
     middle = int(np.argmax(differs.sum((1, 2)))) if differs.any() else len(true) // 2
@@ -502,15 +512,33 @@ def _members(folder: Path) -> dict[str, Path]:
     if runs:
         return runs
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        is_file = path.name.lower().endswith((*MASK_SUFFIXES, *AREA_SUFFIXES)) or is_volume(path)
-        if path.name.startswith(".") or not (_is_mask_folder(path) if path.is_dir() else is_file):
+    left_out = []
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if not (_is_mask_folder(path) if path.is_dir() else _is_mask(path)):
+            left_out.append(path.name)
             continue
         name = _stem(path)
         if name in found:
             raise EvaluationError(f"{found[name]} and {path} have the same name; keep one of them")
         found[name] = path
+    if left_out:
+        some = ", ".join(left_out[:3]) + ", …" * (len(left_out) > 3)
+        logger.warning("%s: no masks, left out: %d (%s)", folder, len(left_out), some)
     return found
+
+
+def _is_mask(path: Path) -> bool:
+    """Return whether a file is by its name and first bytes a mask, or areas."""
+    name = path.name.lower()
+    if name.endswith((".json", ".json.gz")):
+        # much else is JSON, too
+        with suppress(AnnotationError):
+            document = parse_document(read_bytes(path))
+            return bool(document.features or not document.losses)
+        return False
+    if name.endswith((*AREA_SUFFIXES, *MASK_SUFFIXES)):
+        return True
+    return not is_beside(path) and is_labels(path)
 
 
 def _stem(path: Path) -> str:

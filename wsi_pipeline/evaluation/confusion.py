@@ -151,7 +151,8 @@ def surface_distances(
 def class_figures(confusion: Counts, borders: Counts) -> dict[str, Reals]:
     """Return Dice, IoU, precision, recall and boundary F1 of every class, each (…, K) float64.
 
-    What has no meaning, such as the recall of a class that the truth lacks, is NaN.
+    What has no meaning is NaN: all but the precision of a class that the truth lacks, and the
+    precision of one that is never found.
 
     Args:
         confusion: (…, K, K), as in `Tally`.
@@ -182,12 +183,13 @@ def _figures(hits: Reals, found: Reals, true: Reals, borders: Counts) -> dict[st
         border_f1 = np.where(both > 0, 2 * border_precision * border_recall / both, both)
     # a border that only one side has is found or met nowhere
     one_sided = (borders[..., 0] > 0) != (borders[..., 2] > 0)
+    shown = np.where(true > 0, 1.0, np.nan)
     return {
-        "dice": _ratio(2 * hits, found + true),
-        "iou": _ratio(hits, found + true - hits),
+        "dice": _ratio(2 * hits, found + true) * shown,
+        "iou": _ratio(hits, found + true - hits) * shown,
         "precision": _ratio(hits, found),
         "recall": _ratio(hits, true),
-        "boundary_f1": np.where(one_sided, 0.0, border_f1),
+        "boundary_f1": np.where(one_sided, 0.0, border_f1) * shown,
     }
 
 

@@ -20,21 +20,26 @@ from PIL.PngImagePlugin import PngImageFile
 
 from wsi_pipeline.errors import EvaluationError, StoreError
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
-from wsi_pipeline.evaluation.confusion import IGNORE, Mask
-from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values, named, settle
+from wsi_pipeline.evaluation.confusion import Mask
+from wsi_pipeline.evaluation.meaning import Lookup, Values, named, settle
 from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.files.arrays import trusted
 from wsi_pipeline.files.paths import LABEL, MASK
-from wsi_pipeline.geometry import Region
+from wsi_pipeline.geometry import Region, iter_blocks
 from wsi_pipeline.options import Frame
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.decoded import GDAL
 from wsi_pipeline.sources.mpp import ome_mpp
 from wsi_pipeline.sources.radiology.discover import is_dicom
 
 Pair = tuple[float, float]
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
+DRIVERS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"GIF8": "GIF"}
+"""GDAL's names of pictures by what they begin with; others are TIFF."""
+PART = 4096
+"""Side of what is read at once of a mask that is refused, px."""
 AREA_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz")
 LISTED_MEANING = re.compile(r"(?:^|, )(\d+) = ")
 """Before each class in the description of an OME-TIFF that this package wrote."""
@@ -98,6 +103,36 @@ class MaskFile:
         """Return the classes that the mask may hold."""
         return tuple(self.values.classes)
 
+    def read(self, window: tuple[slice, slice]) -> npt.NDArray[Any]:
+        """Return the values of a window.
+
+        Raises:
+            EvaluationError: they cannot be read, or are a picture's.
+        """
+        try:
+            return np.asarray(self.pixels[window])
+        except EvaluationError:
+            raise
+        except Exception as error:  # GDAL, zarr and their codecs raise anything
+            raise EvaluationError(
+                f"{self.path}: its pixels cannot be read, damaged or cut off ({error}); get it anew"
+            ) from error
+
+
+def read_mask(path: Path) -> npt.NDArray[Any]:
+    """Read the values of a picture that is a mask; return all of them, (y, x).
+
+    Raises:
+        EvaluationError: none, or one that cannot be read.
+    """
+    import rasterio  # brings GDAL
+
+    with ExitStack() as closing:
+        closing.enter_context(rasterio.Env(**GDAL))
+        mask = _open_picture(path, closing)
+        height, width = mask.pixels.shape
+        return mask.read((slice(0, height), slice(0, width)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
@@ -124,10 +159,7 @@ class MaskReader:
     def __init__(self, mask: MaskFile, placed: Placed, indices: Mapping[str, int]) -> None:
         self._mask = mask
         self._placed = placed
-        self._table = np.zeros(LARGEST_VALUE + 1, np.uint8)
-        for name, values in mask.values.classes.items():
-            self._table[list(values)] = indices.get(name, 0)
-        self._table[list(mask.values.ignored)] = IGNORE
+        self._lookup = Lookup(mask.path, mask.values, indices)
 
     def read(self, origin: tuple[int, int], shape: tuple[int, int], downsample: Pair) -> Mask:
         """Return the class index at the centre of each pixel, background beyond the mask.
@@ -138,7 +170,7 @@ class MaskReader:
             downsample: (y, x) level-0 pixels per pixel.
 
         Raises:
-            EvaluationError: the mask is damaged, or has values that are no classes.
+            EvaluationError: the mask is damaged, or has values without a meaning.
         """
         axes = zip(
             origin,
@@ -156,22 +188,15 @@ class MaskReader:
             return result
         top, left = int(rows[0]), int(columns[0])
         window = slice(top, int(rows[-1]) + 1), slice(left, int(columns[-1]) + 1)
-        try:
-            values = np.asarray(self._mask.pixels[window])
-        except EvaluationError:
-            raise
-        except Exception as error:  # GDAL, zarr and their codecs raise anything
-            raise EvaluationError(
-                f"{self._mask.path}: its pixels cannot be read, damaged or cut off ({error}); get "
-                "it anew"
-            ) from error
+        values = self._mask.read(window)
         if not (_is_run(rows) and _is_run(columns)):
             values = values[np.ix_(rows - top, columns - left)]
-        if (largest := int(values.max(initial=0))) > LARGEST_VALUE or values.min(initial=0) < 0:
-            raise EvaluationError(
-                f"{self._mask.path} holds the value {largest}; a mask has 0 to {LARGEST_VALUE}"
-            )
-        result[is_row[0] : is_row[-1] + 1, is_column[0] : is_column[-1] + 1] = self._table[values]
+        pixels = self._mask.pixels
+        parts = iter_blocks(pixels.shape, (PART, PART))
+        whole = (self._mask.read((part.slices[0], part.slices[1])) for part in parts)
+        result[is_row[0] : is_row[-1] + 1, is_column[0] : is_column[-1] + 1] = self._lookup(
+            values, whole
+        )
         return result
 
 
@@ -437,24 +462,25 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
     import rasterio  # brings GDAL
     from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
-    is_png = path.suffix.lower() == ".png"
-    driver = "PNG" if is_png else "GTiff"
     try:
-        if is_png:
-            # GDAL is silent on one that is cut off; this looks at checksums, and decodes nothing
-            with path.open("rb") as file, PngImageFile(file) as image:
-                image.verify()
+        with path.open("rb") as file:
+            head = file.read(4)
+            driver = next((d for start, d in DRIVERS.items() if head.startswith(start)), "GTiff")
+            file.seek(0)
+            if driver == "PNG":
+                # GDAL is silent on one that is cut off; this looks at checksums, decodes nothing
+                PngImageFile(file).verify()
         with warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
             dataset = closing.enter_context(rasterio.open(path, driver=driver))
     except (RasterioError, OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as a mask: {error}") from error
-    if dataset.count > 4 or any(np.dtype(d).kind not in "ub" for d in dataset.dtypes):
+    if dataset.count > 4 or any(np.dtype(d).kind not in "uif" for d in dataset.dtypes):
         raise EvaluationError(
             f"{path} has {dataset.count} bands of {dataset.dtypes[0]}; a mask has whole numbers"
         )
     names: dict[int, str] = {}
     mpp = None
-    if not is_png:
+    if driver == "GTiff":
         try:
             names, mpp = _read_ome_xml(path, (dataset.width, dataset.height))
         except Exception as error:  # damaged XML may hold anything

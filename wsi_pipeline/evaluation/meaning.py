@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from wsi_pipeline.annotations import is_ignored
 from wsi_pipeline.errors import EvaluationError
+from wsi_pipeline.evaluation.confusion import IGNORE, Mask
 from wsi_pipeline.report.record import UNREADABLE
 
 LARGEST_VALUE = 65_535
+BACKGROUND = "Background"
+ADVICE = (
+    "say what they are, as in --truth-values Tumor=1,20 or Background=2,3, --ignore 255, "
+    "Background=others, or, of a mask that went through JPEG, Tumor=128+"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,12 +28,76 @@ class Values:
     """What the values of a mask without names mean.
 
     Attributes:
-        classes: mask values by the class's name; other values are background.
+        classes: mask values by the class's name.
         ignored: mask values that are not judged.
+        background: mask values that are background, unless they are named above; None = all others.
     """
 
-    classes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    ignored: tuple[int, ...] = ()
+    classes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ignored: Sequence[int] = ()
+    background: Sequence[int] | None = (0,)
+
+
+class Lookup:
+    """What turns the values of a mask into class indices.
+
+    Args:
+        path: of the mask.
+        values: what they mean.
+        indices: class index by name; other classes are background.
+        advice: what to do about values without a meaning.
+    """
+
+    def __init__(
+        self, path: Path, values: Values, indices: Mapping[str, int], *, advice: str = ADVICE
+    ) -> None:
+        self._path, self._advice = path, advice
+        self._table = np.zeros(LARGEST_VALUE + 1, np.uint8)
+        self._has_meaning = np.full(len(self._table), values.background is None)
+        self._has_meaning[list(values.background or ())] = True
+        for name, codes in values.classes.items():
+            self._table[list(codes)] = indices.get(name, 0)
+            self._has_meaning[list(codes)] = True
+        self._table[list(values.ignored)] = IGNORE
+        self._has_meaning[list(values.ignored)] = True
+
+    def __call__(
+        self, codes: npt.NDArray[Any], whole: Iterable[npt.NDArray[Any]] | None = None
+    ) -> Mask:
+        """Return the class index of each value.
+
+        Args:
+            codes: values, of any shape.
+            whole: all of the mask, in pieces, to be counted where a value is refused.
+
+        Raises:
+            EvaluationError: values that no mask has, or that nothing gives a meaning: none of them
+                is silently background.
+        """
+        codes = self._checked(codes)
+        if not self._has_meaning[codes].all():
+            counts = np.zeros(len(self._table), np.int64)
+            for piece in whole or (codes,):
+                counts += np.bincount(self._checked(piece).ravel(), minlength=len(counts))
+            strange = np.flatnonzero((counts > 0) & ~self._has_meaning)
+            some = ", ".join(map(str, strange[:5])) + ", …" * (len(strange) > 5)
+            number, total = int(counts[strange].sum()), int(counts.sum())
+            raise EvaluationError(
+                f"{self._path} holds values without a meaning: {len(strange)} ({some}), "
+                f"{number:,} of {total:,} pixels, {number / total:.2%}; {self._advice}"
+            )
+        return np.asarray(self._table[codes])
+
+    def _checked(self, codes: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return values as whole numbers that a mask may have."""
+        if codes.dtype.kind == "f" and (codes != np.floor(codes)).any():
+            raise EvaluationError(f"{self._path} holds fractions; a mask has whole numbers")
+        if codes.size and not 0 <= codes.min() <= codes.max() <= LARGEST_VALUE:
+            raise EvaluationError(
+                f"{self._path} holds values from {codes.min():g} to {codes.max():g}; a mask has "
+                f"whole numbers, 0 to {LARGEST_VALUE}"
+            )
+        return codes if codes.dtype in (np.uint8, np.uint16) else codes.astype(np.uint16)
 
 
 def settle(path: Path, own: Values, given: Values, renamed: Mapping[str, str]) -> Values:
@@ -54,7 +128,7 @@ def settle(path: Path, own: Values, given: Values, renamed: Mapping[str, str]) -
             classes[new] = (*classes.get(new, ()), *codes)
     if twice := ignored & {code for codes in classes.values() for code in codes}:
         raise EvaluationError(f"{path}: the values {sorted(twice)} are a class and ignored")
-    return Values(classes=classes, ignored=tuple(sorted(ignored)))
+    return Values(classes=classes, ignored=tuple(sorted(ignored)), background=given.background)
 
 
 def named(classes: Mapping[int, str]) -> Values:

@@ -11,13 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import EvaluationError, SourceError
-from wsi_pipeline.evaluation.confusion import IGNORE, Mask
-from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
+from wsi_pipeline.evaluation.confusion import Mask
+from wsi_pipeline.evaluation.meaning import ADVICE, Lookup, Values
 from wsi_pipeline.files.paths import quiet
+from wsi_pipeline.geometry import Shape
 from wsi_pipeline.sources.radiology.alignment import turned_onto
-from wsi_pipeline.sources.radiology.discover import is_dicom, kind_of
+from wsi_pipeline.sources.radiology.dicom import read_tags
+from wsi_pipeline.sources.radiology.discover import kind_of
 from wsi_pipeline.sources.radiology.volume import open_volume
 
+SEGMENTATIONS = "1.2.840.10008.5.1.4.1.1.66."
+"""How DICOM's UIDs of segmentations begin."""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -31,6 +35,7 @@ class LabelVolume:
         affine: (4, 4), maps (x, y, z, 1) voxel indices to mm in RAS+.
         values: what they mean.
         is_part: whether it may end before its image does, as segmentations of DICOM may.
+        is_planar: whether it is of a planar image, which has no place in a body.
     """
 
     path: Path
@@ -38,6 +43,7 @@ class LabelVolume:
     affine: npt.NDArray[np.float64]
     values: Values
     is_part: bool = False
+    is_planar: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -49,34 +55,43 @@ class LabelVolume:
         """Return (z, y, x) mm between voxels."""
         return tuple(map(float, np.linalg.norm(self.affine[:3, :3], axis=0)[::-1]))
 
-    def indices(self, indices: Mapping[str, int], onto: LabelVolume) -> Mask:
+    def indices(
+        self,
+        indices: Mapping[str, int],
+        shape: Shape,
+        onto: npt.NDArray[np.float64],
+        *,
+        advice: str = ADVICE,
+    ) -> Mask:
         """Return the class index of each voxel of another volume, (z, y, x).
 
         Args:
             indices: class index by name; other classes are background.
-            onto: whose axes count.
+            shape: (z, y, x) of the other.
+            onto: affine of the other.
+            advice: what to do about values without a meaning.
 
         Raises:
-            EvaluationError: it does not lie where the other does.
+            EvaluationError: it lies elsewhere, or holds values without a meaning.
         """
-        table = np.zeros(LARGEST_VALUE + 1, np.uint8)
-        for name, codes in self.values.classes.items():
-            table[list(codes)] = indices.get(name, 0)
-        table[list(self.values.ignored)] = IGNORE
+        found = Lookup(self.path, self.values, indices, advice=advice)(self.codes)
         try:
-            turned = turned_onto(
-                table[self.codes], self.affine, onto.codes.shape, onto.affine, is_part=self.is_part
-            )
+            turned = turned_onto(found, self.affine, shape, onto, is_part=self.is_part)
         except SourceError as error:
             raise EvaluationError(f"{self.path} {error}") from error
         return np.ascontiguousarray(turned)
 
 
-def is_volume(path: Path) -> bool:
-    """Return whether a file is a mask of a volume."""
-    if is_dicom(path):
-        return open_labels(path).is_part
-    return path.is_file() and kind_of(path) in ("NIfTI", "NRRD")
+def is_labels(path: Path) -> bool:
+    """Return whether a file is a mask for `open_labels`, by its first bytes and its header."""
+    kind = kind_of(path) if path.is_file() else ""
+    if kind != "DICOM":
+        return kind in ("NIfTI", "NRRD")
+    try:
+        return str(read_tags(path).get("SOPClassUID", "")).startswith(SEGMENTATIONS)
+    except SourceError:
+        # whoever opens it says why
+        return True
 
 
 def open_labels(path: Path) -> LabelVolume:
@@ -93,12 +108,7 @@ def open_labels(path: Path) -> LabelVolume:
             affine = volume.affine
     except SourceError as error:
         raise EvaluationError(str(error)) from error
-    if (codes != np.floor(codes)).any() or codes.min() < 0 or codes.max() > LARGEST_VALUE:
-        raise EvaluationError(
-            f"{path} holds values from {codes.min():g} to {codes.max():g}; a mask has whole "
-            f"numbers, 0 to {LARGEST_VALUE}"
-        )
-    return LabelVolume(path=path, codes=codes.astype(np.uint16), affine=affine, values=Values())
+    return LabelVolume(path=path, codes=codes, affine=affine, values=Values())
 
 
 def _open_segmentation(path: Path) -> LabelVolume:
@@ -126,6 +136,7 @@ def _open_segmentation(path: Path) -> LabelVolume:
                     codes=_planar(found),
                     affine=np.eye(4),
                     values=Values(classes=classes),
+                    is_planar=True,
                 )
             volume = found.get_volume(combine_segments=True)
     except Exception as error:  # highdicom raises anything, and may quote the patient's values

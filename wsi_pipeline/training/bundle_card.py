@@ -248,10 +248,19 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
             else f"| {p} | {c} | | | 0 | {s.called:.3f} | |"
             for p, c, s in cells
         ]
-    for name in dict.fromkeys(c for _, c, _ in cells):
-        own = [s for _, c, s in cells if c == name and s.share > 0] or [
-            s for _, c, s in cells if c == name
-        ]
+    absent = []
+    for i, name in enumerate(dict.fromkeys(c for _, c, _ in cells), 1):
+        without = [f.pixels.confusion for f in judged.values() if not f.pixels.confusion[i].any()]
+        if without:
+            called, known = (int(n) for n in (np.sum(without, (0, 1))[i], np.sum(without)))
+            absent += [
+                "",
+                f"- {len(without)} of {len(judged)} show no {name}, and have no Dice: {called:,} "
+                f"of their {known:,} px are called so",
+            ]
+        own = [s for _, c, s in cells if c == name and s.share > 0]
+        if not own:
+            continue
         dice, iou, share, called, everywhere = (
             sum(getattr(s, f) for s in own) / len(own)
             for f in ("dice", "iou", "share", "called", "everywhere_dice")
@@ -260,7 +269,7 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
             f"| **mean of {len(own)}** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
             f"| {called:.3f} | {everywhere:.3f} |"
         )
-    return "\n".join([*rows, *_intervals(recipe, judged)])
+    return "\n".join([*rows, *absent, *_intervals(recipe, judged)])
 
 
 def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
@@ -277,6 +286,8 @@ def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
         "",
     ]
     for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
+        if not score.share:
+            continue
         dice, iou = by_class["dice"][:, i], by_class["iou"][:, i]
         lines.append(
             f"- {name}: Dice {score.dice:.3f} ({dice[0]:.3f} to {dice[1]:.3f}), "
@@ -301,8 +312,9 @@ def _image_lines(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
             )
             for f, c in zip(figures, each, strict=True)
         ]
-        dice, iou = (_mean_with_interval(np.stack(sums)[:, [k, 2]]) for k in (0, 1))
-        lines.append(f"- {info.name}: Dice {dice}, IoU {iou}")
+        if np.sum(sums, axis=0)[2]:
+            dice, iou = (_mean_with_interval(np.stack(sums)[:, [k, 2]]) for k in (0, 1))
+            lines.append(f"- {info.name}: Dice {dice}, IoU {iou}")
         # images without the class, those of them with any pixel called it
         clean = [
             np.array([(c[~c[:, i].any(1)].sum(1)[:, i] > 0).sum(), (~c[:, i].any(1)).sum()])

@@ -214,7 +214,8 @@ def fit(
                 _log(at, rate)
             if is_look and watched:
                 seen = measure(_ready(average), recipe.bundle, watched)
-                at.history[-1]["held_out_dice"] = mean_dice(seen, recipe.bundle)
+                if not math.isnan(dice := mean_dice(seen, recipe.bundle)):
+                    at.history[-1]["held_out_dice"] = dice
             if is_look and validation:
                 judged = measure(_ready(average), recipe.bundle, validation)
                 if recipe.bundle.labels:
@@ -291,9 +292,12 @@ class State:
 
         Args:
             at: told of it.
-            dice: that they reach.
+            dice: that they reach; NaN where those patients show no class.
             folder: for the best checkpoint, or None.
         """
+        if math.isnan(dice):
+            logger.warning("the validation patients show no class: no weights are chosen by them")
+            return
         at.history[-1]["validation_dice"] = dice
         if at.best is not None and dice <= at.best:
             at.stale += 1

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
 from PIL import UnidentifiedImageError
@@ -14,22 +14,39 @@ from torch import Tensor
 
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.confusion import IGNORE
+from wsi_pipeline.evaluation.confusion import IGNORE, Mask
+from wsi_pipeline.evaluation.inputs import read_mask
+from wsi_pipeline.evaluation.meaning import Lookup, Values
+from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.geometry import Shape
-from wsi_pipeline.sources.radiology.alignment import turned_onto
 from wsi_pipeline.sources.radiology.image import Image
 from wsi_pipeline.sources.radiology.preprocess import Preparation, open_scan, prepare
-from wsi_pipeline.sources.radiology.volume import Volume, open_volume
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
-Table = npt.NDArray[np.uint8]
 UNREADABLE = (OSError, UnidentifiedImageError, Pictures.DecompressionBombError)
 """What Pillow raises on a damaged picture."""
+ADVICE = (
+    'the recipe must name them in `classes`, `ignore` or `background` (a list, or "others"), or, '
+    "of masks that went through JPEG, give a `threshold`"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meaning:
+    """What the values of masks mean to a network.
+
+    Attributes:
+        values: by the names of classes.
+        indices: class index by name.
+    """
+
+    values: Values
+    indices: Mapping[str, int]
 
 
 def read_picture(
-    path: Path, mask_path: Path, *, table: Table, channels: int, factor: float
+    path: Path, mask_path: Path, *, meaning: Meaning, channels: int, factor: float
 ) -> Read:
     """Decode a tile of a slide with its mask; return both at the network's resolution.
 
@@ -38,20 +55,20 @@ def read_picture(
     Args:
         path: of the picture.
         mask_path: of the mask, of the same size.
-        table: class index of each mask value.
+        meaning: of the mask's values.
         channels: that the network sees, 1 or 3.
         factor: pixels of the network per pixel of both, along an axis.
 
     Raises:
         RecipeError: unreadable, or of different sizes.
+        EvaluationError: a mask that is none, or with values without a meaning.
     """
     try:
         with Pictures.open(path) as opened:
             image = _pixels(opened, channels)
     except UNREADABLE as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    truth = _class_index(_codes(mask_path), table, mask_path)
-    _check_same(truth.shape, tuple(image.shape[1:]), mask_path)
+    truth = _planar_truth(mask_path, meaning, tuple(image.shape[1:]))
     height, width = (max(1, round(n * factor)) for n in truth.shape)
     return _resized(image, (height, width)), _resized_mask(truth, (height, width))
 
@@ -69,28 +86,6 @@ def _pixels(image: Pictures.Image, channels: int) -> Tensor:
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
 
 
-def _one_band(codes: npt.NDArray[Any], path: Path) -> npt.NDArray[Any]:
-    """Return a mask's values where its picture has them in each of its colours."""
-    if codes.ndim == 2:
-        return codes
-    colours = codes[..., : codes.shape[2] - (codes.shape[2] in (2, 4))]  # without transparency
-    if (colours != colours[..., :1]).any():
-        raise RecipeError(f"{path} is a picture in colour; expected one value a pixel")
-    return np.asarray(colours[..., 0])
-
-
-def _class_index(codes: npt.NDArray[Any], table: Table, path: Path) -> Table:
-    """Return the class index of each pixel of a mask."""
-    if codes.dtype.kind not in "biu":
-        if (codes != np.floor(codes)).any():
-            raise RecipeError(f"{path} holds fractions; expected one whole value a pixel")
-        codes = codes.astype(np.int64)
-    codes = codes.astype(np.uint8) if codes.dtype == bool else codes
-    if codes.size and (codes.min() < 0 or codes.max() >= len(table)):
-        raise RecipeError(f"{path} holds {codes.max()}; expected values from 0 to {len(table) - 1}")
-    return np.asarray(table[codes])
-
-
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Return a picture at another size, antialiased when reducing."""
     if size == tuple(image.shape[1:]):
@@ -104,7 +99,7 @@ def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack(planes))
 
 
-def _resized_mask(truth: Table, size: tuple[int, int]) -> Tensor:
+def _resized_mask(truth: Mask, size: tuple[int, int]) -> Tensor:
     if size != truth.shape:
         truth = np.asarray(
             Pictures.fromarray(truth).resize(size[::-1], Pictures.Resampling.NEAREST)
@@ -112,7 +107,7 @@ def _resized_mask(truth: Table, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.array(truth))
 
 
-def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> Read:
+def read_scan(path: Path, mask_path: Path, *, meaning: Meaning, spec: InputSpec) -> Read:
     """Decode a planar image or a volume with its mask; return both as the network sees them.
 
     The pixels are those that `segment` would show it. What is padded is unknown.
@@ -121,48 +116,37 @@ def read_scan(path: Path, mask_path: Path, *, table: Table, spec: InputSpec) -> 
         path: of the image or volume.
         mask_path: of the mask, of the same size, or a volume that lies in the same place of the
             body, whatever the order and direction of its axes.
-        table: class index of each mask value.
+        meaning: of the mask's values.
         spec: how the network wants to see it.
 
     Raises:
         SourceError: unreadable.
-        RecipeError: of different sizes, or a mask that is none.
+        RecipeError: of different sizes.
+        EvaluationError: a mask that is none, lies elsewhere, or has values without a meaning.
     """
     axes = len(spec.patch_size)
     with open_scan(path, axes=axes, time_points=spec.time_points) as scan:
-        codes = _codes(mask_path) if isinstance(scan, Image) else _codes_on(scan, mask_path)
-        truth = _class_index(codes, table, mask_path)
-        _check_same(truth.shape, scan.shape, mask_path)
+        if isinstance(scan, Image):
+            truth = _planar_truth(mask_path, meaning, scan.shape)
+        else:
+            labels = replace(open_labels(mask_path), values=meaning.values)
+            truth = labels.indices(meaning.indices, scan.shape, scan.affine, advice=ADVICE)
         made = prepare(scan, spec)
         pixels = made.read(scan, (0,) * axes, made.shape)
     image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
     return image, torch.from_numpy(_on_grid(truth, made))
 
 
-def _codes(path: Path) -> npt.NDArray[Any]:
-    """Return the values of a picture that is a mask, (y, x)."""
-    try:
-        with Pictures.open(path) as opened:
-            return _one_band(np.asarray(opened), path)
-    except UNREADABLE as error:
-        raise RecipeError(f"cannot read {path}: {error}") from error
-
-
-def _codes_on(volume: Volume, path: Path) -> npt.NDArray[Any]:
-    """Return the values of a mask, (z, y, x), turned so that it lies on its volume."""
-    with open_volume(path) as mask:
-        codes = mask.read((0, 0, 0), mask.shape)[..., 0]
-        return turned_onto(codes, mask.affine, volume.shape, volume.affine)
-
-
-def _check_same(mask: Shape, image: Shape, path: Path) -> None:
-    """Refuse a mask of another size than its image."""
-    if mask != image:
-        sides = [" × ".join(map(str, shape[::-1])) for shape in (mask, image)]
+def _planar_truth(path: Path, meaning: Meaning, image: Shape) -> Mask:
+    """Return the class index of each pixel of a mask, which is of the size of its image."""
+    codes = read_mask(path)
+    if codes.shape != image:
+        sides = [" × ".join(map(str, shape[::-1])) for shape in (codes.shape, image)]
         raise RecipeError(f"{path} has {sides[0]} pixels, its image {sides[1]}")
+    return Lookup(path, meaning.values, meaning.indices, advice=ADVICE)(codes)
 
 
-def _on_grid(truth: Table, made: Preparation) -> Table:
+def _on_grid(truth: Mask, made: Preparation) -> Mask:
     """Return the class index nearest to the centre of each pixel of the network's grid."""
     if made.is_mirrored:
         truth = truth[:, ::-1]

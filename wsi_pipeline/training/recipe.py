@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from wsi_pipeline.bundle import Bundle, parse_bundle
 from wsi_pipeline.errors import BundleError, RecipeError
+from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
 from wsi_pipeline.options import Frame
 
 Loss = Literal["ce+dice", "ce", "dice"]
@@ -188,12 +189,16 @@ class DataSpec:
         mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
             `{patient}` the patient.
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
-        background: names of annotations that are background. Areas of other classes, and what lies
-            in no area, are neither learnt nor judged.
+        background: names of annotations that are background: areas of other classes, and what lies
+            in no area, are neither learnt nor judged. Of masks the values besides 0 that are
+            background, or "others": all that nothing else names. Values without a meaning are
+            refused.
+        threshold: of masks that went through JPEG: values from here on are the one class, those
+            below are background.
         empty: in place of `masks` and `annotations`, true: the images show no class at all.
         frame: origin of annotations on slides with bounds.
         mpp: µm per pixel of pictures and masks; of a slide, in place of what its file says.
-        ignore: mask values that are neither learnt nor judged. All others are background.
+        ignore: mask values that are neither learnt nor judged.
         label: what the network is to say of the whole patch, one of the bundle's labels; None with
             labels = whether there is a pixel of any class in it.
     """
@@ -210,7 +215,8 @@ class DataSpec:
     masks: str | None = None
     mask_name: str = "{stem}.png"
     annotations: str | None = None
-    background: tuple[str, ...] = ()
+    background: tuple[int | str, ...] | Literal["others"] = ()
+    threshold: int | None = None
     empty: bool = False
     frame: Frame = "qupath"
     mpp: float | None = None
@@ -240,12 +246,7 @@ class DataSpec:
             )
         if self.empty == bool(self.classes):
             raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
-        kind: type = int if self.annotations is None else str
-        given = [v for values in self.classes.values() for v in values]
-        if not all(type(v) is kind for v in given):
-            raise ValueError(f"{where}: classes has {given}; expected {NAMES_OF[kind]}")
-        if len(set(given)) != len(given):
-            raise ValueError(f"{where}: classes has {given}; the same twice")
+        self._check_values(where)
         if self.patients is not None:
             try:
                 re.compile(self.patients)
@@ -257,6 +258,43 @@ class DataSpec:
             raise ValueError(f"{where}: weight is {self.weight}; expected a number above 0")
         if self.frame not in get_args(Frame):
             raise ValueError(f"{where}: frame {self.frame!r} is none of {get_args(Frame)}")
+
+    def _check_values(self, where: str) -> None:
+        """Refuse mask values, or names of annotations, that are none or mean two things."""
+        kind: type = int if self.annotations is None else str
+        background = () if self.background == "others" and kind is int else self.background
+        if isinstance(background, str):
+            raise ValueError(f"{where}: background is {background!r}; expected a list")
+        lists = {**self.classes, "background": background}
+        for name, values in lists.items():
+            if not all(type(v) is kind for v in values):
+                raise ValueError(f"{where}: {name} has {list(values)}; expected {NAMES_OF[kind]}")
+        given = [v for values in lists.values() for v in values] + [*self.ignore]
+        if len(set(given)) != len(given):
+            raise ValueError(f"{where}: {', '.join(lists)} and ignore have {given}; the same twice")
+        numbers = [v for v in (*given, self.threshold) if not isinstance(v, str) and v is not None]
+        if not all(type(v) is int and 0 <= v <= LARGEST_VALUE for v in numbers):
+            raise ValueError(f"{where}: has {numbers}; masks have values from 0 to {LARGEST_VALUE}")
+        if self.threshold is None:
+            return
+        if self.masks is None or len(self.classes) != 1 or self.ignore or self.background:
+            raise ValueError(
+                f"{where}: 'threshold' is for masks of one class, without ignore and background"
+            )
+        if min(numbers) < self.threshold:
+            raise ValueError(f"{where}: classes has {given}, below the threshold {self.threshold}")
+
+    @property
+    def values(self) -> Values:
+        """Return what the values of its masks mean."""
+        if self.threshold is not None:
+            of_class = range(self.threshold, LARGEST_VALUE + 1)
+            return Values(
+                classes=dict.fromkeys(self.classes, of_class), background=range(self.threshold)
+            )
+        background = None if self.background == "others" else (0, *map(int, self.background))
+        classes = {name: tuple(map(int, values)) for name, values in self.classes.items()}
+        return Values(classes=classes, ignored=self.ignore, background=background)
 
 
 NAMES_OF: dict[type, str] = {int: "mask values", str: "names of annotations"}

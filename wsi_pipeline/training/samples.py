@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, Canvas
 from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
-from wsi_pipeline.training.pictures import Read, read_picture, read_scan
+from wsi_pipeline.training.pictures import Meaning, Read, read_picture, read_scan
 from wsi_pipeline.training.recipe import DataSpec, Recipe
 
 __all__ = ["IGNORE", "UNLABELLED", "Sample", "load_samples"]
@@ -230,7 +229,7 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
             except (WsiPipelineError, OSError) as error:
                 if isinstance(error, RecipeError):
                     raise
-                raise RecipeError(f"cannot learn from {image} with {truth}: {error}") from error
+                raise RecipeError(f"cannot learn from {image}: {error}") from error
     return samples
 
 
@@ -363,14 +362,16 @@ class Told:
 def _decoded(
     image: Path, mask: Path, told: Told, spec: DataSpec, recipe: Recipe, cache: Cache
 ) -> Sample:
-    table = _table(spec, recipe)
+    meaning = Meaning(
+        values=spec.values, indices={name: _index(name, recipe) for name in spec.classes}
+    )
     wanted = recipe.bundle.input
 
     def load() -> Read:
         if spec.mpp is None:
-            return read_scan(image, mask, table=table, spec=wanted)
+            return read_scan(image, mask, meaning=meaning, spec=wanted)
         factor = spec.mpp / recipe.bundle.mpp
-        return read_picture(image, mask, table=table, channels=wanted.channels, factor=factor)
+        return read_picture(image, mask, meaning=meaning, channels=wanted.channels, factor=factor)
 
     pixels, truth = cache.get(image, load)
     dark = float(pixels.min()) if wanted.scale == "zscore" else 0.0
@@ -395,7 +396,7 @@ def _annotated(
     closing: ExitStack,
 ) -> Sample:
     slide = closing.enter_context(open_source(path, mpp=spec.mpp))
-    indices = dict.fromkeys(spec.background, 0)
+    indices = dict.fromkeys(map(str, spec.background), 0)
     for name, given in spec.classes.items():
         indices |= dict.fromkeys(map(str, given), _index(name, recipe))
     if spec.empty:
@@ -422,15 +423,6 @@ def _annotated(
         weight=spec.weight,
         digest=slide.fingerprint,
     )
-
-
-def _table(spec: DataSpec, recipe: Recipe) -> npt.NDArray[np.uint8]:
-    """Return the class index of each mask value."""
-    table = np.zeros(1 << 16, np.uint8)
-    for name, values in spec.classes.items():
-        table[[int(value) for value in values]] = _index(name, recipe)
-    table[list(spec.ignore)] = IGNORE
-    return table
 
 
 def _index(name: str, recipe: Recipe) -> int:

@@ -141,7 +141,9 @@ def _judged(
     draw_cases(fitted.network, recipe.bundle, split.test, judged, path.with_name(CASES))
     for patient, found in judged.items():
         for class_name, score in scores_of(found.pixels, recipe.bundle).items():
-            logger.info("held out %s: %s Dice %.3f", patient, class_name, score.dice)
+            nothing = f"not there, called so in {score.called:.3f}"
+            what = f"Dice {score.dice:.3f}" if score.share else nothing
+            logger.info("held out %s: %s %s", patient, class_name, what)
     if recipe.bundle.labels:
         logger.info("held out %s: labels of %.1f %% right", split.name, 100 * accuracy(judged))
     with writing(path), written_beside(path) as partial:

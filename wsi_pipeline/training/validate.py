@@ -30,11 +30,11 @@ class Score:
     """Agreement of one class over all pixels of some images.
 
     Attributes:
-        dice: 2 · overlap / (predicted + true).
-        iou: overlap / union.
+        dice: 2 · overlap / (predicted + true); NaN where the truth does not show the class.
+        iou: overlap / union; likewise.
         share: of the class in the truth.
         called: share of what is known that was called the class.
-        everywhere_dice: Dice of the answer "this class everywhere".
+        everywhere_dice: Dice of the answer "this class everywhere"; NaN as that.
     """
 
     dice: float
@@ -180,17 +180,17 @@ def _drawn(
 
 
 def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
-    """Return each class's score but the background's; 0 where a figure has no meaning."""
+    """Return each class's score but the background's."""
     figures = class_figures(tally.confusion, tally.borders)
     found, true = tally.confusion.sum(0), tally.confusion.sum(1)
     pixels = max(1, int(true.sum()))
     return {
         info.name: Score(
-            dice=_or_nothing(figures["dice"][i]),
-            iou=_or_nothing(figures["iou"][i]),
+            dice=float(figures["dice"][i]),
+            iou=float(figures["iou"][i]),
             share=int(true[i]) / pixels,
             called=int(found[i]) / pixels,
-            everywhere_dice=2 * int(true[i]) / (pixels + int(true[i])),
+            everywhere_dice=2 * int(true[i]) / (pixels + int(true[i])) if true[i] else math.nan,
         )
         for i, info in enumerate(bundle.classes)
         if i > 0
@@ -198,19 +198,16 @@ def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
 
 
 def mean_dice(judged: Mapping[str, Judged], bundle: Bundle) -> float:
-    """Return the mean over the classes of the Dice of all patients' pixels together."""
+    """Return the mean, over the classes that there are, of the Dice of all pixels; NaN of none."""
     scores = scores_of(sum(judged.values(), start=Judged.empty(bundle)).pixels, bundle)
-    return sum(s.dice for s in scores.values()) / len(scores)
+    shown = [s.dice for s in scores.values() if s.share > 0]
+    return sum(shown) / len(shown) if shown else math.nan
 
 
 def accuracy(judged: Mapping[str, Judged]) -> float:
     """Return the share of all patients' patches that were given the right label, NaN of none."""
     labels = sum(found.labels for found in judged.values())
     return float(np.trace(labels) / np.sum(labels)) if np.any(labels) else math.nan
-
-
-def _or_nothing(value: float) -> float:
-    return 0.0 if value != value else float(value)
 
 
 def decided(certain: Tensor) -> Tensor:

@@ -172,13 +172,13 @@ def series_of(path: Path) -> Series:
 
 def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Return the files that look like DICOM, and the others that are no known companions."""
-    files = [p for p in sorted(paths) if p.is_file() and not _is_beside(p)]
+    files = [p for p in sorted(paths) if p.is_file() and not is_beside(p)]
     dicom = [path for path in files if is_dicom(path)]
     known = set(dicom)
     return dicom, [path for path in files if path not in known]
 
 
-def _is_beside(path: Path) -> bool:
+def is_beside(path: Path) -> bool:
     """Return whether a file lies beside images and is none, by its name."""
     name = path.name.lower()
     return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
@@ -216,5 +216,5 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
             continue
         if os.path.isdir(path):
             yield from _iter_folder(path, output, seen)
-        elif not _is_beside(path):
+        elif not is_beside(path):
             yield path
