@@ -93,14 +93,19 @@ def test_each_class_is_a_segment_that_names_the_model(tmp_path):
     assert np.abs(np.subtract(colors, [c.color for c in CLASSES[1:]])).max() <= 2
 
 
-def test_frames_of_an_enhanced_image_are_found_again(tmp_path):
-    order = (3, 0, 5, 2, 4, 1)
-    path = write_enhanced(tmp_path / "a.dcm", VOXELS, order=order, spacing=(2.5, 0.7, 0.6))
-    found = segment(tmp_path, open_volume(path), MASK)
+@pytest.mark.parametrize("times", [1, 2])
+def test_frames_of_an_enhanced_image_are_found_again(tmp_path, times):
+    order = (3, 0, 5, 2, 4, 1) if times == 1 else (9, 3, 0, 6, 5, 11, 2, 8, 4, 10, 1, 7)
+    voxels = np.concatenate([VOXELS] * times)
+    path = tmp_path / "a.dcm"
+    write_enhanced(path, voxels, order=order, spacing=(2.5, 0.7, 0.6), times=times)
+    found = segment(tmp_path, open_volume(path, time_points=[times - 1]), MASK)
     uid = dcmread(path).SOPInstanceUID
-    frames = [n for n, z in enumerate(order, start=1) if MASK[z].any()]
+    own = {n: z - 6 * (times - 1) for n, z in enumerate(order, start=1)}  # of the last time
+    frames = [n for n, z in own.items() if z >= 0 and MASK[z].any()]
     pixels = found.get_pixels_by_source_frame(uid, frames, combine_segments=True)
-    assert (pixels == MASK[[order[n - 1] for n in frames]]).all()
+    assert (pixels == MASK[[own[n] for n in frames]]).all()
+    assert len(frames) == 5
 
 
 @pytest.mark.parametrize("mask", [MASK[0], np.zeros_like(MASK[0])], ids=["some", "none"])

@@ -84,11 +84,10 @@ def write_dicom_seg(
         frames = np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:])
         film = _as_single_image(sources[0]) if isinstance(scan, Image) else None
         if film is None:
-            frames = _in_file_order(frames, slices, sources)
+            _keep_frames(sources, slices)
         try:
             segmentation = _segmentation(frames, sources, classes, model, version)
-            if film is not None:
-                _refer_to_frame(segmentation, film, slices[0][1])
+            _refer_to_frames(segmentation, film, [frame for _, frame in slices])
             _drop_half_measures(segmentation)
         except ImportError as error:
             raise StoreError(
@@ -127,15 +126,21 @@ def _as_single_image(header: Dataset) -> UID | None:
     return film
 
 
-def _refer_to_frame(segmentation: Dataset, film: UID, frame: int) -> None:
-    """Say that a segmentation was made of one frame, from 0, of a film of some class."""
+def _refer_to_frames(segmentation: Dataset, film: UID | None, frames: Sequence[int]) -> None:
+    """Say which frames of a file, from 0, a segmentation was made of, and of which kind of film."""
     for element in segmentation.iterall():
-        if element.keyword == "ReferencedSOPClassUID":
+        if film is not None and element.keyword == "ReferencedSOPClassUID":
             element.value = film
-    for groups in segmentation.PerFrameFunctionalGroupsSequence:
-        for derivation in groups.DerivationImageSequence:
-            for source in derivation.SourceImageSequence:
-                source.ReferencedFrameNumber = frame + 1
+    # segments of one frame share what they say of it
+    sources = {
+        id(source): source
+        for groups in segmentation.PerFrameFunctionalGroupsSequence
+        for derivation in groups.get("DerivationImageSequence", ())
+        for source in derivation.SourceImageSequence
+        if film is not None or "ReferencedFrameNumber" in source
+    }
+    for source in sources.values():
+        source.ReferencedFrameNumber = frames[int(source.get("ReferencedFrameNumber", 1)) - 1] + 1
 
 
 def _drop_half_measures(segmentation: Dataset) -> None:
@@ -149,23 +154,21 @@ def _drop_half_measures(segmentation: Dataset) -> None:
         del shared.PixelMeasuresSequence
 
 
-def _in_file_order(
-    mask: npt.NDArray[np.uint8],
-    slices: Sequence[tuple[Path, int]],
-    sources: Sequence[Dataset],
-) -> npt.NDArray[np.uint8]:
-    """Return the mask's slices in the order in which the files have their frames."""
-    counts = [int(source.get("NumberOfFrames") or 1) for source in sources]
-    if max(counts) == 1:
-        return mask
+def _keep_frames(sources: Sequence[Dataset], slices: Sequence[tuple[Path, int]]) -> None:
+    """Leave in a file of many frames those of the volume alone, in its order.
+
+    highdicom takes no two frames in one place, as those of several times are.
+    """
+    if all(int(source.get("NumberOfFrames") or 1) == 1 for source in sources):
+        return
     if len(sources) > 1:
         raise StoreError(
             f"{slices[0][0].parent}: slices in {len(sources)} files of many frames; a segmentation "
             "refers to one such file"
         )
-    frames = np.zeros((counts[0], *mask.shape[1:]), np.uint8)
-    frames[[frame for _, frame in slices]] = mask
-    return frames
+    groups = sources[0].PerFrameFunctionalGroupsSequence
+    sources[0].PerFrameFunctionalGroupsSequence = [groups[frame] for _, frame in slices]
+    sources[0].NumberOfFrames = len(slices)
 
 
 def _segmentation(
