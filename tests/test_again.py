@@ -8,13 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from urllib import request
 
+import nibabel
+import numpy as np
+import pydicom
 import pytest
 from bundles import pointwise_bundle
 from click.testing import CliRunner
+from highdicom.seg import segread
+from PIL import Image
+from scans import blobs, scan_bundle, write_series
+from shapely.geometry import box, shape
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import BusyError, StoreError
+from wsi_pipeline.errors import BusyError, SourceError, StoreError
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.options import (
     ExportOptions,
@@ -189,7 +196,7 @@ def edit(folder, change):
         (lambda f: shutil.rmtree(f / "mask.ome.zarr"), "has no finished mask.ome.zarr; segment"),
         (lambda f: (f / "run.json").unlink(), "cannot read .*run.json"),
         (lambda f: (f / "run.json").write_text("{"), "is not a run of this version"),
-        (lambda f: edit(f, lambda r: r["slide"].update(spacing_mm=[1, 1])), "export is for slides"),
+        (lambda f: edit(f, lambda r: r["slide"].update(spacing_mm=[1, 1])), "is for slides"),
         (lambda f: edit(f, lambda r: r["settings"].pop("export")), "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["settings"].pop("predict")), "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["settings"]["export"].update(outputs=["nope"])),
@@ -244,7 +251,7 @@ def test_the_command_takes_runs_and_whole_output_folders(tmp_path, folder, made)
     said = invoke(output, "--simplify", 5, code=1)
     assert said.count("done: ") == 1
     assert "failed: " in said
-    assert "no finished slide in" in invoke(tmp_path / "alone" / "slide" / ".store", code=2)
+    assert "no finished run in" in invoke(tmp_path / "alone" / "slide" / ".store", code=2)
 
 
 # --- what a person made
@@ -446,3 +453,177 @@ def test_random_weights_are_said_wherever_results_are(tmp_path, bounded):
     (folder / "overlay.png").unlink()
     call("export", folder)
     assert (folder / "overlay.png").read_bytes() != stamped
+
+
+# --- images and volumes
+
+
+def segment_scan(path, bundle, output):
+    predict = PredictOptions(precision="fp32", device="cpu")
+    (job,) = plan_jobs([path], output)
+    with open_cluster(ScheduleOptions()) as client:
+        settings = Settings(predict=predict)
+        run = segment(job, load_bundle(bundle), client=client, settings=settings)
+    assert run.status == "done", run.reason
+    return job.folder
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Return a folder with an image, a DICOM series, and in `out` the folders of their runs."""
+    place = tmp_path_factory.mktemp("scans")
+    grey = (blobs((211, 301)) // 4).astype(np.uint8)
+    Image.fromarray(grey).save(place / "image.png")
+    model = scan_bundle(
+        place / "images", modality="image", resolution="fit = [211, 301]", patch_size=(128, 128)
+    )
+    segment_scan(place / "image.png", model, place / "out")
+    write_series(place / "ct", blobs((11, 41, 33)), spacing=(2.5, 0.8, 0.8), seed=3)
+    model = scan_bundle(
+        place / "volumes",
+        resolution="spacing_mm = [2.5, 0.8, 0.8]",
+        keys="scale = [0.0, 1024.0]",
+    )
+    segment_scan(place / "ct", model, place / "out")
+    return place
+
+
+@pytest.fixture
+def runs(tmp_path, scans):
+    """Return a copy of the runs, whose sources stay where they were."""
+    return Path(shutil.copytree(scans / "out", tmp_path / "out"))
+
+
+def segments(path):
+    """Return the pixels of a DICOM segmentation and the names of its segments."""
+    found = pydicom.dcmread(path)
+    return found.pixel_array, [segment.SegmentLabel for segment in found.SegmentSequence]
+
+
+def test_of_images_and_volumes_the_files_are_those_that_segment_wrote(runs, scans):
+    again = {
+        "image": ("mask.png", "annotations.geojson", "overlay.png"),
+        "ct": ("mask.nii.gz", "overlay.png"),
+    }
+    before = {name: load_run(scans / "out" / name) for name in again}
+    for name, files in again.items():
+        assert export_again(runs / name, {}) == before[name]
+        for file in files:
+            (runs / name / file).unlink()
+    (runs / "ct" / "mask.dcm").unlink()
+    assert invoke(runs).count("done: ") == 2
+    for name, files in again.items():
+        for file in files:
+            new, old = (place / name / file for place in (runs, scans / "out"))
+            assert new.read_bytes() == old.read_bytes(), file
+        now = told(load_run(runs / name))
+        expected = told(before[name])
+        for facts in (now, expected):
+            facts["files"].pop("mask.dcm", None)  # it has identifiers of its own
+        assert now == expected
+    new, old = (segments(place / "ct" / "mask.dcm") for place in (runs, scans / "out"))
+    assert np.array_equal(new[0], old[0])
+    assert new[1] == old[1] == ["Grey", "Bright"]
+
+
+def test_of_a_corrected_mask_of_an_image_all_is_made_and_the_mask_stays(runs, scans):
+    folder = runs / "image"
+    corrected = np.zeros((211, 301), np.uint8)
+    corrected[20:51, 100:177] = 2
+    corrected[25:30, 110:120] = 0
+    Image.fromarray(corrected).save(folder / "mask.png")
+    mine = (folder / "mask.png").read_bytes()
+    run = export_again(folder, {})
+    assert (folder / "mask.png").read_bytes() == mine
+    assert run.status == "done"
+    assert run.area_px == {"Grey": 0, "Bright": (corrected == 2).sum()}
+    assert {name: found["count"] for name, found in run.lesions.items()} == {"Grey": 0, "Bright": 1}
+    assert run.regions == {"Grey": 0, "Bright": 1}
+    assert any("the outputs are made of it" in text for text in run.warnings)
+    (feature,) = json.loads((folder / "annotations.geojson").read_text("utf-8"))["features"]
+    assert feature["properties"]["classification"]["name"] == "Bright"
+    outline = shape(feature["geometry"])
+    assert outline.equals(box(100, 20, 177, 51).difference(box(110, 25, 120, 30)))
+    small = np.asarray(Image.open(folder / "overlay.png").convert("RGB")).astype(int)[:211]
+    edge = np.argwhere((small[..., 0] > 150) & (small[..., 1] < 60))
+    assert (edge.min(axis=0) == (20, 100)).all()
+    # polygons that a person has corrected stay as well
+    edit_polygons(folder / "annotations.geojson")
+    mine = (folder / "annotations.geojson").read_bytes()
+    run = export_again(folder, {})
+    assert (folder / "annotations.geojson").read_bytes() == mine
+    assert (folder / "annotations.new.geojson").is_file()
+    assert sum("annotations.geojson was changed" in text for text in run.warnings) == 1
+
+
+def test_of_a_corrected_mask_of_a_volume_all_is_made_wherever_its_axes_lead(runs, scans):
+    folder = runs / "ct"
+    mask = nibabel.load(folder / "mask.nii.gz")
+    corrected = np.zeros(mask.shape, np.uint8)  # (x, y, z)
+    corrected[5:21, 10:30, 3:7] = 1
+    corrected[25:30, 30:38, 8:9] = 2
+    turned = nibabel.Nifti1Image(corrected, mask.affine).as_reoriented([[1, -1], [2, 1], [0, -1]])
+    assert turned.shape != mask.shape
+    nibabel.save(turned, folder / "mask.nii.gz")
+    mine = (folder / "mask.nii.gz").read_bytes()
+    run = export_again(folder, {})
+    assert (folder / "mask.nii.gz").read_bytes() == mine
+    ml = 2.5 * 0.8 * 0.8 / 1000
+    assert run.volume_ml == pytest.approx({"Grey": 16 * 20 * 4 * ml, "Bright": 5 * 8 * ml})
+    (listed,) = run.lesions["Grey"]["listed"]
+    assert (listed["start"], listed["stop"]) == ([5, 10, 3], [21, 30, 7])
+    found = segread(folder / "mask.dcm").get_volume(combine_segments=True)
+    grey = np.argwhere(np.asarray(found.array) == 1)
+    assert len(grey) == 16 * 20 * 4
+    # where each lies in the patient, LPS, against where nibabel says, RAS
+    places = np.array([found.map_indices_to_reference(grey[[i]])[0] for i in (0, -1)])
+    corners = nibabel.affines.apply_affine(mask.affine, [[5, 10, 3], [20, 29, 6]])
+    corners *= (-1, -1, 1)
+    assert np.allclose(np.sort(places, axis=0), np.sort(corners, axis=0), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "damage", "message"),
+    [
+        ("image", {"simplify_um": 2.0}, None, "--simplify is for slides"),
+        ("image", {"min_area_um2": 9.0}, None, "--min-area is for slides"),
+        ("ct", {"frame": "openslide"}, None, "--for is for slides"),
+        ("ct", {"tiff": "asap"}, None, "--tiff is for slides"),
+        ("ct", {"outputs": ("geojson",)}, None, "geojson is no output for volumes"),
+        ("image", {"outputs": ("nifti",)}, None, "nifti is no output for images"),
+        ("image", {"outputs": ("dicom",)}, None, "is no DICOM, which a DICOM segmentation must"),
+        ("image", {}, lambda f: (f / "overlay.png").unlink(), "overlay.png cannot be written: the "
+         "image was not found"),
+        ("ct", {}, lambda f: (f / "mask.dcm").unlink(), "mask.dcm cannot be written: the volume"),
+        ("image", {}, lambda f: Image.new("L", (301, 211), 7).save(f / "mask.png"),
+         "holds the value 7; its classes are 0 to 2"),
+        ("image", {}, lambda f: Image.new("RGB", (301, 211)).save(f / "mask.png"), "has colours"),
+        ("image", {}, lambda f: Image.new("L", (300, 211)).save(f / "mask.png"), "300 × 211 px"),
+        ("image", {}, lambda f: (f / "mask.png").write_bytes(b"nothing"), "cannot be read as a"),
+        ("ct", {}, lambda f: (f / "mask.nii.gz").write_bytes(b"nothing"), "cannot be read as a"),
+        ("image", {"outputs": ("png",)}, lambda f: (shutil.rmtree(f / ".store"),
+         (f / "mask.png").unlink()), "has no mask.png"),
+    ],
+)  # fmt: skip
+def test_what_an_image_or_volume_cannot_have_is_refused_and_all_left(
+    runs, scans, name, changes, damage, message
+):
+    folder = runs / name
+    if damage is not None:
+        damage(folder)
+    if "not found" in message or "mask.dcm" in message:
+        edit(folder, lambda run: run["slide"].update(path=str(runs / "gone")))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises((StoreError, SourceError), match=message):
+        export_again(folder, changes)
+    after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert after == before
+
+
+def test_polygons_of_an_image_need_neither_image_nor_model(runs):
+    folder = runs / "image"
+    wanted = (folder / "annotations.geojson").read_bytes()
+    edit(folder, lambda run: run["slide"].update(path=str(runs / "gone")))
+    (folder / "annotations.geojson").unlink()
+    assert export_again(folder, {}).status == "done"
+    assert (folder / "annotations.geojson").read_bytes() == wanted

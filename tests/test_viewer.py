@@ -5,6 +5,7 @@ import base64
 import contextlib
 import http.client
 import io
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
+import nibabel
 import numpy as np
 import pytest
 import shapely
@@ -31,6 +33,7 @@ import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
 from PIL import Image
+from scans import blobs, scan_bundle
 from shapely.geometry import shape
 from tornado.websocket import websocket_connect
 
@@ -595,7 +598,6 @@ def test_an_output_folder_lists_all_and_says_what_cannot_be_shown(folder, output
             facts = get_json(viewer, f"runs/{runs[name]['id']}")
             assert (runs[name]["status"], facts["problems"]) == ("done", [])
         assert "is not a run of this version" in runs["damaged"]["reason"]
-        assert "image or volume" in runs["image"]["reason"]
         assert runs["failed"]["reason"] == "no <b>scanner</b>"
         for name in ("damaged", "image", "odd"):
             assert sentence(viewer, f"runs/{name}")[0] == 500
@@ -610,10 +612,10 @@ def test_an_output_folder_lists_all_and_says_what_cannot_be_shown(folder, output
         assert "annotations.geojson" in sentence(viewer, "runs/no%20mask/at?x=0&y=0")[1]
         shutil.copytree(folder, out / "later")
         assert get_json(viewer, "runs/later")["problems"] == []
-    for name, said in (("image", "view shows slides"), ("damaged", "not a run of this version")):
-        with pytest.raises(StoreError, match=said):
+    for name in ("image", "damaged"):
+        with pytest.raises(StoreError, match="is not a run of this version"):
             serve(out / name)
-    with pytest.raises(StoreError, match="no finished slide in"):
+    with pytest.raises(StoreError, match="no finished run in"):
         serve(folder / ".store")
 
 
@@ -825,3 +827,331 @@ def test_connections_are_bounded(viewer):
             return
         time.sleep(0.2)
     pytest.fail("no answer")
+
+
+# --- images and volumes
+
+
+def segment_scan(path, model, output, *, outputs=()):
+    """Segment an image or volume; return the folder of its run."""
+    predict = PredictOptions(precision="fp32", device="cpu")
+    settings = Settings(predict=predict, export=ExportOptions(outputs=outputs))
+    (job,) = plan_jobs([path], output)
+    with open_cluster(ScheduleOptions()) as client:
+        run = segment(job, load_bundle(model), client=client, settings=settings)
+    assert run.status == "done", run.reason
+    return job.folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Return the output folder of a grey and of a coloured image of odd sizes."""
+    place = tmp_path_factory.mktemp("images")
+    grey = (blobs((533, 701)) // 4).astype(np.uint8)
+    Image.fromarray(grey).save(place / "grey.png")
+    Image.fromarray(np.stack([grey // 2, grey, 255 - grey], -1)[:, :500]).save(place / "rgb.png")
+    model = scan_bundle(
+        place / "model", modality="image", resolution="fit = [533, 701]", patch_size=(256, 256)
+    )
+    segment_scan(place / "grey.png", model, place / "out")
+    model = scan_bundle(
+        place / "rgb model", modality="image", resolution="fit = [533, 500]", patch_size=(256, 256)
+    )
+    segment_scan(place / "rgb.png", model, place / "out")
+    return place / "out"
+
+
+@pytest.mark.parametrize("name", ["grey", "rgb"])
+def test_an_image_is_shown_with_its_mask_and_polygons(images, name):
+    grey = [0.299, 0.587, 0.114]  # JPEG keeps colours at half the resolution
+    pixels = np.asarray(Image.open(images.parent / f"{name}.png").convert("RGB")) @ grey
+    classes = np.asarray(Image.open(images / name / "mask.png"))
+    colors = np.array([(0, 0, 0, 0), (200, 200, 0, 255), (200, 0, 0, 255)], np.uint8)
+    assert np.bincount(classes.ravel(), minlength=3).min() > 1000
+    with serve(images) as viewer:
+        assert [run["status"] for run in get_json(viewer, "runs")] == ["done", "done"]
+        facts = get_json(viewer, f"runs/{name}")
+        assert (facts["kind"], facts["problems"], facts["mpp"]) == ("image", [], None)
+        assert (facts["size"], facts["unit"]) == ([*classes.shape[::-1]], "px")
+        assert [of["amount"] for of in facts["classes"]] == [
+            None, (classes == 1).sum(), (classes == 2).sum(),
+        ]  # fmt: skip
+        sizes = [level["size"] for level in facts["slide"]]
+        assert sizes == [list(classes.shape[::-1]), [-(-n // 2) for n in classes.shape[::-1]]]
+        h, w = (2 * (n // 2) for n in classes.shape)
+        half = pixels[:h, :w].reshape(h // 2, 2, w // 2, 2).mean((1, 3))
+        for level, expected in enumerate((pixels, half)):
+            shown = mosaic(viewer, name, "slide", level)[..., :3] @ grey
+            assert abs(shown[: len(expected), : len(expected[0])] - expected).mean() < 3
+        for level in range(len(facts["mask"])):
+            expected = colors[classes[:: 2**level, :: 2**level]]
+            shown = mosaic(viewer, name, "mask", level)
+            assert np.array_equal(shown[..., 3], expected[..., 3])
+            assert np.array_equal(shown[shown[..., 3] > 0], expected[shown[..., 3] > 0])
+        for x, y in np.random.default_rng(0).integers(0, 500, (40, 2)).tolist():
+            found = get_json(viewer, f"runs/{name}/at?x={x}&y={y}")
+            assert (found["class"] if found else 0) == classes[y, x]
+        box = f"runs/{name}/polygons?x=-9&y=-9&w=800&h=800&downsample=0.1"
+        shown = get_json(viewer, box)
+        held = polygons_of(images / name)
+        assert {s["id"] for s in shown["shapes"]} == set(range(len(held)))
+        for own in shown["shapes"]:
+            outline = held[own["id"]][3].boundary
+            assert lines_of(own).length == pytest.approx(outline.length, rel=0.05)
+
+
+def test_an_image_that_was_moved_or_replaced_is_told(images, tmp_path):
+    folder = Path(shutil.copytree(images / "grey", tmp_path / "out" / "grey"))
+    move_slide(folder, tmp_path / "gone.png")
+    with serve(folder) as viewer:
+        facts = get_json(viewer, "runs/grey")
+        assert "the image was not found at" in facts["problems"][0]
+        assert (facts["slide"], len(facts["mask"])) == ([], 1)
+        assert get(viewer, "runs/grey/mask/0/0/0")[0] == 200
+    with serve(folder, slide=images.parent / "grey.png") as viewer:
+        assert get_json(viewer, "runs/grey")["problems"] == []
+    with pytest.raises(SourceError, match="is not the image that was segmented"):
+        serve(folder, slide=images.parent / "rgb.png")
+    (folder / "mask.png").unlink()  # what the working folder keeps is the same
+    with serve(folder, slide=images.parent / "grey.png") as viewer:
+        whole = np.asarray(Image.open(images / "grey" / "mask.png"))
+        assert np.array_equal(mosaic(viewer, "grey", "mask", 0)[..., 3] > 0, whole > 0)
+    Image.fromarray(np.full((533, 701), 7, np.uint8)).save(folder / "mask.png")
+    with serve(folder) as viewer:
+        assert "holds the value 7; its classes are 0 to 2" in str(get_json(viewer, "runs/grey"))
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(folder / "mask.png")
+    with serve(folder) as viewer:
+        assert "has 7 × 5 px, the image 701 × 533" in str(get_json(viewer, "runs/grey"))
+
+
+AFFINES = {
+    "upright": np.diag([0.9, 1.1, 2.5, 1.0]),
+    "LPS": np.diag([-0.9, -1.1, 2.5, 1.0]),
+    "turned": np.array([[0, 0, -2.5, 80], [0.9, 0, 0, -7], [0, -1.1, 0, 30], [0, 0, 0, 1.0]]),
+}
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Return the output folder of volumes of one shape, (x, y, z), that lie in all ways."""
+    place = tmp_path_factory.mktemp("volumes")
+    for name, affine in AFFINES.items():
+        spacing = [round(float(mm), 3) for mm in np.linalg.norm(affine[:3, :3], axis=0)][::-1]
+        model = scan_bundle(
+            place / "model" / name,
+            resolution=f"spacing_mm = {spacing}",
+            patch_size=(16, 32, 32),
+            keys="scale = [0.0, 1024.0]",
+        )
+        voxels = blobs((19, 43, 37), seed=3).T
+        nibabel.save(nibabel.Nifti1Image(voxels, affine), place / f"{name}.nii.gz")
+        segment_scan(place / f"{name}.nii.gz", model, place / "out")
+    return place / "out"
+
+
+def planes_of(path):
+    """Return each plane's slices as radiologists look at them: by nibabel, from a file."""
+    voxels = np.asarray(nibabel.as_closest_canonical(nibabel.load(path)).dataobj)
+    seen = voxels[::-1, ::-1, ::-1]  # from the right, the front and the top on
+    return {
+        "axial": [seen[:, :, i].T for i in range(seen.shape[2])],
+        "coronal": [seen[:, i, :].T for i in range(seen.shape[1])],
+        "sagittal": [seen[i, :, :].T for i in range(seen.shape[0])],
+    }
+
+
+def slice_of(viewer, run, layer, plane, index, shape):
+    status, headers, body = get(viewer, f"runs/{run}/{layer}/{plane}/{index}")
+    assert status == 200, body
+    assert headers["Cache-Control"] == "no-store"
+    return np.frombuffer(body, {"values": "<f4", "classes": "u1"}[layer]).reshape(shape)
+
+
+@pytest.mark.parametrize("name", AFFINES)
+def test_slices_of_a_volume_are_those_of_its_file_as_the_body_lies(volumes, name):
+    files = {"values": volumes.parent / f"{name}.nii.gz", "classes": volumes / name / "mask.nii.gz"}
+    codes = nibabel.aff2axcodes(AFFINES[name])
+    with serve(volumes) as viewer:
+        facts = get_json(viewer, f"runs/{name}")
+        assert (facts["kind"], facts["problems"]) == ("volume", [])
+        assert facts["layers"] == ["values", "classes"]
+        ways = {"axial": "IS", "coronal": "PA", "sagittal": "LR"}
+        for plane, body in zip(facts["planes"], (2, 1, 0), strict=True):
+            own = facts["body"][body]
+            assert codes[own["axis"]] in ways[plane["name"]]
+            assert own["mm"] == pytest.approx(np.linalg.norm(AFFINES[name][:3, own["axis"]]))
+            for layer, path in files.items():
+                expected = planes_of(path)[plane["name"]]
+                assert len(expected) == own["size"] == (37, 43, 19)[own["axis"]]
+                # slices are numbered as in the file, where the first may lie at either end
+                if codes[own["axis"]] in "RAS":
+                    expected = expected[::-1]
+                for index, wanted in enumerate(expected):
+                    shown = slice_of(viewer, name, layer, plane["name"], index, wanted.shape)
+                    assert np.array_equal(shown, wanted)
+        every = json.loads((volumes / name / RUN_FILE).read_text("utf-8"))["lesions"].values()
+        lesions = itertools.chain.from_iterable(of["listed"] for of in every)
+        largest = max(lesions, key=lambda lesion: lesion["pixels"])
+        ends = zip(largest["start"], facts["start"], largest["stop"], strict=True)
+        assert all(a <= at < b for a, at, b in ends)
+        for path, status in (
+            ("values/axial/99", 404), ("values/oblique/0", 404), ("nothing/axial/0", 404),
+            ("values/axial/x", 400), ("values/axial", 400), ("slide/0/0/0", 400),
+        ):  # fmt: skip
+            assert sentence(viewer, f"runs/{name}/{path}")[0] == status
+
+
+def test_a_corrected_mask_of_a_volume_is_shown_where_it_belongs(volumes, tmp_path):
+    folder = Path(shutil.copytree(volumes / "turned", tmp_path / "out" / "turned"))
+    mask = nibabel.load(folder / "mask.nii.gz")
+    corrected = np.zeros(mask.shape, np.uint8)
+    corrected[3:30, 4:9, 11:17] = 2
+    other = nibabel.as_closest_canonical(nibabel.Nifti1Image(corrected, mask.affine))
+    assert other.shape != mask.shape
+    nibabel.save(other, folder / "mask.nii.gz")
+    with serve(folder) as viewer:
+        facts = get_json(viewer, "runs/turned")
+        assert facts["problems"] == []
+        for plane, slices in planes_of(folder / "mask.nii.gz").items():
+            across = {p["name"]: p["across"] for p in facts["planes"]}[plane]
+            if nibabel.aff2axcodes(AFFINES["turned"])[facts["body"][across]["axis"]] in "RAS":
+                slices = slices[::-1]
+            for index, wanted in enumerate(slices):
+                shown = slice_of(viewer, "turned", "classes", plane, index, wanted.shape)
+                assert np.array_equal(shown, wanted)
+    move_slide(folder, tmp_path / "gone.nii")
+    with pytest.raises(StoreError, match="has 19 × 37 × 43 px, the volume 37 × 43 × 19"):
+        serve(folder)  # of another shape than the run's: it is not known how it lies
+    nibabel.save(nibabel.Nifti1Image(corrected, mask.affine), folder / "mask.nii.gz")
+    with serve(folder) as viewer:
+        assert get_json(viewer, "runs/turned")["layers"] == ["classes"]
+    nibabel.save(nibabel.Nifti1Image(corrected + 5, mask.affine), folder / "mask.nii.gz")
+    with serve(folder) as viewer:
+        assert "holds the value 5" in sentence(viewer, "runs/turned/classes/axial/0")[1]
+    shifted = mask.affine.copy()
+    shifted[:3, 3] += 9
+    nibabel.save(nibabel.Nifti1Image(corrected, shifted), folder / "mask.nii.gz")
+    with serve(folder, slide=volumes.parent / "turned.nii.gz") as viewer:
+        assert "does not lie on its image" in str(get_json(viewer, "runs/turned")["problems"])
+
+
+@pytest.mark.slow
+def test_the_page_shows_a_volume_in_the_proportions_of_the_body(volumes, tmp_path):
+    """A bright box at the right, the front and the top of a body of 66 × 99 × 120 mm."""
+    voxels = np.full((44, 33, 40), 40, np.int16)  # to the left, to the front, to the feet
+    voxels[4:10, 23:30, 3:9] = 900
+    affine = np.array([[-1.5, 0, 0, 30], [0, 3.0, 0, -7], [0, 0, -3.0, 60], [0, 0, 0, 1.0]])
+    nibabel.save(nibabel.Nifti1Image(voxels, affine), tmp_path / "box.nii")
+    model = scan_bundle(
+        tmp_path / "model",
+        resolution="spacing_mm = [3.0, 3.0, 1.5]",
+        patch_size=(16, 32, 32),
+        keys="scale = [0.0, 1024.0]",
+    )
+    folder = segment_scan(tmp_path / "box.nii", model, tmp_path / "out")
+    shutil.copytree(volumes / "LPS", folder.parent / "LPS")
+    # along and down each plane: mm of the body, and from where to where the box reaches
+    planes = {
+        "axial": ((66, 99), (6, 15), (99 - 90, 99 - 69)),
+        "coronal": ((66, 120), (6, 15), (9, 27)),
+        "sagittal": ((99, 120), (99 - 90, 99 - 69), (9, 27)),
+    }
+
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+
+        async def boxes(test):
+            """Return the size of each plane, and where in it colours pass a test, px."""
+            picture, found = await page.picture(), {}
+            for name in planes:
+                place = f"document.querySelector('.{name} div').getBoundingClientRect().toJSON()"
+                at = await page.ask(f"JSON.stringify({place})")
+                x, y, w, h = (json.loads(at)[key] for key in ("x", "y", "width", "height"))
+                part = picture[round(y) : round(y + h), round(x) : round(x + w)]
+                inside = np.argwhere(test(part))
+                found[name] = (w, h), inside
+            return found
+
+        def holds(found):
+            scales = set()
+            for name, ((along, down), columns, rows) in planes.items():
+                (w, h), inside = found[name]
+                scales |= {round(w / along, 2), round(h / down, 2)}
+                assert len(inside) > 100, name
+                scale = w / along
+                (top, left), (bottom, right) = inside.min(axis=0), inside.max(axis=0) + 1
+                assert [left, right, top, bottom] == pytest.approx(
+                    [n * scale for n in (*columns, *rows)],
+                    abs=3 * scale,  # a voxel: it is smooth
+                )
+            assert max(scales) - min(scales) <= 0.01
+
+        await page.until(still)
+        assert await page.ask("document.querySelectorAll('#said li').length") == 0
+        assert "2 lesions" not in await page.ask("document.querySelector('#classes').textContent")
+        await page.ask(
+            "document.querySelectorAll('#planes :is(b, i)').forEach((it) => it.remove())"
+        )
+        red = lambda part: (part[..., 0] > 150) & (part[..., 1] < 210) & (part[..., 2] < 210)  # noqa: E731
+        holds(await boxes(lambda part: red(part) & (part[..., 0] - part[..., 2] > 40)))
+        await page.ask("document.querySelectorAll('#classes input')[1].click()")  # of the bright
+        white = lambda part: part.min(axis=2) > 200  # noqa: E731
+        holds(await boxes(white))
+        # a level above all values: it is dark, and so it is in a slice beside the box
+        level = "const [, l] = document.querySelectorAll('#window input'); l.value = l.max;"
+        event = "dispatchEvent(new Event('input', {bubbles: true}))"
+        await page.ask(f"{{{level} l.{event}}}")
+        assert not any(len(inside) > 50 for _, inside in (await boxes(white)).values())
+        await page.ask(f"{{{level.replace('l.max', '450')} l.{event}}}")
+        assert all(len(inside) > 100 for _, inside in (await boxes(white)).values())
+        slide = "const s = document.querySelector('.axial input'); s.value = 30;"
+        await page.ask(f"{{{slide} s.{event}}}")
+        await page.until(still)
+        await page.until("location.hash.endsWith('at=6,26,30')")
+        found = await boxes(white)
+        assert len(found["axial"][1]) < 50 < 100 < len(found["coronal"][1])
+        # a click leads the others there: the middle of the axial plane
+        middle = "document.querySelector('.axial div').getBoundingClientRect().toJSON()"
+        at = json.loads(await page.ask(f"JSON.stringify({middle})"))
+        x, y = at["x"] + at["width"] * 0.26, at["y"] + at["height"] * 0.51
+        for kind in ("mousePressed", "mouseReleased"):
+            await page.mouse(kind, x, y, button="left", clickCount=1)
+        await page.until("location.hash.endsWith('at=11,16,30')")
+        await page.mouse("mouseMoved", x, y)
+        told = "document.querySelector('#spot').textContent"
+        assert await page.ask(told) == "x 11, y 16, z 30: 40"
+        await page.ask("location.hash = 'run=LPS&at=3,4,5'")
+        await page.until("document.title == 'LPS.nii.gz'")
+        await page.until(still)
+        await page.until("location.hash == '#run=LPS&at=3,4,5'")
+
+    with serve(folder.parent) as viewer:
+        browse(f"{viewer.url}#run=box", tmp_path / "browser", visit)
+
+
+@pytest.mark.slow
+def test_the_page_goes_from_image_to_image(images, tmp_path):
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        for name in ("grey", "rgb"):
+            choose = "const c = document.querySelector('#runs');"
+            await page.ask(f"{{{choose} c.value = '{name}'; c.dispatchEvent(new Event('change'))}}")
+            await page.until(f"document.title == '{name}.png'")
+            await page.until(still)
+            await page.until(f"location.hash.startsWith('#run={name}&')")
+            assert await page.ask("document.querySelectorAll('#said li').length") == 0
+            hash = await page.ask("location.hash")
+            x, y, d = map(float, re.findall(r"[xyd]=([\d.-]+)", hash))
+            classes = np.asarray(Image.open(images / name / "mask.png"))
+            pixels = np.asarray(Image.open(images.parent / f"{name}.png").convert("RGB"))
+            rows = np.floor(y + (np.arange(100, 700) - 400) * d).astype(int)
+            columns = np.floor(x + (np.arange(250, 750) - 495) * d).astype(int)
+            colors = np.array([(0, 0, 0), (200, 200, 0), (200, 0, 0)], float)
+            seen = np.ix_(rows, columns)
+            alpha = 0.4 * (classes[seen] > 0)[..., None]
+            expected = (1 - alpha) * pixels[seen] + alpha * colors[classes[seen]]
+            shown = (await page.picture())[100:700, 250:750]
+            assert np.median(abs(shown - expected)) < 8
+
+    with serve(images) as viewer:
+        browse(viewer.url, tmp_path / "browser", visit)

@@ -40,6 +40,7 @@ FOR_SLIDES = {
         "tiff": "--tiff",
         "simplify_um": "--simplify",
         "min_area_um2": "--min-area",
+        "frame": "--for",
         "max_unreadable": "--max-unreadable",
     },
 }

@@ -18,14 +18,14 @@ from wsi_pipeline.errors import WsiPipelineError, without_secrets
 COMMANDS = {
     "segment": "Segment slides: masks, QuPath polygons, reports.",
     "status": "Show how far the slides of an output folder are.",
-    "export": "Write polygons and TIFFs again with other settings.",
+    "export": "Write again what is made of finished masks, with other settings.",
     "tile": "Write slides as zarr patch grids.",
     "info": "Show what a slide file says about itself.",
     "check-geojson": "Would QuPath import this GeoJSON? Say why not, and mend it.",
     "evaluate": "Compare masks, runs or annotations with the truth.",
     "train": "Train a network by a recipe and write a bundle.",
     "models": "Show and check model bundles; import checkpoints, export programs.",
-    "view": "Look at slide, mask and polygons in the browser.",
+    "view": "Look at slides, images and volumes with their masks and polygons.",
     "demo": "The main job on a real image, in one command.",
 }
 

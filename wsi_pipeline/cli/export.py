@@ -21,7 +21,7 @@ from wsi_pipeline.options import Frame, TiffKind
 )
 @click.option(
     "--outputs",
-    type=OutputsChoice(("tiff", "geojson", "overlay")),
+    type=OutputsChoice(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
     help="To write besides those that are there.",
 )
 @click.option(
@@ -49,14 +49,15 @@ from wsi_pipeline.options import Frame, TiffKind
 )
 @click.pass_context
 def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) -> None:
-    """Write polygons and TIFFs again with other settings, from masks that are finished.
+    """Write what is made of finished masks again, with other settings.
 
-    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides but those
-    that failed. Neither slides nor model are needed. What is not given stays as it was.
+    RUN_DIR: the folder of one slide, image or volume, or the --output of `segment` for all of them
+    but those that failed. What is not given stays as it was. The model is not needed, nor are
+    slides; overlays, NIfTI and DICOM segmentations need the image or volume where it was.
     """
     from wsi_pipeline.cli.segment import Summary
     from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.report.record import FILES, RUN_FILE, find_runs
+    from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, find_runs
     from wsi_pipeline.run.again import export_again
 
     changes = {name: value for name, value in options.items() if value is not None}
@@ -66,12 +67,12 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
             runs.append(folder)
             continue
         for path, run in find_runs(folder).items():
-            if run.status == "done" or (path / FILES["zarr"]).is_dir():
+            if run.status == "done" or any((path / FILES[o]).exists() for o in MASKS):
                 runs.append(path)
             else:  # it never had a mask, of which `segment` has told
                 click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
-        raise click.UsageError(f"no finished slide in {', '.join(map(str, folders))}")
+        raise click.UsageError(f"no finished run in {', '.join(map(str, folders))}")
     is_whole = True
     for folder in runs:
         try:
@@ -86,7 +87,9 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
             click.echo(f"failed: {folder}: {run.reason}", err=True)
             is_whole = False
         elif not ctx.obj["quiet"]:
-            found = ", ".join(f"{name} {n} regions" for name, n in run.regions.items())
+            lesions = [f"{name} {found['count']} lesions" for name, found in run.lesions.items()]
+            regions = [f"{name} {n} regions" for name, n in run.regions.items()]
+            found = ", ".join(lesions or regions)
             click.echo(f"done: {folder} ({found})", err=True)
     for output in dict.fromkeys(folder.parent for folder in runs):
         if (output / "summary.csv").is_file():

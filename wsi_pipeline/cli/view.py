@@ -18,7 +18,7 @@ import click
 @click.option(
     "--slide",
     type=click.Path(exists=True, path_type=Path),
-    help="Where the slide is now, for the folder of one slide.",
+    help="Where the slide, image or volume is now, for the folder of one.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 = a free one.")
 @click.option(
@@ -31,10 +31,9 @@ import click
 def command(
     ctx: click.Context, folder: Path, slide: Path | None, port: int, host: str, no_browser: bool
 ) -> None:
-    """Look at slide, mask and polygons in the browser.
+    """Look at slides, images and volumes with their masks and polygons in the browser.
 
-    RUN_DIR: the folder of one slide, or the --output of `segment` for all of its slides. Runs until
-    Ctrl-C.
+    RUN_DIR: the folder of one run, or the --output of `segment` for all of them. Runs until Ctrl-C.
     """
     from wsi_pipeline.viewer import serve
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +24,83 @@ SIDE = 480
 SLAB = 1 << 25
 """Voxels looked at together."""
 
-PLANES = (("R", "A", 2, 1, 0), ("R", "S", 1, 2, 0), ("A", "S", 0, 2, 1))
-"""What is at the left and at the top of each picture, and the axis of the body (0 to the right, 1
-to the front, 2 to the top) that it is perpendicular to, that its rows and that its columns follow:
-axial, coronal and sagittal, as radiologists look at them."""
-
 INK = (255, 220, 0)
 
 Reader = Callable[[Shape, Shape], npt.NDArray[Any]]
 """Returns the box of a volume at a start, of a shape."""
+
+
+class Plane(NamedTuple):
+    """A plane through a body, as radiologists look at it.
+
+    Attributes:
+        name: what they call it.
+        left: side of the body at the left.
+        top: side of the body at the top.
+        across: axis of the body (0 to the right, 1 to the front, 2 to the top) that it is
+            perpendicular to.
+        down: axis that its rows follow, one below the other.
+        along: axis that its columns follow.
+    """
+
+    name: str
+    left: str
+    top: str
+    across: int
+    down: int
+    along: int
+
+
+PLANES = (
+    Plane("axial", "R", "A", 2, 1, 0),
+    Plane("coronal", "R", "S", 1, 2, 0),
+    Plane("sagittal", "A", "S", 0, 2, 1),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Body:
+    """How a volume lies in the body.
+
+    Attributes:
+        axes: array axis (z, y, x) next to each axis of the body: right, front, top.
+        is_forward: whether the array's axis runs along it, or the other way.
+    """
+
+    axes: tuple[int, ...]
+    is_forward: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, affine: npt.NDArray[np.float64]) -> Self:
+        """Return it by what maps (x, y, z, 1) voxel indices to mm in RAS+."""
+        import nibabel
+
+        io_orientation: Any = nibabel.orientations.io_orientation
+        turned = io_orientation(affine)  # of x, y and z: axis of the body, direction
+        axes = [2 - int(np.flatnonzero(turned[:, 0] == body)[0]) for body in range(3)]
+        return cls(axes=tuple(axes), is_forward=tuple(bool(turned[2 - a, 1] > 0) for a in axes))
+
+    def cut(self, read: Reader, shape: Shape, plane: Plane, at: int) -> npt.NDArray[Any]:
+        """Return a slice as radiologists look at it, read a slab at a time.
+
+        Args:
+            read: the volume.
+            shape: (z, y, x) of it.
+            plane: which.
+            at: index along the array axis that it is perpendicular to.
+        """
+        axis, start, size = self.axes[plane.across], [0, 0, 0], list(shape)
+        start[axis], size[axis] = at, 1
+        step = max(1, SLAB // (shape[1] * shape[2])) if axis else 1
+        parts = []
+        for z in range(start[0], start[0] + size[0], step):
+            depth = min(step, start[0] + size[0] - z)
+            parts.append(read((z, *start[1:]), (depth, *size[1:])))
+        found = np.concatenate(parts).squeeze(axis)
+        if self.axes[plane.down] > self.axes[plane.along]:
+            found = found.T
+        ways = (self.is_forward[plane.down], self.is_forward[plane.along])
+        return found[tuple(slice(None, None, -1 if way else 1) for way in ways)]
 
 
 def write_planes_overlay(
@@ -56,20 +125,19 @@ def write_planes_overlay(
         lesions: of the mask, as `count_lesions` finds them.
         note: that stands before the legend.
     """
-    at = _middle(lesions, volume.shape)
-    axis_of, is_forward = _body_axes(volume.affine)
-    window = volume.window
+    listed = [lesion for own in lesions for lesion in own.largest]
+    at = tuple(n // 2 for n in volume.shape)
+    if listed:
+        largest = max(listed, key=lambda lesion: lesion.pixels)
+        at = tuple((a + b - 1) // 2 for a, b in zip(largest.start, largest.stop, strict=True))
+    body, window = Body.of(volume.affine), volume.window
     planes, masks = [], []
-    for _, _, across, down, along in PLANES:
-        axes = (axis_of[down], axis_of[along])
-        flips = tuple(
-            slice(None, None, -1) if is_forward[body] else slice(None) for body in (down, along)
-        )
-        found = []
-        for read in (_volume_reader(volume), _mask_reader(mask)):
-            plane = _plane(read, volume.shape, axis_of[across], at[axis_of[across]])
-            found.append((plane if axes[0] < axes[1] else plane.T)[flips])
-        size = _size(volume, axes)
+    for plane in PLANES:
+        found = [
+            body.cut(read, volume.shape, plane, at[body.axes[plane.across]])
+            for read in (volume_reader(volume), mask_reader(mask))
+        ]
+        size = _size(volume, (body.axes[plane.down], body.axes[plane.along]))
         planes.append(_resized(found[0], size, Image.Resampling.BILINEAR))
         masks.append(_resized(found[1], size, Image.Resampling.NEAREST))
     if window is None:
@@ -77,9 +145,9 @@ def write_planes_overlay(
         window = (float(np.percentile(shown, 1)), float(np.percentile(shown, 99.5)))
     low, high = window
     grey = [np.clip((plane - low) / max(high - low, 1e-6) * 255, 0, 255) for plane in planes]
-    letters = [plane[:2] for plane in PLANES]
     pictures = [
-        _lettered(g.astype(np.uint8), *sides) for g, sides in zip(grey, letters, strict=True)
+        _lettered(g.astype(np.uint8), plane.left, plane.top)
+        for g, plane in zip(grey, PLANES, strict=True)
     ]
     write_overlay(
         path,
@@ -95,43 +163,14 @@ def _caption(own: Lesions) -> str:
     return f"{own.name}: {own.count} lesion{'s' * (own.count != 1)}, {own.size or 0:.2f} ml"
 
 
-def _middle(lesions: Sequence[Lesions], shape: Shape) -> Shape:
-    """Return the middle of the largest lesion's box, which three planes through it all meet."""
-    listed = [lesion for own in lesions for lesion in own.largest]
-    if not listed:
-        return tuple(n // 2 for n in shape)
-    largest = max(listed, key=lambda lesion: lesion.pixels)
-    return tuple((a + b - 1) // 2 for a, b in zip(largest.start, largest.stop, strict=True))
-
-
-def _body_axes(affine: npt.NDArray[np.float64]) -> tuple[list[int], list[bool]]:
-    """Return the array axis (z, y, x) next to each axis of the body, and whether it runs along."""
-    import nibabel
-
-    io_orientation: Any = nibabel.orientations.io_orientation
-    turned = io_orientation(affine)  # of x, y and z: axis of the body, direction
-    axes = [2 - int(np.flatnonzero(turned[:, 0] == body)[0]) for body in range(3)]
-    return axes, [bool(turned[2 - axis, 1] > 0) for axis in axes]
-
-
-def _volume_reader(volume: Volume) -> Reader:
+def volume_reader(volume: Volume) -> Reader:
+    """Return what reads the values of a volume."""
     return lambda start, shape: volume.read(start, shape)[..., 0]
 
 
-def _mask_reader(mask: MaskLike) -> Reader:
+def mask_reader(mask: MaskLike) -> Reader:
+    """Return what reads the class indices of a mask."""
     return lambda start, shape: np.asarray(mask[box_slices(start, shape)], np.float32)
-
-
-def _plane(read: Reader, shape: Shape, axis: int, at: int) -> npt.NDArray[np.float32]:
-    """Return the slice of an array at an index along an axis, read a slab at a time."""
-    start, size = [0, 0, 0], list(shape)
-    start[axis], size[axis] = at, 1
-    step = max(1, SLAB // (shape[1] * shape[2])) if axis else 1
-    parts = []
-    for z in range(start[0], start[0] + size[0], step):
-        depth = min(step, start[0] + size[0] - z)
-        parts.append(read((z, *start[1:]), (depth, *size[1:])))
-    return np.concatenate(parts).squeeze(axis)
 
 
 def _size(volume: Volume, axes: tuple[int, int]) -> tuple[int, int]:

@@ -128,6 +128,13 @@ class Run:
         return "ml" if self.volume_ml else "px" if self.area_px else "mm²"
 
     @property
+    def kind(self) -> Literal["slide", "image", "volume"]:
+        """Return what was segmented, as far as that could be opened."""
+        if self.has_tissue:
+            return "slide"
+        return "image" if len(self.slide.get("size", ())) == 2 else "volume"
+
+    @property
     def has_tissue(self) -> bool:
         """Return whether it is, or may be, that of a slide: others have no tissue to look for."""
         return "spacing_mm" not in self.slide
@@ -190,6 +197,8 @@ FILES: dict[Output, str] = {
     "overlay": "overlay.png",
 }
 """The file of each output."""
+MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")
+"""Of which the others can be made again."""
 ASAP_FILE = "mask.asap.tif"
 OUTPUT_FILES = (*FILES.values(), ASAP_FILE)
 """All that a run may write beside `run.json`."""

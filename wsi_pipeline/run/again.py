@@ -1,20 +1,22 @@
-"""Outputs again from a finished mask, with other settings: no slide, no model, no prediction."""
+"""Outputs again from a finished mask, with other settings: no model, no prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.errors import StoreError, WsiPipelineError
+from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export import geojson, ome_zarr, overlay
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Region, iter_blocks
-from wsi_pipeline.options import ExportOptions, Output, as_plain
+from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.run.finished import MASK_FILES, open_mask_of, open_scan_of
 from wsi_pipeline.run.outputs import (
     frame_facts,
     made_by,
@@ -24,8 +26,10 @@ from wsi_pipeline.run.outputs import (
     write_polygons,
     write_tiffs,
 )
+from wsi_pipeline.run.scans import BLOCK_SIDE, ScanResult, fitting_outputs
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.sources.radiology.preprocess import Scan
 
 AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")
 """What can be written again."""
@@ -35,29 +39,42 @@ DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "overlay": (),
 }
 """The options that each output depends on."""
+NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
+"""What of an image or volume is not made of its mask alone."""
 STOPPED = "writing the outputs again was stopped: run export again"
 
 
 def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
-    """Write polygons, TIFF and overview of a slide's mask again; return the run as it is now.
+    """Write what is made of a run's mask again; return the run as it is now.
 
     Only what is missing or depends on a changed option is written. What is not changed stays as it
-    was. The files are those that `segment` would have written.
+    was. The files are those that `segment` would have written. Where a person has corrected the
+    mask of an image or volume, all is made of that one, and what `run.json` says of it.
 
     Args:
-        folder: of one run, with `run.json` and `mask.ome.zarr`; or that `run.json`.
+        folder: of one run, with `run.json` and its mask; or that `run.json`.
         changes: values of `ExportOptions` by name. `outputs` are added to those that are there.
 
     Raises:
-        StoreError: no run, no mask, or not that of a slide; the folder cannot be written.
+        StoreError: no run, no mask, or options that it cannot have; the folder cannot be written.
+        SourceError: an output needs the image or volume, and it is not there any more.
         BusyError: another process works in it.
     """
     folder = Path(folder)
     folder = folder.parent if folder.name == RUN_FILE else folder
     path, store = folder / RUN_FILE, RunStore(folder=folder)
     run = load_run(path)
-    if "spacing_mm" in run.slide:
-        raise StoreError(f"{folder} is the run of an image or volume; export is for slides")
+    if why := Settings(export=replace(ExportOptions(), **changes)).why_not(run.kind):
+        raise StoreError(f"{folder}: {why}")
+    if run.kind != "slide":
+        with store.claim():
+            store.remove_partials()
+            try:
+                return _export_scan(store, load_run(path), changes.get("outputs", ()))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                if isinstance(error, WsiPipelineError):
+                    raise
+                raise StoreError(_of_other_version(path, error)) from error
     if not store.finished_mask_path.is_dir():
         raise StoreError(
             f"{folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an output"
@@ -71,9 +88,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
             _dialect(run, mask_mpp, before)
             _side(run)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise StoreError(
-                f"{path} is not a run of this version ({error!r}); segment the slide again"
-            ) from error
+            raise StoreError(_of_other_version(path, error)) from error
         wanted = tuple(dict.fromkeys([*before.outputs, *changes.get("outputs", ())]))
         options = replace(before, **{**changes, "outputs": wanted})
         due = [o for o in AGAIN if o in wanted and _is_due(o, run, folder, before, options)]
@@ -97,6 +112,65 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         run = _write(run, store, _dialect(run, mask_mpp, options), options, due)
         write_run_json(path, run)
         return run
+
+
+def _of_other_version(path: Path, error: Exception) -> str:
+    return f"{path} is not a run of this version ({error!r}); segment again"
+
+
+def _export_scan(store: RunStore, run: Run, more: Sequence[Output]) -> Run:
+    """Write what is missing, and what is made of a mask that a person has corrected."""
+    folder, before = store.folder, options_of(run)
+    options = replace(before, outputs=tuple(dict.fromkeys([*before.outputs, *more])))
+    mask_file, files = folder / MASK_FILES[run.kind], WrittenFiles(store)
+    is_ours = not mask_file.is_file() or mask_file.name in files.ours([mask_file.name])
+    is_stale = run.status != "done" or not is_ours
+    paths = {output: folder / FILES[output] for output in options.outputs}
+    due = [o for o, p in paths.items() if not p.exists() or (is_stale and p != mask_file)]
+    if not due:
+        return run
+    with ExitStack() as closing:
+        scan: Scan | None = None
+        if NEED_SOURCE & {*due}:
+            try:
+                scan = open_scan_of(folder, run)
+                closing.callback(scan.close)
+            except SourceError as error:
+                names = ", ".join(FILES[o] for o in due if o in NEED_SOURCE)
+                raise SourceError(f"{folder}: {names} cannot be written: {error}") from error
+            if "dicom" in due:
+                fitting_outputs(scan, Settings(export=ExportOptions(outputs=("dicom",))))
+        mask = open_mask_of(folder, run, closing, scan)
+        shape, size = tuple(mask.shape), run.settings["predict"]["block_size"]
+        blocks = list(iter_blocks(shape, (size or BLOCK_SIDE[2],) * 2)) if len(shape) == 2 else []
+        result = ScanResult(
+            facts=run.slide,
+            model=run.model,
+            key=run.settings["key"],
+            classes=(ClassInfo(name=run.background), *_classes(run)),
+            mask=mask,
+            blocks=blocks,
+            side=size or BLOCK_SIDE[2],
+            ledger={b.index: store.load_block(b) for b in _held(run, store, blocks) if is_ours},
+        )
+        settings = {**run.settings, "export": as_plain(options)}
+        run = replace(run, settings=settings, **({} if is_ours else result.amounts()))
+        write_run_json(folder / RUN_FILE, replace(run, status="failed", reason=STOPPED))
+        clock = Clock()
+        failures, written = result.write(due, scan, folder, files, clock)
+    corrected = f"{mask_file.name} was changed since it was written: the outputs are made of it"
+    warnings = [w for w in run.warnings if w != corrected and geojson.LEFT_OUT not in w]
+    run = replace(
+        run,
+        status="failed" if failures else "done",
+        reason="; ".join(failures),
+        regions=written.regions or run.regions,
+        seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
+        warnings=[*warnings, *written.dropped, *([] if is_ours else [corrected])],
+    )
+    run = files.noted(run)
+    write_run_json(folder / RUN_FILE, run)
+    return run
 
 
 def _is_due(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image as Pictures
 
 from wsi_pipeline.bundle import AXES, Bundle, ClassInfo
@@ -209,24 +209,125 @@ class FinishedScan:
     key: str
     blocks: list[Block]
 
-    @property
-    def classes(self) -> tuple[ClassInfo, ...]:
-        """Return the classes of the mask."""
-        return self.bundle.classes
 
-    def dialect(self) -> geojson.Dialect:
-        """Return how regions become features: exactly, in pixels."""
-        spacing = self.scan.spacing_mm or (1.0, 1.0)
-        return geojson.Dialect(
+@dataclass(frozen=True, kw_only=True)
+class ScanResult:
+    """A whole mask of an image or volume, and what its files tell of it.
+
+    Attributes:
+        facts: what `run.json` says of the image or volume.
+        model: what it says of the model.
+        key: of the run.
+        classes: of the mask.
+        mask: (y, x) or (z, y, x) class indices.
+        blocks: all in which the mask was made.
+        side: of a block of an image, px.
+        ledger: what is known of them, as far as it is true of this mask.
+    """
+
+    facts: Mapping[str, Any]
+    model: Mapping[str, Any]
+    key: str
+    classes: tuple[ClassInfo, ...]
+    mask: MaskLike
+    blocks: list[Block]
+    side: int
+    ledger: Ledger
+
+    @cached_property
+    def lesions(self) -> list[Lesions]:
+        """Return the lesions of each class but the background."""
+        return count_lesions(self.mask, self.classes, self._spacing_mm)
+
+    @property
+    def _spacing_mm(self) -> tuple[float, ...] | None:
+        """Return mm between pixels in the order of the mask's axes."""
+        spacing = self.facts["spacing_mm"]
+        return tuple(reversed(spacing)) if spacing else None
+
+    def amounts(self) -> dict[str, Any]:
+        """Return what `run.json` says of how much there is, in the unit that is known."""
+        name = "area_px"
+        if self._spacing_mm is not None:
+            name = "volume_ml" if len(self.mask.shape) == 3 else "area_mm2"
+        return {
+            name: {f.name: f.pixels if f.size is None else f.size for f in self.lesions},
+            "lesions": {f.name: _lesions(f, len(self.mask.shape)) for f in self.lesions},
+        }
+
+    def write(
+        self,
+        wanted: Collection[Output],
+        scan: Scan | None,
+        folder: Path,
+        files: WrittenFiles,
+        clock: Clock,
+    ) -> tuple[list[str], geojson.Written]:
+        """Write files; return a sentence for each that failed, and what polygons were written.
+
+        Args:
+            wanted: which.
+            scan: opened; masks of images and polygons do without.
+            folder: of the run.
+            files: of the folder.
+            clock: gets a lap for each.
+        """
+        model, written = self.model, [NOTHING]
+        writers: dict[Output, Callable[[Path], object]] = {
+            "png": lambda path: write_mask_png(path, self.mask, classes=self.classes),
+            "geojson": lambda path: written.append(self._write_polygons(path)),
+        }
+        if scan is not None:
+            writers["dicom"] = lambda path: write_dicom_seg(
+                path,
+                self.mask,
+                scan=scan,
+                classes=self.classes,
+                model=model["name"],
+                version=model["weights_sha256"][:16],
+            )
+            writers["overlay"] = lambda path: self._write_overlay(path, scan)
+        if isinstance(scan, Volume):
+            writers["nifti"] = lambda path: write_nifti(path, self.mask, scan)
+        return write_each(writers, wanted, folder, files, clock), written[-1]
+
+    def _write_polygons(self, path: Path) -> geojson.Written:
+        """Write regions exactly, in pixels."""
+        spacing = self._spacing_mm
+        dialect = geojson.Dialect(
             classes=self.classes,
             downsample=(1.0, 1.0),
-            mpp=(spacing[1] * 1000, spacing[0] * 1000),
+            mpp=(spacing[1] * 1000, spacing[0] * 1000) if spacing else (1000.0, 1000.0),
             crop=None,
             simplify_um=0,
             min_area_um2=0,
-            namespace=f"{self.scan.fingerprint}/{self.bundle.weights_sha256}",
-            metadata=made_by(model_facts(self.bundle), self.key),
-            unit="mm^2" if self.scan.spacing_mm else "px^2",
+            namespace=f"{self.facts['fingerprint']}/{self.model['weights_sha256']}",
+            metadata=made_by(self.model, self.key),
+            unit="mm^2" if spacing else "px^2",
+        )
+        return write_polygons(
+            path, self.mask, dialect, blocks=self.blocks, side=self.side, ledger=self.ledger
+        )
+
+    def _write_overlay(self, path: Path, scan: Scan) -> None:
+        note = stamp_of(self.model)
+        if isinstance(scan, Volume):
+            write_planes_overlay(path, scan, self.mask, self.classes, self.lesions, note=note)
+            return
+        longest = max(scan.shape)
+        share = min(max(SMALLEST_SIDE // longest, 1), PICTURE_SIDE / longest)
+        height, width = (max(1, round(n * share)) for n in scan.shape)
+        rows, columns = (
+            (np.arange(n) * 2 + 1) * m // (2 * n)
+            for n, m in zip((height, width), scan.shape, strict=True)
+        )
+        picture = Pictures.fromarray(scan.as_rgb()).resize((width, height), Pictures.Resampling.BOX)
+        overlay.write_overlay(
+            path,
+            np.asarray(picture),
+            self.mask[:, :][np.ix_(rows, columns)],
+            classes=self.classes,
+            note=note,
         )
 
 
@@ -239,43 +340,29 @@ def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
         finished: of what.
         files: of the run's folder.
     """
-    plan, settings = finished.plan, finished.settings
-    ledger = {b.index: plan.store.load_block(b) for b in finished.blocks}
-    mask, clock = plan.store.open_mask(), Clock()
-    lesions = count_lesions(mask, finished.classes, finished.scan.spacing_mm)
+    plan, settings, bundle = finished.plan, finished.settings, finished.bundle
+    clock = Clock()
+    result = ScanResult(
+        facts=_facts(finished.scan),
+        model=model_facts(bundle),
+        key=finished.key,
+        classes=bundle.classes,
+        mask=plan.store.open_mask(),
+        blocks=finished.blocks,
+        side=plan.block_shape[0],
+        ledger={b.index: plan.store.load_block(b) for b in finished.blocks},
+    )
+    amounts = result.amounts()
     clock.lap("lesions")
-    written: list[geojson.Written] = []
-    with open_one(plan.path, finished.bundle, settings) as scan:
+    with open_one(plan.path, bundle, settings) as scan:
         check_fingerprint(plan, scan.fingerprint)
-        writers: dict[Output, Callable[[Path], object]] = {
-            "png": lambda path: write_mask_png(path, mask, classes=finished.classes),
-            "nifti": lambda path: _write_nifti(path, mask, scan),
-            "dicom": lambda path: write_dicom_seg(
-                path,
-                mask,
-                scan=scan,
-                classes=finished.classes,
-                model=finished.bundle.name,
-                version=finished.bundle.weights_sha256[:16],
-            ),
-            "geojson": lambda path: written.append(
-                write_polygons(
-                    path,
-                    mask,
-                    finished.dialect(),
-                    blocks=finished.blocks,
-                    side=plan.block_shape[0],
-                    ledger=ledger,
-                )
-            ),
-            "overlay": lambda path: _write_overlay(path, finished, scan, mask, lesions),
-        }
-        failures = write_each(writers, settings.export.outputs, plan.store.folder, files, clock)
+        outputs, folder = settings.export.outputs, plan.store.folder
+        failures, written = result.write(outputs, scan, folder, files, clock)
     run = Run(
         status="failed" if failures else "done",
         reason="; ".join(failures),
-        slide=_facts(finished.scan),
-        model=model_facts(finished.bundle),
+        slide=dict(result.facts),
+        model=dict(result.model),
         settings={
             "key": finished.key,
             **settings.as_plain(),
@@ -285,25 +372,17 @@ def write_scan(finished: FinishedScan, files: WrittenFiles) -> Run:
         patches={
             "grid": len(plan.grid),
             "kept": len(plan.grid),
-            "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
+            "predicted": sum(int(arrays["predicted"]) for arrays in result.ledger.values()),
         },
-        seconds=seconds_of(ledger, clock),
-        colors={c.name: list(c.color or ()) for c in finished.classes[1:]},
-        background=finished.classes[0].name,
-        regions=(written[0] if written else NOTHING).regions,
-        lesions={found.name: _lesions(found, len(plan.mask_shape)) for found in lesions},
-        labels=_labels(finished.bundle, ledger),
-        warnings=[*warnings_of(finished.bundle), *finished.scan.doubts],
+        seconds=seconds_of(result.ledger, clock),
+        colors={c.name: list(c.color or ()) for c in bundle.classes[1:]},
+        background=bundle.classes[0].name,
+        regions=written.regions,
+        labels=_labels(bundle, result.ledger),
+        warnings=[*warnings_of(bundle), *finished.scan.doubts],
+        **amounts,
     )
-    return files.noted(replace(run, **_amounts(finished, lesions)))
-
-
-def _amounts(finished: FinishedScan, lesions: Iterable[Lesions]) -> dict[str, Any]:
-    """Return how much there is of each class, in the unit that is known."""
-    if finished.scan.spacing_mm is None:
-        return {"area_px": {found.name: found.pixels for found in lesions}}
-    name = "volume_ml" if isinstance(finished.scan, Volume) else "area_mm2"
-    return {name: {found.name: found.size for found in lesions}}
+    return files.noted(run)
 
 
 def _lesions(found: Lesions, axes: int) -> dict[str, Any]:
@@ -350,44 +429,3 @@ def _facts(scan: Scan) -> dict[str, Any]:
         "backend": scan.backend,
         "fingerprint": scan.fingerprint,
     }
-
-
-def _write_nifti(path: Path, mask: MaskLike, scan: Scan) -> None:
-    assert isinstance(scan, Volume)  # images have no such output
-    write_nifti(path, mask, scan)
-
-
-def _write_overlay(
-    path: Path,
-    finished: FinishedScan,
-    scan: Scan,
-    mask: MaskLike,
-    lesions: Sequence[Lesions],
-) -> None:
-    note = stamp_of(model_facts(finished.bundle))
-    if isinstance(scan, Volume):
-        write_planes_overlay(path, scan, mask, finished.classes, lesions, note=note)
-        return
-    height, width = scan.shape
-    share = min(max(SMALLEST_SIDE // max(height, width), 1), PICTURE_SIDE / max(height, width))
-    shape = max(1, round(height * share)), max(1, round(width * share))
-    rows, columns = (
-        (np.arange(n) * 2 + 1) * m // (2 * n) for n, m in zip(shape, scan.shape, strict=True)
-    )
-    overlay.write_overlay(
-        path,
-        _picture(scan, shape),
-        mask[:, :][np.ix_(rows, columns)],
-        classes=finished.classes,
-        note=note,
-    )
-
-
-def _picture(scan: Scan, shape: Shape) -> npt.NDArray[np.uint8]:
-    """Return an image as people see it, uint8 (h, w, 3)."""
-    black, white = scan.value_range
-    values = scan.read((0, 0), scan.shape) - np.float32(black)
-    values *= np.float32(255 / max(white - black, 1e-12))
-    pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
-    picture = Pictures.fromarray(np.repeat(pixels, 4 - scan.channels, axis=-1)[..., :3])
-    return np.asarray(picture.resize((shape[1], shape[0]), Pictures.Resampling.BOX))

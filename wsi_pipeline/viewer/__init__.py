@@ -1,4 +1,4 @@
-"""A finished slide in the browser: a local server of tiles, and the page that shows them."""
+"""Finished runs in the browser: a local server of tiles, and the page that shows them."""
 
 from __future__ import annotations
 

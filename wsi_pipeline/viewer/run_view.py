@@ -1,32 +1,34 @@
-"""A finished run as a page asks for it: its facts, and tiles of its slide and its mask."""
+"""A finished run of a slide or image as a page asks for it: tiles of its pixels and its mask."""
 
 from __future__ import annotations
 
 import io
 import math
 import threading
-import weakref
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wsi_pipeline.annotations import color_of
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
-from wsi_pipeline.export import ome_zarr
-from wsi_pipeline.files.paths import as_path, is_remote
-from wsi_pipeline.geometry import Region
+from wsi_pipeline.export import MaskLike, level_shapes, ome_zarr
+from wsi_pipeline.files.paths import is_remote
+from wsi_pipeline.geometry import Region, box_slices
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
+from wsi_pipeline.run.finished import open_mask_of, open_scan_of, source_path
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView, open_source
+from wsi_pipeline.sources.radiology.image import Image as PlanarImage
+from wsi_pipeline.viewer.base import MOVED, ShownRun
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
+from wsi_pipeline.viewer.volume import ShownVolume, open_shown_volume
 
 TILE = 512
 """Side of a tile in px: a chunk of the mask has four, and a screen a dozen."""
@@ -42,72 +44,53 @@ Pair = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ShownRun:
-    """A finished run of a slide, opened; close it.
+class PictureView:
+    """A level of a picture in memory, to be read as a `SlideView` is.
 
     Attributes:
-        folder: of the run.
-        run: what `run.json` says.
-        stamp: of `run.json` when it was read.
+        pixels: uint8 (y, x, 3).
+        downsample: (y, x) pixels of the picture per pixel.
+    """
+
+    pixels: Pixels
+    downsample: tuple[float, float]
+
+    @property
+    def shape(self) -> Pair:
+        """Return (y, x)."""
+        return self.pixels.shape[0], self.pixels.shape[1]
+
+    def read(self, start: Pair, shape: Pair, *, bad: list[Region] | None = None) -> Pixels:
+        """Return a rectangle that lies inside; there is nothing that cannot be read."""
+        return self.pixels[box_slices(start, shape)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShownPicture(ShownRun):
+    """A finished run of a slide or an image, opened; close it.
+
+    Attributes:
         slide: opened, where it was found.
-        views: of the slide, each half as fine as the one before.
+        views: of the slide or image, each half as fine as the one before.
         thumbnail: uint8 (h, w, 3), where the run keeps one.
         thumbnail_downsample: (y, x) level-0 pixels per pixel of it.
         mask: levels, the whole one first.
         mask_downsample: (y, x) level-0 pixels per pixel of the first.
-        problems: a sentence on each thing that cannot be shown.
     """
 
-    folder: Path
-    run: Run
-    stamp: tuple[int, int]
-    slide: Slide | None
-    views: tuple[SlideView, ...]
-    thumbnail: Pixels | None
-    thumbnail_downsample: tuple[float, float]
-    mask: tuple[ome_zarr.MaskArray, ...]
-    mask_downsample: tuple[float, float]
-    problems: tuple[str, ...]
+    slide: Slide | None = None
+    views: tuple[SlideView | PictureView, ...] = ()
+    thumbnail: Pixels | None = None
+    thumbnail_downsample: tuple[float, float] = (1.0, 1.0)
+    mask: Sequence[MaskLike] = ()
+    mask_downsample: tuple[float, float] = (1.0, 1.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        """See to it that the slide is closed when nobody holds the run any more."""
-        _ = self._closing
-
-    @property
-    def classes(self) -> dict[str, tuple[int, ...]]:
-        """Return the colour of each class of the mask, in its order, the background first."""
-        colors = {name: tuple(color or GREY) for name, color in self.run.colors.items()}
-        return {self.run.background: (0, 0, 0), **colors}
-
-    def is_current(self) -> bool:
-        """Return whether the run is still the one that was opened."""
-        try:
-            return _stamp(self.folder) == self.stamp
-        except OSError:
-            return False
 
     def facts(self) -> dict[str, Any]:
         """Return all that the page has to know before it asks for tiles."""
-        run = self.run
-        return {
-            "name": run.slide["name"],
-            "path": run.slide.get("path", ""),
-            "status": run.status,
-            "reason": run.reason,
-            "size": run.slide.get("size"),
-            "mpp": run.slide.get("mpp"),
-            "bounds": run.slide.get("bounds"),
-            "model": run.model.get("name", ""),
-            "limits": run.model.get("limits", ""),
-            "tissue_mm2": run.tissue_mm2,
-            "classes": [
-                {**of, "mm2": run.area_mm2.get(of["name"]), "regions": run.regions.get(of["name"])}
-                for of in self.legend(list(self.classes))
-            ],
-            "bad_regions": run.bad_regions,
-            "problems": self.problems,
-            "warnings": run.warnings,
+        return super().facts() | {
+            "bounds": self.run.slide.get("bounds"),
+            "bad_regions": self.run.bad_regions,
             "tile": TILE,
             "slide": [_level(view.shape, view.downsample) for view in self.views],
             "thumbnail": None
@@ -181,112 +164,113 @@ class ShownRun:
         with self._lock:
             return self._polygons
 
-    def legend(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return names and colours of classes, those that the mask lacks included."""
-        colors = self.classes
-        return [{"name": name, "color": colors.get(name) or color_of(name)} for name in names]
-
-    @cached_property
-    def _closing(self) -> weakref.finalize[[], Self]:
-        return weakref.finalize(self, self.slide.close if self.slide else lambda: None)
-
     @cached_property
     def _polygons(self) -> Polygons:
         return load_polygons(
             self.folder / POLYGONS,
-            offset=self.run.frame["offset"],
+            offset=self.run.frame.get("offset", (0, 0)),
             classes=self.classes,
         )
 
-    def close(self) -> None:
-        """Give the slide's file back."""
-        self._closing()
+
+Shown = ShownPicture | ShownVolume
 
 
-def load_slide_run(folder: Path) -> Run:
-    """Read what a folder says of the slide that was segmented there; return the run.
+def load_shown(folder: Path) -> Run:
+    """Read what a folder says of what was segmented there; return the run.
 
     Raises:
-        StoreError: no run, or not that of a slide.
+        StoreError: no run, or one that names nothing.
     """
     run = load_run(folder / RUN_FILE)
-    if not isinstance(run.slide, dict) or not {"name", "path"} <= run.slide.keys():
+    if "path" not in run.slide:
         raise StoreError(f"{folder / RUN_FILE} names no slide; segment the slide again")
-    if "spacing_mm" in run.slide:
-        raise StoreError(
-            f"{folder} is the run of an image or volume; view shows slides: its overlay.png, and "
-            "mask.png or mask.nii.gz, open in other viewers"
-        )
     return run
 
 
-def open_shown(folder: Path, slide_path: Path | None = None) -> ShownRun:
+def open_shown(folder: Path, path: Path | None = None) -> Shown:
     """Open a run; return it with what of it can be shown.
 
     Args:
         folder: of the run.
-        slide_path: where the slide is now; None = where it was. It must then be the right one.
+        path: where the slide, image or volume is now; None = where it was. It must then be the
+            right one.
 
     Raises:
-        StoreError: no run, or not that of a slide.
-        SourceError: `slide_path` is no slide, or another one.
+        StoreError: no run, or nothing of it can be shown.
+        SourceError: `path` is no slide, image or volume, or another one.
     """
-    run = load_slide_run(folder)
+    run = load_shown(folder)
+    openers: dict[str, Callable[[Path, Run, Path | None], Shown]] = {
+        "slide": _open_slide_run,
+        "image": _open_image_run,
+        "volume": open_shown_volume,
+    }
     try:
-        return _open(folder, run, slide_path)
+        return openers[run.kind](folder, run, path)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, WsiPipelineError):
             raise
         raise StoreError(
-            f"{folder / RUN_FILE} is not a run of this version ({error!r}); segment the slide again"
+            f"{folder / RUN_FILE} is not a run of this version ({error!r}); segment again"
         ) from error
 
 
-def _open(folder: Path, run: Run, slide_path: Path | None) -> ShownRun:
+def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
     problems: list[str] = []
-    slide, thumbnail, downsample = None, None, (1.0, 1.0)
-    mask, mask_downsample = tuple[ome_zarr.MaskArray, ...](), (1.0, 1.0)
+    found: dict[str, Any] = {}
+    closing = ExitStack()
     if "fingerprint" in run.slide:  # else it could not be opened when it was to be segmented
         try:
-            slide = _open_slide(run, slide_path or _slide_path(folder, run.slide["path"]))
+            slide = _open_slide(run, path or source_path(folder, run.slide["path"]))
+            closing.callback(slide.close)
+            found |= {"slide": slide, "views": _views(slide)}
         except SourceError as error:
-            if slide_path is not None:
+            if path is not None:
                 raise
-            problems.append(f"{error}. `view --slide PATH` takes it from where it is now")
+            problems.append(f"{error}. {MOVED}")
         try:
-            mask, mask_downsample = _open_mask(RunStore(folder=folder), run)
+            levels, downsample = _open_mask(RunStore(folder=folder), run)
+            found |= {"mask": levels, "mask_downsample": downsample}
         except StoreError as error:
             problems.append(str(error))
         with suppress(StoreError):  # a run may have lost its working folder
             stored = open_patch_grid(RunStore(folder=folder).grid_path)
             if stored.info.fingerprint == run.slide["fingerprint"]:
-                thumbnail, downsample = stored.thumbnail, stored.tissue_downsample
-    return ShownRun(
+                downsample = stored.tissue_downsample
+                found |= {"thumbnail": stored.thumbnail, "thumbnail_downsample": downsample}
+    return ShownPicture(folder=folder, run=run, closing=closing, problems=tuple(problems), **found)
+
+
+def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
+    problems: list[str] = []
+    views: list[PictureView] = []
+    mask: list[MaskLike] = []
+    with ExitStack() as closing:
+        try:
+            with open_scan_of(folder, run, path) as scan:
+                assert isinstance(scan, PlanarImage)
+                views.append(PictureView(pixels=scan.as_rgb(), downsample=(1.0, 1.0)))
+        except SourceError as error:
+            if path is not None:
+                raise
+            problems.append(f"{error}. {MOVED}")
+        while views and max(views[-1].shape) > TILE:
+            half = np.asarray(Image.fromarray(views[-1].pixels).reduce(2))
+            views.append(PictureView(pixels=half, downsample=(2.0 ** len(views),) * 2))
+        try:
+            whole = open_mask_of(folder, run, closing)[:, :]
+            mask = [whole[:: 2**n, :: 2**n] for n in range(len(level_shapes(whole.shape)))]
+        except StoreError as error:
+            problems.append(str(error))
+    return ShownPicture(
         folder=folder,
         run=run,
-        stamp=_stamp(folder),
-        slide=slide,
-        views=_views(slide) if slide is not None else (),
-        thumbnail=thumbnail,
-        thumbnail_downsample=downsample,
-        mask=mask,
-        mask_downsample=mask_downsample,
+        closing=closing,
         problems=tuple(problems),
+        views=tuple(views),
+        mask=mask,
     )
-
-
-def _stamp(folder: Path) -> tuple[int, int]:
-    status = (folder / RUN_FILE).stat()
-    return status.st_mtime_ns, status.st_size
-
-
-def _slide_path(folder: Path, told: str) -> Path:
-    """Return where the slide of a run lies: a path may count from where `segment` was called."""
-    path = as_path(told)
-    if is_remote(path) or path.is_absolute() or path.exists():
-        return path
-    beside = folder.absolute().parent.parent / path  # called where the output folder was made
-    return beside if beside.exists() else path
 
 
 def _open_slide(run: Run, path: Path) -> Slide:

@@ -31,13 +31,13 @@ from tornado.web import Application, HTTPError, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.report.record import RUN_FILE
-from wsi_pipeline.viewer.run_view import ShownRun, load_slide_run, open_shown
+from wsi_pipeline.viewer.run_view import Shown, ShownPicture, load_shown, open_shown
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 MOST_OPEN = 4
-"""Slides that stay open while others are looked at."""
+"""Runs that stay open while others are looked at."""
 MOST_CONNECTIONS = 64
 """At a time: a browser opens six."""
 THREADS = 8
@@ -120,7 +120,7 @@ class Viewer:
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
         self.pool = ThreadPoolExecutor(THREADS, "viewer")
         self._folders: dict[str, Path] = {}
-        self._open: OrderedDict[str, ShownRun] = OrderedDict()  # the latest used last
+        self._open: OrderedDict[str, Shown] = OrderedDict()  # the latest used last
         self._lock = threading.Lock()
         # a loop of its own: that of a notebook is left as it is
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -183,7 +183,7 @@ class Viewer:
         self._folders = {_id(folder.absolute().name): folder for folder in folders}
         return self._folders
 
-    def shown(self, name: str) -> ShownRun:
+    def shown(self, name: str) -> Shown:
         """Open a run, or take it from those that are open; return it, closed when nobody holds it.
 
         Raises:
@@ -206,13 +206,13 @@ class Viewer:
 def serve(
     folder: str | Path, *, host: str = LOOPBACK, port: int = 0, slide: str | Path | None = None
 ) -> Viewer:
-    """Show finished slides in the browser; return the server, which runs until it is closed.
+    """Show finished runs in the browser; return the server, which runs until it is closed.
 
     Args:
         folder: of one run, or the output folder of several.
         host: address to listen on. Nothing is encrypted on the way.
         port: to listen on; 0 = a free one.
-        slide: where the slide of a single run is now.
+        slide: where the slide, image or volume of a single run is now.
 
     Raises:
         StoreError: there is no run, or none that can be shown; the port is taken.
@@ -224,7 +224,7 @@ def serve(
     elif slide is not None:
         raise StoreError(f"a slide can be named for one run only, and {folder} is none")
     elif not any(folder.glob(f"*/{RUN_FILE}")):
-        raise StoreError(f"no finished slide in {folder}; expected an output folder of `segment`")
+        raise StoreError(f"no finished run in {folder}; expected an output folder of `segment`")
     try:
         return Viewer(folder, host=host, port=port, slide=slide)
     except (OSError, OverflowError) as error:
@@ -333,11 +333,21 @@ def _log_request(handler: RequestHandler) -> None:
     logger.debug("%s %s: %s", handler.request.method, handler.request.uri, handler.get_status())
 
 
-def _answer_of(shown: ShownRun, parts: list[str], query: Query) -> Answer:
+def _answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
     """Return the answer to what is asked of a run."""
+    if not parts:
+        return _json(shown.facts())
+    if isinstance(shown, ShownPicture):
+        return _part_of_picture(shown, parts, query)
+    if len(parts) != 3 or not re.fullmatch(r"[0-9]{1,9}", parts[2]):
+        raise _wrong("a slice is named by layer, plane and a whole number")
+    body = shown.slice_of(parts[0], parts[1], int(parts[2])).tobytes()
+    return Answer(body=body, kind="application/octet-stream")
+
+
+def _part_of_picture(shown: ShownPicture, parts: list[str], query: Query) -> Answer:
+    """Return the answer to what is asked of a run of a slide or image."""
     match parts:
-        case []:
-            return _json(shown.facts())
         case ["thumbnail"]:
             return Answer(body=shown.thumbnail_jpeg(), kind="image/jpeg")
         case ["slide", *place]:
@@ -357,7 +367,7 @@ def _answer_of(shown: ShownRun, parts: list[str], query: Query) -> Answer:
         case ["at"]:
             x, y = _integer(query, "x"), _integer(query, "y")
             return _json(shown.polygons().at(x, y, _hidden(query)))
-    raise RequestError(HTTPStatus.NOT_FOUND, "there is no such part of a slide")
+    raise RequestError(HTTPStatus.NOT_FOUND, "there is no such part of a run")
 
 
 def _tile(place: list[str]) -> tuple[int, int, int]:
@@ -414,7 +424,7 @@ def _id(name: str | bytes) -> str:
 def _entry(folder: Path) -> dict[str, str]:
     """Return what the list says of a run."""
     try:
-        run = load_slide_run(folder)
+        run = load_shown(folder)
     except StoreError as error:
         return {"name": folder.name, "status": "", "reason": str(error)}
     return {"name": str(run.slide["name"]), "status": run.status, "reason": run.reason}

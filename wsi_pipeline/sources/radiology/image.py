@@ -77,6 +77,14 @@ class Image:
         """
         return as_meant(self.stored[box_slices(start, shape)], self.slope, self.intercept)
 
+    def as_rgb(self) -> npt.NDArray[np.uint8]:
+        """Return all of it as people see it, uint8 (y, x, 3)."""
+        black, white = self.value_range
+        values = self.read((0, 0), self.shape) - np.float32(black)
+        values *= np.float32(255 / max(white - black, 1e-12))
+        pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        return np.repeat(pixels, 4 - self.channels, axis=-1)[..., :3]
+
     @property
     def can_be_referred_to(self) -> bool:
         """Return whether it is DICOM."""

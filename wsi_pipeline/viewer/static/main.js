@@ -1,9 +1,10 @@
-// The page: which slide, its facts, layers and classes; what is drawn when. Texts from files are put
+// The page: which run, its facts, layers and classes; what is drawn when. Texts from files are put
 // in as text only, never as HTML.
 
 import { Outlines } from "./outlines.js";
 import { Tiles, ask, picture } from "./tiles.js";
 import { View } from "./view.js";
+import { Volume } from "./volume.js";
 
 const element = (id) => document.getElementById(id);
 const canvases = { slide: element("slide"), mask: element("mask"), lines: element("lines") };
@@ -17,7 +18,8 @@ let frame = 0, saving = 0;
 start();
 
 async function start() {
-  LAYERS.forEach(([id, title, opacity]) => element("sliders").append(slider(canvases[id], title, opacity)));
+  LAYERS.forEach(([id, title, opacity]) => element("sliders").append(slider(id, title, opacity)));
+  element("window").addEventListener("input", moveWindow);
   window.addEventListener("hashchange", () => open(readHash()));
   element("runs").addEventListener("change", ({ target }) => open({ run: target.value }));
   for (const name of ["pointermove", "pointerleave"]) {
@@ -37,7 +39,7 @@ async function start() {
   open({ run: runs[0]?.id, ...readHash() });
 }
 
-async function open({ run, x, y, d }) {
+async function open({ run, x, y, d, at }) {
   if (!run) return;
   if (run === shown?.run) {
     if (d) view.go(x, y, 1 / d);
@@ -52,6 +54,12 @@ async function open({ run, x, y, d }) {
   if (!facts || shown !== mine) return; // another was chosen meanwhile
   tellFacts(facts);
   if (!facts.size) return;
+  if (facts.body) {
+    const failed = (sentence) => say(sentence, "bad");
+    const told = (place) => { element("spot").textContent = place; };
+    mine.volume = new Volume(element("planes"), mine.url, facts, hidden, at, { failed, told, came: slicesCame });
+    return;
+  }
   const [width, height] = facts.size;
   const base = facts.thumbnail && await attempt(() => picture(`${mine.url}/thumbnail`));
   if (shown !== mine) return;
@@ -68,14 +76,14 @@ async function open({ run, x, y, d }) {
 }
 
 function close() {
-  ["slide", "mask", "lines"].forEach((layer) => shown?.[layer]?.close());
+  ["slide", "mask", "lines", "volume"].forEach((layer) => shown?.[layer]?.close());
   shown = view.home = null;
   hidden.clear();
   Object.values(canvases).forEach((canvas) => { canvas.width = 0; });
   element("said").replaceChildren();
   ["name", "facts", "notice"].forEach((id) => { element(id).textContent = ""; });
   tellWhere();
-  ["bar", "layers", "found"].forEach((id) => { element(id).hidden = true; });
+  ["bar", "layers", "found", "window"].forEach((id) => { element(id).hidden = true; });
 }
 
 // layer: "slide" or "mask", of which classes may be hidden.
@@ -96,7 +104,7 @@ function redraw() {
     const came = [shown.slide.draw(view, ratio), shown.mask.draw(view, ratio)];
     if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
     document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
-    tellScale(facts.mpp[0]);
+    if (facts.mpp) tellScale(facts.mpp[0]);
     tellWhere(); // keys and wheel move the slide under a pointer at rest
     clearTimeout(saving);
     saving = setTimeout(saveHash, 200);
@@ -126,8 +134,9 @@ async function clicked([x, y]) {
 }
 
 function tellFound(found) {
-  const [mx, my] = shown.facts.mpp, own = found.area_px * mx * my * 1e-6;
-  const rows = [["name", found.name || "–"], ["class", shown.facts.classes[found.class].name], ["area", `${number(found.area_mm2 ?? own)} mm²`]];
+  const [mx, my] = shown.facts.mpp ?? [], own = found.area_mm2 ?? found.area_px * mx * my * 1e-6;
+  const area = mx ? `${number(own)} mm²` : `${number(found.area_px)} px`;
+  const rows = [["name", found.name || "–"], ["class", shown.facts.classes[found.class].name], ["area", area]];
   if (found.probability !== null) rows.push(["mean probability", found.probability.toFixed(3)]);
   element("found").querySelector("dl").replaceChildren(...rows.flatMap(([term, value]) => [make("dt", term), make("dd", value)]));
 }
@@ -137,8 +146,10 @@ function tellFacts(facts) {
   element("name").textContent = facts.name;
   const lines = [`model ${facts.model}`];
   if (facts.size) {
-    lines.unshift(`${facts.size.join(" × ")} px · ${number(facts.mpp[0])} µm/px`);
-    lines.push(`tissue ${number(facts.tissue_mm2)} mm²`);
+    const unit = facts.kind === "slide" ? `${number(facts.mpp[0])} µm/px` : facts.mpp ? `${facts.mpp.map((um) => number(um / 1000)).join(" × ")} mm` : "";
+    lines.unshift([`${facts.size.join(" × ")} px`, unit].filter(Boolean).join(" · "));
+    if (facts.tissue_mm2 !== null) lines.push(`tissue ${number(facts.tissue_mm2)} mm²`);
+    Object.entries(facts.labels).forEach(([label, share]) => lines.push(`${label} ${share.toFixed(3)}`));
     tellClasses(facts.classes);
   }
   element("facts").textContent = lines.join("\n");
@@ -147,16 +158,22 @@ function tellFacts(facts) {
   if (facts.limits) say(`limits of ${facts.model}: ${facts.limits}`);
   facts.warnings.forEach((sentence) => say(sentence));
   element("layers").hidden = !facts.size;
+  element("stage").hidden = Boolean(facts.body);
+  element("planes").hidden = !facts.body;
+  const [picture, , polygons] = element("sliders").children;
+  picture.children[1].textContent = { slide: "Slide", image: "Image", volume: "Volume" }[facts.kind];
+  polygons.hidden = Boolean(facts.body);
 }
 
 function tellClasses(classes) {
-  const items = classes.slice(1).map(({ name, color, mm2, regions }, i) => {
+  const items = classes.slice(1).map(({ name, color, amount, regions, lesions }, i) => {
     const box = make("input"), swatch = make("i"), label = make("label"), item = make("li");
     Object.assign(box, { type: "checkbox", checked: !hidden.has(i + 1) });
     box.addEventListener("change", () => toggle(i + 1, box.checked));
     swatch.style.background = `rgb(${color.join()})`;
-    label.append(box, swatch, make("b", name), make("span", mm2 == null ? "" : `${number(mm2)} mm²`));
-    if (regions != null) label.append(make("small", `${regions.toLocaleString()} polygon${regions === 1 ? "" : "s"}`));
+    label.append(box, swatch, make("b", name), make("span", amount == null ? "" : `${number(amount)} ${shown.facts.unit}`));
+    const [count, what] = lesions == null ? [regions, "polygon"] : [lesions, "lesion"];
+    if (count != null) label.append(make("small", `${count.toLocaleString()} ${what}${count === 1 ? "" : "s"}`));
     item.append(label);
     return item;
   });
@@ -166,21 +183,49 @@ function tellClasses(classes) {
 function toggle(value, on) {
   if (on) hidden.delete(value);
   else hidden.add(value);
+  if (shown.volume) return shown.volume.panes.forEach((pane) => shown.volume.paint(pane));
   shown.mask.close();
   shown.mask = tiles("mask", { smooth: false });
   redraw();
 }
 
-function slider(canvas, title, opacity) {
+// id: of the layer, whose canvases of all views take their opacity from a variable of its name.
+function slider(id, title, opacity) {
   const label = make("label"), box = make("input"), range = make("input");
   Object.assign(box, { type: "checkbox", checked: true, ariaLabel: `show ${title}` });
   Object.assign(range, { type: "range", min: 0, max: 1, step: 0.05, value: opacity, ariaLabel: `opacity of ${title}` });
-  const apply = () => { canvas.style.opacity = box.checked ? range.value : 0; };
+  const apply = () => document.body.style.setProperty(`--${id}`, box.checked ? range.value : 0);
   box.addEventListener("change", apply);
   range.addEventListener("input", apply);
   apply();
-  label.append(box, title, range);
+  label.append(box, make("span", title), range);
   return label;
+}
+
+function slicesCame() {
+  const { volume } = shown;
+  document.body.dataset.state = "still";
+  if (volume.range) {
+    const [low, high] = volume.range, [from, to] = volume.window, [width, level] = element("window").querySelectorAll("input");
+    element("window").hidden = false;
+    Object.assign(width, { min: 0, max: Math.max(high - low, to - from), value: to - from });
+    Object.assign(level, { min: Math.min(low, (from + to) / 2), max: Math.max(high, (from + to) / 2), value: (from + to) / 2 });
+    tellWindow();
+  }
+  clearTimeout(saving);
+  saving = setTimeout(saveHash, 200);
+}
+
+function moveWindow() {
+  const [width, level] = [...element("window").querySelectorAll("input")].map(({ value }) => +value);
+  shown.volume.setWindow(level - width / 2, level + width / 2);
+  tellWindow();
+}
+
+function tellWindow() {
+  const [low, high] = shown.volume.window, [width, level] = element("window").querySelectorAll("output");
+  width.textContent = number(high - low);
+  level.textContent = number((low + high) / 2);
 }
 
 // A bar of 1, 2 or 5 times a power of ten, about 120 px long.
@@ -217,13 +262,14 @@ function readHash() {
   const parts = location.hash.slice(1).split("&").map((part) => part.split("="));
   const { run, ...place } = Object.fromEntries(parts); // run as it stands there, in URL's letters
   const [x, y, d] = [place.x, place.y, place.d].map(Number);
-  return { ...(run && { run }), ...([x, y, d].every(Number.isFinite) && d > 0 && { x, y, d }) };
+  const at = /^\d+(,\d+){2}$/.test(place.at) && place.at.split(",").map(Number);
+  return { ...(run && { run }), ...(at && { at }), ...([x, y, d].every(Number.isFinite) && d > 0 && { x, y, d }) };
 }
 
 function saveHash() {
-  if (!shown?.slide) return;
-  const hash = `#run=${shown.run}&x=${Math.round(view.x)}&y=${Math.round(view.y)}&d=${+(1 / view.scale).toPrecision(4)}`;
-  history.replaceState(null, "", hash); // no entry for each move
+  if (!shown?.slide && !shown?.volume) return;
+  const place = shown.volume ? `at=${shown.volume.at.join()}` : `x=${Math.round(view.x)}&y=${Math.round(view.y)}&d=${+(1 / view.scale).toPrecision(4)}`;
+  history.replaceState(null, "", `#run=${shown.run}&${place}`); // no entry for each move
 }
 
 function make(tag, text = "") {

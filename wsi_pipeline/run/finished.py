@@ -1,0 +1,153 @@
+"""A finished run of an image or volume opened again: what was segmented, and its mask."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from PIL.PngImagePlugin import PngImageFile
+
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export import MaskLike
+from wsi_pipeline.files.arrays import trusted
+from wsi_pipeline.files.paths import as_path, is_remote
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.sources.radiology.alignment import turned_onto
+from wsi_pipeline.sources.radiology.preprocess import Scan, open_scan
+from wsi_pipeline.sources.radiology.volume import Volume, open_volume
+
+MASK_FILES = {"image": "mask.png", "volume": "mask.nii.gz"}
+"""Of a run, by its kind: where people look, and correct."""
+
+
+def source_path(folder: Path, told: str) -> Path:
+    """Return where the source of a run lies: a path may count from where `segment` was called.
+
+    Args:
+        folder: of the run.
+        told: the path in `run.json`.
+    """
+    path = as_path(told)
+    if is_remote(path) or path.is_absolute() or path.exists():
+        return path
+    beside = folder.absolute().parent.parent / path  # called where the output folder was made
+    return beside if beside.exists() else path
+
+
+def open_scan_of(folder: Path, run: Run, path: Path | None = None) -> Scan:
+    """Open the image or volume of a run again; return it.
+
+    Args:
+        folder: of the run.
+        run: what its `run.json` says.
+        path: where the source is now; None = where it was.
+
+    Raises:
+        SourceError: it is not there, or another one is.
+    """
+    path = path or source_path(folder, run.slide["path"])
+    if not path.exists():
+        raise SourceError(f"the {run.kind} was not found at {path.absolute()}")
+    select = run.settings["select"]
+    chosen = select.get("time_point")
+    scan = open_scan(
+        path,
+        axes=len(run.slide["size"]),
+        frame=select["series"],
+        time_points=run.model["input"].get("time_points") or (None if chosen is None else [chosen]),
+    )
+    if scan.fingerprint != run.slide["fingerprint"]:
+        scan.close()
+        raise SourceError(f"{path} is not the {run.kind} that was segmented: its content differs")
+    return scan
+
+
+class FileMask:
+    """The mask of a volume left in its file, to slice.
+
+    Attributes:
+        volume: the file.
+        shape: (z, y, x).
+    """
+
+    def __init__(self, volume: Volume, classes: int) -> None:
+        """Say how many classes there may be in which file."""
+        self.volume, self._classes = volume, classes
+        self.shape = volume.shape
+
+    def __getitem__(self, key: Any, /) -> npt.NDArray[np.uint8]:
+        """Return the class indices of up to three slices.
+
+        Raises:
+            StoreError: values that are none.
+        """
+        slices = key if isinstance(key, tuple) else (key,)
+        slices += (slice(None),) * (3 - len(slices))
+        spans = [range(n)[s] for n, s in zip(self.shape, slices, strict=True)]
+        start, shape = tuple(s.start for s in spans), tuple(map(len, spans))
+        values = self.volume.read(start, shape)[..., 0]
+        return _as_indices(values, self._classes, self.volume.path)
+
+
+def open_mask_of(folder: Path, run: Run, closing: ExitStack, scan: Scan | None = None) -> MaskLike:
+    """Open the mask of an image or volume; return it, (y, x) or (z, y, x) class indices.
+
+    It is the file that people see and correct, else what the working folder keeps of the run.
+
+    Args:
+        folder: of the run.
+        run: what its `run.json` says.
+        closing: takes what is to be closed.
+        scan: what was segmented, on which the mask must lie; None = it is not known.
+
+    Raises:
+        StoreError: there is none, it is damaged, or is not of this image or volume.
+    """
+    path, store = folder / MASK_FILES[run.kind], RunStore(folder=folder)
+    shape, classes = tuple(reversed(run.slide["size"])), 1 + len(run.colors)
+    mask: MaskLike
+    try:
+        if path.is_file():
+            if run.kind == "image":
+                mask = _open_png(path, classes)
+            else:
+                volume = closing.enter_context(open_volume(path))
+                mask = FileMask(volume, classes)
+                if isinstance(scan, Volume) and (
+                    volume.shape != scan.shape
+                    or not np.allclose(volume.affine, scan.affine, atol=1e-3)
+                ):
+                    mask = turned_onto(mask[:], volume.affine, scan.shape, scan.affine)
+        elif store.key().get("key") == run.settings["key"]:
+            mask = trusted(zarr.open_array(store.mask_path / "0", mode="r"))
+        else:
+            raise StoreError(f"{folder} has no {path.name}; segment the {run.kind} again")
+    except (SourceError, OSError, SyntaxError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read as a mask: {error}") from error
+    if mask.shape != shape:
+        found, wanted = (" × ".join(map(str, reversed(s))) for s in (mask.shape, shape))
+        raise StoreError(f"{path} has {found} px, the {run.kind} {wanted}")
+    return mask
+
+
+def _open_png(path: Path, classes: int) -> MaskLike:
+    # not by Image.open, which refuses large pictures: this one is no larger than its image
+    with path.open("rb") as file, PngImageFile(file) as picture:
+        pixels = np.asarray(picture)
+    if pixels.ndim != 2:
+        raise ValueError("it has colours, where class indices were expected")
+    return _as_indices(pixels, classes, path)
+
+
+def _as_indices(values: npt.NDArray[Any], classes: int, path: Path) -> npt.NDArray[np.uint8]:
+    with np.errstate(invalid="ignore"):  # which the next line finds
+        found = values.astype(np.uint8)
+    if (found != values).any() or found.max(initial=0) >= classes:
+        wrong = values[(found != values) | (found >= classes)][0]
+        raise StoreError(f"{path} holds the value {wrong}; its classes are 0 to {classes - 1}")
+    return found

@@ -1,0 +1,103 @@
+"""What every finished run has that a page shows: its facts, and files to be closed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from wsi_pipeline.annotations import color_of
+from wsi_pipeline.report.record import GREY, RUN_FILE, Run
+
+MOVED = "`view --slide PATH` takes it from where it is now"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShownRun:
+    """A finished run, opened; close it.
+
+    Attributes:
+        folder: of the run.
+        run: what `run.json` says.
+        closing: closes its files.
+        problems: a sentence on each thing that cannot be shown.
+    """
+
+    folder: Path
+    run: Run
+    closing: ExitStack
+    problems: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Remember which run it is; see to it that its files are closed when nobody holds it."""
+        _ = self._stamp, self._closing
+
+    @property
+    def classes(self) -> dict[str, tuple[int, ...]]:
+        """Return the colour of each class of the mask, in its order, the background first."""
+        colors = {name: tuple(color or GREY) for name, color in self.run.colors.items()}
+        return {self.run.background: (0, 0, 0), **colors}
+
+    def is_current(self) -> bool:
+        """Return whether the run is still the one that was opened."""
+        try:
+            return stamp_of(self.folder) == self._stamp
+        except OSError:
+            return False
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that the page has to know before it asks for pictures."""
+        run = self.run
+        spacing = run.slide.get("spacing_mm")
+        return {
+            "name": run.slide["name"],
+            "path": run.slide.get("path", ""),
+            "kind": run.kind,
+            "status": run.status,
+            "reason": run.reason,
+            "size": run.slide.get("size"),
+            "mpp": run.slide.get("mpp") or (spacing and [1000 * mm for mm in spacing]),
+            "model": run.model.get("name", ""),
+            "limits": run.model.get("limits", ""),
+            "tissue_mm2": run.tissue_mm2 if run.has_tissue else None,
+            "unit": run.unit,
+            "classes": [
+                {
+                    **of,
+                    "amount": run.amounts.get(of["name"]),
+                    "regions": run.regions.get(of["name"]),
+                    "lesions": run.lesions.get(of["name"], {}).get("count"),
+                }
+                for of in self.legend(list(self.classes))
+            ],
+            "labels": run.labels,
+            "problems": self.problems,
+            "warnings": run.warnings,
+        }
+
+    def legend(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return names and colours of classes, those that the mask lacks included."""
+        colors = self.classes
+        return [{"name": name, "color": colors.get(name) or color_of(name)} for name in names]
+
+    def close(self) -> None:
+        """Give the files back."""
+        self._closing()
+
+    @cached_property
+    def _stamp(self) -> tuple[int, int]:
+        return stamp_of(self.folder)
+
+    @cached_property
+    def _closing(self) -> weakref.finalize[[], Self]:
+        return weakref.finalize(self, self.closing.close)
+
+
+def stamp_of(folder: Path) -> tuple[int, int]:
+    """Return what changes when a run is written anew."""
+    status = (folder / RUN_FILE).stat()
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,132 @@
+"""A finished run of a volume as a page asks for it: slices of its values and of its mask."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export import MaskLike
+from wsi_pipeline.export.planes import PLANES, Body, Reader, mask_reader, volume_reader
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.finished import FileMask, open_mask_of, open_scan_of
+from wsi_pipeline.sources.radiology.volume import Volume
+from wsi_pipeline.viewer.base import MOVED, ShownRun
+
+LAYERS = {"values": "<f4", "classes": "u1"}
+"""What of a slice is sent, and as numbers of which kind."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShownVolume(ShownRun):
+    """A finished run of a volume, opened: slices are read when they are asked for.
+
+    Attributes:
+        source: what was segmented, where it was found.
+        mask: (z, y, x) class indices, where there is one.
+        lying: what says how it lies in the body: the source, or the file of the mask.
+    """
+
+    source: Volume | None
+    mask: MaskLike | None
+    lying: Volume
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that the page has to know before it asks for slices."""
+        volume, body = self.lying, Body.of(self.lying.affine)
+        every = (entry for of in self.run.lesions.values() for entry in of.get("listed", ()))
+        largest = max(every, key=lambda entry: entry["pixels"], default=None)
+        middle = [n // 2 for n in reversed(volume.shape)]
+        if largest:
+            middle = [
+                (a + b - 1) // 2 for a, b in zip(largest["start"], largest["stop"], strict=True)
+            ]
+        return super().facts() | {
+            "planes": [plane._asdict() for plane in PLANES],
+            "body": [  # its axes: to the right, to the front and to the top
+                {
+                    "axis": 2 - axis,
+                    "size": volume.shape[axis],
+                    "mm": volume.spacing_mm[axis],
+                    "is_forward": is_forward,
+                }
+                for axis, is_forward in zip(body.axes, body.is_forward, strict=True)
+            ],
+            "start": middle,
+            "window": self.source and self.source.window,
+            "layers": [layer for layer in LAYERS if self._reader(layer) is not None],
+        }
+
+    def slice_of(self, layer: str, plane: str, at: int) -> npt.NDArray[Any]:
+        """Return a slice as radiologists look at it, float32 values or uint8 class indices.
+
+        Args:
+            layer: "values" or "classes".
+            plane: name of one of `PLANES`.
+            at: number of the slice along the volume's own axis, from 0.
+
+        Raises:
+            SourceError: there is none, or the file cannot be read there.
+            StoreError: the mask is damaged there.
+        """
+        found = next((p for p in PLANES if p.name == plane), None)
+        read = self._reader(layer)
+        body, shape = Body.of(self.lying.affine), self.lying.shape
+        if found is None or read is None or not 0 <= at < shape[body.axes[found.across]]:
+            raise SourceError(f"no slice {at} of {plane} {layer} here")
+        try:
+            return body.cut(read, shape, found, at).astype(LAYERS[layer])
+        except (SourceError, StoreError):
+            raise
+        except Exception as error:  # codecs raise anything
+            raise StoreError(f"the mask is damaged here ({error}); segment again") from error
+
+    def _reader(self, layer: str) -> Reader | None:
+        if layer == "values":
+            return volume_reader(self.source) if self.source else None
+        return mask_reader(self.mask) if layer == "classes" and self.mask is not None else None
+
+
+def open_shown_volume(folder: Path, run: Run, path: Path | None) -> ShownVolume:
+    """Open a run of a volume; return it with what of it can be shown.
+
+    Args:
+        folder: of the run.
+        run: what `run.json` says.
+        path: where the volume is now; None = where it was. It must then be the right one.
+
+    Raises:
+        StoreError: nothing of it can be shown.
+        SourceError: `path` is no volume, or another one.
+    """
+    problems: list[str] = []
+    source, mask = None, None
+    with ExitStack() as closing:
+        try:
+            scan = open_scan_of(folder, run, path)
+            closing.callback(scan.close)
+            source = scan if isinstance(scan, Volume) else None
+        except SourceError as error:
+            if path is not None:
+                raise
+            problems.append(f"{error}. {MOVED}")
+        try:
+            mask = open_mask_of(folder, run, closing, source)
+        except StoreError as error:
+            problems.append(str(error))
+        lying = source or (mask.volume if isinstance(mask, FileMask) else None)
+        if lying is None:
+            raise StoreError("; ".join(problems))
+        return ShownVolume(
+            folder=folder,
+            run=run,
+            closing=closing.pop_all(),
+            problems=tuple(problems),
+            source=source,
+            mask=mask,
+            lying=lying,
+        )
