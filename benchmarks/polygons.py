@@ -36,7 +36,11 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import Dialect, write_geojson
 from wsi_pipeline.export.ome_zarr import create_mask, open_mask, write_block
 from wsi_pipeline.export.polygons.build import map_polygons, polygons
-from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, Pieces, find_pieces
+from wsi_pipeline.export.polygons.components import (
+    PROBABILITY_ONE,
+    BlockComponents,
+    find_components,
+)
 from wsi_pipeline.export.polygons.trace import find_outlines
 from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import ExportOptions
@@ -118,15 +122,15 @@ class Laps:
         self.seconds[stage] = self._last - last
 
 
-def trace(path: Path) -> dict[tuple[int, ...], Pieces]:
-    """Find the pieces of regions as the blocks of a run do, in threads."""
+def trace(path: Path) -> dict[tuple[int, ...], BlockComponents]:
+    """Find the components of regions as the blocks of a run do, in threads."""
     mask = open_mask(path)
     probability = np.full((BLOCK, BLOCK), PROBABILITY_ONE, np.uint16)
 
-    def find(block: Block) -> tuple[tuple[int, ...], Pieces]:
+    def find(block: Block) -> tuple[tuple[int, ...], BlockComponents]:
         height, width = block.shape
         pixels = np.asarray(mask[block.slices])
-        return block.index, find_pieces(pixels, probability[:height, :width], block.start)
+        return block.index, find_components(pixels, probability[:height, :width], block.start)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(pool.map(find, iter_blocks(mask.shape, (BLOCK, BLOCK))))
@@ -135,9 +139,9 @@ def trace(path: Path) -> dict[tuple[int, ...], Pieces]:
 def exact(path: Path, folder: Path) -> dict[str, Any]:
     """Build the exact polygons, batch by batch; nothing is kept of one that is done."""
     laps = Laps()
-    pieces = trace(path)
+    components = trace(path)
     laps("trace")
-    outlines = find_outlines(open_mask(path), pieces, block_size=BLOCK)
+    outlines = find_outlines(open_mask(path), components, block_size=BLOCK)
     laps("join")
     counts = map_polygons(outlines, lambda _, shapes: int(get_num_coordinates(shapes).sum()))
     vertices = sum(counts)
@@ -158,11 +162,11 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
         namespace="benchmark",
     )
     laps = Laps()
-    pieces = trace(path)
+    components = trace(path)
     laps("trace")
     outlines = find_outlines(
         open_mask(path),
-        pieces,
+        components,
         block_size=BLOCK,
         tolerance=dialect.tolerance,
         min_pixels=dialect.min_pixels,

@@ -7,7 +7,7 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traced import binary, blobs, masks, outlines_of, pieces_of, same
+from traced import binary, blobs, components_of, masks, outlines_of, same
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export.polygons.build import map_polygons, polygons
@@ -59,10 +59,10 @@ def test_memory_is_some_bytes_for_each_vertex_that_is_left(monkeypatch, toleranc
     pattern, peaks, left = blobs(0, side=512, sigma=3), [], []
     for width in (1024, 4096):
         mask = Repeated(pattern, (1024, width))
-        pieces = trace_mask(mask, iter_blocks(mask.shape, (512, 512)))
+        components = trace_mask(mask, iter_blocks(mask.shape, (512, 512)))
         tracemalloc.start()
         outlines = find_outlines(
-            mask, pieces, block_size=512, tolerance=tolerance, tile=512, threads=1
+            mask, components, block_size=512, tolerance=tolerance, tile=512, threads=1
         )
         assert sum(map_polygons(outlines, lambda _, shapes: len(shapes), threads=1)) > 1000
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -74,11 +74,11 @@ def test_memory_is_some_bytes_for_each_vertex_that_is_left(monkeypatch, toleranc
 def test_a_finished_mask_is_traced_as_its_blocks_were():
     mask = blobs(8)
     blocks = list(iter_blocks(mask.shape, (64, 64)))
-    noted, later = pieces_of(mask, 64), trace_mask(mask, blocks, threads=2)
+    noted, later = components_of(mask, 64), trace_mask(mask, blocks, threads=2)
     assert set(noted) == set(later)
-    for index, pieces in later.items():
-        assert pieces.probability is None
-        for name, array in pieces.as_arrays().items():
+    for index, components in later.items():
+        assert components.probability is None
+        for name, array in components.as_arrays().items():
             assert (array == getattr(noted[index], name)).all()
     found = find_outlines(mask, {**noted, (0, 0): later[0, 0]}, block_size=64)
     assert found.regions.probability is None  # of some regions it is not known
@@ -87,6 +87,6 @@ def test_a_finished_mask_is_traced_as_its_blocks_were():
 
 def test_another_mask_than_the_one_traced_is_refused():
     mask = blobs(8)
-    pieces = pieces_of(mask, 64)
+    components = components_of(mask, 64)
     with pytest.raises(StoreError, match="--overwrite"):
-        find_outlines(np.zeros_like(mask), pieces, block_size=64)
+        find_outlines(np.zeros_like(mask), components, block_size=64)

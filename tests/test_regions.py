@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
-from traced import binary, masks, pieces_of
+from traced import binary, components_of, masks
 
-from wsi_pipeline.export.polygons.components import Pieces, join
+from wsi_pipeline.export.polygons.components import BlockComponents, join
 
 
 def regions_of(mask, probability):
@@ -27,7 +27,7 @@ def regions_of(mask, probability):
 @given(st.one_of(masks, binary), st.integers(1, 9), hnp.arrays(np.uint16, (14, 14)))
 def test_regions_are_those_of_scipy(mask, block_size, noise):
     probability = noise[: mask.shape[0], : mask.shape[1]]
-    regions = join(pieces_of(mask, block_size, probability))
+    regions = join(components_of(mask, block_size, probability))
     expected = regions_of(mask, probability)
     first = [(*yx, v) for yx, v in zip(regions.first.tolist(), regions.value.tolist(), strict=True)]
     assert first == [region[:3] for region in expected]
@@ -36,10 +36,10 @@ def test_regions_are_those_of_scipy(mask, block_size, noise):
 
 
 def test_pieces_come_back_from_the_ledger_as_they_were():
-    pieces = pieces_of(np.ones((5, 7), np.uint8), 8, None)[0, 0]
-    arrays = pieces.as_arrays()
+    components = components_of(np.ones((5, 7), np.uint8), 8, None)[0, 0]
+    arrays = components.as_arrays()
     assert "probability" not in arrays
-    again = Pieces.from_arrays(arrays | {"predicted": np.array(3)})
+    again = BlockComponents.from_arrays(arrays | {"predicted": np.array(3)})
     assert again.probability is None
     assert again.pixels.tolist() == [35]
 
@@ -47,4 +47,4 @@ def test_pieces_come_back_from_the_ledger_as_they_were():
 def test_labels_beyond_16_bits_are_kept_apart():
     mask = np.zeros((600, 600), np.uint8)
     mask[::2, ::2] = 1
-    assert len(join(pieces_of(mask, 600, None))) == 90_000
+    assert len(join(components_of(mask, 600, None))) == 90_000

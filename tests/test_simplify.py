@@ -4,7 +4,7 @@ import pytest
 import shapely
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from traced import TILE, binary, blobs, masks, outlines_of, pieces_of, same
+from traced import TILE, binary, blobs, components_of, masks, outlines_of, same
 
 from wsi_pipeline.export.polygons.build import polygons
 from wsi_pipeline.export.polygons.trace import find_outlines
@@ -109,7 +109,9 @@ def test_tiles_leave_no_seam(tolerance):
     """Nothing stays because it lies where two tiles meet."""
     mask = blobs(3, side=512, sigma=8)
     one, many = (
-        find_outlines(mask, pieces_of(mask, 512), block_size=512, tolerance=tolerance, tile=tile)
+        find_outlines(
+            mask, components_of(mask, 512), block_size=512, tolerance=tolerance, tile=tile
+        )
         for tile in (512, 16)
     )
     assert len(many.arcs.xy) < 1.01 * len(one.arcs.xy)

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, Pieces, find_pieces
+from wsi_pipeline.export.polygons.components import (
+    PROBABILITY_ONE,
+    BlockComponents,
+    find_components,
+)
 from wsi_pipeline.export.polygons.trace import Outlines, find_outlines
 from wsi_pipeline.geometry import Shape, iter_blocks
 
@@ -31,14 +35,14 @@ def same(some: np.ndarray, others: np.ndarray) -> bool:
     return len(some) == len(others) and bool((shapely.to_wkb(some) == shapely.to_wkb(others)).all())
 
 
-def pieces_of(
+def components_of(
     mask: np.ndarray, block_size: int, probability: np.ndarray | int | None = PROBABILITY_ONE
-) -> dict[Shape, Pieces]:
-    """Find the pieces of regions in the blocks that hold anything; return them."""
+) -> dict[Shape, BlockComponents]:
+    """Find the components of regions in the blocks that hold anything; return them."""
     if probability is not None:
         probability = np.broadcast_to(np.asarray(probability, np.uint16), mask.shape)
     return {
-        b.index: find_pieces(
+        b.index: find_components(
             mask[b.slices].copy(),
             None if probability is None else probability[b.slices].copy(),
             (b.start[0], b.start[1]),
@@ -60,7 +64,7 @@ def outlines_of(
     """Trace a mask in blocks and follow its borders; return the outlines."""
     return find_outlines(
         mask,
-        pieces_of(mask, block_size, probability),
+        components_of(mask, block_size, probability),
         block_size=block_size,
         tolerance=tolerance,
         min_pixels=min_pixels,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, ClassInfo, bundle_table
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
-from wsi_pipeline.export.polygons.components import Pieces
+from wsi_pipeline.export.polygons.components import BlockComponents
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.atomic import sync
 from wsi_pipeline.files.clock import Clock
@@ -293,7 +293,7 @@ def write_polygons(
         side: of a block, px.
         ledger: what is known of blocks; pieces of the others are looked for in the mask.
     """
-    traced = {i: Pieces.from_arrays(a) for i, a in ledger.items() if "top" in a}
+    traced = {i: BlockComponents.from_arrays(a) for i, a in ledger.items() if "top" in a}
     rest = [block for block in blocks if block.index not in traced]
     outlines = find_outlines(
         mask,

@@ -22,7 +22,7 @@ from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.errors import BundleError, SourceError
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
-from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_pieces
+from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_components
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import is_remote
@@ -320,7 +320,7 @@ class BlockWorker(ABC):
         counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
         arrays = arrays | {"counts": counts.numpy()}
         if probability is not None:
-            pieces = find_pieces(mask, probability, (block.start[0], block.start[1]))
+            pieces = find_components(mask, probability, (block.start[0], block.start[1]))
             arrays |= pieces.as_arrays()
             clock.lap("polygons")
         arrays |= {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}

@@ -1,10 +1,10 @@
 """The borders between the regions of a mask, on pixel edges, followed block by block.
 
-A *vertex* is a place where a border turns or where borders meet; a *node* is one where three or
-more regions meet (background counts as one). An *arc* is the border between two regions from node
-to node, or a closed ring. Neighbours have each arc in common, so whatever is done to an arc leaves
-no gap and no overlap. Arcs are walked with the region of the higher number on the right hand, as y
-points down.
+A *vertex* is a place where a border turns or where borders meet; a *junction* is one where three
+or more regions meet (background counts as one). An *arc* is the border between two regions from
+junction to junction, or a closed ring. Neighbours have each arc in common, so whatever is done to
+an arc leaves no gap and no overlap. Arcs are walked with the region of the higher number on the
+right hand, as y points down.
 
 Where two pixels of one region touch at a corner only, its outline turns such that what is not the
 region is parted: the region itself is connected elsewhere. So no ring touches itself.
@@ -31,6 +31,8 @@ Numbers = npt.NDArray[np.int32]
 
 UP, DOWN, LEFT, RIGHT = range(4)
 """The pixel edges at a vertex, by the direction in which they leave it."""
+OPPOSITE = 1
+"""A direction XOR this is the opposite one."""
 ABOVE_LEFT, ABOVE_RIGHT, BELOW_LEFT, BELOW_RIGHT = range(4)
 """The pixels around a vertex."""
 RIGHT_HAND = np.array([ABOVE_RIGHT, BELOW_LEFT, ABOVE_LEFT, BELOW_RIGHT])
@@ -39,14 +41,14 @@ LEFT_HAND = np.array([ABOVE_LEFT, BELOW_RIGHT, BELOW_LEFT, ABOVE_RIGHT])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Chains:
+class Arcs:
     """Arcs, or fragments of arcs, as sequences of vertices.
 
     Attributes:
-        xy: (m, 2) vertices of one chain after the other, in mask pixels.
-        bounds: (n + 1,) where each chain begins, and m.
+        xy: (m, 2) vertices, arc by arc, in mask pixels.
+        bounds: (n + 1,) where each arc begins, and m.
         right: (n,) number of the region on the right hand.
-        left: (n,) of that on the left hand, a lower one; 0 = background.
+        left: (n,) number of the region on the left hand, a lower one; 0 = background.
         is_ring: (n,) whether the last vertex is followed by the first.
         twice_area: (n,) sum of the cross products of neighbouring vertices, before any is taken
             away: twice the area of a ring, negative where the ring is a hole's of `right`.
@@ -64,25 +66,25 @@ class Chains:
 
     @property
     def sizes(self) -> Ints:
-        """Return (n,) the number of vertices of each chain."""
+        """Return (n,) the number of vertices of each arc."""
         return np.diff(self.bounds)
 
-    def keep(self, vertices: Bools) -> Chains:
-        """Return the chains with only those of their (m,) vertices; none may lose its last."""
+    def keep_vertices(self, vertices: Bools) -> Arcs:
+        """Return the arcs with only those of their (m,) vertices; none may lose its last."""
         before = np.concatenate([[0], np.cumsum(vertices)])
         return replace(self, xy=self.xy[vertices], bounds=before[self.bounds])
 
-    def keep_chains(self, chains: Bools) -> Chains:
-        """Return only those (n,) chains."""
-        if chains.all():
+    def keep_arcs(self, arcs: Bools) -> Arcs:
+        """Return only those (n,) arcs."""
+        if arcs.all():
             return self
-        return Chains(
-            xy=self.xy[np.repeat(chains, self.sizes)],
-            bounds=np.concatenate([[0], np.cumsum(self.sizes[chains])]),
-            **{
-                name: getattr(self, name)[chains]
-                for name in ("right", "left", "is_ring", "twice_area")
-            },
+        return Arcs(
+            xy=self.xy[np.repeat(arcs, self.sizes)],
+            bounds=np.concatenate([[0], np.cumsum(self.sizes[arcs])]),
+            right=self.right[arcs],
+            left=self.left[arcs],
+            is_ring=self.is_ring[arcs],
+            twice_area=self.twice_area[arcs],
         )
 
 
@@ -95,7 +97,7 @@ class Ends:
         line: (k,) x of the column, or y of the row.
         along: (k,) the other coordinate of the fragment's vertex.
         onward: (k,) whether it leaves to the right or down, not to the left or up.
-        chain: (k,) which fragment.
+        arc: (k,) index of the fragment.
         is_last: (k,) whether it is the fragment's last vertex, not its first.
     """
 
@@ -103,15 +105,15 @@ class Ends:
     line: Numbers
     along: Numbers
     onward: Bools
-    chain: Ints
+    arc: Ints
     is_last: Bools
 
-    def keep_chains(self, chains: Bools) -> Ends:
+    def keep_arcs(self, arcs: Bools) -> Ends:
         """Return the ends when only those fragments are left, all that have ends among them."""
-        return replace(self, chain=(np.cumsum(chains) - 1)[self.chain])
+        return replace(self, arc=(np.cumsum(arcs) - 1)[self.arc])
 
 
-def follow_borders(y: Numbers, x: Numbers, around: Numbers) -> tuple[Chains, Ends]:
+def follow_borders(y: Numbers, x: Numbers, around: Numbers) -> tuple[Arcs, Ends]:
     """Follow the borders of regions within one block; return the fragments and their open ends.
 
     Args:
@@ -126,37 +128,41 @@ def follow_borders(y: Numbers, x: Numbers, around: Numbers) -> tuple[Chains, End
         source, target = places.links(direction, *line)
         following[source] = target
     order, bounds, is_ring = order_paths(following)
-    chain = np.empty(len(order), np.int32)
-    chain[order] = np.repeat(np.arange(len(is_ring), dtype=np.int32), np.diff(bounds))
-    ends = [places.open_ends(direction, *line, chain) for direction, line in lines.items()]
+    arc = np.empty(len(order), np.int32)
+    arc[order] = np.repeat(np.arange(len(is_ring), dtype=np.int32), np.diff(bounds))
+    ends = [places.open_ends(direction, *line, arc) for direction, line in lines.items()]
     vertex = places.vertex[order]
     xy = np.stack([places.x[vertex], places.y[vertex]], axis=1)
-    right, left = places.sides(order[bounds[:-1]])
-    chains = Chains(
+    first, last = bounds[:-1], bounds[1:] - 1
+    products = np.zeros(len(xy), np.int64)
+    products[:-1] = _cross(xy[:-1], xy[1:])
+    products[last] = np.where(is_ring, _cross(xy[last], xy[first]), 0)
+    right, left = places.sides(order[first])
+    arcs = Arcs(
         xy=xy,
         bounds=bounds,
         right=right,
         left=left,
         is_ring=is_ring,
-        twice_area=_twice_areas(xy, bounds, is_ring),
+        twice_area=np.add.reduceat(products, first),
     )
-    return chains, _concatenate(ends)
+    return arcs, _concatenate(ends)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Places:
-    """The vertices of a block in row-major order, and how chains pass them.
+    """The vertices of a block in row-major order, and how arcs pass them.
 
-    At a corner a chain makes one *visit*. Where pixels of one region meet diagonally there are
-    two. At a node each pixel edge has a visit of its own, at which a chain begins or ends.
+    At a corner an arc makes one *visit*. Where pixels of one region meet diagonally there are two.
+    At a junction each pixel edge has a visit of its own, at which an arc begins or ends.
 
     Attributes:
-        y: (n,).
-        x: (n,).
+        y: (n,) row of each vertex.
+        x: (n,) column of each vertex.
         around: (4, n) numbers of the regions at the pixels around.
         edge: (4, n) whether a border leaves in each direction.
         visit: (4, n) which visit the pixel edge belongs to, where there is one.
-        vertex: (v,) of each visit.
+        vertex: (v,) index of the vertex of each visit.
     """
 
     y: Numbers
@@ -183,15 +189,16 @@ class _Places:
         # a region that meets itself goes before background that does
         around_other = crossing & same & ~(same_other & (at[ABOVE_LEFT] == 0))
         around_same = crossing & same_other & ~around_other
-        node = ~(around_other | around_same)
+        is_junction = ~(around_other | around_same)
         count = np.ones(len(y), np.int32)
-        count[meeting] = np.where(node, degree[meeting], 2)
+        count[meeting] = np.where(is_junction, degree[meeting], 2)
         first = np.cumsum(count, dtype=np.int32) - count
         visit = np.stack([first] * 4)
         visit[np.ix_([DOWN, LEFT], meeting[around_other])] += 1
         visit[np.ix_([DOWN, RIGHT], meeting[around_same])] += 1
-        nodes = meeting[node]
-        visit[:, nodes] += np.cumsum(edge[:, nodes], axis=0, dtype=np.int32) - edge[:, nodes]
+        junctions = meeting[is_junction]
+        edges = edge[:, junctions]
+        visit[:, junctions] += np.cumsum(edges, axis=0, dtype=np.int32) - edges
         return cls(
             y=y,
             x=x,
@@ -211,16 +218,16 @@ class _Places:
         return order, np.diff(column[order], prepend=-1) != 0
 
     def links(self, direction: int, order: Ints, begins: Bools) -> tuple[Numbers, Numbers]:
-        """Return the visits from which and to which chains go along lines."""
+        """Return the visits from which and to which arcs go along lines."""
         inner = np.flatnonzero(self.edge[direction, order[:-1]] & ~begins[1:])
         here, there = order[inner], order[inner + 1]
-        outgoing = self._is_outgoing(direction, here)
-        here, there = self.visit[direction, here], self.visit[_opposite(direction), there]
+        outgoing = self.is_outgoing(direction, here)
+        here, there = self.visit[direction, here], self.visit[direction ^ OPPOSITE, there]
         return np.where(outgoing, here, there), np.where(outgoing, there, here)
 
-    def open_ends(self, direction: int, order: Ints, begins: Bools, chain: Numbers) -> Ends:
-        """Return where chains leave the block along lines; `chain` is (v,) of each visit."""
-        back = _opposite(direction)
+    def open_ends(self, direction: int, order: Ints, begins: Bools, arc: Numbers) -> Ends:
+        """Return where arcs leave the block along lines; `arc` is (v,) of each visit."""
+        back = direction ^ OPPOSITE
         first, last = order[begins], order[np.append(begins, True)[1:]]
         first, last = first[self.edge[back, first]], last[self.edge[direction, last]]
         port = np.repeat([back, direction], [len(first), len(last)])
@@ -231,30 +238,23 @@ class _Places:
             line=line[vertex],
             along=along[vertex],
             onward=port == direction,
-            chain=chain[self.visit[port, vertex]],
-            is_last=self._is_outgoing(port, vertex),
+            arc=arc[self.visit[port, vertex]],
+            is_last=self.is_outgoing(port, vertex),
         )
 
     def sides(self, visits: Ints) -> tuple[Numbers, Numbers]:
-        """Return the regions on the right and on the left hand of chains that make these visits."""
+        """Return the regions on the right and on the left hand of arcs that make these visits."""
         vertex = self.vertex[visits]
         # any of the pixel edges that belong to the visit
         port = ((self.visit[:, vertex] == visits) & self.edge[:, vertex]).argmax(axis=0)
         one, other = self.around[RIGHT_HAND[port], vertex], self.around[LEFT_HAND[port], vertex]
         return np.maximum(one, other), np.minimum(one, other)
 
-    def _is_outgoing(self, direction: int | Ints, vertex: Ints) -> Bools:
-        """Return whether chains leave vertices in these directions, or come from there."""
-        right, left = (
-            self.around[RIGHT_HAND[direction], vertex],
-            self.around[LEFT_HAND[direction], vertex],
-        )
-        outgoing: Bools = right > left
+    def is_outgoing(self, direction: int | Ints, vertex: Ints) -> Bools:
+        """Return whether arcs leave vertices in these directions, or come from there."""
+        right, left = RIGHT_HAND[direction], LEFT_HAND[direction]
+        outgoing: Bools = self.around[right, vertex] > self.around[left, vertex]
         return outgoing
-
-
-def _opposite(direction: int) -> int:
-    return direction ^ 1
 
 
 def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
@@ -280,22 +280,24 @@ def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
     before[following[goes_on]] = np.flatnonzero(goes_on)
     n_paths, path = connected_components(_graph(goes_on, following[goes_on]), directed=False)
     heads = np.empty(n_paths, np.int32)
-    heads[path[::-1]] = np.arange(n - 1, -1, -1)  # of equal indices the last is kept: the least
+    # of equal indices the last is kept: the least
+    heads[path[::-1]] = np.arange(n - 1, -1, -1)
     begins = np.flatnonzero(before < 0)
     heads[path[begins]] = begins
     is_ring = before[heads] >= 0
     following = following.copy()
     following[before[heads[is_ring]]] = -1
-    # One walk over all, in C. Hangers in a row hold one path each, and the next hanger.
+    # One depth-first search over all, in C: the root of each path leads to its head, and on to the
+    # root of the next path.
     goes_on = following >= 0
-    hangers = np.arange(n, n + n_paths, dtype=np.int32)
-    held = np.stack([heads, hangers + 1], axis=1).ravel()
+    roots = np.arange(n, n + n_paths, dtype=np.int32)
+    children = np.stack([heads, roots + 1], axis=1).ravel()
     degrees = np.concatenate([goes_on, np.full(n_paths, 2), [0]])
-    graph = _graph(degrees, np.concatenate([following[goes_on], held]))
+    graph = _graph(degrees, np.concatenate([following[goes_on], children]))
     walk = depth_first_order(graph, n, return_predecessors=False)[:-1]
-    is_hanger = walk >= n
-    bounds = np.append(np.flatnonzero(is_hanger) - np.arange(n_paths), n)
-    return walk[~is_hanger], bounds, is_ring
+    is_root = walk >= n
+    bounds = np.append(np.flatnonzero(is_root) - np.arange(n_paths), n)
+    return walk[~is_root], bounds, is_ring
 
 
 def _graph(degrees: npt.NDArray[np.generic], neighbours: Numbers) -> csr_array:
@@ -323,64 +325,50 @@ def _cross(a: Numbers, b: Numbers) -> Ints:
     return product
 
 
-def _twice_areas(xy: Numbers, bounds: Ints, is_ring: Bools) -> Ints:
-    """Return the sum of the cross products of neighbouring vertices of each chain."""
-    if len(is_ring) == 0:
-        return np.zeros(0, np.int64)
-    products = np.zeros(len(xy), np.int64)
-    products[:-1] = _cross(xy[:-1], xy[1:])
-    first, last = bounds[:-1], bounds[1:] - 1
-    products[last] = np.where(is_ring, _cross(xy[last], xy[first]), 0)
-    return np.add.reduceat(products, first)
-
-
 def _concatenate(ends: Sequence[Ends]) -> Ends:
     names = [field.name for field in fields(Ends)]
     return Ends(**{name: np.concatenate([getattr(e, name) for e in ends]) for name in names})
 
 
-def join_fragments(parts: list[tuple[Chains, Ends]]) -> Chains:
+def join_fragments(parts: list[tuple[Arcs, Ends]]) -> Arcs:
     """Put the fragments of all blocks together; return the arcs.
 
     Args:
-        parts: of each block, as `follow_borders` returned them. The list is emptied on the way, so
-            that no vertex is held twice.
+        parts: what `follow_borders` returned of each block. The list is emptied on the way, so that
+            no vertex is held twice.
     """
     if not parts:
         none = np.zeros(0, np.int32)
         parts = [follow_borders(none, none, np.stack([none] * 4))]
-    offsets = np.cumsum([0, *(len(chains) for chains, _ in parts)])
+    offsets = np.cumsum([0, *(len(arcs) for arcs, _ in parts)])
     ends = _concatenate(
-        [replace(e, chain=e.chain + offset) for (_, e), offset in zip(parts, offsets, strict=False)]
+        [replace(e, arc=e.arc + offset) for (_, e), offset in zip(parts, offsets, strict=False)]
     )
     # an end that goes on to the right or down is the next of its line for one that comes from there
     order = np.lexsort((ends.onward, ends.along, ends.line, ends.is_column))
     one, other = order[0::2], order[1::2]
-    source = ends.chain[np.where(ends.is_last[one], one, other)]
-    target = ends.chain[np.where(ends.is_last[one], other, one)]
+    source = ends.arc[np.where(ends.is_last[one], one, other)]
+    target = ends.arc[np.where(ends.is_last[one], other, one)]
     following = np.full(offsets[-1], -1, np.int32)
     following[source] = target
     order, bounds, is_ring = order_paths(following)
-    sizes, is_whole_ring, area = (
-        np.concatenate([getattr(chains, name) for chains, _ in parts])
-        for name in ("sizes", "is_ring", "twice_area")
+    sizes, is_whole_ring, area, right, left = (
+        np.concatenate([getattr(arcs, name) for arcs, _ in parts])
+        for name in ("sizes", "is_ring", "twice_area", "right", "left")
     )
-    first = np.concatenate([chains.xy[chains.bounds[:-1]] for chains, _ in parts])
-    last = np.concatenate([chains.xy[chains.bounds[1:] - 1] for chains, _ in parts])
+    first = np.concatenate([arcs.xy[arcs.bounds[:-1]] for arcs, _ in parts])
+    last = np.concatenate([arcs.xy[arcs.bounds[1:] - 1] for arcs, _ in parts])
     area[source] += _cross(last[source], first[target])
-    right, left = (
-        np.concatenate([getattr(chains, name) for chains, _ in parts]) for name in ("right", "left")
-    )
     heads = order[bounds[:-1]]
     begins = np.concatenate([[0], np.cumsum(sizes[order])])
     place = np.empty(len(sizes), np.int64)
     place[order] = begins[:-1]
     xy = np.empty((begins[-1], 2), np.int32)
     for offset in offsets[-2::-1]:
-        chains, _ = parts.pop()
-        shift = place[offset : offset + len(chains)] - chains.bounds[:-1]
-        xy[np.arange(len(chains.xy)) + np.repeat(shift, chains.sizes)] = chains.xy
-    return Chains(
+        arcs, _ = parts.pop()
+        shift = place[offset : offset + len(arcs)] - arcs.bounds[:-1]
+        xy[np.arange(len(arcs.xy)) + np.repeat(shift, arcs.sizes)] = arcs.xy
+    return Arcs(
         xy=xy,
         bounds=begins[bounds],
         right=right[heads],

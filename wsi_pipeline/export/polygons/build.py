@@ -28,10 +28,6 @@ def polygons(outlines: Outlines, *, threads: int | None = None) -> Polygons:
     positive signed area and start at the topmost, then leftmost vertex; holes have negative area
     and follow in that order too. Rings touch at vertices at the most, and none touches itself.
     Simplified, neighbours have all vertices of their common border in common.
-
-    Args:
-        outlines: of a mask.
-        threads: as for `map_in_threads`.
     """
     built = list(map_polygons(outlines, lambda _, shapes: shapes, threads=threads))
     return np.concatenate(built) if built else np.zeros(0, object)
@@ -45,7 +41,7 @@ def map_polygons(
     Only few batches are held at a time.
 
     Args:
-        outlines: of a mask.
+        outlines: regions and arcs of a mask.
         function: takes a slice of regions and their polygons, as `polygons` returns them.
         threads: as for `map_in_threads`.
     """
@@ -60,7 +56,7 @@ class _Sides:
     """The two sides of each arc, sorted by region, which is on the right hand of its sides.
 
     Attributes:
-        arc: (s,) of each side.
+        arc: (s,) index of each side's arc.
         is_backward: (s,) whether the arc is walked from its end, for the region on its left hand.
         bounds: (regions + 1,) where the sides of each region begin, and s.
         vertices: (regions + 1,) how many vertices come before each region, and in all.
@@ -97,7 +93,12 @@ def _build(outlines: Outlines, sides: _Sides, part: slice) -> Polygons:
     """Return the polygons of some regions."""
     xy, bounds, region = _rings(outlines, sides, part)
     if outlines.is_exact:
-        xy, bounds = _without_straight(xy, bounds)
+        # without corners that only others have: junctions on a straight edge of the region
+        is_level = xy[:, 1] == xy[_after(bounds), 1]
+        turns = np.empty(len(xy), bool)
+        turns[_after(bounds)] = is_level
+        turns ^= is_level
+        xy, bounds = xy[turns], np.concatenate([[0], np.cumsum(turns)])[bounds]
     sizes, first = np.diff(bounds), bounds[:-1]
     x, y = xy.T.astype(np.int64)
     after = _after(bounds)
@@ -128,7 +129,7 @@ def _rings(outlines: Outlines, sides: _Sides, part: slice) -> tuple[Numbers, Int
     )
     first, last = arcs.bounds[arc], arcs.bounds[arc + 1] - 1
     first, last = np.where(is_backward, last, first), np.where(is_backward, first, last)
-    # a region passes each node once: the side that ends there is followed by the one that begins
+    # a region passes each junction once: there the side that begins follows the one that ends
     is_open = np.flatnonzero(~arcs.is_ring[arc])
     x, y = arcs.xy.T
     begins, ends = (
@@ -150,12 +151,3 @@ def _after(bounds: Ints) -> Ints:
     after = np.arange(1, bounds[-1] + 1)
     after[bounds[1:] - 1] = bounds[:-1]
     return after
-
-
-def _without_straight(xy: Numbers, bounds: Ints) -> tuple[Numbers, Ints]:
-    """Leave out where only others have a corner: nodes on a straight edge of the region."""
-    is_level = xy[:, 1] == xy[_after(bounds), 1]  # the edge that begins at each vertex
-    turns = np.empty(len(xy), bool)
-    turns[_after(bounds)] = is_level
-    turns ^= is_level
-    return xy[turns], np.concatenate([[0], np.cumsum(turns)])[bounds]

@@ -1,4 +1,8 @@
-"""Simplify arcs, each by itself, such that no two ever cross.
+r"""Simplify arcs, each by itself, such that no two ever cross.
+
+    a---b                 a               The triangle a b c goes, and b with it, unless it is
+        |       ==>        \                larger than asked for, or holds a vertex.
+        c---d               c---d
 
 Visvalingam & Whyatt, Line generalisation by repeated elimination of points, The Cartographic
 Journal 30 (1993): a vertex goes if the triangle that it spans with its neighbours is small. Here
@@ -20,54 +24,71 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.export.polygons.arcs import Bools, Chains, Ints, Numbers, ranges
+from wsi_pipeline.export.polygons.arcs import Arcs, Bools, Ints, Numbers, ranges
 
 LARGEST = 2**30
 """Twice the area of the largest triangle that is told from larger ones, in pixels."""
 NEVER = np.iinfo(np.int64).max
 """Key of a vertex that stays."""
 VERTICES, TRIANGLES, PAIRS = 500_000, 20_000, 2_000_000
-"""Vertices of chains, triangles, and pairs of a triangle with a vertex near it, that are worked on
+"""Vertices of arcs, triangles, and pairs of a triangle with a vertex near it, that are worked on
 at a time, which bounds the memory."""
 
 
-def simplify(chains: Chains, *, tolerance: float, is_loose: Bools | None = None) -> Chains:
-    """Take vertices away from chains that meet nowhere else than at vertices; return the rest.
+def simplify(arcs: Arcs, *, tolerance: float, is_loose: Bools | None = None) -> Arcs:
+    """Take vertices away from arcs that meet nowhere else than at vertices; return the rest.
 
-    Vertices at which chains meet stay, and so much between them that no two become one line.
+    Vertices at which arcs meet stay, and so much between them that no two become one line.
 
     Args:
-        chains: arcs, or parts of arcs.
+        arcs: whole arcs, or parts of arcs.
         tolerance: root of the largest triangle to cut off, in pixels.
         is_loose: (m,) vertices of parts of arcs that stay only because what comes next is not at
-            hand, or is in other hands; None where the chains are all arcs of a mask, and whole.
+            hand, or is in other hands; None where the arcs are all arcs of a mask, and whole.
+
+    Example:
+        An open arc; of its triangles, half a pixel is less than 1², two pixels are not.
+
+        >>> xy = np.array([[0, 0], [4, 0], [4, 1], [5, 1], [5, 9]], np.int32)
+        >>> none = np.zeros(1, np.int32)
+        >>> arc = Arcs(xy=xy, bounds=np.array([0, 5]), right=none + 1, left=none,
+        ...            is_ring=np.array([False]), twice_area=none)
+        >>> simplify(arc, tolerance=1).xy.tolist()
+        [[0, 0], [4, 0], [5, 1], [5, 9]]
     """
-    if len(chains) == 0:
-        return chains
-    grid = _Grid.of(*(np.ascontiguousarray(column) for column in chains.xy.T))
-    stretches = _Stretches.of(chains, grid.find_meetings(), is_loose)
+    if len(arcs) == 0:
+        return arcs
+    grid = _Grid.of(*(np.ascontiguousarray(column) for column in arcs.xy.T))
+    sections = _Sections.of(arcs, grid.find_meetings(), is_loose)
     limit = np.int64(min(int(2 * tolerance**2) + 1, LARGEST)) << 32
-    full = np.searchsorted(chains.bounds, np.arange(VERTICES, len(chains.xy), VERTICES))
-    parts = itertools.pairwise(np.unique([0, *full.tolist(), len(chains)]).tolist())
-    left = [_thin(chains, slice(*part), grid, stretches, limit) for part in parts]
-    return chains.keep(np.concatenate(left))
+    full = np.searchsorted(arcs.bounds, np.arange(VERTICES, len(arcs.xy), VERTICES))
+    parts = itertools.pairwise(np.unique([0, *full.tolist(), len(arcs)]).tolist())
+    left = [_thin(arcs, slice(*part), grid, sections, limit) for part in parts]
+    return arcs.keep_vertices(np.concatenate(left))
 
 
-def _thin(
-    chains: Chains, part: slice, grid: _Grid, stretches: _Stretches, limit: np.int64
-) -> Bools:
-    """Return which vertices of some chains are left."""
-    lines = _Lines.of(chains, part, grid)
-    is_inner, stretch, spare = stretches.of_part(lines, part)
+def _thin(arcs: Arcs, part: slice, grid: _Grid, sections: _Sections, limit: np.int64) -> Bools:
+    """Return which vertices of some arcs are left."""
+    lines = _Lines.of(arcs, part, grid)
+    is_inner, section, spare = sections.of_part(lines, part)
     is_left = np.ones(len(lines.key), bool)
     lines.measure(np.flatnonzero(is_inner))
     small = np.flatnonzero(lines.key < limit)
     while len(small):
-        chosen = _spared(lines.least_of(small), lines.key, stretch, spare)
-        gone = chosen[~_is_blocked(lines, grid, chosen)]
+        chosen = lines.least_of(small)
+        # of a section that cannot spare all of them only the least may go, or none
+        wanted = np.bincount(section[chosen], minlength=len(spare))
+        is_tight = (wanted > spare)[section[chosen]]
+        few = chosen[is_tight]
+        few = few[np.lexsort((lines.key[few], section[few]))]
+        few = few[np.diff(section[few], prepend=-1) != 0]
+        is_over = spare[section[few]] <= 0
+        lines.key[few[is_over]] = NEVER
+        chosen = np.concatenate([chosen[~is_tight], few[~is_over]])
+        gone = chosen[~grid.is_blocked(lines, chosen)]
         lines.key[chosen] = NEVER
         is_left[gone] = False
-        spare -= np.bincount(stretch[gone], minlength=len(spare))
+        spare -= np.bincount(section[gone], minlength=len(spare))
         beside = lines.remove(gone)
         beside = beside[is_inner[beside]]
         lines.measure(beside)
@@ -79,26 +100,26 @@ def _thin(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Lines:
-    """Some chains, whose vertices go one by one: the arrays change.
+    """Some arcs, whose vertices go one by one: the arrays change.
 
     Attributes:
-        offset: vertices of the chains before these.
-        x: (m,).
-        y: (m,).
-        chain: (m,) of each vertex.
-        begin: (n,) first vertex of each chain.
-        end: (n,) one past its last.
+        offset: number of vertices of the arcs before these.
+        x: (m,) column of each vertex.
+        y: (m,) row of each vertex.
+        arc: (m,) index of each vertex's arc.
+        begin: (n,) first vertex of each arc.
+        end: (n,) one past the last vertex of each arc.
         before: (m,) the vertex before each; itself at an open end.
-        after: (m,) the one after it.
+        after: (m,) the vertex after each; itself at an open end.
         tie: (m,) what decides between equal triangles: as good as random, since on a staircase all
-            are equal, and the same wherever its chain begins.
+            are equal, and the same wherever its arc begins.
         key: (m,) twice the triangle's area, and below it `tie`; `NEVER` for those that stay.
     """
 
     offset: int
     x: Numbers
     y: Numbers
-    chain: Numbers
+    arc: Numbers
     begin: Numbers
     end: Numbers
     before: Numbers
@@ -107,10 +128,10 @@ class _Lines:
     key: Ints
 
     @classmethod
-    def of(cls, chains: Chains, part: slice, grid: _Grid) -> Self:
-        """Return some chains with nothing taken away yet, all keys being `NEVER`."""
-        bounds = chains.bounds[part.start : part.stop + 1]
-        offset, m, is_open = int(bounds[0]), int(bounds[-1] - bounds[0]), ~chains.is_ring[part]
+    def of(cls, arcs: Arcs, part: slice, grid: _Grid) -> Self:
+        """Return some arcs with nothing taken away yet, all keys being `NEVER`."""
+        bounds = arcs.bounds[part.start : part.stop + 1]
+        offset, m, is_open = int(bounds[0]), int(bounds[-1] - bounds[0]), ~arcs.is_ring[part]
         x, y = grid.x[offset : offset + m], grid.y[offset : offset + m]
         begin, end = ((ends - offset).astype(np.int32) for ends in (bounds[:-1], bounds[1:]))
         before, after = np.arange(-1, m - 1, dtype=np.int32), np.arange(1, m + 1, dtype=np.int32)
@@ -120,7 +141,7 @@ class _Lines:
             offset=offset,
             x=x,
             y=y,
-            chain=np.repeat(np.arange(len(begin), dtype=np.int32), end - begin),
+            arc=np.repeat(np.arange(len(begin), dtype=np.int32), end - begin),
             begin=begin,
             end=end,
             before=before,
@@ -154,13 +175,13 @@ class _Grid:
     """All vertices by square cells, row by row: those in a row of cells are a slice.
 
     Attributes:
-        x: (m,).
-        y: (m,).
+        x: (m,) column of each vertex.
+        y: (m,) row of each vertex.
         bits: a cell's side is 2 to the power of it.
         corner: (x, y) of the first cell, in cells.
-        width: cells in a row.
+        width: number of cells in a row.
         order: (m,) vertices, cell by cell, and in each place by place.
-        start: (cells + 1,) where each cell begins in it.
+        start: (cells + 1,) where each cell begins in `order`.
     """
 
     x: Numbers
@@ -201,16 +222,52 @@ class _Grid:
         meets[self.order[1:][same]] = meets[self.order[:-1][same]] = True
         return meets
 
+    def is_blocked(self, lines: _Lines, v: Ints) -> Bools:
+        """Return whether the triangle of each vertex holds another that must stay outside."""
+        blocked = np.zeros(len(v), bool)
+        # a triangle of half a pixel holds no whole numbers but its corners
+        larger = np.flatnonzero(lines.key[v] >> 32 != 1)
+        for start in range(0, len(larger), TRIANGLES):
+            part = larger[start : start + TRIANGLES]
+            triangles = _Triangles.of(lines, v[part])
+            of, first, count = self.rows_near(triangles)
+            ends = np.cumsum(count)
+            cuts = np.searchsorted(ends, np.arange(PAIRS, int(ends[-1]), PAIRS))
+            for begin, stop in itertools.pairwise([0, *cuts.tolist(), len(of)]):
+                found = self.order[ranges(first[begin:stop], count[begin:stop])]
+                pairs = np.repeat(of[begin:stop], count[begin:stop])
+                blocked[part[triangles.holding(pairs, found, self)]] = True
+        return blocked
+
+    def rows_near(self, triangles: _Triangles) -> tuple[Ints, Ints, Ints]:
+        """Find the rows of cells that triangles touch.
+
+        Returns:
+            The triangle of each, and the first and the number of its vertices in `order`.
+        """
+        top, bottom = triangles.top >> self.bits, triangles.bottom >> self.bits
+        rows = bottom - top + 1
+        of = np.repeat(np.arange(len(rows)), rows)
+        row = ranges(top, rows)
+        left, right = triangles.left[of], triangles.right[of]
+        # the boxes of long oblique ones hold far too many
+        large = np.flatnonzero((rows[of] > 2) & (right - left > 2 << self.bits))
+        begin = row[large] << self.bits
+        left[large], right[large] = triangles.span(of[large], begin, begin + (1 << self.bits) - 1)
+        row = (row - self.corner[1]) * self.width - self.corner[0]
+        first = self.start[row + (left >> self.bits)]
+        return of, first, self.start[row + (right >> self.bits) + 1] - first
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Stretches:
-    """What of chains lies between two vertices that stay; rings without any are stretches too.
+class _Sections:
+    """What of arcs lies between two vertices that stay; rings without any are sections too.
 
     Attributes:
         is_inner: (m,) vertices that may go.
-        of_vertex: (m,) the stretch of each of them.
-        first: (n + 1,) where the stretches of each chain begin.
-        spare: (s,) how many of them a stretch need not keep.
+        of_vertex: (m,) the section of each vertex.
+        first: (n + 1,) where the sections of each arc begin.
+        spare: (s,) how many of its inner vertices a section need not keep.
     """
 
     is_inner: Bools
@@ -219,54 +276,55 @@ class _Stretches:
     spare: Ints
 
     @classmethod
-    def of(cls, chains: Chains, meets: Bools, is_loose: Bools | None) -> Self:
-        """Part chains where they meet, end, or are loose."""
-        begin, last, is_open = chains.bounds[:-1], chains.bounds[1:] - 1, ~chains.is_ring
-        is_knot = meets.copy()
-        is_knot[begin[is_open]] = is_knot[last[is_open]] = True
-        is_fixed = is_knot
+    def of(cls, arcs: Arcs, meets: Bools, is_loose: Bools | None) -> Self:
+        """Part arcs where they meet, end, or are loose."""
+        begin, last, is_open = arcs.bounds[:-1], arcs.bounds[1:] - 1, ~arcs.is_ring
+        is_junction = meets.copy()
+        is_junction[begin[is_open]] = is_junction[last[is_open]] = True
+        is_fixed = is_junction
         if is_loose is not None:
-            is_knot, is_fixed = is_knot & ~is_loose | meets, is_knot | is_loose
+            is_junction, is_fixed = is_junction & ~is_loose | meets, is_junction | is_loose
         begins = is_fixed.copy()
         begins[last[is_open]] = False
         begins[begin] = True
         source = np.flatnonzero(begins)
         of_vertex = np.cumsum(begins, dtype=np.int32) - np.int32(1)
-        # the last stretch of a ring goes on over its beginning to the first vertex that stays
+        # the last section of a ring goes on over its beginning to the first vertex that stays
         head, tail = of_vertex[begin], of_vertex[last]
         wraps = ~is_fixed[begin] & (head != tail)
         target = np.append(source[1:], 0)
-        target[tail] = np.where(chains.is_ring, source[head + wraps], last)
+        target[tail] = np.where(arcs.is_ring, source[head + wraps], last)
         renumber = np.arange(len(source), dtype=np.int32)
         renumber[head[wraps]] = tail[wraps]
         of_vertex = renumber[of_vertex]
-        keeps = _least(chains.xy, source, target, is_knot, is_whole=is_loose is None)
-        keeps[tail[~is_fixed[begin] & ~wraps]] = 3  # a ring by itself
+        keeps = _least(arcs.xy, source, target, is_junction, is_whole=is_loose is None)
+        # a ring by itself
+        keeps[tail[~is_fixed[begin] & ~wraps]] = 3
         inner = np.bincount(of_vertex[~is_fixed], minlength=len(source))
         first = np.append(head, len(source))
         return cls(is_inner=~is_fixed, of_vertex=of_vertex, first=first, spare=inner - keeps)
 
     def of_part(self, lines: _Lines, part: slice) -> tuple[Bools, Numbers, Ints]:
-        """Return the three for some chains, whose stretches are counted from the first of them."""
+        """Return the three for some arcs, whose sections are counted from the first of them."""
         vertices = slice(lines.offset, lines.offset + len(lines.key))
         first, stop = self.first[part.start], self.first[part.stop]
-        stretch = self.of_vertex[vertices] - np.int32(first)
-        return self.is_inner[vertices], stretch, self.spare[first:stop].copy()
+        section = self.of_vertex[vertices] - np.int32(first)
+        return self.is_inner[vertices], section, self.spare[first:stop].copy()
 
 
-def _least(xy: Numbers, source: Ints, target: Ints, is_knot: Bools, *, is_whole: bool) -> Ints:
-    """Return how many vertices stretches keep between their ends, so that no two become one line.
+def _least(xy: Numbers, source: Ints, target: Ints, is_junction: Bools, *, is_whole: bool) -> Ints:
+    """Return how many vertices sections keep between their ends, so that no two become one line.
 
     Args:
         xy: (m, 2) vertices.
-        source: (s,) at which stretches begin.
+        source: (s,) at which sections begin.
         target: (s,) at which they end.
-        is_knot: (m,) vertices that stay for good.
-        is_whole: whether all stretches of a mask are there.
+        is_junction: (m,) vertices that stay for good.
+        is_whole: whether all sections of a mask are there.
     """
     ends = np.stack([xy[v, 1].astype(np.int64) << 32 | xy[v, 0] for v in (source, target)])
     keeps = np.where(ends[0] == ends[1], 2, 1)
-    keeps[~(is_knot[source] & is_knot[target])] = 0
+    keeps[~(is_junction[source] & is_junction[target])] = 0
     if is_whole:
         ends.sort(axis=0)
         order = np.lexsort(ends)
@@ -276,47 +334,17 @@ def _least(xy: Numbers, source: Ints, target: Ints, is_knot: Bools, *, is_whole:
     return keeps
 
 
-def _spared(v: Ints, key: Ints, stretch: Numbers, spare: Ints) -> Ints:
-    """Return those vertices that may go; of a stretch that cannot spare all, the least, or none."""
-    wanted = np.bincount(stretch[v], minlength=len(spare))
-    is_tight = (wanted > spare)[stretch[v]]
-    few = v[is_tight]
-    few = few[np.lexsort((key[few], stretch[few]))]
-    few = few[np.diff(stretch[few], prepend=-1) != 0]
-    is_over = spare[stretch[few]] <= 0
-    key[few[is_over]] = NEVER
-    return np.concatenate([v[~is_tight], few[~is_over]])
-
-
-def _is_blocked(lines: _Lines, grid: _Grid, v: Ints) -> Bools:
-    """Return whether the triangle of each vertex holds another that must stay outside."""
-    blocked = np.zeros(len(v), bool)
-    # a triangle of half a pixel holds no whole numbers but its corners
-    larger = np.flatnonzero(lines.key[v] >> 32 != 1)
-    for start in range(0, len(larger), TRIANGLES):
-        part = larger[start : start + TRIANGLES]
-        triangles = _Triangles.of(lines, v[part])
-        of, first, count = _near(grid, triangles)
-        ends = np.cumsum(count)
-        cuts = np.searchsorted(ends, np.arange(PAIRS, int(ends[-1]), PAIRS))
-        for begin, stop in itertools.pairwise([0, *cuts.tolist(), len(of)]):
-            found = grid.order[ranges(first[begin:stop], count[begin:stop])]
-            pairs = np.repeat(of[begin:stop], count[begin:stop])
-            blocked[part[_holding(triangles, pairs, found, grid)]] = True
-    return blocked
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Triangles:
     """The triangles that some vertices span with their neighbours.
 
     Attributes:
-        begin: (n,) first vertex of the chain, counted in all chains.
-        size: (n,) of the chain.
-        before: (n,) the vertex before, counted in all chains.
-        reach: (n,) steps along the chain from there to the one after.
-        x: (3, n) of the corners: before, vertex, after.
-        y: (3, n).
+        begin: (n,) first vertex of the arc, counted in all arcs.
+        size: (n,) number of vertices of the arc.
+        before: (n,) the vertex before, counted in all arcs.
+        reach: (n,) steps along the arc from there to the vertex after.
+        x: (3, n) columns of the corners: before, vertex, after.
+        y: (3, n) rows of the corners.
         left: (n,) least x.
         right: (n,) largest x.
         top: (n,) least y.
@@ -336,81 +364,60 @@ class _Triangles:
 
     @classmethod
     def of(cls, lines: _Lines, v: Ints) -> Self:
-        """Return the triangles of vertices as their chains now are."""
-        a, b, chain = lines.before[v], lines.after[v], lines.chain[v]
+        """Return the triangles of vertices as their arcs now are."""
+        a, b, arc = lines.before[v], lines.after[v], lines.arc[v]
         x, y = (np.stack([along[a], along[v], along[b]]) for along in (lines.x, lines.y))
-        size = lines.end[chain] - lines.begin[chain]
+        size = lines.end[arc] - lines.begin[arc]
         return cls(
-            begin=lines.begin[chain] + np.int32(lines.offset),
+            begin=lines.begin[arc] + np.int32(lines.offset),
             size=size,
             before=a + np.int32(lines.offset),
             reach=(b - a) % size,
             x=x,
             y=y,
-            left=np.minimum(np.minimum(x[0], x[1]), x[2]),
-            right=np.maximum(np.maximum(x[0], x[1]), x[2]),
-            top=np.minimum(np.minimum(y[0], y[1]), y[2]),
-            bottom=np.maximum(np.maximum(y[0], y[1]), y[2]),
+            left=x.min(axis=0),
+            right=x.max(axis=0),
+            top=y.min(axis=0),
+            bottom=y.max(axis=0),
         )
 
+    def holding(self, of: Ints, found: Numbers, grid: _Grid) -> Ints:
+        """Return which triangles of pairs with vertices hold them, sides included, but must not."""
+        # what is between the triangle's ends in the same arc may be in it
+        size, place = self.size[of], found - self.begin[of]
+        step = found - self.before[of]
+        # over a ring's beginning
+        step += (step < 0) * size
+        other = (step > self.reach[of]) | (place < 0) | (place >= size)
+        of, found = of[other], found[other]
+        x, y = grid.x[found], grid.y[found]
+        near = (x >= self.left[of]) & (x <= self.right[of])
+        near &= (y >= self.top[of]) & (y <= self.bottom[of])
+        of, x, y = of[near], x[near], y[near]
+        x_of, y_of = self.x[:, of], self.y[:, of]
+        ab, bc, ca = (
+            _turn(x, y, x_of[i], y_of[i], x_of[j], y_of[j]) for i, j in ((0, 1), (1, 2), (2, 0))
+        )
+        inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
+        # where arcs meet each has a vertex
+        for corner in (0, 2):
+            inside &= (x != x_of[corner]) | (y != y_of[corner])
+        held: Ints = of[inside]
+        return held
 
-def _holding(triangles: _Triangles, of: Ints, found: Numbers, grid: _Grid) -> Ints:
-    """Return which triangles of pairs with vertices hold them, sides included, but must not."""
-    # what is between the triangle's ends in the same chain may be in it
-    size, place = triangles.size[of], found - triangles.begin[of]
-    step = found - triangles.before[of]
-    step += (step < 0) * size  # over a ring's beginning
-    other = (step > triangles.reach[of]) | (place < 0) | (place >= size)
-    of, found = of[other], found[other]
-    x, y = grid.x[found], grid.y[found]
-    near = (x >= triangles.left[of]) & (x <= triangles.right[of])
-    near &= (y >= triangles.top[of]) & (y <= triangles.bottom[of])
-    of, x, y = of[near], x[near], y[near]
-    x_of, y_of = triangles.x[:, of], triangles.y[:, of]
-    ab, bc, ca = (
-        _turn(x, y, x_of[i], y_of[i], x_of[j], y_of[j]) for i, j in ((0, 1), (1, 2), (2, 0))
-    )
-    inside = ((ab >= 0) & (bc >= 0) & (ca >= 0)) | ((ab <= 0) & (bc <= 0) & (ca <= 0))
-    for corner in (0, 2):  # where chains meet each has a vertex
-        inside &= (x != x_of[corner]) | (y != y_of[corner])
-    held: Ints = of[inside]
-    return held
-
-
-def _near(grid: _Grid, triangles: _Triangles) -> tuple[Ints, Ints, Ints]:
-    """Find the rows of cells that triangles touch.
-
-    Returns:
-        The triangle of each, and the first and the number of its vertices in the grid's order.
-    """
-    top, bottom = triangles.top >> grid.bits, triangles.bottom >> grid.bits
-    rows = bottom - top + 1
-    of = np.repeat(np.arange(len(rows)), rows)
-    row = ranges(top, rows)
-    left, right = triangles.left[of], triangles.right[of]
-    # the boxes of long oblique ones hold far too many
-    large = np.flatnonzero((rows[of] > 2) & (right - left > 2 << grid.bits))
-    begin = row[large] << grid.bits
-    left[large], right[large] = _reach(
-        triangles.x[:, of[large]], triangles.y[:, of[large]], begin, begin + (1 << grid.bits) - 1
-    )
-    row = (row - grid.corner[1]) * grid.width - grid.corner[0]
-    first = grid.start[row + (left >> grid.bits)]
-    return of, first, grid.start[row + (right >> grid.bits) + 1] - first
-
-
-def _reach(x: Numbers, y: Numbers, top: Ints, bottom: Ints) -> tuple[Ints, Ints]:
-    """Return the least and the largest x of triangles between two rows, rounded outward."""
-    low, high = np.full(len(top), np.inf), np.full(len(top), -np.inf)
-    for i, j in ((0, 1), (1, 2), (2, 0)):
-        rise = y[j] - y[i]
-        is_near = (np.minimum(y[i], y[j]) <= bottom) & (np.maximum(y[i], y[j]) >= top)
-        for row, end in ((top, 0.0), (bottom, 1.0)):
-            part = np.divide(row - y[i], rise, out=np.full(len(rise), end), where=rise != 0)
-            place = x[i] + part.clip(0, 1) * (x[j] - x[i])
-            low = np.where(is_near, np.minimum(low, place), low)
-            high = np.where(is_near, np.maximum(high, place), high)
-    return np.floor(low).astype(np.int64), np.ceil(high).astype(np.int64)
+    def span(self, of: Ints, top: Ints, bottom: Ints) -> tuple[Ints, Ints]:
+        """Return the least and the largest x of triangles between two rows, rounded outward."""
+        x, y = self.x[:, of], self.y[:, of]
+        low, high = np.full(len(top), np.inf), np.full(len(top), -np.inf)
+        for i, j in ((0, 1), (1, 2), (2, 0)):
+            rise = y[j] - y[i]
+            is_near = (np.minimum(y[i], y[j]) <= bottom) & (np.maximum(y[i], y[j]) >= top)
+            for row, end in ((top, 0.0), (bottom, 1.0)):
+                part = np.divide(row - y[i], rise, out=np.full(len(rise), end), where=rise != 0)
+                place = x[i] + part.clip(0, 1) * (x[j] - x[i])
+                low = np.where(is_near, np.minimum(low, place), low)
+                high = np.where(is_near, np.maximum(high, place), high)
+        return np.floor(low).astype(np.int64), np.ceil(high).astype(np.int64)
 
 
 def _turn(x: Numbers, y: Numbers, x_a: Numbers, y_a: Numbers, x_b: Numbers, y_b: Numbers) -> Ints:

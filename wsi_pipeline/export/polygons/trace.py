@@ -15,19 +15,19 @@ import numpy as np
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.export.polygons.arcs import (
+    Arcs,
     Bools,
-    Chains,
     Ends,
     Numbers,
     follow_borders,
     join_fragments,
 )
 from wsi_pipeline.export.polygons.components import (
+    BlockComponents,
     Index,
     Mask,
-    Pieces,
     Regions,
-    find_pieces,
+    find_components,
     join,
     label,
 )
@@ -52,16 +52,16 @@ class Outlines:
     """
 
     regions: Regions
-    arcs: Chains
+    arcs: Arcs
     is_exact: bool
 
 
 def trace_mask(
     mask: MaskLike, blocks: Iterable[Block], *, threads: int | None = None
-) -> dict[Index, Pieces]:
-    """Find the pieces of regions in some blocks of a finished mask; return them by row and column.
+) -> dict[Index, BlockComponents]:
+    """Find the components of blocks of a finished mask; return them by row and column.
 
-    The probability of regions is not known then.
+    Their probability is not known.
 
     Args:
         mask: class of each pixel.
@@ -69,16 +69,16 @@ def trace_mask(
         threads: as for `map_in_threads`.
     """
 
-    def trace(block: Block) -> tuple[Index, Pieces]:
+    def trace(block: Block) -> tuple[Index, BlockComponents]:
         origin = (block.start[0], block.start[1])
-        return block.index, find_pieces(np.asarray(mask[block.slices]), None, origin)
+        return block.index, find_components(np.asarray(mask[block.slices]), None, origin)
 
     return dict(map_in_threads(trace, blocks, threads=threads))
 
 
 def find_outlines(
     mask: MaskLike,
-    pieces: Mapping[Index, Pieces],
+    components: Mapping[Index, BlockComponents],
     *,
     block_size: int,
     tolerance: float = 0,
@@ -92,7 +92,7 @@ def find_outlines(
 
     Args:
         mask: class of each pixel.
-        pieces: of each block that holds anything, by its row and column.
+        components: of each block that holds anything, by its row and column.
         block_size: side of a block.
         tolerance: root of the largest triangle to cut off, in mask pixels; 0 = exact. See
             `wsi_pipeline.export.polygons.simplify`.
@@ -102,33 +102,33 @@ def find_outlines(
         threads: as for `map_in_threads`.
 
     Raises:
-        StoreError: the mask is not the one that the pieces were found in.
+        StoreError: the mask is not the one that the components were found in.
     """
     if tolerance > 0 and block_size % tile and block_size < max(mask.shape):
         raise ValueError(f"a block of {block_size} px is not made of whole tiles of {tile} px")
-    pieces = {index: p for index, p in pieces.items() if len(p.value)}
-    regions = join(pieces, min_pixels=min_pixels)
+    components = {index: c for index, c in components.items() if len(c.value)}
+    regions = join(components, min_pixels=min_pixels)
     every = iter_blocks((mask.shape[0], mask.shape[1]), (block_size, block_size))
     # a block owns its upper and left border only: what ends at the others is its neighbours'
     steps = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    wanted = {(row + y, column + x) for row, column in pieces for y, x in steps}
+    wanted = {(row + y, column + x) for row, column in components for y, x in steps}
     blocks = [block for block in every if block.index in wanted]
 
-    def follow(block: Block) -> tuple[Chains, Ends]:
-        around = _Surroundings.of(block, mask, pieces, regions)
-        chains, ends = follow_borders(*around.places())
-        cut = _is_at_cut(chains, tile)
+    def follow(block: Block) -> tuple[Arcs, Ends]:
+        around = _Surroundings.of(block, mask, components, regions)
+        arcs, ends = follow_borders(*around.places())
+        cut = _is_at_cut(arcs, tile)
         # a hole over several tiles may be over several blocks: such are known when all are joined
-        dropped = _is_small_hole(chains, min_pixels) & ~_any_of(cut, chains)
-        cut = cut[np.repeat(~dropped, chains.sizes)]
-        chains, ends = chains.keep_chains(~dropped), ends.keep_chains(~dropped)
+        kept = ~_is_small_hole(arcs, min_pixels) | np.logical_or.reduceat(cut, arcs.bounds[:-1])
+        cut = cut[np.repeat(kept, arcs.sizes)]
+        arcs, ends = arcs.keep_arcs(kept), ends.keep_arcs(kept)
         if tolerance == 0:
-            return chains, ends
-        cut[chains.bounds[ends.chain + ends.is_last] - ends.is_last] = True
-        return simplify(chains, tolerance=tolerance, is_loose=cut), ends
+            return arcs, ends
+        cut[arcs.bounds[ends.arc + ends.is_last] - ends.is_last] = True
+        return simplify(arcs, tolerance=tolerance, is_loose=cut), ends
 
     arcs = join_fragments(list(map_in_threads(follow, blocks, threads=threads)))
-    arcs = arcs.keep_chains(~_is_small_hole(arcs, min_pixels))
+    arcs = arcs.keep_arcs(~_is_small_hole(arcs, min_pixels))
     if tolerance > 0:
         arcs = simplify(arcs, tolerance=tolerance)
     return Outlines(regions=regions, arcs=arcs, is_exact=tolerance == 0)
@@ -139,13 +139,13 @@ class _Surroundings:
     """A block with the pixels along its upper and left border; beyond the mask is background.
 
     Attributes:
-        origin: (y, x) of its first pixel.
+        origin: (y, x) of the first pixel.
         mask: (h, w) class of each pixel.
-        labels: (h, w) piece of each pixel.
-        numbers: of the region of each label.
+        labels: (h, w) component of each pixel.
+        numbers: (labels + 1,) number of the region of each label.
         above: (w + 1,) numbers of the regions in the row above, from the corner on.
-        beside: (h,) numbers of those in the column to the left.
-        value: class of each number.
+        beside: (h,) numbers of the regions in the column to the left.
+        value: (numbers + 1,) class of each region.
         is_last: whether nothing comes below, and to the right.
     """
 
@@ -160,13 +160,17 @@ class _Surroundings:
 
     @classmethod
     def of(
-        cls, block: Block, mask: MaskLike, pieces: Mapping[Index, Pieces], regions: Regions
+        cls,
+        block: Block,
+        mask: MaskLike,
+        components: Mapping[Index, BlockComponents],
+        regions: Regions,
     ) -> Self:
         """Read and label a block."""
         (row, column), (height, width) = block.index, block.shape
         numbers, pixels = np.zeros(1, np.int32), np.zeros((height, width), np.uint8)
         labels = np.zeros(pixels.shape, np.int32)
-        if block.index in pieces:
+        if block.index in components:
             numbers, pixels = regions.numbers[block.index], np.asarray(mask[block.slices])
             labels, count = label(pixels)
             if count != len(numbers) - 1:
@@ -176,9 +180,9 @@ class _Surroundings:
                 )
 
         def side(index: Index, name: str, length: int) -> Numbers:
-            if index not in pieces:
+            if index not in components:
                 return np.zeros(length, np.int32)
-            labels: Numbers = getattr(pieces[index], name)
+            labels: Numbers = getattr(components[index], name)
             return regions.numbers[index][labels]
 
         corner = side((row - 1, column - 1), "bottom", 1)[-1:]
@@ -195,14 +199,24 @@ class _Surroundings:
 
     def places(self) -> tuple[Numbers, Numbers, Numbers]:
         """Return y and x of all places that may be vertices, and the (4, n) numbers around."""
-        rows = len(self.mask) + self.is_last[0]
-        strips = [self._corners(y, min(y + STRIP, rows)) for y in range(0, rows, STRIP)]
+        height, width = self.mask.shape
+        rows = height + self.is_last[0]
+        strips = [self.corners(y, min(y + STRIP, rows)) for y in range(0, rows, STRIP)]
         y, x = (np.concatenate(column) for column in zip(*strips, strict=True))
-        around = np.stack([self._numbers_at(y + dy, x + dx) for dy in (-1, 0) for dx in (-1, 0)])
-        return y + self.origin[0], x + self.origin[1], around
+        around = []
+        for at_y, at_x in ((y + dy, x + dx) for dy in (-1, 0) for dx in (-1, 0)):
+            place = at_y.astype(np.int64) * width + at_x
+            found: Numbers = self.numbers[self.labels.ravel().take(place, mode="clip")]
+            found[(at_y == height) | (at_x == width)] = 0
+            is_beside = (at_x < 0) & (at_y >= 0) & (at_y < height)
+            found[is_beside] = self.beside[at_y[is_beside]]
+            is_above = (at_y < 0) & (at_x < width)
+            found[is_above] = self.above[at_x[is_above] + 1]
+            around.append(found)
+        return y + self.origin[0], x + self.origin[1], np.stack(around)
 
-    def _corners(self, start: int, stop: int) -> tuple[Numbers, Numbers]:
-        """Return where classes meet otherwise than along a straight edge, in some rows."""
+    def corners(self, start: int, stop: int) -> tuple[Numbers, Numbers]:
+        """Return y and x in some rows where classes meet otherwise than along a straight edge."""
         height, width = self.mask.shape
         pixels = np.zeros((stop - start + 1, width + 1 + self.is_last[1]), np.uint8)
         first, last = max(start - 1, 0), min(stop, height)
@@ -216,41 +230,23 @@ class _Surroundings:
         y, x = np.divmod(np.flatnonzero(wanted).astype(np.int32), np.int32(wanted.shape[1]))
         return y + np.int32(start), x
 
-    def _numbers_at(self, y: Numbers, x: Numbers) -> Numbers:
-        """Return the region at pixels of the block, or beside it."""
-        height, width = self.mask.shape
-        place = y.astype(np.int64) * width + x
-        found: Numbers = self.numbers[self.labels.ravel().take(place, mode="clip")]
-        found[(y == height) | (x == width)] = 0
-        is_above, is_beside = y < 0, (x < 0) & (y >= 0) & (y < height)
-        found[is_beside] = self.beside[y[is_beside]]
-        is_above &= x < width
-        found[is_above] = self.above[x[is_above] + 1]
-        return found
+
+def _is_small_hole(arcs: Arcs, min_pixels: float) -> Bools:
+    """Return which arcs are holes that are too small, and so hold nothing that is kept."""
+    is_hole: Bools = arcs.is_ring & (arcs.left == 0) & (arcs.twice_area < 0)
+    return is_hole & (-arcs.twice_area < 2 * min_pixels)
 
 
-def _is_small_hole(chains: Chains, min_pixels: float) -> Bools:
-    """Return which chains are holes that are too small, and so hold nothing that is kept."""
-    is_hole: Bools = chains.is_ring & (chains.left == 0) & (chains.twice_area < 0)
-    return is_hole & (-chains.twice_area < 2 * min_pixels)
-
-
-def _is_at_cut(chains: Chains, tile: int) -> Bools:
+def _is_at_cut(arcs: Arcs, tile: int) -> Bools:
     """Return which vertices have a neighbour in another tile."""
-    x, y = chains.xy.T // tile
+    x, y = arcs.xy.T // tile
     tiles = y.astype(np.int64) << 32 | x
-    first, last = chains.bounds[:-1], chains.bounds[1:] - 1
-    is_cut = np.diff(tiles, append=0) != 0  # between each vertex and the next
+    first, last = arcs.bounds[:-1], arcs.bounds[1:] - 1
+    # between each vertex and the next
+    is_cut = np.diff(tiles, append=0) != 0
     is_cut[last] = False
     is_at_cut: Bools = is_cut.copy()
     is_at_cut[1:] |= is_cut[:-1]
-    closing = chains.is_ring & (tiles[first] != tiles[last])
+    closing = arcs.is_ring & (tiles[first] != tiles[last])
     is_at_cut[first[closing]] = is_at_cut[last[closing]] = True
     return is_at_cut
-
-
-def _any_of(vertices: Bools, chains: Chains) -> Bools:
-    """Return which chains have any of those vertices."""
-    before = np.concatenate([[0], np.cumsum(vertices)])
-    found: Bools = np.diff(before[chains.bounds]) > 0
-    return found
