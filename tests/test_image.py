@@ -26,7 +26,7 @@ from pydicom.uid import (
 )
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.radiology.discover import kind_of
+from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.sources.radiology.image import open_image
 
 RNG = np.random.default_rng(5)

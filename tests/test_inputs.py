@@ -12,11 +12,12 @@ from bundles import pointwise_bundle
 import wsi_pipeline
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
+from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.run.status import read_status
 from wsi_pipeline.sources import open_source
-from wsi_pipeline.sources.radiology.discover import find_images, find_volumes, kind_of
+from wsi_pipeline.sources.radiology.discover import find_images, find_volumes
 from wsi_pipeline.sources.radiology.preprocess import open_scan
 
 

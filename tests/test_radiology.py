@@ -13,7 +13,8 @@ from imagecodecs import jpeg_encode, png_encode
 from pydicom.uid import SegmentationStorage, generate_uid
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.sources.radiology.discover import find_images, find_volumes, kind_of
+from wsi_pipeline.files.formats import kind_of
+from wsi_pipeline.sources.radiology.discover import find_images, find_volumes
 from wsi_pipeline.sources.radiology.image import open_image
 from wsi_pipeline.sources.radiology.volume import open_volume
 

@@ -42,7 +42,8 @@ from wsi_pipeline.annotations.document import parse_document
 from wsi_pipeline.bundle import _fetch, download
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import AnnotationError, BundleError, SourceError
-from wsi_pipeline.files.paths import as_path, dicom_slides, without_secrets
+from wsi_pipeline.files.formats import dicom_slides
+from wsi_pipeline.files.paths import as_path, without_secrets
 from wsi_pipeline.options import ScheduleOptions, SelectOptions
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.segment import tile

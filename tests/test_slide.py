@@ -28,7 +28,7 @@ from wsi_pipeline.errors import MissingMppError, SourceError
 from wsi_pipeline.geometry import PatchGrid, Region
 from wsi_pipeline.patch_grid import GridInfo, StoredGrid, write_patch_grid
 from wsi_pipeline.sources import Slide, open_source
-from wsi_pipeline.sources.base import snap_downsamples
+from wsi_pipeline.sources.base import snap_downsample
 from wsi_pipeline.sources.mpp import (
     best_mpp,
     contradictions,
@@ -289,7 +289,7 @@ def test_truncated_levels_keep_their_whole_downsample(
     size: tuple[int, int], factor: int, rounding: Callable[[float], int]
 ) -> None:
     level = (max(1, rounding(size[0] / factor)), max(1, rounding(size[1] / factor)))
-    ((x, y),) = snap_downsamples(size, [level])
+    x, y = snap_downsample(size, level)
     # whatever it is taken for, a level is misplaced by a pixel of its own at most
     assert abs(size[0] / x - level[0]) <= 1
     assert abs(size[1] / y - level[1]) <= 1

@@ -140,10 +140,12 @@ def _facts(slide: Slide, *, has_mpp: bool) -> dict[str, Any]:
 
 def _axes(path: Path) -> int:
     """Return 2 for what is or may be an image, 3 for what is or may be a volume, 0 for a slide."""
-    from wsi_pipeline.files.paths import dicom_slides, is_dicom_slide, is_ome_zarr, is_remote
+    from wsi_pipeline.files.formats import dicom_slides, is_dicom_slide, kind_of
+    from wsi_pipeline.files.ngff import is_ome_zarr
+    from wsi_pipeline.files.paths import is_remote
     from wsi_pipeline.patch_grid import is_patch_grid
     from wsi_pipeline.run.jobs import SLIDE_SUFFIXES
-    from wsi_pipeline.sources.radiology.discover import kind_of, series_in
+    from wsi_pipeline.sources.radiology.discover import series_in
 
     if is_remote(path) or not os.path.exists(path):
         return 0

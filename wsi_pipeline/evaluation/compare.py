@@ -33,7 +33,7 @@ from wsi_pipeline.evaluation.inputs import (
 )
 from wsi_pipeline.evaluation.meaning import BACKGROUND, Values, settle
 from wsi_pipeline.evaluation.volumes import LabelVolume, is_labels, open_labels
-from wsi_pipeline.files.paths import zarr_attributes
+from wsi_pipeline.files.ngff import ome_of, zarr_attributes
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import Frame
@@ -491,7 +491,7 @@ def _is_mask_folder(path: Path) -> bool:
         return True
     # viewers leave metadata of an empty zarr group in folders above a mask
     attributes = zarr_attributes(path) or {}
-    ome = attributes.get("ome", attributes)
+    ome = ome_of(attributes)
     return isinstance(ome, dict) and "multiscales" in ome
 
 

@@ -24,7 +24,8 @@ from wsi_pipeline.evaluation.confusion import Mask
 from wsi_pipeline.evaluation.meaning import Lookup, Values, named, settle
 from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.files.arrays import trusted
-from wsi_pipeline.files.paths import LABEL, MASK
+from wsi_pipeline.files.formats import is_dicom
+from wsi_pipeline.files.ngff import LABEL, MASK, first_scale, ome_of
 from wsi_pipeline.geometry import Region, iter_blocks
 from wsi_pipeline.options import Frame
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
@@ -32,7 +33,6 @@ from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.decoded import GDAL
 from wsi_pipeline.sources.mpp import ome_mpp
-from wsi_pipeline.sources.radiology.discover import is_dicom
 
 Pair = tuple[float, float]
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
@@ -409,11 +409,11 @@ def _open_ome_zarr(path: Path) -> MaskFile:
     try:
         group = zarr.open_group(path, mode="r")
         every: Any = group.attrs.asdict()
-        attributes = every.get("ome", every)
+        attributes = ome_of(every)
         dataset = attributes["multiscales"][0]["datasets"][0]
         pixels: Any = group[dataset["path"]]
         pixels = trusted(pixels, pixels.dtype)
-        scale = dataset["coordinateTransformations"][0]["scale"][-2:]
+        scale = first_scale(every)[-2:]
         units = [axis.get("unit") for axis in attributes["multiscales"][0]["axes"]][-2:]
         shape, kind = pixels.shape, pixels.dtype.kind
     except Exception as error:  # metadata may be anything

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from wsi_pipeline.errors import EvaluationError, SourceError
 from wsi_pipeline.evaluation.confusion import Mask
 from wsi_pipeline.evaluation.meaning import ADVICE, Lookup, Values
+from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.sources.radiology.alignment import turned_onto
 from wsi_pipeline.sources.radiology.dicom import read_tags
-from wsi_pipeline.sources.radiology.discover import kind_of
 from wsi_pipeline.sources.radiology.volume import open_volume
 
 SEGMENTATIONS = "1.2.840.10008.5.1.4.1.1.66."

@@ -29,7 +29,7 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes
 from wsi_pipeline.files.arrays import chunk_files, trusted
 from wsi_pipeline.files.atomic import sync_all
-from wsi_pipeline.files.paths import MASK
+from wsi_pipeline.files.ngff import MASK, first_scale, ome_of
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
 from wsi_pipeline.options import Ngff
@@ -114,8 +114,7 @@ def open_begun(path: Path) -> MaskArray | None:
     Its chunks are not looked at.
     """
     try:
-        attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
-        attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
+        first_scale(zarr.open_group(path, mode="r").attrs.asdict())
         return open_mask(path)
     except Exception:  # what is damaged may be anything
         return None
@@ -166,11 +165,9 @@ def open_finished(path: Path) -> tuple[list[MaskArray], tuple[float, float]]:
         StoreError: it is damaged.
     """
     try:
-        attributes: Any = zarr.open_group(path, mode="r").attrs.asdict()
-        level = attributes.get("ome", attributes)["multiscales"][0]["datasets"][0]
-        y, x = level["coordinateTransformations"][0]["scale"]
+        y, x = first_scale(zarr.open_group(path, mode="r").attrs.asdict())
         return open_levels(path), (x, y)
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise StoreError(f"{path} is damaged ({error}); segment the slide again") from error
 
 
@@ -234,10 +231,9 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
         blocks = iter_blocks(shapes[i], (side, side))
         for _ in map_in_threads(partial(_reduce, below, level), blocks):
             pass
-    attributes: Any = group.attrs.asdict()
-    (multiscale,) = attributes.get("ome", attributes)["multiscales"]
-    scale = multiscale["datasets"][0]["coordinateTransformations"][0]["scale"]
-    multiscale["datasets"] = _datasets(scale, len(shapes))
+    attributes = group.attrs.asdict()
+    (multiscale,) = ome_of(attributes)["multiscales"]
+    multiscale["datasets"] = _datasets(first_scale(attributes), len(shapes))
     label = group.create_group(LABELS)
     for i in range(len(shapes)):
         # an array's metadata and chunks say nothing of where they lie

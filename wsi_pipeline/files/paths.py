@@ -1,4 +1,4 @@
-"""What a path names: a file here or elsewhere, or a folder that is one slide."""
+"""What a path names, here or behind a URL, and what a folder, a pattern or a list holds."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.errors import without_secrets as without_secrets
-from wsi_pipeline.files.records import read_json
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
 
 logger = logging.getLogger(__name__)
 
-LABEL = "image-label"
-"""Marks an OME-Zarr that is a mask, not a slide; of whatever origin."""
-MASK = "wsi_pipeline"
-"""Attribute of a run's mask, whose labels lie deeper: `classes` are their names by value."""
 LISTED = ("path", "file", "filename", "file_name", "slide_path", "slide", "image", "name")
 """Headers of the column of paths in a CSV list; the first that occurs counts."""
 WORK = ".store"
@@ -265,51 +257,11 @@ def is_remote(path: Path) -> bool:
     return not isinstance(path, Path)
 
 
-def is_zarr_url(path: Path) -> bool:
-    """Return whether a URL names a zarr, by its ending: it may be no folder that can be listed."""
-    return urlsplit(str(path)).path.rstrip("/").endswith(".zarr")
-
-
 def name_of(path: Path) -> str:
     """Return the last part of a path, without what a URL may carry behind it."""
     if not is_remote(path):
         return path.name
     return urlsplit(str(path)).path.rstrip("/").rpartition("/")[2]
-
-
-def is_ome_zarr(path: Path) -> bool:
-    """Return whether a folder holds an OME-Zarr image, several, or one whose metadata are damaged.
-
-    Masks do not count.
-    """
-    attributes = zarr_attributes(path)
-    if attributes is None:
-        return True
-    ome = attributes.get("ome", attributes)
-    if not isinstance(ome, dict) or LABEL in ome or MASK in attributes:
-        return False
-    return "multiscales" in ome or "bioformats2raw.layout" in ome
-
-
-def is_damaged_zarr(path: Path) -> bool:
-    """Return whether a folder holds metadata of zarr that cannot be read."""
-    return zarr_attributes(path) is None
-
-
-def zarr_attributes(path: Path) -> dict[str, Any] | None:
-    """Return the attributes of the zarr group in a folder, {} without one, None if damaged."""
-    for name in (".zattrs", "zarr.json"):
-        try:
-            found = read_json(path / name)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError):
-            return None
-        found = (
-            found.get("attributes") if name == "zarr.json" and isinstance(found, dict) else found
-        )
-        return found if isinstance(found, dict) else {}
-    return {}
 
 
 @contextmanager
@@ -321,81 +273,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         yield
-
-
-def is_dicom(path: Path) -> bool:
-    """Return whether a path is of a DICOM file, whatever its suffix; some have none."""
-    try:
-        with path.open("rb") if path.is_file() else io.BytesIO() as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def is_dicom_slide(path: Path) -> bool:
-    """Return whether a DICOM file is of a slide: a level, or a label, overview or thumbnail of it.
-
-    So is what cannot be read, for its reader to say why.
-    """
-    try:
-        return slide_header(path) is not None
-    except Exception:  # pydicom raises anything on damaged files
-        return True
-
-
-def slide_header(path: Path) -> Dataset | None:
-    """Return what a DICOM file says of the slide that it belongs to, None where it is none.
-
-    Raises:
-        Exception: whatever pydicom raises on damaged files.
-    """
-    from pydicom import dcmread  # takes its time
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.uid import DeflatedExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
-
-    with quiet():
-        meta = read_file_meta_info(path)
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            # pydicom would unpack all of it, whatever it comes to, and no slide's reader can
-            if meta.get("MediaStorageSOPClassUID") != VLWholeSlideMicroscopyImageStorage:
-                return None
-            raise ValueError("a deflated slide")
-        header = dcmread(
-            path,
-            stop_before_pixels=True,
-            specific_tags=[
-                "SOPClassUID", "SeriesInstanceUID", "ImageType",
-                "TotalPixelMatrixColumns", "TotalPixelMatrixRows",
-                "SharedFunctionalGroupsSequence", "ImagedVolumeWidth", "ImagedVolumeHeight",
-            ],
-        )  # fmt: skip
-        return header if header.SOPClassUID == VLWholeSlideMicroscopyImageStorage else None
-
-
-def dicom_slides(paths: Iterable[Path]) -> list[Path]:
-    """Choose from DICOM files; return one for each whole-slide image, that of the largest level.
-
-    OpenSlide finds the other levels beside it. Labels, overviews, segmentations and whatever else
-    is not a slide are left out; what cannot be read at all is kept, for its reader to say why.
-    """
-    damaged: list[Path] = []
-    largest: dict[str, tuple[int, Path]] = {}
-    for path in paths:
-        try:
-            header = slide_header(path)
-            if header is None:
-                continue
-            with quiet():
-                if "VOLUME" not in header.ImageType:
-                    continue
-                area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
-                series = str(header.SeriesInstanceUID)
-        except Exception:  # pydicom raises anything on damaged files
-            damaged.append(path)
-            continue
-        if series not in largest or area > largest[series][0]:
-            largest[series] = (area, path)
-    return sorted([*damaged, *(path for _, path in largest.values())])
 
 
 def cache_dir() -> Path:

@@ -11,18 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.formats import dicom_slides, has_preamble
+from wsi_pipeline.files.ngff import is_damaged_zarr, is_ome_zarr, is_zarr_url
 from wsi_pipeline.files.paths import (
     Inputs,
     as_inputs,
     as_path,
-    dicom_slides,
     each_once,
     in_letters,
-    is_damaged_zarr,
-    is_dicom,
-    is_ome_zarr,
     is_remote,
-    is_zarr_url,
     name_of,
     named_paths,
     read_text,
@@ -144,7 +141,7 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
 def _may_be_dicom(path: Path) -> bool:
     if path.suffix.lower() == ".dcm":
         return os.path.isfile(path)
-    return path.suffix.lower() not in SLIDE_SUFFIXES and is_dicom(path)
+    return path.suffix.lower() not in SLIDE_SUFFIXES and has_preamble(path)
 
 
 def _iter_remote(path: Path) -> Iterator[Path]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -27,15 +28,12 @@ Alpha = Literal["none", "straight", "premultiplied"]
 
 WHITE = 255
 """What is shown where a slide has no pixels, as on empty glass."""
-
 MAX_SIDE = 1 << 20
 MAX_PIXELS = 1 << 38
 """Level-0 pixels beyond which a header is not believed: 0.1 µm per pixel over a whole glass slide
 is 760,000 × 250,000."""
-
 MAX_PIECE = 1 << 28
 """Bytes that one stored tile or chunk may have when decoded: all of it must fit in memory."""
-
 SAMPLE = 1 << 18
 """Bytes read at the head, the middle and the tail of a file for its fingerprint."""
 
@@ -44,13 +42,13 @@ class Backend(Protocol):
     """What reads the stored pixels of one source.
 
     Attributes:
-        name: of the library, for people.
+        name: Name of the library, for people.
         size: (width, height) of level 0.
         level_sizes: (width, height) of each stored level.
         level_downsamples: (x, y) level-0 pixels per pixel of each level, as the file says.
         level_tiles: (width, height) of the pieces that each level is stored in.
-        properties: what the file says about itself.
-        doubts: sentences on what makes its picture doubtful.
+        properties: What the file says about itself.
+        doubts: Sentences on what makes its picture doubtful.
     """
 
     name: str
@@ -82,7 +80,7 @@ class Sparse(Protocol):
     """A backend of which some stored tiles may never have been written.
 
     Attributes:
-        blank: the value of every sample that `read_level` returns for such a tile.
+        blank: Value of every sample that `read_level` returns for such a tile.
     """
 
     blank: int
@@ -92,14 +90,52 @@ class Sparse(Protocol):
         ...
 
 
-def unreadable(
-    path: Path, error: Exception, level: int, x: int, y: int, width: int, height: int
-) -> SourceError:
-    """Return the error for a rectangle of a level that cannot be read."""
-    return SourceError(
-        f"{path}: level {level} cannot be read at x {x}, y {y}, {width} × {height} px: "
-        f"{one_line(error)}"
+@contextmanager
+def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> Iterator[None]:
+    """Turn what a library raises in the body into a sentence on the rectangle that it reads.
+
+    Raises:
+        SourceError: anything was raised: codecs do as they like on damaged files.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise SourceError(
+            f"{path}: level {level} cannot be read at x {x}, y {y}, {width} × {height} px: "
+            f"{one_line(error)}"
+        ) from error
+
+
+def tiles_touching(
+    x: int, y: int, width: int, height: int, tile: tuple[int, int]
+) -> Iterator[tuple[int, int]]:
+    """Yield (left, top) of the tiles of (width, height) that a rectangle touches, row by row.
+
+    Example:
+        >>> list(tiles_touching(5, 0, 10, 3, (8, 8)))
+        [(0, 0), (8, 0)]
+    """
+    for top in range(y // tile[1] * tile[1], y + height, tile[1]):
+        for left in range(x // tile[0] * tile[0], x + width, tile[0]):
+            yield left, top
+
+
+def part_of(
+    pixels: Pixels, corner: tuple[int, int], place: tuple[int, int], size: tuple[int, int]
+) -> Pixels:
+    """Return the view of pixels that a rectangle covers.
+
+    Args:
+        pixels: (h, w, samples).
+        corner: (x, y) of the first of them.
+        place: (x, y) of the rectangle's corner.
+        size: (width, height) of the rectangle.
+    """
+    rows, columns = (
+        slice(max(start - first, 0), max(start + length - first, 0))
+        for first, start, length in zip(corner[::-1], place[::-1], size[::-1], strict=True)
     )
+    return pixels[rows, columns]
 
 
 def one_line(error: BaseException) -> str:
@@ -109,10 +145,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Refuse a slide without pixels, or with more than any slide has.
-
-    Args:
-        size: (width, height) as the header says.
+    """Refuse a header's (width, height) without pixels, or with more than any slide has.
 
     Raises:
         SourceError: either of them.
@@ -150,12 +183,7 @@ def is_turned(orientation: object) -> bool:
 
 
 def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
-    """Return (h, w, 3) of grey, RGB or four samples; what is transparent becomes white.
-
-    Args:
-        samples: uint8 (h, w, 1, 3 or 4).
-        alpha: what the fourth is; it is left out where it is none.
-    """
+    """Return (h, w, 3) of uint8 (h, w, 1, 3 or 4); what is transparent becomes white."""
     if samples.shape[2] == 1:
         return np.broadcast_to(samples, (*samples.shape[:2], 3))
     if samples.shape[2] == 3:
@@ -167,22 +195,18 @@ def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
     return np.round(np.minimum(colours + WHITE * (1 - weight), WHITE)).astype(np.uint8)
 
 
-def snap_downsamples(size: tuple[int, int], level_sizes: Sequence[tuple[int, int]]) -> Downsamples:
-    """Return the (x, y) downsample of each level, whole where truncated sizes hide a whole number.
+def snap_downsample(size: tuple[int, int], level_size: tuple[int, int]) -> Downsample:
+    """Return the (x, y) downsample of a level, whole where truncated sizes hide a whole number.
 
     A level of 482 columns under 1,931 was made by 4, not by 4.006: its last columns were dropped.
 
     Example:
-        >>> snap_downsamples((1931, 1487), [(1931, 1487), (482, 371), (772, 594)])
-        ((1.0, 1.0), (4.0, 4.0), (2.5012953367875648, 2.5033670033670035))
+        >>> snap_downsample((1931, 1487), (482, 371)), snap_downsample((1931, 1487), (772, 594))
+        ((4.0, 4.0), (2.5012953367875648, 2.5033670033670035))
     """
-    return tuple(_snap(size, level_size) for level_size in level_sizes)
-
-
-def _snap(size: tuple[int, int], level_size: tuple[int, int]) -> Downsample:
     ratios = (size[0] / level_size[0], size[1] / level_size[1])
     mean = sum(ratios) / 2
-    # a power of two first: for levels of a few pixels several whole numbers would do
+    # A power of two comes first: for levels of a few pixels several whole numbers would do.
     for whole in (2.0 ** round(math.log2(mean)), float(round(mean))):
         if whole and fits_size(size, level_size, (whole, whole)):
             return (whole, whole)
@@ -194,11 +218,7 @@ def fits_size(
 ) -> bool:
     """Return whether a level has the slide's size divided by its downsample, rounded anyhow.
 
-    Args:
-        size: (width, height) of level 0.
-        level_size: of the level.
-        downsample: (x, y) level-0 pixels per pixel of the level.
-        tile: pixels by which the level may be larger than the slide, as where its tiles are whole.
+    It may be larger by less than `tile` pixels, as where its tiles are whole.
     """
     beyond = [own - full / f for full, own, f in zip(size, level_size, downsample, strict=True)]
     slack = [max(1.0, own / 100) for own in level_size]
@@ -215,23 +235,21 @@ def stated_downsamples(
 
     Args:
         size: (width, height) of level 0.
-        level_sizes: of each level.
+        level_sizes: (width, height) of each level.
         level_tiles: (width, height) of the tiles of each level.
-        stated: what the file says of each level, by whatever means; None = nothing.
+        stated: What the file says of each level, by whatever means; None = nothing.
     """
     found = []
     for level_size, tile, said in zip(level_sizes, level_tiles, stated, strict=True):
-        by_size = _snap(size, level_size)
+        by_size = snap_downsample(size, level_size)
+        # Some writers copy the tag of level 0, or write what is no number of pixels.
         if said is not None and not 1.01 <= max(said) <= MAX_SIDE:
-            said = None  # a tag that the writer copied from level 0, or no number of pixels
+            said = None
         if said is not None:
             whole = (float(round(said[0])), float(round(said[1])))
-            # numbers in files are rounded, sometimes to what the sizes come to
-            for better, tolerance in ((by_size, 0.01), (whole, 1e-3)):
-                if all(
-                    math.isclose(*pair, rel_tol=tolerance)
-                    for pair in zip(said, better, strict=True)
-                ):
+            # Numbers in files are rounded, sometimes to what the sizes come to.
+            for better, share in ((by_size, 0.01), (whole, 1e-3)):
+                if all(math.isclose(*ab, rel_tol=share) for ab in zip(said, better, strict=True)):
                     said = better
                     break
         found.append(next(iter(possible_downsamples(size, level_size, tile, said)), by_size))
@@ -246,13 +264,9 @@ def possible_downsamples(
 ) -> list[Downsample]:
     """Return the downsamples that a level may have, the likeliest first; none for another picture.
 
-    Args:
-        size: (width, height) of level 0.
-        level_size: of the level.
-        tile: (width, height) of its tiles, to a multiple of which it may have been padded.
-        stated: (x, y) as the file says.
+    The level may have been padded to a multiple of its tiles.
     """
-    by_size = _snap(size, level_size)
+    by_size = snap_downsample(size, level_size)
     low, high = (
         bound(full / max(own + step, 0.5) for full, own in zip(size, level_size, strict=True))
         for bound, step in ((max, 1), (min, -1))

@@ -27,32 +27,26 @@ from wsi_pipeline.sources.base import (
     Sizes,
     as_rgb,
     check_size,
-    unreadable,
+    reading,
 )
 
 IN_MEMORY = 1 << 28
 """Decoded bytes up to which a picture stays in memory; larger ones lie in a temporary file."""
-
 BAND = 1 << 25
 """Bytes decoded at once."""
-
 DENSEST = 1100
 """Decoded bytes for a stored one: what deflate comes to at most, and JPEG never."""
-
-DRIVERS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
-"""GDAL's name of a kind of picture, by its first bytes."""
-
 PNG_BITS = 24
 """Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
-
 OPENERS: Mapping[str, Callable[..., ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile}
 """Pillow's reader of each. `Image.open` warns of large pictures, which are bounded here."""
-
 GDAL = {
-    "GDAL_PAM_ENABLED": "NO",  # no files beside
+    # No files beside a picture are looked at.
+    "GDAL_PAM_ENABLED": "NO",
     "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",  # a truncated picture is no picture
-    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",  # which is silent on one
+    # A truncated picture is no picture; the optimisation is silent on one.
+    "GDAL_ERROR_ON_LIBJPEG_WARNING": "YES",
+    "GDAL_PNG_WHOLE_IMAGE_OPTIM": "NO",
     "GDAL_CACHEMAX": 64 << 20,
 }
 
@@ -101,15 +95,9 @@ class Spool:
                 raise ValueError(f"{dataset.width} × {dataset.height} px, {self._size} expected")
             if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
                 raise ValueError(f"{dataset.count} bands of {dataset.dtypes[0]}")
-            bands = (
-                as_rgb(
-                    np.moveaxis(
-                        dataset.read(window=((top, min(top + rows, height)), (0, width))), 0, -1
-                    ),
-                    self._alpha,
-                )
-                for top in range(0, height, rows)
-            )
+            windows = (((a, min(a + rows, height)), (0, width)) for a in range(0, height, rows))
+            read = (np.moveaxis(dataset.read(window=window), 0, -1) for window in windows)
+            bands = (as_rgb(band, self._alpha) for band in read)
             if width * height * 3 <= IN_MEMORY:
                 pixels, top = np.empty((height, width, 3), np.uint8), 0
                 for band in bands:
@@ -141,7 +129,7 @@ class PictureBackend:
                 mode, dpi = image.mode, image.info.get("dpi")
                 file.seek(PNG_BITS)
                 deep = driver == "PNG" and file.read(1) == b"\x10"
-                # of a PNG it may stand after the pixels, all of which would be decoded for it
+                # In a PNG it may stand after the pixels, all of which would be decoded for it.
                 orientation: Any = 1
                 if driver == "JPEG":
                     with suppress(Exception):  # Pillow raises anything on damaged EXIF
@@ -160,21 +148,17 @@ class PictureBackend:
         self.level_sizes: Sizes = (self.size,)
         self.level_downsamples: Downsamples = ((1.0, 1.0),)
         self.level_tiles: Sizes = (self.size,)
-        self.properties: Mapping[str, str] = {
-            "tiff.Compression": driver,
-            "tiff.Orientation": str(orientation),
-        }
+        properties = {"tiff.Compression": driver, "tiff.Orientation": str(orientation)}
         if dpi and min(dpi) > 0:
-            x, y = (str(25400 / float(value)) for value in dpi)
-            self.properties = {**self.properties, "picture.mpp-x": x, "picture.mpp-y": y}
+            sizes = (str(25400 / float(value)) for value in dpi)
+            properties |= zip(("picture.mpp-x", "picture.mpp-y"), sizes, strict=True)
+        self.properties: Mapping[str, str] = properties
         self._spool = Spool(path, self.size, driver=driver)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle of the picture; return uint8 (height, width, 3)."""
-        try:
+        with reading(self._path, level, x, y, width, height):
             return self._spool.read(x, y, width, height)
-        except Exception as error:  # decoders raise anything on damaged pictures
-            raise unreadable(self._path, error, level, x, y, width, height) from error
 
     def close(self) -> None:
         """Give the picture back."""
@@ -197,12 +181,13 @@ def _local(path: Path) -> Iterator[Path]:
 @contextmanager
 def opened(path: Path, driver: str, directory: int = 0) -> Iterator[Any]:
     """Yield GDAL's data set of a picture, or of one directory of a TIFF, by its offset."""
-    name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
-    import rasterio  # brings GDAL: half of the time to import this package
+    # It brings GDAL: half of the time to import this package.
+    import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
     with rasterio.Env(**GDAL), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        # no other driver: some open what a file names
+        name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
+        # Some drivers open what a file names.
         with rasterio.open(name, driver=driver) as dataset:
             yield dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from zarr.storage import ZipStore
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.arrays import MAX_CHUNK, SLACK, trusted
-from wsi_pipeline.files.paths import is_remote, is_zarr_url, name_of
+from wsi_pipeline.files.ngff import is_zarr_url, ome_of, scales_of
+from wsi_pipeline.files.paths import is_remote, name_of
 from wsi_pipeline.sources.base import (
     MAX_PIECE,
     Downsample,
@@ -26,16 +27,19 @@ from wsi_pipeline.sources.base import (
     as_rgb,
     check_size,
     one_line,
+    reading,
     stated_downsamples,
-    unreadable,
 )
 from wsi_pipeline.sources.brightfield import are_rgb
 from wsi_pipeline.sources.mpp import measured
 
 LARGE = 1 << 22
 """Bytes of a chunk above which each is read by itself."""
-
+PACKED = MAX_CHUNK + SLACK
+"""Bytes that a packed entry of a zip may come to."""
 VERSIONS = ("0.1", "0.2", "0.3", "0.4", "0.5")
+WRONG = AttributeError, IndexError, KeyError, TypeError, ValueError
+"""What reading metadata raises that are not as they should be: what is said wrongly is not said."""
 
 
 class OmeZarrBackend:
@@ -50,7 +54,7 @@ class OmeZarrBackend:
             store, root = _open_store(path, self._closing)
             group, multiscale = _choose_image(store, root, series)
             self._axes = _axes(multiscale)
-            # level 0 is the largest, whichever stands first
+            # Level 0 is the largest, whichever stands first.
             multiscale["datasets"].sort(key=lambda d: -math.prod(group[str(d["path"])].shape))
             levels = [group[str(dataset["path"])] for dataset in multiscale["datasets"]]
             if not levels:
@@ -64,18 +68,23 @@ class OmeZarrBackend:
                 raise
             raise SourceError(f"a damaged OME-Zarr: {one_line(error)}") from error
         x, y = self._axes.index("x"), self._axes.index("y")
-        self.level_sizes: Sizes = tuple((level.shape[x], level.shape[y]) for level in self._levels)
+        self.level_sizes: Sizes = tuple((each.shape[x], each.shape[y]) for each in self._levels)
         self.size = self.level_sizes[0]
-        self.level_tiles: Sizes = tuple(
-            (level.chunks[x], level.chunks[y]) for level in self._levels
-        )
+        self.level_tiles: Sizes = tuple((each.chunks[x], each.chunks[y]) for each in self._levels)
+        scales = [_scale(dataset, x, y) for dataset in multiscale["datasets"]]
+        first = scales[0]
         self.level_downsamples = stated_downsamples(
-            self.size, self.level_sizes, self.level_tiles, _stated(multiscale, x, y)
+            self.size,
+            self.level_sizes,
+            self.level_tiles,
+            [scale and first and (scale[0] / first[0], scale[1] / first[1]) for scale in scales],
         )
         samples = self._levels[0].shape[self._axes.index("c")] if "c" in self._axes else 1
         fill = np.full((1, 1, samples), self._levels[0].fill_value or 0, np.uint8)
         self.blank = int(as_rgb(fill).max())
-        self.properties: Mapping[str, str] = _properties(multiscale, group, self._axes)
+        self.properties: Mapping[str, str] = _mpp(multiscale, x, y)
+        if colours := _colours(group):
+            self.properties = {**self.properties, "ome-zarr.colors": ",".join(colours)}
         self.doubts: tuple[str, ...] = ()
         if samples == 4:
             self.doubts = ("it has a fourth channel, which is left out",)
@@ -83,10 +92,8 @@ class OmeZarrBackend:
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle that lies inside a level; return uint8 (height, width, 3)."""
         where = {"x": slice(x, x + width), "y": slice(y, y + height), "c": slice(None)}
-        try:
+        with reading(self._path, level, x, y, width, height):
             samples = self._read(level, where)
-        except Exception as error:  # codecs raise anything on damaged chunks
-            raise unreadable(self._path, error, level, x, y, width, height) from error
         left = [axis for axis in self._axes if axis in where]
         samples = samples.reshape(*samples.shape, *([1] if "c" not in left else []))
         left += [] if "c" in left else ["c"]
@@ -110,29 +117,21 @@ class OmeZarrBackend:
 
     def _read(self, level: int, where: Mapping[str, slice]) -> Pixels:
         array = self._levels[level]
+        # Of several large chunks zarr would unpack all at once: they are read one by one.
         for axis in ("y", "x") if math.prod(array.chunks) > LARGE else ():
-            # one chunk after the other: zarr would unpack all of them at once
-            pieces = _pieces(where[axis], array.chunks[self._axes.index(axis)])
-            if len(pieces) > 1:
+            span, side = where[axis], array.chunks[self._axes.index(axis)]
+            cuts = [*range(span.start // side * side + side, span.stop, side), span.stop]
+            if len(cuts) > 1:
                 kept = [name for name in self._axes if name in where]
+                pieces = itertools.starmap(slice, itertools.pairwise([span.start, *cuts]))
                 read = [self._read(level, {**where, axis: piece}) for piece in pieces]
                 return np.concatenate(read, axis=kept.index(axis))
         index = tuple(where.get(axis, 0) for axis in self._axes)
         try:
             return np.asarray(array[index])
-        except OSError:  # a network's hiccup; each read opens the chunks anew
+        except OSError:
+            # A network's hiccup: each read opens the chunks anew.
             return np.asarray(array[index])
-
-
-def _pieces(span: slice, side: int) -> list[slice]:
-    """Return what lies of a span in each chunk.
-
-    Example:
-        >>> _pieces(slice(5, 21), 10)
-        [slice(5, 10, None), slice(10, 20, None), slice(20, 21, None)]
-    """
-    cuts = [span.start, *range(span.start // side * side + side, span.stop, side), span.stop]
-    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
@@ -141,33 +140,24 @@ def _open_store(path: Path, closing: ExitStack) -> tuple[Any, str]:
         return str(path), ""
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-    if not entries or any(entry.file_size > _most(entry) for entry in entries):
+    # Packed entries may come to more than the file has bytes.
+    most = {zipfile.ZIP_STORED: MAX_PIECE}
+    if not entries or any(e.file_size > most.get(e.compress_type, PACKED) for e in entries):
         raise SourceError("a zip, but not of an OME-Zarr with chunks that fit in memory")
-    groups = [
-        entry.filename.rpartition("/")[0]
-        for entry in entries
-        if entry.filename.endswith((".zgroup", "zarr.json"))
-    ]
-    return _zip_store(path, closing), min(groups, key=len, default="")
-
-
-def _most(entry: zipfile.ZipInfo) -> int:
-    """Return how many bytes an entry may have: those of packed ones need not be in the file."""
-    return MAX_PIECE if entry.compress_type == zipfile.ZIP_STORED else MAX_CHUNK + SLACK
-
-
-def _zip_store(path: Path, closing: ExitStack) -> Any:
+    names = [entry.filename for entry in entries]
+    groups = [n.rpartition("/")[0] for n in names if n.endswith((".zgroup", "zarr.json"))]
     store = ZipStore(Path(name_of(path)) if is_remote(path) else path, read_only=True)
     if is_remote(path):
-        # zipfile, to which the store hands its path, takes an open file as well
+        # zipfile, to which the store hands its path, takes an open file as well.
         store.path = closing.enter_context(path.open("rb"))  # type: ignore[assignment]
     closing.callback(store.close)
-    return store
+    return store, min(groups, key=len, default="")
 
 
 def _axes(multiscale: dict[str, Any]) -> list[str]:
     """Return the names of the axes; that of the samples is c, whatever it is called."""
-    axes = multiscale.get("axes", "tczyx")  # these five before 0.3, bare names in 0.3
+    # These five before 0.3, bare names in 0.3.
+    axes = multiscale.get("axes", "tczyx")
     named = [{"name": axis} if isinstance(axis, str) else axis for axis in axes]
     return ["c" if axis.get("type") == "channel" else str(axis["name"]) for axis in named]
 
@@ -178,12 +168,15 @@ def _choose_image(store: Any, root_path: str, wanted: int | None) -> tuple[Any, 
     An image that is not read here is chosen too, and refused: not the thumbnail beside it.
     """
     root = zarr.open_group(store, path=root_path or None, mode="r")
-    images = [(root, multiscale) for multiscale in _multiscales(root)]
+    images = _images(root)
     if not images:
-        several = [(group, _multiscales(group)) for group in _iter_groups(root)]
-        images = [
-            (group, max(found, key=lambda m: _area(group, m))) for group, found in several if found
-        ]
+        try:
+            names = [str(name) for name in ome_of(root["OME"].attrs.asdict())["series"]]
+        except KeyError:
+            found = [name for name, _ in root.groups()]
+            names = sorted(found, key=lambda n: (int(n) if n.isdigit() else 1 << 30, n))
+        several = [_images(root[name]) for name in names]
+        images = [max(each, key=lambda image: _area(*image)) for each in several if each]
     if not images:
         raise SourceError("a zarr without multiscales; expected an OME-Zarr image")
     if wanted is not None:
@@ -194,25 +187,9 @@ def _choose_image(store: Any, root_path: str, wanted: int | None) -> tuple[Any, 
     return max(images, key=lambda image: _area(*image))
 
 
-def _iter_groups(root: Any) -> Iterator[Any]:
-    """Yield the groups of a file of several images, in the order in which it counts them."""
-    try:
-        attributes = dict(root["OME"].attrs)
-        names = [str(name) for name in attributes.get("ome", attributes)["series"]]
-    except KeyError:
-        names = [name for name, _ in sorted(root.groups(), key=_number)]
-    for name in names:
-        yield root[name]
-
-
-def _number(item: tuple[str, Any]) -> tuple[int, str]:
-    return (int(item[0]) if item[0].isdigit() else 1 << 30), item[0]
-
-
-def _multiscales(group: Any) -> list[dict[str, Any]]:
-    """Return what a group says of its images, each of which has one or more resolutions."""
-    attributes = dict(group.attrs)
-    attributes = attributes.get("ome", attributes)
+def _images(group: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """Return a group with what it says of each of its images, of one or more resolutions."""
+    attributes = ome_of(group.attrs.asdict())
     found: list[dict[str, Any]] = attributes.get("multiscales") or []
     for multiscale in found:
         version = str(multiscale.get("version") or attributes.get("version") or VERSIONS[-1])
@@ -221,7 +198,7 @@ def _multiscales(group: Any) -> list[dict[str, Any]]:
                 f"OME-Zarr {version} is not read; expected {VERSIONS[0]} to {VERSIONS[-1]}; "
                 "save it as OME-Zarr 0.5"
             )
-    return found
+    return [(group, multiscale) for multiscale in found]
 
 
 def _area(group: Any, multiscale: dict[str, Any]) -> tuple[bool, int]:
@@ -237,9 +214,10 @@ def _area(group: Any, multiscale: dict[str, Any]) -> tuple[bool, int]:
 
 def _colours(group: Any) -> list[str]:
     """Return the colours in which a group's channels are to be shown, where it says."""
-    attributes = dict(group.attrs)
-    omero = attributes.get("ome", attributes).get("omero") or {}
-    return [str(channel.get("color", "")).upper() for channel in omero.get("channels", ())]
+    with suppress(*WRONG):
+        omero = ome_of(group.attrs.asdict()).get("omero") or {}
+        return [str(channel.get("color", "")).upper() for channel in omero.get("channels", ())]
+    return []
 
 
 def _check_array(array: Any, axes: list[str]) -> None:
@@ -257,38 +235,20 @@ def _check_array(array: Any, axes: list[str]) -> None:
     check_size((shape["x"], shape["y"]))
 
 
-def _stated(multiscale: dict[str, Any], x: int, y: int) -> list[Downsample | None]:
-    """Return the (x, y) downsample of each level as its scale says, None where it says nothing."""
-    scales: list[Downsample | None] = []
-    for dataset in multiscale["datasets"]:
-        try:
-            (scale,) = (
-                transform["scale"]
-                for transform in dataset["coordinateTransformations"]
-                if transform["type"] == "scale"
-            )
-            pair = (float(scale[x]), float(scale[y]))
-        except (IndexError, KeyError, TypeError, ValueError):
-            pair = (0.0, 0.0)
-        scales.append(pair if all(0 < value < math.inf for value in pair) else None)
-    first = scales[0]
-    return [scale and first and (scale[0] / first[0], scale[1] / first[1]) for scale in scales]
+def _scale(dataset: dict[str, Any], x: int, y: int) -> Downsample | None:
+    """Return the (x, y) scale of one level, None where it says nothing."""
+    with suppress(*WRONG):
+        (scale,) = scales_of(dataset)
+        pair = (float(scale[x]), float(scale[y]))
+        return pair if all(0 < value < math.inf for value in pair) else None
+    return None
 
 
-def _properties(multiscale: dict[str, Any], group: Any, axes: list[str]) -> dict[str, str]:
-    """Return µm per pixel and the colours of the channels, where the metadata says."""
-    properties: dict[str, str] = {}
-    wrong = AttributeError, IndexError, KeyError, TypeError, ValueError
-    with suppress(*wrong):  # what is said wrongly is not said
+def _mpp(multiscale: dict[str, Any], x: int, y: int) -> dict[str, str]:
+    """Return the properties that say how large a pixel of level 0 is, where the metadata do."""
+    with suppress(*WRONG):
         units = [axis.get("unit") for axis in multiscale["axes"]]
-        lists = (multiscale["datasets"][0], multiscale)
-        transforms = [t for m in lists for t in m.get("coordinateTransformations", ())]
-        scales = [t["scale"] for t in transforms if t.get("type") == "scale"]
-        x, y = axes.index("x"), axes.index("y")
-        if scales:
+        if scales := scales_of(multiscale["datasets"][0]) + scales_of(multiscale):
             sizes = [math.prod(float(scale[index]) for scale in scales) for index in (x, y)]
-            properties |= measured("OME-Zarr", sizes, [units[x], units[y]])
-    with suppress(*wrong):
-        if colours := _colours(group):
-            properties["ome-zarr.colors"] = ",".join(colours)
-    return properties
+            return measured("OME-Zarr", sizes, [units[x], units[y]])
+    return {}

@@ -10,28 +10,21 @@ import numpy as np
 import openslide
 
 from wsi_pipeline.errors import SourceError, without_secrets
-from wsi_pipeline.files.paths import (
-    check_opens,
-    dicom_slides,
-    is_dicom,
-    is_ome_zarr,
-    is_remote,
-    is_zarr_url,
-)
-from wsi_pipeline.sources import tiff_reader as tiff
+from wsi_pipeline.files.formats import HEAD, dicom_slides, has_preamble, kind_by_head
+from wsi_pipeline.files.ngff import is_ome_zarr, is_zarr_url
+from wsi_pipeline.files.paths import check_opens, is_remote
 from wsi_pipeline.sources.base import Backend, one_line
-from wsi_pipeline.sources.decoded import DRIVERS, PictureBackend
+from wsi_pipeline.sources.decoded import PictureBackend
 from wsi_pipeline.sources.jpeg import dicom_colour_doubts
 from wsi_pipeline.sources.ngff_reader import OmeZarrBackend
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
-from wsi_pipeline.sources.tiff_reader import OtherReader, TiffBackend, check_tiff
+from wsi_pipeline.sources.tiff_check import check_tiff
+from wsi_pipeline.sources.tiff_reader import OtherReader, TiffBackend, tagged_colour_doubts
 
 TIFF_VENDORS = ("aperio", "generic-tiff", None)
 """As OpenSlide names them: where a TIFF's tiles are the slide, not pieces to be put together."""
-
 ROUNDING = 4
 """Grey values by which decoders of one codec differ."""
-
 KINDS = {
     b"\xff\x4f\xff\x51": "JPEG 2000 picture",
     b"\x00\x00\x00\x0c": "JPEG 2000 picture",
@@ -41,6 +34,7 @@ KINDS = {
     b"%PDF": "PDF document",
 }
 """What is known by its first bytes, and not read."""
+NO_SERIES = "has no series; --series is for OME-TIFF and OME-Zarr"
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +46,8 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
     agree, being several times faster, and OpenSlide where they do not.
 
     Args:
-        path: of a file, a folder or a URL.
-        series: which image of an OME-TIFF or OME-Zarr with several; None = the largest of RGB.
+        path: A file, a folder or a URL.
+        series: Which image of an OME-TIFF or OME-Zarr with several; None = the largest of RGB.
 
     Raises:
         SourceError: no library opens the file; the message says what was found.
@@ -75,19 +69,19 @@ def _open(path: Path, series: int | None) -> Backend:
         check_opens(path)
         if path.is_dir():
             return _open_folder(path, series)
-    if is_remote(path) and is_zarr_url(path):
+    elif is_zarr_url(path):
         return OmeZarrBackend(path, series)
     head = _read_head(path)
-    if head[:4] in tiff.MAGIC and not is_dicom(path):  # DICOM leaves the beginning to others
+    kind = kind_by_head(head)
+    if kind == "TIFF":
         return _open_tiff(path, series)
-    if head[:4] == b"PK\3\4":
+    if kind == "zip":
         return OmeZarrBackend(path, series)
     if series is not None:
-        raise SourceError("has no series; --series is for OME-TIFF and OME-Zarr")
-    # a .mrxs begins with a picture of the slide
-    driver = next((name for magic, name in DRIVERS.items() if head.startswith(magic)), None)
-    if driver and path.suffix.lower() != ".mrxs":
-        return PictureBackend(path, driver)
+        raise SourceError(NO_SERIES)
+    # A .mrxs begins with a picture of the slide.
+    if kind in ("PNG", "JPEG") and path.suffix.lower() != ".mrxs":
+        return PictureBackend(path, kind)
     if is_remote(path):
         raise SourceError(
             "neither TIFF nor OME-Zarr nor picture: OpenSlide, which reads the other formats, "
@@ -96,7 +90,7 @@ def _open(path: Path, series: int | None) -> Backend:
     reference, refusal = _try_openslide(path)
     if reference is None:
         raise SourceError(_what_is_wrong(path, head, refusal))
-    if is_dicom(path):
+    if has_preamble(path):
         reference.doubts += tuple(dicom_colour_doubts(path))
     return reference
 
@@ -105,7 +99,7 @@ def _open_folder(path: Path, series: int | None) -> Backend:
     """Open the slide that a folder is: OME-Zarr, or the files of one DICOM slide."""
     if is_ome_zarr(path):
         return OmeZarrBackend(path, series)
-    slides = dicom_slides(filter(is_dicom, sorted(path.iterdir())))
+    slides = dicom_slides(filter(has_preamble, sorted(path.iterdir())))
     if len(slides) > 1:
         names = ", ".join(slide.name for slide in slides[:5])
         raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
@@ -124,8 +118,15 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
     vendor = openslide.OpenSlide.detect_format(path)
     if vendor not in TIFF_VENDORS:
         if series is not None:
-            raise SourceError("has no series; --series is for OME-TIFF and OME-Zarr")
-        return _open_vendor_tiff(path, str(vendor))
+            raise SourceError(NO_SERIES)
+        reference, refusal = _try_openslide(path)
+        if reference is None:
+            raise SourceError(
+                f"a TIFF of {vendor}, which OpenSlide alone reads, and does not open: {refusal}; "
+                "check the file against its original"
+            )
+        reference.doubts += tuple(tagged_colour_doubts(path))
+        return reference
     size: tuple[int, int] | None = None
     properties: Mapping[str, str] = {}
     try:
@@ -133,7 +134,7 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
     except OtherReader as error:
         size, properties, reason = error.size, error.properties, str(error)
     except SourceError:
-        # what was found in the file is no reason to let another library read something else of it
+        # What was found in the file is no reason to let another library read something else of it.
         raise
     except Exception as error:  # the libraries raise anything on a damaged file
         log.debug("tiffslide does not open %s", path, exc_info=True)
@@ -145,18 +146,6 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
     if reference is None or series is not None or size not in (None, reference.size):
         raise SourceError(reason)
     reference.properties = _joined(properties, reference.properties)
-    return reference
-
-
-def _open_vendor_tiff(path: Path, vendor: str) -> Backend:
-    """Open a TIFF whose tiles are pieces that only OpenSlide puts together."""
-    reference, refusal = _try_openslide(path)
-    if reference is None:
-        raise SourceError(
-            f"a TIFF of {vendor}, which OpenSlide alone reads, and does not open: {refusal}; "
-            "check the file against its original"
-        )
-    reference.doubts += tuple(tiff.tagged_colour_doubts(path))
     return reference
 
 
@@ -176,7 +165,7 @@ def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
     if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
         return f"its folder {path.stem} is not there; put it beside the .mrxs file"
     refusal = refusal.replace(f"{path}: ", "")
-    if is_dicom(path):
+    if has_preamble(path):
         return (
             f"a DICOM file that is no slide to OpenSlide, {refusal or 'of another kind'}; "
             "expected VL Whole Slide Microscopy, 8 bits, JPEG, JPEG 2000 or uncompressed"
@@ -192,13 +181,12 @@ def _read_head(path: Path) -> bytes:
     """Return the first bytes of a file."""
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(HEAD)
     except FileNotFoundError as error:
         raise SourceError("no such file") from error
-    except OSError as error:
-        raise SourceError(f"cannot be read ({error.strerror or one_line(error)})") from error
     except Exception as error:  # clients of remote stores raise what they like
-        raise SourceError(f"cannot be read ({one_line(error)})") from error
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SourceError(f"cannot be read ({reason})") from error
     if not head:
         raise SourceError("an empty file; copy the slide again")
     return head
@@ -208,8 +196,7 @@ def _better(found: TiffBackend, reference: OpenSlideBackend) -> Backend:
     """Return the faster of two backends if both see the same slide, else the one that is right."""
     is_same = found.size == reference.size
     if is_same:
-        properties = _joined(found.properties, reference.properties)
-        found.properties = reference.properties = properties
+        found.properties = reference.properties = _joined(found.properties, reference.properties)
     elif not found.is_ome:
         width, height = reference.size
         found.doubts += (

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from wsi_pipeline.files.paths import is_dicom, quiet, slide_header
+from wsi_pipeline.files.formats import has_preamble, slide_header
+from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.sources.base import (
     WHITE,
     Downsample,
@@ -17,8 +18,10 @@ from wsi_pipeline.sources.base import (
     Sizes,
     as_rgb,
     check_size,
+    part_of,
+    reading,
     stated_downsamples,
-    unreadable,
+    tiles_touching,
 )
 
 
@@ -37,9 +40,18 @@ class OpenSlideBackend:
         self.size = self._slide.dimensions
         check_size(self.size)
         self.level_sizes: Sizes = self._slide.level_dimensions
-        self._own_downsamples = self._slide.level_downsamples  # a handle that failed tells nothing
+        # A handle that failed tells nothing.
+        self._own_downsamples = self._slide.level_downsamples
         self.properties: Mapping[str, str] = dict(self._slide.properties)
-        self.level_tiles: Sizes = tuple(map(self._tile, range(len(self.level_sizes))))
+        # Some formats do not say how large their tiles are.
+        width, height = (
+            [
+                int(self.properties.get(f"openslide.level[{level}].tile-{side}", 256))
+                for level in range(len(self.level_sizes))
+            ]
+            for side in ("width", "height")
+        )
+        self.level_tiles: Sizes = tuple(zip(width, height, strict=True))
         self.doubts: tuple[str, ...] = ()
         self._is_dicom = self.properties.get("openslide.vendor") == "dicom"
         self.level_downsamples = stated_downsamples(
@@ -53,15 +65,12 @@ class OpenSlideBackend:
         # OpenSlide takes locations in level-0 pixels. Where those do not fall on the level's own
         # pixels it interpolates, so pieces must not depend on what was asked for.
         pixels = np.empty((height, width, 3), dtype=np.uint8)
-        chunk = self.CHUNK
         level_width, level_height = self.level_sizes[level]
-        for top in range(y // chunk * chunk, y + height, chunk):
-            for left in range(x // chunk * chunk, x + width, chunk):
-                size = (min(chunk, level_width - left), min(chunk, level_height - top))
-                piece = self._read(level, left, top, *size)
-                x0, y0 = max(left, x), max(top, y)
-                part = piece[y0 - top : y + height - top, x0 - left : x + width - left]
-                pixels[y0 - y :, x0 - x :][: part.shape[0], : part.shape[1]] = part
+        for left, top in tiles_touching(x, y, width, height, (self.CHUNK, self.CHUNK)):
+            size = (min(self.CHUNK, level_width - left), min(self.CHUNK, level_height - top))
+            piece = self._read(level, left, top, *size)
+            target = part_of(pixels, (x, y), (left, top), size)
+            target[:] = part_of(piece, (left, top), (x, y), (width, height))
         return pixels
 
     def holds(self, level: int, column: int, row: int) -> bool:
@@ -85,39 +94,26 @@ class OpenSlideBackend:
 
     def _stated(self) -> list[Downsample | None]:
         """Return the (x, y) downsample of each level of a DICOM slide by its PixelSpacing."""
-        nothing: list[Downsample | None] = [None] * len(self.level_sizes)
-        if not self._is_dicom or len(self.level_sizes) == 1:
-            return nothing
-        spacings = _spacings(self._path, self.properties.get("dicom.SeriesInstanceUID", ""))
+        spacings: dict[tuple[int, int], tuple[float, float]] = {}
+        if self._is_dicom and len(self.level_sizes) > 1:
+            spacings = _spacings(self._path, self.properties.get("dicom.SeriesInstanceUID", ""))
         first = spacings.get(self.size)
-        if first is None:
-            return nothing
         return [
-            own and (own[0] / first[0], own[1] / first[1])
+            own and first and (own[0] / first[0], own[1] / first[1])
             for own in map(spacings.get, self.level_sizes)
         ]
 
-    def _tile(self, level: int) -> tuple[int, int]:
-        """Return (width, height) of a level's tiles; some formats do not say."""
-        names = (f"openslide.level[{level}].tile-{side}" for side in ("width", "height"))
-        width, height = (int(self.properties.get(name, 256)) for name in names)
-        return width, height
-
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         slide = self._slide
-        location = (
-            round(x * self._own_downsamples[level]),
-            round(y * self._own_downsamples[level]),
-        )
+        own = self._own_downsamples[level]
+        location = (round(x * own), round(y * own))
         try:
             image = slide.read_region(location, level, (width, height))
         except openslide.OpenSlideError:
-            try:
-                # after an error a handle fails for ever, perhaps through another thread's reading
+            # After an error a handle fails for ever, perhaps through another thread's reading.
+            with reading(self._path, level, x, y, width, height):
                 fresh = openslide.OpenSlide(self._path)
                 image = fresh.read_region(location, level, (width, height))
-            except (openslide.OpenSlideError, OSError) as error:
-                raise unreadable(self._path, error, level, x, y, width, height) from error
             self._slide = fresh
         return as_rgb(np.asarray(image), "straight")
 
@@ -125,14 +121,12 @@ class OpenSlideBackend:
 def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, float]]:
     """Return (x, y) mm per pixel of the levels of a DICOM slide, by their (width, height).
 
-    Args:
-        path: of one of its files; the others lie beside it.
-        series: UID that all have.
+    Its files, those beside `path`, are those of one SeriesInstanceUID.
     """
     from pydicom import Dataset
 
     found: dict[tuple[int, int], tuple[float, float]] = {}
-    for file in filter(is_dicom, path.parent.iterdir()):
+    for file in filter(has_preamble, path.parent.iterdir()):
         try:
             header = slide_header(file)
             with quiet():

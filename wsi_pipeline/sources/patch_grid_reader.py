@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.patch_grid import GridInfo, open_patch_grid
-from wsi_pipeline.sources.base import Downsamples, Pixels, Sizes, unreadable
+from wsi_pipeline.sources.base import Downsamples, Pixels, Sizes, reading
 
 PIECE = 256
 """Side of what is marked as unreadable at the least, in stored pixels."""
@@ -36,33 +37,26 @@ class StoredBackend:
         self._unreadable = [
             (r.x / x, r.y / y, (r.x + r.width) / x, (r.y + r.height) / y) for r in stored.unreadable
         ]
-        self.properties: Mapping[str, str] = _properties(stored.info)
         self.doubts = stored.info.doubts
+        properties = {
+            "patch-grid.source-name": stored.info.source_name,
+            "patch-grid.mpp-x": repr(stored.info.mpp[0]),
+            "patch-grid.mpp-y": repr(stored.info.mpp[1]),
+        }
+        if stored.info.bounds is not None:
+            bounds = asdict(stored.info.bounds).items()
+            properties |= {f"openslide.bounds-{name}": str(value) for name, value in bounds}
+        self.properties: Mapping[str, str] = properties
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """Read a rectangle of the canvas; return uint8 (height, width, 3)."""
-        if any(
-            left < x + width and x < right and top < y + height and y < bottom
-            for left, top, right, bottom in self._unreadable
-        ):
-            lost = OSError("so it was in the slide that `tile` read")
-            raise unreadable(self._path, lost, level, x, y, width, height)
-        try:
+        with reading(self._path, level, x, y, width, height):
+            if any(
+                left < x + width and x < right and top < y + height and y < bottom
+                for left, top, right, bottom in self._unreadable
+            ):
+                raise OSError("so it was in the slide that `tile` read")
             return np.asarray(self._pixels[y : y + height, x : x + width], dtype=np.uint8)
-        except Exception as error:  # codecs raise anything on damaged chunks
-            raise unreadable(self._path, error, level, x, y, width, height) from error
 
     def close(self) -> None:
         """Do nothing: chunks are opened one by one."""
-
-
-def _properties(info: GridInfo) -> dict[str, str]:
-    properties = {
-        "patch-grid.source-name": info.source_name,
-        "patch-grid.mpp-x": repr(info.mpp[0]),
-        "patch-grid.mpp-y": repr(info.mpp[1]),
-    }
-    if info.bounds is not None:
-        for name in ("x", "y", "width", "height"):
-            properties[f"openslide.bounds-{name}"] = str(getattr(info.bounds, name))
-    return properties

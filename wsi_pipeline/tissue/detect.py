@@ -16,9 +16,9 @@ from skimage.morphology import disk
 
 from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.files.formats import DRIVERS, HEAD, kind_by_head
 from wsi_pipeline.geometry import PatchGrid
-from wsi_pipeline.sources.decoded import DRIVERS, opened
-from wsi_pipeline.sources.tiff_reader import MAGIC
+from wsi_pipeline.sources.decoded import opened
 
 Mask = npt.NDArray[np.bool_]
 Plane = npt.NDArray[np.float32]
@@ -48,8 +48,6 @@ Otsu's threshold alone follows the strongest stain and loses the palest tissue.
 
 BAND_PX = 1 << 23
 """Pixels of a mask image that are held at a time."""
-MASK_DRIVERS = {**DRIVERS, **dict.fromkeys(MAGIC, "GTiff")}
-"""GDAL's name of a kind of picture, by its first bytes."""
 
 
 def find_tissue(
@@ -211,10 +209,7 @@ def _opened_mask(path: Path) -> Iterator[Any]:
 
     try:
         with path.open("rb") as file:
-            head = file.read(4)
-        driver = next(
-            (name for magic, name in MASK_DRIVERS.items() if head.startswith(magic)), None
-        )
+            driver = DRIVERS.get(kind_by_head(file.read(HEAD)))
         if driver == "JPEG":
             raise AnnotationError(
                 f"{path}: JPEG blurs a mask's edges and its zeros; save the mask as PNG"

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
 import os
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.formats import is_dicom
+from wsi_pipeline.files.ngff import is_damaged_zarr, is_ome_zarr
 from wsi_pipeline.files.paths import (
     Inputs,
     as_inputs,
     as_path,
-    check_opens,
     each_once,
-    is_damaged_zarr,
-    is_ome_zarr,
     is_remote,
     named_paths,
     visible_entries,
@@ -28,8 +25,6 @@ from wsi_pipeline.patch_grid import is_patch_grid
 if TYPE_CHECKING:
     from wsi_pipeline.sources.radiology.dicom_series import Series
 
-Kind = Literal["PNG", "JPEG", "TIFF", "DICOM", "NIfTI", "NRRD", ""]
-
 COMPANIONS = frozenset([".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".html", ".pdf", ".toml"])
 """Files that lie beside images and are none: left out of folders without a word."""
 BESIDE = frozenset(
@@ -37,66 +32,6 @@ BESIDE = frozenset(
      "thumbs.db", "desktop.ini", "checksums", "md5sums", "sha256sums"]
 )  # fmt: skip
 """Names of such without a suffix that tells, in small letters."""
-
-BARE_ELEMENTS = tuple(
-    element.to_bytes(2, "little")
-    for element in (0x00, 0x01, 0x05, 0x06, 0x08, 0x12, 0x13, 0x14, 0x16, 0x18)
-)
-"""Of group 0008, with which a file of DICOM without preamble may begin."""
-
-HEAD = 352
-"""Bytes that tell each kind; those of a NIfTI's header."""
-
-
-def kind_of(path: Path) -> Kind:
-    """Return what a file is by its first bytes; "" for what is not known here.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
-    check_opens(path)
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-        if head[:2] == b"\x1f\x8b":
-            with gzip.open(path) as file:
-                head = file.read(HEAD)
-            return "NIfTI" if _is_nifti(head) else ""
-    except (EOFError, zlib.error):
-        return ""
-    except OSError as error:
-        raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if head[128:132] == b"DICM" or _is_bare_dicom(head):
-        return "DICOM"
-    if _is_nifti(head):
-        return "NIfTI"
-    starts: dict[bytes, Kind] = {
-        b"\x89PNG": "PNG",
-        b"\xff\xd8\xff": "JPEG",
-        b"NRRD": "NRRD",
-        b"II*\0": "TIFF",
-        b"MM\0*": "TIFF",
-        b"II+\0": "TIFF",
-        b"MM\0+": "TIFF",
-    }
-    return next((kind for start, kind in starts.items() if head.startswith(start)), "")
-
-
-def _is_bare_dicom(head: bytes) -> bool:
-    """Return whether a file begins with the attributes of DICOM, without preamble and mark."""
-    group, element, kind = head[:2], head[2:4], head[4:6]
-    if group == b"\x02\0":
-        return element in (b"\0\0", b"\1\0") and kind in (b"UL", b"OB")
-    if group == b"\0\x08":  # high bytes first
-        group, element = group[::-1], element[::-1]
-    # identifying group, whose first elements are few; the length of a value, or its kind
-    return group == b"\x08\0" and element in BARE_ELEMENTS and (
-        kind in (b"UL", b"CS", b"UI", b"DA", b"TM", b"SH") or head[6:8] == b"\0\0"
-    )  # fmt: skip
-
-
-def _is_nifti(head: bytes) -> bool:
-    return head[344:348] in (b"n+1\0", b"ni1\0") or head[4:8] in (b"n+2\0", b"ni2\0")
 
 
 def find_images(inputs: Inputs, output: str | Path) -> list[Path]:
@@ -182,14 +117,6 @@ def is_beside(path: Path) -> bool:
     """Return whether a file lies beside images and is none, by its name."""
     name = path.name.lower()
     return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
-
-
-def is_dicom(path: Path) -> bool:
-    """Return whether a path is of a file of DICOM that can be read, with or without preamble."""
-    try:
-        return path.is_file() and kind_of(path) == "DICOM"
-    except SourceError:
-        return False
 
 
 def _iter_paths(inputs: Iterable[str | Path], output: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import tifffile
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.formats import DRIVERS, Kind, kind_of
 from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.sources.base import MAX_PIECE, check_size, is_turned, one_line, sampled_digest
 from wsi_pipeline.sources.decoded import DENSEST, opened
@@ -22,17 +23,13 @@ from wsi_pipeline.sources.radiology.dicom import (
     read_frame,
     read_header,
 )
-from wsi_pipeline.sources.radiology.discover import Kind, kind_of
-from wsi_pipeline.sources.tiff_reader import check_tiff
+from wsi_pipeline.sources.tiff_check import check_tiff
 
 SMALL = 1 << 24
 """Decoded bytes up to which a header is believed; blank pages may come to almost nothing."""
 
 SUFFIXES = frozenset(["", ".png", ".jpg", ".jpeg", ".tif", ".tiff"])
 """Of pictures; slides may begin like a picture, too."""
-
-DRIVERS = {"PNG": "PNG", "JPEG": "JPEG", "TIFF": "GTiff"}
-"""GDAL's name of each kind of picture."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -22,13 +22,14 @@ import numpy.typing as npt
 from pydicom import Dataset
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.formats import HEAD, kind_of
 from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.sources.base import one_line, sampled_digest
 from wsi_pipeline.sources.decoded import DENSEST
 from wsi_pipeline.sources.radiology.dicom import decode_frames
 from wsi_pipeline.sources.radiology.dicom_series import Stack, choose_times, stack_series
-from wsi_pipeline.sources.radiology.discover import HEAD, kind_of, series_in, series_of
+from wsi_pipeline.sources.radiology.discover import series_in, series_of
 from wsi_pipeline.sources.radiology.image import as_meant
 
 SHEARED = 1e-3
