@@ -28,7 +28,7 @@ from wsi_pipeline.run.outputs import (
 )
 from wsi_pipeline.run.scans import BLOCK_SIDE, ScanResult, fitting_outputs
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
 AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")
@@ -41,6 +41,8 @@ DEPENDS: Mapping[Output, tuple[str, ...]] = {
 """The options that each output depends on."""
 NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
 """What of an image or volume is not made of its mask alone."""
+MADE_OF = "was changed since it was written: the outputs are made of it"
+"""How the sentence on a mask that a person has corrected goes on behind its name."""
 STOPPED = "writing the outputs again was stopped: run export again"
 
 
@@ -124,7 +126,8 @@ def _export_scan(store: RunStore, run: Run, more: Sequence[Output]) -> Run:
     options = replace(before, outputs=tuple(dict.fromkeys([*before.outputs, *more])))
     mask_file, files = folder / MASK_FILES[run.kind], WrittenFiles(store)
     is_ours = not mask_file.is_file() or mask_file.name in files.ours([mask_file.name])
-    is_stale = run.status != "done" or not is_ours
+    was_corrected = f"{mask_file.name} {MADE_OF}" in run.warnings
+    is_stale = run.status != "done" or was_corrected or not is_ours
     paths = {output: folder / FILES[output] for output in options.outputs}
     due = [o for o, p in paths.items() if not p.exists() or (is_stale and p != mask_file)]
     if not due:
@@ -154,21 +157,22 @@ def _export_scan(store: RunStore, run: Run, more: Sequence[Output]) -> Run:
             ledger={b.index: store.load_block(b) for b in _held(run, store, blocks) if is_ours},
         )
         settings = {**run.settings, "export": as_plain(options)}
-        run = replace(run, settings=settings, **({} if is_ours else result.amounts()))
+        kept = [w for w in run.warnings if "geojson" not in due or geojson.LEFT_OUT not in w]
+        run = replace(run, settings=settings, warnings=kept, **result.amounts())
         write_run_json(folder / RUN_FILE, replace(run, status="failed", reason=STOPPED))
         clock = Clock()
         failures, written = result.write(due, scan, folder, files, clock)
-    corrected = f"{mask_file.name} was changed since it was written: the outputs are made of it"
-    warnings = [w for w in run.warnings if w != corrected and geojson.LEFT_OUT not in w]
     run = replace(
-        run,
+        files.noted(run),
         status="failed" if failures else "done",
         reason="; ".join(failures),
         regions=written.regions or run.regions,
         seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
-        warnings=[*warnings, *written.dropped, *([] if is_ours else [corrected])],
     )
-    run = files.noted(run)
+    # of a corrected mask it is not enough to say that it stays
+    old = tuple(f"{mask_file.name} {how}" for how in (STAYS, MADE_OF))
+    warnings = [text for text in run.warnings if not text.startswith(old)] + written.dropped
+    run = replace(run, warnings=warnings + ([] if is_ours else [old[-1]]))
     write_run_json(folder / RUN_FILE, run)
     return run
 

@@ -129,7 +129,7 @@ class ShownPicture(ShownRun):
             _hatch(pixels, region, (y, x), view.downsample)
         return _jpeg(pixels)
 
-    def mask_tile(self, level: int, column: int, row: int, hidden: frozenset[int]) -> bytes:
+    def mask_tile(self, level: int, column: int, row: int, *, hidden: frozenset[int]) -> bytes:
         """Return a tile of the mask as a PNG of class indices, in colour, the background clear.
 
         Args:

@@ -6,7 +6,6 @@ Whatever a request names is looked up in a dict; no part of a URL ever becomes a
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import os
@@ -15,9 +14,8 @@ import secrets
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
@@ -26,12 +24,15 @@ from urllib.parse import parse_qs, quote_from_bytes, unquote_to_bytes
 
 import orjson
 from tornado.httpserver import HTTPServer
+from tornado.httputil import split_host_and_port
 from tornado.iostream import IOStream
+from tornado.netutil import is_valid_ip
 from tornado.web import Application, HTTPError, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.report.record import RUN_FILE
-from wsi_pipeline.viewer.run_view import Shown, ShownPicture, load_shown, open_shown
+from wsi_pipeline.viewer.run_view import Shown, load_shown, open_shown
+from wsi_pipeline.viewer.volume import ShownVolume
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ THREADS = 8
 """That read files: the loop itself never waits for a disk."""
 LONGEST_BODY = 1 << 16
 """Bytes of a request's body, which nobody reads."""
+WHOLE, SIZE, NUMBER = r"-?[0-9]{1,9}", r"[1-9][0-9]{0,8}", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
+LIST = r"[0-9]{1,4}(,[0-9]{1,4}){0,999}"
+"""Patterns of what a query may say."""
 IDLE_SECONDS = 60
 """After which a connection that is not used is closed."""
 TYPES = {
@@ -73,21 +77,8 @@ class RequestError(HTTPError):
         self.sentence = sentence
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What goes back to the browser.
-
-    Attributes:
-        body: the content.
-        kind: its media type.
-        is_kept: whether the browser may keep it on its disk. Nothing of a patient is.
-    """
-
-    body: bytes
-    kind: str
-    is_kept: bool = False
-
-
+Answer = tuple[str, bytes]
+"""Media type and content."""
 Query = Mapping[str, list[str]]
 
 
@@ -111,12 +102,13 @@ class Viewer:
         self.server_port: int = listening.getsockname()[1]
         self.folder, self.slide_path = folder, slide
         self.root = f"/{secrets.token_urlsafe(16)}/"
-        self.pages = dict(_static_files())
-        self.pages[""] = self.pages.pop("index.html")
-        is_any = _is_address(host) and ipaddress.ip_address(host).is_unspecified
-        own = {socket.gethostname().lower(), "*"} if is_any else set()
-        self.hosts = {"localhost", LOOPBACK, "::1", host.lower()} | own
+        self.pages: dict[str, Answer] = {}
+        for file in (resources.files("wsi_pipeline.viewer") / "static").iterdir():
+            name = file.name.replace("index.html", "")
+            self.pages[name] = TYPES[Path(file.name).suffix], file.read_bytes()
+        is_any = host in ("0.0.0.0", "::")
         name = socket.gethostname() if is_any else host
+        self.hosts = {"localhost", LOOPBACK, "::1", name.lower()} | ({"*"} if is_any else set())
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
         self.pool = ThreadPoolExecutor(THREADS, "viewer")
         self._folders: dict[str, Path] = {}
@@ -168,18 +160,20 @@ class Viewer:
 
     def list_runs(self) -> list[dict[str, str]]:
         """Return what there is to be looked at, by now, in the order of the folders' names."""
-        return [
-            {"id": name, "folder": folder.name, **_entry(folder)}
-            for name, folder in self._find().items()
-        ]
+        found = []
+        for name, folder in self._find().items():
+            try:
+                run = load_shown(folder)
+                facts = {"name": run.slide["name"], "status": run.status, "reason": run.reason}
+            except StoreError as error:
+                facts = {"name": folder.name, "status": "", "reason": str(error)}
+            found.append({"id": name, "folder": folder.name, **facts})
+        return found
 
     def _find(self) -> dict[str, Path]:
-        alone = (self.folder / RUN_FILE).is_file()
-        folders = (
-            [self.folder]
-            if alone
-            else [path.parent for path in sorted(self.folder.glob(f"*/{RUN_FILE}"))]
-        )
+        is_run = (self.folder / RUN_FILE).is_file()
+        files = [self.folder / RUN_FILE] if is_run else sorted(self.folder.glob(f"*/{RUN_FILE}"))
+        folders = [path.parent for path in files]
         self._folders = {_id(folder.absolute().name): folder for folder in folders}
         return self._folders
 
@@ -254,7 +248,7 @@ class _Page(RequestHandler):
     def initialize(self, viewer: Viewer) -> None:
         """Take what every request needs."""
         self._viewer = viewer
-        self._is_kept = False
+        self._is_page = False  # all that a browser may keep on its disk: nothing of a patient
 
     def set_default_headers(self) -> None:
         """Say what a browser may do with any answer."""
@@ -263,20 +257,28 @@ class _Page(RequestHandler):
 
     async def get(self) -> None:
         """Answer a request."""
-        self._check_host()
+        host = self.request.headers.get("Host", "")
+        name, port = split_host_and_port(host.lower())
+        hosts, name = self._viewer.hosts, name.strip("[]")
+        # a foreign page's name may be made to lead here
+        is_known = name in hosts or ("*" in hosts and is_valid_ip(name))
+        if not is_known or (port or 80) != self._viewer.server_port:
+            raise RequestError(
+                HTTPStatus.FORBIDDEN,
+                f"this server does not answer to {host[:80]!r}; open the address that it told",
+            )
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(self._viewer.pool, self._answer)
-        self._is_kept = answer.is_kept
-        self.set_header("Content-Type", answer.kind)
-        if answer.is_kept:
+        kind, body = await loop.run_in_executor(self._viewer.pool, self._answer)
+        self.set_header("Content-Type", kind)
+        if self._is_page:
             self.set_header("Cache-Control", "no-cache")
-        self.write(answer.body)
+        self.write(body)
 
     head = get
 
     def compute_etag(self) -> str | None:
         """Return a hash of what the browser may keep."""
-        return super().compute_etag() if self._is_kept else None
+        return super().compute_etag() if self._is_page else None
 
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Refuse in one sentence."""
@@ -299,18 +301,6 @@ class _Page(RequestHandler):
         """Log what went wrong for those who want to know all."""
         logger.debug("%s: %r", self.request.uri, error[1])
 
-    def _check_host(self) -> None:
-        """Refuse requests for other names: a foreign page's name may be made to lead here."""
-        host = self.request.headers.get("Host", "")
-        name, port = _split_host(host)
-        hosts = self._viewer.hosts
-        known = name in hosts or ("*" in hosts and _is_address(name))
-        if not known or port != self._viewer.server_port:
-            raise RequestError(
-                HTTPStatus.FORBIDDEN,
-                f"this server does not answer to {host[:80]!r}; open the address that it told",
-            )
-
     def _answer(self) -> Answer:
         viewer, given = self._viewer, self.request.path
         root, path = given[: len(viewer.root)], given[len(viewer.root) :]
@@ -318,7 +308,8 @@ class _Page(RequestHandler):
             raise RequestError(
                 HTTPStatus.FORBIDDEN, "open the address that `view` told, with all its letters"
             )
-        if path in viewer.pages:
+        self._is_page = path in viewer.pages
+        if self._is_page:
             return viewer.pages[path]
         parts = path.split("/")
         if parts == ["runs"]:
@@ -333,79 +324,62 @@ def _log_request(handler: RequestHandler) -> None:
     logger.debug("%s %s: %s", handler.request.method, handler.request.uri, handler.get_status())
 
 
+NO_PART = (HTTPStatus.NOT_FOUND, "there is no such part of a run")
+
+
 def _answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
     """Return the answer to what is asked of a run."""
     if not parts:
         return _json(shown.facts())
-    if isinstance(shown, ShownPicture):
-        return _part_of_picture(shown, parts, query)
-    if len(parts) != 3 or not re.fullmatch(r"[0-9]{1,9}", parts[2]):
-        raise _wrong("a slice is named by layer, plane and a whole number")
-    body = shown.slice_of(parts[0], parts[1], int(parts[2])).tobytes()
-    return Answer(body=body, kind="application/octet-stream")
-
-
-def _part_of_picture(shown: ShownPicture, parts: list[str], query: Query) -> Answer:
-    """Return the answer to what is asked of a run of a slide or image."""
+    if isinstance(shown, ShownVolume):
+        if len(parts) != 3:
+            raise RequestError(*NO_PART)
+        (index,) = _whole(parts[2:], 1)
+        return "application/octet-stream", shown.slice_of(parts[0], parts[1], index).tobytes()
     match parts:
         case ["thumbnail"]:
-            return Answer(body=shown.thumbnail_jpeg(), kind="image/jpeg")
+            return "image/jpeg", shown.thumbnail_jpeg()
         case ["slide", *place]:
-            return Answer(body=shown.slide_tile(*_tile(place)), kind="image/jpeg")
+            return "image/jpeg", shown.slide_tile(*_whole(place, 3))
         case ["mask", *place]:
-            return Answer(body=shown.mask_tile(*_tile(place), _hidden(query)), kind="image/png")
+            return "image/png", shown.mask_tile(*_whole(place, 3), hidden=_hidden(query))
         case ["polygons"]:
-            x, y, width, height = (_integer(query, name) for name in ("x", "y", "w", "h"))
-            if width < 1 or height < 1:
-                raise _wrong("w and h are above 0")
-            downsample = _number(query, "downsample")
+            x, y = (int(_asked(query, name)) for name in "xy")
+            width, height = (int(_asked(query, name, SIZE, "1 or more")) for name in "wh")
+            downsample = float(_asked(query, "downsample", NUMBER, "a number above 0"))
             polygons = shown.polygons()
             found = polygons.within((x, y, width, height), downsample, _hidden(query))
             return _json(
                 {**found, "left_out": polygons.left_out, "classes": shown.legend(polygons.classes)}
             )
         case ["at"]:
-            x, y = _integer(query, "x"), _integer(query, "y")
+            x, y = (int(_asked(query, name)) for name in "xy")
             return _json(shown.polygons().at(x, y, _hidden(query)))
-    raise RequestError(HTTPStatus.NOT_FOUND, "there is no such part of a run")
+    raise RequestError(*NO_PART)
 
 
-def _tile(place: list[str]) -> tuple[int, int, int]:
-    """Return level, column and row of a tile."""
-    if len(place) != 3 or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in place):
-        raise _wrong("a tile is named by level, column and row, three whole numbers")
-    level, column, row = map(int, place)
-    return level, column, row
+def _whole(parts: list[str], count: int) -> list[int]:
+    """Return what names a tile (level, column and row) or a slice."""
+    if len(parts) != count or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
+        raise RequestError(
+            HTTPStatus.BAD_REQUEST,
+            "a tile is named by level, column and row, a slice by layer, plane and its number",
+        )
+    return list(map(int, parts))
 
 
-def _value(query: Query, name: str, pattern: str, what: str) -> str:
+def _asked(query: Query, name: str, pattern: str = WHOLE, what: str = "a whole number") -> str:
     values = query.get(name, [])
     if len(values) != 1 or not re.fullmatch(pattern, values[0]):
-        raise _wrong(f"{name} is {what}, given once")
+        raise RequestError(HTTPStatus.BAD_REQUEST, f"{name} is {what}, given once")
     return values[0]
-
-
-def _integer(query: Query, name: str) -> int:
-    return int(_value(query, name, r"-?[0-9]{1,9}", "a whole number"))
-
-
-def _number(query: Query, name: str) -> float:
-    value = float(_value(query, name, r"[0-9]{1,6}(\.[0-9]{1,6})?", "a number above 0"))
-    if not value:
-        raise _wrong(f"{name} is above 0")
-    return value
 
 
 def _hidden(query: Query) -> frozenset[int]:
     """Return the classes that are not to be shown."""
     if "hide" not in query:
         return frozenset()
-    listed = _value(query, "hide", r"[0-9]{1,4}(,[0-9]{1,4}){0,999}", "whole numbers with commas")
-    return frozenset(map(int, listed.split(",")))
-
-
-def _wrong(sentence: str) -> RequestError:
-    return RequestError(HTTPStatus.BAD_REQUEST, sentence)
+    return frozenset(map(int, _asked(query, "hide", LIST, "whole numbers with commas").split(",")))
 
 
 def _json(value: object) -> Answer:
@@ -413,40 +387,9 @@ def _json(value: object) -> Answer:
         body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     except orjson.JSONEncodeError:  # names of folders that are no UTF-8
         body = json.dumps(value).encode()
-    return Answer(body=body, kind="application/json")
+    return "application/json", body
 
 
 def _id(name: str | bytes) -> str:
     """Return a folder's name as a part of a URL, whatever bytes it is made of."""
     return quote_from_bytes(os.fsencode(name), safe="")
-
-
-def _entry(folder: Path) -> dict[str, str]:
-    """Return what the list says of a run."""
-    try:
-        run = load_shown(folder)
-    except StoreError as error:
-        return {"name": folder.name, "status": "", "reason": str(error)}
-    return {"name": str(run.slide["name"]), "status": run.status, "reason": run.reason}
-
-
-def _static_files() -> Iterator[tuple[str, Answer]]:
-    """Yield name and content of each file of the page."""
-    for file in (resources.files("wsi_pipeline.viewer") / "static").iterdir():
-        kind = TYPES.get(Path(file.name).suffix)
-        if kind:
-            yield file.name, Answer(body=file.read_bytes(), kind=kind, is_kept=True)
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _split_host(host: str) -> tuple[str, int]:
-    """Return name and port of a Host header, "" where it is none."""
-    found = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::([0-9]{1,5}))?", host.lower())
-    return (found[1] or found[2], int(found[3] or 80)) if found else ("", 0)
