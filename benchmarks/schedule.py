@@ -29,7 +29,7 @@ import psutil
 
 from wsi_pipeline.geometry import Block, iter_blocks
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.run.segment import SLIDES_AT_ONCE
+from wsi_pipeline.run.batch import SLIDES_AT_ONCE
 from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import open_cluster
 

@@ -95,7 +95,7 @@ def slide_path(
 def bounded(tmp_path_factory: pytest.TempPathFactory, slide_path: Path) -> Path:
     """Return a stored grid of `slide_path` that says, as MRXS slides do, that it was cropped."""
     from wsi_pipeline.options import SelectOptions
-    from wsi_pipeline.run.segment import tile
+    from wsi_pipeline.run.tile import tile
 
     grid = tmp_path_factory.mktemp("bounded") / "bounded.zarr"
     everywhere = SelectOptions(tissue="none")

@@ -44,8 +44,9 @@ from wsi_pipeline.options import PredictOptions, ScheduleOptions, SelectOptions,
 from wsi_pipeline.report.page import write_report
 from wsi_pipeline.report.record import find_runs
 from wsi_pipeline.report.summary import write_summary
+from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
-from wsi_pipeline.run.segment import segment, survey
+from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.radiology.discover import find_volumes
@@ -145,10 +146,11 @@ class Reader:
         with open_source(path, mpp=MPP) as slide:
             size = slide.size
             _read_blocks(slide, draw)
-            survey(slide, self._bundle, settings)
+        with SlideRun(path, self._bundle, settings) as run_of_slide:
+            run_of_slide.survey()
         if chance > SEGMENTED or size[0] * size[1] > LARGEST:
             return "read"
-        run = segment(
+        run = segment_job(
             Job(path=path, folder=folder / "out"),
             self._bundle,
             client=self._client,
@@ -428,7 +430,7 @@ def originals(folder: Path) -> dict[str, Path]:
     """Make the slides that are damaged; return them by kind, real ones where they are there."""
     from test_formats import DATA, MADE, TISSUE, write_tiff
 
-    from wsi_pipeline.run.segment import tile
+    from wsi_pipeline.run.tile import tile
 
     found = {kind: DATA / "wsi" / name for kind, name in REAL.items()}
     found = {kind: path for kind, path in found.items() if path.exists()}
@@ -455,7 +457,7 @@ def _others(folder: Path, slide: Path) -> dict[str, Path]:
     settings = Settings(select=SelectOptions(mpp=MPP, tissue="none"))
     with open_cluster(ScheduleOptions()) as client:
         job = Job(path=slide, folder=folder / "run")
-        segment(job, load_bundle(bundle), client=client, settings=settings, threads=1)
+        segment_job(job, load_bundle(bundle), client=client, settings=settings, threads=1)
     mask = np.zeros((300, 400), np.uint8)
     mask[50:200, 100:300] = 1
     Image.fromarray(mask).save(folder / "mask.png")

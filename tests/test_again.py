@@ -32,8 +32,8 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.again import export_again
+from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
-from wsi_pipeline.run.segment import segment
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.viewer import serve
@@ -60,7 +60,7 @@ def made(tmp_path_factory, bounded, model):
             settings = Settings(select=EVERYWHERE, predict=predict, export=export)
             (job,) = plan_jobs([bounded], tmp_path_factory.mktemp("out"))
             with open_cluster(ScheduleOptions()) as client:
-                segment(job, load_bundle(model), client=client, settings=settings)
+                segment_job(job, load_bundle(model), client=client, settings=settings)
             folders[export, mask_mpp] = job.folder
         return folders[export, mask_mpp]
 
@@ -148,7 +148,7 @@ def test_segment_takes_what_was_written_again_for_its_own(folder, bounded, model
         export=replace(FIRST, simplify_um=3.0, outputs=("zarr", "tiff", "geojson", "overlay")),
     )
     with open_cluster(ScheduleOptions()) as client:
-        segment(job, load_bundle(model), client=client, settings=settings)
+        segment_job(job, load_bundle(model), client=client, settings=settings)
     assert contents(job.folder) | {"run.json": (job.folder / "run.json").read_bytes()} == before
 
 
@@ -157,7 +157,7 @@ def test_stopped_on_the_way_it_says_so_and_goes_on(folder, made, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_pipeline.run.again.write_tiffs", stop)
+        patch.setattr("wsi_pipeline.export.ome_tiff.write_ome_tiff", stop)
         with pytest.raises(KeyboardInterrupt):
             export_again(folder, {"frame": "openslide"})
     run = load_run(folder / "run.json")
@@ -173,7 +173,7 @@ def test_a_file_that_cannot_be_written_costs_no_other(folder, made, monkeypatch)
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wsi_pipeline.run.again.write_tiffs", full)
+        patch.setattr("wsi_pipeline.export.ome_tiff.write_ome_tiff", full)
         run = export_again(folder, {"frame": "openslide"})
     assert run.status == "failed"
     assert "the disk is full" in run.reason
@@ -463,7 +463,7 @@ def segment_scan(path, bundle, output):
     (job,) = plan_jobs([path], output)
     with open_cluster(ScheduleOptions()) as client:
         settings = Settings(predict=predict)
-        run = segment(job, load_bundle(bundle), client=client, settings=settings)
+        run = segment_job(job, load_bundle(bundle), client=client, settings=settings)
     assert run.status == "done", run.reason
     return job.folder
 

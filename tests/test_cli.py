@@ -279,7 +279,7 @@ def test_a_defect_is_one_line_for_the_user_and_a_traceback_in_the_log(
     def fail(*args, **kwargs):
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr("wsi_pipeline.run.segment.plan_grid", fail)
+    monkeypatch.setattr("wsi_pipeline.run.slide_run.plan_grid", fail)
     bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
     result = invoke("segment", slide_path, "--model", bundle, "--output", tmp_path / "o")
     assert result.exit_code == 1

@@ -22,9 +22,9 @@ from wsi_pipeline import (
     load_bundle,
     open_cluster,
     plan_jobs,
-    segment_all,
 )
 from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run.batch import segment_jobs
 from wsi_pipeline.run.store import RunStore
 
 SLIDES = 3
@@ -141,7 +141,7 @@ def test_a_slide_in_another_hand_is_looked_at_again_in_the_end(tmp_path, place):
     claim = RunStore(folder=jobs[0].folder).claim()
     with open_cluster(ScheduleOptions()) as client:
         done = []
-        for job, run in segment_all(
+        for job, run in segment_jobs(
             jobs, load_bundle(place / "quick"), client=client, settings=settings
         ):
             done.append((job.folder.name, run.status))

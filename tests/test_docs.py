@@ -54,13 +54,13 @@ def place(tmp_path_factory, slide_path):
     for name in ("slide.svs", "slides/slide.svs"):
         shutil.copyfile(slide_path, folder / name)
     bundle = pointwise_bundle(folder / "models" / "lightmuseg-bcss-demo", mpp=0.5)
-    (job,) = wsi_pipeline.plan_jobs([folder / "slide.svs"], folder / "out")
-    settings = wsi_pipeline.Settings(
-        predict=wsi_pipeline.PredictOptions(precision="fp32"),
-        export=wsi_pipeline.ExportOptions(outputs=("zarr", "geojson")),
+    wsi_pipeline.segment(
+        folder / "slide.svs",
+        model=bundle,
+        output=folder / "out",
+        precision="fp32",
+        outputs=("zarr", "geojson"),
     )
-    with wsi_pipeline.open_cluster(wsi_pipeline.ScheduleOptions()) as client:
-        wsi_pipeline.segment(job, load_bundle(bundle), client=client, settings=settings)
     wsi_pipeline.tile(
         folder / "slide.svs",
         folder / "grids" / "slide.zarr",
@@ -70,7 +70,7 @@ def place(tmp_path_factory, slide_path):
         select=wsi_pipeline.SelectOptions(),
     )
     for name in ("annotations.geojson", "roi.geojson"):
-        shutil.copyfile(job.folder / "annotations.geojson", folder / name)
+        shutil.copyfile(folder / "out" / "slide" / "annotations.geojson", folder / name)
     return folder
 
 

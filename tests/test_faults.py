@@ -518,7 +518,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     early = run(place, tmp_path / "out", "--max-ram", "10MB")
     assert early.returncode == 1
     assert "before any work" in said(early.stderr)[0]
-    monkeypatch.setattr("wsi_pipeline.schedule.memory.used_memory", lambda: int(0.2e9))
+    monkeypatch.setattr("wsi_pipeline.run.main.used_memory", lambda: int(0.2e9))
     refused = run(place, tmp_path / "out", "--max-ram", "300MB")
     assert refused.returncode == 1
     (line,) = said(refused.stderr)
@@ -526,6 +526,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     assert not blocks_of(tmp_path / "out")
     assert run(place, tmp_path / "out", "--max-ram", "8").returncode == 2
     # near the limit all the time: one block after the other, and the same mask
+    monkeypatch.setattr("wsi_pipeline.run.main.used_memory", lambda: int(7.9e9))
     monkeypatch.setattr("wsi_pipeline.schedule.blocks.used_memory", lambda: int(7.9e9))
     assert run(place, tmp_path / "out", "--max-ram", "8GB").returncode == 0
     assert_mask(tmp_path / "out" / "slide", big_pixels)
@@ -536,12 +537,11 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
 def test_a_process_above_its_limit_ends_with_a_sentence(tmp_path, place):
     script = """
 import itertools, sys
-from wsi_pipeline.run import segment as pipeline
-from wsi_pipeline.schedule import memory as schedule
+from wsi_pipeline.run import estimate, main
 from wsi_pipeline.cli import group
-pipeline._peak_memory = lambda *args, **kwargs: 0
+estimate._peak_memory = lambda *args, **kwargs: 0
 used = itertools.chain([0], itertools.repeat(300_000_000))
-schedule.used_memory = lambda: next(used)
+main.used_memory = lambda: next(used)
 group(sys.argv[1:])
 """
     line = command(place, tmp_path / "out", "--max-ram", "200MB", model="busy")

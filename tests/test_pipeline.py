@@ -34,8 +34,9 @@ from wsi_pipeline.options import (
     Settings,
 )
 from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run.batch import segment_job, segment_jobs
 from wsi_pipeline.run.jobs import plan_jobs
-from wsi_pipeline.run.segment import segment, segment_all, tile
+from wsi_pipeline.run.tile import tile
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 
@@ -49,7 +50,7 @@ def run(slide, bundle, output, *, workers=1, select=EVERYWHERE, export=MASK_ONLY
     settings = Settings(select=select, predict=PredictOptions(**options), export=export)
     (job,) = plan_jobs([Path(slide)], Path(output))
     with open_cluster(ScheduleOptions(workers=workers)) as client:
-        return job.folder, segment(
+        return job.folder, segment_job(
             job, load_bundle(bundle), client=client, settings=settings, threads=workers
         )
 
@@ -100,7 +101,7 @@ def test_all_slides_and_files_are_told_of(tmp_path, slide_path):
     jobs = plan_jobs([slide_path, tmp_path / "other" / "b.tif"], tmp_path / "out")
     told = {job: [] for job in jobs}
     with open_cluster(ScheduleOptions()) as client:
-        runs = segment_all(
+        runs = segment_jobs(
             jobs,
             bundle,
             client=client,
@@ -345,7 +346,7 @@ def segment_and(what, slide, bundle, output):
     predict = PredictOptions(precision="fp32", device="cpu", block_size=1024)
     settings = Settings(select=EVERYWHERE, predict=predict, export=MASK_ONLY)
     with open_cluster(ScheduleOptions()) as client:
-        ((_, made),) = segment_all(
+        ((_, made),) = segment_jobs(
             plan_jobs([slide], output),
             load_bundle(bundle),
             client=client,
@@ -398,7 +399,7 @@ def test_a_slide_that_is_replaced_behind_the_last_block_is_not_done(
     (job,) = plan_jobs([slide], tmp_path / "out")
     settings = Settings(select=EVERYWHERE, export=MASK_ONLY)
     with open_cluster(ScheduleOptions()) as client, pytest.raises(SourceError, match="replaced"):
-        segment(job, load_bundle(bundle), client=client, settings=settings, progress=progress)
+        segment_job(job, load_bundle(bundle), client=client, settings=settings, progress=progress)
     assert not list((job.folder / ".store").glob("blocks/*"))
 
 
@@ -412,7 +413,7 @@ def test_a_model_that_is_replaced_on_the_way_is_never_taken_for_the_first(
     change(bundle)
     (job,) = plan_jobs([slide_path], tmp_path / "out")
     with open_cluster(ScheduleOptions()) as client, pytest.raises(BundleError, match="replaced"):
-        segment(job, loaded, client=client, settings=Settings(export=MASK_ONLY))
+        segment_job(job, loaded, client=client, settings=Settings(export=MASK_ONLY))
     made = segment_now(job, bundle)
     if change is other_weights:
         assert made.model["weights_sha256"] != digest
@@ -422,7 +423,9 @@ def test_a_model_that_is_replaced_on_the_way_is_never_taken_for_the_first(
 
 def segment_now(job, bundle):
     with open_cluster(ScheduleOptions()) as client:
-        return segment(job, load_bundle(bundle), client=client, settings=Settings(export=MASK_ONLY))
+        return segment_job(
+            job, load_bundle(bundle), client=client, settings=Settings(export=MASK_ONLY)
+        )
 
 
 def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):

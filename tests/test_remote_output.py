@@ -163,7 +163,7 @@ def test_a_run_at_a_url_equals_one_on_disk(place, url, cache, monkeypatch, tmp_p
 
     # another machine
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr("wsi_pipeline.run.segment.plan_grid", no_blocks)
+    monkeypatch.setattr("wsi_pipeline.run.slide_run.plan_grid", no_blocks)
     result = segment(place, url)
     assert result.exit_code == 0, result.output
     again = objects(url)
@@ -207,7 +207,7 @@ def test_an_upload_that_fails_is_made_up_for(place, url, cache, monkeypatch):
     assert b"Access Denied" in half["summary.csv"]
     assert json.loads(invoke("status", url, "--json").stdout)["failed"].keys() == {SLIDE}
 
-    monkeypatch.setattr("wsi_pipeline.run.segment.run_blocks", no_blocks)
+    monkeypatch.setattr("wsi_pipeline.run.batch.run_blocks", no_blocks)
     result = segment(place, url)
     assert result.exit_code == 0, result.output
     same_files(objects(url), files(place / "local"))
@@ -274,7 +274,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
     def look(begun, files):
         kept.update({p.name: p.stat().st_mtime_ns for p in begun.run.plan.store.blocks()})
 
-    monkeypatch.setattr("wsi_pipeline.run.segment._drop_what_is_old", look)
+    monkeypatch.setattr("wsi_pipeline.run.segment.drop_what_is_old", look)
     assert invoke(*line).exit_code == 0
     assert done.items() <= kept.items()
     mask = zarr.open_group(f"{url}/slide/mask.ome.zarr", mode="r")["0"]

@@ -36,8 +36,8 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run import worker as blocks
+from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
-from wsi_pipeline.run.segment import segment
 from wsi_pipeline.schedule.cluster import open_cluster
 
 NIFTI = ("nifti",)
@@ -49,7 +49,7 @@ def run(path, bundle, output, *, workers=1, outputs=(), **predict):
     settings = Settings(predict=PredictOptions(**options), export=ExportOptions(outputs=outputs))
     (job,) = plan_jobs([Path(path)], Path(output))
     with open_cluster(ScheduleOptions(workers=workers)) as client:
-        return job.folder, segment(
+        return job.folder, segment_job(
             job, load_bundle(bundle), client=client, settings=settings, threads=workers
         )
 
@@ -254,7 +254,7 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(tmp_path, monkeypatc
     nibabel.save(nibabel.Nifti1Image(blobs((100, 70, 70)).T, np.eye(4)), path)
     bundle = scan_bundle(tmp_path / "model", keys=FULL, program=Around)
     whole, _ = run(path, bundle, tmp_path / "whole", outputs=NIFTI, block_size=64)
-    calls, call = itertools.count(), blocks.ScanBlocks.__call__
+    calls, call = itertools.count(), blocks.BlockWorker.__call__
 
     def fail_later(self, block):
         if next(calls) >= 3:
@@ -262,7 +262,7 @@ def test_what_an_interrupted_run_has_done_is_not_done_again(tmp_path, monkeypatc
         return call(self, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(blocks.ScanBlocks, "__call__", fail_later)
+        patch.setattr(blocks.BlockWorker, "__call__", fail_later)
         with pytest.raises(OSError, match="power"):
             run(path, bundle, tmp_path / "out", outputs=NIFTI, block_size=64)
     folder = tmp_path / "out" / "v"
@@ -476,7 +476,7 @@ def test_the_library_refuses_them_too(folder, tmp_path):
         open_cluster(ScheduleOptions()) as client,
         pytest.raises(BundleError, match="--tissue is for slides; test-images is for images"),
     ):
-        segment(job, load_bundle(folder / "images"), client=client, settings=settings)
+        segment_job(job, load_bundle(folder / "images"), client=client, settings=settings)
 
 
 SCRIPT = """
@@ -486,13 +486,13 @@ from peak import peak_bytes
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.options import ExportOptions, PredictOptions, ScheduleOptions, Settings
-from wsi_pipeline.run.segment import segment
+from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.schedule.cluster import open_cluster
 path, bundle, output = sys.argv[1:]
 (job,) = plan_jobs([Path(path)], Path(output))
 settings = Settings(predict=PredictOptions(device="cpu", precision="fp32"))
 with open_cluster(ScheduleOptions()) as client:
-    made = segment(job, load_bundle(bundle), client=client, settings=settings, threads=2)
+    made = segment_job(job, load_bundle(bundle), client=client, settings=settings, threads=2)
 assert made.status == "done", made.reason
 print(peak_bytes())
 """

@@ -277,7 +277,7 @@ def test_a_process_sees_the_limit_of_its_own_control_group():
         script = (
             "import os, sys\n"
             "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
-            "from wsi_pipeline.schedule.cluster import free_memory, used_memory\n"
+            "from wsi_pipeline.schedule.memory import free_memory, used_memory\n"
             "print(free_memory(), used_memory())"
         )
         line = [sys.executable, "-c", script, str(job / "cgroup.procs")]

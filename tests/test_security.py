@@ -46,7 +46,7 @@ from wsi_pipeline.files.formats import dicom_slides
 from wsi_pipeline.files.paths import as_path, without_secrets
 from wsi_pipeline.options import ScheduleOptions, SelectOptions
 from wsi_pipeline.run.jobs import plan_jobs
-from wsi_pipeline.run.segment import tile
+from wsi_pipeline.run.tile import tile
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.sources.mpp import ome_mpp

@@ -48,8 +48,8 @@ from wsi_pipeline.options import (
     Settings,
 )
 from wsi_pipeline.report.record import RUN_FILE, Run, write_run_json
+from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
-from wsi_pipeline.run.segment import segment
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.viewer import serve
@@ -75,7 +75,7 @@ def output(tmp_path_factory, slide_path, bounded):
             predict = PredictOptions(precision="fp32", device="cpu", mask_mpp=mask_mpp)
             settings = Settings(select=EVERYWHERE, predict=predict, export=EXACT)
             (job,) = plan_jobs([path], place / "out")
-            assert segment(job, model, client=client, settings=settings).status == "done"
+            assert segment_job(job, model, client=client, settings=settings).status == "done"
     shutil.copytree(place / "out" / "plain slide", place / "out" / "many")
     write_stars(place / "out" / "many" / "annotations.geojson")
     return place / "out"
@@ -217,7 +217,7 @@ def test_on_pixels_that_are_no_squares_the_mask_lies_on_the_slide(tmp_path):
     (job,) = plan_jobs([path], tmp_path / "out")
     with open_cluster(ScheduleOptions()) as client:
         settings = Settings(select=EVERYWHERE, predict=predict, export=EXACT)
-        assert segment(job, model, client=client, settings=settings).status == "done"
+        assert segment_job(job, model, client=client, settings=settings).status == "done"
     with serve(job.folder) as viewer:
         facts = get_json(viewer, "runs/uneven")
         assert facts["mpp"] == pytest.approx([0.25, 0.5])
@@ -838,7 +838,7 @@ def segment_scan(path, model, output, *, outputs=()):
     settings = Settings(predict=predict, export=ExportOptions(outputs=outputs))
     (job,) = plan_jobs([path], output)
     with open_cluster(ScheduleOptions()) as client:
-        run = segment(job, load_bundle(model), client=client, settings=settings)
+        run = segment_job(job, load_bundle(model), client=client, settings=settings)
     assert run.status == "done", run.reason
     return job.folder
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RecipeError,
         SourceError,
         StoreError,
+        UsageError,
         WsiPipelineError,
     )
     from wsi_pipeline.geometry import PatchGrid
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from wsi_pipeline.patch_grid import StoredGrid, open_patch_grid
     from wsi_pipeline.report.record import Run, load_run
     from wsi_pipeline.run.again import export_again
+    from wsi_pipeline.run.batch import segment_jobs
     from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs
-    from wsi_pipeline.run.segment import segment, segment_all, tile
+    from wsi_pipeline.run.main import segment
+    from wsi_pipeline.run.tile import tile
     from wsi_pipeline.schedule.cluster import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
 
@@ -55,6 +58,7 @@ __all__ = [
     "SourceError",
     "StoreError",
     "StoredGrid",
+    "UsageError",
     "WsiPipelineError",
     "export_again",
     "find_slides",
@@ -65,7 +69,7 @@ __all__ = [
     "open_source",
     "plan_jobs",
     "segment",
-    "segment_all",
+    "segment_jobs",
     "tile",
 ]
 
@@ -74,14 +78,16 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
         "bundle": ("Bundle", "load_bundle"),
         "errors": (
             "AnnotationError", "BundleError", "MissingMppError", "RecipeError", "SourceError",
-            "StoreError", "WsiPipelineError",
+            "StoreError", "UsageError", "WsiPipelineError",
         ),
         "geometry": ("PatchGrid",),
         "run.jobs": ("Job", "find_slides", "plan_jobs"),
         "options": (
             "ExportOptions", "PredictOptions", "ScheduleOptions", "SelectOptions", "Settings",
         ),
-        "run.segment": ("segment", "segment_all", "tile"),
+        "run.batch": ("segment_jobs",),
+        "run.main": ("segment",),
+        "run.tile": ("tile",),
         "run.again": ("export_again",),
         "report.record": ("Run", "load_run"),
         "schedule.cluster": ("open_cluster",),

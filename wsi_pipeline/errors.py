@@ -23,6 +23,10 @@ class WsiPipelineError(Exception):
         return without_secrets(super().__str__())
 
 
+class UsageError(WsiPipelineError, ValueError):
+    """Inputs or options with which nothing could be done, whatever the files hold."""
+
+
 class SourceError(WsiPipelineError, OSError):
     """A slide, image or stored grid that cannot be opened or read."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -198,6 +200,17 @@ class Settings:
                 if getattr(given, name) != getattr(default, name):
                     return f"{flag} is for slides"
         return ""
+
+
+def chosen(kind: Callable[..., T], options: Mapping[str, object]) -> T:
+    """Return a group of options with what is given of it.
+
+    Args:
+        kind: `SelectOptions` or another of the groups.
+        options: by the names of fields, those of other groups, too.
+    """
+    names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in options.items() if name in names})
 
 
 def as_plain(options: Any) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
         tissue: Any = group["tissue"]
         pixels = group.get("pixels")
         y, x = tissue.attrs["downsample"]
-        return StoredGrid(
+        stored = StoredGrid(
             info=_grid_info(attrs),
             patches=read_whole(group["patches"], np.int64),
             tissue=read_whole(tissue, bool),
@@ -176,6 +176,8 @@ def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
             pixels=None if pixels is None else trusted(pixels),
             unreadable=tuple(Region(**region) for region in attrs.get("unreadable", ())),
         )
+        stored.grid  # noqa: B018  # looks at the order of the patches
+        return stored
     except StoreError:
         raise
     except Exception as error:  # metadata may be anything, and codecs raise anything

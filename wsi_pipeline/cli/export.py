@@ -55,10 +55,10 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
     but those that failed. What is not given stays as it was. The model is not needed, nor are
     slides; overlays, NIfTI and DICOM segmentations need the image or volume where it was.
     """
-    from wsi_pipeline.cli.segment import Summary
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, find_runs
     from wsi_pipeline.run.again import export_again
+    from wsi_pipeline.run.overview import Overview
 
     changes = {name: value for name, value in options.items() if value is not None}
     runs: list[Path] = []
@@ -93,6 +93,6 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) ->
             click.echo(f"done: {folder} ({found})", err=True)
     for output in dict.fromkeys(folder.parent for folder in runs):
         if (output / "summary.csv").is_file():
-            Summary(output, None).write()
+            Overview(output).write()
     if not is_whole:
         ctx.exit(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -15,14 +15,17 @@ from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.options import DEVICES, Frame, Output, SelectOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
+Param = click.Parameter | None
+Context = click.Context | None
+"""What click tells a type beside the value, where it calls it."""
 
 
 @contextmanager
-def wrong_usage() -> Iterator[None]:
+def wrong_usage(kind: type[WsiPipelineError] = WsiPipelineError) -> Iterator[None]:
     """Make what the body refuses wrong usage: no input could be done."""
     try:
         yield
-    except WsiPipelineError as error:
+    except kind as error:
         raise click.UsageError(str(error)) from error
 
 
@@ -42,10 +45,34 @@ def once(*flags: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(*flags, multiple=True, callback=only, **attributes)
 
 
+class InSections(click.Command):
+    """A command whose --help lists its options in sections.
+
+    Args:
+        sections: names of parameters by the title of their section; others come last.
+    """
+
+    def __init__(
+        self, *args: object, sections: Mapping[str, Sequence[str]], **attributes: object
+    ) -> None:
+        super().__init__(*args, **attributes)  # type: ignore[arg-type]
+        self._sections = sections
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections."""
+        options = (p for p in self.get_params(ctx) if isinstance(p, click.Option))
+        records = {option.name: option.get_help_record(ctx) for option in options}
+        for title, names in self._sections.items():
+            with formatter.section(title):
+                formatter.write_dl([row for name in names if (row := records.pop(name))])
+        with formatter.section("Options"):
+            formatter.write_dl(list(filter(None, records.values())))
+
+
 class Figure(click.FloatRange):
     """A number between bounds; NaN, which no bound keeps out, and infinity are none."""
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+    def convert(self, value: float, param: Param, ctx: Context) -> float:
         """Return the number."""
         number: float = super().convert(value, param, ctx)
         if not math.isfinite(number):
@@ -62,7 +89,7 @@ class DeviceChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
 
     name = "auto|cpu|cuda|cuda:N"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+    def convert(self, value: str, param: Param, ctx: Context) -> str:
         """Return the device's name."""
         if not re.fullmatch(DEVICES, str(value)):
             self.fail(f"{value!r} is none of {self.name.replace('|', ', ')}", param, ctx)
@@ -74,7 +101,7 @@ class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
 
     name = "auto|none|FILE"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+    def convert(self, value: str, param: Param, ctx: Context) -> Any:
         """Return the word, or the path of an existing file."""
         if value in ("auto", "none"):
             return value
@@ -95,7 +122,7 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         self._url, self._exists = url, exists
         self.name = "DIR|URL" if url else "DIR"
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> Path:
+    def convert(self, value: str, param: Param, ctx: Context) -> Path:
         """Return the path; one of fsspec's for a URL."""
         if "://" not in str(value):
             kind = click.Path(exists=self._exists, file_okay=False, path_type=Path)
@@ -120,7 +147,7 @@ class OutputsChoice(click.ParamType):  # type: ignore[type-arg]  # generic since
         self._choices = choices
         self.name = ",".join(choices)
 
-    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[Output, ...]:
+    def convert(self, value: str, param: Param, ctx: Context) -> tuple[Output, ...]:
         """Return the outputs, each once."""
         names: Any = value if isinstance(value, tuple) else str(value).split(",")
         for name in names:
@@ -199,20 +226,3 @@ work_option = click.option(
 overwrite_option = click.option(
     "--overwrite", is_flag=True, help="Start anew instead of going on where an earlier run stopped."
 )
-
-
-def choose_work(output: Path, work: Path | None) -> Path:
-    """Return the folder in which slides are worked on: `output` itself unless that is a URL.
-
-    Args:
-        output: of `segment`.
-        work: what --work says.
-    """
-    from wsi_pipeline.files.paths import is_remote
-    from wsi_pipeline.files.remote import work_folder
-
-    if is_remote(output):
-        return work or work_folder(output)
-    if work:
-        raise click.UsageError("--work is for a URL as output; a folder is worked in itself")
-    return output

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import OutputChoice, choose_work, work_option
+from wsi_pipeline.cli.options import OutputChoice, work_option, wrong_usage
 
 
 @click.command()
@@ -21,9 +21,12 @@ def command(folder: Path, work: Path | None, as_json: bool) -> None:
     DIR: the --output of `segment`, whichever machines are working on it. Of a URL only those slides
     count as running on which this machine works.
     """
+    from wsi_pipeline.files.remote import choose_work
     from wsi_pipeline.run.status import read_status
 
-    status = read_status(folder, choose_work(folder, work))
+    with wrong_usage():
+        work = choose_work(folder, work)
+    status = read_status(folder, work)
     if as_json:
         click.echo(json.dumps(asdict(status), indent=2))
         return

@@ -59,7 +59,7 @@ def command(
     from wsi_pipeline.files.paths import name_of, without_secrets
     from wsi_pipeline.patch_grid import is_patch_grid
     from wsi_pipeline.run.jobs import find_slides, plan_jobs, read_mpp_table, why_none
-    from wsi_pipeline.run.segment import tile
+    from wsi_pipeline.run.tile import tile
     from wsi_pipeline.tissue.select import check_files
 
     if overlap >= patch_size:

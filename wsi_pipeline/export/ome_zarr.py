@@ -128,20 +128,19 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
         block: made of whole chunks or shards, and written by nobody else at the same time.
         pixels: uint8, of the block's shape.
     """
-    side = (mask.shards or mask.chunks)[0]
-    y, x = block.start
-    parts = list(iter_blocks(block.shape, (side, side)))
+    parts = list(iter_blocks(block.shape, mask.shards or mask.chunks))
     filled = [part for part in parts if pixels[part.slices].any()]
     if len(filled) == len(parts):
         mask[block.slices] = pixels
         return
     for part in parts:
-        (top, left), (bottom, right) = part.start, part.stop
+        start = tuple(a + b for a, b in zip(block.start, part.start, strict=True))
+        stop = tuple(a + b for a, b in zip(block.start, part.stop, strict=True))
+        own = Block(index=part.index, start=start, stop=stop)
         if part in filled:
-            mask[y + top : y + bottom, x + left : x + right] = pixels[part.slices]
+            mask[own.slices] = pixels[part.slices]
         else:
-            start, stop = (y + top, x + left), (y + bottom, x + right)
-            for file in chunk_files(mask, Block(index=part.index, start=start, stop=stop)):
+            for file in chunk_files(mask, own):
                 file.unlink(missing_ok=True)
 
 

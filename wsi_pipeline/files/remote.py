@@ -90,6 +90,23 @@ def work_folder(target: Path) -> Path:
     return cache_dir() / "runs" / f"{name_of(target)}-{digest}"
 
 
+def choose_work(output: Path, work: Path | None) -> Path:
+    """Return the folder in which slides are worked on: `output` itself unless that is a URL.
+
+    Args:
+        output: where the results go.
+        work: what was asked for; None = in the user's cache.
+
+    Raises:
+        StoreError: it was, and the output is no URL.
+    """
+    if is_remote(output):
+        return work or work_folder(output)
+    if work:
+        raise StoreError("--work is for a URL as output; a folder is worked in itself")
+    return output
+
+
 def upload(folder: Path, target: Path, *, last: str, replaced: Collection[str]) -> None:
     """Upload a folder so that nobody takes half of it for a whole; hidden entries stay here.
 

@@ -1,9 +1,17 @@
-"""Predictions of patches that several blocks need: each is made once, in turn."""
+"""Predictions of patches that several blocks need: each is made once, in turn.
+
+block A                         block B, on another thread
+claim({1, 2, 3}): mine 1, 2, 3  claim({3, 4}): mine 4, of A 3     claims are made whole, in turn
+reads its pixels                reads its pixels                  at the same time
+passes of 1, 2, 3 are begun     wait_for_turn                     so none waits in a circle
+end_turn                        passes of 4 are begun
+result(1), (2), (3): kept       result(3) waits for A's, or gets A's error
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,16 +58,20 @@ class PatchCache:
             others = {p: future for p, future in futures.items() if future is not None}
             claim = Claim(mine=np.array(mine, np.int64), made=made, others=others, kept=self._keep)
             self._queue.append(claim)
+        failure: BaseException = RuntimeError("a block ended without all its predictions")
         try:
             yield claim
         except BaseException as error:
-            for future in made.values():
-                if not future.done():
-                    future.set_exception(error)
+            failure = error
             raise
         finally:
             self.end_turn(claim)
-            self._settle(made)
+            with self._lock:
+                unmade = [self._futures.pop(patch) for patch in made]
+                self._drop()
+            # Told when nobody can find them any more, so that all who wait read the same error.
+            for future in unmade:
+                future.set_exception(failure)
 
     def wait_for_turn(self, claim: Claim) -> None:
         """Wait until the passes of all earlier claims are begun."""
@@ -81,13 +93,6 @@ class PatchCache:
             self._bytes += prediction.nbytes
             if self._bytes > self._max_bytes:  # what is needed no more goes with the block
                 self._drop()
-
-    def _settle(self, failed: Iterable[int]) -> None:
-        """Drop what a block was to make and has not, and what it was the last to need."""
-        with self._lock:
-            for patch in failed:
-                del self._futures[patch]
-            self._drop()
 
     def _drop(self) -> None:
         """Let go what is needed no more, or too much."""

@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
-from wsi_pipeline.export import geojson, ome_zarr, overlay
+from wsi_pipeline.export import geojson, ome_zarr
 from wsi_pipeline.files.clock import Clock
-from wsi_pipeline.geometry import Block, Region, iter_blocks
+from wsi_pipeline.geometry import Block, Shape, iter_blocks
 from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.run.facts import options_of
 from wsi_pipeline.run.finished import MASK_FILES, open_mask_of, open_scan_of
-from wsi_pipeline.run.outputs import (
-    frame_facts,
-    made_by,
-    options_of,
-    stamp_of,
-    write_each,
-    write_polygons,
-    write_tiffs,
-)
-from wsi_pipeline.run.scans import BLOCK_SIDE, ScanResult, fitting_outputs
+from wsi_pipeline.run.result import ImageResult, Ledger, Result, SlideResult, VolumeResult
+from wsi_pipeline.run.scan_run import BLOCK_SIDE, without_dicom
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
 AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")
-"""What can be written again."""
+"""What of a slide can be written again."""
 DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "geojson": ("simplify_um", "min_area_um2", "frame"),
     "tiff": ("tiff", "frame"),
@@ -44,6 +37,25 @@ NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
 MADE_OF = "was changed since it was written: the outputs are made of it"
 """How the sentence on a mask that a person has corrected goes on behind its name."""
 STOPPED = "writing the outputs again was stopped: run export again"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Again:
+    """What is to be written again.
+
+    Attributes:
+        due: outputs that are missing, in doubt, or depend on what was changed.
+        open: opens the mask, and what outputs need beside it.
+        changes: returns fields of the run that are others now.
+        mask_name: of the file that people may correct, "" where there is none.
+        is_corrected: whether somebody has.
+    """
+
+    due: list[Output]
+    open: Callable[[ExitStack], Result]
+    changes: Callable[[Any], Mapping[str, Any]]
+    mask_name: str = ""
+    is_corrected: bool = False
 
 
 def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
@@ -68,220 +80,163 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     run = load_run(path)
     if why := Settings(export=replace(ExportOptions(), **changes)).why_not(run.kind):
         raise StoreError(f"{folder}: {why}")
-    if run.kind != "slide":
-        with store.claim():
-            store.remove_partials()
-            try:
-                return _export_scan(store, load_run(path), changes.get("outputs", ()))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                if isinstance(error, WsiPipelineError):
-                    raise
-                raise StoreError(_of_other_version(path, error)) from error
-    if not store.finished_mask_path.is_dir():
-        raise StoreError(
-            f"{folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an output"
-        )
-    with store.claim():
+    with store.claim(), ExitStack() as closing:
         store.remove_partials()
         run = load_run(path)  # as it is now that nobody else writes it
-        _, mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
+        files, clock = WrittenFiles(store), Clock()
         try:
             before = options_of(run)
-            _dialect(run, mask_mpp, before)
-            _side(run)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise StoreError(_of_other_version(path, error)) from error
-        wanted = tuple(dict.fromkeys([*before.outputs, *changes.get("outputs", ())]))
-        options = replace(before, **{**changes, "outputs": wanted})
-        due = [o for o in AGAIN if o in wanted and _is_due(o, run, folder, before, options)]
-        if not due:
-            return run
-        mask = ome_zarr.open_mask(store.finished_mask_path)
-        if lost := store.damaged(_held(run, store, _blocks(run, mask)), mask):
-            reason = (
-                f"{len(lost)} blocks of {FILES['zarr']} are damaged on the disk; segment the slide "
-                "again, which does these anew"
-            )
-            write_run_json(path, replace(run, status="failed", reason=reason))
-            raise StoreError(f"{folder}: {reason}")
-        run = replace(
-            run,
-            settings={**run.settings, "export": as_plain(options)},
-            frame=frame_facts(options.frame, _crop(run, options)),
-        )
-        # from here on old files may stand beside it
+            wanted = tuple(dict.fromkeys([*before.outputs, *changes.get("outputs", ())]))
+            options = replace(before, **{**changes, "outputs": wanted})
+            again = KINDS[run.kind](store, run, files, before, options)
+            if not again.due:
+                return run
+            result = again.open(closing)
+            changed = again.changes(result)
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, WsiPipelineError):
+                raise
+            raise StoreError(
+                f"{path} is not a run of this version ({error!r}); segment again"
+            ) from error
+        run = replace(run, settings={**run.settings, "export": as_plain(options)}, **changed)
+        # From here on old files may stand beside it.
         write_run_json(path, replace(run, status="failed", reason=STOPPED))
-        run = _write(run, store, _dialect(run, mask_mpp, options), options, due)
+        failures, written = result.write(again.due, folder, files, clock)
+        warnings = run.warnings
+        if "geojson" in again.due:
+            warnings = [w for w in warnings if geojson.LEFT_OUT not in w] + written.dropped
+        run = replace(
+            files.noted(replace(run, warnings=warnings)),
+            status="failed" if failures else "done",
+            reason="; ".join(failures),
+            regions=written.regions or run.regions,
+            seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
+        )
+        if again.mask_name:
+            # Of a corrected mask it is not enough to say that it stays.
+            old = tuple(f"{again.mask_name} {how}" for how in (STAYS, MADE_OF))
+            warnings = [text for text in run.warnings if not text.startswith(old)]
+            run = replace(run, warnings=warnings + ([old[-1]] if again.is_corrected else []))
         write_run_json(path, run)
         return run
 
 
-def _of_other_version(path: Path, error: Exception) -> str:
-    return f"{path} is not a run of this version ({error!r}); segment again"
+def _slide(
+    store: RunStore, run: Run, files: WrittenFiles, before: ExportOptions, options: ExportOptions
+) -> _Again:
+    mask_path = store.finished_mask_path
+    if not mask_path.is_dir():
+        raise StoreError(
+            f"{store.folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an "
+            "output"
+        )
+    _, mask_mpp = ome_zarr.open_finished(mask_path)
+    mask = ome_zarr.open_mask(mask_path)
+    side = ome_zarr.block_side(
+        run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
+    )
+    every = list(iter_blocks(mask.shape, (side, side)))
+
+    def is_due(output: Output) -> bool:
+        if run.status != "done" or not (store.folder / FILES[output]).exists():
+            return True
+        return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
+
+    def open_result(closing: ExitStack) -> Result:
+        held = _held(store, run, every)
+        if lost := store.damaged(held, mask):
+            reason = (
+                f"{len(lost)} blocks of {FILES['zarr']} are damaged on the disk; segment the slide "
+                "again, which does these anew"
+            )
+            write_run_json(store.folder / RUN_FILE, replace(run, status="failed", reason=reason))
+            raise StoreError(f"{store.folder}: {reason}")
+        # The ledger tells probabilities, if it is kept.
+        ledger = {block.index: store.load_block(block) for block in held}
+        return SlideResult(
+            **_common(run, ledger),
+            mask=mask,
+            blocks=[b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)],
+            side=side,
+            mask_path=mask_path,
+            downsample=(mask_mpp[0] / run.slide["mpp"][0], mask_mpp[1] / run.slide["mpp"][1]),
+            options=options,
+            stored=open_patch_grid(store.grid_path) if store.grid_path.is_dir() else None,
+        )
+
+    return _Again(
+        due=[output for output in AGAIN if output in options.outputs and is_due(output)],
+        open=open_result,
+        changes=lambda result: {"frame": result.frame},
+    )
 
 
-def _export_scan(store: RunStore, run: Run, more: Sequence[Output]) -> Run:
-    """Write what is missing, and what is made of a mask that a person has corrected."""
-    folder, before = store.folder, options_of(run)
-    options = replace(before, outputs=tuple(dict.fromkeys([*before.outputs, *more])))
-    mask_file, files = folder / MASK_FILES[run.kind], WrittenFiles(store)
+def _scan(
+    store: RunStore, run: Run, files: WrittenFiles, before: ExportOptions, options: ExportOptions
+) -> _Again:
+    folder = store.folder
+    mask_file = folder / MASK_FILES[run.kind]
     is_ours = not mask_file.is_file() or mask_file.name in files.ours([mask_file.name])
     was_corrected = f"{mask_file.name} {MADE_OF}" in run.warnings
     is_stale = run.status != "done" or was_corrected or not is_ours
     paths = {output: folder / FILES[output] for output in options.outputs}
     due = [o for o, p in paths.items() if not p.exists() or (is_stale and p != mask_file)]
-    if not due:
-        return run
-    with ExitStack() as closing:
+
+    def open_result(closing: ExitStack) -> Result:
         scan: Scan | None = None
-        if NEED_SOURCE & {*due}:
+        if needing := [FILES[output] for output in due if output in NEED_SOURCE]:
             try:
                 scan = open_scan_of(folder, run)
-                closing.callback(scan.close)
             except SourceError as error:
-                names = ", ".join(FILES[o] for o in due if o in NEED_SOURCE)
-                raise SourceError(f"{folder}: {names} cannot be written: {error}") from error
+                raise SourceError(
+                    f"{folder}: {', '.join(needing)} cannot be written: {error}"
+                ) from error
+            closing.callback(scan.close)
             if "dicom" in due:
-                fitting_outputs(scan, Settings(export=ExportOptions(outputs=("dicom",))))
+                without_dicom(scan, Settings(export=ExportOptions(outputs=("dicom",))))
         mask = open_mask_of(folder, run, closing, scan)
-        shape, size = tuple(mask.shape), run.settings["predict"]["block_size"]
-        blocks = list(iter_blocks(shape, (size or BLOCK_SIDE[2],) * 2)) if len(shape) == 2 else []
-        result = ScanResult(
-            facts=run.slide,
-            model=run.model,
-            key=run.settings["key"],
-            classes=(ClassInfo(name=run.background), *_classes(run)),
-            mask=mask,
-            blocks=blocks,
-            side=size or BLOCK_SIDE[2],
-            ledger={b.index: store.load_block(b) for b in _held(run, store, blocks) if is_ours},
+        shape: Shape = tuple(mask.shape)
+        side = run.settings["predict"]["block_size"] or BLOCK_SIDE[2]
+        blocks = list(iter_blocks(shape, (side, side))) if len(shape) == 2 else []
+        ledger = {b.index: store.load_block(b) for b in _held(store, run, blocks) if is_ours}
+        kind = {"image": ImageResult, "volume": VolumeResult}[run.kind]
+        result: Result = kind(
+            **_common(run, ledger), mask=mask, blocks=blocks, side=side, scan=scan
         )
-        settings = {**run.settings, "export": as_plain(options)}
-        kept = [w for w in run.warnings if "geojson" not in due or geojson.LEFT_OUT not in w]
-        run = replace(run, settings=settings, warnings=kept, **result.amounts())
-        write_run_json(folder / RUN_FILE, replace(run, status="failed", reason=STOPPED))
-        clock = Clock()
-        failures, written = result.write(due, scan, folder, files, clock)
-    run = replace(
-        files.noted(run),
-        status="failed" if failures else "done",
-        reason="; ".join(failures),
-        regions=written.regions or run.regions,
-        seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
-    )
-    # of a corrected mask it is not enough to say that it stays
-    old = tuple(f"{mask_file.name} {how}" for how in (STAYS, MADE_OF))
-    warnings = [text for text in run.warnings if not text.startswith(old)] + written.dropped
-    run = replace(run, warnings=warnings + ([] if is_ours else [old[-1]]))
-    write_run_json(folder / RUN_FILE, run)
-    return run
+        return result
 
-
-def _is_due(
-    output: Output, run: Run, folder: Path, before: ExportOptions, options: ExportOptions
-) -> bool:
-    """Return whether an output is missing, in doubt, or was written with other options."""
-    if run.status != "done" or not (folder / FILES[output]).exists():
-        return True
-    return any(getattr(before, name) != getattr(options, name) for name in DEPENDS[output])
-
-
-def _crop(run: Run, options: ExportOptions) -> Region | None:
-    """Return the part of the slide that the viewer shows; None = all."""
-    bounds = run.slide["bounds"]
-    return Region(**bounds) if bounds and options.frame == "qupath" else None
-
-
-def _dialect(run: Run, mask_mpp: tuple[float, float], options: ExportOptions) -> geojson.Dialect:
-    """Return how regions become features, as `segment` makes them."""
-    (x, y), mpp = mask_mpp, run.slide["mpp"]
-    return geojson.Dialect(
-        classes=(ClassInfo(name=run.background), *_classes(run)),
-        downsample=(x / mpp[0], y / mpp[1]),
-        mpp=(mpp[0], mpp[1]),
-        crop=_crop(run, options),
-        simplify_um=options.simplify_um,
-        min_area_um2=options.min_area_um2,
-        namespace=f"{run.slide['fingerprint']}/{run.model['weights_sha256']}",
-        metadata=made_by(run.model, run.settings["key"]),
+    return _Again(
+        due=due,
+        open=open_result,
+        changes=lambda result: result.amounts,
+        mask_name=mask_file.name,
+        is_corrected=not is_ours,
     )
 
 
-def _classes(run: Run) -> list[ClassInfo]:
-    """Return the classes but the background, in the mask's order."""
-    return [
+KINDS = {"slide": _slide, "image": _scan, "volume": _scan}
+"""What is written again, and how it is opened, by what was segmented."""
+
+
+def _common(run: Run, ledger: Ledger) -> dict[str, Any]:
+    """Return the fields of `Result` that `run.json` tells."""
+    classes = [
         ClassInfo(name=name, color=(c[0], c[1], c[2]) if c else None)
         for name, c in run.colors.items()
     ]
-
-
-def _write(
-    run: Run, store: RunStore, dialect: geojson.Dialect, options: ExportOptions, due: list[Output]
-) -> Run:
-    """Write what is due; return the run, "failed" if an output could not be written."""
-    mask_path, clock = store.finished_mask_path, Clock()
-    written: list[geojson.Written] = []
-    writers: dict[Output, Callable[[Path], object]] = {
-        "geojson": lambda path: written.append(_write_polygons(path, run, store, dialect)),
-        "tiff": lambda path: write_tiffs(
-            path, mask_path, dialect, name=Path(run.slide["name"]).stem, kind=options.tiff
-        ),
-        "overlay": lambda path: _write_overlay(path, store, dialect, stamp_of(run.model)),
+    return {
+        "facts": run.slide,
+        "model": run.model,
+        "key": run.settings["key"],
+        "classes": (ClassInfo(name=run.background), *classes),
+        "ledger": ledger,
     }
-    files = WrittenFiles(store)
-    failures = write_each(writers, due, store.folder, files, clock)
-    warnings = run.warnings
-    if written:
-        warnings = [w for w in warnings if geojson.LEFT_OUT not in w] + written[0].dropped
-    run = replace(
-        run,
-        status="failed" if failures else "done",
-        reason="; ".join(failures),
-        regions=written[0].regions if written else run.regions,
-        seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
-        warnings=warnings,
-    )
-    return files.noted(run)
 
 
-def _write_polygons(
-    path: Path, run: Run, store: RunStore, dialect: geojson.Dialect
-) -> geojson.Written:
-    mask = ome_zarr.open_mask(store.finished_mask_path)
-    every = _blocks(run, mask)
-    # tells probabilities, if that is kept
-    ledger = {block.index: store.load_block(block) for block in _held(run, store, every)}
-    blocks = [b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)]
-    return write_polygons(path, mask, dialect, blocks=blocks, side=_side(run), ledger=ledger)
-
-
-def _blocks(run: Run, mask: ome_zarr.MaskArray) -> list[Block]:
-    """Return the blocks in which a run did its mask."""
-    return list(iter_blocks((mask.shape[0], mask.shape[1]), (_side(run),) * 2))
-
-
-def _side(run: Run) -> int:
-    settings = run.settings
-    return ome_zarr.block_side(settings["predict"]["block_size"], settings["export"]["ngff"])
-
-
-def _held(run: Run, store: RunStore, blocks: list[Block]) -> list[Block]:
+def _held(store: RunStore, run: Run, blocks: list[Block]) -> list[Block]:
     """Return which blocks are in the ledger, if that is the run's."""
     if store.key().get("key") != run.settings["key"]:
         return []  # lost, or of a run with other settings that was begun since
     pending = {block.index for block in store.pending(blocks)}
     return [block for block in blocks if block.index not in pending]
-
-
-def _write_overlay(path: Path, store: RunStore, dialect: geojson.Dialect, note: str) -> None:
-    if not store.grid_path.is_dir():
-        raise WsiPipelineError("the slide's thumbnail is not kept here; segment the slide again")
-    stored = open_patch_grid(store.grid_path)
-    overlay.write_overlay(
-        path,
-        stored.thumbnail,
-        ome_zarr.read_mask(store.finished_mask_path, stored.tissue.shape),
-        classes=dialect.classes,
-        tissue=stored.tissue,
-        note=note,
-    )

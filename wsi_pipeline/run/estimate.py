@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.cost import peak_memory
-from wsi_pipeline.options import ExportOptions, PredictOptions
+from wsi_pipeline.options import ExportOptions, PredictOptions, Settings
+from wsi_pipeline.run.jobs import Job
+from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.previous import refuse_others
+from wsi_pipeline.run.segment import fitting, open_run
+from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.worker import CACHE_BYTES
+from wsi_pipeline.schedule.cluster import is_in_process
+from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 450 * 10**6
 """Python, torch, dask and the libraries that read slides."""
@@ -33,10 +51,9 @@ PROGRAM_PLANES = 64
 """Activations of a program, of which none but its input is known, in planes of a patch."""
 MASK_PX_BYTES = 16
 """Of a block: class, probability, number of the piece and what finding pieces takes."""
-GRID_PX_BYTES = 9
-"""Of a block: its pixels, the tiles that they are cut out of, and their way to the device."""
-SCAN_PX_BYTES = 6
-"""The same of an image or volume, in float32."""
+GRID_PX_BYTES = {"slide": (9, 2), "image": (6, 1), "volume": (6, 1)}
+"""Of a block: its pixels, the tiles that they are cut out of, and their way to the device; and how
+many patches further than the block is read, by the model's modality."""
 FREE_SHARE = 0.7
 """Of the free memory, which passes over images and volumes may take."""
 DISK_PX_BYTES = 0.02
@@ -78,6 +95,56 @@ class ModelBytes:
     activations: float
 
 
+def estimate(
+    job: Job,
+    bundle: Bundle,
+    *,
+    settings: Settings,
+    workers: int = 1,
+    blocks_in_hand: int = 2,
+    threads: int | None = None,
+    rate: float,
+    model: ModelBytes,
+    overwrite: bool = False,
+) -> Estimate:
+    """Return what a source will take, from its headers and thumbnail; nothing is written.
+
+    Args:
+        job: the source and the folder.
+        bundle: the model.
+        settings: options.
+        workers: of the in-process cluster.
+        blocks_in_hand: of each.
+        threads: of the CPU for one worker's forward passes; None = all.
+        rate: patches per second, of all workers together.
+        model: what it takes.
+        overwrite: whatever the folder holds.
+
+    Raises:
+        WsiPipelineError: the source, the model or the folder cannot be used.
+    """
+    settings = fitting(replace(settings, select=job.select(settings.select)), bundle)
+    with open_run(job.path, bundle, settings) as run:
+        if not overwrite:
+            refuse_others(job, run.source.fingerprint, bundle)
+        passes = passes_that_fit(model, threads or cpu_count(), free=free_memory())
+        plan = run.lay_out(RunStore(folder=job.folder.absolute()), passes, keep=False)
+        disk, files = estimate_files(
+            run.settings.export,
+            mask_files=run.most_mask_files(plan),
+            blocks=len(plan.blocks()),
+            tissue_px=_tissue_px(plan),
+        )
+    return Estimate(
+        patches=len(plan.grid),
+        seconds=len(plan.grid) / rate,
+        memory=_peak_memory(plan, bundle, model, workers=workers, blocks_in_hand=blocks_in_hand),
+        disk=disk,
+        files=files,
+        mask_shape=plan.mask_shape,
+    )
+
+
 def estimate_memory(
     bundle: Bundle,
     predict: PredictOptions,
@@ -108,7 +175,7 @@ def estimate_memory(
     device = choose_device(predict.device)
     patch, channels = bundle.input.patch_size, len(bundle.classes)
     patch_px = math.prod(patch)
-    grid_px, reach = (GRID_PX_BYTES, 2) if bundle.modality == "slide" else (SCAN_PX_BYTES, 1)
+    grid_px, reach = GRID_PX_BYTES[bundle.modality]
     sides = [b * r + reach * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
     bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
     block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
@@ -214,3 +281,68 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
     finally:
         predictor.close()
     return count / seconds
+
+
+def _tissue_px(plan: Plan) -> float:
+    """Return how many mask pixels the patches cover, about."""
+    covered = len(plan.grid) * math.prod(plan.grid.stride) / math.prod(plan.ratio)
+    return min(covered, math.prod(plan.mask_shape))
+
+
+def _peak_memory(
+    plan: Plan, bundle: Bundle, model: ModelBytes, *, workers: int, blocks_in_hand: int
+) -> int:
+    return estimate_memory(
+        bundle,
+        plan.predict,
+        model=model,
+        block_shape=tuple(min(b, max(plan.mask_shape)) for b in plan.block_shape),
+        ratio=plan.ratio,
+        patches=len(plan.grid),
+        blocks_in_hand=workers * blocks_in_hand,
+        workers=workers,
+        threads=plan.threads,
+        tissue_px=_tissue_px(plan),
+    )
+
+
+def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:
+    """Return what refuses a source that will take more memory than allowed, or warns of it."""
+    if not is_in_process(client):  # workers elsewhere have limits of their own
+        return lambda plan: None
+    threads = client.nthreads()
+    workers, in_hand = len(threads), sum(threads.values()) // len(threads)
+    lower = "lower --workers, --block-size or --batch-size"
+    peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
+    most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))
+
+    def check(plan: Plan) -> None:
+        free = free_memory() + used_memory()
+        if peak(plan, model=most) <= min(free, max_ram or free):
+            return  # without losing time
+        needed = peak(plan, model=exact())
+        if max_ram is not None and needed > max_ram:
+            raise WsiPipelineError(
+                f"about {needed / 1e9:.1f} GB of memory are needed, --max-ram allows "
+                f"{max_ram / 1e9:.1f} GB; {lower}"
+            )
+        if needed > free:
+            logger.warning(
+                "%s takes about %.1f GB of memory, %.1f GB are free; %s",
+                name_of(plan.pixels.path), needed / 1e9, free / 1e9, lower,
+            )  # fmt: skip
+
+    return check
+
+
+def passes_at_once(bundle: Bundle, wanted: int) -> int:
+    """Return how many forward passes at once, each on one core, fit into the free memory.
+
+    Args:
+        bundle: the model.
+        wanted: how many cores there are for them.
+    """
+    free = free_memory()
+    passes = passes_that_fit(most_model_bytes(bundle), wanted, free=free)
+    # What a model really takes costs a second or two to find out.
+    return passes if passes == wanted else passes_that_fit(model_bytes(bundle), wanted, free=free)

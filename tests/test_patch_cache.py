@@ -1,0 +1,96 @@
+"""Predictions that blocks share, under random delays and failures."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from wsi_pipeline.inference.patch_cache import PatchCache
+
+PATCHES, BLOCKS, THREADS = 12, 8, 4
+
+
+class Broken(Exception):
+    """What a network or a file raises."""
+
+
+@pytest.fixture
+def quick_switches() -> Iterator[None]:
+    """Let threads change places at almost any instruction."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def wanted_by(draw: random.Random) -> list[np.ndarray]:
+    sizes = [draw.randint(0, 5) for _ in range(BLOCKS)]
+    return [np.array(sorted(draw.sample(range(PATCHES), n)), np.int64) for n in sizes]
+
+
+def do_block(
+    cache: PatchCache, wanted: np.ndarray, pauses: Iterator[float], breaks: int | None
+) -> list[int]:
+    """Do what a worker does with a block, and break at its n-th prediction; return what it got."""
+
+    def fresh() -> Iterator[torch.Tensor]:
+        for number, patch in enumerate(claim.mine):
+            time.sleep(next(pauses))
+            if number == breaks:
+                raise Broken(f"patch {patch}")
+            yield torch.tensor([int(patch)])
+
+    with cache.claim(wanted) as claim:
+        time.sleep(next(pauses))
+        cache.wait_for_turn(claim)
+        cache.end_turn(claim)
+        predictions = fresh()
+        return [int(claim.result(patch, predictions)) for patch in wanted]
+
+
+@pytest.mark.usefixtures("quick_switches")
+@pytest.mark.parametrize("seed", range(10))
+def test_who_waits_for_a_prediction_gets_it_or_the_error_that_broke_it(seed: int) -> None:
+    draw = random.Random(seed)
+    for _ in range(100):
+        blocks = wanted_by(draw)
+        uses = np.bincount(np.concatenate(blocks), minlength=PATCHES)
+        cache = PatchCache(uses, max_bytes=draw.choice([0, 24, 10_000]))
+        breaks = {draw.randrange(BLOCKS): draw.randrange(3)} if draw.random() < 0.7 else {}
+        pauses = iter([draw.choice([0, 0, 1e-6, 2e-4]) for _ in range(1000)])
+        with ThreadPoolExecutor(THREADS) as pool:
+            ends = [
+                pool.submit(do_block, cache, wanted, pauses, breaks.get(number))
+                for number, wanted in enumerate(blocks)
+            ]
+            for wanted, end in zip(blocks, ends, strict=True):
+                error = end.exception(timeout=20)
+                if error is None:
+                    assert end.result() == wanted.tolist()
+                else:
+                    assert isinstance(error, Broken), repr(error)
+                    assert breaks
+        assert threading.active_count() < 20
+
+
+def test_a_prediction_is_made_once_and_let_go_after_its_last_use() -> None:
+    first, second = np.array([0, 1]), np.array([1, 2])
+    cache = PatchCache(np.array([1, 2, 1]), max_bytes=10_000)
+    pauses = iter([0.0] * 100)
+    assert do_block(cache, first, pauses, None) == [0, 1]
+    with cache.claim(second) as claim:
+        assert claim.mine.tolist() == [2]
+        cache.wait_for_turn(claim)
+        cache.end_turn(claim)
+        fresh = iter([torch.tensor([2])])
+        assert [int(claim.result(patch, fresh)) for patch in second] == [1, 2]
+    with cache.claim(first) as claim:
+        assert claim.mine.tolist() == [0, 1]

@@ -1,0 +1,68 @@
+"""What a run says of itself: its model, the software, and what its files are stamped with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, bundle_table
+from wsi_pipeline.files.records import check
+from wsi_pipeline.options import ExportOptions
+from wsi_pipeline.report.record import Run
+
+
+def model_facts(bundle: Bundle) -> dict[str, Any]:
+    """Return what `run.json` says of a model."""
+    facts = {
+        "name": bundle.name,
+        "weights_sha256": bundle.weights_sha256,
+        "input": bundle_table(bundle)["input"],
+    }
+    return facts | ({"limits": bundle.limits} if bundle.limits else {})
+
+
+def warnings_of(bundle: Bundle) -> list[str]:
+    """Return what each run by a model warns of."""
+    return [bundle.limits] if stamp_of(model_facts(bundle)) else []
+
+
+def stamp_of(model: Mapping[str, Any]) -> str:
+    """Return what must stand on all that a run's model has made, "" where nothing must."""
+    return RANDOM_WEIGHTS if model.get("limits", "").startswith(RANDOM_WEIGHTS) else ""
+
+
+def made_by(model: Mapping[str, Any], key: str) -> dict[str, str]:
+    """Return what each object tells of its origin; `model` and `key` are the run's."""
+    return {
+        "model": model["name"],
+        "weights_sha256": model["weights_sha256"],
+        **({"limits": stamp} if (stamp := stamp_of(model)) else {}),
+        "run": key,
+        "software": f"wsi_pipeline {version('wsi-pipeline')}",
+    }
+
+
+def options_of(run: Run) -> ExportOptions:
+    """Return the options by which a run's outputs were written.
+
+    Raises:
+        KeyError, TypeError, ValueError: the run does not say, as those of older versions.
+    """
+    held = run.settings["export"]
+    check(held, ExportOptions, "export")
+    return ExportOptions(**{**held, "outputs": tuple(held["outputs"])})
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a mask may depend on."""
+    packages = (
+        "wsi-pipeline",
+        "torch",
+        "numpy",
+        "zarr",
+        "openslide-python",
+        "tiffslide",
+        "shapely",
+    )
+    return {name: version(name) for name in packages}

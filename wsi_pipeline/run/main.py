@@ -1,0 +1,357 @@
+"""The main job: slides, images or volumes in; runs, `summary.csv`, `report.html` and a log out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from wsi_pipeline.bundle import Bundle, load_bundle
+from wsi_pipeline.errors import BundleError, UsageError, WsiPipelineError
+from wsi_pipeline.files.atomic import this_process
+from wsi_pipeline.files.locks import GOES_ON, make_folder
+from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
+from wsi_pipeline.files.remote import choose_work
+from wsi_pipeline.inference.predictor import choose_device, count_gpus
+from wsi_pipeline.options import (
+    ExportOptions,
+    PredictOptions,
+    ScheduleOptions,
+    SelectOptions,
+    Settings,
+    chosen,
+)
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.batch import segment_jobs
+from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table, why_none
+from wsi_pipeline.run.overview import Overview
+from wsi_pipeline.run.segment import check_settings
+from wsi_pipeline.run.status import note_jobs
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.schedule.cluster import dashboard_link, open_cluster
+from wsi_pipeline.schedule.memory import cpu_count, used_memory
+from wsi_pipeline.sources.radiology.discover import find_images, find_volumes
+
+LOG_FILE = "wsi_pipeline.log"
+"""In the output folder: warnings, and tracebacks of what should not happen."""
+MOST_BLOCKS_IN_HAND = 8
+"""Of one worker: each takes some 150 MB."""
+FINDERS: Mapping[str, Callable[..., list[Path]]] = {
+    "slide": find_slides,
+    "image": find_images,
+    "volume": find_volumes,
+}
+"""What finds the inputs, by the modality of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Inputs that were found, and all that is needed to segment them.
+
+    Attributes:
+        bundle: the model.
+        jobs: to be done, with their folders.
+        every: those that are left to other shards, too.
+        output: folder of the runs, here.
+        target: folder behind a URL to which they are moved; None = they stay.
+        settings: options of the runs.
+        schedule: where blocks run.
+        overwrite: start anew whatever the folders hold.
+    """
+
+    bundle: Bundle
+    jobs: list[Job]
+    every: list[Job]
+    output: Path
+    target: Path | None
+    settings: Settings
+    schedule: ScheduleOptions
+    overwrite: bool
+
+    @property
+    def threads(self) -> int | None:
+        """Return how many CPUs each worker of this machine gets; None = workers are elsewhere."""
+        if self.schedule.scheduler or self.schedule.cluster:
+            return None
+        return max(cpu_count() // (len(self.schedule.gpus) or self.schedule.workers), 1)
+
+    def tidy(self) -> None:
+        """Remove what this process has left half written."""
+        for job in self.jobs:
+            RunStore(folder=job.folder).remove_partials(this_process())
+
+
+def segment(
+    inputs: Inputs,
+    *,
+    model: str | Path,
+    output: str | Path,
+    work: str | Path | None = None,
+    mpp_table: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[Job, int, int], None] | None = None,
+    stage: Callable[[Job, str], None] | None = None,
+    ended: Callable[[Job, Run], None] | None = None,
+    **options: Any,
+) -> list[Run]:
+    """Segment slides, images or volumes as the command does; return the run of each.
+
+    What an earlier call has done is not done again. A source that fails is among the runs, with
+    its reason, and costs no other.
+
+    Args:
+        inputs: files, folders (searched recursively), patterns, or .txt files with a path a line.
+        model: folder of a bundle, its model.toml, or its URL.
+        output: folder of the results, or its URL.
+        work: folder here for slides in hand, where the output is a URL.
+        mpp_table: CSV with the columns slide and mpp.
+        shard: (i, n): do only the i-th of n shares of the inputs, counted from 1.
+        overwrite: start anew instead of going on where an earlier call stopped.
+        progress: told of a job, its patches done and in all, by several threads.
+        stage: told of a job and what is done after its patches, by several threads.
+        ended: told of each job and its run.
+        options: fields of `SelectOptions`, `PredictOptions`, `ExportOptions` and `ScheduleOptions`
+            by name, such as `tissue`, `mask_mpp`, `outputs` or `workers`.
+
+    Raises:
+        WsiPipelineError: nothing was found, the model or an option cannot be used, the output
+            cannot be written, or the cluster is lost.
+        TypeError: an option that there is not.
+    """
+    groups = (SelectOptions, PredictOptions, ExportOptions, ScheduleOptions)
+    known = {f.name for kind in groups for f in fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"{unknown[0]} is no option; expected one of {', '.join(sorted(known))}")
+    batch = plan_batch(
+        inputs,
+        model=model,
+        output=output,
+        work=work,
+        mpp_table=mpp_table,
+        shard=shard,
+        overwrite=overwrite,
+        settings=Settings(
+            select=chosen(SelectOptions, options),
+            predict=chosen(PredictOptions, options),
+            export=chosen(ExportOptions, options),
+        ),
+        schedule=chosen(ScheduleOptions, options),
+    )
+    return run_batch(batch, progress=progress, stage=stage, ended=ended)
+
+
+def plan_batch(
+    inputs: Inputs,
+    *,
+    model: str | Path,
+    output: str | Path,
+    work: str | Path | None = None,
+    mpp_table: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+    overwrite: bool = False,
+    settings: Settings,
+    schedule: ScheduleOptions,
+) -> Batch:
+    """Find the inputs and check model and options; return all that is needed to segment them.
+
+    Args: see `segment`; the options are in their groups.
+
+    Raises:
+        UsageError: nothing was found, or options that do not fit the model or each other.
+        WsiPipelineError: the model or an input cannot be read.
+    """
+    home = as_path(output, use_listings_cache=False)
+    target = home if is_remote(home) else None
+    with _wrong_usage():
+        schedule, device = _with_gpus(schedule, settings.predict.device)
+        settings = replace(settings, predict=replace(settings.predict, device=device))
+    bundle = load_bundle(model)
+    with _wrong_usage():
+        if mpp_table and FINDERS[bundle.modality] is not find_slides:
+            raise BundleError(f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s")
+        check_settings(settings, bundle)
+        table = read_mpp_table(mpp_table) if mpp_table else None
+        folder = choose_work(home, Path(work) if work else None)
+    every = plan_jobs(FINDERS[bundle.modality](inputs, output=folder), folder, table, target=target)
+    if not every:
+        raise UsageError(why_none(inputs, bundle.modality))
+    index, count = shard or (1, 1)
+    return Batch(
+        bundle=bundle,
+        jobs=every[index - 1 :: count],
+        every=every,
+        output=folder,
+        target=target,
+        settings=settings,
+        schedule=schedule,
+        overwrite=overwrite,
+    )
+
+
+@contextmanager
+def _wrong_usage() -> Iterator[None]:
+    """Make what the body refuses wrong usage: no input could be done."""
+    try:
+        yield
+    except WsiPipelineError as error:
+        raise UsageError(str(error)) from error
+
+
+def _with_gpus(schedule: ScheduleOptions, device: str) -> tuple[ScheduleOptions, str]:
+    """Return which GPUs do the blocks and how many of them each has in hand, and the device.
+
+    Raises:
+        BundleError: GPUs that there are not, or that another option excludes.
+    """
+    is_elsewhere = bool(schedule.scheduler or schedule.cluster)
+    if schedule.scheduler and schedule.cluster:
+        raise BundleError("--scheduler and --cluster exclude each other")
+    is_told = is_elsewhere or device not in ("auto", "cuda")
+    if schedule.gpus and is_told:
+        raise BundleError("--gpus is for --device auto or cuda, on this machine")
+    if is_elsewhere:
+        return schedule, device
+    is_cpu = choose_device(device).type == "cpu"
+    count = count_gpus()
+    if absent := [gpu for gpu in schedule.gpus if gpu >= count]:
+        raise BundleError(f"--gpus {absent[0]}: this machine shows {count} GPUs, numbered from 0")
+    gpus = () if is_told else schedule.gpus or tuple(range(count))
+    if schedule.gpus and len(gpus) == 1:
+        device = f"cuda:{gpus[0]}"
+    in_hand = schedule.blocks_in_hand
+    if not is_cpu:  # as many as cores can prepare
+        workers = len(gpus) or schedule.workers
+        in_hand = max(in_hand, min(cpu_count() // workers, MOST_BLOCKS_IN_HAND))
+    return replace(schedule, gpus=gpus, blocks_in_hand=in_hand), device
+
+
+def run_batch(
+    batch: Batch,
+    *,
+    progress: Callable[[Job, int, int], None] | None = None,
+    stage: Callable[[Job, str], None] | None = None,
+    ended: Callable[[Job, Run], None] | None = None,
+    dashboard: Callable[[str], None] | None = None,
+    too_large: Callable[[str], None] | None = None,
+) -> list[Run]:
+    """Segment what was planned, with summary, report and log; return the run of each job.
+
+    Args:
+        batch: from `plan_batch`.
+        progress: see `segment`.
+        stage: see `segment`.
+        ended: see `segment`.
+        dashboard: told the URL of dask's, where there is one.
+        too_large: told the sentence when the process takes more memory than `max_ram`, by another
+            thread; None = the runs are stopped, and the sentence raised.
+
+    Raises:
+        WsiPipelineError: the output cannot be written, the cluster is lost, or memory is short.
+    """
+    make_folder(batch.output)
+    note_jobs(batch.output, batch.every, target=batch.target)
+    runs, told, stopped = list[Run](), list[str](), threading.Event()
+
+    def stop(sentence: str) -> None:
+        told.append(sentence)
+        stopped.set()
+
+    try:
+        with (
+            _bounded_memory(batch.schedule.max_ram, too_large or stop),
+            _log_file(batch.output),
+            open_cluster(batch.schedule) as client,
+            Overview(batch.output, batch.target) as overview,
+        ):
+            if dashboard and (link := dashboard_link(client)):
+                dashboard(link)
+            for job, run in segment_jobs(
+                batch.jobs,
+                batch.bundle,
+                client=client,
+                settings=batch.settings,
+                threads=batch.threads,
+                overwrite=batch.overwrite,
+                max_ram=batch.schedule.max_ram,
+                progress=progress,
+                stage=stage,
+                stopped=stopped,
+            ):
+                runs.append(run)
+                overview.add(job.folder, run)
+                if ended:
+                    ended(job, run)
+    except BaseException as error:
+        if told:
+            raise WsiPipelineError(told[0]) from error
+        raise
+    return runs
+
+
+class _LogFile(logging.FileHandler):
+    """A log that is not worth failing for, and that keeps no secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logging.getLogger().removeHandler(self)
+        logging.getLogger(__name__).warning("no more is logged: %s", sys.exception())
+
+
+@contextmanager
+def _log_file(output: Path) -> Iterator[None]:
+    """Write warnings and errors, with tracebacks, to a file in the output folder."""
+    handler = _LogFile(output / LOG_FILE, encoding="utf-8", delay=True)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with suppress(OSError):  # of which the user has been told
+            handler.close()
+
+
+@contextmanager
+def _bounded_memory(max_ram: int | None, exceeded: Callable[[str], None]) -> Iterator[None]:
+    """Say when the process takes more memory than allowed for a second.
+
+    Raises:
+        WsiPipelineError: it does before any work.
+    """
+    over = threading.Event()
+
+    def watch(limit: int) -> None:
+        above = 0
+        while not over.wait(0.25):
+            above = above + 1 if (used := used_memory()) > limit else 0
+            if above == 4:
+                exceeded(
+                    f"{used / 1e9:.2f} GB of memory are taken, --max-ram allows "
+                    f"{limit / 1e9:.2f} GB; lower --workers, --block-size or --batch-size, raise "
+                    f"--min-area, or raise the limit: {GOES_ON}"
+                )
+
+    if max_ram is None:
+        yield
+        return
+    if (used := used_memory()) > max_ram:
+        raise WsiPipelineError(
+            f"{used / 1e9:.2f} GB of memory are taken before any work, --max-ram allows "
+            f"{max_ram / 1e9:.2f} GB; raise it"
+        )
+    watcher = threading.Thread(target=watch, args=(max_ram,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()

@@ -1,0 +1,112 @@
+"""What a worker must know to do any block of a mask, whatever the source is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.geometry import Block, PatchGrid, Shape, iter_blocks
+from wsi_pipeline.inference.blend import sample_positions
+from wsi_pipeline.options import PredictOptions
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.sources.pixels import PixelSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a worker must know to do any block of a mask, in any number of dimensions.
+
+    Attributes:
+        pixels: the source.
+        fingerprint: of the source, when it was planned.
+        bundle_path: folder of the bundle.
+        model: digest of the bundle.
+        store: the run's working folder.
+        grid: the patches to predict.
+        downsample: source pixels per grid pixel along each axis.
+        mask_shape: pixels along each axis of the mask.
+        mask_downsample: source pixels per mask pixel along each axis.
+        block_shape: of a block in mask pixels.
+        is_mirrored: whether the grid runs through the last axis in reverse order.
+        predict: how.
+        roi: GeoJSON to which the mask is limited.
+        roi_offset: (x, y) of its origin in source pixels.
+        threads: of the CPU for one worker's forward passes.
+        outlines: whether to trace regions for polygons.
+    """
+
+    pixels: PixelSource
+    fingerprint: str
+    bundle_path: Path
+    model: str
+    store: RunStore
+    grid: PatchGrid
+    downsample: tuple[float, ...]
+    mask_shape: Shape
+    mask_downsample: tuple[float, ...]
+    block_shape: Shape
+    is_mirrored: bool = False
+    predict: PredictOptions
+    roi: Path | None = None
+    roi_offset: tuple[int, int] = (0, 0)
+    threads: int
+    outlines: bool
+
+    @property
+    def ratio(self) -> tuple[float, ...]:
+        """Return grid pixels per mask pixel along each axis."""
+        return tuple(m / g for m, g in zip(self.mask_downsample, self.downsample, strict=True))
+
+    def seen(self, block: Block) -> Block:
+        """Return where a block's mask lies to the grid, which may be mirrored."""
+        if not self.is_mirrored:
+            return block
+        width = self.mask_shape[-1]
+        start = (*block.start[:-1], width - block.stop[-1])
+        return replace(block, start=start, stop=(*block.stop[:-1], width - block.start[-1]))
+
+    def box(self, block: Block) -> tuple[Shape, Shape]:
+        """Return the grid pixels [start, stop) whose probabilities a block's mask needs."""
+        low, high, block = [], [], self.seen(block)
+        axes = zip(block.start, block.stop, self.ratio, self.grid.shape, strict=True)
+        for start, stop, ratio, length in axes:
+            floor, fraction = sample_positions(start, stop, ratio=ratio, length=length)
+            low.append(int(floor[0]))
+            high.append(int(floor[-1]) + (2 if fraction[-1] else 1))
+        return tuple(low), tuple(high)
+
+    def patches(self, block: Block) -> npt.NDArray[np.int64]:
+        """Return the indices, ascending, of the patches that a block's mask needs."""
+        return self.grid.touching(*self.box(block))
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks that some patch touches; all others stay background."""
+        every = iter_blocks(self.mask_shape, self.block_shape)
+        return [block for block in every if len(self.patches(block))]
+
+    def uses(self, blocks: Sequence[Block]) -> npt.NDArray[np.int64]:
+        """Return (n,) how many of some blocks need each patch."""
+        count = np.zeros(len(self.grid), np.int64)
+        for block in blocks:
+            count[self.patches(block)] += 1
+        return count
+
+    def check_fingerprint(self, fingerprint: str) -> None:
+        """Refuse a source that is not the one that was planned; return nothing.
+
+        Args:
+            fingerprint: of what lies at the source's path now.
+
+        Raises:
+            SourceError: another one.
+        """
+        if fingerprint != self.fingerprint:
+            raise SourceError(
+                f"{self.pixels.path}: its content was replaced while it was segmented; put the "
+                "first one back and give the same command again, or start anew with --overwrite"
+            )

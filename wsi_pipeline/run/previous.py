@@ -1,0 +1,106 @@
+"""What an earlier run has left in a folder: done already, another's, or exported since."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.files.atomic import remove, sync
+from wsi_pipeline.files.remote import reaching
+from wsi_pipeline.options import ExportOptions, Settings, as_plain
+from wsi_pipeline.report.record import FILES, OUTPUT_FILES, RUN_FILE, Run, load_run
+from wsi_pipeline.run.facts import model_facts, options_of
+from wsi_pipeline.run.jobs import Job
+from wsi_pipeline.run.store import RunStore, another, check_same, run_key
+from wsi_pipeline.run.written import WrittenFiles
+
+
+def model_key(bundle: Bundle) -> str:
+    """Return a digest of what makes a model another one: its name, its weights, what it sees."""
+    return run_key(model_facts(replace(bundle, limits="")))
+
+
+def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
+    """Refuse a folder that holds another slide's run, or another model's.
+
+    Args:
+        job: the source and its folder.
+        fingerprint: of the source.
+        bundle: the model.
+
+    Raises:
+        StoreError: it does.
+    """
+    try:
+        with reaching(job.home):
+            run = load_run(job.home / RUN_FILE)
+    except StoreError:  # nothing, or nothing that can be read
+        run = None
+    if run is not None and (run.status == "done" or run.amounts):
+        facts = model_facts(bundle)
+        if run.slide.get("fingerprint") != fingerprint:
+            raise another(job.home, "slide")
+        if any(run.model.get(k, facts[k]) != facts[k] for k in ("name", "weights_sha256", "input")):
+            raise another(job.home, f"model, {run.model.get('name')}")
+    check_same(job.folder, fingerprint=fingerprint, model=model_key(bundle))
+
+
+def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions) -> Run | None:
+    """Return the run that a folder holds, if it is whole and was made the same way."""
+    path = folder / RUN_FILE
+    with reaching(folder):
+        if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
+            return None
+        try:
+            run = load_run(path)
+        except StoreError as error:
+            if isinstance(error.__cause__, OSError):  # out of reach
+                raise
+            return None  # damaged: it is written again
+    wanted = {"key": key, "export": as_plain(export)}
+    # What the model says of its limits may have changed since.
+    same = run.status == "done" and run.model == model_facts(bundle)
+    same &= wanted.items() <= run.settings.items()
+    return run if same else None
+
+
+def as_exported(home: Path, key: str, settings: Settings) -> Settings:
+    """Return the settings as `export` has changed them since the same options were named here.
+
+    So a line that is given again goes on with what is there, and one that names others does not.
+    """
+    try:
+        with reaching(home):
+            run = load_run(home / RUN_FILE)
+        held = run.settings
+        if held["key"] == key and held["named"] == settings.as_plain()["named"]:
+            return replace(settings, export=options_of(run))
+    except (StoreError, KeyError, TypeError, ValueError):  # no run, or none of this version
+        pass
+    return settings
+
+
+def drop_what_is_old(store: RunStore, key: str, files: WrittenFiles) -> None:
+    """Remove what new outputs will replace or contradict, `run.json` in any case.
+
+    Args:
+        store: the run's working folder.
+        key: of the run.
+        files: of the run's folder.
+    """
+    folder = store.folder
+    path = folder / RUN_FILE
+    try:
+        same = load_run(path).settings.get("key") == key
+    except StoreError:
+        same = False
+    # A run moves its mask before it writes anything else: once it has, the rest is its own too.
+    moved = not store.mask_path.is_dir()
+    # run.json first: without it nobody takes what comes next for another run's.
+    path.unlink(missing_ok=True)
+    if not same and not moved:
+        for name in files.ours(OUTPUT_FILES):
+            remove(folder / name)
+    sync(folder)

@@ -1,0 +1,352 @@
+"""A finished mask and what is written from it, whether just made or opened again from its run."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image as Pictures
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export.dicom_seg import write_dicom_seg
+from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.nifti import write_nifti
+from wsi_pipeline.export.planes import write_planes_overlay
+from wsi_pipeline.export.png import write_mask_png
+from wsi_pipeline.export.polygons.components import BlockComponents
+from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
+from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.files.locks import why_not_written
+from wsi_pipeline.geometry import Block, Region, Shape
+from wsi_pipeline.options import ExportOptions, Output
+from wsi_pipeline.patch_grid import StoredGrid
+from wsi_pipeline.report.record import ASAP_FILE, FILES
+from wsi_pipeline.run.facts import made_by, stamp_of
+from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.sources.radiology.image import Image
+from wsi_pipeline.sources.radiology.preprocess import Scan
+from wsi_pipeline.sources.radiology.volume import Volume
+
+logger = logging.getLogger(__name__)
+
+NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
+PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
+"""Longest side of an image's overlay, px, and what a smaller one is enlarged to, whole times."""
+Ledger = Mapping[Shape, Mapping[str, npt.NDArray[Any]]]
+"""What is known of blocks, by their index."""
+Writers = Mapping[Output, Callable[[Path], object]]
+"""What writes each output, in their order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(ABC):
+    """A whole mask, and what its files tell of it.
+
+    Attributes:
+        facts: what `run.json` says of the source.
+        model: what it says of the model.
+        key: of the run.
+        classes: in the mask's order.
+        mask: (y, x) or (z, y, x) class indices.
+        blocks: all that may hold anything.
+        side: of a block in two dimensions, mask pixels.
+        ledger: as far as it is true of this mask; pieces of other blocks are looked for in it.
+    """
+
+    facts: Mapping[str, Any]
+    model: Mapping[str, Any]
+    key: str
+    classes: tuple[ClassInfo, ...]
+    mask: MaskLike
+    blocks: list[Block]
+    side: int
+    ledger: Ledger
+
+    @property
+    @abstractmethod
+    def features(self) -> geojson.Dialect:
+        """Return how regions become features."""
+
+    @abstractmethod
+    def _writers(self) -> Writers:
+        """Return what writes each output but polygons."""
+
+    def write(
+        self, wanted: Collection[Output], folder: Path, files: WrittenFiles, clock: Clock
+    ) -> tuple[list[str], geojson.Written]:
+        """Write files; return a sentence for each that failed, and what polygons were written.
+
+        Args:
+            wanted: which.
+            folder: of the run.
+            files: of the folder, which give the new ones their places.
+            clock: gets a lap for each.
+        """
+        failures, polygons = list[str](), [NOTHING]
+        tracing: Writers = {"geojson": lambda path: polygons.append(self._write_polygons(path))}
+        for output, write in {**tracing, **self._writers()}.items():
+            if output not in wanted:
+                continue
+            path = folder / FILES[output]
+            files.tell(path.name)
+            try:
+                with files.staged() as stage:
+                    write(stage / path.name)
+            except Exception as error:  # the mask is whole: whatever fails here must not cost it
+                logger.debug("writing %s failed", path, exc_info=True)
+                failures.append(
+                    why_not_written(path, error)
+                    if isinstance(error, OSError)
+                    else f"{path.name} could not be written: {error}"
+                )
+            clock.lap(output)
+        return failures, polygons[-1]
+
+    def _write_polygons(self, path: Path) -> geojson.Written:
+        features = self.features
+        traced = {i: BlockComponents.from_arrays(a) for i, a in self.ledger.items() if "top" in a}
+        rest = [block for block in self.blocks if block.index not in traced]
+        outlines = find_outlines(
+            self.mask,
+            {**traced, **trace_mask(self.mask, rest)},
+            block_size=self.side,
+            tolerance=features.tolerance,
+            min_pixels=features.min_pixels,
+        )
+        return geojson.write_geojson(path, outlines, features)
+
+    def _made_by(self) -> dict[str, str]:
+        return made_by(self.model, self.key)
+
+    @property
+    def _namespace(self) -> str:
+        return f"{self.facts['fingerprint']}/{self.model['weights_sha256']}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideResult(Result):
+    """The mask of a slide.
+
+    Attributes:
+        mask_path: the finished OME-Zarr.
+        downsample: (x, y) level-0 pixels per mask pixel.
+        options: how to write.
+        stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
+    """
+
+    mask_path: Path
+    downsample: tuple[float, float]
+    options: ExportOptions
+    stored: StoredGrid | None
+
+    @property
+    def crop(self) -> Region | None:
+        """Return the part of the slide that the viewer shows, in level-0 pixels; None = all."""
+        bounds = self.facts["bounds"]
+        return Region(**bounds) if bounds and self.options.frame == "qupath" else None
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """Return what `run.json` says of the frame of polygons and TIFF."""
+        crop = self.crop
+        return {"for": self.options.frame, "offset": [crop.x, crop.y] if crop else [0, 0]}
+
+    @property
+    def features(self) -> geojson.Dialect:
+        """Return how regions become features."""
+        x, y = self.facts["mpp"]
+        return geojson.Dialect(
+            classes=self.classes,
+            downsample=self.downsample,
+            mpp=(x, y),
+            crop=self.crop,
+            simplify_um=self.options.simplify_um,
+            min_area_um2=self.options.min_area_um2,
+            namespace=self._namespace,
+            metadata=self._made_by(),
+        )
+
+    def _writers(self) -> Writers:
+        return {"tiff": self._write_tiffs, "overlay": self._write_overlay}
+
+    def _write_tiffs(self, path: Path) -> None:
+        """Write the OME-TIFF, cropped as the viewer shows it, and ASAP's kind where wanted."""
+        mask, *reduced = ome_zarr.open_levels(self.mask_path)
+        features, box = self.features, None
+        if (crop := self.crop) is not None:
+            x, y = self.downsample
+            top, left = round(crop.y / y), round(crop.x / x)
+            height = min(round(crop.height / y), mask.shape[0] - top)
+            width = min(round(crop.width / x), mask.shape[1] - left)
+            box = (top, left, height, width)
+        ome_tiff.write_ome_tiff(
+            path,
+            mask,
+            classes=self.classes,
+            mask_mpp=features.mask_mpp,
+            crop=box,
+            name=Path(self.facts["name"]).stem,
+            reduced=reduced,
+        )
+        if self.options.tiff == "asap":
+            beside = path.with_name(ASAP_FILE)
+            ome_tiff.write_asap_tiff(beside, mask, mask_mpp=features.mask_mpp, reduced=reduced)
+
+    def _write_overlay(self, path: Path) -> None:
+        if self.stored is None:
+            raise WsiPipelineError("the slide's thumbnail is not kept here; segment it again")
+        tissue = self.stored.tissue
+        overlay.write_overlay(
+            path,
+            self.stored.thumbnail,
+            ome_zarr.read_mask(self.mask_path, tissue.shape),
+            classes=self.classes,
+            tissue=tissue,
+            note=stamp_of(self.model),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanResult(Result):
+    """The mask of a planar image or volume.
+
+    Attributes:
+        scan: opened; None = only what is made of the mask alone can be written.
+        size_field: name, in `run.json`, of the size of a class where a pixel's is known.
+    """
+
+    scan: Scan | None
+    size_field: ClassVar[str]
+
+    @cached_property
+    def lesions(self) -> list[Lesions]:
+        """Return the lesions of each class but the background."""
+        return count_lesions(self.mask, self.classes, self._spacing_mm)
+
+    @property
+    def _spacing_mm(self) -> tuple[float, ...] | None:
+        """Return mm between pixels in the order of the mask's axes."""
+        spacing = self.facts["spacing_mm"]
+        return tuple(reversed(spacing)) if spacing else None
+
+    @property
+    def amounts(self) -> dict[str, Any]:
+        """Return what `run.json` says of how much there is, in the unit that is known."""
+        size = self.size_field
+        return {
+            size if self._spacing_mm else "area_px": {
+                f.name: f.pixels if f.size is None else f.size for f in self.lesions
+            },
+            "lesions": {found.name: _lesion_facts(found, size) for found in self.lesions},
+        }
+
+    @property
+    def features(self) -> geojson.Dialect:
+        """Return how regions become features: exactly, in pixels."""
+        spacing = self._spacing_mm or (1.0, 1.0)
+        return geojson.Dialect(
+            classes=self.classes,
+            downsample=(1.0, 1.0),
+            mpp=(spacing[1] * 1000, spacing[0] * 1000),
+            crop=None,
+            simplify_um=0,
+            min_area_um2=0,
+            namespace=self._namespace,
+            metadata=self._made_by(),
+            unit="mm^2" if self._spacing_mm else "px^2",
+        )
+
+    def _writers(self) -> Writers:
+        scan = self.scan
+        if scan is None:
+            return {}
+        return {
+            "dicom": lambda path: write_dicom_seg(
+                path,
+                self.mask,
+                scan=scan,
+                classes=self.classes,
+                model=self.model["name"],
+                version=self.model["weights_sha256"][:16],
+            )
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageResult(ScanResult):
+    """The mask of a planar image."""
+
+    scan: Image | None
+    size_field: ClassVar[str] = "area_mm2"
+
+    def _writers(self) -> Writers:
+        return {
+            "png": lambda path: write_mask_png(path, self.mask, classes=self.classes),
+            **super()._writers(),
+            **({} if self.scan is None else {"overlay": partial(self._write_overlay, self.scan)}),
+        }
+
+    def _write_overlay(self, image: Image, path: Path) -> None:
+        longest = max(image.shape)
+        share = min(max(SMALLEST_SIDE // longest, 1), PICTURE_SIDE / longest)
+        height, width = (max(1, round(n * share)) for n in image.shape)
+        rows, columns = (
+            (np.arange(n) * 2 + 1) * m // (2 * n)
+            for n, m in zip((height, width), image.shape, strict=True)
+        )
+        picture = Pictures.fromarray(image.as_rgb())
+        overlay.write_overlay(
+            path,
+            np.asarray(picture.resize((width, height), Pictures.Resampling.BOX)),
+            self.mask[:, :][np.ix_(rows, columns)],
+            classes=self.classes,
+            note=stamp_of(self.model),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeResult(ScanResult):
+    """The mask of a volume."""
+
+    scan: Volume | None
+    size_field: ClassVar[str] = "volume_ml"
+
+    def _writers(self) -> Writers:
+        volume = self.scan
+        if volume is None:
+            return {}
+        return {
+            "nifti": lambda path: write_nifti(path, self.mask, volume),
+            **super()._writers(),
+            "overlay": lambda path: write_planes_overlay(
+                path, volume, self.mask, self.classes, self.lesions, note=stamp_of(self.model)
+            ),
+        }
+
+
+def _lesion_facts(found: Lesions, size: str) -> dict[str, Any]:
+    """Return what `run.json` says of a class's lesions; corners are (x, y) or (x, y, z)."""
+    diameters = [lesion.diameter_mm for lesion in found.largest]
+    return {
+        "count": found.count,
+        "largest_mm": max((d for d in diameters if d is not None), default=None),
+        "listed": [
+            {
+                "pixels": lesion.pixels,
+                size: lesion.size,
+                "diameter_mm": lesion.diameter_mm,
+                "start": list(reversed(lesion.start)),
+                "stop": list(reversed(lesion.stop)),
+            }
+            for lesion in found.largest
+        ],
+    }

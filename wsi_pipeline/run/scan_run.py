@@ -1,0 +1,221 @@
+"""The run of a planar image or a volume: a mask in its own geometry, and its lesions."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from wsi_pipeline.bundle import AXES, Bundle
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.files.paths import name_of, without_secrets
+from wsi_pipeline.geometry import PatchGrid, Shape
+from wsi_pipeline.options import OUTPUTS, Settings, as_plain
+from wsi_pipeline.run.facts import model_facts
+from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.result import ImageResult, Ledger, ScanResult, VolumeResult
+from wsi_pipeline.run.source_run import SourceRun
+from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.sources.pixels import ScanPixels
+from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan, prepare
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SIDE = {2: 2048, 3: 256}
+"""Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
+CHUNK = {2: 1024, 3: 64}
+"""Side of a chunk of the mask while it grows; blocks are made of whole ones."""
+
+
+class ScanRun(SourceRun):
+    """The run of a planar image or a volume.
+
+    Attributes:
+        prepared: how its pixels become those of the grid, once laid out.
+        result: the finished mask.
+    """
+
+    source: Scan
+    reopened: Scan
+    prepared: Preparation
+    result: ScanResult
+    _result: Callable[..., ImageResult | VolumeResult]
+
+    @staticmethod
+    def check(settings: Settings, bundle: Bundle) -> None:
+        """Refuse blocks that are not whole chunks of the mask.
+
+        Raises:
+            StoreError: not a multiple.
+        """
+        size, unit = settings.predict.block_size, CHUNK[AXES[bundle.modality]]
+        if size and size % unit:
+            raise StoreError(f"--block-size {size} is not a multiple of {unit}, the mask's chunk")
+
+    def _open(self, path: Path) -> Scan:
+        scan = open_scan(
+            path,
+            axes=AXES[self.bundle.modality],
+            frame=self.settings.select.series,
+            time_points=self._time_points,
+        )
+        self.settings = without_dicom(scan, self.settings)
+        return scan
+
+    @property
+    def _time_points(self) -> tuple[int, ...] | None:
+        """Return which volumes of one place the model sees, or the user chose; None = the only."""
+        chosen = self.settings.select.time_point
+        return self.bundle.input.time_points or (None if chosen is None else (chosen,))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "scan": self.source.fingerprint,
+            "spacing_mm": self.source.spacing_mm,
+            "frame": self.settings.select.series,
+            "time_point": self.settings.select.time_point,
+        }
+
+    def lay_out(self, store: RunStore, threads: int, *, keep: bool) -> Plan:
+        """See `SourceRun`."""
+        self.check(self.settings, self.bundle)
+        scan, spec, axes = self.source, self.bundle.input, len(self.source.shape)
+        self.prepared = prepared = prepare(scan, spec)
+        size, overlap = self.settings.predict.block_size, self.settings.predict.overlap
+        try:
+            grid = PatchGrid.cover(
+                prepared.shape,
+                spec.patch_size,
+                spec.overlap if overlap is None else (overlap,) * axes,
+            )
+        except ValueError as error:
+            raise StoreError(str(error)) from error
+        side, unit = size or BLOCK_SIDE[axes], CHUNK[axes]
+        block_shape: Shape = (side,) * axes
+        if axes > 2:  # tracing wants squares; of volumes fewer where pixels are coarser
+            sides = (side * min(step, 1.0) for step in prepared.step)
+            block_shape = tuple(max(unit, round(n / unit) * unit) for n in sides)
+        return Plan(
+            pixels=ScanPixels(
+                path=scan.path.absolute(),
+                frame=self.settings.select.series,
+                time_points=self._time_points,
+                prepared=prepared,
+            ),
+            fingerprint=scan.fingerprint,
+            bundle_path=self.bundle.path.absolute(),
+            model=self.bundle.digest,
+            store=store,
+            grid=grid,
+            downsample=prepared.step,
+            mask_shape=scan.shape,
+            mask_downsample=(1.0,) * axes,
+            block_shape=block_shape,
+            is_mirrored=prepared.is_mirrored,
+            predict=self.settings.predict,
+            threads=threads,
+            outlines="geojson" in self.settings.export.outputs,
+        )
+
+    def make_mask(self) -> None:
+        """See `SourceRun`."""
+        plan, store = self.plan, self.plan.store
+        logger.info("%s: %d patches", name_of(self.source.path), len(plan.grid))
+        try:
+            mask = ome_zarr.open_mask(store.mask_path)
+        except Exception:  # not there, or damaged in any way
+            store.forget_blocks()
+            store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+        else:
+            store.forget_blocks(store.damaged(plan.blocks(), mask))
+
+    def most_mask_files(self, plan: Plan) -> int:
+        """See `SourceRun`."""
+        metadata = 2
+        unit = CHUNK[len(plan.mask_shape)]
+        return math.prod(-(-n // unit) for n in plan.mask_shape) + metadata
+
+    def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> ScanResult:
+        """Count the lesions; see `SourceRun`."""
+        scan, spacing = self.source, self.source.spacing_mm
+        self.result = self._result(
+            facts={
+                "name": name_of(scan.path),
+                "path": without_secrets(str(scan.path)),
+                "size": list(reversed(scan.shape)),
+                "spacing_mm": list(reversed(spacing)) if spacing else None,
+                "backend": scan.backend,
+                "fingerprint": scan.fingerprint,
+            },
+            model=model_facts(self.bundle),
+            key=self.key,
+            classes=self.bundle.classes,
+            mask=ome_zarr.open_mask(self.plan.store.mask_path),
+            blocks=self.blocks,
+            side=self.plan.block_shape[0],
+            ledger=ledger,
+            scan=self.reopened,
+        )
+        self.result.lesions  # noqa: B018  # counted here, to be timed by itself
+        clock.lap("lesions")
+        return self.result
+
+    def _facts(self, ledger: Ledger) -> dict[str, Any]:
+        return {
+            "settings": {"prepared": as_plain(self.prepared)},
+            "patches": len(self.plan.grid),
+            "labels": self._labels(ledger),
+            "warnings": [],
+            **self.result.amounts,
+        }
+
+    def _labels(self, ledger: Ledger) -> dict[str, float]:
+        """Return the probability of each label: that of the patch where the first is the least.
+
+        So of "no tumor" and "tumor" the patch counts that looks most like tumor.
+        """
+        found = [arrays["labels"] for arrays in ledger.values() if "labels" in arrays]
+        if not found:
+            return {}
+        patches = np.concatenate(found)
+        chosen = patches[np.argmin(patches[:, 0])].tolist()
+        return dict(zip(self.bundle.labels, chosen, strict=True))
+
+
+class ImageRun(ScanRun):
+    """The run of a planar image."""
+
+    _result = ImageResult
+
+
+class VolumeRun(ScanRun):
+    """The run of a volume."""
+
+    _result = VolumeResult
+
+
+def without_dicom(scan: Scan, settings: Settings) -> Settings:
+    """Return the settings without the DICOM segmentation where it could not refer to its input.
+
+    Raises:
+        SourceError: it was asked for by name.
+    """
+    outputs = settings.export.outputs
+    if "dicom" not in outputs or scan.can_be_referred_to:
+        return settings
+    if outputs not in OUTPUTS.values():
+        what = "has no identifiers of its own" if scan.backend == "pydicom" else "is no DICOM"
+        raise SourceError(
+            f"{scan.path} {what}, which a DICOM segmentation must refer to; leave dicom out of "
+            "--outputs"
+        )
+    wanted = tuple(output for output in outputs if output != "dicom")
+    return replace(settings, export=replace(settings.export, outputs=wanted))

@@ -1,0 +1,192 @@
+"""What differs between the runs of slides, images and volumes; all else is told once, in `segment`.
+
+open       SlideRun or ScanRun, by the model's modality: the source is open, its key is known
+prepare    where to look, the plan for the workers, the mask in which blocks are written
+blocks     elsewhere: workers know the plan alone
+write      the outputs from the finished mask, and what `run.json` says
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.geometry import Block
+from wsi_pipeline.options import Settings
+from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.facts import versions, warnings_of
+from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.result import Ledger, Result
+from wsi_pipeline.run.store import RunStore, run_key
+from wsi_pipeline.run.worker import STAGES
+from wsi_pipeline.run.written import WrittenFiles
+from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.radiology.preprocess import Scan
+
+
+class SourceRun(ABC):
+    """A source that is open, the model and the options: one run on its way to its files.
+
+    Attributes:
+        source: the slide, image or volume, closed once the run is prepared.
+        reopened: the same, open again while outputs are written.
+        bundle: the model.
+        settings: options; may be changed until `prepare`.
+        plan: for the workers, once prepared.
+        blocks: that some patch touches, once prepared.
+    """
+
+    source: Slide | Scan
+    reopened: Slide | Scan
+    plan: Plan
+    blocks: list[Block]
+
+    def __init__(self, path: Path, bundle: Bundle, settings: Settings) -> None:
+        self.bundle, self.settings = bundle, settings
+        self.source = self._open(path)
+
+    @abstractmethod
+    def _open(self, path: Path) -> Slide | Scan:
+        """Open the source; return it.
+
+        Raises:
+            SourceError: it cannot be read, or does not fit the model or the options.
+        """
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Return everything of the source and of where to look that the mask depends on."""
+
+    @abstractmethod
+    def lay_out(self, store: RunStore, threads: int, *, keep: bool) -> Plan:
+        """Find out where to look; return the plan for the workers.
+
+        Args:
+            store: the run's working folder.
+            threads: of the CPU for one worker's forward passes.
+            keep: write down what was found, and read it where it is; else nothing is written.
+
+        Raises:
+            SourceError: the source cannot be read, or does not fit the model.
+            StoreError: a block size or overlap that cannot be.
+        """
+
+    @abstractmethod
+    def make_mask(self) -> None:
+        """Create the mask unless an interrupted run has begun one; forget damaged blocks."""
+
+    @abstractmethod
+    def most_mask_files(self, plan: Plan) -> int:
+        """Return the largest number of files that the mask can have."""
+
+    @abstractmethod
+    @abstractmethod
+    def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> Result:
+        """Finish the mask; return it with what its files tell of it.
+
+        Raises:
+            SourceError: more of the source is unreadable than the settings allow.
+        """
+
+    @abstractmethod
+    def _facts(self, ledger: Ledger) -> dict[str, Any]:
+        """Return those fields of `Run` that this modality has beside the others'."""
+
+    @cached_property
+    def key(self) -> str:
+        """Return the digest of everything that the mask depends on."""
+        left_out = ("device", "batch_size")
+        predict = {k: v for k, v in asdict(self.settings.predict).items() if k not in left_out}
+        whole = {
+            "model": self.bundle.digest,
+            "predict": predict,
+            "version": version("wsi-pipeline"),
+        }
+        return run_key(self._identity() | whole)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.close()
+
+    def prepare(self, store: RunStore, threads: int, check: Callable[[Plan], None]) -> None:
+        """Plan the blocks and create the mask; return nothing.
+
+        Args:
+            store: the run's working folder, claimed.
+            threads: of the CPU for one worker's forward passes.
+            check: refuses a plan that takes too much.
+        """
+        self.plan = self.lay_out(store, threads, keep=True)
+        check(self.plan)
+        self.make_mask()
+        self.blocks = self.plan.blocks()
+
+    def check_source(self) -> None:
+        """Open the source again; refuse one that was replaced, and forget what was made of it.
+
+        Raises:
+            SourceError: it was.
+        """
+        self.reopened = self._open(self.plan.pixels.path)
+        try:
+            self.plan.check_fingerprint(self.reopened.fingerprint)
+        except SourceError:
+            self.reopened.close()
+            self.plan.store.empty()
+            raise
+
+    def write(self, files: WrittenFiles) -> Run:
+        """Write what was asked for, once all blocks are done; return the run.
+
+        An output that fails is named in the run and costs no other.
+
+        Args:
+            files: of the run's folder.
+
+        Raises:
+            SourceError: more of the source is unreadable than the settings allow.
+        """
+        plan, settings, clock = self.plan, self.settings, Clock()
+        ledger = {block.index: plan.store.load_block(block) for block in self.blocks}
+        with self.reopened:
+            result = self._finish(ledger, files, clock)
+            wanted = settings.export.outputs
+            failures, written = result.write(wanted, plan.store.folder, files, clock)
+        own = self._facts(ledger)
+        seconds = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
+        run = Run(
+            status="failed" if failures else "done",
+            reason="; ".join(failures),
+            slide=dict(result.facts),
+            model=dict(result.model),
+            settings={"key": self.key, **settings.as_plain(), **own.pop("settings")},
+            versions=versions(),
+            patches={
+                "grid": own.pop("patches"),
+                "kept": len(plan.grid),
+                "predicted": sum(int(arrays["predicted"]) for arrays in ledger.values()),
+            },
+            # Those of blocks are summed over threads and interrupted runs.
+            seconds={name: round(s, 3) for name, s in {**seconds, **clock.seconds}.items()},
+            colors={c.name: list(c.color or ()) for c in result.classes[1:]},
+            background=result.classes[0].name,
+            regions=written.regions,
+            warnings=[
+                *warnings_of(self.bundle),
+                *self.source.doubts,
+                *written.dropped,
+                *own.pop("warnings"),
+            ],
+            **own,
+        )
+        return files.noted(run)
