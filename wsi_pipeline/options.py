@@ -207,7 +207,6 @@ def chosen(kind: Callable[..., T], options: Mapping[str, object]) -> T:
 
     Args:
         kind: `SelectOptions` or another of the groups.
-        options: by the names of fields, those of other groups, too.
     """
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in options.items() if name in names})

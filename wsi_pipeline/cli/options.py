@@ -137,11 +137,7 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
 
 
 class OutputsChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A comma-separated list of outputs.
-
-    Args:
-        choices: that there are.
-    """
+    """A comma-separated list of outputs."""
 
     def __init__(self, choices: Sequence[Output]) -> None:
         self._choices = choices

@@ -17,11 +17,7 @@ def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> A
     """Return a bar on stderr, redrawn at once on a terminal, and seldom in a file.
 
     Args:
-        name: that is drawn before it.
-        total: what there is to do.
         initial: what was done before, which does not count for the rate.
-        unit: what is counted.
-        quiet: draw nothing.
     """
     seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_FILES
     return tqdm(
@@ -36,13 +32,7 @@ def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> A
 
 
 class Bars:
-    """One bar at a time; of several slides the first that is not through.
-
-    Args:
-        quiet: draw nothing.
-        unit: what is counted.
-        of: how many slides there are.
-    """
+    """One bar at a time; of several slides the first that is not through."""
 
     def __init__(self, *, quiet: bool, unit: str, of: int = 1) -> None:
         self._quiet, self._unit, self._of = quiet, unit, of

@@ -12,12 +12,7 @@ from typing import Any, NoReturn
 
 @contextmanager
 def stopping(tidy: Callable[[], None], sentence: str) -> Iterator[None]:
-    """End the process when it is asked to during the body, with exit code 128 + the signal.
-
-    Args:
-        tidy: removes what is half written.
-        sentence: to say.
-    """
+    """End the process when it is asked to during the body, with exit code 128 + the signal."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

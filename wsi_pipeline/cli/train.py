@@ -90,11 +90,7 @@ def command(
 
 
 class Bar:
-    """One bar for each training, with its loss and best validation Dice.
-
-    Args:
-        quiet: draw nothing.
-    """
+    """One bar for each training, with its loss and best validation Dice."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet

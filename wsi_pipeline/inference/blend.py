@@ -25,7 +25,6 @@ def axis_windows(
     pixel to the one patch whose middle is nearest, so its windows are 0 or 1 and sum to 1.
 
     Args:
-        blend: how overlapping predictions combine.
         length: grid pixels along the axis.
         patch_size: pixels of a patch.
         stride: pixels between origins.
@@ -51,11 +50,6 @@ def axis_windows(
 
 class Windows:
     """The weights of every patch of a grid, one window an axis.
-
-    Args:
-        grid: of the patches.
-        blend: how overlapping predictions combine.
-        device: of the weights.
 
     Attributes:
         exclusive: whether every pixel takes the prediction of one patch alone, the nearest: asked
@@ -136,9 +130,7 @@ def iter_blended_rows(
             ascending along the first axis.
         start: first grid pixel of the box.
         stop: one past the last.
-        windows: weights of the patches.
         patch_rows: of a patch along the first axis.
-        channels: of the predictions.
         device: where they lie.
 
     Yields:
@@ -259,7 +251,6 @@ def iter_sampled_rows(
         stop: one past the last.
         ratio: grid pixels per mask pixel along each axis.
         shape: of the whole grid.
-        rows: mask rows of a strip, which bounds the memory.
 
     Yields:
         First row of the strip relative to `start`, and (C, rows, *rest).

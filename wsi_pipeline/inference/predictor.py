@@ -85,12 +85,9 @@ class Predictor:
     """A network on its device, ready to predict patches; close it.
 
     Args:
-        bundle: the model.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: number format of the forward pass.
         batch_size: patches in one forward pass; None = chosen for the device.
         threads: of the CPU to keep busy; None = all.
-        network: in place of the one in the bundle's files, such as one that is being trained.
 
     Raises:
         BundleError: the bundle has no network that can be built, or the device is not there.

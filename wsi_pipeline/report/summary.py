@@ -17,10 +17,6 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
 
     A text that a spreadsheet would take for a formula gets an apostrophe in front; `run.json` has
     it as it is.
-
-    Args:
-        output_dir: folder of the file.
-        runs: by their folder.
     """
     buffer = io.StringIO(newline="")
     rows = csv.writer(buffer)

@@ -66,12 +66,7 @@ def segment_job(
     What an earlier run of the same source, model and settings has done is not done again.
 
     Args:
-        job: the source and the folder.
-        bundle: the model.
-        client: of the dask cluster that does the blocks.
-        settings: options.
         threads: of the CPU for one worker's forward passes; None = all.
-        overwrite: start anew whatever the folder holds.
         max_ram: bytes that this process may take; None = no limit.
         progress: told of patches done.
         stage: told of what comes after them.
@@ -101,13 +96,8 @@ def segment_jobs(
     Sources that another process has claimed are looked at again when all others are done.
 
     Args:
-        jobs: sources and their folders.
-        bundle: the model.
-        client: of the dask cluster.
-        settings: options.
         threads: of the CPU for one worker's forward passes; None = all, or as many as dask gives
             a worker elsewhere.
-        overwrite: start anew whatever the folders hold.
         max_ram: bytes that this process may take; None = no limit.
         progress: told of a job and its patches done, by several threads.
         stage: told of a job and what comes after its patches, by several threads.
@@ -146,11 +136,7 @@ class BatchRunner:
     Workers elsewhere have the blocks of several, those of the first source first.
 
     Args:
-        client: of the dask cluster.
-        bundle: the model.
-        settings: options.
         threads: of the CPU for one worker's forward passes; None = all.
-        overwrite: start anew whatever the folders hold.
         max_ram: bytes that this process may take; None = no limit.
         stopped: once it is set, no block is begun.
     """
@@ -275,8 +261,6 @@ def open_elsewhere(plan: Plan, threads: int | None, keep: WorkerCache) -> BlockW
     """Open a source on a worker of another process; return what does its blocks.
 
     Args:
-        plan: of the source.
         threads: of the CPU for its forward passes; None = as many as dask gives the worker.
-        keep: what the worker keeps from source to source.
     """
     return BlockWorker(replace(plan, threads=threads or worker_threads()), keep)

@@ -110,15 +110,9 @@ def estimate(
     """Return what a source will take, from its headers and thumbnail; nothing is written.
 
     Args:
-        job: the source and the folder.
-        bundle: the model.
-        settings: options.
-        workers: of the in-process cluster.
         blocks_in_hand: of each.
         threads: of the CPU for one worker's forward passes; None = all.
         rate: patches per second, of all workers together.
-        model: what it takes.
-        overwrite: whatever the folder holds.
 
     Raises:
         WsiPipelineError: the source, the model or the folder cannot be used.
@@ -161,15 +155,9 @@ def estimate_memory(
     """Return the bytes that the process takes at its peak, about.
 
     Args:
-        bundle: the model.
-        predict: options.
-        model: what it takes.
         block_shape: of a block in mask pixels.
         ratio: grid pixels per mask pixel along each axis.
-        patches: to predict.
-        blocks_in_hand: of all workers together.
         workers: each with a model of its own.
-        threads: of the CPU for one worker's forward passes.
         tissue_px: mask pixels that patches cover.
     """
     device = choose_device(predict.device)
@@ -198,8 +186,6 @@ def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
     """Return how many passes at once, each on one core, fit into the memory; 1 at least.
 
     Args:
-        model: what it takes.
-        threads: of the CPU.
         free: bytes.
 
     Example:
@@ -235,9 +221,7 @@ def estimate_files(
     """Return the bytes of a run's files, about, and the largest number of them.
 
     Args:
-        export: options.
         mask_files: at most, of the mask itself.
-        blocks: that hold patches.
         tissue_px: mask pixels that patches cover.
     """
     vertices = tissue_px / PX_PER_VERTEX
@@ -251,11 +235,6 @@ def estimate_files(
 
 def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int) -> float:
     """Measure how many patches of noise a device predicts in a second; return it.
-
-    Args:
-        bundle: the model.
-        predict: options.
-        threads: of the CPU.
 
     Raises:
         BundleError: the model does not run.
@@ -336,12 +315,7 @@ def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callabl
 
 
 def passes_at_once(bundle: Bundle, wanted: int) -> int:
-    """Return how many forward passes at once, each on one core, fit into the free memory.
-
-    Args:
-        bundle: the model.
-        wanted: how many cores there are for them.
-    """
+    """Return how many forward passes at once, each on one core, fit into the free memory."""
     free = free_memory()
     passes = passes_that_fit(most_model_bytes(bundle), wanted, free=free)
     # What a model really takes costs a second or two to find out.

@@ -29,7 +29,6 @@ def source_path(folder: Path, told: str) -> Path:
     """Return where the source of a run lies: a path may count from where `segment` was called.
 
     Args:
-        folder: of the run.
         told: the path in `run.json`.
     """
     path = as_path(told)
@@ -43,7 +42,6 @@ def open_scan_of(folder: Path, run: Run, path: Path | None = None) -> Scan:
     """Open the image or volume of a run again; return it.
 
     Args:
-        folder: of the run.
         run: what its `run.json` says.
         path: where the source is now; None = where it was.
 
@@ -100,9 +98,7 @@ def open_mask_of(folder: Path, run: Run, closing: ExitStack, scan: Scan | None =
     It is the file that people see and correct, else what the working folder keeps of the run.
 
     Args:
-        folder: of the run.
         run: what its `run.json` says.
-        closing: takes what is to be closed.
         scan: what was segmented, on which the mask must lie; None = it is not known.
 
     Raises:

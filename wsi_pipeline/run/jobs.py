@@ -88,7 +88,6 @@ def find_slides(inputs: Inputs, *, output: str | Path, linked: bool = False) -> 
     Args:
         inputs: as on the command line, see `named_paths`.
         output: folder of the runs, in which no slides are looked for.
-        linked: keep all names of a slide that links give several.
 
     Raises:
         SourceError: an input that does not exist.
@@ -233,8 +232,6 @@ def plan_jobs(
     by their extension, then by their folder.
 
     Args:
-        slides: their paths.
-        output: folder of the runs.
         mpp_table: µm per level-0 pixel by file name, with or without extension.
         target: folder behind a URL to which the runs are moved when they are whole.
 

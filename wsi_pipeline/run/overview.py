@@ -31,7 +31,6 @@ class Overview:
     """Summary and report of an output folder; in a `with` they are written a last time.
 
     Args:
-        output: folder of the runs.
         target: folder behind a URL to which they are moved; None = they stay.
     """
 

@@ -99,9 +99,6 @@ class Plan:
     def check_fingerprint(self, fingerprint: str) -> None:
         """Refuse a source that is not the one that was planned; return nothing.
 
-        Args:
-            fingerprint: of what lies at the source's path now.
-
         Raises:
             SourceError: another one.
         """

@@ -25,11 +25,6 @@ def model_key(bundle: Bundle) -> str:
 def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
     """Refuse a folder that holds another slide's run, or another model's.
 
-    Args:
-        job: the source and its folder.
-        fingerprint: of the source.
-        bundle: the model.
-
     Raises:
         StoreError: it does.
     """
@@ -83,13 +78,7 @@ def as_exported(home: Path, key: str, settings: Settings) -> Settings:
 
 
 def drop_what_is_old(store: RunStore, key: str, files: WrittenFiles) -> None:
-    """Remove what new outputs will replace or contradict, `run.json` in any case.
-
-    Args:
-        store: the run's working folder.
-        key: of the run.
-        files: of the run's folder.
-    """
+    """Remove what new outputs will replace or contradict, `run.json` in any case."""
     folder = store.folder
     path = folder / RUN_FILE
     try:

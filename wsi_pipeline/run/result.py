@@ -86,9 +86,6 @@ class Result(ABC):
         """Write files; return a sentence for each that failed, and what polygons were written.
 
         Args:
-            wanted: which.
-            folder: of the run.
-            files: of the folder, which give the new ones their places.
             clock: gets a lap for each.
         """
         failures, polygons = list[str](), [NOTHING]

@@ -119,14 +119,6 @@ def prepare(
 ) -> Run | PreparedRun:
     """Open a source and its run's folder, plan it; return it, or its run if that is done.
 
-    Args:
-        job: the source and the folder.
-        bundle: the model.
-        settings: options.
-        threads: of the CPU for one worker's forward passes.
-        overwrite: start anew whatever the folder holds.
-        check: refuses a plan that takes too much.
-
     Raises:
         WsiPipelineError: the source, the model or the folder cannot be used.
     """
@@ -167,8 +159,6 @@ def finish(prepared: PreparedRun, seconds: float, stage: Stage) -> Run:
     """Write the outputs of a source whose blocks are done; return its run, at home.
 
     Args:
-        prepared: the source.
-        seconds: that its blocks took.
         stage: told what is being written.
 
     Raises:

@@ -70,8 +70,6 @@ class SourceRun(ABC):
         """Find out where to look; return the plan for the workers.
 
         Args:
-            store: the run's working folder.
-            threads: of the CPU for one worker's forward passes.
             keep: write down what was found, and read it where it is; else nothing is written.
 
         Raises:
@@ -119,13 +117,7 @@ class SourceRun(ABC):
         self.source.close()
 
     def prepare(self, store: RunStore, threads: int, check: Callable[[Plan], None]) -> None:
-        """Plan the blocks and create the mask; return nothing.
-
-        Args:
-            store: the run's working folder, claimed.
-            threads: of the CPU for one worker's forward passes.
-            check: refuses a plan that takes too much.
-        """
+        """Plan the blocks and create the mask; return nothing."""
         self.plan = self.lay_out(store, threads, keep=True)
         check(self.plan)
         self.make_mask()
@@ -149,9 +141,6 @@ class SourceRun(ABC):
         """Write what was asked for, once all blocks are done; return the run.
 
         An output that fails is named in the run and costs no other.
-
-        Args:
-            files: of the run's folder.
 
         Raises:
             SourceError: more of the source is unreadable than the settings allow.

@@ -61,8 +61,6 @@ def note_jobs(output: Path, jobs: Iterable[Job], *, target: Path | None = None) 
     """Add slides to what an output folder is to hold.
 
     Args:
-        output: the folder.
-        jobs: slides and their folders.
         target: folder behind a URL to which the runs are moved; it holds the note then, written
             in any case, to find out whether it can be.
 

@@ -100,12 +100,7 @@ class RunStore:
         return self.path / "written.sha256"
 
     def create_mask(self, shape: Shape, *, chunk: int) -> None:
-        """Create the mask of an image or volume where it grows, all background.
-
-        Args:
-            shape: of the mask.
-            chunk: side of a chunk.
-        """
+        """Create the mask of an image or volume where it grows, all background."""
         with writing(self.mask_path), written_beside(self.mask_path) as partial:
             group = zarr.open_group(partial, mode="w-")
             group.create_array("0", shape=shape, chunks=(chunk,) * len(shape), dtype=np.uint8)
@@ -162,12 +157,7 @@ class RunStore:
         sync(folder)
 
     def damaged(self, blocks: Iterable[Block], mask: zarr.Array[Any]) -> list[Block]:
-        """Return the blocks in the ledger of which the disk does not hold what was written.
-
-        Args:
-            blocks: to look at.
-            mask: in which they are.
-        """
+        """Return the blocks in the ledger of which the disk does not hold what was written."""
 
         def is_sound(block: Block) -> bool:
             try:
@@ -257,8 +247,6 @@ def check_same(folder: Path, *, fingerprint: str, model: str) -> None:
     """Refuse a folder in which another slide, or another model, was begun; return nothing.
 
     Args:
-        folder: the run's folder.
-        fingerprint: of the slide.
         model: digest of what makes a model another; "" = any will do.
 
     Raises:
@@ -280,10 +268,8 @@ def open_run_store(
 
     Args:
         folder: the run's folder; created.
-        fingerprint: of the slide.
         model: as in `check_same`.
         key: digest of slide, model and settings, from `run_key`.
-        overwrite: throw away what is there.
 
     Raises:
         StoreError: the folder holds another slide's or model's run, or cannot be written.

@@ -42,7 +42,6 @@ def tile(
     Stored tiles that cannot be read are white, and named in the grid.
 
     Args:
-        path: of the slide.
         target: folder of the grid, which appears whole or not at all.
         mpp: µm per grid pixel.
         patch_size: side of a patch in grid pixels.

@@ -42,10 +42,6 @@ STAGES = ("read", "predict", "write", "polygons")
 class BlockWorker:
     """A worker's tools for the blocks of one mask: open source, predictor, what is predicted.
 
-    Args:
-        plan: of the source.
-        keep: what the worker keeps from source to source.
-
     Raises:
         BundleError: the model was replaced since, or cannot be loaded.
         SourceError: the source was replaced since, or cannot be read.

@@ -32,7 +32,6 @@ class WrittenFiles:
     asked to correct it under its name, and nothing else is.
 
     Args:
-        store: the working folder of the run.
         home: folder behind a URL where the files are; None = they are where the store is.
         tell: called with the name of each file before it is written.
     """

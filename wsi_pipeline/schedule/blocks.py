@@ -75,7 +75,6 @@ def run_blocks(
     Args:
         client: as `open_cluster` yields it.
         blocks: what to do, in the order to start them.
-        opener: see the module.
         max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
             limit.
         priority: of these blocks over those of other calls: the higher are done first.

@@ -65,7 +65,6 @@ def memory_limit_of_job(
     dask asks the topmost group only, whose limit is the container's.
 
     Args:
-        own: file that names the groups of this process.
         root: where groups are folders.
     """
     limits = [sys.maxsize]
