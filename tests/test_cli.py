@@ -5,13 +5,16 @@ import io
 import json
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
+import tifffile
 import zarr
 from bundles import pointwise_bundle, write_toml
 from click.testing import CliRunner
@@ -406,3 +409,61 @@ def test_a_bar_leaves_few_states_in_a_file(monkeypatch, terminal, most):
     assert 1 < states <= most
     assert (states > 3) == terminal
     assert "50/50" in written.getvalue()
+
+
+def test_decoders_do_not_write_to_stderr(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8)
+    tifffile.imwrite(tmp_path / "mask.tif", grey)
+    data = bytearray((tmp_path / "mask.tif").read_bytes())
+    first = struct.unpack_from("<I", data, 4)[0] + 2
+    tags = data[first : first + 12], data[first + 12 : first + 24]
+    data[first : first + 24] = tags[1] + tags[0]  # GDAL warns of tags that are not in order
+    (tmp_path / "mask.tif").write_bytes(data)
+    colours = np.random.default_rng(0).integers(0, 9, (64, 64, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "packed.tif", colours, compression="zlib", tile=(32, 32))
+    with tifffile.TiffFile(tmp_path / "packed.tif") as file:
+        start = file.pages[0].dataoffsets[0]
+    with (tmp_path / "packed.tif").open("r+b") as file:
+        file.seek(start + 30)
+        file.write(b"\xa7" * 200)  # libtiff prints what is wrong with it
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4)), tmp_path / "v.nii")
+    with (tmp_path / "v.nii").open("r+b") as file:
+        file.seek(108)
+        file.write(struct.pack("<f", 8))  # nibabel logs that voxels cannot begin there
+    recipe = """
+        [[data]]
+        patient = "A"
+        images = "packed.tif"
+        masks = "mask.tif"
+        mpp = 0.5
+        classes = { Tumor = [1] }
+        [bundle]
+        name = "m"
+        modality = "slide"
+        network = "swish_unet"
+        network_options = { classes = 1 }
+        [bundle.input]
+        mpp = 0.5
+        channels = 3
+        patch_size = [64, 64]
+        overlap = [0, 0]
+        mean = [0.5, 0.5, 0.5]
+        std = [0.5, 0.5, 0.5]
+        [bundle.output]
+        activation = "sigmoid"
+        classes = [{ name = "B" }, { name = "Tumor", color = [1, 2, 3] }]
+    """
+    (tmp_path / "r.toml").write_text(recipe, "utf-8")
+    values = ["--truth-values", "T=1", "--prediction-values", "T=1"]
+    for arguments, code in (
+        (["evaluate", "mask.tif", "mask.tif", *values], 0),
+        (["info", "v.nii"], 1),
+        (["train", "r.toml", "-o", "out", "--device", "cpu"], 1),
+    ):
+        command = [sys.executable, "-m", "wsi_pipeline", "-q", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
+        lines = done.stderr.splitlines()
+        assert len(lines) == code, done.stderr
+        assert all(line.startswith(("Error: cannot", "Error: v.nii")) for line in lines)

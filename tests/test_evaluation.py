@@ -470,6 +470,34 @@ def test_what_is_found_where_the_truth_has_none_has_no_dice_and_is_counted(
     assert "\nb\tTumor\t-\t-\t" in run_evaluate(*sides)
 
 
+def test_what_lies_beside_masks_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mask = random_mask(1)
+    write_geojson(tmp_path / "far.geojson", [(shapely.box(0, 0, 5, 5), "Tumor")])
+    for side in ("p", "t"):
+        folder = tmp_path / side
+        (folder / "old").mkdir(parents=True)
+        for name in "ab":
+            write_png(folder / f"{name}.png", mask)
+        for name in ("LICENSE", "Thumbs.db", "desktop.ini", "notes.md", ".a.png", "a.jpg"):
+            (folder / name).write_bytes(b"nothing")
+        (folder / "DICOMDIR").write_bytes(bytes(128) + b"DICM" + bytes(64))
+        for name in ("dataset.json", "a.json"):
+            (folder / name).write_text('{"labels": {"Tumor": 1}}', "utf-8")
+    options = ("--json", *("--prediction-values", "Tumor=1", "--prediction-values", "Stroma=2"))
+    options += ("--truth-values", "Tumor=1", "--truth-values", "Stroma=2")
+    found = json.loads(run_evaluate(tmp_path / "p", tmp_path / "t", *options))
+    assert [entry["name"] for entry in found["slides"]] == ["a", "b"]
+    assert found["pooled"]["together"]["dice"] == 1
+    assert f"{tmp_path / 't'}: no masks, left out: 9 (" in caplog.text
+    areas = (tmp_path / "far.geojson").read_text("utf-8")
+    (tmp_path / "t/a.json").write_text(areas, "utf-8")  # which is GeoJSON
+    said = run_evaluate(tmp_path / "p", tmp_path / "t", *options, code=1)
+    assert "a.json and " in said
+    assert "have the same name" in said
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 

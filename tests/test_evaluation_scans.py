@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import highdicom.seg
 import nibabel
 import nrrd
 import numpy as np
@@ -21,8 +23,11 @@ from scans import Labelled, blobs, scan_bundle
 from scipy import ndimage
 from sklearn.metrics import jaccard_score
 
+from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
-from wsi_pipeline.evaluation.confusion import surface_distances
+from wsi_pipeline.evaluation.confusion import IGNORE, surface_distances
+from wsi_pipeline.evaluation.meaning import Values
+from wsi_pipeline.training.pictures import Meaning, read_scan
 
 SPACING = (2.5, 0.7, 0.6)
 """(z, y, x) mm."""
@@ -214,6 +219,51 @@ def test_runs_of_volumes_are_judged(tmp_path: Path) -> None:
     assert (other["hd95_mm"], other["average_distance_mm"]) == pytest.approx(
         itk_distances(masks[0], masks[1], SPACING), rel=1e-4
     )
+
+
+def test_truths_of_a_folder_are_laid_on_their_volumes_by_geometry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        write_series(
+            tmp_path / "in" / name, blobs((9, 40, 33), ord(name)).astype(np.int16), spacing=SPACING
+        )
+    keys = "scale = [0.0, 1024.0]"
+    bundle = scan_bundle(tmp_path / "m", resolution=f"spacing_mm = {list(SPACING)}", keys=keys)
+    out, truth = tmp_path / "out", tmp_path / "truth"
+    segment(tmp_path / "in", "--model", bundle, "--output", out)
+    truth.mkdir()
+    shutil.copyfile(out / "a" / "mask.dcm", truth / "a.dcm")
+    turned(out / "b" / "mask.nii.gz", ("A", "L", "I"), truth / "b.nii.gz")
+    # images beside masks, and what else lies in folders
+    shutil.copyfile(next((tmp_path / "in" / "a").iterdir()), truth / "scan.dcm")
+    for name in ("LICENSE", "Thumbs.db", "desktop.ini", "dataset.json", ".DS_Store"):
+        (truth / name).write_bytes(b"{}")
+    read = []
+    real = highdicom.seg.segread
+
+    def segread(path: Path) -> Any:
+        read.append(path.name)
+        return real(path)
+
+    monkeypatch.setattr("highdicom.seg.segread", segread)
+    values = ("--truth-values", "Grey=1", "--truth-values", "Bright=2")
+    found = evaluate(out, truth, *values)
+    assert [entry["name"] for entry in found["slides"]] == ["a", "b"]
+    assert found["pooled"]["together"]["dice"] == 1.0
+    assert read == ["a.dcm"]
+    moved = nibabel.load(truth / "b.nii.gz")
+    affine = moved.affine.copy()
+    affine[:3, 3] += moved.affine[:3, 0] / 2  # half a voxel beside
+    nibabel.save(nibabel.Nifti1Image(np.asarray(moved.dataobj), affine), truth / "b.nii.gz")
+    said = refused(out, truth, *values)
+    assert "does not lie on its image: the mask has" in said
+    # training lays a segmentation on its slices by the same rule
+    spec = load_bundle(bundle).input
+    meaning = Meaning(values=Values(classes={"Bright": (2,)}, ignored=(1,)), indices={"Bright": 1})
+    _, learnt = read_scan(tmp_path / "in" / "a", truth / "a.dcm", meaning=meaning, spec=spec)
+    mask = np.asarray(nibabel.load(out / "a" / "mask.nii.gz").dataobj).T
+    np.testing.assert_array_equal(learnt, np.array([0, IGNORE, 1])[mask])
 
 
 def test_runs_of_images_are_judged(tmp_path: Path) -> None:

@@ -297,12 +297,25 @@ def test_the_spacing_is_what_the_file_says_of_the_body(tmp_path, about, spacing,
         assert bool(image.doubts) == bool(doubt)
 
 
-@pytest.mark.parametrize("wrong", [{"WindowCenter": "NaN"}, {"WindowWidth": "NaN"}])
-@pytest.mark.filterwarnings("ignore:Invalid value for VR DS")
-def test_a_window_of_no_numbers_is_none(tmp_path, wrong):
-    about = {"WindowCenter": "40", "WindowWidth": "400"} | wrong
-    with open_image(write(tmp_path / "a.dcm", GREY8, **about)) as image:
+@pytest.mark.parametrize("wrong", [b"NaN  ", b"inf  ", b"1,500", b"a, b ", b"     "])
+@pytest.mark.parametrize("which", ["WindowCenter", "WindowWidth"])
+def test_a_window_of_no_numbers_is_none(tmp_path, which, wrong):
+    about = {"WindowCenter": "40", "WindowWidth": "400"} | {which: "77.25"}
+    path = write(tmp_path / "a.dcm", GREY8, **about)
+    path.write_bytes(path.read_bytes().replace(b"77.25", wrong))
+    with open_image(path) as image:
         assert image.value_range == (0, 255)
+        assert (image.stored[..., 0] == GREY8).all()
+
+
+@pytest.mark.parametrize("wrong", [b"NaN  ", b"inf  "])
+@pytest.mark.parametrize("which", ["RescaleSlope", "RescaleIntercept"])
+def test_values_that_are_scaled_by_no_number_are_refused(tmp_path, which, wrong):
+    about = {"RescaleSlope": "2", "RescaleIntercept": "0"} | {which: "77.25"}
+    path = write(tmp_path / "a.dcm", GREY8, **about)
+    path.write_bytes(path.read_bytes().replace(b"77.25", wrong))
+    with pytest.raises(SourceError, match="the slope or intercept of its values is no number"):
+        open_image(path)
 
 
 def test_real_slices_are_as_simpleitk_has_them(data_dir):

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from dicoms import without_preamble, write, write_enhanced, write_series
 from imagecodecs import jpeg_encode, png_encode
+from pydicom import dcmread
 from pydicom.uid import SegmentationStorage, generate_uid
 
 from wsi_pipeline.errors import SourceError
@@ -105,6 +106,37 @@ def test_slices_with_series_of_their_own_are_one_volume(tmp_path):
     (tmp_path / "scout" / "slice000").rename(folder / "scout")
     assert find_volumes([str(folder)], tmp_path / "out") == [folder / "scout", folder / "slice000"]
     assert (read_all(folder / "slice000") == voxels).all()
+
+
+def test_slices_of_their_own_that_cannot_be_read_are_told_with_the_volume(tmp_path):
+    voxels = np.arange(4 * 4 * 5, dtype=np.int16).reshape(4, 4, 5)
+    uids = [generate_uid() for _ in voxels]
+    change = {z: {"SeriesInstanceUID": uid} for z, uid in enumerate(uids)}
+    folder = write_series(tmp_path / "ct", voxels, change=change)
+    (folder / "scan.bin").write_bytes(b"no slice")
+    volume = open_volume(folder)
+    assert "SeriesInstanceUID of its own" in volume.doubts[0]
+    assert "files of its folder that are no DICOM are left out: 1 (scan.bin)" in volume.doubts
+    damaged = dcmread(folder / "slice002")
+    damaged.SOPInstanceUID = generate_uid()
+    del damaged.Rows
+    damaged.save_as(folder / "again")  # of the series of a slice that is not the first
+    with pytest.raises(SourceError, match=r"again beside its slices cannot be read"):
+        open_volume(folder)
+
+
+def test_a_series_in_many_folders_is_one_volume_whatever_lies_between(tmp_path):
+    voxels = np.arange(6 * 4 * 5, dtype=np.int16).reshape(6, 4, 5)
+    uid = generate_uid()
+    whole = write_series(tmp_path / "in" / "f0", voxels, SeriesInstanceUID=uid)
+    for z, path in enumerate(sorted(whole.iterdir())[1:], 1):
+        (tmp_path / "in" / f"f{z}").mkdir()
+        path.rename(tmp_path / "in" / f"f{z}" / path.name)
+        (tmp_path / "in" / f"f{z}" / "odd.bin").write_bytes(b"no slice")
+    volume = open_volume(tmp_path / "in")
+    assert (read_all(tmp_path / "in") == voxels).all()
+    assert volume.doubts[0] == "its slices lie in 6 folders"
+    assert "no DICOM are left out: 1 (odd.bin)" in volume.doubts[1]
 
 
 def split_in_two(folder, voxels, uid):

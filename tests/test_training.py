@@ -55,6 +55,7 @@ from wsi_pipeline.training.calibrate import (
     fit_temperature,
     left_out_temperatures,
 )
+from wsi_pipeline.training.cases import draw_cases
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
@@ -505,6 +506,93 @@ def test_a_table_that_is_none_is_refused(folder: Path, recipe: Recipe) -> None:
         other = dataclasses.replace(data, **({"unlabelled": ()} | values))
         with pytest.raises(RecipeError, match=message):
             load(dataclasses.replace(made, data=(other,)), folder)
+
+
+def in_folders(tmp_path: Path, **values: Any) -> Recipe:
+    """Write images of one name for two patients, each with a mask of its own; return a recipe."""
+    for i, patient in enumerate(("P1", "P2")):
+        for name in ("a", "b"):
+            write_pair(
+                tmp_path / f"{patient}/images/{name}.png",
+                tmp_path / f"{patient}/masks/{name}.png",
+                size=100 + 20 * i + 10 * (name == "b"),
+                inside=1,
+                outside=0,
+            )
+    keys = {
+        "images": "P*/images/*", "masks": ".", "mask_name": "{patient}/masks/{stem}.png",
+        "patient": None, "patients": "^(P[0-9])/", "classes": {"Tumor": (1,)}, "background": (),
+    }  # fmt: skip
+    return image_recipe(tmp_path, **(keys | values))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"patients": "([^/]+)/images/"},
+        {"masks": "sorted", "mask_name": "{patient}/{stem}.png"},
+        {"images": "P*/*.png", "mask_name": "{folder}/masks/{stem}.png"},
+    ],
+)
+def test_patients_may_have_folders_with_images_of_one_name(
+    tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    recipe = in_folders(tmp_path, **keys)
+    for patient in ("P1", "P2"):
+        folder = tmp_path / patient
+        (tmp_path / "sorted").mkdir(exist_ok=True)
+        (tmp_path / "sorted" / patient).symlink_to(folder / "masks")
+        for name in ("LICENSE", "Thumbs.db", "desktop.ini", ".DS_Store", "._a.png", "notes.txt"):
+            (folder / "images" / name).write_bytes(b"\0\5\26\7 no image")
+        (folder / "images/old").mkdir()
+        if "folder" in keys.get("mask_name", ""):
+            for path in (folder / "images").glob("[ab].png"):
+                path.rename(folder / path.name)
+    found = load(recipe, tmp_path)
+    where = "" if recipe.data[0].images == "P*/*.png" else "images/"
+    expected = [(p, f"{p}/{where}{name}.png") for p in ("P1", "P2") for name in "ab"]
+    assert [(s.patient, s.name) for s in found] == expected
+    for sample in found:
+        image, truth = sample.read_all()
+        dark = image.float().mean(0) < 0.6 if image.dtype == torch.float32 else image[1] < 130
+        # the disc of each image, whose sizes differ, is that of its own mask
+        assert float((dark == (truth == 1)).double().mean()) > 0.98
+    assert {s.test[0].patient for s in split_all(found)} == {"P1", "P2"}
+
+
+def test_a_mask_of_two_images_of_one_name_is_refused(tmp_path: Path) -> None:
+    recipe = in_folders(tmp_path, masks="P1/masks", mask_name="{stem}.png")
+    with pytest.raises(RecipeError, match=r"a\.png would be the truth of .*P1.* and of .*P2"):
+        load(recipe, tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"a\.png has no '\^\(P\[0-9\]\)', which finds the patient"
+    ):
+        load(in_folders(tmp_path, patients="^(P[0-9])"), tmp_path)
+
+
+def test_a_table_tells_images_of_one_name_apart_by_their_paths(tmp_path: Path) -> None:
+    keys = {"patients": None, "table": "t.csv", "columns": {"patient": "who", "image": "file"}}
+    recipe = in_folders(tmp_path, images="P*/images/a.png", mask_name="{patient}/masks/{stem}.png")
+    data = dataclasses.replace(recipe.data[0], **keys)
+    recipe = dataclasses.replace(recipe, data=(data,))
+    (tmp_path / "t.csv").write_text("file,who\nP1/images/a.png,P1\nP2/images/a.png,P2\n", "utf-8")
+    assert [(s.patient, s.shape) for s in load(recipe, tmp_path)] == [
+        (p, recipe.bundle.input.fit) for p in ("P1", "P2")
+    ]
+    (tmp_path / "t.csv").write_text("file,who\na.png,P1\n", "utf-8")
+    with pytest.raises(RecipeError, match=r"has one row for 2 images called a\.png; name them"):
+        load(recipe, tmp_path)
+
+
+def test_cases_of_images_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    recipe = in_folders(tmp_path)
+    found = load(recipe, tmp_path)
+    both = [dataclasses.replace(s, patient="P") for s in found if s.name.endswith("a.png")]
+    judged = measure(Darkness(), recipe.bundle, both)
+    assert [name for name, _ in judged["P"].images] == ["P1/images/a.png", "P2/images/a.png"]
+    draw_cases(Darkness(), recipe.bundle, both, judged, tmp_path / "cases")
+    assert len(list((tmp_path / "cases").glob("*.png"))) == 2
 
 
 def test_a_patient_of_two_folds_is_refused(samples: list[Sample]) -> None:

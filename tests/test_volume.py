@@ -490,8 +490,24 @@ def test_slices_taken_one_after_the_other_are_one_volume(tmp_path, tag, per):
 
 
 def test_a_single_slice_is_as_thick_as_it_says_either_way(tmp_path):
-    folder = write_series(tmp_path, VOXELS[:1], SpacingBetweenSlices=-2.5)
+    folder = write_series(tmp_path / "a", VOXELS[:1], SpacingBetweenSlices=-2.5)
     assert open_volume(folder).spacing_mm == pytest.approx((2.5, 0.7, 0.6))
+    about = {"SpacingBetweenSlices": "77.25", "SliceThickness": "2.5"}
+    folder = write_series(tmp_path / "b", VOXELS[:1], **about)
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes().replace(b"77.25", b"NaN  "))
+    assert open_volume(folder).spacing_mm == pytest.approx((2.5, 0.7, 0.6))
+
+
+@pytest.mark.parametrize("count", [1, len(VOXELS)])
+def test_slices_that_lie_at_no_number_are_refused(tmp_path, count):
+    folder = write_series(tmp_path, VOXELS[:count])
+    path = min(folder.iterdir())
+    data = path.read_bytes()
+    assert data.count(b"-10.0\\20.0") == 1
+    path.write_bytes(data.replace(b"-10.0\\20.0", b"-10.0\\NaN "))
+    with pytest.raises(SourceError, match="does not say in numbers where in the body it lies"):
+        open_volume(folder)
 
 
 def test_positions_that_were_rounded_are_even(tmp_path):

@@ -7,6 +7,7 @@ import importlib
 import logging
 import sys
 import traceback
+import warnings
 from importlib.metadata import version
 from types import TracebackType
 from typing import Any
@@ -88,12 +89,18 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
     level = logging.WARNING - 10 * min(verbose, 2)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
+    if not verbose:
+        # decoders log much of files that are read, or refused in words, all the same
+        own = ("wsi_pipeline", "distributed")
+        handler.addFilter(lambda record: record.name.startswith(own))
     logging.basicConfig(level=level, handlers=[handler])
 
 
 def main() -> None:
     """Run the command line."""
     sys.excepthook = _tell
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     group()
 
 

@@ -446,9 +446,12 @@ class _Picture:
         self.shape: tuple[int, int] = (dataset.height, dataset.width)
 
     def __getitem__(self, key: tuple[slice, slice]) -> npt.NDArray[np.generic]:
+        import rasterio
+
         rows, columns = key
         window = ((rows.start, rows.stop), (columns.start, columns.stop))
-        with self._lock:
+        # without one in this thread GDAL prints its warnings
+        with self._lock, rasterio.Env():
             bands = self._dataset.read(window=window)
         colours = bands[: len(bands) - (len(bands) in (2, 4))]  # without the transparency
         if any((colour != colours[0]).any() for colour in colours[1:]):
@@ -471,6 +474,7 @@ def _open_picture(path: Path, closing: ExitStack) -> MaskFile:
                 # GDAL is silent on one that is cut off; this looks at checksums, decodes nothing
                 PngImageFile(file).verify()
         with warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
+            closing.enter_context(rasterio.Env())
             dataset = closing.enter_context(rasterio.open(path, driver=driver))
     except (RasterioError, OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as a mask: {error}") from error

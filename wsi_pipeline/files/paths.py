@@ -266,10 +266,12 @@ def name_of(path: Path) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings and log back: they quote values, which may be the patient's."""
-    from pydicom.config import disable_value_validation, logger
+    """Keep warnings and logs of readers back: they quote values, which may be the patient's."""
+    from pydicom.config import disable_value_validation
 
-    logger.setLevel(logging.CRITICAL)
+    # that of nibabel writes to stderr by itself
+    for name in ("pydicom", "nibabel.global"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), disable_value_validation():
         warnings.simplefilter("ignore")
         yield

@@ -58,7 +58,8 @@ def draw_cases(
             image, truth = sample.read_all()
             found = decided(chances(predictor, image, outside=sample.outside))
             picture = _drawn(image, truth, found)
-            with written_beside(folder / f"{dice:.3f} {Path(sample.name).name}.png") as partial:
+            name = sample.name.replace("/", " ")
+            with written_beside(folder / f"{dice:.3f} {name}.png") as partial:
                 picture.save(partial, "PNG")
 
 

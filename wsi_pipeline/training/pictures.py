@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +19,9 @@ from wsi_pipeline.evaluation.confusion import IGNORE, Mask
 from wsi_pipeline.evaluation.inputs import read_mask
 from wsi_pipeline.evaluation.meaning import Lookup, Values
 from wsi_pipeline.evaluation.volumes import open_labels
+from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.geometry import Shape
-from wsi_pipeline.sources.radiology.image import Image
+from wsi_pipeline.sources.radiology.image import Image, open_image
 from wsi_pipeline.sources.radiology.preprocess import Preparation, open_scan, prepare
 
 Read = tuple[Tensor, Tensor]
@@ -64,13 +66,26 @@ def read_picture(
         EvaluationError: a mask that is none, or with values without a meaning.
     """
     try:
-        with Pictures.open(path) as opened:
+        with warnings.catch_warnings(action="ignore"), _opened(path) as opened:
             image = _pixels(opened, channels)
     except UNREADABLE as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
     truth = _planar_truth(mask_path, meaning, tuple(image.shape[1:]))
     height, width = (max(1, round(n * factor)) for n in truth.shape)
     return _resized(image, (height, width)), _resized_mask(truth, (height, width))
+
+
+def _opened(path: Path) -> Pictures.Image:
+    if kind_of(path) != "TIFF":
+        return Pictures.open(path)
+    # Pillow's reader of TIFF prints what it finds wrong, past all that listens
+    image = open_image(path)
+    values = image.read((0, 0), image.shape)
+    if image.stored.dtype == np.uint8:
+        values = (values * (255 / image.value_range[1])).astype(np.uint8)
+    elif image.channels != 1:
+        raise RecipeError(f"{path}: colours of {image.stored.dtype}; expected 8 bits")
+    return Pictures.fromarray(values[..., 0] if image.channels == 1 else values)
 
 
 def _pixels(image: Pictures.Image, channels: int) -> Tensor:

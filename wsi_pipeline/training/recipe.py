@@ -177,17 +177,19 @@ class DataSpec:
         classes: mask values, or names of annotations, of each class but the background, by the
             class's name.
         patient: who they are from; decides the splits.
-        patients: in place of `patient`, a regular expression; what it finds in a file's name, its
-            first group where it has one, is the patient.
+        patients: in place of `patient`, a regular expression; what it finds in a file's name, or,
+            if it has a slash, in the path from the data folder, is the patient: its first group
+            where it has one.
         fold: name of the group that is held out together; images without one are never held out.
         table: CSV with a row for each image, relative to the data folder.
-        columns: of the table, which say what would else be said here: "image" (the file's name,
-            "file" if not said), "patient", "label" (in any case of its letters), "fold".
+        columns: of the table, which say what would else be said here: "image" (the file's name, or
+            its path from the data folder; "file" if not said), "patient", "label" (in any case of
+            its letters), "fold".
         weight: how often a patient is drawn, against 1 of others.
         unlabelled: what the column of labels says of images of which nothing is to be said.
         masks: a folder or file.
         mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
-            `{patient}` the patient.
+            `{patient}` the patient, `{folder}` the name of the image's folder.
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
         background: names of annotations that are background: areas of other classes, and what lies
             in no area, are neither learnt nor judged. Of masks the values besides 0 that are

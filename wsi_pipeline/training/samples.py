@@ -6,10 +6,10 @@ import csv
 import hashlib
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, Canvas
 from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
+from wsi_pipeline.sources.radiology.discover import is_beside
 from wsi_pipeline.training.pictures import Meaning, Read, read_picture, read_scan
 from wsi_pipeline.training.recipe import DataSpec, Recipe
 
@@ -213,24 +214,57 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
     """
     cache = Cache()
     samples: list[Sample] = []
-    for spec in recipe.data:
+    chosen = [(spec, _images(spec, data_dir, recipe)) for spec in recipe.data]
+    names = Counter(image.name for _, images in chosen for image in images)
+    owners: dict[Path, tuple[Path, str]] = {}
+    for spec, images in chosen:
         rows = _rows(spec, data_dir)
-        images = sorted(data_dir.glob(spec.images))
-        if not images:
-            raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
+        own = Counter(image.name for image in images)
+        if twice := sorted(name for name in own if own[name] > 1 and name in rows):
+            raise RecipeError(
+                f"the table {spec.table} has one row for {own[twice[0]]} images called {twice[0]}; "
+                "name them there by their paths from the data folder"
+            )
         for image in images:
-            told = Told.of(image, spec, rows, recipe)
+            told = Told.of(image, spec, rows, recipe, data_dir)
             truth = _truth_of(image, told, spec, data_dir, is_only=len(images) == 1)
+            other, owner = owners.setdefault(truth, (image, told.patient))
+            if other != image and (other.name == image.name or owner != told.patient):
+                raise RecipeError(
+                    f"{truth} would be the truth of {other} and of {image}; tell them apart by "
+                    'their folders, as with mask_name = "{folder}/{stem}.png"'
+                )
+            # what several are called does not tell them apart
+            name = image.name if names[image.name] == 1 else _within(image, data_dir)
             try:
                 if spec.masks is not None:
-                    samples.append(_decoded(image, truth, told, spec, recipe, cache))
+                    sample = _decoded(image, truth, told, spec, recipe, cache)
                 else:
-                    samples.append(_annotated(image, truth, told, spec, recipe, closing))
+                    sample = _annotated(image, truth, told, spec, recipe, closing)
+                samples.append(replace(sample, name=name))
             except (WsiPipelineError, OSError) as error:
                 if isinstance(error, RecipeError):
                     raise
                 raise RecipeError(f"cannot learn from {image}: {error}") from error
     return samples
+
+
+def _images(spec: DataSpec, data_dir: Path, recipe: Recipe) -> list[Path]:
+    """Return the images of an entry: what lies beside images, as notes and thumbnails, is none."""
+    # volumes may be folders of slices, slides and patch grids folders of chunks
+    are_files = spec.masks is not None and recipe.bundle.modality != "volume"
+    images = [
+        path
+        for path in sorted(data_dir.glob(spec.images))
+        if not is_beside(path) and (path.is_file() or not are_files)
+    ]
+    if not images:
+        raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
+    return images
+
+
+def _within(image: Path, data_dir: Path) -> str:
+    return image.relative_to(data_dir).as_posix()
 
 
 def _truth_of(image: Path, told: Told, spec: DataSpec, data_dir: Path, *, is_only: bool) -> Path:
@@ -245,18 +279,21 @@ def _truth_of(image: Path, told: Told, spec: DataSpec, data_dir: Path, *, is_onl
     if spec.annotations is not None:
         return _annotations_of(image, path)
     try:
-        return path / spec.mask_name.format(stem=stem(image), patient=told.patient)
+        told_by = {"stem": stem(image), "patient": told.patient, "folder": image.parent.name}
+        return path / spec.mask_name.format(**told_by)
     except (KeyError, IndexError, ValueError) as error:
         raise RecipeError(
-            f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}} or {{patient}}"
+            f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}}, {{patient}} or "
+            "{folder}"
         ) from error
 
 
 def _annotations_of(image: Path, folder: Path) -> Path:
-    for suffix in AREA_SUFFIXES:
-        for name in (stem(image), image.name):
-            if (path := folder / f"{name}{suffix}").is_file():
-                return path
+    for place in (folder / image.parent.name, folder):
+        for suffix in AREA_SUFFIXES:
+            for name in (stem(image), image.name):
+                if (path := place / f"{name}{suffix}").is_file():
+                    return path
     raise RecipeError(f"{folder} has no {stem(image)}.geojson, the annotations of {image}")
 
 
@@ -274,17 +311,21 @@ def _whose(spec: DataSpec) -> str:
     return f"patient {spec.patient}" if spec.patient is not None else "any patient"
 
 
-def _patient(image: Path, spec: DataSpec) -> str:
+def _patient(image: Path, spec: DataSpec, data_dir: Path) -> str:
     if spec.patients is None:
         return str(spec.patient)
-    match = re.search(spec.patients, image.name)
+    text = _within(image, data_dir) if "/" in spec.patients else image.name
+    match = re.search(spec.patients, text)
     if not match:
-        raise RecipeError(f"{image}: its name has no {spec.patients!r}, which finds the patient")
+        raise RecipeError(
+            f"{image}: {text} has no {spec.patients!r}, which finds the patient (in the path from "
+            "the data folder, if it has a slash; else in the file's name)"
+        )
     return match[1] if match.re.groups else match[0]
 
 
 Rows = Mapping[str, Mapping[str, str]]
-"""The rows of a table, by the names of the images."""
+"""The rows of a table, by the names of the images, or their paths from the data folder."""
 
 
 def _rows(spec: DataSpec, data_dir: Path) -> Rows:
@@ -327,7 +368,7 @@ class Told:
     fold: str | None
 
     @classmethod
-    def of(cls, image: Path, spec: DataSpec, rows: Rows, recipe: Recipe) -> Told:
+    def of(cls, image: Path, spec: DataSpec, rows: Rows, recipe: Recipe, data_dir: Path) -> Told:
         """Return what is told of an image.
 
         Raises:
@@ -335,9 +376,10 @@ class Told:
         """
         row: Mapping[str, str] = {}
         if spec.table is not None:
-            if image.name not in rows:
+            key = path if (path := _within(image, data_dir)) in rows else image.name
+            if key not in rows:
                 raise RecipeError(f"the table {spec.table} has no row for {image.name}")
-            row = {what: rows[image.name][column] for what, column in spec.columns.items()}
+            row = {what: rows[key][column] for what, column in spec.columns.items()}
         if "patient" in row and not row["patient"]:
             raise RecipeError(f"the table {spec.table} has no patient of {image.name}")
         label, labels = row.get("label", spec.label), recipe.bundle.labels
@@ -353,7 +395,7 @@ class Told:
                 )
             index = named[label.casefold()]
         return cls(
-            patient=row["patient"] if "patient" in row else _patient(image, spec),
+            patient=row["patient"] if "patient" in row else _patient(image, spec, data_dir),
             label=index,
             fold=row.get("fold", spec.fold) or None,
         )

@@ -258,6 +258,8 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
                 bits = header.ModalityLUTSequence[0].LUTDescriptor[2]
                 return apply_modality_lut(stored, header), values(header, full=(0, 2**bits - 1))
             return stored, values(header, groups_of(header, frame))
+    except SourceError:
+        raise
     except Exception as error:  # pydicom and its decoders raise anything on damaged pixels
         raise _undecodable(header, error) from error
 
@@ -293,12 +295,17 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
         header: of the file.
         groups: the frame's functional groups, which go before the file.
         full: range of the output of a modality LUT, applied already.
+
+    Raises:
+        SourceError: slope or intercept are no numbers.
     """
     slope, intercept = 1.0, 0.0
     if full is None:
         rescaling = part(header, groups, "PixelValueTransformationSequence")
         slope = float(rescaling.get("RescaleSlope") or 1)
         intercept = float(rescaling.get("RescaleIntercept") or 0)
+        if not np.isfinite([slope, intercept]).all():
+            raise SourceError("the slope or intercept of its values is no number; save it anew")
     bits = int(header.get("BitsStored") or header.BitsAllocated)
     signed = bool(header.get("PixelRepresentation"))
     stored = full or ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1))
@@ -331,7 +338,10 @@ def _window(item: Dataset) -> Range | None:
     centers, widths = item.get("WindowCenter"), item.get("WindowWidth")
     if centers in (None, "") or widths in (None, ""):
         return None
-    center, width = (float(np.atleast_1d(v)[0]) for v in (centers, widths))
+    try:
+        center, width = (float(np.atleast_1d(v)[0]) for v in (centers, widths))
+    except ValueError:
+        return None
     if item.get("VOILUTFunction", "LINEAR") == "LINEAR":
         center, width = center - 0.5, width - 1
     # of numbers that are none nothing follows

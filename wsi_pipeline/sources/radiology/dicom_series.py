@@ -68,6 +68,8 @@ with the functional group that holds it in enhanced files."""
 SURE = frozenset(name for _, name in TIMES[:5])
 """Those that mean nothing but time."""
 
+OWN_SERIES = "each slice has a SeriesInstanceUID of its own; by their places they are one volume"
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stack:
@@ -217,32 +219,38 @@ def _join_single_slices(every: Iterable[Series]) -> list[Series]:
         kind = _kind(series.files[0][1])
         is_single = len(series.files) == 1 and kind and count_frames(series.files[0][1]) == 1
         key = (series.folders[0], kind) if is_single else number
-        into = joined.setdefault(key, series)
-        if into is not series:
-            into.files.extend(series.files)
-            into.doubts[:] = [
-                "each slice has a SeriesInstanceUID of its own; by their places they are one volume"
-            ]
+        if (into := joined.setdefault(key, series)) is not series:
+            _join(into, series)
+            into.doubts[:] = dict.fromkeys([OWN_SERIES, *into.doubts])
     return list(joined.values())
+
+
+def _join(into: Series, series: Series) -> None:
+    """Take all of a series into another, each doubt and unread file once."""
+    into.files.extend(series.files)
+    into.unread[:] = dict.fromkeys([*into.unread, *series.unread])
+    into.doubts[:] = dict.fromkeys([*into.doubts, *series.doubts])
 
 
 def _join_folders(every: Sequence[Series]) -> list[Series]:
     """Return the series, those parts of one that lie in several folders joined."""
     joined: list[Series] = []
+    alike: defaultdict[Any, list[tuple[Series, set[Any]]]] = defaultdict(list)
     for series in every:
         header = series.files[0][1]
-        uid, kind, places = header.get("SeriesInstanceUID"), _kind(header), _places(series)
-        for into in joined:
-            first = into.files[0][1]
-            if not (uid and kind and uid == first.get("SeriesInstanceUID")):
-                continue
-            if kind == _kind(first) and not places & _places(into):
-                into.files.extend(series.files)
-                into.unread.extend(series.unread)
-                into.doubts[:] = [f"its slices lie in {len(into.folders)} folders"]
+        uid, kind = header.get("SeriesInstanceUID"), _kind(header)
+        places = {_place(header) for _, header in series.files}
+        for into, taken in alike[uid, kind] if uid and kind else ():
+            if not places & taken:
+                taken |= places
+                _join(into, series)
                 break
         else:
             joined.append(series)
+            alike[uid, kind].append((series, places))
+    for series in joined:
+        if len(series.folders) > 1:
+            series.doubts.insert(0, f"its slices lie in {len(series.folders)} folders")
     return joined
 
 
@@ -253,11 +261,6 @@ def _kind(header: Dataset) -> Any:
         return None
     rounded = tuple(np.round(np.array([*turned, *spacing], np.float64), 3).tolist())
     return (header.get("SOPClassUID"), header.Rows, header.Columns, rounded)
-
-
-def _places(series: Series) -> set[Any]:
-    """Return where the slices of a series of single frames lie in the body."""
-    return {_place(header) for _, header in series.files}
 
 
 def _place(header: Dataset) -> Any:
@@ -366,7 +369,11 @@ def _slices_of(path: Path, header: Dataset) -> Iterator[_Slice]:
             raise SourceError(
                 f"{path.name} does not say where in the body it lies: a planar image, not a volume"
             )
-        thickness = measures.get("SpacingBetweenSlices") or measures.get("SliceThickness") or 0
+        if not np.isfinite([*position, *turned]).all():
+            raise SourceError(f"{path.name} does not say in numbers where in the body it lies")
+        said = (measures.get(name) for name in ("SpacingBetweenSlices", "SliceThickness"))
+        # some write it negative, or as what is no number
+        known = [abs(float(mm)) for mm in said if mm and np.isfinite(float(mm))]
         yield _Slice(
             path=path,
             frame=frame,
@@ -374,7 +381,7 @@ def _slices_of(path: Path, header: Dataset) -> Iterator[_Slice]:
             position=np.array(position, np.float64),
             directions=np.array(turned, np.float64).reshape(2, 3),
             spacing=pair(measures.PixelSpacing),
-            thickness=abs(float(thickness)),
+            thickness=known[0] if known else 0.0,
             values=values(header, parts),
             times={
                 name: value

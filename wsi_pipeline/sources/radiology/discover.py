@@ -25,7 +25,11 @@ from wsi_pipeline.patch_grid import is_patch_grid
 if TYPE_CHECKING:
     from wsi_pipeline.sources.radiology.dicom_series import Series
 
-COMPANIONS = frozenset([".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".html", ".pdf", ".toml"])
+COMPANIONS = frozenset(
+    [".txt", ".csv", ".tsv", ".json", ".xml", ".md", ".rst", ".html", ".pdf", ".toml", ".yaml",
+     ".yml", ".ini", ".db", ".log", ".cff", ".rtf", ".doc", ".docx", ".xls", ".xlsx", ".lnk",
+     ".url", ".md5", ".sha256"]
+)  # fmt: skip
 """Files that lie beside images and are none: left out of folders without a word."""
 BESIDE = frozenset(
     ["dicomdir", "license", "licence", "readme", "notice", "copying", "version", "changelog",

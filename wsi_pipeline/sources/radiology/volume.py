@@ -272,7 +272,7 @@ def open_volume(path: Path, *, time_points: Sequence[int] | None = None) -> Volu
     try:
         import nibabel  # noqa: F401  what is written of a volume of any kind needs it
 
-        with np.errstate(all="ignore"):  # of affines that are refused
+        with quiet(), np.errstate(all="ignore"):  # of affines that are refused
             return openers[kind](path, time_points)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
