@@ -594,6 +594,7 @@ def test_of_a_corrected_mask_of_a_volume_all_is_made_wherever_its_axes_lead(runs
     ("name", "changes", "damage", "message"),
     [
         ("image", {"simplify_um": 2.0}, None, "--simplify is for slides"),
+        ("image", {"simplify_um": 1.0}, None, "--simplify is for slides"),
         ("image", {"min_area_um2": 9.0}, None, "--min-area is for slides"),
         ("ct", {"frame": "openslide"}, None, "--for is for slides"),
         ("ct", {"tiff": "asap"}, None, "--tiff is for slides"),

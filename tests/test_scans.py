@@ -383,6 +383,7 @@ def test_a_volume_bundle_takes_the_volume_and_says_what_it_will_take(folder, tmp
         (["--mpp", "0.5"], "--mpp is for slides"),
         (["--mask-mpp", "0.5"], "--mask-mpp is for slides"),
         (["--simplify", "3"], "--simplify is for slides"),
+        (["--for", "qupath"], "--for is for slides"),
         (["--mpp-table", __file__], "--mpp-table is for slides"),
         (["--time-point", "1"], "--time-point is for volumes"),
     ],

@@ -1001,6 +1001,28 @@ def test_slices_of_a_volume_are_those_of_its_file_as_the_body_lies(volumes, name
             assert sentence(viewer, f"runs/{name}/{path}")[0] == status
 
 
+def test_of_several_time_points_the_one_that_was_segmented_is_shown(tmp_path):
+    first, second = (blobs((19, 43, 37), seed=seed).T for seed in (1, 2))
+    path = tmp_path / "dce.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.stack([first, second], axis=-1), np.eye(4)), path)
+    model = scan_bundle(tmp_path / "model", keys="scale = [0.0, 1024.0]")
+    settings = Settings(
+        select=SelectOptions(time_point=1),
+        predict=PredictOptions(precision="fp32", device="cpu"),
+        export=ExportOptions(outputs=("nifti",)),
+    )
+    (job,) = plan_jobs([path], tmp_path / "out")
+    with open_cluster(ScheduleOptions()) as client:
+        segment_job(job, load_bundle(model), client=client, settings=settings)
+    mask = np.asarray(nibabel.load(job.folder / "mask.nii.gz").dataobj)
+    (job.folder / "mask.nii.gz").unlink()  # the working folder has it, too
+    with serve(job.folder) as viewer:
+        assert get_json(viewer, "runs/dce")["problems"] == []
+        for layer, wanted in (("values", second), ("classes", mask)):
+            shown = slice_of(viewer, "dce", layer, "sagittal", 4, (19, 43))
+            assert np.array_equal(shown, wanted[4, ::-1, ::-1].T)
+
+
 def test_a_corrected_mask_of_a_volume_is_shown_where_it_belongs(volumes, tmp_path):
     folder = Path(shutil.copytree(volumes / "turned", tmp_path / "out" / "turned"))
     mask = nibabel.load(folder / "mask.nii.gz")

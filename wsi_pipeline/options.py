@@ -196,8 +196,9 @@ class Settings:
         usual = Settings()
         for group, names in FOR_SLIDES.items():
             given, default = getattr(self, group), getattr(usual, group)
+            asked = (self.named or {}) if group == "export" else {}
             for name, flag in names.items():
-                if getattr(given, name) != getattr(default, name):
+                if name in asked or getattr(given, name) != getattr(default, name):
                     return f"{flag} is for slides"
         return ""
 

@@ -78,7 +78,8 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     folder = folder.parent if folder.name == RUN_FILE else folder
     path, store = folder / RUN_FILE, RunStore(folder=folder)
     run = load_run(path)
-    if why := Settings(export=replace(ExportOptions(), **changes)).why_not(run.kind):
+    asked = Settings(export=replace(ExportOptions(), **changes), named=changes)
+    if why := asked.why_not(run.kind):
         raise StoreError(f"{folder}: {why}")
     with store.claim(), ExitStack() as closing:
         store.remove_partials()
@@ -190,7 +191,7 @@ def _scan(
                 scan = open_scan_of(folder, run)
             except SourceError as error:
                 raise SourceError(
-                    f"{folder}: {', '.join(needing)} cannot be written: {error}"
+                    f"{folder}: {', '.join(needing)} cannot be written: {error}; put it back"
                 ) from error
             closing.callback(scan.close)
             if "dicom" in due:
