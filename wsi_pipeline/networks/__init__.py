@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
@@ -34,9 +32,6 @@ __all__ = ["NETWORKS", "Network", "SegmentationNetwork", "build", "create"]
 def build(bundle: Bundle) -> Network:
     """Build a bundle's network with its weights; return it on the CPU, in eval mode.
 
-    Args:
-        bundle: a network of the package with a weight file, or a foreign program.
-
     Raises:
         BundleError: no such network, no weights, or weights that do not fit it.
     """
@@ -59,11 +54,22 @@ def create(bundle: Bundle) -> SegmentationNetwork:
         BundleError: no such network, or options or a patch size that it does not take.
     """
     if bundle.network not in NETWORKS:
-        known = ", ".join([*NETWORKS, *FOREIGN])
-        raise BundleError(f"{bundle.path}: no network {bundle.network!r}; there are {known}")
+        raise BundleError(
+            f"{bundle.path}: no network {bundle.network!r}; "
+            f"there are {', '.join([*NETWORKS, *FOREIGN])}"
+        )
     network, patch_size = NETWORKS[bundle.network], bundle.input.patch_size
     try:
-        _check_options(network, bundle.network_options)
+        known = inspect.signature(network).parameters
+        for name, value in bundle.network_options.items():
+            if name not in known:
+                raise ValueError(f"no option {name!r}; {network.__name__} has {', '.join(known)}")
+            default = known[name].default
+            given = tuple(value) if isinstance(value, list) else value
+            if type(given) is not type(default) or (
+                isinstance(given, tuple) and not all(type(v) is int for v in given)
+            ):
+                raise TypeError(f"{name} is {value!r}, expected something like {default!r}")
         module = network(**{"channels": bundle.input.channels, **bundle.network_options})
     except (TypeError, ValueError, RuntimeError) as error:  # torch's, of what has no memory
         raise BundleError(f"{bundle.path}: network_options: {error}") from error
@@ -78,17 +84,3 @@ def create(bundle: Bundle) -> SegmentationNetwork:
             f"{bundle.network} takes {module.ndim} multiples of {module.size_multiple}"
         )
     return module
-
-
-def _check_options(network: type[SegmentationNetwork], options: Mapping[str, Any]) -> None:
-    """Refuse options that the network does not have, and values of another type than theirs."""
-    known = inspect.signature(network).parameters
-    for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"no option {name!r}; {network.__name__} has {', '.join(known)}")
-        default = known[name].default
-        given = tuple(value) if isinstance(value, list) else value
-        if type(given) is not type(default) or (
-            isinstance(given, tuple) and not all(type(v) is int for v in given)
-        ):
-            raise TypeError(f"{name} is {value!r}, expected something like {default!r}")

@@ -12,8 +12,6 @@ class SegmentationNetwork(nn.Module):
     """A network that maps patches to logits of the same size.
 
     Args:
-        channels: of the input.
-        classes: logit maps of the output.
         labels: logits of a classification, where there is one.
     """
 
@@ -57,9 +55,7 @@ def contract(down: nn.ModuleList, pool: nn.Module, x: Tensor) -> tuple[Tensor, l
     """Go the way down a U-Net; return the features of the bottom and the skips, full size first.
 
     Args:
-        down: a stage for each size, the bottom last.
-        pool: halves the size between stages.
-        x: (N, channels, *patch).
+        down: One stage for each size, the bottom last.
     """
     skips: list[Tensor] = []
     for stage in down[:-1]:
@@ -73,7 +69,6 @@ def expand(up: nn.ModuleList, x: Tensor, skips: list[Tensor]) -> Tensor:
 
     Args:
         up: a stage for each size above the bottom, full size last; takes features and a skip.
-        x: the features of the bottom.
         skips: as `contract` returns them; the list is emptied, so that none is held too long.
     """
     for stage in up:
@@ -82,12 +77,7 @@ def expand(up: nn.ModuleList, x: Tensor, skips: list[Tensor]) -> Tensor:
 
 
 class Up(nn.Module):
-    """Double the size, join the skip, convolve.
-
-    Args:
-        up: a transposed convolution.
-        conv: of what is joined, the skip first.
-    """
+    """Double the size, join the skip, convolve."""
 
     def __init__(self, up: nn.Module, conv: nn.Module) -> None:
         super().__init__()

@@ -27,7 +27,6 @@ class Trial:
         seconds: of the network as it is stored, on the CPU in fp32.
         seconds_folded: of its inference form; None for a foreign program, which has none.
         difference: between the two, as a share of the largest logit; None likewise.
-        has_weights: or random ones, where the bundle has none.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -40,17 +39,18 @@ class Trial:
 def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Trial:
     """Predict random patches on the CPU and check the answer; return how it went.
 
-    Args:
-        bundle: with or without weights.
-        patch_size: in place of the bundle's, one number an axis.
-
     Raises:
         BundleError: the network cannot be built, fails, or its answer is not what the bundle says.
     """
     if patch_size is not None:
         bundle = with_patch_size(bundle, patch_size)
     has_weights = bundle.weights_path is not None
-    network = build(bundle) if has_weights or bundle.network in FOREIGN else _untrained(bundle)
+    if has_weights or bundle.network in FOREIGN:
+        network = build(bundle)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = Network(module=create(bundle).eval(), batch_size=None)
     module, count = network.module, network.batch_size or 1
     patches = random_patches(bundle, count)
     seconds, answer = _timed(module, patches, bundle)
@@ -79,14 +79,13 @@ def with_patch_size(bundle: Bundle, patch_size: Sequence[int]) -> Bundle:
     """Return the bundle with patches of another size.
 
     Args:
-        bundle: any.
         patch_size: one number an axis, or one for all.
 
     Raises:
         BundleError: another number of axes.
     """
     axes = len(bundle.input.patch_size)
-    sizes = tuple(patch_size) * axes if len(patch_size) == 1 else tuple(patch_size)
+    sizes = tuple(patch_size) * (axes if len(patch_size) == 1 else 1)
     if len(sizes) != axes:
         raise BundleError(f"{bundle.name}: {len(sizes)} sizes for patches of {axes} axes")
     return replace(bundle, input=replace(bundle.input, patch_size=sizes, overlap=(0,) * axes))
@@ -113,11 +112,6 @@ def run(module: nn.Module, patches: Tensor) -> dict[str, Tensor]:
 def check_shapes(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> None:
     """Refuse logits of other shapes than the bundle says; return nothing.
 
-    Args:
-        answer: by name.
-        bundle: whose network gave it.
-        count: of patches.
-
     Raises:
         BundleError: other classes, other labels, or a mask that is not of the patch's size.
     """
@@ -127,9 +121,10 @@ def check_shapes(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> No
         expected["label"] = (count, len(bundle.labels))
     found = {name: tuple(logits.shape) for name, logits in answer.items()}
     if found != expected:
+        told, wanted = (", ".join(f"{n} {s}" for n, s in d.items()) for d in (found, expected))
         raise BundleError(
-            f"{bundle.name} answers with {_listed(found)}; activation, classes and labels of its "
-            f"model.toml make it {_listed(expected)}"
+            f"{bundle.name} answers with {told}; activation, classes and labels of its "
+            f"model.toml make it {wanted}"
         )
 
 
@@ -148,12 +143,6 @@ def largest_difference(answer: Mapping[str, Tensor], other: Mapping[str, Tensor]
     return float(torch.stack(shares).max())
 
 
-def _untrained(bundle: Bundle) -> Network:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Network(module=create(bundle).eval(), batch_size=None)
-
-
 def _timed(module: nn.Module, patches: Tensor, bundle: Bundle) -> tuple[float, dict[str, Tensor]]:
     begun = time.perf_counter()
     try:
@@ -164,7 +153,3 @@ def _timed(module: nn.Module, patches: Tensor, bundle: Bundle) -> tuple[float, d
             f"{bundle.name} failed on a batch {tuple(patches.shape)}: {reason}"
         ) from error
     return time.perf_counter() - begun, answer
-
-
-def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

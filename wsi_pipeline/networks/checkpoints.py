@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -43,9 +43,6 @@ class EncoderKind:
     """An encoder whose weights are published by themselves.
 
     Attributes:
-        name: for people.
-        network: of the package that has it.
-        make: returns it.
         prefix: of torchvision's names before ours.
         classifier: prefix of the published tensors that no network here has.
     """
@@ -86,9 +83,7 @@ def import_model(
     Args:
         checkpoint: `.safetensors`, or what `torch.save` writes; nothing in it is run.
         template: what the network is and sees; its weights play no part.
-        folder: the bundle's.
         key: where in the checkpoint the tensors are, as "ema.model"; None = at the only such place.
-        overwrite: replace a bundle that is there.
 
     Raises:
         BundleError: no checkpoint, one that does not fit, with all names that do not, or a folder
@@ -115,12 +110,6 @@ def import_model(
 
 def init_model(template: Bundle, folder: Path, *, seed: int = 0, overwrite: bool = False) -> Bundle:
     """Write a bundle with random weights, to try what is around the network; return it.
-
-    Args:
-        template: what the network is and sees; its weights play no part.
-        folder: the bundle's.
-        seed: of the weights.
-        overwrite: replace a bundle that is there.
 
     Raises:
         BundleError: a foreign program, whose weights are its own, or a folder that is taken.
@@ -168,12 +157,6 @@ def import_encoder(
 ) -> tuple[EncoderKind, Path]:
     """Write torchvision's weights of an encoder as safetensors; return its kind and the file.
 
-    Args:
-        checkpoint: as torchvision publishes it, or as a training of one's own left it.
-        folder: of the file.
-        key: as in `import_model`.
-        overwrite: replace one that is there.
-
     Raises:
         BundleError: no encoder that a network here has, or a folder that is taken.
     """
@@ -205,11 +188,9 @@ def make_template(
     """Describe a model that is to be imported; return it as a bundle without weights.
 
     Args:
-        folder: of the bundle to come.
         like: a bundle that it is like, but for the rest of the arguments.
         network: for slides, without `like`.
         classes: names in the mask's order, the background first.
-        mpp: µm per pixel.
         patch_size: pixels, one number for all axes or one an axis; overlaps become a quarter.
 
     Raises:
@@ -273,8 +254,15 @@ def _fitted(
     template: Bundle, state: Mapping[str, Tensor], checkpoint: Path
 ) -> tuple[Bundle, SegmentationNetwork]:
     """Return the bundle and network, of those that the template allows, that the tensors fit."""
+    count = len(template.classes)
+    # one logit where there are two classes, and one for each class
     reasons = []
-    for bundle in _readings(template):
+    for logits in [1, count] if count == 2 else [count]:
+        bundle = replace(
+            template,
+            network_options={**template.network_options, "classes": logits},
+            activation="sigmoid" if logits == 1 else "softmax",
+        )
         network = create(bundle)
         try:
             load_state(network, state, path=checkpoint, unused=network.unused)
@@ -282,16 +270,8 @@ def _fitted(
             reasons.append(error)
         else:
             return bundle, network
-    raise min(reasons, key=lambda error: len(str(error)))  # with the least to complain of
-
-
-def _readings(template: Bundle) -> Iterator[Bundle]:
-    """Yield the bundle with one logit where it has two classes, and with one for each class."""
-    if len(template.classes) == 2:
-        options = {**template.network_options, "classes": 1}
-        yield replace(template, network_options=options, activation="sigmoid")
-    options = {**template.network_options, "classes": len(template.classes)}
-    yield replace(template, network_options=options, activation="softmax")
+    # with the least to complain of
+    raise min(reasons, key=lambda error: len(str(error)))
 
 
 def _encoder_of(state: Mapping[str, Tensor]) -> EncoderKind | None:

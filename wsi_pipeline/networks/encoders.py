@@ -43,9 +43,6 @@ class InvertedResidual(nn.Module):
     """Expand 1×1, depthwise 3×3, project 1×1 without activation; MobileNetV2's block.
 
     Args:
-        inputs: channels in.
-        outputs: channels out.
-        stride: of the depthwise convolution.
         expansion: channels between, as a multiple of `inputs`; 1 leaves the expansion out.
     """
 
@@ -68,13 +65,7 @@ class InvertedResidual(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions around a residual connection; ResNet18's block.
-
-    Args:
-        inputs: channels in.
-        outputs: channels out.
-        stride: of the first convolution, and of the 1×1 projection that it then takes.
-    """
+    """Two 3×3 convolutions around a residual connection; ResNet18's block."""
 
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
@@ -100,11 +91,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet18 without its classifier, Kaiming-initialised; 11,176,512 parameters.
-
-    Args:
-        channels: of the input.
-    """
+    """ResNet18 without its classifier, Kaiming-initialised; 11,176,512 parameters."""
 
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
@@ -133,11 +120,7 @@ class ResNet18(nn.Module):
 
 
 def mobilenet_v2_features(channels: int = 3) -> nn.Sequential:
-    """Return the 19 stages of MobileNetV2 (width 1.0), Kaiming-initialised.
-
-    Args:
-        channels: of the input.
-    """
+    """Return the 19 stages of MobileNetV2 (width 1.0), Kaiming-initialised."""
     stages: list[nn.Module] = [_conv_bn_relu6(channels, 32, kernel=3, stride=2)]
     inputs = 32
     for expansion, outputs, repeats, first_stride in MOBILENET_V2:
@@ -155,7 +138,6 @@ def stem_channels(channels: int, grey: Grey) -> int:
     """Return the input channels of an encoder's first convolution.
 
     Args:
-        channels: of the network's input.
         grey: for one channel, "replicate" lets the encoder see it three times, as ImageNet's
             weights want it; "sum" gives the encoder one channel, whose ImageNet weights are the
             sum over the three: the same function, with fewer operations.
@@ -179,7 +161,18 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
     Raises:
         BundleError: no such file, another digest, or other tensors.
     """
-    path = _checked_file(str(location), sha256)
+    path, url = Path(location), str(location)
+    if "://" in url:
+        named = re.search(r"-([0-9a-f]{8,64})$", Path(urlparse(url).path).stem)
+        sha256 = sha256 or (named[1] if named else None)
+        if sha256 is None:
+            raise BundleError(
+                f"{location}: its name does not end with a sha256, and none is given; "
+                "fetch the file yourself and name its path"
+            )
+        path = download(url, sha256)
+    elif sha256 is not None and path.is_file():
+        check_sha256(path, sha256, origin=path)
     state = present_names(read_state(path))
     # torchvision's MobileNetV2 is features and classifier, its ResNet has no such parts
     module = nn.ModuleDict({"features": encoder}) if isinstance(encoder, nn.Sequential) else encoder
@@ -209,24 +202,6 @@ def present_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         row = OLDER_ROWS.get(blocks[layer[1]]) if layer else None
         renamed[f"{layer[1]}.{row[layer[2]]}.{layer[3]}" if layer and row else name] = tensor
     return renamed
-
-
-def _checked_file(location: str, sha256: str | None) -> Path:
-    """Return the path of a file here or elsewhere, after comparing its digest."""
-    if "://" in location:
-        if sha256 is None:
-            named = re.search(r"-([0-9a-f]{8,64})$", Path(urlparse(location).path).stem)
-            sha256 = named[1] if named else None
-        if sha256 is None:
-            raise BundleError(
-                f"{location}: its name does not end with a sha256, and none is given; "
-                "fetch the file yourself and name its path"
-            )
-        return download(location, sha256)
-    path = Path(location)
-    if sha256 is not None and path.is_file():
-        check_sha256(path, sha256, origin=path)
-    return path
 
 
 def _init_convolutions(module: nn.Module) -> None:

@@ -29,29 +29,29 @@ def for_inference(
     Batch norms go into the convolutions before them, the three scales of every MSFFM into one
     5×5 convolution, and what is never called goes. The layout in memory follows from device and
     number format alone, so that all workers get the same bits.
-
-    Args:
-        network: of this package, with its weights; left as it is.
-        device: to run on.
-        dtype: of weights and inputs.
     """
-    folded = deepcopy(network).eval().requires_grad_(False).double()  # fold exactly, then round
-    _drop_unused(folded)
+    # in double, to fold exactly and round once
+    folded = deepcopy(network).eval().requires_grad_(False).double()
+    unused = [n for n, _ in folded.named_modules() if f"{n}.".startswith(folded.unused)]
+    # children first
+    for name in sorted(unused, reverse=True):
+        folded.set_submodule(name, nn.Identity())
     for module in list(folded.modules()):
         if isinstance(module, MSFFM):
             module.compose()
         _fold_batch_norms(module)
     folded = folded.to(device=device, dtype=dtype)
-    is_slow_wide = torch.device(device).type == "cpu" and dtype is torch.float32
-    _lay_out(folded, below=WIDE if is_slow_wide else None)
+    # the channels of a pixel are kept together, as slides come and as GPUs want them
+    for weight in folded.parameters():
+        if weight.ndim == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    if torch.device(device).type == "cpu" and dtype is torch.float32:
+        for module in folded.modules():
+            conv = module.composed if isinstance(module, MSFFM) else None
+            if isinstance(conv, nn.Conv2d) and conv.out_channels >= WIDE:
+                conv.weight.data = conv.weight.data.contiguous()
+                module.composed = nn.Sequential(_Planar(), conv)
     return folded
-
-
-def _drop_unused(network: SegmentationNetwork) -> None:
-    """Put an empty module in the place of each that is never called."""
-    names = [n for n, _ in network.named_modules() if f"{n}.".startswith(network.unused)]
-    for name in sorted(names, reverse=True):  # children first
-        network.set_submodule(name, nn.Identity())
 
 
 def _fold_batch_norms(parent: nn.Module) -> None:
@@ -67,23 +67,6 @@ def _fold_batch_norms(parent: nn.Module) -> None:
         else:
             continue
         setattr(parent, norm_name, nn.Identity())
-
-
-def _lay_out(network: nn.Module, *, below: int | None) -> None:
-    """Keep the channels of a pixel together, as slides come and as GPUs want them.
-
-    Args:
-        network: on its device.
-        below: composed convolutions of so many channels or more stay on planes; None = none.
-    """
-    for weight in network.parameters():
-        if weight.ndim == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    for module in network.modules():
-        conv = module.composed if isinstance(module, MSFFM) else None
-        if isinstance(conv, nn.Conv2d) and below is not None and conv.out_channels >= below:
-            conv.weight.data = conv.weight.data.contiguous()
-            module.composed = nn.Sequential(_Planar(), conv)
 
 
 class _Planar(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -38,24 +38,19 @@ def load_foreign(bundle: Bundle) -> Network:
     path = bundle.weights_path
     if path is None:
         raise BundleError(f"the bundle {bundle.path} names no program; set weights in model.toml")
-    load = _load_exported if bundle.network == "exported" else _load_torchscript
     try:
-        return load(io.BytesIO(bundle.read_weights()))
+        file = io.BytesIO(bundle.read_weights())
+        if bundle.network == "exported":
+            program = torch.export.load(file)
+            return Network(module=program.module(), batch_size=_static_batch(program))
+        module = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
+        return Network(module=module.eval(), batch_size=None)
     except BundleError:
         raise
-    except Exception as error:  # torch's loaders raise whatever the file makes them
+    # torch's loaders raise whatever the file makes them
+    except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise BundleError(f"cannot load {path} as {bundle.network}: {reason}") from error
-
-
-def _load_torchscript(program: BinaryIO) -> Network:
-    module = torch.jit.load(program, map_location="cpu")  # type: ignore[no-untyped-call]
-    return Network(module=module.eval(), batch_size=None)
-
-
-def _load_exported(file: BinaryIO) -> Network:
-    program = torch.export.load(file)
-    return Network(module=program.module(), batch_size=_static_batch(program))
 
 
 def _static_batch(program: ExportedProgram) -> int | None:

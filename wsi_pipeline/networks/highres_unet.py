@@ -21,9 +21,6 @@ class ConvBlock(nn.Module):
     """Some 3×3 convolutions, each with batch norm and ReLU.
 
     Args:
-        inputs: channels in.
-        outputs: channels out, and between.
-        count: of convolutions.
         separable: each is a depthwise and a pointwise one.
         project: add a batch-normed 1×1 projection of the input.
     """
@@ -33,8 +30,14 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for i in range(count):
-            layers += _conv3(inputs if i == 0 else outputs, outputs, separable)
+        for width in [inputs, *[outputs] * (count - 1)]:
+            if separable:
+                layers += [
+                    nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
+                    nn.Conv2d(width, outputs, 1, bias=False),
+                ]
+            else:
+                layers.append(nn.Conv2d(width, outputs, 3, padding=1, bias=False))
             layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
         self.convs = nn.Sequential(*layers)
         self.project = (
@@ -54,7 +57,6 @@ class Up(nn.Module):
 
     Args:
         inputs: channels in; half of them come out.
-        count: of convolutions.
         separable: all convolutions are, the transposed one too.
         residual: add the up-convolution's output to the block's.
     """
@@ -84,12 +86,9 @@ class HighResUNet(SegmentationNetwork):
     """The high-resolution U-Net; 5,343,962 parameters with 1 class.
 
     Args:
-        classes: logit maps of the output; 1 for finding or not.
-        channels: of the input.
         width: channels at full size; each level below has twice as many.
         levels: resolutions, the bottom included.
         separable: depthwise and pointwise convolutions in place of dense ones.
-        residual: short residual connections at each level.
         convs: convolutions of an encoder level, of the bottom, of a decoder level.
     """
 
@@ -110,7 +109,7 @@ class HighResUNet(SegmentationNetwork):
         if len(convs) != 3 or min(convs) < 1:
             raise ValueError(f"convs {list(convs)} must be three counts of 1 or more")
         self.size_multiple = 2 ** (levels - 1)
-        widths = [width << level for level in range(levels)]  # 16, 32, 64, … 1024
+        widths = [width << level for level in range(levels)]
         encoder, bottom, decoder = convs
         counts = [encoder] * (levels - 1) + [bottom]
         self.down = nn.ModuleList(
@@ -131,12 +130,3 @@ class HighResUNet(SegmentationNetwork):
         x, skips = contract(self.down, self.pool, x)
         out: Tensor = self.head(expand(self.up, x, skips))
         return out
-
-
-def _conv3(inputs: int, outputs: int, separable: bool) -> list[nn.Module]:
-    if not separable:
-        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)]
-    return [
-        nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
-        nn.Conv2d(inputs, outputs, 1, bias=False),
-    ]

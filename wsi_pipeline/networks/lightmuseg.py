@@ -42,12 +42,7 @@ class SpatialAttention(nn.Module):
 
 
 class MSFFM(nn.Module):
-    """Multiscale feature fusion: three kernel sizes, channel attention, spatial attention.
-
-    Args:
-        channels: in and out.
-        reduction: of the channel attention's bottleneck.
-    """
+    """Multiscale feature fusion: three kernel sizes, channel attention, spatial attention."""
 
     def __init__(self, channels: int, *, reduction: int = 4) -> None:
         super().__init__()
@@ -63,15 +58,14 @@ class MSFFM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the fused features, (N, C, H, W)."""
-        fused = self._multiscale(x) if self.composed is None else self.composed(x)
+        if self.composed is None:
+            scales = torch.cat([self.scale1(x), self.scale2(x), self.scale3(x)], dim=1)
+            fused = self.reduce_channel(scales)
+        else:
+            fused = self.composed(x)
         squeezed = functional.relu(self.fc1(fused.mean((2, 3), keepdim=True)))
         fused = fused * torch.sigmoid(self.fc2(squeezed))
         out: Tensor = self.fusion_conv(self.spatialatt(fused))
-        return out
-
-    def _multiscale(self, x: Tensor) -> Tensor:
-        scales = torch.cat([self.scale1(x), self.scale2(x), self.scale3(x)], dim=1)
-        out: Tensor = self.reduce_channel(scales)
         return out
 
     def compose(self) -> None:
@@ -95,12 +89,7 @@ class MSFFM(nn.Module):
 
 
 class FRFM(nn.Module):
-    """Feature refinement: skip and decoder features under one channel attention.
-
-    Args:
-        channels: of each of the two inputs, and out.
-        reduction: of the channel attention's bottleneck.
-    """
+    """Feature refinement: skip and decoder features under one channel attention."""
 
     def __init__(self, channels: int, *, reduction: int = 4) -> None:
         super().__init__()
@@ -120,12 +109,7 @@ class FRFM(nn.Module):
 
 
 class SideOut(nn.Module):
-    """A head that maps features of the decoder to logits, for deep supervision.
-
-    Args:
-        channels: in.
-        classes: logit maps out.
-    """
+    """A head that maps features of the decoder to logits, for deep supervision."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -153,8 +137,6 @@ class LightMuSeg(SegmentationNetwork):
     predict with patches of the size that the weights were trained for.
 
     Args:
-        classes: logit maps of the output; 1 for tumour or not.
-        channels: of the input.
         grey: what becomes of one channel: the encoder sees it three times, or has one itself.
         deep_supervision: while training, the logits of the decoder's other levels come out too;
             24,450 parameters more, and 41 for every class.
@@ -184,15 +166,12 @@ class LightMuSeg(SegmentationNetwork):
         if deep_supervision:
             self.sideout2, self.sideout3 = SideOut(c2, classes), SideOut(c3, classes)
             self.sideout4 = SideOut(c4, classes)
-        self._init_decoder()
-        self.last_conv = nn.Conv2d(c1, classes, 3, padding=1)
-
-    def _init_decoder(self) -> None:
         # the gates, about 1/2 each, take from the skips what this gain gives: they start at unit
         # scale, as what comes up from below does behind its batch norm
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.startswith("encoder."):
                 nn.init.kaiming_normal_(module.weight)
+        self.last_conv = nn.Conv2d(c1, classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W).

@@ -25,7 +25,6 @@ class IRB(nn.Module):
     """Inverted residual block: expand 1³, depthwise 3³, project 1³ without activation, add.
 
     Args:
-        channels: in and out.
         expansion: channels between, as a multiple; 1 leaves the expansion out.
     """
 
@@ -43,9 +42,6 @@ class MM3DUNet(SegmentationNetwork):
     """MM-3DUNet; 7,027,268 parameters with 2 classes and 2 labels.
 
     Args:
-        classes: logit maps of the mask.
-        labels: logits of the auxiliary classification.
-        channels: of the input.
         plan: "A", channels expand in dense convolutions, or "B", in separable ones.
         bottleneck: plan B's decoder convolves 1³, 3³ depthwise, 1³ in place of 3³ depthwise, 1³.
     """

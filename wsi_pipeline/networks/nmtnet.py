@@ -25,12 +25,7 @@ DECODER = ((512, 256, 256), (256, 128, 128), (128, 64, 64), (64, 64, 64))
 
 
 class MFCR(nn.Module):
-    """Multi-scale fusion channel refinement: four receptive fields under a channel attention.
-
-    Args:
-        channels: in and out.
-        reduction: of the channel attention's bottleneck.
-    """
+    """Multi-scale fusion channel refinement: four receptive fields under a channel attention."""
 
     BRANCHES: ClassVar = ((1, 1), (3, 1), (3, 2), (3, 4))  # kernel, dilation
 
@@ -55,11 +50,7 @@ class MFCR(nn.Module):
 
 
 class LRE(nn.Module):
-    """Lesion region enhancement: a skip's texture and edges, where the decoder sees a lesion.
-
-    Args:
-        channels: of the skip, in and out.
-    """
+    """Lesion region enhancement: a skip's texture and edges, where the decoder sees a lesion."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -84,9 +75,6 @@ class NMTNet(SegmentationNetwork):
     Batch norm in the classifier needs training batches of two images or more.
 
     Args:
-        classes: logit maps of the mask; 1 for lesion or not.
-        labels: logits of the classification.
-        channels: of the input.
         grey: what becomes of one channel: the encoder sees it three times, or has one itself.
     """
 
@@ -136,16 +124,10 @@ class NMTNet(SegmentationNetwork):
             grown = self.up(decoded[-1])
             decoded.append(stage(torch.cat([grown, lre(skips.pop(), grown)], dim=1)))
         mask = self.head(self.last_conv(self.up(decoded[-1])))
-        lesion = _foreground(mask)
+        # the probability of any class but the background
+        lesion = mask.sigmoid() if mask.shape[1] == 1 else 1 - mask.softmax(1)[:, :1]
         pooled = [refined.mean((2, 3)), *(_masked_mean(t, lesion) for t in decoded[:-1])]
         return {"mask": mask, "label": self.classifier(torch.cat(pooled, dim=1))}
-
-
-def _foreground(logits: Tensor) -> Tensor:
-    """Return the probability of any class but the background, (N, 1, H, W)."""
-    if logits.shape[1] == 1:
-        return logits.sigmoid()
-    return 1 - logits.softmax(1)[:, :1]
 
 
 def _masked_mean(features: Tensor, probability: Tensor) -> Tensor:
@@ -160,15 +142,7 @@ def _cbr(
 ) -> nn.Sequential:
     padding = dilation * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(
-            inputs,
-            outputs,
-            kernel,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=False,
-        ),
+        nn.Conv2d(inputs, outputs, kernel, 1, padding, dilation, groups, bias=False),
         nn.BatchNorm2d(outputs),
         nn.ReLU(inplace=True),
     )

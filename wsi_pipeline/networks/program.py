@@ -40,10 +40,7 @@ def export_onnx(
     `model.toml`, which says how to normalise and what the classes are, in its metadata.
 
     Args:
-        bundle: with weights.
-        path: of the file.
         batch_size: the only one that the file takes; None = any.
-        overwrite: replace a file that is there.
 
     Returns:
         The largest difference on random patches, as a share of the largest logit.
@@ -57,13 +54,17 @@ def export_onnx(
     if path.is_dir() or (path.exists() and not overwrite):
         raise BundleError(f"{path} is there already; name another file, or add --overwrite")
     network = _network(bundle)
-    names = _output_names(bundle)
+    size = (bundle.input.channels, *bundle.input.patch_size)
+    with torch.device("meta"):
+        answer = run(create(bundle).eval(), torch.empty(1, *size))
+    check_shapes(answer, bundle, 1)
+    names = list(answer)
     with warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
         program = torch.onnx.export(
             _Tuple(_inference_form(network)).eval(),
             (random_patches(bundle, batch_size or 2),),
             dynamo=True,
-            dynamic_shapes=_batch(batch_size),
+            dynamic_shapes=None if batch_size else ({0: torch.export.Dim("batch")},),
             input_names=[INPUT],
             output_names=names,
             verbose=False,
@@ -83,12 +84,6 @@ def export_torch(
 ) -> float:
     """Write a bundle's network as a torch.export program in a bundle; return how far it is from it.
 
-    Args:
-        bundle: with weights.
-        folder: of the new bundle.
-        batch_size: the only one that the program takes; None = any.
-        overwrite: replace a bundle that is there.
-
     Returns:
         As `export_onnx`.
 
@@ -105,7 +100,7 @@ def export_torch(
             program = torch.export.export(
                 _inference_form(network),
                 (random_patches(bundle, batch_size or 2),),
-                dynamic_shapes=_batch(batch_size),
+                dynamic_shapes=None if batch_size else ({0: torch.export.Dim("batch")},),
             )
             torch.export.save(program, partial / PROGRAM)
             loaded = torch.export.load(partial / PROGRAM).module()
@@ -134,23 +129,10 @@ def _network(bundle: Bundle) -> SegmentationNetwork:
     return network
 
 
-def _output_names(bundle: Bundle) -> list[str]:
-    """Return the names of what the network gives, which are those that the bundle speaks of."""
-    size = (bundle.input.channels, *bundle.input.patch_size)
-    with torch.device("meta"):
-        answer = run(create(bundle).eval(), torch.empty(1, *size))
-    check_shapes(answer, bundle, 1)
-    return list(answer)
-
-
 def _inference_form(network: SegmentationNetwork) -> nn.Module:
     """Return the folded network in plain layout: what is quick here is no concern of a program."""
     folded = for_inference(network)
     return folded.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload, no-any-return]
-
-
-def _batch(batch_size: int | None) -> tuple[dict[int, torch.export.Dim]] | None:
-    return None if batch_size else ({0: torch.export.Dim("batch")},)
 
 
 def _onnx_runner(path: Path, names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:

@@ -44,14 +44,7 @@ class Swish(nn.Module):
 
 
 class DoubleConv(nn.Module):
-    """Two 3×3 convolutions, each with batch norm and activation.
-
-    Args:
-        inputs: channels in.
-        middle: channels between.
-        outputs: channels out.
-        activation: makes an activation for a number of channels.
-    """
+    """Two 3×3 convolutions, each with batch norm and activation."""
 
     def __init__(
         self, inputs: int, middle: int, outputs: int, activation: Callable[[int], nn.Module]
@@ -73,11 +66,7 @@ class DoubleConv(nn.Module):
 
 
 class Down(nn.Module):
-    """Halve the size, then convolve.
-
-    Args:
-        conv: behind the pooling.
-    """
+    """Halve the size, then convolve."""
 
     def __init__(self, conv: DoubleConv) -> None:
         super().__init__()
@@ -141,8 +130,6 @@ class UNet(_PlanarUNet):
     """The base U-Net; 31,043,586 parameters with 2 classes.
 
     Args:
-        classes: logit maps of the output.
-        channels: of the input.
         widths: channels of each level, from full size down; each doubles the one above.
     """
 
@@ -165,8 +152,6 @@ class SwishUNet(_PlanarUNet):
     """The light U-Net: no bottom level, half the channels between, Swish; 4,197,986 parameters.
 
     Args:
-        classes: logit maps of the output.
-        channels: of the input.
         widths: channels of each level, from full size down; each doubles the one above.
         beta: of the Swish: "fixed" at 1, as the paper's counts have it, or learned, one "scalar"
             for each activation or one for each "channel".
@@ -194,12 +179,7 @@ class SwishUNet(_PlanarUNet):
 
 
 class UNet3D(SegmentationNetwork):
-    """The 3-D U-Net; 19,073,730 parameters with 2 classes.
-
-    Args:
-        classes: logit maps of the output.
-        channels: of the input.
-    """
+    """The 3-D U-Net; 19,073,730 parameters with 2 classes."""
 
     ndim: ClassVar[int] = 3
     size_multiple = 8
@@ -228,7 +208,8 @@ class UNet3D(SegmentationNetwork):
 
 
 def _up_name(level: int) -> str:
-    return f"up{4 - level}"  # the authors' names end with up4, however many there are
+    # the authors' names end with up4, however many there are
+    return f"up{4 - level}"
 
 
 def _double_conv3d(inputs: int, middle: int, outputs: int) -> nn.Sequential:

@@ -53,10 +53,7 @@ def load_weights(
     """Load a weight file into a network, upcast to the network's own precision; return nothing.
 
     Args:
-        network: to load into.
-        path: of the weights.
         unused: prefixes of tensors that the network never calls and a file may lack or have.
-        data: what the file holds; None = to be read.
 
     Raises:
         BundleError: the file does not fit, with the names that do not.
@@ -70,9 +67,6 @@ def load_state(
     """Load tensors into a network, upcast to the network's own precision; return nothing.
 
     Args:
-        network: to load into.
-        state: tensors by name.
-        path: of the file that they come from, for the message.
         unused: prefixes of tensors that the network never calls and `state` may lack or have.
 
     Raises:
