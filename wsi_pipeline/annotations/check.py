@@ -46,12 +46,9 @@ TYPE_KEYS = ("objectType", "object_type", "type")
 """Properties in which QuPath looks for the type of an object; the first one there counts."""
 
 LEGACY_IDS = (
-    "PathAnnotationObject",
-    "PathDetectionObject",
-    "PathCellObject",
-    "PathTileObject",
+    "PathAnnotationObject", "PathDetectionObject", "PathCellObject", "PathTileObject",
     "TMACoreObject",
-)
+)  # fmt: skip
 """What QuPath 0.2 wrote as id; later ones read it as the type."""
 
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -64,11 +61,10 @@ class Finding:
 
     Attributes:
         index: place of the feature in the file, from 0; None for the file as a whole.
-        id: of the feature, or of the child it is about; None where it has none.
+        id: id of the feature, or of the child it is about; None where it has none.
         severity: "refused": QuPath imports nothing of the file; "refused by QuPath 0.5": so does
             0.5, later ones import it; "changed": imported, but not as written; "not strict":
             QuPath reads it, strict JSON parsers do not.
-        reason: one sentence.
     """
 
     index: int | None
@@ -103,7 +99,15 @@ def check_geojson(path: str | Path) -> Report:
     """
     path = Path(path)
     raw = read_bytes(path)
-    complaints = list(_check_file_name(path, is_gzip=raw.startswith(GZIP_MAGIC)))
+    complaints, is_gzip = list[Complaint](), raw.startswith(GZIP_MAGIC)
+    if not path.name.lower().endswith((*FILE_NAMES, ".zip")):
+        reason = f"QuPath takes only files that end in {', '.join(FILE_NAMES)}."
+        complaints.append(("refused", reason))
+    elif not is_gzip and path.name.lower().endswith(".gz"):
+        complaints.append(("refused", "The name ends in .gz, but the content is not gzipped."))
+    elif is_gzip and not path.name.lower().endswith(".gz"):
+        reason = "The content is gzipped, but the name does not end in .gz."
+        complaints.append(("refused", reason))
     features: tuple[object, ...] = ()
     try:
         document = parse_document(raw)
@@ -120,27 +124,12 @@ def check_geojson(path: str | Path) -> Report:
     return Report(n_features=len(features), findings=tuple(findings))
 
 
-def is_importable_name(path: Path) -> bool:
-    """Return whether QuPath takes a file of that name for GeoJSON."""
-    return path.name.lower().endswith(FILE_NAMES)
-
-
-def _check_file_name(path: Path, *, is_gzip: bool) -> Iterator[Complaint]:
-    says_gzip = path.name.lower().endswith(".gz")
-    if not path.name.lower().endswith((*FILE_NAMES, ".zip")):
-        yield "refused", f"QuPath takes only files that end in {', '.join(FILE_NAMES)}."
-    elif says_gzip and not is_gzip:
-        yield "refused", "The name ends in .gz, but the content is not gzipped."
-    elif is_gzip and not says_gzip:
-        yield "refused", "The content is gzipped, but the name does not end in .gz."
-
-
 def check_feature(feature: object, *, index: int = 0) -> list[Finding]:
     """Apply QuPath's rules to one parsed feature and its children; return the findings.
 
     Args:
-        feature: as parsed from JSON.
-        index: place of the feature in its file, for the findings.
+        feature: Whatever JSON holds where a feature should be.
+        index: Place of the feature in its file, for the findings.
     """
     return [
         Finding(index=index, id=id_of(item), severity=severity, reason=reason)
@@ -193,10 +182,6 @@ def check_type(kind: object) -> Iterator[Complaint]:
         yield "refused", "The objectType is root, which only QuPath itself can make."
 
 
-# ---------------------------------------------------------------------------------------------
-# Shapes
-
-
 def check_geometry(geometry: object) -> Iterator[Complaint]:
     """Yield what is wrong with a GeoJSON geometry."""
     try:
@@ -219,12 +204,7 @@ def check_geometry(geometry: object) -> Iterator[Complaint]:
             f"{moved.sum()} of {len(moved)} positions move: QuPath keeps float32 numbers with "
             "2 decimals.",
         )
-    if isinstance(shape, Polygon | MultiPolygon):
-        yield from _check_outline(shape)
-
-
-def _check_outline(shape: Polygon | MultiPolygon) -> Iterator[Complaint]:
-    if survives_float32(shape):
+    if not isinstance(shape, Polygon | MultiPolygon) or survives_float32(shape):
         return
     rounded, kept = as_float32(shape), as_qupath(shape)
     if kept is None:
@@ -247,10 +227,6 @@ def _fault(shape: BaseGeometry) -> str:
 def _describe(shape: BaseGeometry) -> str:
     parts, holes = count_rings(shape)
     return f"{parts} part{'s' * (parts != 1)} with {holes} hole{'s' * (holes != 1)}"
-
-
-# ---------------------------------------------------------------------------------------------
-# Properties
 
 
 def check_name(name: object) -> Iterator[Complaint]:
@@ -277,7 +253,11 @@ def check_classification(classification: object) -> Iterator[Complaint]:
         yield "refused", f"The classification is {_show(classification)}, not an object."
     elif "colorRGB" in classification or "parentClass" in classification:
         yield from _check_class_names(classification)
-        yield from _check_packed(classification.get("colorRGB"))
+        color = classification.get("colorRGB")
+        if color is not None and not is_number(color):
+            yield "refused", f"colorRGB is {_show(color)}, not a packed integer."
+        elif is_number(color) and int(color) >> 24 & 255 == 0:
+            yield "changed", f"colorRGB {color} has no opacity: the class is invisible in QuPath."
     elif not classification.keys() & {"name", "names"}:
         yield "refused", "The classification has no name."
     elif "color" not in classification:
@@ -310,15 +290,6 @@ def _check_class_name(name: str) -> Iterator[Complaint]:
         yield "changed", f"The colon in class name {_show(name)} makes QuPath derive a class."
     elif name != name.strip():
         yield "changed", f"The class name {_show(name)} loses the blanks around it."
-
-
-def _check_packed(color: object) -> Iterator[Complaint]:
-    if color is None:
-        return
-    if not is_number(color):
-        yield "refused", f"colorRGB is {_show(color)}, not a packed integer."
-    elif int(color) >> 24 & 255 == 0:
-        yield "changed", f"colorRGB {color} has no opacity: the class is invisible in QuPath."
 
 
 def _check_class_color(color: object) -> Iterator[Complaint]:
@@ -359,17 +330,17 @@ def _check_measurement(
             yield "refused", f"Measurement {_show(name)} is {_show(value)}, which is no number."
     elif isinstance(value, bool) or not isinstance(value, int | float):
         yield "changed", f"Measurement {_show(name)} is {_show(value)}: QuPath leaves it out."
-    elif not _fits_float32(value):
-        yield "changed", f"Measurement {_show(name)} is {_show(value)}, beyond what float32 holds."
-
-
-def _fits_float32(value: float) -> bool:
-    """Return whether float32 rounds a number without losing whole units, or all of it."""
-    if not is_number(value):
-        return not isinstance(value, int)  # what is not finite stays so
-    with np.errstate(over="ignore"):
-        kept = float(np.float32(value))
-    return abs(kept - value) < 0.5 and (kept != 0 or value == 0)
+    else:
+        with np.errstate(over="ignore"):
+            kept = float(np.float32(value)) if is_number(value) else None
+        # what is not finite stays so; other numbers may lose whole units, or all of it
+        if (
+            isinstance(value, int)
+            if kept is None
+            else abs(kept - value) >= 0.5 or kept == 0 != value
+        ):
+            reason = f"Measurement {_show(name)} is {_show(value)}, beyond what float32 holds."
+            yield "changed", reason
 
 
 def check_metadata(metadata: object) -> Iterator[Complaint]:
@@ -396,11 +367,12 @@ def _check_colors(features: Iterable[object]) -> Iterator[Finding]:
     for index, feature in iter_nested(features):
         classification = properties_of(feature).get("classification")
         name, rgb = ": ".join(names_of(classification)), rgb_of(classification)
-        if not name or rgb is None or rgb == known.setdefault(name, rgb) or (name, rgb) in told:
-            continue
-        told.add((name, rgb))
-        reason = f"QuPath already has color {known[name]} for class {_show(name)}, and keeps it."
-        yield Finding(index=index, id=id_of(feature), severity="changed", reason=reason)
+        if name and rgb and rgb != known.setdefault(name, rgb) and (name, rgb) not in told:
+            told.add((name, rgb))
+            reason = (
+                f"QuPath already has color {known[name]} for class {_show(name)}, and keeps it."
+            )
+            yield Finding(index=index, id=id_of(feature), severity="changed", reason=reason)
 
 
 def _is_no_text(value: object) -> bool:

@@ -14,14 +14,9 @@ from pathlib import Path
 from wsi_pipeline.errors import AnnotationError
 
 GEOMETRY_TYPES = (
-    "Point",
-    "MultiPoint",
-    "LineString",
-    "MultiLineString",
-    "Polygon",
-    "MultiPolygon",
+    "Point", "MultiPoint", "LineString", "MultiLineString", "Polygon", "MultiPolygon",
     "GeometryCollection",
-)
+)  # fmt: skip
 MOST_PACKED = 64
 """Bytes of JSON for one of gzip: ten are usual."""
 LEAST_ROOM = 1 << 26
@@ -69,7 +64,17 @@ def parse_document(raw: bytes) -> Document:
         raise AnnotationError(
             "A zip archive must be unpacked first: QuPath loses its bad entries without a word."
         )
-    data = _decompress(raw) if raw.startswith(GZIP_MAGIC) else raw
+    data, room = raw, LEAST_ROOM + MOST_PACKED * len(raw)
+    if raw.startswith(GZIP_MAGIC):
+        try:
+            with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
+                data = packed.read(room + 1)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise AnnotationError(f"The gzip data are damaged or cut off: {error}.") from error
+    if len(data) > room:
+        raise AnnotationError(
+            f"The gzip data unpack to more than {MOST_PACKED} times their size: no coordinates do."
+        )
     losses = []
     try:
         text = data.decode("utf-8-sig")
@@ -81,20 +86,6 @@ def parse_document(raw: bytes) -> Document:
     return Document(
         features=tuple(features), liberties=tuple(liberties), losses=(*losses, *skipped)
     )
-
-
-def _decompress(raw: bytes) -> bytes:
-    room = LEAST_ROOM + MOST_PACKED * len(raw)
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(raw)) as packed:
-            data = packed.read(room + 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise AnnotationError(f"The gzip data are damaged or cut off: {error}.") from error
-    if len(data) > room:
-        raise AnnotationError(
-            f"The gzip data unpack to more than {MOST_PACKED} times their size: no coordinates do."
-        )
-    return data
 
 
 def _parse_json(text: str) -> tuple[object, list[str]]:
@@ -113,7 +104,7 @@ def _parse_json(text: str) -> tuple[object, list[str]]:
         try:
             root = parse(text)
         except json.JSONDecodeError:
-            repaired = _STRING_OR_TRAILING_COMMA.sub(_without_comma, text)
+            repaired = _STRING_OR_TRAILING_COMMA.sub(lambda m: m[0].lstrip(","), text)
             root = parse(repaired if repaired != text else text)
             liberties.append("The JSON has trailing commas.")
     except json.JSONDecodeError as error:
@@ -122,13 +113,10 @@ def _parse_json(text: str) -> tuple[object, list[str]]:
         ) from error
     except RecursionError as error:
         raise AnnotationError("The JSON is nested too deeply to be GeoJSON.") from error
-    except ValueError as error:  # Python refuses integers of thousands of digits
+    # Python refuses integers of thousands of digits
+    except ValueError as error:
         raise AnnotationError(f"A number in the JSON is beyond all bounds: {error}.") from error
     return root, liberties + [f"The JSON has the token {token}." for token in constants]
-
-
-def _without_comma(match: re.Match[str]) -> str:
-    return "" if match[0] == "," else match[0]
 
 
 def _features_of(root: object) -> tuple[list[object], list[str]]:
@@ -163,13 +151,6 @@ def properties_of(feature: object) -> Mapping[str, object]:
     return properties if isinstance(properties, Mapping) else {}
 
 
-def children_of(feature: object) -> list[object]:
-    """Return the Features that QuPath reads as children of this one."""
-    properties = properties_of(feature)
-    children = properties.get("childObjects" if "childObjects" in properties else "children")
-    return children if isinstance(children, list) else []
-
-
 def iter_nested(features: Iterable[object]) -> Iterator[tuple[int, object]]:
     """Yield every feature, each followed by its children, with the index of the outermost one."""
     for index, feature in enumerate(features):
@@ -177,4 +158,7 @@ def iter_nested(features: Iterable[object]) -> Iterator[tuple[int, object]]:
         while waiting:
             item = waiting.pop()
             yield index, item
-            waiting.extend(reversed(children_of(item)))
+            properties = properties_of(item)
+            key = "childObjects" if "childObjects" in properties else "children"
+            children = properties.get(key)
+            waiting.extend(reversed(children) if isinstance(children, list) else ())

@@ -79,25 +79,19 @@ def survive_float32(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
     """Return (n,) whether QuPath takes each polygon as it is; see `survives_float32`."""
     rounded = as_float32(polygons)
     survives = shapely.is_valid(rounded) & (shapely.area(rounded) >= MIN_AREA_PX2)
-    for index in np.flatnonzero(survives & ~_are_coarse(rounded)):
+    # Of whole pixels without long oblique edges no vertex can lie within 0.01 px of an edge that is
+    # not its own; snapping would double the cost of the test. The step from one ring to the next
+    # counts as an edge, which can only cost time.
+    xy, owner = shapely.get_coordinates(rounded, return_index=True)
+    step = np.abs(np.diff(xy, axis=0))
+    far = (step.min(axis=1) > 0) & (step.max(axis=1) >= _SAFE_EDGE_PX / 2)
+    is_coarse = np.ones(len(polygons), bool)
+    is_coarse[owner[(xy != np.rint(xy)).any(axis=1)]] = False
+    is_coarse[owner[1:][far & (np.diff(owner) == 0)]] = False
+    for index in np.flatnonzero(survives & ~is_coarse):
         kept = as_qupath(polygons[index])
         survives[index] = kept is not None and is_kept(rounded[index], kept)
     return np.asarray(survives)
-
-
-def _are_coarse(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
-    """Return where no vertex can lie within 0.01 px of an edge that is not its own.
-
-    So it is for whole pixels without long oblique edges; snapping would double the cost of the
-    test. The step from one ring to the next counts as an edge, which can only cost time.
-    """
-    xy, owner = shapely.get_coordinates(polygons, return_index=True)
-    step = np.abs(np.diff(xy, axis=0))
-    far = (step.min(axis=1) > 0) & (step.max(axis=1) >= _SAFE_EDGE_PX / 2)
-    coarse = np.ones(len(polygons), bool)
-    coarse[owner[(xy != np.rint(xy)).any(axis=1)]] = False
-    coarse[owner[1:][far & (np.diff(owner) == 0)]] = False
-    return coarse
 
 
 def moved_by_qupath(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
@@ -126,8 +120,12 @@ def mend_polygon(polygon: Polygon | MultiPolygon) -> list[Polygon]:
             snapped = shapely.set_precision(_make_valid(polygon), grid)
         except GEOSException:
             continue
-        parts = [_drop_specks(part) for part in polygons_of(snapped)]
-        parts = [part for part in parts if part.area >= MIN_AREA_PX2]
+        parts = []
+        for part in polygons_of(snapped):
+            holes = [hole for hole in part.interiors if Polygon(hole).area >= MIN_AREA_PX2]
+            kept = shapely.remove_repeated_points(Polygon(part.exterior, holes))
+            rounded = shapely.transform(kept, lambda xy: xy.round(2))
+            parts += [rounded] if rounded.area >= MIN_AREA_PX2 else []
         if all(map(_is_good, parts)) and (len(parts) < 2 or _is_good(MultiPolygon(parts))):
             return parts
     return [part for part in parts if _is_good(part)]
@@ -147,10 +145,3 @@ def _make_valid(polygon: Polygon | MultiPolygon) -> BaseGeometry:
     # Where hole and shell are swapped that leaves nothing.
     shell, *holes = (_make_valid(Polygon(ring)) for ring in (polygon.exterior, *polygon.interiors))
     return shapely.symmetric_difference(shell, shapely.union_all(holes))
-
-
-def _drop_specks(polygon: Polygon) -> Polygon:
-    """Return the polygon with two decimals, without holes below the smallest area."""
-    holes = [hole for hole in polygon.interiors if Polygon(hole).area >= MIN_AREA_PX2]
-    kept = shapely.remove_repeated_points(Polygon(polygon.exterior, holes))
-    return shapely.transform(kept, lambda xy: xy.round(2))

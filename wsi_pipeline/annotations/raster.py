@@ -22,7 +22,6 @@ def rasterise(
 
     Args:
         polygons: in level-0 pixels, (x, y); may overlap.
-        shape: height and width of the result.
         origin: (y, x) of the result's top-left corner in level-0 pixels.
         downsample: level-0 pixels per pixel of the result, one number or (y, x).
         touched: mark each pixel of which a polygon covers a part.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import shapely
@@ -32,7 +32,6 @@ class Annotation:
 
     Attributes:
         polygon: valid, with an area, in level-0 pixels, (x, y).
-        class_name: the class it is given, or None.
     """
 
     polygon: Polygon
@@ -67,24 +66,36 @@ def read_polygons(
             f"{' '.join(document.losses)}"
         )
     found: list[Annotation] = []
-    elsewhere: Counter[str] = Counter()
+    elsewhere, without_area = Counter[str](), Counter[str]()
     for index, feature in iter_nested(document.features):
+        geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+        kind = geometry.get("type") if isinstance(geometry, Mapping) else "feature without geometry"
+        if kind not in (*AREAL_TYPES, "GeometryCollection"):
+            without_area[str(kind)] += 1
+        where, class_name = f"{path}, feature {index}", class_name_of(properties_of(feature))
         try:
-            areas = _areas(feature, where=f"{path}, feature {index}")
+            areas = []
+            for polygon in build_polygons(geometry):
+                areas += [polygon] if polygon.is_valid else mend_polygon(polygon)
+                if not polygon.is_valid:
+                    logger.warning("%s: mended an outline that crosses or touches itself", where)
         except AnnotationError as error:
-            raise AnnotationError(f"{path}, feature {index}: {error}") from error
-        if plane := _plane_of(feature):
+            raise AnnotationError(f"{where}: {error}") from error
+        if plane := _plane_of(geometry):
             elsewhere[plane] += len(areas)
         else:
-            found += areas
+            moved = areas if offset == (0.0, 0.0) else [translate(a, *offset) for a in areas]
+            found += [Annotation(polygon=polygon, class_name=class_name) for polygon in moved]
     if planes := +elsewhere:
         told = ", ".join(f"{count} on {plane}" for plane, count in sorted(planes.items()))
         reason = f"left out areas on other planes than the first, z 0 and t 0: {told}"
         if not found:
             raise AnnotationError(f"{path}: {reason}; none is left")
         logger.warning("%s: %s", path, reason)
-    _log_left_out(document.features, path)
-    return [_shifted(annotation, offset) for annotation in found]
+    if without_area:
+        what = ", ".join(f"{count} {kind}" for kind, count in sorted(without_area.items()))
+        logger.warning("%s: left out %s, which have no area", path, what)
+    return found
 
 
 def read_region(
@@ -99,8 +110,6 @@ def read_region(
     lies in an area of another class that ends in `*`, such as `Ignore*`, is cut out.
 
     Args:
-        path: as in `read_polygons`.
-        offset: likewise.
         size: (width, height) of the slide's level 0, for regions that must lie on it.
 
     Raises:
@@ -135,26 +144,13 @@ def read_region(
     return parts
 
 
-def _plane_of(feature: object) -> str:
-    """Return the plane of a stack on which QuPath has a feature, "" for the first."""
-    geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
+def _plane_of(geometry: object) -> str:
+    """Return the plane of a stack on which QuPath has a geometry, "" for the first."""
     plane = geometry.get("plane") if isinstance(geometry, Mapping) else None
     if not isinstance(plane, Mapping):
         return ""
     axes = {axis: plane.get(axis) for axis in ("z", "t")}
     return ", ".join(f"{axis} {n:g}" for axis, n in axes.items() if is_number(n) and n > 0)
-
-
-def _areas(feature: object, *, where: str) -> list[Annotation]:
-    geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
-    class_name = class_name_of(properties_of(feature))
-    areas = []
-    for polygon in build_polygons(geometry):
-        parts = [polygon] if polygon.is_valid else mend_polygon(polygon)
-        if parts != [polygon]:
-            logger.warning("%s: mended an outline that crosses or touches itself", where)
-        areas += [Annotation(polygon=part, class_name=class_name) for part in parts]
-    return areas
 
 
 def class_name_of(properties: Mapping[str, object]) -> str | None:
@@ -171,21 +167,3 @@ def class_name_of(properties: Mapping[str, object]) -> str | None:
         candidates = [classification, label, properties.get("group")]
     names_given = (name.strip() for name in candidates if isinstance(name, str))
     return next((name for name in names_given if name), None)
-
-
-def _shifted(annotation: Annotation, offset: tuple[float, float]) -> Annotation:
-    if offset == (0.0, 0.0):
-        return annotation
-    return replace(annotation, polygon=translate(annotation.polygon, *offset))
-
-
-def _log_left_out(features: Iterable[object], path: Path) -> None:
-    kinds: Counter[str] = Counter()
-    for _, feature in iter_nested(features):
-        geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
-        kind = geometry.get("type") if isinstance(geometry, Mapping) else "feature without geometry"
-        if kind not in (*AREAL_TYPES, "GeometryCollection"):
-            kinds[str(kind)] += 1
-    if kinds:
-        what = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        logger.warning("%s: left out %s, which have no area", path, what)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 from shapely import MultiPolygon
 from shapely.errors import GEOSException
@@ -27,7 +26,6 @@ from wsi_pipeline.annotations.check import (
     check_id,
     check_type,
     id_of,
-    is_importable_name,
 )
 from wsi_pipeline.annotations.classes import (
     color_of,
@@ -45,7 +43,7 @@ from wsi_pipeline.annotations.document import (
     read_bytes,
 )
 from wsi_pipeline.annotations.geometry import mend_polygon, moved_by_qupath
-from wsi_pipeline.annotations.shapes import AREAL_TYPES, JAVA_NUMBER, build, build_polygons
+from wsi_pipeline.annotations.shapes import AREAL_TYPES, build, build_polygons, java_number
 from wsi_pipeline.colors import QUPATH_COLORS, RGB
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.files.atomic import sweep, written_beside
@@ -59,9 +57,6 @@ class Repair:
 
     Attributes:
         index: place of the feature in the original, from 0; None for the file as a whole.
-        id: of the feature in the original.
-        action: "changed" or "dropped".
-        reason: why, in a sentence or several.
     """
 
     index: int | None
@@ -84,7 +79,7 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
         AnnotationError: `path` cannot be read or holds no JSON, or `out` cannot be written.
     """
     path, out = Path(path), Path(out)
-    if not is_importable_name(out):
+    if not out.name.lower().endswith(FILE_NAMES):
         raise AnnotationError(f"{out}: QuPath takes only files that end in {', '.join(FILE_NAMES)}")
     try:
         document = parse_document(read_bytes(path))
@@ -96,7 +91,11 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
     ]
     colors: dict[str, RGB] = dict(QUPATH_COLORS)
     try:
-        with _replacing(out) as file:
+        sweep(out)
+        with written_beside(out) as partial, partial.open("wb") as raw, ExitStack() as stack:
+            file: Any = raw
+            if out.name.lower().endswith(".gz"):
+                file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
             separator = b'{"type":"FeatureCollection","features":[\n'
             for index, feature in enumerate(document.features):
                 mended, repair = _mend_feature(feature, index, colors)
@@ -112,18 +111,6 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
     return repairs
 
 
-@contextmanager
-def _replacing(out: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `out` that takes its place when all went well."""
-    sweep(out)
-    with written_beside(out) as partial, partial.open("wb") as raw:
-        if out.name.lower().endswith(".gz"):
-            with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                yield packed  # type: ignore[misc]  # writes bytes like any file
-        else:
-            yield raw
-
-
 def _encode(feature: Feature) -> bytes:
     """Return strict JSON in UTF-8; numbers that JSON lacks are left out of foreign members."""
 
@@ -134,19 +121,19 @@ def _encode(feature: Feature) -> bytes:
         text = dump(feature)
     except ValueError:
         text = dump(_without_nan(feature))
-    return text.encode("utf-8", "replace")  # half a surrogate pair has no UTF-8
+    # half a surrogate pair has no UTF-8
+    return text.encode("utf-8", "replace")
 
 
 def _without_nan(value: Any) -> Any:
+    def is_json(value: object) -> bool:
+        return not isinstance(value, float) or is_number(value)
+
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items() if _is_json(v)}
+        return {k: _without_nan(v) for k, v in value.items() if is_json(v)}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value if _is_json(item)]
+        return [_without_nan(item) for item in value if is_json(item)]
     return value
-
-
-def _is_json(value: object) -> bool:
-    return not isinstance(value, float) or is_number(value)
 
 
 def _mend_feature(
@@ -154,7 +141,13 @@ def _mend_feature(
 ) -> tuple[Feature | None, Repair | None]:
     """Return the feature as it is to be written, None to drop it, and what was done to it."""
     reasons = [finding.reason for finding in check_feature(feature, index=index)]
-    reasons += _settle_colors(feature, colors)
+    # a class that was not seen before gets its colour; others may have another one here
+    for _, item in iter_nested([feature]):
+        classification = properties_of(item).get("classification")
+        name, rgb = ": ".join(names_of(classification)), _readable_color(classification)
+        settled = colors.setdefault(name, rgb or color_of(name)) if name else None
+        if name and rgb is not None and rgb != settled:
+            reasons.append(f"QuPath already has another color for class {name!r}, and keeps it.")
     if isinstance(feature, Mapping) and not reasons:
         return {**feature, "type": "Feature"}, None
 
@@ -166,18 +159,6 @@ def _mend_feature(
         return None, repaired("dropped", reasons)
     left = [finding.reason for finding in check_feature(mended, index=index)]
     return (None, repaired("dropped", left)) if left else (mended, repaired("changed", reasons))
-
-
-def _settle_colors(feature: object, colors: dict[str, RGB]) -> list[str]:
-    """Give classes not seen before their colour; return where the feature has another one."""
-    reasons = []
-    for _, item in iter_nested([feature]):
-        classification = properties_of(item).get("classification")
-        name, rgb = ": ".join(names_of(classification)), _readable_color(classification)
-        settled = colors.setdefault(name, rgb or color_of(name)) if name else None
-        if name and rgb is not None and rgb != settled:
-            reasons.append(f"QuPath already has another color for class {name!r}, and keeps it.")
-    return reasons
 
 
 def _readable_color(classification: object) -> RGB | None:
@@ -205,7 +186,10 @@ def _rebuild(feature: object, place: str, colors: Mapping[str, RGB]) -> Feature 
     if "nucleusGeometry" in result:
         _put(result, "nucleusGeometry", _mend_geometry(result["nucleusGeometry"]))
     if any(check_id(feature)):
-        _put(result, "id", _uuid(id_of(feature), place))
+        identity = id_of(feature)
+        # a UUID that the same file always gets
+        told = f"{place}/{(identity or '').encode('utf-8', 'replace')!r}"
+        _put(result, "id", None if identity is None else str(uuid.uuid5(uuid.NAMESPACE_OID, told)))
     if "properties" in feature:
         result["properties"] = _mend_properties(properties_of(feature), place, colors)
     return result
@@ -219,64 +203,38 @@ def _put(target: Feature, key: str, value: object) -> None:
         target[key] = value
 
 
-def _uuid(identity: str | None, place: str) -> str | None:
-    """Return a UUID that the same file always gets."""
-    if identity is None:
-        return None
-    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{place}/{identity.encode('utf-8', 'replace')!r}"))
-
-
-# ---------------------------------------------------------------------------------------------
-# Shapes
-
-
 def _mend_geometry(geometry: object) -> Feature | None:
     """Return a geometry that QuPath keeps, or None where nothing is left of it."""
     if not isinstance(geometry, Mapping):
         return None
     if not any(check_geometry(geometry)):
         return dict(geometry)
+    shape: BaseGeometry
     try:
-        shape = _mend_shape(geometry)
+        if geometry.get("type") in (*AREAL_TYPES, "GeometryCollection"):
+            polygons = build_polygons(geometry)
+            parts = mend_polygon(polygons[0] if len(polygons) == 1 else MultiPolygon(polygons))
+            shape = parts[0] if len(parts) == 1 else MultiPolygon(parts)
+        else:
+            # with the decimals that QuPath keeps: two, or none far out
+            whole = build(geometry)
+            shape = shapely.transform(whole, lambda xy: xy.round(2))
+            if moved_by_qupath(shapely.get_coordinates(shape)).any():
+                shape = shapely.transform(whole, np.round)
     except (AnnotationError, GEOSException, ValueError):
         return None
-    if shape is None:
+    if shape.is_empty:
         return None
     foreign = {k: v for k, v in geometry.items() if k not in ("coordinates", "geometries")}
-    return {**foreign, **_to_geojson(shape)}
-
-
-def _mend_shape(geometry: Mapping[str, Any]) -> BaseGeometry | None:
-    if geometry.get("type") in (*AREAL_TYPES, "GeometryCollection"):
-        polygons = build_polygons(geometry)
-        parts = mend_polygon(polygons[0] if len(polygons) == 1 else MultiPolygon(polygons))
-        return MultiPolygon(parts) if len(parts) > 1 else next(iter(parts), None)
-    shape = build(geometry)
-    return None if shape.is_empty else shapely.transform(shape, _round)
-
-
-def _round(xy: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return positions with the decimals that QuPath keeps: two, or none far out."""
-    rounded = xy.round(2)
-    return xy.round() if moved_by_qupath(rounded).any() else rounded
-
-
-def _to_geojson(shape: BaseGeometry) -> Feature:
-    """Return type and coordinates, whole numbers without a decimal point."""
-    return {
-        "type": shape.geom_type,
-        "coordinates": _plain(shapely.geometry.mapping(shape)["coordinates"]),
-    }
+    written = _plain(shapely.geometry.mapping(shape)["coordinates"])
+    return {**foreign, "type": shape.geom_type, "coordinates": written}
 
 
 def _plain(value: Any) -> Any:
+    """Return coordinates as lists, whole numbers without a decimal point."""
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return int(value) if value == int(value) else value
-
-
-# ---------------------------------------------------------------------------------------------
-# Properties
 
 
 def _mend_properties(
@@ -287,7 +245,14 @@ def _mend_properties(
         if key in result and any(PROPERTY_CHECKS[key](result[key])):
             _put(result, key, mend(result[key]))
     if "classification" in result:
-        _mend_class(result, colors)
+        # in QuPath's own form where it is refused or has a colour of its own
+        classification = result["classification"]
+        names, rgb = names_of(classification), _readable_color(classification)
+        is_settled = rgb is None or rgb == colors.get(": ".join(names))
+        if not is_settled or any(PROPERTY_CHECKS["classification"](classification)):
+            name = {"name": names[0]} if len(names) == 1 else {"names": names}
+            told = {**name, "color": list(colors[": ".join(names)])} if names else None
+            _put(result, "classification", told)
     for key in TYPE_KEYS:
         if key in result and any(check_type(result[key])):
             _put(result, key, "annotation" if result[key] == "root" else None)
@@ -298,26 +263,6 @@ def _mend_properties(
     return result
 
 
-def _mend_class(properties: Feature, colors: Mapping[str, RGB]) -> None:
-    """Write the class in QuPath's own form where it is refused or has a colour of its own."""
-    classification = properties["classification"]
-    names = names_of(classification)
-    rgb = _readable_color(classification)
-    is_settled = rgb is None or rgb == colors.get(": ".join(names))
-    if is_settled and not any(PROPERTY_CHECKS["classification"](classification)):
-        return
-    if not names:
-        del properties["classification"]
-        return
-    name = {"name": names[0]} if len(names) == 1 else {"names": names}
-    properties["classification"] = {**name, "color": list(colors[": ".join(names)])}
-
-
-def _mend_color(color: object) -> list[int] | None:
-    rgb = parse_hex(color) if isinstance(color, str) else None
-    return list(rgb) if rgb else None
-
-
 def _mend_measurements(measurements: object) -> dict[str, float]:
     """Return the measurements that are numbers to float32."""
     if isinstance(measurements, list):
@@ -326,8 +271,7 @@ def _mend_measurements(measurements: object) -> dict[str, float]:
         entries = list(measurements.items()) if isinstance(measurements, Mapping) else []
     result = {}
     for name, value in entries:
-        if isinstance(value, str) and JAVA_NUMBER.fullmatch(value):
-            value = float(value.strip().rstrip("fFdD"))
+        value = java_number(value) if isinstance(value, str) else value
         if isinstance(name, str) and is_number(value):
             with np.errstate(over="ignore"):
                 kept = float(np.float32(value)) if abs(value) >= 2**24 else value
@@ -336,18 +280,14 @@ def _mend_measurements(measurements: object) -> dict[str, float]:
     return result
 
 
-def _mend_metadata(metadata: Mapping[str, object]) -> dict[str, object]:
-    """Return the metadata with nested values as JSON text."""
-    return {
+_PROPERTY_MENDERS: Mapping[str, Callable[[Any], object]] = {
+    "name": lambda name: None,
+    "color": lambda color: parse_hex(color) if isinstance(color, str) else None,
+    "measurements": _mend_measurements,
+    # nested values as JSON text
+    "metadata": lambda metadata: {
         key: json.dumps(_without_nan(value)) if isinstance(value, list | dict) else value
         for key, value in metadata.items()
         if value is not None
-    }
-
-
-_PROPERTY_MENDERS: Mapping[str, Callable[[Any], object]] = {
-    "name": lambda name: None,
-    "color": _mend_color,
-    "measurements": _mend_measurements,
-    "metadata": _mend_metadata,
+    },
 }

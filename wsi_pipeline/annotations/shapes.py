@@ -21,6 +21,11 @@ JAVA_NUMBER = re.compile(
 """What Java reads as a number where the JSON has a string."""
 
 
+def java_number(text: str) -> float | None:
+    """Return the number that Java reads in a string, or None."""
+    return float(text.strip().rstrip("fFdD")) if JAVA_NUMBER.fullmatch(text) else None
+
+
 def build(geometry: object) -> BaseGeometry:
     """Turn a GeoJSON geometry into a shapely one by QuPath's rules; return it, valid or not.
 
@@ -62,15 +67,12 @@ def build_polygons(geometry: object) -> list[Polygon]:
             parts.extend(_list(item.get("coordinates"), "MultiPolygon"))
         elif kind == "GeometryCollection":
             waiting.extend(reversed(_list(item.get("geometries"), "geometry")))
-    return [polygon for polygon in map(_closed_polygon, parts) if not polygon.is_empty]
-
-
-def _closed_polygon(part: object) -> Polygon:
-    rings = [positions(ring) for ring in _list(part, "Polygon")]
-    shell, *holes = rings or [np.empty((0, 2))]
-    if len(shell) < 3:
-        return Polygon()
-    return Polygon(shell, [hole for hole in holes if len(hole) >= 3])
+    polygons = []
+    for part in parts:
+        rings = [positions(ring) for ring in _list(part, "Polygon")]
+        if rings and len(rings[0]) >= 3:
+            polygons.append(Polygon(rings[0], [hole for hole in rings[1:] if len(hole) >= 3]))
+    return [polygon for polygon in polygons if not polygon.is_empty]
 
 
 def positions(value: object) -> Positions:
@@ -82,7 +84,8 @@ def positions(value: object) -> Positions:
     items = _list(value, "line of positions")
     try:
         xy = np.array(items, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):  # ragged, or not all of them numbers
+    # ragged, or not all of them numbers
+    except (TypeError, ValueError, OverflowError):
         xy = np.array([_position(item) for item in items])
     if len(xy) == 0:
         return np.empty((0, 2))
@@ -97,7 +100,7 @@ def positions(value: object) -> Positions:
 
 
 def _position(item: object) -> tuple[float, float]:
-    """Return one position; a string with a number in it is one to QuPath too."""
+    """Return one position; to QuPath a string with a number in it is a number too."""
     if not isinstance(item, list) or len(item) < 2:
         raise AnnotationError("A position is no list of two numbers.")
     x, y = (_number(part) for part in item[:2])
@@ -105,8 +108,8 @@ def _position(item: object) -> tuple[float, float]:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, str) and JAVA_NUMBER.fullmatch(value):
-        return float(value.strip().rstrip("fFdD"))
+    if isinstance(value, str) and (number := java_number(value)) is not None:
+        return number
     if isinstance(value, int | float) and not isinstance(value, bool):
         try:
             return float(value)
@@ -121,14 +124,6 @@ def _list(value: object, what: str) -> list[object]:
     return value
 
 
-def _point(coordinates: list[object]) -> BaseGeometry:
-    return Point(positions([coordinates])[0])
-
-
-def _multi_point(coordinates: list[object]) -> BaseGeometry:
-    return MultiPoint(positions(coordinates))
-
-
 def _line(coordinates: object) -> LineString:
     xy = positions(coordinates)
     if len(xy) == 1:
@@ -136,36 +131,24 @@ def _line(coordinates: object) -> LineString:
     return LineString(xy)
 
 
-def _multi_line(coordinates: list[object]) -> BaseGeometry:
-    return MultiLineString([_line(line) for line in coordinates])
-
-
 def _polygon(coordinates: object) -> Polygon:
-    rings = [_ring(ring) for ring in _list(coordinates, "Polygon")]
+    rings = [positions(ring) for ring in _list(coordinates, "Polygon")]
+    for xy in rings:
+        if len(xy) and (xy[0] != xy[-1]).any():
+            raise AnnotationError("A ring is not closed: its last position differs from its first.")
+        if len(xy) in (1, 2):
+            raise AnnotationError(f"A ring has only {len(xy)} positions.")
     shell, *holes = rings or [np.empty((0, 2))]
     if len(shell) == 0 and any(map(len, holes)):
         raise AnnotationError("The polygon has holes in an empty shell.")
     return Polygon(shell, [hole for hole in holes if len(hole)])
 
 
-def _ring(value: object) -> Positions:
-    xy = positions(value)
-    if len(xy) and (xy[0] != xy[-1]).any():
-        raise AnnotationError("A ring is not closed: its last position differs from its first.")
-    if len(xy) in (1, 2):
-        raise AnnotationError(f"A ring has only {len(xy)} positions.")
-    return xy
-
-
-def _multi_polygon(coordinates: list[object]) -> BaseGeometry:
-    return MultiPolygon([_polygon(part) for part in coordinates])
-
-
 _BUILDERS: Mapping[str, Callable[[list[object]], BaseGeometry]] = {
-    "Point": _point,
-    "MultiPoint": _multi_point,
+    "Point": lambda coordinates: Point(positions([coordinates])[0]),
+    "MultiPoint": lambda coordinates: MultiPoint(positions(coordinates)),
     "LineString": _line,
-    "MultiLineString": _multi_line,
+    "MultiLineString": lambda coordinates: MultiLineString(list(map(_line, coordinates))),
     "Polygon": _polygon,
-    "MultiPolygon": _multi_polygon,
+    "MultiPolygon": lambda coordinates: MultiPolygon(list(map(_polygon, coordinates))),
 }
