@@ -45,7 +45,6 @@ MIN_COLOUR, MAX_COLOUR = 0.012, 0.02
 Otsu's threshold alone follows the strongest stain and loses the palest tissue.
 """
 
-
 BAND_PX = 1 << 23
 """Pixels of a mask image that are held at a time."""
 
@@ -82,12 +81,29 @@ def find_tissue(
 def _find(
     thumbnail: npt.NDArray[np.uint8], mpp: float, min_area_um2: float, max_hole_um2: float
 ) -> Mask:
-    red, green, blue = _optical_density(thumbnail, mpp)
+    # optical density, smoothed: log10(glass ÷ pixel) of each colour, 0 for glass
+    sigma, planes = SMOOTH_UM / mpp, []
+    for channel, glass in enumerate(_glass_colour(thumbnail)):
+        values = thumbnail[..., channel].astype(np.float32)
+        # less than 0.3 px is no smoothing at all
+        if sigma >= 0.3:
+            values = ndimage.gaussian_filter(values, sigma, mode="nearest")
+        density = np.log10(np.float32(float(glass) + 1) / (values + 1))
+        planes.append(np.asarray(density.clip(0), dtype=np.float32))
+    red, green, blue = planes
     strength = np.maximum(np.maximum(red, green), blue)
     colour = strength - np.minimum(np.minimum(red, green), blue)
-    is_coloured = (colour > _colour_threshold(colour)) & (colour > MIN_HUE * strength)
+    threshold = MAX_COLOUR
+    if colour.min() < colour.max():
+        otsu = float(threshold_otsu(colour))  # type: ignore[no-untyped-call]
+        threshold = min(max(otsu, MIN_COLOUR), MAX_COLOUR)
+    is_coloured = (colour > threshold) & (colour > MIN_HUE * strength)
     tissue = is_coloured & ~_is_foreign(red, green, blue, mpp)
-    tissue = _close(tissue, CLOSE_UM / mpp)
+    # gaps are closed, edges gain nothing
+    if reach := round(CLOSE_UM / mpp):
+        padded = np.pad(tissue, reach, mode="edge")
+        closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
+        tissue = np.asarray(closed[reach:-reach, reach:-reach])
     tissue = ~_large_pieces(~tissue, max_hole_um2 / mpp**2)
     return _large_pieces(tissue, min_area_um2 / mpp**2)
 
@@ -107,7 +123,7 @@ def read_tissue(
             stretched over the slide.
         size: (width, height) of the slide at level 0.
         shape: (h, w) of the thumbnail.
-        downsample: (fy, fx) level-0 pixels per pixel of the thumbnail.
+        downsample: (y, x) level-0 pixels per pixel of the thumbnail.
         offset: (x, y) level-0 pixels of the origin of the polygons' frame.
 
     Raises:
@@ -240,23 +256,6 @@ def _inside(mask: Any, start: int, stop: int) -> Mask:
     return np.asarray((bands[~is_alpha] > 0).any(axis=0) & (bands[is_alpha] > 0).all(axis=0))
 
 
-def _optical_density(thumbnail: npt.NDArray[np.uint8], mpp: float) -> tuple[Plane, Plane, Plane]:
-    """Return log10(glass ÷ pixel) of red, green and blue, smoothed; 0 for glass."""
-    red, green, blue = (
-        _plane_density(thumbnail[..., channel], float(glass), SMOOTH_UM / mpp)
-        for channel, glass in enumerate(_glass_colour(thumbnail))
-    )
-    return red, green, blue
-
-
-def _plane_density(plane: npt.NDArray[np.uint8], glass: float, sigma: float) -> Plane:
-    values = plane.astype(np.float32)
-    if sigma >= 0.3:  # less is no smoothing at all
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
-    density = np.log10(np.float32(glass + 1) / (values + 1))
-    return np.asarray(density.clip(0), dtype=np.float32)
-
-
 def _glass_colour(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return the colour of empty glass: of the brightest near-grey pixels, where there are some."""
     red, green, blue = np.moveaxis(thumbnail, 2, 0)
@@ -271,13 +270,6 @@ def _glass_colour(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return np.asarray(np.median(top, axis=0), dtype=np.float32)
 
 
-def _colour_threshold(colour: Plane) -> float:
-    if colour.min() == colour.max():
-        return MAX_COLOUR
-    otsu = float(threshold_otsu(colour))  # type: ignore[no-untyped-call]
-    return min(max(otsu, MIN_COLOUR), MAX_COLOUR)
-
-
 def _is_foreign(red: Plane, green: Plane, blue: Plane, mpp: float) -> Mask:
     """Return where black, or the ink of a pen, hides the stain."""
     base = green + np.float32(1e-3)
@@ -288,20 +280,14 @@ def _is_foreign(red: Plane, green: Plane, blue: Plane, mpp: float) -> Mask:
     cool = (red > 1.3 * base) & (red > 0.03)
     # a red pen has the hue of blood, but strokes are larger than pools
     crimson = (red < 0.2 * base) & (blue > 0.64 * base) & (green > 0.1)
-    strokes = _pieces_mostly(crimson, (red < 0.16 * base) & (green > 0.35))
-    strokes = _large_pieces(strokes, 50_000 / mpp**2)
+    labels, count = ndimage.label(crimson)
+    surely = np.bincount(labels[(red < 0.16 * base) & (green > 0.35)], minlength=count + 1)
+    mostly = surely >= 0.25 * np.bincount(labels.ravel(), minlength=count + 1)
+    mostly[0] = False
+    strokes = _large_pieces(mostly[labels], 50_000 / mpp**2)
     # an edge half ink and half glass has a hue between, which may be a stain's
     ink = ndimage.binary_dilation(dark | cool, iterations=max(1, round(16 / mpp)))
     return np.asarray(strokes | ink)
-
-
-def _pieces_mostly(mask: Mask, sure: Mask, share: float = 0.25) -> Mask:
-    """Return the connected pieces of `mask` of which `sure` holds at least a share."""
-    labels, count = ndimage.label(mask)
-    surely = np.bincount(labels[sure], minlength=count + 1)
-    kept = surely >= share * np.bincount(labels.ravel(), minlength=count + 1)
-    kept[0] = False
-    return np.asarray(kept[labels])
 
 
 def _large_pieces(mask: Mask, min_px: float) -> Mask:
@@ -310,13 +296,3 @@ def _large_pieces(mask: Mask, min_px: float) -> Mask:
     kept = np.bincount(labels.ravel()) >= min_px
     kept[0] = False
     return np.asarray(kept[labels])
-
-
-def _close(mask: Mask, radius: float) -> Mask:
-    """Return the mask with gaps closed up to twice the radius; edges gain nothing."""
-    reach = round(radius)
-    if reach < 1:
-        return mask
-    padded = np.pad(mask, reach, mode="edge")
-    closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
-    return np.asarray(closed[reach:-reach, reach:-reach])

@@ -37,7 +37,8 @@ def why_too_coarse(mpp: tuple[float, float], wanted: float) -> str:
         wanted: µm per pixel of the model.
     """
     times = max(mpp) / wanted
-    if times <= COARSEST * 1.001:  # files round what they say
+    # files round what they say
+    if times <= COARSEST * 1.001:
         return ""
     return (
         f"{max(mpp):g} µm/px are {times:.3g} times as coarse as the model's {wanted:g} µm/px: what "
@@ -84,7 +85,10 @@ def plan_grid(
         grid = PatchGrid.cover(view.shape, patch_size, overlap)
     except ValueError as error:
         raise StoreError(str(error)) from error
-    thumbnail, downsample = slide.thumbnail(_thumbnail_side(slide))
+    # about 8 µm/px, and enough to look at
+    extent_um = max(side * mpp for side, mpp in zip(slide.size, slide.mpp, strict=True))
+    side = max(THUMBNAIL_MIN, min(int(extent_um / THUMBNAIL_UM), THUMBNAIL_MAX))
+    thumbnail, downsample = slide.thumbnail(min(max(slide.size), side))
     tissue = _tissue(slide, thumbnail, downsample, select)
     keep = select_patches(tissue, downsample, grid, view.downsample)
     return StoredGrid(
@@ -106,14 +110,6 @@ def plan_grid(
         thumbnail=thumbnail,
         tissue_downsample=downsample,
         pixels=None,
-    )
-
-
-def _thumbnail_side(slide: Slide) -> int:
-    """Return the longer side of the thumbnail: about 8 µm/px, and enough to look at."""
-    extent_um = max(side * mpp for side, mpp in zip(slide.size, slide.mpp, strict=True))
-    return min(
-        max(slide.size), max(THUMBNAIL_MIN, min(int(extent_um / THUMBNAIL_UM), THUMBNAIL_MAX))
     )
 
 
