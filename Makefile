@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 WORK ?= bench
 
-.PHONY: setup demo test test-all lint types imports wheel lowest notebooks benchmark clean
+.PHONY: setup demo test test-all lint types imports schemas wheel lowest notebooks benchmark clean
 
 setup: .venv/.done
 
@@ -36,6 +36,9 @@ types: setup
 
 imports: setup
 	$(BIN)/lint-imports
+
+schemas: setup
+	$(BIN)/python .ci/write_schemas.py
 
 wheel: setup
 	$(BIN)/python .ci/check_wheel.py

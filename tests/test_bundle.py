@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
-from wsi_pipeline.bundle import RemoteFile, bundle_toml, download, load_bundle
+from wsi_pipeline.bundle import RemoteFile, bundle_table, bundle_toml, load_bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.files.atomic import sha256_of
+from wsi_pipeline.files.download import download
 
 MODEL = """
 name = "test"
@@ -83,11 +85,21 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ("mpp = 0.5", "mpp = inf", "above 0"),
         ("mpp = 0.5", 'mpp = "0.5"', "above 0"),
         ("mpp = 0.5", "mpp = true", "above 0"),
+        ("mpp = 0.5", "mpp = nan", "above 0"),
+        ("mpp = 0.5", "mpp = 0.5\nmean = [nan, 0.0, 0.0]", r"mean\[0\] is nan; expected a number"),
+        ("mpp = 0.5", "mpp = 0.5\npatchsize = [8, 8]", r"patchsize \(did you mean patch_size\?\)"),
+        ("[output]", "[[output]]", "output is .*; expected a table"),
+        (
+            'weights = "model.safetensors"',
+            "weights = 5",
+            "weights is 5; expected a file's name, or",
+        ),
+        ("[200, 0, 0]", "2001-01-01", "color is 2001-01-01; expected"),
         ("mpp = 0.5", "mpp = 0.5\nmagnification = 20", r"unknown input\.magnification"),
         ("[output]", "[train]\nx = 1\n[output]", "unknown train; there are name, modality"),
         ("[output]", "[output]\nthreshold = 0.4", r"unknown output\.threshold"),
         ('"Fat", color', '"Fat", colour', r"unknown output\.classes\[2\]\.colour"),
-        ('network = "lightmuseg"', "", "lacks 'network'"),
+        ('network = "lightmuseg"', "", "lacks network"),
         ('network = "lightmuseg"', "network = 3", "network is 3; expected a word"),
         ("[network_options]\nclasses = 3", "network_options = 3", "expected a table"),
         ('modality = "slide"', 'modality = "scan"', "scan"),
@@ -95,27 +107,39 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ("mpp = 0.5", "mpp = 0.5\nfit = [256, 256]", r"input\.fit is not for slides"),
         ('activation = "softmax"', 'activation = "relu"', "relu"),
         ("channels = 3", "channels = 0", "a whole number above 0"),
-        ("[512, 512]", "512", r"input\.patch_size is 512; expected 2 numbers"),
-        ("[512, 512]", "[512, 512, 512]", "expected 2 numbers"),
-        ("[512, 512]", "[512.5, 512]", "expected 2 numbers"),
+        ("[512, 512]", "512", r"input\.patch_size is 512; expected \[y, x\]"),
+        ("[512, 512]", "[512, 512, 512]", "expected 2, one an axis"),
+        ("[512, 512]", "[512.5, 512]", r"patch_size\[0\] is 512.5; expected a whole number"),
         ("[512, 512]", "[0, 512]", "above 0"),
-        ("overlap = [128, 128]", "overlap = [512, 512]", "lies below it"),
-        ("overlap = [128, 128]", "overlap = [-1, 0]", "lies below it"),
-        ("overlap = [128, 128]", "overlap = [128]", "as many axes"),
-        ("mpp = 0.5", "mpp = 0.5\nmean = [0.5]", "3 values"),
-        ("mpp = 0.5", "mpp = 0.5\nstd = [0.5, 0.5, 0.0]", "3 values above 0"),
+        (
+            "overlap = [128, 128]",
+            "overlap = [512, 512]",
+            r"less than patch_size, \[512, 512\]",
+        ),
+        (
+            "overlap = [128, 128]",
+            "overlap = [-1, 0]",
+            r"overlap\[0\] is -1; expected a whole number from 0",
+        ),
+        ("overlap = [128, 128]", "overlap = [128]", "expected 2, one an axis"),
+        ("mpp = 0.5", "mpp = 0.5\nmean = [0.5]", "expected 3, one a channel"),
+        (
+            "mpp = 0.5",
+            "mpp = 0.5\nstd = [0.5, 0.5, 0.0]",
+            r"std\[2\] is 0.0; expected a number above 0",
+        ),
         (", color = [0, 200, 0]", "", "no color"),
-        ("[200, 0, 0]", "[200, 0]", "three integers"),
-        ("[200, 0, 0]", "[200, 0, 256]", "three integers"),
+        ("[200, 0, 0]", "[200, 0]", r"color is \[200, 0\]; expected \[red, green, blue\]"),
+        ("[200, 0, 0]", "[200, 0, 256]", r"color\[2\] is 256; expected .* from 0 to 255"),
         ('"Tumor"', '"Background"', "same name"),
         ('"Tumor"', '"Tumor: invasive"', "':'"),
         ('"softmax"', '"sigmoid"', "sigmoid takes 2"),
         ("[output]", '[output]\nlabels = ["Benign"]', "two names or more"),
         ("[output]", "[output]\ntemperature = 0", "output.temperature is 0; expected a number"),
-        ("[output]", '[output]\ntemperature = "hot"', "output.temperature is 'hot'; expected"),
+        ("[output]", '[output]\ntemperature = "hot"', 'output.temperature is "hot"; expected'),
         ("[output]", '[output]\nlabels = "Benign"', "two names or more"),
         ("[output]", '[output]\nlabels = ["Benign", "Benign"]', "same name"),
-        ("[output]", '[output]\nlabels = ["Benign", ""]', "is empty"),
+        ("[output]", '[output]\nlabels = ["Benign", ""]', r'labels\[1\] is ""; expected a name'),
         ('weights = "model.safetensors"', 'weights = "other.pt"', "not there"),
         ('weights = "model.safetensors"', 'weights = "../../etc/passwd"', "outside"),
         ('weights = "model.safetensors"', 'weights = { url = "https://x.org/w" }', "sha256"),
@@ -181,8 +205,8 @@ def test_volumes_say_their_spacing_and_have_patches_of_three_axes(folder: Path) 
         ("spacing_mm = [2.0, 1.0, 1]", "spacing_mm = 1.0", r"\[z, y, x\] in mm above 0"),
         ("spacing_mm = [2.0, 1.0, 1]", "spacing_mm = [1.0, 1.0, 0.0]", "above 0"),
         ("spacing_mm = [2.0, 1.0, 1]", "mpp = 0.5", r"input\.mpp is not for volumes"),
-        ("[64, 128, 128]", "[128, 128]", "expected 3 numbers"),
-        ("[0, 32, 32]", "[32, 32]", "as many axes"),
+        ("[64, 128, 128]", "[128, 128]", r"patch_size\[0\] is 0; expected"),
+        ("[0, 32, 32]", "[32, 32]", "expected 3, one an axis"),
     ],
 )
 def test_a_wrong_volume_is_refused(folder: Path, old: str, new: str, message: str) -> None:
@@ -210,6 +234,8 @@ def test_what_is_written_reads_back_the_same(
     assert load_bundle(folder) == bundle
     (folder / "model.toml").write_text(bundle_toml(bundle, weights=None), "utf-8")
     assert load_bundle(folder).weights_path is None
+    # run.json, which is compared with it, holds lists
+    assert bundle_table(bundle) == json.loads(json.dumps(bundle_table(bundle)))
 
 
 def test_a_missing_bundle_is_refused(tmp_path: Path) -> None:
@@ -283,7 +309,7 @@ def test_a_part_of_a_digest_is_enough_for_a_download_but_not_for_a_bundle(
     with pytest.raises(BundleError, match="8 to 64 hex digits"):
         download(source.as_uri(), digest[:7])
     with_url(folder, source, digest[:8])
-    with pytest.raises(BundleError, match="64 to 64 hex digits"):
+    with pytest.raises(BundleError, match="expected 64 hex digits"):
         load_bundle(folder)
 
 
@@ -321,12 +347,24 @@ def test_preparation_is_read_and_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ('scale = "minmax"', 'scale = "most"', "input.scale is most; expected one of range, minm"),
-        ('scale = "minmax"', "scale = [1, 1]", "input.scale is [1, 1]; expected"),
+        (
+            'scale = "minmax"',
+            'scale = "most"',
+            'input.scale is "most"; expected one of "minmax", "range", "zscore", or [low',
+        ),
+        (
+            'scale = "minmax"',
+            "scale = [1, 1]",
+            "input.scale is [1.0, 1.0]; expected [low, high], rising",
+        ),
         ('scale = "minmax"', "scale = [1]", "input.scale is [1]; expected"),
-        ('orient = "left"', 'orient = "right"', "input.orient is right; expected"),
-        ("fit = [512, 512]", "fit = [512, 256]", 'input.pad is square; expected "square" with'),
-        ('pad = "square"', 'interpolation = "best"', "input.interpolation is best; expected one"),
+        ('orient = "left"', 'orient = "right"', 'input.orient is "right"; expected "left"'),
+        ("fit = [512, 512]", "fit = [512, 256]", 'input.pad is "square"; expected a fit of equal'),
+        (
+            'pad = "square"',
+            'interpolation = "best"',
+            'input.interpolation is "best"; expected one of "cubic", "linear"',
+        ),
     ],
 )
 def test_preparation_that_means_nothing_is_refused(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from wsi_pipeline.bundle import FOREIGN, Bundle
@@ -88,7 +89,9 @@ def with_patch_size(bundle: Bundle, patch_size: Sequence[int]) -> Bundle:
     sizes = tuple(patch_size) * (axes if len(patch_size) == 1 else 1)
     if len(sizes) != axes:
         raise BundleError(f"{bundle.name}: {len(sizes)} sizes for patches of {axes} axes")
-    return replace(bundle, input=replace(bundle.input, patch_size=sizes, overlap=(0,) * axes))
+    return replace(
+        bundle, input=structs.replace(bundle.input, patch_size=sizes, overlap=(0,) * axes)
+    )
 
 
 def random_patches(bundle: Bundle, count: int) -> Tensor:

@@ -14,8 +14,8 @@ from urllib.parse import urlparse
 
 from torch import Tensor, nn
 
-from wsi_pipeline.bundle import check_sha256, download
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files.download import check_sha256, download
 from wsi_pipeline.networks.weights import load_state, read_state
 
 Grey = Literal["replicate", "sum"]

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import re
-import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
 
 from wsi_pipeline.bundle import Bundle, parse_bundle
 from wsi_pipeline.errors import BundleError, RecipeError
 from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
+from wsi_pipeline.files.schema import (
+    LARGEST,
+    Amount,
+    Count,
+    Index,
+    Mpp,
+    Positive,
+    Record,
+    Share,
+    as_toml,
+    converted,
+    read_toml,
+)
 from wsi_pipeline.options import Frame
 
 Loss = Literal["ce+dice", "ce", "dice"]
 Optimizer = Literal["adamw", "adam"]
 Schedule = Literal["one-cycle", "cosine", "polynomial", "constant"]
 TrainPrecision = Literal["fp32", "bf16", "fp16"]
+Below = Annotated[float, Meta(ge=0, lt=1, description="a number from 0 to below 1")]
+Within = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1")]
+MaskValue = Annotated[
+    int, Meta(ge=0, le=LARGEST_VALUE, description=f"a whole number from 0 to {LARGEST_VALUE}")
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainSpec:
+class TrainSpec(Record, frozen=True, kw_only=True):
     """The optimisation.
 
     Attributes:
@@ -52,54 +70,34 @@ class TrainSpec:
         seed: of everything random.
     """
 
-    steps: int = 1500
-    batch_size: int = 8
-    accumulate: int = 1
-    crop: tuple[int, int] = (192, 256)
-    balance: float = 0.5
+    steps: Count = 1500
+    batch_size: Count = 8
+    accumulate: Count = 1
+    crop: Annotated[tuple[Count, Count], Meta(description="two sides in px, rising")] = (192, 256)
+    balance: Share = 0.5
     loss: Loss = "ce+dice"
-    label_weight: float = 1.0
+    label_weight: Amount = 1.0
     optimizer: Optimizer = "adamw"
-    learning_rate: float = 2e-3
+    learning_rate: Positive = 2e-3
     schedule: Schedule = "one-cycle"
-    warm_up: float = 0.15
-    weight_decay: float = 0.02
-    average: float = 0.99
+    warm_up: Within = 0.15
+    weight_decay: Amount = 0.02
+    average: Below = 0.99
     encoder: str | None = None
-    encoder_rate: float = 1.0
+    encoder_rate: Amount = 1.0
     precision: TrainPrecision = "fp32"
-    validate_every: int = 200
-    patience: int = 0
-    checkpoint_every: int = 200
-    seed: int = 42
+    validate_every: Count = 200
+    patience: Index = 0
+    checkpoint_every: Count = 200
+    seed: Index = 42
 
     def __post_init__(self) -> None:
         """Refuse values that cannot be trained with."""
-        low, high = self.crop
-        if not 1 <= low <= high:
-            raise ValueError(f"train.crop {self.crop} must be two sides in px, rising")
-        for name in ("steps", "batch_size", "accumulate", "validate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1")
-        if self.encoder_rate < 0:
-            raise ValueError(f"train.encoder_rate is {self.encoder_rate}; expected 0 or more")
-        if not 0 < self.warm_up < 1 or not 0 <= self.average < 1 or not 0 <= self.balance <= 1:
-            raise ValueError("train.warm_up, average and balance must lie between 0 and 1")
-        choices = {
-            "loss": Loss,
-            "optimizer": Optimizer,
-            "schedule": Schedule,
-            "precision": TrainPrecision,
-        }
-        for name, words in choices.items():
-            if getattr(self, name) not in get_args(words):
-                raise ValueError(
-                    f"train.{name} {getattr(self, name)!r} is none of {get_args(words)}"
-                )
+        if self.crop[0] > self.crop[1]:
+            raise ValueError(f"crop is {as_toml(self.crop)}; expected two sides in px, rising")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSpec:
+class SplitSpec(Record, frozen=True, kw_only=True):
     """Which patients are held out.
 
     Attributes:
@@ -110,20 +108,17 @@ class SplitSpec:
             curve alone: nothing is chosen by it.
     """
 
-    folds: int = 0
-    validation: float = 0.0
+    folds: Index = 0
+    validation: Below = 0.0
     watch: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
-        if self.folds < 0 or self.folds == 1 or not 0 <= self.validation < 1:
-            raise ValueError("split.folds must be 0 or at least 2, split.validation 0 to below 1")
-        if not isinstance(self.watch, bool):
-            raise ValueError(f"split.watch is {self.watch!r}; expected true or false")
+        if self.folds == 1:
+            raise ValueError("folds is 1; expected 0, or 2 or more")
 
 
-@dataclass(frozen=True, kw_only=True)
-class AugmentSpec:
+class AugmentSpec(Record, frozen=True, kw_only=True):
     """How strongly crops are varied; 0 switches a variation off.
 
     Attributes:
@@ -145,30 +140,24 @@ class AugmentSpec:
         glass: share of crops that get patches of empty glass, which are background.
     """
 
-    scale: float = 1.4
-    turn: float = 1.0
-    rotate: float = 0.5
-    tilt: float = 0.0
-    mirror: float = 0.0
-    stain: float = 0.35
-    borrow: float = 0.0
-    mixing: float = 0.1
-    density: float = 0.3
-    tint: float = 0.03
-    contrast: float = 0.15
-    blur: float = 1.2
-    noise: float = 0.03
-    jpeg: float = 0.0
-    glass: float = 0.25
-
-    def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
-        if self.scale < 1 or min(vars(self).values()) < 0:
-            raise ValueError("augment.scale must be at least 1, the others at least 0")
+    scale: Annotated[float, Meta(ge=1, le=LARGEST, description="a number from 1")] = 1.4
+    turn: Share = 1.0
+    rotate: Share = 0.5
+    tilt: Amount = 0.0
+    mirror: Share = 0.0
+    stain: Amount = 0.35
+    borrow: Share = 0.0
+    mixing: Amount = 0.1
+    density: Amount = 0.3
+    tint: Amount = 0.03
+    contrast: Amount = 0.15
+    blur: Amount = 1.2
+    noise: Amount = 0.03
+    jpeg: Share = 0.0
+    glass: Share = 0.25
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSpec:
+class DataSpec(Record, frozen=True, kw_only=True):
     """Images of one patient, or of several, with their masks or annotations.
 
     Attributes:
@@ -206,28 +195,31 @@ class DataSpec:
     """
 
     images: str
-    classes: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    classes: Annotated[
+        dict[str, tuple[MaskValue | str, ...]],
+        Meta(description="lists of mask values from 0 to 65535, or of names of annotations"),
+    ] = msgspec.field(default_factory=dict)
     patient: str | None = None
     patients: str | None = None
     fold: str | None = None
     table: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = msgspec.field(default_factory=dict)
     unlabelled: tuple[str, ...] = ()
-    weight: float = 1.0
+    weight: Positive = 1.0
     masks: str | None = None
     mask_name: str = "{stem}.png"
     annotations: str | None = None
-    background: tuple[int | str, ...] | Literal["others"] = ()
-    threshold: int | None = None
+    background: tuple[MaskValue | str, ...] | Literal["others"] = ()
+    threshold: MaskValue | None = None
     empty: bool = False
     frame: Frame = "qupath"
-    mpp: float | None = None
-    ignore: tuple[int, ...] = ()
+    mpp: Mpp | None = None
+    ignore: tuple[MaskValue, ...] = ()
     label: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is missing or contradicts itself."""
-        where = f"data {self.images!r}"
+        where = f"{self.images!r}"
         if unknown := self.columns.keys() - {"image", "patient", "label", "fold"}:
             raise ValueError(f"{where}: columns has {sorted(unknown)}")
         if (self.table is None) != (not self.columns):
@@ -246,6 +238,8 @@ class DataSpec:
             raise ValueError(
                 f"{where}: lacks 'masks' or 'annotations', or has both, or 'empty' besides"
             )
+        if self.background == "others" and self.annotations is not None:
+            raise ValueError(f'{where}: background = "others" is for masks')
         if self.empty == bool(self.classes):
             raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
         self._check_values(where)
@@ -254,19 +248,11 @@ class DataSpec:
                 re.compile(self.patients)
             except re.error as error:
                 raise ValueError(f"{where}: patients is no regular expression: {error}") from error
-        if self.mpp is not None and not 0 < self.mpp < math.inf:
-            raise ValueError(f"{where}: mpp is {self.mpp}; expected µm per pixel above 0")
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"{where}: weight is {self.weight}; expected a number above 0")
-        if self.frame not in get_args(Frame):
-            raise ValueError(f"{where}: frame {self.frame!r} is none of {get_args(Frame)}")
 
     def _check_values(self, where: str) -> None:
         """Refuse mask values, or names of annotations, that are none or mean two things."""
         kind: type = int if self.annotations is None else str
-        background = () if self.background == "others" and kind is int else self.background
-        if isinstance(background, str):
-            raise ValueError(f"{where}: background is {background!r}; expected a list")
+        background = () if self.background == "others" else self.background
         lists = {**self.classes, "background": background}
         for name, values in lists.items():
             if not all(type(v) is kind for v in values):
@@ -274,16 +260,13 @@ class DataSpec:
         given = [v for values in lists.values() for v in values] + [*self.ignore]
         if len(set(given)) != len(given):
             raise ValueError(f"{where}: {', '.join(lists)} and ignore have {given}; the same twice")
-        numbers = [v for v in (*given, self.threshold) if not isinstance(v, str) and v is not None]
-        if not all(type(v) is int and 0 <= v <= LARGEST_VALUE for v in numbers):
-            raise ValueError(f"{where}: has {numbers}; masks have values from 0 to {LARGEST_VALUE}")
         if self.threshold is None:
             return
         if self.masks is None or len(self.classes) != 1 or self.ignore or self.background:
             raise ValueError(
                 f"{where}: 'threshold' is for masks of one class, without ignore and background"
             )
-        if min(numbers) < self.threshold:
+        if any(int(value) < self.threshold for value in given):
             raise ValueError(f"{where}: classes has {given}, below the threshold {self.threshold}")
 
     @property
@@ -325,6 +308,18 @@ class Recipe:
     limits: str = ""
 
 
+class RecipeToml(Record, frozen=True, kw_only=True):
+    """What a recipe's file holds, see `Recipe`."""
+
+    bundle: dict[str, Any]
+    train: TrainSpec = TrainSpec()
+    augment: AugmentSpec = AugmentSpec()
+    split: SplitSpec = SplitSpec()
+    data: tuple[DataSpec, ...]
+    notes: str = ""
+    limits: str = ""
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe; return it.
 
@@ -336,19 +331,36 @@ def load_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     table = _read(path)
     try:
-        return _parse(table, path)
-    except KeyError as error:
-        raise RecipeError(f"{path} lacks {error}") from error
-    except (TypeError, ValueError) as error:
+        found = converted(table, RecipeToml)
+        limits = found.limits.strip()
+        bundle = parse_bundle({"limits": limits, **found.bundle}, path)
+        for index, entry in enumerate(found.data):
+            _check_data(f"data[{index}]: {entry.images!r}", entry, bundle)
+        if found.split.folds and any(e.fold or "fold" in e.columns for e in found.data):
+            raise ValueError(
+                "split.folds deals patients into groups, which the data have of their own"
+            )
+    except BundleError as error:
+        raise RecipeError(str(error)) from error
+    except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
+    return Recipe(
+        bundle=bundle,
+        train=found.train,
+        augment=found.augment,
+        split=found.split,
+        data=found.data,
+        notes=found.notes.strip(),
+        limits=limits,
+    )
 
 
 def _read(path: Path, over: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the table of a recipe, laid over that of the one it extends, where it does."""
     try:
-        table = tomllib.loads(path.read_text("utf-8-sig"))  # as Windows writes it
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid TOML: {error}") from error
+        table = read_toml(path)
+    except ValueError as error:
+        raise RecipeError(f"{path} {error}") from error
     except OSError as error:
         raise RecipeError(f"no recipe at {path}: {error.strerror}") from error
     if "extends" not in table:
@@ -370,51 +382,14 @@ def _laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse(table: dict[str, Any], path: Path) -> Recipe:
-    unknown = table.keys() - {"bundle", "train", "augment", "split", "data", "notes", "limits"}
-    if unknown:
-        raise RecipeError(f"{path}: unknown {sorted(unknown)}")
-    limits = str(table.get("limits", "")).strip()
-    try:
-        bundle = parse_bundle({"limits": limits, **table["bundle"]}, path)
-    except BundleError as error:
-        raise RecipeError(str(error)) from error
-    data = tuple(_data(entry) for entry in table["data"])
-    for entry in data:
-        _check_data(entry, bundle)
-    split = SplitSpec(**table.get("split", {}))
-    if split.folds and any(entry.fold or "fold" in entry.columns for entry in data):
-        raise ValueError("split.folds deals patients into groups, which the data have of their own")
-    return Recipe(
-        bundle=bundle,
-        train=TrainSpec(**_tuples(table.get("train", {}))),
-        augment=AugmentSpec(**table.get("augment", {})),
-        split=split,
-        data=data,
-        notes=str(table.get("notes", "")).strip(),
-        limits=limits,
-    )
-
-
-def _data(entry: dict[str, Any]) -> DataSpec:
-    classes = {name: tuple(values) for name, values in entry.get("classes", {}).items()}
-    return DataSpec(**{**_tuples(entry), "classes": classes})
-
-
-def _check_data(entry: DataSpec, bundle: Bundle) -> None:
+def _check_data(where: str, entry: DataSpec, bundle: Bundle) -> None:
     """Refuse what the bundle does not know, and what its modality cannot have."""
-    where = f"data {entry.images!r}"
     names = {c.name for c in bundle.classes[1:]}
     if unknown := entry.classes.keys() - names:
         raise ValueError(f"{where}: has classes {sorted(unknown)}, the bundle has {sorted(names)}")
-    if bundle.modality != "slide" and entry.annotations is not None:
-        raise ValueError(
-            f"{where}: annotations are for slides, the bundle is for {bundle.modality}s"
-        )
-    if bundle.modality != "slide" and entry.empty:
-        raise ValueError(f"{where}: 'empty' is for slides, the bundle is for {bundle.modality}s")
-    if bundle.modality != "slide" and entry.mpp is not None:
-        raise ValueError(f"{where}: mpp is for slides, the bundle is for {bundle.modality}s")
+    for name in ("annotations", "empty", "mpp"):
+        if bundle.modality != "slide" and getattr(entry, name):
+            raise ValueError(f"{where}: {name!r} is for slides, the bundle for {bundle.modality}s")
     if bundle.modality == "slide" and entry.masks is not None and entry.mpp is None:
         raise ValueError(f"{where}: lacks 'mpp', µm per pixel of pictures and masks")
     if entry.label is not None and entry.label not in bundle.labels:
@@ -424,7 +399,3 @@ def _check_data(entry: DataSpec, bundle: Bundle) -> None:
     has_label = entry.label is not None or "label" in entry.columns
     if not has_label and bundle.labels and len(bundle.labels) != 2:
         raise ValueError(f"{where}: lacks 'label', one of {list(bundle.labels)}")
-
-
-def _tuples(table: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in table.items()}

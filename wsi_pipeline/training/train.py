@@ -8,12 +8,13 @@ import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from msgspec import structs
 
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
@@ -216,7 +217,7 @@ def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
 
 def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:
     """Return a digest of all that the weights depend on."""
-    settings = [asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
+    settings = [structs.asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
     data = [
         (s.patient, s.fold, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)

@@ -1,0 +1,107 @@
+"""Files behind URLs, fetched once into the user's cache and checked."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import urllib.parse
+import urllib.request
+from base64 import b64encode
+from pathlib import Path
+
+from wsi_pipeline.errors import BundleError
+from wsi_pipeline.files.atomic import make_folders, sha256_of, written_beside
+from wsi_pipeline.files.paths import cache_dir
+
+MOST_WEIGHTS = 1 << 33
+"""Bytes that are fetched: what nobody asked for is not to fill the disk."""
+PATIENCE = 60
+"""Seconds to wait for a server to go on."""
+
+
+def check_sha256(path: Path, sha256: str, *, origin: str | Path) -> None:
+    """Refuse a file that is not what was expected; return nothing.
+
+    Args:
+        path: of the file.
+        sha256: the hex digest, or its first eight digits or more, as some file names have them.
+        origin: where it came from, for the message.
+
+    Raises:
+        BundleError: another file.
+    """
+    _check_digest(sha256, origin, least=8)
+    if not (found := sha256_of(path)).startswith(sha256.lower()):
+        raise BundleError(f"{origin} has sha256 {found}, expected {sha256}")
+
+
+def download(url: str, sha256: str) -> Path:
+    """Fetch a file once into the user's cache; return its path, checked.
+
+    Args:
+        url: of the file.
+        sha256: the hex digest, or its first eight digits or more.
+
+    Raises:
+        BundleError: it cannot be fetched, or is another file; then it is not kept.
+    """
+    _check_digest(sha256, url, least=8)
+    target = cache_path(url, sha256)
+    if not target.is_file():
+        fetch_file(url, target)
+    try:
+        check_sha256(target, sha256, origin=url)
+    except BundleError:
+        target.unlink()
+        raise
+    return target
+
+
+def cache_path(url: str, sha256: str) -> Path:
+    """Return where a fetched file is kept."""
+    return cache_dir() / f"{sha256}{Path(urllib.parse.urlparse(url).path).suffix}"
+
+
+def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
+    """Write what is behind a URL to a file of at most so many bytes; return its path."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https", "file"):
+        raise BundleError(f"{url} is not fetched; expected a URL of https://, http:// or file://")
+    try:
+        make_folders(target.parent)
+        with written_beside(target) as partial:
+            with urllib.request.urlopen(_request(parts), timeout=PATIENCE) as answer:
+                announced = int(answer.headers.get("Content-Length") or 0)
+                with partial.open("wb") as file:
+                    while (size := file.tell()) <= most and (data := answer.read(1 << 20)):
+                        file.write(data)
+            if size > most or announced > most:
+                raise BundleError(f"{url} has more than {most >> 20:,} MB; fetch it yourself")
+            if size < announced:
+                raise BundleError(
+                    f"{url} broke off: {size:,} of {announced:,} bytes came; try again"
+                )
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, BundleError):
+            raise
+        reason = str(error)
+        for secret in filter(None, (parts.password, parts.query)):
+            reason = reason.replace(secret, "…")  # some say a part of the URL only
+        raise BundleError(f"cannot fetch {url}: {reason}") from error
+    return target
+
+
+def _request(parts: urllib.parse.SplitResult) -> urllib.request.Request:
+    """Return what asks for a URL; its user and password are sent as servers want them."""
+    bare = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    request = urllib.request.Request(urllib.parse.urlunsplit(bare))
+    if parts.username is not None:
+        told = urllib.parse.unquote(f"{parts.username}:{parts.password or ''}").encode()
+        # to nobody to whom the server sends us on
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(told).decode()}")
+    return request
+
+
+def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
+    if not re.fullmatch(rf"[0-9a-fA-F]{{{least},64}}", sha256):
+        raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")
