@@ -1153,6 +1153,10 @@ def test_the_page_shows_a_volume_in_the_proportions_of_the_body(volumes, tmp_pat
 
 @pytest.mark.slow
 def test_the_page_goes_from_image_to_image(images, tmp_path):
+    output = Path(shutil.copytree(images, tmp_path / "out"))
+    shutil.copytree(images / "grey", output / "lost")
+    move_slide(output / "lost", tmp_path / "gone.png")
+
     async def visit(page):
         still = "document.body.dataset.state == 'still'"
         for name in ("grey", "rgb"):
@@ -1174,6 +1178,11 @@ def test_the_page_goes_from_image_to_image(images, tmp_path):
             expected = (1 - alpha) * pixels[seen] + alpha * colors[classes[seen]]
             shown = (await page.picture())[100:700, 250:750]
             assert np.median(abs(shown - expected)) < 8
+        await page.ask("location.hash = 'run=lost'")
+        await page.until("document.querySelector('#said').textContent.includes('was not found')")
+        await page.until(still)
+        red = (abs(await page.picture() - (233, 153, 153)).max(axis=2) < 25).sum()  # over white
+        assert red > 1000
 
-    with serve(images) as viewer:
+    with serve(output) as viewer:
         browse(viewer.url, tmp_path / "browser", visit)

@@ -2,7 +2,7 @@
 // in as text only, never as HTML.
 
 import { Outlines } from "./outlines.js";
-import { Tiles, ask, picture } from "./tiles.js";
+import { Tiles, ask, make, picture } from "./tiles.js";
 import { View } from "./view.js";
 import { Volume } from "./volume.js";
 
@@ -46,6 +46,7 @@ async function open({ run, x, y, d, at }) {
     return;
   }
   close();
+  document.body.dataset.state = "loading";
   element("runs").value = run;
   const mine = { run, url: `runs/${run}`, selected: null };
   shown = mine;
@@ -270,10 +271,6 @@ function saveHash() {
   if (!shown?.slide && !shown?.volume) return;
   const place = shown.volume ? `at=${shown.volume.at.join()}` : `x=${Math.round(view.x)}&y=${Math.round(view.y)}&d=${+(1 / view.scale).toPrecision(4)}`;
   history.replaceState(null, "", `#run=${shown.run}&${place}`); // no entry for each move
-}
-
-function make(tag, text = "") {
-  return Object.assign(document.createElement(tag), { textContent: text });
 }
 
 function number(value) {

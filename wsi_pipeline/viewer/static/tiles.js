@@ -20,7 +20,7 @@ export class Tiles {
     if (level < 0) level = 0;
     const wanted = this.levels.length ? this.around(level, view) : [];
     const last = this.levels.length - 1;
-    if (level !== last && !this.base) wanted.push(...this.around(last, view));
+    if (level < last && !this.base) wanted.push(...this.around(last, view));
     this.fetch(wanted);
     if (this.base) this.paint(context, view, ratio, this.base, 0, 0, this.base.picture);
     const seen = [...this.tiles.values()].filter((tile) => tile.picture && tile.level >= level);
@@ -116,6 +116,10 @@ export async function ask(url, signal) {
   const answer = await fetch(url, { signal });
   if (!answer.ok) throw new Error((await answer.text()).trim());
   return answer;
+}
+
+export function make(tag, text = "") {
+  return Object.assign(document.createElement(tag), { textContent: text });
 }
 
 export async function picture(url, signal) {

@@ -2,7 +2,7 @@
 // there, wheel and arrow keys go from slice to slice. Values come as they are; window and level are
 // applied here.
 
-import { ask } from "./tiles.js";
+import { ask, make } from "./tiles.js";
 
 const LOWEST = 0.01, HIGHEST = 0.995; // shares of the values that a window leaves out where the file names none
 const AXES = ["x", "y", "z"];
@@ -162,8 +162,4 @@ export class Volume {
     this.observer.disconnect();
     this.root.replaceChildren();
   }
-}
-
-function make(tag, text = "") {
-  return Object.assign(document.createElement(tag), { textContent: text });
 }
