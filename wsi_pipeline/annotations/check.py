@@ -79,7 +79,7 @@ class Report:
 
     Attributes:
         n_features: features in the file, children not counted.
-        findings: in the file's order, the file as a whole first.
+        findings: findings in the file's order, those of the file as a whole first.
     """
 
     n_features: int
@@ -125,12 +125,7 @@ def check_geojson(path: str | Path) -> Report:
 
 
 def check_feature(feature: object, *, index: int = 0) -> list[Finding]:
-    """Apply QuPath's rules to one parsed feature and its children; return the findings.
-
-    Args:
-        feature: Whatever JSON holds where a feature should be.
-        index: Place of the feature in its file, for the findings.
-    """
+    """Apply QuPath's rules to one parsed feature and its children; return the findings."""
     return [
         Finding(index=index, id=id_of(item), severity=severity, reason=reason)
         for _, item in iter_nested([feature])

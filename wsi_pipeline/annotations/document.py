@@ -31,7 +31,7 @@ class Document:
     """The content of a GeoJSON file.
 
     Attributes:
-        features: as parsed, not yet checked; a bare geometry comes wrapped in a Feature.
+        features: features as parsed, not yet checked; a bare geometry comes wrapped in a Feature.
         liberties: how the text departs from strict JSON, a sentence each.
         losses: what QuPath drops or garbles outside of features, a sentence each.
     """

@@ -21,7 +21,7 @@ def rasterise(
     """Mark the pixels whose centre lies in a polygon, holes left out; return bool (h, w).
 
     Args:
-        polygons: in level-0 pixels, (x, y); may overlap.
+        polygons: Polygons in level-0 pixels, (x, y); may overlap.
         origin: (y, x) of the result's top-left corner in level-0 pixels.
         downsample: level-0 pixels per pixel of the result, one number or (y, x).
         touched: mark each pixel of which a polygon covers a part.

@@ -65,12 +65,12 @@ def write_dicom_seg(
     allows.
 
     Args:
-        path: file to write; appears when it is complete.
-        mask: uint8 (y, x) or (z, y, x) class index, as the scan lies; taken whole.
-        scan: the DICOM image or series that was segmented.
-        classes: in the mask's order; 0 is the background.
-        model: name of the bundle.
-        version: that tells its weights from others.
+        path: File to write; appears when it is complete.
+        mask: Class indices, uint8 (y, x) or (z, y, x), as the scan lies; taken whole.
+        scan: The DICOM image or series that was segmented.
+        classes: Classes in the mask's order; 0 is the background.
+        model: Name of the bundle.
+        version: What tells its weights from others.
 
     Raises:
         StoreError: images that lack what a segmentation must name, or that cannot be referred to.
@@ -88,16 +88,22 @@ def write_dicom_seg(
         try:
             segmentation = _segmentation(frames, sources, classes, model, version)
             _refer_to_frames(segmentation, film, [frame for _, frame in slices])
-            _drop_half_measures(segmentation)
+            # Pixel measures without a thickness, as X-rays have none, are left out: highdicom reads
+            # no such, and the standard asks for them only where no source image is named.
+            shared = segmentation.SharedFunctionalGroupsSequence[0]
+            measures = shared.get("PixelMeasuresSequence")
+            if measures and "SliceThickness" not in measures[0]:
+                del shared.PixelMeasuresSequence
         except ImportError as error:
             raise StoreError(
                 f'{path}: needs {error.name}: pip install "wsi-pipeline[radiology]"'
             ) from error
-        except Exception as error:  # highdicom raises anything
+        # highdicom raises anything, and may quote values, which may be the patient's
+        except Exception as error:
             raise StoreError(
                 f"{path}: no segmentation can be written of {scan.path} ({type(error).__name__}); "
                 "its DICOM attributes are not as the standard has them"
-            ) from None  # it may quote values, which may be the patient's
+            ) from None
         with written_beside(path) as beside:
             segmentation.save_as(beside)
 
@@ -143,17 +149,6 @@ def _refer_to_frames(segmentation: Dataset, film: UID | None, frames: Sequence[i
         source.ReferencedFrameNumber = frames[int(source.get("ReferencedFrameNumber", 1)) - 1] + 1
 
 
-def _drop_half_measures(segmentation: Dataset) -> None:
-    """Leave out pixel measures without a thickness, as X-rays have none: highdicom reads no such.
-
-    The standard asks for them only where no source image is named.
-    """
-    shared = segmentation.SharedFunctionalGroupsSequence[0]
-    measures = shared.get("PixelMeasuresSequence")
-    if measures and "SliceThickness" not in measures[0]:
-        del shared.PixelMeasuresSequence
-
-
 def _keep_frames(sources: Sequence[Dataset], slices: Sequence[tuple[Path, int]]) -> None:
     """Leave in a file of many frames those of the volume alone, in its order.
 
@@ -180,20 +175,34 @@ def _segmentation(
 ) -> Any:
     """Return the segmentation as highdicom has it."""
     import highdicom
-    from highdicom.seg import Segmentation
+    from highdicom.color import CIELabColor
+    from highdicom.seg import Segmentation, SegmentDescription
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name=model[:LONGEST],
         family=Code("123110", "DCM", "Artificial Intelligence"),
         version=version[:LONGEST],
     )
+    segments = []
+    for number, found in enumerate(classes[1:], start=1):
+        kind = KNOWN.get(found.name.lower())
+        own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
+        segments.append(
+            SegmentDescription(
+                segment_number=number,
+                segment_label=found.name[:LONGEST],
+                segmented_property_category=MORPHOLOGY if kind else TISSUE,
+                segmented_property_type=kind or own,
+                algorithm_type="AUTOMATIC",
+                algorithm_identification=algorithm,
+                display_color=CIELabColor.from_rgb(*(found.color or (0, 0, 0))),
+            )
+        )
     return Segmentation(
         source_images=sources,
         pixel_array=frames,
         segmentation_type="BINARY",
-        segment_descriptions=[
-            _segment(number, found, algorithm) for number, found in enumerate(classes) if number
-        ],
+        segment_descriptions=segments,
         series_instance_uid=generate_uid(prefix=None),
         series_number=1000,
         series_description=f"Segmentation: {model}"[:LONGEST],
@@ -203,25 +212,8 @@ def _segmentation(
         manufacturer_model_name="wsi_pipeline",
         software_versions=version_of("wsi-pipeline"),
         device_serial_number="none",
-        omit_empty_frames=bool(frames.any()),  # of which one at least must be there
+        # one frame at least must be there
+        omit_empty_frames=bool(frames.any()),
         content_label="SEGMENTATION",
         content_description=f"Made by {model}"[:LONGEST],
-    )
-
-
-def _segment(number: int, found: ClassInfo, algorithm: Any) -> Any:
-    """Return what is said of one class."""
-    from highdicom.color import CIELabColor
-    from highdicom.seg import SegmentDescription
-
-    kind = KNOWN.get(found.name.lower())
-    own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
-    return SegmentDescription(
-        segment_number=number,
-        segment_label=found.name[:LONGEST],
-        segmented_property_category=MORPHOLOGY if kind else TISSUE,
-        segmented_property_type=kind or own,
-        algorithm_type="AUTOMATIC",
-        algorithm_identification=algorithm,
-        display_color=CIELabColor.from_rgb(*(found.color or (0, 0, 0))),
     )

@@ -88,8 +88,6 @@ class Written:
     """What a GeoJSON file holds.
 
     Attributes:
-        regions: features per class name.
-        vertices: in all.
         dropped: one sentence for each polygon that could not be written.
     """
 
@@ -106,12 +104,14 @@ def write_geojson(
     A region that is cut by the crop, or mended into several polygons, has a feature for each.
 
     Args:
-        path: the file, which appears whole or not at all.
-        outlines: of the mask, made with the dialect's `tolerance` and `min_pixels`.
-        dialect: how to write them.
-        threads: as for `map_in_threads`.
+        outlines: Outlines made with the dialect's `tolerance` and `min_pixels`.
     """
-    make = partial(_make_batch, outlines.regions, _numbers(outlines.regions), dialect)
+    value = outlines.regions.value
+    # each region's number among those of its class, from 1
+    numbers = np.empty(len(value), np.int64)
+    for of_class in (np.flatnonzero(value == v) for v in np.unique(value)):
+        numbers[of_class] = np.arange(1, len(of_class) + 1)
+    make = partial(_make_batch, outlines.regions, numbers, dialect)
     counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()
     with written_beside(path) as beside, beside.open("wb") as file:
         file.write(b'{"type":"FeatureCollection","features":[')
@@ -135,15 +135,6 @@ def write_geojson(
         vertices=vertices,
         dropped=dropped,
     )
-
-
-def _numbers(regions: Regions) -> npt.NDArray[np.int64]:
-    """Return the number of each region among those of its class, from 1."""
-    numbers = np.empty(len(regions), np.int64)
-    for value in np.unique(regions.value):
-        of_class = np.flatnonzero(regions.value == value)
-        numbers[of_class] = np.arange(1, len(of_class) + 1)
-    return numbers
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -212,7 +203,7 @@ def _place(
         order = np.argsort(owner, kind="stable")
         shapes = np.concatenate([shapes[~is_cut], parts[is_areal]])[order]
         owner = owner[order]
-    # + 0: no -0.0
+    # + 0.0 makes -0.0 0
     placed = shapely.transform(shapes, lambda xy: np.round(xy * scale - corner, 2) + 0.0)
     return placed, owner, is_cut[owner]
 
@@ -220,9 +211,7 @@ def _place(
 def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[np.int64]]:
     """Mend polygons that QuPath would not take; return all, and the index of what each was.
 
-    Args:
-        shapes: polygons in the viewer's frame.
-        dropped: gets one sentence for each that cannot be mended.
+    One sentence for each that cannot be mended is added to `dropped`.
     """
     sound = survive_float32(shapes)
     if sound.all():
@@ -252,7 +241,8 @@ def _feature(
     info = dialect.classes[int(regions.value[region])]
     y, x = regions.first[region].tolist()
     identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{dialect.namespace}/{info.name}/{y},{x}/{nth}")
-    measurements = {f"Area {dialect.unit}": _significant(area_mm2)}
+    # QuPath keeps float32
+    measurements = {f"Area {dialect.unit}": float(f"{area_mm2:.7g}")}
     if regions.probability is not None:
         measurements["Mean probability"] = round(float(regions.probability[region]), 4)
     return {
@@ -268,10 +258,6 @@ def _feature(
             "metadata": dict(dialect.metadata),
         },
     }
-
-
-def _significant(value: float) -> float:
-    return float(f"{value:.7g}")  # QuPath keeps float32
 
 
 def _iter_coordinates(shapes: Polygons) -> Iterator[list[npt.NDArray[Any]]]:

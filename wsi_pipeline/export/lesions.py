@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.geometry import Shape, box_slices
 
+Ints = npt.NDArray[np.int64]
+
 SLAB = 1 << 24
 """Pixels labelled at once."""
 
@@ -34,10 +36,9 @@ class Lesion:
     """One connected piece of a class.
 
     Attributes:
-        pixels: pixels or voxels.
         size: mm2 of a planar image, ml of a volume; None without spacing.
         diameter_mm: the longest straight line from edge to edge of it; None without spacing.
-        start: first corner of its box, array order.
+        start: first corner of the box, array order.
         stop: one past the last corner.
     """
 
@@ -53,11 +54,9 @@ class Lesions:
     """The lesions of one class.
 
     Attributes:
-        name: of the class.
-        count: of all lesions.
-        pixels: of all together.
-        size: of all together, mm2 or ml; None without spacing.
-        largest: one by one, the largest first; at most `LISTED`.
+        pixels: pixels or voxels of all together.
+        size: mm2 or ml of all together; None without spacing.
+        largest: the largest lesions, the largest first; at most `LISTED`.
     """
 
     name: str
@@ -69,14 +68,23 @@ class Lesions:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Pieces:
-    """What the slabs of a mask hold: one row for each piece of each slab."""
+    """What the slabs of a mask hold: one row for each connected piece of each slab.
 
-    classes: npt.NDArray[np.uint8]  # (n,)
-    pixels: npt.NDArray[np.int64]  # (n,)
-    start: npt.NDArray[np.int64]  # (n, d)
-    stop: npt.NDArray[np.int64]  # (n, d)
-    slab: npt.NDArray[np.int64]  # (n,) number of the slab; ascending
-    lesion: npt.NDArray[np.int64]  # (n,) number of the lesion that it is part of
+    Attributes:
+        classes: (n,) class index.
+        pixels: (n,) number of pixels.
+        start: (n, d) first corner of the box.
+        stop: (n, d) one past the last corner.
+        slab: (n,) number of the slab; ascending.
+        lesion: (n,) number of the lesion that the piece is part of.
+    """
+
+    classes: npt.NDArray[np.uint8]
+    pixels: Ints
+    start: Ints
+    stop: Ints
+    slab: Ints
+    lesion: Ints
 
 
 def count_lesions(
@@ -88,7 +96,7 @@ def count_lesions(
 
     Args:
         mask: uint8 (y, x) or (z, y, x) class index.
-        classes: in the mask's order; 0 is the background.
+        classes: Classes in the mask's order; 0 is the background.
         spacing_mm: mm between pixels along each axis; None where nobody knows.
     """
     pieces = _label(mask)
@@ -134,7 +142,7 @@ def _label(mask: MaskLike) -> _Pieces:
     """Label a mask slab by slab; return its pieces, joined to lesions where they touch."""
     dims = len(mask.shape)
     parts, pairs = [], [np.empty((0, 2), np.int64)]
-    before: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = None
+    before: tuple[npt.NDArray[np.uint8], Ints] | None = None
     known = 0
     for number, (begin, slab) in enumerate(_slabs(mask)):
         labels, n = _labelled(slab)
@@ -148,7 +156,8 @@ def _label(mask: MaskLike) -> _Pieces:
         kinds[labels.ravel()[inside]] = slab.ravel()[inside]
         counts = np.asarray(found["voxel_counts"], np.int64)[1 : n + 1]
         parts.append((kinds[1:], counts, start, stop, np.full(n, number)))
-        rows = labels[[0, -1]].astype(np.int64) + (known - 1)  # of the pieces in the outer layers
+        # rows of the pieces in the outer layers
+        rows = labels[[0, -1]].astype(np.int64) + (known - 1)
         if before is not None:
             pairs.append(_touching(*before, slab[0], rows[0]))
         before = (slab[-1].copy(), rows[1])
@@ -183,43 +192,45 @@ def _labelled(slab: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[Any], int]:
 
 def _touching(
     mask: npt.NDArray[np.uint8],
-    rows: npt.NDArray[np.int64],
+    rows: Ints,
     next_mask: npt.NDArray[np.uint8],
-    next_rows: npt.NDArray[np.int64],
-) -> npt.NDArray[np.int64]:
+    next_rows: Ints,
+) -> Ints:
     """Return (n, 2) pairs of pieces of one class that touch between two neighbouring layers.
 
     Args:
-        mask: class index of the last layer of a slab.
-        rows: of its pieces.
-        next_mask: of the first layer of the next slab.
-        next_rows: of its pieces.
+        mask: Class indices of the last layer of a slab.
+        rows: Rows of its pieces.
+        next_mask: Class indices of the first layer of the next slab.
+        next_rows: Rows of its pieces.
     """
+
+    def cut(shifts: Iterable[int]) -> tuple[slice, ...]:
+        sizes = zip(shifts, mask.shape, strict=True)
+        return tuple(slice(max(s, 0), n + min(s, 0)) for s, n in sizes)
+
     found = []
-    for shift in itertools.product((-1, 0, 1), repeat=mask.ndim):
-        near = tuple(
-            slice(max(s, 0), n + min(s, 0)) for s, n in zip(shift, mask.shape, strict=True)
-        )
-        far = tuple(
-            slice(max(-s, 0), n - max(s, 0)) for s, n in zip(shift, mask.shape, strict=True)
-        )
+    for shifts in itertools.product((-1, 0, 1), repeat=mask.ndim):
+        near, far = cut(shifts), cut(-s for s in shifts)
         same = (mask[near] == next_mask[far]) & (mask[near] > 0)
         both = rows[near][same] << 32 | next_rows[far][same]
-        found.append(np.unique(both[np.diff(both, prepend=-1) != 0]))  # mostly runs of one pair
+        # mostly runs of one pair
+        found.append(np.unique(both[np.diff(both, prepend=-1) != 0]))
     pairs = np.unique(np.concatenate(found))
     return np.column_stack([pairs >> 32, pairs & 0xFFFFFFFF])
 
 
 def _diameters(
-    mask: MaskLike, pieces: _Pieces, lesions: npt.NDArray[np.int64], spacing_mm: Sequence[float]
+    mask: MaskLike, pieces: _Pieces, lesions: Ints, spacing_mm: Sequence[float]
 ) -> dict[int, float]:
     """Return the longest line in each of some lesions, in mm, from edge to edge."""
-    points: dict[int, list[npt.NDArray[np.int64]]] = {int(lesion): [] for lesion in lesions}
+    points: dict[int, list[Ints]] = {int(lesion): [] for lesion in lesions}
     rows = np.flatnonzero(np.isin(pieces.lesion, lesions))
     for number, (begin, slab) in enumerate(_slabs(mask)):
         own = rows[pieces.slab[rows] == number]
         labels = _labelled(slab)[0] if len(own) else slab
-        first = np.searchsorted(pieces.slab, number)  # piece of the slab's label 1
+        # the piece of the slab's label 1
+        first = np.searchsorted(pieces.slab, number)
         for row in own:
             corner = pieces.start[row].copy()
             corner[0] -= begin
@@ -230,7 +241,7 @@ def _diameters(
     return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}
 
 
-def _row_ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+def _row_ends(inside: npt.NDArray[np.bool_]) -> Ints:
     """Return (n, d) indices of the first and the last pixel of each row that has any.
 
     Example:
@@ -244,7 +255,7 @@ def _row_ends(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.column_stack([rows, first]), np.column_stack([rows, last])])
 
 
-def _outermost(points: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _outermost(points: Ints) -> Ints:
     """Return the corners of the convex hull; more where points lie in a plane or a line.
 
     Of the points on one line along an axis only the ends can be corners.
@@ -260,11 +271,12 @@ def _outermost(points: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         points = points[order][np.append(True, differs) | np.append(differs, True)]
     try:
         return np.asarray(points[np.sort(ConvexHull(points).vertices)])
-    except (QhullError, ValueError):  # flat, or fewer than a hull needs
+    # flat, or fewer than a hull needs
+    except (QhullError, ValueError):
         return points
 
 
-def _longest(pixels: npt.NDArray[np.int64], spacing_mm: Sequence[float]) -> float:
+def _longest(pixels: Ints, spacing_mm: Sequence[float]) -> float:
     """Return the longest distance between the middles of the faces of some pixels, in mm.
 
     Example:
@@ -276,7 +288,8 @@ def _longest(pixels: npt.NDArray[np.int64], spacing_mm: Sequence[float]) -> floa
     parts = np.array_split(centers, -(-len(centers) // 1000))
     between = max(float(cdist(part, centers).max()) for part in parts)
     longest = 0.0
-    for part in parts:  # from middle to face it is half a pixel, at both ends
+    # from middle to face it is half a pixel, at both ends
+    for part in parts:
         a, b = np.nonzero(cdist(part, centers) >= between - spacing.max())
         apart = np.abs(part[a] - centers[b])
         for i, j in itertools.combinations_with_replacement(range(len(spacing)), 2):

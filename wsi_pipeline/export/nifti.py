@@ -32,9 +32,9 @@ def write_nifti(path: Path, mask: MaskLike, volume: Volume) -> None:
     both sform and qform, with the code of scanner space.
 
     Args:
-        path: .nii.gz or .nii to write; appears when it is complete.
-        mask: uint8 (z, y, x) class index, read in slabs.
-        volume: that was segmented.
+        path: File to write, .nii.gz or .nii; appears when it is complete.
+        mask: Class indices, uint8 (z, y, x), read in slabs.
+        volume: The volume that was segmented.
     """
     header = _header(volume)
     depth, height, width = volume.shape
@@ -43,7 +43,8 @@ def write_nifti(path: Path, mask: MaskLike, volume: Volume) -> None:
         packed = gzip.GzipFile("", "wb", LEVEL, plain, mtime=0) if path.suffix == ".gz" else None
         file: Any = packed or plain
         file.write(header.binaryblock)
-        file.write(bytes(int(header["vox_offset"]) - len(header.binaryblock)))  # no extension
+        # no extension
+        file.write(bytes(int(header["vox_offset"]) - len(header.binaryblock)))
         for z in range(0, depth, step):
             # (z, y, x) in C order is (x, y, z) in the file's order
             file.write(np.ascontiguousarray(mask[z : z + step, :, :], np.uint8).data)
@@ -63,7 +64,8 @@ def _header(volume: Volume) -> Any:
         header.set_data_shape(shape)
         for name in GEOMETRY:
             header[name] = source.header[name]
-        header["pixdim"][:4] = source.header["pixdim"][:4]  # the first is part of the quaternion
+        # the first is part of the quaternion
+        header["pixdim"][:4] = source.header["pixdim"][:4]
     else:
         header = new()
         header.set_data_shape(shape)

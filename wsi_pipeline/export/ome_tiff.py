@@ -48,22 +48,25 @@ def write_ome_tiff(
     pixels stay class indices in QuPath, Bio-Formats, tifffile and GDAL.
 
     Args:
-        path: file to write; appears when it is complete.
-        mask: class index of each pixel.
-        classes: in the mask's order; 0 is the background.
-        mask_mpp: (x, y) µm per mask pixel.
-        crop: the part to write, such as the slide's bounds; None = all.
-        name: of the image, as viewers show it.
-        reduced: the mask's own reduced levels where there are any; level n holds every 2ⁿth pixel.
+        path: File to write; appears when it is complete.
+        mask: Class index of each pixel.
+        classes: Classes in the mask's order; 0 is the background.
+        mask_mpp: Size (x, y) of a mask pixel in µm.
+        crop: The part to write, such as the slide's bounds; None = all.
+        name: Name of the image, as viewers show it.
+        reduced: The mask's own reduced levels where there are any; level n holds every 2ⁿth pixel.
             They save reading the whole mask for each level.
     """
     height, width = mask.shape
     window = crop or (0, 0, height, width)
     n_levels = len(level_shapes(window[2:]))
+    # TIFF's table of colours, (3, 256): classes in theirs, the rest black; 255 becomes 65,535
+    colormap = np.zeros((3, 256), np.uint16)
+    colormap[:, : len(classes)] = 257 * np.array([c.color or (0, 0, 0) for c in classes]).T
     first = {"subifds": n_levels - 1, "metadata": _ome_metadata(classes, mask_mpp, name)}
     with written_beside(path) as beside, TiffWriter(beside, bigtiff=True, ome=True) as tiff:
         for level in range(n_levels):
-            options = {"colormap": _colormap(classes)} | (first if level == 0 else {})
+            options = {"colormap": colormap} | (first if level == 0 else {})
             _write_level(tiff, (mask, *reduced), window, level, mask_mpp, **options)
 
 
@@ -77,12 +80,7 @@ def write_asap_tiff(
     """Write the whole mask as ASAP and OpenSlide want it: levels as pages, no XML, no colours.
 
     ASAP scales an overlay by its width, so the mask must not be cropped.
-
-    Args:
-        path: file to write; appears when it is complete.
-        mask: class index of each pixel.
-        mask_mpp: (x, y) µm per mask pixel.
-        reduced: as for `write_ome_tiff`.
+    Arguments are those of `write_ome_tiff`.
     """
     height, width = mask.shape
     with written_beside(path) as beside, TiffWriter(beside, bigtiff=True) as tiff:
@@ -106,8 +104,10 @@ def _write_level(
         dtype=np.uint8,
         tile=(TILE, TILE),
         compression=COMPRESSION.ADOBE_DEFLATE,
-        subfiletype=1 if level else 0,  # 1: a reduced version of another page
-        resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),  # µm/px to px/cm
+        # 1: a reduced version of another page
+        subfiletype=1 if level else 0,
+        # µm/px to px/cm
+        resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),
         resolutionunit=RESUNIT.CENTIMETER,
         **options,
     )
@@ -124,27 +124,18 @@ def _encoded_tiles(masks: Sequence[MaskLike], window: Crop, level: int) -> Itera
 
     def encode(corner: tuple[int, int]) -> list[list[bytes]]:
         y, x = (slice(a, min(a + BLOCK * step, b), step) for a, b in zip(corner, last, strict=True))
-        return _encode_block(np.asarray(masks[k][y, x]))
+        pixels = np.asarray(masks[k][y, x])
+        n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
+        if not pixels.any():
+            return [[_background()] * n_columns] * n_rows
+        pixels = np.pad(pixels, [(0, -n % TILE) for n in pixels.shape])
+        rows = pixels.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
+        return [[_deflate(tile) if tile.any() else _background() for tile in row] for row in rows]
 
     blocks = map_in_threads(encode, itertools.product(tops, lefts))
     for _ in tops:
         for row in zip(*itertools.islice(blocks, len(lefts)), strict=True):
             yield from itertools.chain.from_iterable(row)
-
-
-def _encode_block(pixels: npt.NDArray[np.uint8]) -> list[list[bytes]]:
-    """Return the rows of compressed tiles of a block."""
-    n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
-    if not pixels.any():
-        return [[_background()] * n_columns] * n_rows
-    if pixels.shape != (n_rows * TILE, n_columns * TILE):
-        pixels = np.pad(pixels, [(0, -n % TILE) for n in pixels.shape])
-    rows = pixels.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
-    return [[_encode(tile) for tile in row] for row in rows]
-
-
-def _encode(tile: npt.NDArray[np.uint8]) -> bytes:
-    return _deflate(tile) if tile.any() else _background()
 
 
 @cache
@@ -156,13 +147,6 @@ def _deflate(tile: npt.NDArray[np.uint8]) -> bytes:
     # libdeflate 1: 0.2 to 0.3 GB/s a core whatever the mask. 5 and 6 make busy masks a third
     # smaller, but noisy ones at a quarter of the speed or less.
     return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=1))
-
-
-def _colormap(classes: Sequence[ClassInfo]) -> npt.NDArray[np.uint16]:
-    """Return TIFF's table of colours, (3, 256): classes in theirs, the rest black."""
-    table = np.zeros((256, 3), np.uint16)
-    table[: len(classes)] = [c.color or (0, 0, 0) for c in classes]
-    return table.T * np.uint16(257)  # 255 becomes 65,535
 
 
 def _ome_metadata(

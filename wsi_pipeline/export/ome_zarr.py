@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -53,12 +52,8 @@ Mask = npt.NDArray[np.uint8]
 def block_side(wanted: int | None, ngff: Ngff) -> int:
     """Return the side of a block in px: whole chunks of the mask, or whole shards.
 
-    Args:
-        wanted: the side asked for; None = the usual.
-        ngff: version of the mask.
-
     Raises:
-        StoreError: not a multiple.
+        StoreError: the side that is wanted is no multiple of those.
     """
     unit = SHARD if ngff == "0.5" else CHUNK
     side = wanted or max(unit, BLOCK)
@@ -81,12 +76,11 @@ def create_mask(
     Blocks of it are written with `write_block`.
 
     Args:
-        path: folder to create; must not hold a zarr group yet.
-        shape: (y, x) of level 0.
-        classes: in the mask's order; 0 is the background.
-        mask_mpp: (x, y) µm per mask pixel.
-        ngff: version of the format.
-        name: of the image, as viewers show it.
+        path: Folder to create; must not hold a zarr group yet.
+        shape: Shape (y, x) of level 0.
+        classes: Classes in the mask's order; 0 is the background.
+        mask_mpp: Size (x, y) of a mask pixel in µm.
+        name: Name of the image, as viewers show it.
     """
     group = zarr.open_group(path, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
     multiscale = {
@@ -116,7 +110,8 @@ def open_begun(path: Path) -> MaskArray | None:
     try:
         first_scale(zarr.open_group(path, mode="r").attrs.asdict())
         return open_mask(path)
-    except Exception:  # what is damaged may be anything
+    # what is damaged may be anything
+    except Exception:
         return None
 
 
@@ -124,9 +119,8 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
     """Write the pixels of a block; chunks (shards with 0.5) that are all background are not stored.
 
     Args:
-        mask: a level, open.
-        block: made of whole chunks or shards, and written by nobody else at the same time.
-        pixels: uint8, of the block's shape.
+        block: Made of whole chunks or shards, and written by nobody else at the same time.
+        pixels: Class indices, of the block's shape.
     """
     parts = list(iter_blocks(block.shape, mask.shards or mask.chunks))
     filled = [part for part in parts if pixels[part.slices].any()]
@@ -176,8 +170,7 @@ def read_mask(path: Path, shape: Shape) -> Mask:
     Reads the smallest level that is not smaller than `shape`, never more.
 
     Args:
-        path: the OME-Zarr.
-        shape: (y, x) of the picture wanted, such as a thumbnail's.
+        shape: Shape (y, x) of the picture wanted, such as a thumbnail's.
     """
     levels = open_levels(path)
     fitting = [i for i, level in enumerate(levels) if all(map(int.__ge__, level.shape, shape))]
@@ -200,9 +193,10 @@ def count_files(shape: Shape, ngff: Ngff) -> int:
     side = CHUNK if ngff == "0.4" else SHARD
     shapes = level_shapes(shape)
     chunks = sum(math.prod(-(-n // side) for n in level) for level in shapes)
-    metadata_files = 2 if ngff == "0.4" else 1  # .zgroup or .zarray with .zattrs; zarr.json
-    groups = 3  # the image, its labels, and the one label
-    return 2 * (chunks + metadata_files * len(shapes)) + metadata_files * groups
+    # .zgroup or .zarray with .zattrs; zarr.json
+    metadata_files = 2 if ngff == "0.4" else 1
+    # three groups: the image, its labels, and the one label
+    return 2 * (chunks + metadata_files * len(shapes)) + metadata_files * 3
 
 
 def is_empty(mask: MaskArray, block: Block) -> bool:
@@ -216,19 +210,23 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     A level takes every second pixel of the one below (nearest), so no level holds a value that
     level 0 lacks. May be run again; levels are then written anew. Memory is bounded by a block
     for each thread, whatever the size of the mask, and empty blocks are not even read.
-
-    Args:
-        path: the OME-Zarr, level 0 complete.
-        classes: in the mask's order; 0 is the background.
     """
     shutil.rmtree(path / "labels", ignore_errors=True)
     group = zarr.open_group(path, mode="r+")
     shapes = level_shapes(open_mask(path).shape)
     for i in range(1, len(shapes)):
         below, level = open_mask(path, level=i - 1), _create_level(group, i, shapes[i])
-        side = (level.shards or (2 * CHUNK,))[0]  # whole shards; else a few whole chunks
-        blocks = iter_blocks(shapes[i], (side, side))
-        for _ in map_in_threads(partial(_reduce, below, level), blocks):
+        # whole shards; else a few whole chunks
+        side = (level.shards or (2 * CHUNK,))[0]
+
+        def reduce(block: Block, below: MaskArray = below, level: MaskArray = level) -> None:
+            start = tuple(2 * a for a in block.start)
+            stop = tuple(min(2 * b, n) for b, n in zip(block.stop, below.shape, strict=True))
+            if not is_empty(below, Block(index=block.index, start=start, stop=stop)):
+                y, x = (slice(a, b, 2) for a, b in zip(start, stop, strict=True))
+                write_block(level, block, np.asarray(below[y, x]))
+
+        for _ in map_in_threads(reduce, iter_blocks(shapes[i], (side, side))):
             pass
     attributes = group.attrs.asdict()
     (multiscale,) = ome_of(attributes)["multiscales"]
@@ -240,11 +238,7 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     _describe_label(label, multiscale, classes)
     # last, so that whoever finds all levels listed finds all there is
     _describe(group, multiscale, classes)
-    _settle(path)
-
-
-def _settle(path: Path) -> None:
-    """Have the disk hold a mask, but the blocks of level 0, which it holds already."""
+    # the disk is to hold all but the blocks of level 0, which it holds already
     every = [(other, other.relative_to(path).parts[0]) for other in path.rglob("*")]
     sync_all(
         other
@@ -260,15 +254,6 @@ def _link_or_copy(source: str, target: str) -> None:
     except OSError:
         # a file system without hard links, or with too many of one file
         shutil.copyfile(source, target)
-
-
-def _reduce(below: MaskArray, level: MaskArray, block: Block) -> None:
-    """Fill one block of a level from the level below."""
-    start = tuple(2 * a for a in block.start)
-    stop = tuple(min(2 * b, n) for b, n in zip(block.stop, below.shape, strict=True))
-    if not is_empty(below, Block(index=block.index, start=start, stop=stop)):
-        y, x = (slice(a, b, 2) for a, b in zip(start, stop, strict=True))
-        write_block(level, block, np.asarray(below[y, x]))
 
 
 def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:

@@ -21,8 +21,8 @@ FILL = 0.3
 """Opacity of a class inside its outline: the tissue must stay visible."""
 TISSUE_COLOR = (70, 70, 90)
 TEXT_COLOR, WHITE = (40, 40, 40), (255, 255, 255)
-FONT_SIZE = 15  # px
-MARGIN = 10  # px, around and between the legend's entries
+FONT_SIZE, MARGIN = 15, 10
+"""Of the legend: height of its letters, and what is around and between its entries, in px."""
 PREVIEW = "preview"
 """Key of the PNG's text that holds a small JPEG of the picture, as base64."""
 
@@ -47,22 +47,26 @@ def write_overlay(
     as the thumbnail; exact areas are in the run's report.
 
     Args:
-        path: file to write; appears when it is complete.
-        thumbnail: (h, w, 3) uint8.
-        mask: (h, w) uint8 class index, sampled to the thumbnail's size.
-        classes: in the mask's order; 0 is the background.
-        tissue: (h, w) bool; drawn as a thin line where given.
-        captions: what the legend says of each class but the background, in place of shares.
-        note: that stands before the legend.
+        path: File to write; appears when it is complete.
+        thumbnail: Picture, uint8 (h, w, 3).
+        mask: Class indices, uint8 (h, w), sampled to the thumbnail's size.
+        classes: Classes in the mask's order; 0 is the background.
+        tissue: Where there is tissue, bool (h, w); drawn as a thin line where given.
+        captions: What the legend says of each class but the background, in place of shares.
+        note: What stands before the legend.
     """
     picture = _draw(thumbnail, mask, classes, tissue)
     if captions is None:
-        entries = _entries(mask, classes, tissue)
-    else:
-        colors = [c.color or (0, 0, 0) for c in classes[1:]]
-        entries = list(zip(colors, captions, strict=True))
-    if note:
-        entries = [(WHITE, note), *entries]
+        pixels = mask.ravel() if tissue is None else mask[tissue]
+        shares = 100 * np.bincount(pixels, minlength=len(classes)) / max(pixels.size, 1)
+        of = "picture" if tissue is None else "tissue"
+        named = zip(classes[1:], shares[1:], strict=True)
+        captions = [f"{c.name}: {share:.1f} % of the {of}" for c, share in named]
+    colors = [c.color or (0, 0, 0) for c in classes[1:]]
+    entries: list[tuple[Color, str]] = [(WHITE, note)] if note else []
+    entries += zip(colors, captions, strict=True)
+    if tissue is not None:
+        entries.append((TISSUE_COLOR, "edge of the tissue"))
     below = legend(entries, picture.shape[1])
     info = PngInfo()
     info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())
@@ -100,7 +104,8 @@ def _draw(
     tissue: BoolMask | None,
 ) -> Picture:
     """Return the thumbnail with fills, outlines and the line around the tissue."""
-    width = max(1, round(max(mask.shape) / 1200))  # px of an outline
+    # px of an outline
+    width = max(1, round(max(mask.shape) / 1200))
     colors = np.array([c.color or (0, 0, 0) for c in classes], dtype=np.float32)
     inside = mask > 0
     picture = thumbnail.copy()
@@ -130,26 +135,11 @@ def _outline(labels: npt.NDArray[np.uint8] | BoolMask, width: int) -> BoolMask:
     return edge
 
 
-def _entries(
-    mask: npt.NDArray[np.uint8], classes: Sequence[ClassInfo], tissue: BoolMask | None
-) -> list[tuple[Color, str]]:
-    """Return colour and text of the legend's entries."""
-    counts = np.bincount(mask.ravel() if tissue is None else mask[tissue], minlength=len(classes))
-    of = "picture" if tissue is None else "tissue"
-    shares = 100 * counts / max(counts.sum(), 1)
-    entries = [
-        (c.color or (0, 0, 0), f"{c.name}: {share:.1f} % of the {of}")
-        for c, share in zip(classes[1:], shares[1:], strict=True)
-    ]
-    return entries if tissue is None else [*entries, (TISSUE_COLOR, "edge of the tissue")]
-
-
 def legend(entries: Sequence[tuple[Color, str]], width: int, *, um: float | None = None) -> Picture:
     """Return a white strip with swatches and texts, as many lines as they need; uint8 (h, w, 3).
 
     Args:
-        entries: colour and text of each swatch.
-        width: of the strip, px.
+        width: Width of the strip in px.
         um: µm per pixel, for a scale bar at the end; None = no bar.
     """
     font = _font()

@@ -16,10 +16,7 @@ from wsi_pipeline.files.atomic import written_beside
 def write_mask_png(path: Path, mask: MaskLike, *, classes: Sequence[ClassInfo]) -> None:
     """Write class indices as a PNG of 8 bits whose palette has the classes' colours.
 
-    Args:
-        path: file to write; appears when it is complete.
-        mask: uint8 (y, x) class index.
-        classes: in the mask's order; 0 is the background, black.
+    The file appears when it is complete; the background, class 0, is black.
     """
     picture = Image.fromarray(np.asarray(mask[:, :], np.uint8))
     picture.putpalette([value for c in classes for value in c.color or (0, 0, 0)])

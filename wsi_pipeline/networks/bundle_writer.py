@@ -23,7 +23,7 @@ def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield an empty folder that becomes `folder` once the body has ended well.
 
     Args:
-        folder: that is to be; nothing is there yet, or an empty folder.
+        folder: Folder to become; nothing is there yet, or an empty folder.
         overwrite: a bundle may be there too, which goes; but its card stays as `README.old.md`, or
             with a number, unless the new one is the same: it was its reader's to fill in.
 

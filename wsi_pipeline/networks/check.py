@@ -24,10 +24,10 @@ class Trial:
     """How a bundle's network did.
 
     Attributes:
-        shapes: of the input and of each output, by name.
-        seconds: of the network as it is stored, on the CPU in fp32.
-        seconds_folded: of its inference form; None for a foreign program, which has none.
-        difference: between the two, as a share of the largest logit; None likewise.
+        shapes: shapes of the input and of each output, by name.
+        seconds: time of the network as it is stored, on the CPU in fp32.
+        seconds_folded: time of its inference form; None for a foreign program, which has none.
+        difference: difference between the two, as a share of the largest logit; None likewise.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

@@ -43,7 +43,7 @@ class EncoderKind:
     """An encoder whose weights are published by themselves.
 
     Attributes:
-        prefix: of torchvision's names before ours.
+        prefix: prefix of our names that torchvision's have not.
         classifier: prefix of the published tensors that no network here has.
     """
 
@@ -82,7 +82,7 @@ def import_model(
 
     Args:
         checkpoint: `.safetensors`, or what `torch.save` writes; nothing in it is run.
-        template: what the network is and sees; its weights play no part.
+        template: What the network is and sees; its weights play no part.
         key: where in the checkpoint the tensors are, as "ema.model"; None = at the only such place.
 
     Raises:
@@ -189,7 +189,7 @@ def make_template(
 
     Args:
         like: a bundle that it is like, but for the rest of the arguments.
-        network: for slides, without `like`.
+        network: Name of a network for slides, without `like`.
         classes: names in the mask's order, the background first.
         patch_size: pixels, one number for all axes or one an axis; overlaps become a quarter.
 

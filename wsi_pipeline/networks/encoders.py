@@ -151,12 +151,12 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
     """Load torchvision's published ImageNet weights into an encoder; return nothing.
 
     Args:
-        encoder: as `mobilenet_v2_features` or `ResNet18` make it; with one channel, its first
+        encoder: What `mobilenet_v2_features` or `ResNet18` makes; with one channel, its first
             convolution takes the sum of the weights over the colours.
         location: a `.pth` or `.safetensors` file with torchvision's names, or its URL, which is
             fetched once into the user's cache.
-        sha256: of the file, in hex, or its first eight digits or more. A URL needs it, unless its
-            name ends with them, as torchvision's do.
+        sha256: Digest of the file, in hex, or its first eight digits or more. A URL needs it,
+            unless its name ends with them, as torchvision's do.
 
     Raises:
         BundleError: no such file, another digest, or other tensors.

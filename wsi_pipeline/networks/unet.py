@@ -31,7 +31,7 @@ class Swish(nn.Module):
     """x · sigmoid(βx) with a learned β, Ramachandran et al., https://arxiv.org/abs/1710.05941.
 
     Args:
-        count: of βs, one for all channels or one a channel; they start at 1.
+        count: Number of βs, one for all channels or one a channel; they start at 1.
     """
 
     def __init__(self, count: int) -> None:
@@ -153,7 +153,7 @@ class SwishUNet(_PlanarUNet):
 
     Args:
         widths: channels of each level, from full size down; each doubles the one above.
-        beta: of the Swish: "fixed" at 1, as the paper's counts have it, or learned, one "scalar"
+        beta: β of the Swish: "fixed" at 1, as the paper's counts have it, or learned, one "scalar"
             for each activation or one for each "channel".
     """
 

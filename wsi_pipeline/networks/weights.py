@@ -24,8 +24,6 @@ def read_state(
     """Read the tensors of a `.safetensors` file or a PyTorch checkpoint; return them by name.
 
     Args:
-        path: the file; what it is its content says.
-        data: what it holds; None = to be read.
         key: where in a checkpoint the tensors are, as "ema.model"; None = at the only such place.
 
     Raises:

@@ -65,7 +65,6 @@ def find_tissue(
 
     Args:
         thumbnail: uint8 (h, w, 3), at 8 to 10 µm per pixel or finer.
-        mpp: µm per pixel of the thumbnail.
         min_area_um2: smaller pieces are dust.
         max_hole_um2: smaller holes are filled.
     """
@@ -189,7 +188,6 @@ def select_patches(
     Args:
         tissue: bool (h, w) at thumbnail scale.
         tissue_downsample: (y, x) level-0 pixels per pixel of `tissue`.
-        grid: patches of the same slide.
         grid_downsample: (y, x) level-0 pixels per grid pixel.
     """
     scale = np.array(grid_downsample) / np.array(tissue_downsample)

@@ -34,7 +34,6 @@ def why_too_coarse(mpp: tuple[float, float], wanted: float) -> str:
 
     Args:
         mpp: (x, y) µm per level-0 pixel of the slide.
-        wanted: µm per pixel of the model.
     """
     times = max(mpp) / wanted
     # files round what they say
@@ -69,11 +68,9 @@ def plan_grid(
     """Lay patches over the tissue of a slide; return the patch grid, without pixels.
 
     Args:
-        slide: opened.
         mpp: µm per grid pixel wanted; a nearly whole multiple of the slide's own is taken as whole.
         patch_size: (y, x) grid pixels.
         overlap: (y, x) grid pixels between neighbouring patches.
-        select: where to look.
 
     Raises:
         SourceError: the slide cannot be read.

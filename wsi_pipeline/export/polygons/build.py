@@ -41,9 +41,7 @@ def map_polygons(
     Only few batches are held at a time.
 
     Args:
-        outlines: regions and arcs of a mask.
         function: takes a slice of regions and their polygons, as `polygons` returns them.
-        threads: as for `map_in_threads`.
     """
     sides = _Sides.of(outlines)
     return map_in_threads(

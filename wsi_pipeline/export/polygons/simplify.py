@@ -41,7 +41,6 @@ def simplify(arcs: Arcs, *, tolerance: float, is_loose: Bools | None = None) -> 
     Vertices at which arcs meet stay, and so much between them that no two become one line.
 
     Args:
-        arcs: whole arcs, or parts of arcs.
         tolerance: root of the largest triangle to cut off, in pixels.
         is_loose: (m,) vertices of parts of arcs that stay only because what comes next is not at
             hand, or is in other hands; None where the arcs are all arcs of a mask, and whole.
@@ -104,8 +103,6 @@ class _Lines:
 
     Attributes:
         offset: number of vertices of the arcs before these.
-        x: (m,) column of each vertex.
-        y: (m,) row of each vertex.
         arc: (m,) index of each vertex's arc.
         begin: (n,) first vertex of each arc.
         end: (n,) one past the last vertex of each arc.
@@ -175,8 +172,6 @@ class _Grid:
     """All vertices by square cells, row by row: those in a row of cells are a slice.
 
     Attributes:
-        x: (m,) column of each vertex.
-        y: (m,) row of each vertex.
         bits: a cell's side is 2 to the power of it.
         corner: (x, y) of the first cell, in cells.
         width: number of cells in a row.

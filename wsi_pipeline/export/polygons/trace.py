@@ -47,7 +47,6 @@ class Outlines:
 
     Attributes:
         regions: in the order of their numbers, the first having number 1.
-        arcs: their borders.
         is_exact: whether the arcs follow pixel edges, or were simplified.
     """
 
@@ -64,9 +63,7 @@ def trace_mask(
     Their probability is not known.
 
     Args:
-        mask: class of each pixel.
-        blocks: those that may hold anything.
-        threads: as for `map_in_threads`.
+        blocks: Blocks that may hold anything.
     """
 
     def trace(block: Block) -> tuple[Index, BlockComponents]:
@@ -92,14 +89,12 @@ def find_outlines(
 
     Args:
         mask: class of each pixel.
-        components: of each block that holds anything, by its row and column.
-        block_size: side of a block.
+        components: Components of each block that holds anything, by its row and column.
         tolerance: root of the largest triangle to cut off, in mask pixels; 0 = exact. See
             `wsi_pipeline.export.polygons.simplify`.
         min_pixels: smaller regions are left out, and smaller holes filled.
         tile: side of the squares within which arcs are simplified first. What is left depends on
             it a little, so blocks are made of whole ones.
-        threads: as for `map_in_threads`.
 
     Raises:
         StoreError: the mask is not the one that the components were found in.
