@@ -10,7 +10,7 @@ import numpy as np
 
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.sources.radiology.volume import Volume, load_nifti
+from wsi_pipeline.sources.radiology.volume import Volume
 
 GEOMETRY = (
     "xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code",
@@ -55,6 +55,8 @@ def write_nifti(path: Path, mask: MaskLike, volume: Volume) -> None:
 def _header(volume: Volume) -> Any:
     """Return the header of a mask that lies where a volume does."""
     import nibabel
+
+    from wsi_pipeline.sources.radiology.nifti_reader import load_nifti
 
     new: Any = nibabel.Nifti1Header
     shape = volume.shape[::-1]

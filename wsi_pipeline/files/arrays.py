@@ -25,7 +25,7 @@ from wsi_pipeline.geometry import Block
 Array: TypeAlias = "zarr.Array[Any]"
 
 # zarr hands chunks to whatever their metadata name, pickle among them, and lets it unpack as much
-# as it likes; these get the room that a chunk may take and fail where that is not enough
+# as it likes. These get the room that a chunk may take and fail where that is not enough.
 DECODERS: Mapping[str, Callable[..., bytes | bytearray]] = {
     "blosc": imagecodecs.blosc_decode,
     "bz2": imagecodecs.bz2_decode,
@@ -52,10 +52,6 @@ MAX_WHOLE = 1 << 28
 def trusted(array: object, kind: npt.DTypeLike = np.uint8) -> Array:
     """Check an opened array; return it, its chunks unpacked by `DECODERS`, into bounded room.
 
-    Args:
-        array: what was found where an array should be.
-        kind: of its values.
-
     Raises:
         ValueError: no array, one of other values, unknown codecs, chunks too large or too small.
     """
@@ -63,10 +59,8 @@ def trusted(array: object, kind: npt.DTypeLike = np.uint8) -> Array:
         raise ValueError("no array where one should be")
     if array.dtype != np.dtype(kind):
         raise ValueError(f"an array of {array.dtype}; expected {np.dtype(kind)}")
-    length, count = (
-        math.prod(array.chunks),
-        math.prod(-(-n // chunk) for n, chunk in zip(array.shape, array.chunks, strict=True)),
-    )
+    length = math.prod(array.chunks)
+    count = math.prod(-(-n // chunk) for n, chunk in zip(array.shape, array.chunks, strict=True))
     if length * array.dtype.itemsize > MAX_CHUNK:
         raise ValueError(f"chunks of {array.chunks}, which do not fit in memory")
     if length < MIN_CHUNK and count > FEW:
@@ -76,11 +70,14 @@ def trusted(array: object, kind: npt.DTypeLike = np.uint8) -> Array:
         if metadata.filters:
             raise ValueError(f"filter {_name(metadata.filters[0])!r} is not read")
         packed = metadata.compressor
-        bounded = replace(metadata, compressor=packed and _Bounded2(packed, _room(array)))
+        bounded = replace(
+            metadata, compressor=packed and _Bounded2(packed, length * array.dtype.itemsize + SLACK)
+        )
     else:
         bounded = replace(metadata, codecs=tuple(map(_bounded, metadata.codecs)))
     inner: Any = array._async_array
-    config = inner.config if hasattr(inner, "config") else inner._config  # so before zarr 3.1.4
+    # Before zarr 3.1.4 the attribute was private.
+    config = inner.config if hasattr(inner, "config") else inner._config
     return zarr.Array(zarr.AsyncArray(metadata=bounded, store_path=inner.store_path, config=config))
 
 
@@ -94,10 +91,6 @@ def read_whole(array: object, kind: npt.DTypeLike) -> npt.NDArray[Any]:
     if checked.nbytes > MAX_WHOLE:
         raise ValueError(f"an array of {checked.shape}, which does not fit in memory")
     return np.asarray(checked[:])
-
-
-def _room(array: Array) -> int:
-    return math.prod(array.chunks) * array.dtype.itemsize + SLACK
 
 
 def _name(codec: Any) -> str:

@@ -19,7 +19,7 @@ SYNCED_AT_ONCE = 16
 
 def this_process() -> str:
     """Return what marks the files of this process, also on a disk that machines share."""
-    # without dots, which part the marks of a name
+    # Dots part the marks of a name.
     return f"{socket.gethostname().replace('.', '-')}-{os.getpid()}"
 
 
@@ -34,7 +34,7 @@ def written_beside(target: Path) -> Iterator[Path]:
         yield partial
         sync_tree(partial)
         if target.is_dir():
-            # there is no moment without the whole of one of them: `sweep` puts the old one back
+            # There is no moment without the whole of one of them: `sweep` puts the old one back.
             old = beside(target, "old")
             os.rename(target, old)
             os.rename(partial, target)
@@ -85,17 +85,17 @@ def make_folders(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Have the disk hold a file, or which entries a folder has; return once it does."""
     is_folder = path.is_dir()
-    if os.name == "nt" and is_folder:  # which Windows does by itself
+    # Windows syncs folders by itself, and files only that it may write.
+    if os.name == "nt" and is_folder:
         return
     try:
-        # Windows syncs only what it may write
         opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
         try:
             os.fsync(opened)
         finally:
             os.close(opened)
     except OSError as error:
-        # some network file systems do not sync folders, and none that may not be listed
+        # Some network file systems do not sync folders, and none that may not be listed.
         if not is_folder or error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
 

@@ -74,12 +74,12 @@ def _is_bare_dicom(head: bytes) -> bool:
     group, element, kind = head[:2], head[2:4], head[4:6]
     if group == b"\x02\0":
         return element in (b"\0\0", b"\1\0") and kind in (b"UL", b"OB")
-    # high bytes first
+    # High bytes first.
     if group == b"\0\x08":
         group, element = group[::-1], element[::-1]
     if group != b"\x08\0" or int.from_bytes(element, "little") not in BARE_ELEMENTS:
         return False
-    # the kind of a value, or the upper half of its length
+    # The kind of a value, or the upper half of its length.
     return kind in (b"UL", b"CS", b"UI", b"DA", b"TM", b"SH") or head[6:8] == b"\0\0"
 
 
@@ -107,7 +107,8 @@ def is_dicom_slide(path: Path) -> bool:
     """
     try:
         return slide_header(path) is not None
-    except Exception:  # pydicom raises anything on damaged files
+    except Exception:
+        # pydicom raises anything on damaged files.
         return True
 
 
@@ -117,7 +118,8 @@ def slide_header(path: Path) -> Dataset | None:
     Raises:
         Exception: whatever pydicom raises on damaged files.
     """
-    from pydicom import dcmread  # takes its time
+    # It takes its time.
+    from pydicom import dcmread
     from pydicom.filereader import read_file_meta_info
     from pydicom.uid import DeflatedExplicitVRLittleEndian, VLWholeSlideMicroscopyImageStorage
 
@@ -156,7 +158,8 @@ def dicom_slides(paths: Iterable[Path]) -> list[Path]:
                     continue
                 area = int(header.TotalPixelMatrixColumns) * int(header.TotalPixelMatrixRows)
                 series = str(header.SeriesInstanceUID)
-        except Exception:  # pydicom raises anything on damaged files
+        except Exception:
+            # pydicom raises anything on damaged files.
             damaged.append(path)
             continue
         if series not in largest or area > largest[series][0]:

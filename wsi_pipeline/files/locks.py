@@ -31,9 +31,6 @@ _told_of_no_locks: set[int] = set()
 def writing(path: Path) -> Iterator[None]:
     """Turn what the operating system says of a failed write in the body into a sentence.
 
-    Args:
-        path: that the body writes, or the folder in which it does.
-
     Raises:
         StoreError: the disk is full, or nothing may be written there.
     """
@@ -67,7 +64,8 @@ def make_folder(folder: Path) -> None:
     with writing(folder):
         make_folders(folder)
         with TemporaryFile(dir=folder) as probe:
-            probe.write(b"0")  # a full disk takes an empty file
+            # A full disk takes an empty file.
+            probe.write(b"0")
 
 
 def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0) -> ExitStack:
@@ -76,16 +74,16 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
     The operating system holds the lock, and drops it when the process dies, however that happens.
 
     Args:
-        folder: created.
-        lock_file: relative to it; never removed.
-        timeout: seconds to wait for another process.
+        folder: Created where it is not there.
+        lock_file: Its name in the folder; it is never removed.
+        timeout: Seconds to wait for another process.
 
     Raises:
         BusyError: another process has claimed it.
         StoreError: the folder cannot be written.
     """
-    # not thread_local: one thread begins a slide and another finishes it
-    # no soft lock in place of the system's: it would outlive a process that was killed
+    # One thread begins a slide and another finishes it. A soft lock in place of the system's would
+    # outlive a process that was killed.
     lock = FileLock(folder / lock_file, timeout=timeout, thread_local=False, fallback_to_soft=False)
     with writing(folder):
         make_folders((folder / lock_file).parent)
@@ -108,8 +106,7 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
 def claimed(target: Path) -> Iterator[None]:
     """Claim a file or folder that the body writes; what killed processes left of it goes first.
 
-    Args:
-        target: that no folder claimed as a whole holds.
+    It must not lie in a folder that is claimed as a whole.
 
     Raises:
         BusyError: another process writes it.
@@ -125,5 +122,6 @@ def claimed(target: Path) -> Iterator[None]:
             sweep(target)
             yield
         finally:
-            with suppress(OSError):  # Windows keeps what is open
+            # Windows keeps what is open.
+            with suppress(OSError):
                 lock.unlink()

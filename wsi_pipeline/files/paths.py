@@ -30,7 +30,8 @@ RESULTS = ("mask", "annotations", "overlay", "run")
 """How the names of what is written there begin, up to their first dot."""
 MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # begins as UTF-16 does
+    # It begins as that of UTF-16 does.
+    codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
@@ -44,9 +45,7 @@ Inputs = str | Path | Iterable[str | Path]
 def as_path(text: str | Path, **options: Any) -> Path:
     """Return the path that a text names; a URL gives one of fsspec's, with the same methods.
 
-    Args:
-        text: a path, or a URL; one of a file here, `file://`, gives its path.
-        options: for fsspec's client of the URL.
+    The options are those of fsspec's client. `file://` gives the path of a file here.
 
     Raises:
         SourceError: a URL that cannot be used here.
@@ -57,14 +56,16 @@ def as_path(text: str | Path, **options: Any) -> Path:
         from upath import UPath
 
         path = UPath(text, **options)
-        _ = path.fs  # the client of this protocol
+        # The client of this protocol may be missing.
+        _ = path.fs
     except (ImportError, ValueError) as error:
         raise SourceError(
             f'{without_secrets(f"{text}: {error}")}; URLs need pip install "wsi-pipeline[remote]"'
         ) from error
     if path.protocol in ("file", "local"):
         return Path(path.path)
-    remote: Any = path  # a path in all but its type
+    # A path in all but its type.
+    remote: Any = path
     return remote  # type: ignore[no-any-return]
 
 
@@ -86,10 +87,14 @@ def named_paths(text: str | Path) -> list[Path]:
     if is_remote(path):
         return [path]
     if path.suffix.lower() in (".txt", ".csv") and os.path.isfile(path):
-        return [
-            as_path(entry) if "://" in entry else _first_there(path.parent, entry)
-            for entry in _entries(path)
-        ]
+        named = []
+        for entry in _entries(path):
+            letters = in_letters(entry)
+            # As it stands, in Latin letters, or as Windows writes it.
+            meant = [path.parent / name for name in (entry, letters, letters.replace("\\", "/"))]
+            there = next(filter(os.path.exists, meant), meant[1])
+            named.append(as_path(entry) if "://" in entry else there)
+        return named
     found = [path] if os.path.exists(path) else _matches(str(path))
     if not found:
         try:
@@ -117,14 +122,6 @@ def _entries(path: Path) -> list[str]:
             for line, row in zip(lines, rows, strict=True)
         ]
     return [re.sub(r'^"(.*)"$', r"\1", line) for line in lines]
-
-
-def _first_there(folder: Path, entry: str) -> Path:
-    """Return the path that a line of a list means: as it stands, in Latin letters, or Windows's."""
-    letters = in_letters(entry)
-    names = entry, letters, letters.replace("\\", "/")
-    paths = [folder / name for name in names]
-    return next(filter(os.path.exists, paths), paths[1])
 
 
 def read_text(path: Path) -> str:
@@ -191,11 +188,8 @@ def visible_entries(folder: Path, seen: set[str]) -> list[Path] | None:
     """Return what a folder holds but hidden entries, sorted, links behind; None if unreadable.
 
     What a run has written into its folder does not count: it is no input of the next. The folder
-    may be that of a DICOM series, too.
-
-    Args:
-        folder: to be listed.
-        seen: real paths of folders that have been listed, which hold nothing more; it is added.
+    may be that of a DICOM series, too. It is added to the real paths that have been seen: those
+    hold nothing more.
     """
     real = os.path.realpath(folder)
     if real in seen:
@@ -269,7 +263,7 @@ def quiet() -> Iterator[None]:
     """Keep warnings and logs of readers back: they quote values, which may be the patient's."""
     from pydicom.config import disable_value_validation
 
-    # that of nibabel writes to stderr by itself
+    # That of nibabel writes to stderr by itself.
     for name in ("pydicom", "nibabel.global"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings(), disable_value_validation():

@@ -36,10 +36,12 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: no file, too large, no UTF-8, no JSON, nested too deeply.
     """
-    if isinstance(path, Path):  # else it lies behind a URL
+    # What lies behind a URL has no mode.
+    if isinstance(path, Path):
         status = path.stat()
+        # A pipe would be waited for.
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError("no file")  # a pipe would be waited for
+            raise ValueError("no file")
         if status.st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES >> 20} MB")
     try:
@@ -54,11 +56,11 @@ def check(value: object, kind: Any, where: str = "it") -> None:
     """Make sure that a value read from JSON is of a type; return nothing.
 
     Args:
-        value: of dicts, lists, texts, numbers, booleans and None.
-        kind: a plain type, a `Literal`, a union, a list, tuple or dict of such, a `TypedDict` or a
+        value: What was read.
+        kind: A plain type, a `Literal`, a union, a list, tuple or dict of such, a `TypedDict` or a
             dataclass, of which the keys that it does not name may be anything. `Annotated` means
             its second part.
-        where: name of the value in the message.
+        where: Name of the value in the message.
 
     Raises:
         ValueError: it is something else.
@@ -111,7 +113,8 @@ def _fits(value: object, kind: Any) -> bool:
     return True
 
 
-@cache  # which takes longer than all the rest of a check
+# To find them takes longer than all the rest of a check.
+@cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 

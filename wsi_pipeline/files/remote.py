@@ -27,8 +27,7 @@ AT_ONCE = 32
 def reaching(path: Path) -> Iterator[None]:
     """Turn whatever the client of a URL raises in the body into a sentence without secrets.
 
-    Args:
-        path: behind a URL; for one that is not, nothing changes.
+    Of a path here nothing changes.
 
     Raises:
         StoreError: it cannot be reached, read or written.
@@ -37,7 +36,8 @@ def reaching(path: Path) -> Iterator[None]:
         yield
     except WsiPipelineError:
         raise
-    except Exception as error:  # clients of remote stores raise what they like
+    except Exception as error:
+        # Clients of remote stores raise what they like.
         if not is_remote(path):
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -81,11 +81,8 @@ def work_folder(target: Path) -> Path:
     """Return where the runs of a URL are worked on: always the same, so that work goes on.
 
     In the user's cache, which outlives a restart of the machine, as temporary folders may not.
-
-    Args:
-        target: behind a URL.
     """
-    # neither a new password nor a new signature makes it another place
+    # Neither a new password nor a new signature makes it another place.
     digest = hashlib.sha256(without_secrets(str(target)).encode()).hexdigest()[:12]
     return cache_dir() / "runs" / f"{name_of(target)}-{digest}"
 
@@ -113,10 +110,10 @@ def upload(folder: Path, target: Path, *, last: str, replaced: Collection[str]) 
     First the chunks of its zarrs, then their metadata, then all other files, then `last`.
 
     Args:
-        folder: here.
-        target: its place, behind a URL.
-        last: the file that tells that the others are there.
-        replaced: files and folders that are removed from there before, with `last`.
+        folder: Folder here.
+        target: Its place, behind a URL.
+        last: Name of the file that tells that the others are there.
+        replaced: Names of files and folders that are removed from there before, with `last`.
 
     Raises:
         StoreError: that fails.
@@ -139,7 +136,7 @@ def upload(folder: Path, target: Path, *, last: str, replaced: Collection[str]) 
         for name in (last, *replaced):
             old = f"{remote.path}/{name}"
             if remote.fs.exists(old):
-                # escaped: a slide's name may hold what would be taken for a pattern
+                # A slide's name may hold what would be taken for a pattern.
                 remote.fs.rm(glob.escape(old), recursive=True)
         for _, group in groupby(sorted(files, key=stage), key=stage):
             names = list(group)
@@ -162,11 +159,11 @@ def fetch(
     What is there already is not fetched again while `first` is the same.
 
     Args:
-        target: behind a URL.
-        copies: folder here, created; what it holds besides goes.
-        first: the file without which a folder does not count.
-        whole: files that are copied as well, where they are.
-        named: files of which there will be an empty one, where they are.
+        target: Folder behind a URL.
+        copies: Folder here, created; what it holds besides goes.
+        first: Name of the file without which a folder does not count.
+        whole: Names of files that are copied as well, where they are.
+        named: Names of files of which there will be an empty one, where they are.
 
     Raises:
         StoreError: the URL cannot be read.
@@ -180,7 +177,8 @@ def fetch(
         names = [
             Path(entry["name"].rstrip("/")).name for entry in entries if entry["type"] != "file"
         ]
-        names = [name for name in names if not name.startswith(".")]  # nor is any ..
+        # Hidden ones are left out, and with them any "..".
+        names = [name for name in names if not name.startswith(".")]
         with writing(copies):
             copies.mkdir(parents=True, exist_ok=True)
             gone = [path for path in copies.iterdir() if path.is_dir() and path.name not in names]
@@ -207,7 +205,8 @@ def _fetch_folder(
         modified = fs.modified(f"{there}/{first}").timestamp()
         found = {path.rpartition("/")[2] for path in fs.ls(there, detail=False)}
         others = {name: fs.cat_file(f"{there}/{name}") for name in found.intersection(whole)}
-    except FileNotFoundError:  # not finished, or uploaded anew at this moment
+    except FileNotFoundError:
+        # Not finished, or uploaded anew at this moment.
         was_here = copy.is_dir()
         shutil.rmtree(copy, ignore_errors=True)
         return was_here

@@ -20,10 +20,7 @@ def map_in_threads(
 ) -> Iterator[R]:
     """Do something with each item in threads; yield the results in order, few of them held.
 
-    Args:
-        function: what to do.
-        items: with what.
-        threads: how many; None = as many as there are cores, but `MOST_THREADS` at the most.
+    There are as many threads as cores, but `MOST_THREADS` at the most, where nothing is said.
 
     Example:
         >>> list(map_in_threads(abs, [-3, 2, -1], threads=2))
@@ -40,5 +37,6 @@ def map_in_threads(
             while waiting:
                 yield waiting.popleft().result()
         finally:
-            for future in waiting:  # where a result was an error
+            # Where a result was an error some still wait.
+            for future in waiting:
                 future.cancel()

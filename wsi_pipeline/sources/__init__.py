@@ -11,7 +11,7 @@ from typing import Any
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
 from wsi_pipeline.files.paths import as_path, is_remote
 from wsi_pipeline.patch_grid import is_patch_grid
-from wsi_pipeline.sources.base import Backend, is_turned, sampled_digest
+from wsi_pipeline.sources.base import Backend, sampled_digest, turned_doubts
 from wsi_pipeline.sources.brightfield import why_not_brightfield
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.open import open_slide_file
@@ -25,9 +25,9 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
     """Open a slide, or a patch grid written by `tile`; return it.
 
     Args:
-        path: of the slide's file, of the folder of a patch grid, OME-Zarr or DICOM slide, or a URL.
+        path: The slide's file, the folder of a patch grid, OME-Zarr or DICOM slide, or a URL.
         mpp: µm per level-0 pixel along both axes, in place of what the file says.
-        series: which image of a file with several, from 0; None = the largest of RGB.
+        series: Which image of a file with several, from 0; None = the largest of RGB.
 
     Raises:
         SourceError: the file cannot be opened.
@@ -36,7 +36,11 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
     if mpp is not None and not 0 < mpp < math.inf:
         raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
     path = as_path(path)
-    pixels = _open_backend(path, series)
+    is_grid = not is_remote(path) and is_patch_grid(path)
+    try:
+        pixels = StoredBackend(path) if is_grid else open_slide_file(path, series)
+    except StoreError as error:
+        raise SourceError(str(error)) from error
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
     try:
         scale, mpp_source = _scale(path, pixels, mpp)
@@ -51,30 +55,16 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
         fingerprint=fingerprint,
         first_doubts=(
             *doubts(read_mpp(pixels.properties), scale, mpp_source),
-            *_turned(pixels.properties.get("tiff.Orientation", "1")),
+            *turned_doubts(
+                pixels.properties.get("tiff.Orientation"),
+                "pixels and polygons follow the order in which it is stored, as viewers of slides "
+                "show it",
+            ),
             *pixels.doubts,
         ),
         stored_mpp=None if stored is None else stored.grid_mpp,
         pixels=pixels,
     )
-
-
-def _open_backend(path: Path, series: int | None) -> Backend:
-    try:
-        if not is_remote(path) and is_patch_grid(path):
-            return StoredBackend(path)
-        return open_slide_file(path, series)
-    except StoreError as error:
-        raise SourceError(str(error)) from error
-
-
-def _turned(orientation: str) -> list[str]:
-    if not is_turned(orientation):
-        return []
-    return [
-        f"its Orientation tag of {orientation} says that the picture is turned or mirrored; pixels "
-        "and polygons follow the order in which it is stored, as viewers of slides show it"
-    ]
 
 
 def _scale(path: Path, pixels: Backend, mpp: float | None) -> tuple[tuple[float, float], str]:
@@ -110,7 +100,7 @@ def _fingerprint(path: Path) -> str:
         return digest.hexdigest()
     digest = sampled_digest(path)
     if path.suffix.lower() == ".mrxs" and not is_remote(path):
-        # nothing else there is the slide's: its run may have a folder of the same name
+        # Nothing else there is the slide's: its run may have a folder of the same name.
         for other in sorted(path.with_suffix("").glob("*")):
             if other.suffix.lower() in (".dat", ".ini"):
                 digest.update(f"{other.name} {other.stat().st_size}\n".encode())

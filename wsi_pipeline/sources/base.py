@@ -182,6 +182,14 @@ def is_turned(orientation: object) -> bool:
     return str(orientation) in tuple("2345678")
 
 
+def turned_doubts(orientation: object, consequence: str) -> list[str]:
+    """Return a sentence where a tag Orientation says that a picture is turned or mirrored."""
+    if not is_turned(orientation):
+        return []
+    said = f"its Orientation tag of {orientation} says that the picture is turned or mirrored"
+    return [f"{said}; {consequence}"]
+
+
 def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
     """Return (h, w, 3) of uint8 (h, w, 1, 3 or 4); what is transparent becomes white."""
     if samples.shape[2] == 1:

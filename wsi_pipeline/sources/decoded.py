@@ -132,7 +132,8 @@ class PictureBackend:
                 # In a PNG it may stand after the pixels, all of which would be decoded for it.
                 orientation: Any = 1
                 if driver == "JPEG":
-                    with suppress(Exception):  # Pillow raises anything on damaged EXIF
+                    with suppress(Exception):
+                        # Pillow raises anything on damaged EXIF.
                         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         except SyntaxError as error:
             raise SourceError(

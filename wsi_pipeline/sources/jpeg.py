@@ -14,7 +14,6 @@ from wsi_pipeline.sources.base import Pixels
 
 COLOURS = {"RGB": "RGB", "YCBCR": "YCbCr"}
 """How colours are stored, as people write it."""
-
 APP0, APP14, COD, SOS = 0xE0, 0xEE, 0x52, 0xDA
 FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of JPEG's frame headers; the others of that range are of tables."""
@@ -29,9 +28,7 @@ def jpeg_colours(data: bytes, tables: bytes | None = None) -> str:
     JFIF is YCbCr; Adobe's marker says which; components may be named R, G, B; colours that are
     stored coarser than the first component are no RGB. In this order, as libjpeg has it.
 
-    Args:
-        data: of the stream.
-        tables: that it shares with others.
+    `tables` are what the stream shares with others.
     """
     said = ""
     for code, body in (*_markers(tables or b""), *_markers(data)):
@@ -49,7 +46,8 @@ def _markers(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield code and content of what stands before a JPEG's pixels."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SOS:
-        if data[at + 1] == 0xFF:  # a byte that fills a gap
+        # A byte that fills a gap.
+        if data[at + 1] == 0xFF:
             at += 1
             continue
         length = int.from_bytes(data[at + 2 : at + 4], "big")
@@ -60,7 +58,8 @@ def _markers(data: bytes) -> Iterator[tuple[int, bytes]]:
 def jpeg_2000_colours(data: bytes) -> str:
     """Return "RGB" where a JPEG 2000 stream says that it decodes to that, "" where it does not."""
     if not data.startswith(b"\xff\x4f"):
-        return "RGB"  # a JP2, whose colours the decoder knows
+        # A JP2, whose colours the decoder knows.
+        return "RGB"
     transformed = any(code == COD and body[4:5] == b"\1" for code, body in _markers(data))
     return "RGB" if transformed else ""
 
@@ -75,10 +74,10 @@ def colour_doubts(said: str, stored: str, *, pixels: str, believed: str) -> list
     """Return a sentence where a file says otherwise of its colours than its JPEG streams do.
 
     Args:
-        said: by the file, "RGB" or "YCBCR".
-        stored: by a stream; "" where it says nothing.
-        pixels: what the streams are called in the file.
-        believed: which of both is.
+        said: What the file says, "RGB" or "YCBCR".
+        stored: What a stream says; "" where it says nothing.
+        pixels: What the streams are called in the file.
+        believed: Which of both is.
     """
     if stored in ("", said):
         return []
@@ -103,12 +102,14 @@ def dicom_colour_doubts(path: Path) -> list[str]:
             )
             if not header.file_meta.TransferSyntaxUID.is_encapsulated:
                 return []
-            file.seek(12, io.SEEK_CUR)  # tag, kind and length of the pixels
+            # Before them stand tag, kind and length of the pixels, before the frame tag and length.
+            file.seek(12, io.SEEK_CUR)
             parse_basic_offsets(file)
-            file.seek(8, io.SEEK_CUR)  # tag and length of the frame
+            file.seek(8, io.SEEK_CUR)
             data = file.read(FRAME_HEADER)
             said = "YCBCR" if header.PhotometricInterpretation.startswith("YBR") else "RGB"
-    except Exception:  # pydicom raises anything on damaged files, which OpenSlide has opened
+    except Exception:
+        # pydicom raises anything on damaged files, which OpenSlide has opened.
         return []
     stored = jpeg_colours(data) if data.startswith(b"\xff\xd8") else ""
     return colour_doubts(said, stored, pixels="frames", believed="header")

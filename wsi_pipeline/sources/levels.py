@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -21,27 +22,23 @@ from wsi_pipeline.sources.base import (
     Sparse,
     fits_size,
     is_whole,
+    part_of,
     possible_downsamples,
+    tiles_touching,
 )
 
 EDGE = (48, 128)
 """Pixels of a level along a side of the square that is compared: the first for coarse levels."""
-
 SIDE = (512, 3072)
 """Level-0 pixels along a side of that square, for the finest levels and the coarsest."""
-
 MAP = 1 << 22
 """Pixels up to which a level is read whole, to find where there is something to compare."""
-
 CELLS = 16
 """Parts of the slide along each axis among which the places to compare are chosen."""
-
 FLAT = 3.0
 """Standard deviation of grey values below which a place shows nothing that could be found again."""
-
 NOISE = 12.0
 """Grey values by which JPEG and sharpening change a pixel."""
-
 STRAY = 0.1
 """Share of pixels that no kernel can have made of level 0, above which a level is no level."""
 
@@ -71,7 +68,6 @@ class Levels:
         self.doubts: list[str] = []
         self._lock = threading.RLock()
         self._settled: dict[int, Downsample | None] = {}
-        self._structure: npt.NDArray[np.float64] | None = None
         for level in range(1, len(self.level_sizes)):
             downsample = backend.level_downsamples[level]
             if not is_whole(downsample) or not fits_size(
@@ -110,26 +106,31 @@ class Levels:
         """Yield (x, y) of stored tiles that were left out of a level, but not of all finer ones.
 
         Args:
-            level: that was read.
-            x: left edge of what was read, in pixels of the level.
-            y: top edge.
-            pixels: that were read.
+            level: Number of the level that was read.
+            x: Left edge of what was read, in pixels of the level.
+            y: Top edge of it.
+            pixels: What was read there, uint8 (h, w, 3).
         """
         sparse = self._backend
         if level == 0 or not isinstance(sparse, Sparse):
             return
-        width, height = self.level_tiles[level]
-        for top in range(y // height * height, y + pixels.shape[0], height):
-            for left in range(x // width * width, x + pixels.shape[1], width):
-                part = pixels[max(top - y, 0) : top + height - y, max(left - x, 0) :]
-                part = part[:, : left + width - max(left, x)]
-                if (
-                    (part[0, 0] == sparse.blank).all()
-                    and (part == sparse.blank).all()
-                    and not sparse.holds(level, left // width, top // height)
-                    and any(self._holds_any(n, level, left, top) for n in self.finer(level))
-                ):
-                    yield left, top
+        downsamples, (width, height) = self.level_downsamples, self.level_tiles[level]
+
+        def is_held_by(finer: int) -> bool:
+            pairs = zip(downsamples[level], downsamples[finer], strict=True)
+            (rx, ry) = (own / fine for own, fine in pairs)
+            box = left * rx, top * ry, width * rx, height * ry
+            return any(self._tiles(finer, *map(int, box)))
+
+        for left, top in tiles_touching(x, y, pixels.shape[1], pixels.shape[0], (width, height)):
+            part = part_of(pixels, (x, y), (left, top), (width, height))
+            if (
+                (part[0, 0] == sparse.blank).all()
+                and (part == sparse.blank).all()
+                and not sparse.holds(level, left // width, top // height)
+                and any(map(is_held_by, self.finer(level)))
+            ):
+                yield left, top
 
     def finer(self, level: int) -> list[int]:
         """Return the levels finer than one, the nearest first."""
@@ -137,21 +138,13 @@ class Levels:
         found = [n for n in self.usable() if downsamples[n][0] < downsamples[level][0]]
         return sorted(found, key=lambda n: -downsamples[n][0])
 
-    def _holds_any(self, level: int, coarse: int, left: int, top: int) -> bool:
-        """Return whether a level has any stored tile where a tile of a coarser level lies."""
-        downsamples, (width, height) = self.level_downsamples, self.level_tiles[coarse]
-        rx, ry = (a / b for a, b in zip(downsamples[coarse], downsamples[level], strict=True))
-        corner, size = (int(left * rx), int(top * ry)), (int(width * rx), int(height * ry))
-        return any(self._tiles(level, *corner, *size))
-
     def _tiles(self, level: int, x: int, y: int, width: int, height: int) -> Iterator[bool]:
         """Yield whether each stored tile that a rectangle of a level touches was written."""
         sparse = self._backend if isinstance(self._backend, Sparse) else None
-        tile_width, tile_height = self.level_tiles[level]
-        full_width, full_height = self.level_sizes[level]
-        for row in range(y // tile_height, -(-min(y + height, full_height) // tile_height)):
-            for column in range(x // tile_width, -(-min(x + width, full_width) // tile_width)):
-                yield sparse is None or sparse.holds(level, column, row)
+        tile, (full_width, full_height) = self.level_tiles[level], self.level_sizes[level]
+        size = min(width, full_width - x), min(height, full_height - y)
+        for left, top in tiles_touching(x, y, *size, tile):
+            yield sparse is None or sparse.holds(level, left // tile[0], top // tile[1])
 
     def _settle(self, level: int) -> Downsample | None:
         """Return the downsample at which a level shows what level 0 shows, None where at none."""
@@ -164,7 +157,7 @@ class Levels:
         for downsample in possible_downsamples(self.size, size, self.level_tiles[level], stated):
             fits = fits_size(self.size, size, downsample)
             verdicts.append(self._shows_level_0(level, downsample))
-            # where nothing is to be seen, nothing speaks against what the sizes say
+            # Where nothing is to be seen, nothing speaks against what the sizes say.
             if verdicts[-1] or (verdicts == [None] and fits):
                 if not fits:
                     self.doubts.append(
@@ -182,12 +175,17 @@ class Levels:
 
     def _shows_level_0(self, level: int, downsample: Downsample) -> bool | None:
         """Compare places of a level with level 0; return None where there is nothing to see."""
-        reference = self._reference(downsample)
+        # Where level 0 takes long, the level is compared with a coarser one.
+        wanted = max(downsample) * EDGE[0] / SIDE[1]
+        levels = [n for n in self.usable() if max(self.level_downsamples[n]) <= wanted]
+        levels.sort(key=lambda n: -max(self.level_downsamples[n]))
+        reference = next((n for n in levels if self._settled.get(n) or self.check(n)), 0)
         base = self.level_downsamples[reference]
         ratio = (downsample[0] / base[0], downsample[1] / base[1])
         side = min(max(SIDE[0], EDGE[0] * max(ratio)), EDGE[1] * max(ratio), SIDE[1])
+        # What was cut off at the edge may be anything.
         extents = [
-            min(own, full // f)  # what was cut off at the edge may be anything
+            min(own, full // f)
             for own, full, f in zip(self.level_sizes[level], self.size, downsample, strict=True)
         ]
         edge = int(min(side / max(ratio), *extents))
@@ -204,19 +202,13 @@ class Levels:
             except SourceError:
                 logger.debug("level %d is not compared at %d, %d", level, x, y, exc_info=True)
                 damaged += 1
-                if damaged > 1:  # some libraries take long to open a file again after an error
+                # Some libraries take long to open a file again after an error.
+                if damaged > 1:
                     return None
                 continue
             if verdict is not None:
                 return verdict
         return None
-
-    def _reference(self, downsample: Downsample) -> int:
-        """Return the level to compare with: level 0, but where that takes long a coarser one."""
-        wanted = max(downsample) * EDGE[0] / SIDE[1]
-        levels = [n for n in self.usable() if max(self.level_downsamples[n]) <= wanted]
-        levels.sort(key=lambda n: -max(self.level_downsamples[n]))
-        return next((n for n in levels if self._settled.get(n) or self.check(n)), 0)
 
     def _same(
         self,
@@ -232,7 +224,7 @@ class Levels:
         mean of its surroundings in the finer level, and is the square found again where it should
         be? The first sees smooth pictures out of place, the second textured ones.
         """
-        # they bring much of SciPy: would double the time to open a slide, most of which need none
+        # They bring much of SciPy, which would double the time to open a slide; most need none.
         from scipy.ndimage import uniform_filter
         from skimage.feature import match_template
 
@@ -267,12 +259,13 @@ class Levels:
         inner = stored[reach:-reach, reach:-reach]
         found = match_template(mean, inner)  # type: ignore[no-untyped-call]
         here = found[reach - 1 : reach + 2, reach - 1 : reach + 2].max()
-        best = found.max()  # near 1 but for nearest neighbours of noise, and the less sure for it
+        # It is near 1 but for nearest neighbours of noise, and the less sure for it.
+        best = found.max()
         return bool(here >= (0.97 if best > 0.7 else 0.9) * best)
 
     def _read_grey(self, level: int, x: int, y: int, width: int, height: int) -> Grey:
         pixels = self._backend.read_level(level, x, y, width, height)
-        # only then: to ask for a tile may take a request or a decoding of its own
+        # To ask for a tile may take a request or a decoding of its own.
         if (
             isinstance(self._backend, Sparse)
             and (pixels == self._backend.blank).all(axis=2).any()
@@ -286,8 +279,6 @@ class Levels:
 
         An error of the factor moves what lies far from the origin; hence the weights.
         """
-        if self._structure is None:
-            self._structure = self._seen()
         at = (np.arange(CELLS) + 0.5) / CELLS
         score = self._structure * (0.2 + at[:, None]) * (0.2 + at)
         for index in np.argsort(-score, axis=None)[:4]:
@@ -296,7 +287,8 @@ class Levels:
                 yield float(at[row]), float(at[column])
         yield from [(0.5, 0.5), (0.35, 0.6), (0.65, 0.4)]
 
-    def _seen(self) -> npt.NDArray[np.float64]:
+    @cached_property
+    def _structure(self) -> npt.NDArray[np.float64]:
         """Return the standard deviation of grey values in each part of the slide, (y, x)."""
         level = min(range(len(self.level_sizes)), key=lambda n: math.prod(self.level_sizes[n]))
         width, height = self.level_sizes[level]
@@ -311,11 +303,12 @@ class Levels:
                     w, h = min(w, width - x), min(h, height - y)
                     if whole is not None:
                         part = whole[y : y + h, x : x + w]
-                    elif (row + column) % 4:  # fewer of those that must be read one by one
+                    elif (row + column) % 4:
+                        # Fewer are enough of those that must be read one by one.
                         continue
                     else:
                         part = self._backend.read_level(level, x, y, min(w, 64), min(h, 64))
-                    few = part[:: -(-len(part) // 32), :: -(-part.shape[1] // 32)]  # tell enough
+                    few = part[:: -(-len(part) // 32), :: -(-part.shape[1] // 32)]
                     found[row, column] = few.std(axis=(0, 1)).mean()
         except SourceError:
             logger.debug("no picture of the whole slide", exc_info=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
 PLAUSIBLE = (0.05, 100.0)
 """µm per pixel of any microscope slide, from ×200 down to a macro photograph."""
-
 MEANINGLESS_DPI = (72, 96, 100, 150, 200, 300, 400, 600, 1200)
 """What programs write into resolution tags that know no better."""
-
 UNEVEN = 1.01
 """Ratio of x to y above which pixels are not square."""
-
 PREFIXES = {
     "yotta": ("Y", 24), "zetta": ("Z", 21), "exa": ("E", 18), "peta": ("P", 15),
     "tera": ("T", 12), "giga": ("G", 9), "mega": ("M", 6), "kilo": ("k", 3), "hecto": ("h", 2),
@@ -50,9 +47,9 @@ class MppReading:
     """What one source in a file says.
 
     Attributes:
-        source: name of the source.
+        source: Name of the source, for people.
         mpp: (x, y) µm per level-0 pixel.
-        doubt: why it is not believed; "" where it is.
+        doubt: Reason why it is not believed; "" where it is.
     """
 
     source: str
@@ -62,9 +59,44 @@ class MppReading:
 
 def read_mpp(properties: Mapping[str, str]) -> list[MppReading]:
     """Return what every source says, the most trusted first."""
-    found = list(_vendor_readings(properties))
-    densities = (_resolution_tags(properties), _picture_density(properties))
-    return found + [reading for reading in densities if reading is not None]
+    names = [
+        ("patch-grid.mpp", "patch-grid.mpp-x", "patch-grid.mpp-y"),
+        ("aperio.MPP", "aperio.MPP", "aperio.MPP"),
+        *((source, f"{name}.mpp-x", f"{name}.mpp-y") for source, name in MEASURED.items()),
+    ]
+    # For a plain TIFF these are its resolution tags, which are judged as such.
+    if properties.get("openslide.vendor", "generic-tiff") != "generic-tiff":
+        names.append(("openslide.mpp", "openslide.mpp-x", "openslide.mpp-y"))
+    found = [
+        # ImageJ keeps what other programs wrote.
+        _reading(source, mpp, may_be_dpi=source == "ImageJ")
+        for source, x, y in names
+        if (mpp := _pair(properties, x, y))
+    ]
+    for source, name in MEASURED.items():
+        if mpp := _pair(properties, f"{name}.said-x", f"{name}.said-y"):
+            doubt = properties.get(f"{name}.doubt", "")
+            found.append(MppReading(source=source, mpp=mpp, doubt=doubt))
+    unit = um_per(properties.get("tiff.ResolutionUnit", ""))
+    density = _pair(properties, "tiff.XResolution", "tiff.YResolution")
+    if unit and density:
+        mpp = unit / density[0], unit / density[1]
+        found.append(_reading("TIFF resolution tags", mpp, may_be_dpi=True))
+    if mpp := _pair(properties, "picture.mpp-x", "picture.mpp-y"):
+        found.append(_reading("the picture's dots per inch", mpp, may_be_dpi=True))
+    return found
+
+
+def _reading(source: str, mpp: tuple[float, float], *, may_be_dpi: bool) -> MppReading:
+    """Return a reading with what speaks against it; some programs write dpi and do not know."""
+    low, high = PLAUSIBLE
+    doubt = ""
+    if not all(low <= value <= high for value in mpp):
+        doubt = f"outside {low:g} to {high:g} µm per pixel"
+    dpi = INCH / mpp[0]
+    if may_be_dpi and any(math.isclose(dpi, usual, rel_tol=0.005) for usual in MEANINGLESS_DPI):
+        doubt = f"{dpi:.0f} dpi is what programs write that do not know"
+    return MppReading(source=source, mpp=mpp, doubt=doubt)
 
 
 def best_mpp(readings: list[MppReading]) -> MppReading | None:
@@ -83,13 +115,7 @@ def contradictions(readings: list[MppReading], mpp: tuple[float, float]) -> list
 
 
 def doubts(readings: list[MppReading], mpp: tuple[float, float], source: str) -> list[str]:
-    """Return sentences on what makes (x, y) µm per pixel doubtful.
-
-    Args:
-        readings: what every source says.
-        mpp: what counts.
-        source: where that comes from.
-    """
+    """Return sentences on what makes (x, y) µm per pixel doubtful, which come from a source."""
     found = []
     x, y = mpp
     if not 1 / UNEVEN <= x / y <= UNEVEN:
@@ -110,12 +136,13 @@ def um_per(unit: str) -> float | None:
         >>> um_per("micron"), um_per("mm"), um_per("Micrometers"), um_per("pixel")
         (1.0, 1000.0, 1.0, None)
     """
-    # as ImageJ escapes it, as UTF-8 looks that was read as Latin-1, and the Greek letter
+    # As ImageJ escapes it, as UTF-8 looks that was read as Latin-1, and the Greek letter.
     for written in ("\\u00b5", "\\u00B5", "\u00c2\u00b5", "\u03bc"):
         unit = unit.replace(written, "µ")
     unit = unit.strip()
+    # Capitals count: Mm is not mm.
     if unit in UM:
-        return UM[unit]  # capitals count: Mm is not mm
+        return UM[unit]
     name = unit.lower().replace("metre", "meter")
     return UM.get({"feet": "foot", "inches": "inch"}.get(name, name.removesuffix("s")))
 
@@ -126,10 +153,10 @@ def measured(
     """Return the properties that hold a pixel's size, for `read_mpp`; {} where there is none.
 
     Args:
-        source: a key of `MEASURED`.
+        source: One of `MEASURED`.
         sizes: (x, y) of a pixel.
-        units: of length, of each.
-        doubt: why it is not believed; a unit that is not known is a reason, too.
+        units: (x, y) unit of length of each.
+        doubt: Reason why it is not believed; a unit that is not known is one, too.
     """
     numbers = [_number(str(size)) for size in sizes]
     if None in numbers:
@@ -154,22 +181,38 @@ def ome_mpp(xml: str, *, ifd: int, size: tuple[int, int], name: str = "") -> dic
     may lie in other files, or have no pixels at all.
 
     Args:
-        xml: of the file.
-        ifd: index of the picture's directory in the file, from 0.
+        xml: Text of the OME-XML.
+        ifd: Index of the picture's directory in the file, from 0.
         size: (width, height) of the picture.
-        name: of the file.
+        name: Name of the file.
     """
+    uuid: str | None = None
+
+    def holds(data: ElementTree.Element) -> bool:
+        """Return whether a `TiffData` says that the directory of this file is among its planes."""
+        other = data.find("{*}UUID")
+        if other is not None and other.text != uuid and other.get("FileName") != name:
+            return False
+        first = int(data.get("IFD", 0))
+        count = data.get("PlaneCount", data.get("NumPlanes", "1" if "IFD" in data.attrib else ""))
+        return first <= ifd < (first + int(count) if count else math.inf)
+
     try:
         root = ElementTree.fromstring(xml)
         images, uuid = root.findall("{*}Image/{*}Pixels"), root.get("UUID")
-        found = [pixels for pixels in images if any(_holds(pixels, ifd, uuid, name))]
+        found = [pixels for pixels in images if any(map(holds, pixels.findall("{*}TiffData")))]
     except (ElementTree.ParseError, ValueError):
         return {}
     if not found:
-        # some programs do not write where the pixels are
+        # Some programs do not write where the pixels are.
         elsewhere = ("TiffData", "BinData", "MetadataOnly")
         found = [p for p in images if all(p.find(f"{{*}}{tag}") is None for tag in elsewhere)]
-    fitting = [pixels for pixels in found if _has_size(pixels, size)]
+    width, height = map(str, size)
+    fitting = [
+        pixels
+        for pixels in found
+        if (pixels.get("SizeX", width), pixels.get("SizeY", height)) == (width, height)
+    ]
     if not found or (len(found) > 1 and not fitting):
         return {}
     readings = [
@@ -193,27 +236,11 @@ def ome_mpp(xml: str, *, ifd: int, size: tuple[int, int], name: str = "") -> dic
     }
 
 
-def _holds(pixels: ElementTree.Element, ifd: int, uuid: str | None, name: str) -> Iterator[bool]:
-    """Yield for each `TiffData` whether it says that a directory of this file holds the pixels."""
-    for data in pixels.findall("{*}TiffData"):
-        other = data.find("{*}UUID")
-        if other is not None and other.text != uuid and other.get("FileName") != name:
-            continue
-        first = int(data.get("IFD", 0))
-        count = data.get("PlaneCount", data.get("NumPlanes", "1" if "IFD" in data.attrib else ""))
-        yield first <= ifd < (first + int(count) if count else math.inf)
-
-
-def _has_size(pixels: ElementTree.Element, size: tuple[int, int]) -> bool:
-    said = zip(("SizeX", "SizeY"), size, strict=True)
-    return all(pixels.get(name, str(length)) == str(length) for name, length in said)
-
-
 def imagej_mpp(description: str, resolution: Sequence[float | None]) -> dict[str, str]:
     """Return the properties that say how large a pixel is, for a TIFF that ImageJ wrote.
 
     Args:
-        description: of the file, ImageJ's lines of name=value.
+        description: ImageJ's lines of name=value.
         resolution: (x, y) pixels per unit, by the TIFF's tags, whatever unit these name.
     """
     lines = (line.partition("=") for line in description.splitlines())
@@ -222,47 +249,6 @@ def imagej_mpp(description: str, resolution: Sequence[float | None]) -> dict[str
         return {}
     units = (said["unit"], said.get("yunit", said["unit"]))
     return measured("ImageJ", [1 / pixels for pixels in resolution if pixels], units)
-
-
-def _vendor_readings(properties: Mapping[str, str]) -> Iterator[MppReading]:
-    names = [
-        ("patch-grid.mpp", "patch-grid.mpp-x", "patch-grid.mpp-y"),
-        ("aperio.MPP", "aperio.MPP", "aperio.MPP"),
-        *((source, f"{name}.mpp-x", f"{name}.mpp-y") for source, name in MEASURED.items()),
-    ]
-    # for a plain TIFF these are its resolution tags, which are judged as such
-    if properties.get("openslide.vendor", "generic-tiff") != "generic-tiff":
-        names.append(("openslide.mpp", "openslide.mpp-x", "openslide.mpp-y"))
-    for source, x, y in names:
-        if mpp := _pair(properties, x, y):
-            # ImageJ keeps what other programs wrote
-            made = _by_density(source, mpp) if source == "ImageJ" else None
-            yield made or MppReading(source=source, mpp=mpp, doubt=_doubt(mpp))
-    for source, name in MEASURED.items():
-        if mpp := _pair(properties, f"{name}.said-x", f"{name}.said-y"):
-            yield MppReading(source=source, mpp=mpp, doubt=properties.get(f"{name}.doubt", ""))
-
-
-def _resolution_tags(properties: Mapping[str, str]) -> MppReading | None:
-    unit = um_per(properties.get("tiff.ResolutionUnit", ""))
-    found = _pair(properties, "tiff.XResolution", "tiff.YResolution")
-    if unit is None or found is None:
-        return None
-    return _by_density("TIFF resolution tags", (unit / found[0], unit / found[1]))
-
-
-def _picture_density(properties: Mapping[str, str]) -> MppReading | None:
-    found = _pair(properties, "picture.mpp-x", "picture.mpp-y")
-    return found and _by_density("the picture's dots per inch", found)
-
-
-def _by_density(source: str, mpp: tuple[float, float]) -> MppReading:
-    """Return a reading of what may have been written by a program that does not know."""
-    dpi = 25400 / mpp[0]
-    doubt = _doubt(mpp)
-    if any(math.isclose(dpi, usual, rel_tol=0.005) for usual in MEANINGLESS_DPI):
-        doubt = f"{dpi:.0f} dpi is what programs write that do not know"
-    return MppReading(source=source, mpp=mpp, doubt=doubt)
 
 
 def _pair(properties: Mapping[str, str], x: str, y: str) -> tuple[float, float] | None:
@@ -278,10 +264,3 @@ def _number(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if 0 < value < math.inf else None
-
-
-def _doubt(mpp: tuple[float, float]) -> str:
-    low, high = PLAUSIBLE
-    if all(low <= value <= high for value in mpp):
-        return ""
-    return f"outside {low:g} to {high:g} µm per pixel"

@@ -62,7 +62,8 @@ class OmeZarrBackend:
             for level in levels:
                 _check_array(level, self._axes)
             self._levels = [trusted(level) for level in levels]
-        except Exception as error:  # metadata may be anything
+        except Exception as error:
+            # Metadata may be anything.
             self._closing.close()
             if isinstance(error, SourceError):
                 raise
@@ -208,7 +209,8 @@ def _area(group: Any, multiscale: dict[str, Any]) -> tuple[bool, int]:
         shape = dict(zip(_axes(multiscale), max(shapes, key=math.prod), strict=True))
         is_colour = shape.get("c") in (3, 4) and are_rgb(_colours(group))
         return is_colour, shape["x"] * shape["y"]
-    except Exception:  # metadata may be anything
+    except Exception:
+        # Metadata may be anything.
         return False, 0
 
 

@@ -19,7 +19,8 @@ from wsi_pipeline.sources.jpeg import dicom_colour_doubts
 from wsi_pipeline.sources.ngff_reader import OmeZarrBackend
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
 from wsi_pipeline.sources.tiff_check import check_tiff
-from wsi_pipeline.sources.tiff_reader import OtherReader, TiffBackend, tagged_colour_doubts
+from wsi_pipeline.sources.tiff_reader import OtherReader, TiffBackend
+from wsi_pipeline.sources.tiff_tiles import tagged_colour_doubts
 
 TIFF_VENDORS = ("aperio", "generic-tiff", None)
 """As OpenSlide names them: where a TIFF's tiles are the slide, not pieces to be put together."""
@@ -58,7 +59,8 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
         if str(error).startswith(without_secrets(str(path))):
             raise
         raise SourceError(f"{path}: {error}") from error
-    except Exception as error:  # the libraries raise anything on a damaged file
+    except Exception as error:
+        # The libraries raise anything on a damaged file.
         raise SourceError(
             f"{path}: cannot be opened, {one_line(error)}; check the file against its original"
         ) from error
@@ -136,7 +138,8 @@ def _open_tiff(path: Path, series: int | None) -> Backend:
     except SourceError:
         # What was found in the file is no reason to let another library read something else of it.
         raise
-    except Exception as error:  # the libraries raise anything on a damaged file
+    except Exception as error:
+        # The libraries raise anything on a damaged file.
         log.debug("tiffslide does not open %s", path, exc_info=True)
         reason = f"a TIFF that no reader opens, {one_line(error)}; check it against its original"
     else:
@@ -155,7 +158,8 @@ def _try_openslide(path: Path) -> tuple[OpenSlideBackend | None, str]:
         return OpenSlideBackend(path), ""
     except openslide.OpenSlideUnsupportedFormatError:
         return None, ""
-    except Exception as error:  # the libraries raise anything on a damaged file
+    except Exception as error:
+        # The libraries raise anything on a damaged file.
         log.debug("OpenSlide does not open %s", path, exc_info=True)
         return None, one_line(error)
 
@@ -184,7 +188,8 @@ def _read_head(path: Path) -> bytes:
             head = file.read(HEAD)
     except FileNotFoundError as error:
         raise SourceError("no such file") from error
-    except Exception as error:  # clients of remote stores raise what they like
+    except Exception as error:
+        # Clients of remote stores raise what they like.
         reason = getattr(error, "strerror", None) or one_line(error)
         raise SourceError(f"cannot be read ({reason})") from error
     if not head:

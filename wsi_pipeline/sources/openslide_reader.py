@@ -142,7 +142,8 @@ def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, flo
                 else:
                     x = float(header.ImagedVolumeWidth) / size[0]
                     y = float(header.ImagedVolumeHeight) / size[1]
-        except Exception:  # pydicom raises anything on damaged files
+        except Exception:
+            # pydicom raises anything on damaged files.
             continue
         if 0 < x < math.inf and 0 < y < math.inf:
             found[size] = (x, y)

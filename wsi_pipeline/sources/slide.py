@@ -6,6 +6,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,8 @@ from wsi_pipeline.sources.base import (
     Downsamples,
     Pixels,
     Sizes,
+    part_of,
+    tiles_touching,
 )
 from wsi_pipeline.sources.levels import Levels
 
@@ -29,23 +32,18 @@ logger = logging.getLogger(__name__)
 
 Lost = dict[Region, None]
 """Stored tiles that cannot be read, each once, in the order in which they were met."""
-
 WHOLE_TOLERANCE = 1e-3
 """A ratio this close to a whole number is taken as whole: µm per pixel are not known better."""
-
 STEPS = 4096
 """Other ratios are multiples of 1/4096, and levels are read in pieces of at most 4,096 px.
 
 So every coordinate fits the 24 bits that Pillow's `resize` computes with: it is exact, and the same
 pixel comes out whatever piece it was computed in.
 """
-
 BLURRED = 4
 """A tile that cannot be read is taken from a level up to this much coarser than the view."""
-
 SHIFT = 0.1
 """Pixels by which one computed from another level may be out of place."""
-
 FINEST = 1 / 64
 """No view is finer than this many level pixels per pixel."""
 
@@ -59,9 +57,9 @@ class SlideView:
     Attributes:
         shape: (height, width) in pixels of the view; the last row and column may cover the edge.
         downsample: (fy, fx) level-0 pixels per pixel of the view, exact.
-        level: the stored level it is computed from.
+        level: Number of the stored level that it is computed from.
         ratio: (y, x) pixels of that level per pixel of the view: whole, or a multiple of 1/4096.
-        backend: what reads the levels.
+        backend: Reader of the levels.
     """
 
     shape: tuple[int, int]
@@ -84,18 +82,21 @@ class SlideView:
         Args:
             origin: (y, x) of the first pixel in the view; may lie outside.
             shape: (h, w) in pixels of the view.
-            bad: takes the stored tiles that cannot be read, in level-0 pixels, each whole and each
+            bad: Takes the stored tiles that cannot be read, in level-0 pixels, each whole and each
                 once. They are computed from another level where one is fine enough and can be read
                 there; the others are added to this list and white in the result. None = raise.
 
         Raises:
             SourceError: the file cannot be read there, and `bad` is None.
         """
-        axes = zip(origin, shape, self.shape, self._steps(), strict=True)
+        # Stored pixels need no more room than the result.
+        steps = (sys.maxsize if self.ratio == (1.0, 1.0) else _step(ratio) for ratio in self.ratio)
+        axes = zip(origin, shape, self.shape, steps, strict=True)
         rows, columns = (list(_pieces(a, a + length, full, step)) for a, length, full, step in axes)
         pieces = [(y0, x0, y1, x1) for y0, y1 in rows for x0, x1 in columns]
         y, x = origin
-        lost = None if bad is None else dict.fromkeys(bad)  # a list of many is slow to search
+        # A list of many is slow to search.
+        lost = None if bad is None else dict.fromkeys(bad)
         if pieces == [(y, x, y + shape[0], x + shape[1])]:
             pixels = np.require(self._compute(*pieces[0], lost), requirements=["C", "W"])
         else:
@@ -106,12 +107,6 @@ class SlideView:
             bad[:] = lost or ()
         return pixels
 
-    def _steps(self) -> tuple[int, int]:
-        """Return how many pixels (y, x) are computed at once; stored ones need no more room."""
-        if self.ratio == (1.0, 1.0):
-            return sys.maxsize, sys.maxsize
-        return _step(self.ratio[0]), _step(self.ratio[1])
-
     def _compute(self, y0: int, x0: int, y1: int, x1: int, bad: Lost | None) -> Pixels:
         """Return the pixels [y0, y1) × [x0, x1), which lie inside the view."""
         ry, rx = self.ratio
@@ -121,7 +116,7 @@ class SlideView:
             if (ny, nx) == (1, 1):
                 return stored
             return np.asarray(Image.fromarray(stored).reduce((nx, ny)))
-        # Pillow's filter reaches over the box into the margin, so that a cut leaves no trace
+        # Pillow's filter reaches over the box into the margin, so that a cut leaves no trace.
         my, mx = _margin(ry), _margin(rx)
         top, left = math.floor(y0 * ry) - my, math.floor(x0 * rx) - mx
         bottom, right = math.ceil(y1 * ry) + my, math.ceil(x1 * rx) + mx
@@ -156,23 +151,21 @@ class SlideView:
                 raise
             logger.debug("%s; reading tile by tile", error)
         pixels = np.empty((y1 - y0, x1 - x0, 3), dtype=np.uint8)
-        width, height = self.backend.level_tiles[self.level]
-        for top in range(y0 // height * height, y1, height):
-            for left in range(x0 // width * width, x1, width):
-                a, b = max(top, y0), max(left, x0)
-                c, d = min(top + height, y1), min(left + width, x1)
-                target = pixels[a - y0 : c - y0, b - x0 : d - x0]
-                try:
-                    part = self.backend.read_level(self.level, b, a, d - b, c - a)
-                    target[:] = self._with_gaps_filled(a, b, part)
-                except SourceError as error:
-                    logger.info("%s", error)
-                    tile = self._tile_from_others(top, left)
-                    if tile is not None:
-                        target[:] = tile[a - top : c - top, b - left : d - left]
-                        continue
-                    target[:] = WHITE
-                    bad.setdefault(self._tile_region(top, left))
+        corner, size, stored = (x0, y0), (x1 - x0, y1 - y0), self.backend.level_tiles[self.level]
+        for left, top in tiles_touching(*corner, *size, stored):
+            target = part_of(pixels, corner, (left, top), stored)
+            y, x = max(top, y0), max(left, x0)
+            try:
+                part = self.backend.read_level(self.level, x, y, *target.shape[1::-1])
+                target[:] = self._with_gaps_filled(y, x, part)
+            except SourceError as error:
+                logger.info("%s", error)
+                tile = self._tile_from_others(top, left)
+                if tile is not None:
+                    target[:] = part_of(tile, (left, top), corner, size)
+                    continue
+                target[:] = WHITE
+                bad.setdefault(self._tile_region(top, left))
         return pixels
 
     def _with_gaps_filled(self, y: int, x: int, pixels: Pixels) -> Pixels:
@@ -184,9 +177,7 @@ class SlideView:
         for left, top in self.backend.gaps(self.level, x, y, pixels):
             if not pixels.flags["W"]:
                 pixels = pixels.copy()
-            target = pixels[max(top - y, 0) :, max(left - x, 0) :]
-            height, width = self._tile_size(top, left)
-            target = target[: top + height - max(top, y), : left + width - max(left, x)]
+            target = part_of(pixels, (x, y), (left, top), self._tile_size(top, left)[::-1])
             finer = next(self._same_from(self.backend.finer(self.level)), None)
             if finer is not None:
                 target[:] = finer.read((max(top, y), max(left, x)), target.shape[:2])
@@ -214,25 +205,16 @@ class SlideView:
         size = self._tile_size(top, left)
         if math.prod(size) * 3 > MAX_PIECE:
             return None
-        for view in self._same_from_others():
-            try:
-                return view.read((top, left), size)
-            except SourceError:
-                continue
-        return None
-
-    def _same_from_others(self) -> Iterator[SlideView]:
-        """Yield views that show this one's level by computing it from others, the best first."""
-        own = self.backend.level_downsamples[self.level][0]
+        downsamples = self.backend.level_downsamples
+        own = downsamples[self.level][0]
         limit = max(BLURRED * max(self.downsample), own)
-        coarser = {
-            n: downsample[0]
-            for n, downsample in enumerate(self.backend.level_downsamples)
-            if own < downsample[0] and max(downsample) <= limit
-        }
-        # finer levels hold all that this one holds; of both kinds the nearest is the best
-        yield from self._same_from(self.backend.finer(self.level))
-        yield from self._same_from(sorted(coarser, key=coarser.__getitem__))
+        coarser = [n for n, d in enumerate(downsamples) if own < d[0] and max(d) <= limit]
+        coarser.sort(key=lambda n: downsamples[n][0])
+        # Finer levels hold all that this one holds; of both kinds the nearest is the best.
+        for view in self._same_from([*self.backend.finer(self.level), *coarser]):
+            with suppress(SourceError):
+                return view.read((top, left), size)
+        return None
 
     def _same_from(self, levels: Iterable[int]) -> Iterator[SlideView]:
         """Yield views that show this one's level by computing it from others, in their order."""
@@ -241,7 +223,7 @@ class SlideView:
             own_x, own_y = self.backend.level_downsamples[self.level]
             dx, dy = self.backend.level_downsamples[level]
             ratio = (_ratio(own_y / dy, 0), _ratio(own_x / dx, 0))
-            # across the whole level no pixel may be a part of one out of place
+            # Across the whole level no pixel may be a part of one out of place.
             shifts = abs(ratio[0] * dy / own_y - 1) * height, abs(ratio[1] * dx / own_x - 1) * width
             if min(ratio) >= FINEST and max(shifts) < SHIFT:
                 yield SlideView(
@@ -295,14 +277,13 @@ class Slide:
     """An opened slide; close it, or use it in a `with`.
 
     Attributes:
-        path: of the file, or of the patch grid's folder.
         mpp: (x, y) µm per level-0 pixel.
-        mpp_source: where `mpp` comes from.
-        fingerprint: hex digest of the content, whatever the file's name and date.
-        first_doubts: those of `doubts` that were known when it was opened.
+        mpp_source: Name of what says so.
+        fingerprint: Hex digest of the content, whatever the file's name and date.
+        first_doubts: Those of `doubts` that were known when it was opened.
         stored_mpp: µm per stored pixel where the source is a patch grid, which knows no finer one.
-        pixels: what reads the file.
-        levels: the same, as far as its levels show what they should.
+        pixels: Reader of the file.
+        levels: The same, as far as its levels show what they should.
     """
 
     path: Path
@@ -369,7 +350,7 @@ class Slide:
 
         Args:
             mpp: µm per pixel, along both axes.
-            tolerance: relative deviation from `mpp` up to which a whole ratio is preferred.
+            tolerance: Relative deviation from `mpp` up to which a whole ratio is preferred.
 
         Raises:
             SourceError: a patch grid that was stored coarser than `mpp`.
@@ -377,24 +358,29 @@ class Slide:
         if not 0 < mpp < math.inf:
             raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
         tolerance = max(tolerance, WHOLE_TOLERANCE)
-        wanted = (mpp / self.mpp[1], mpp / self.mpp[0])  # y, x: arrays are rows first
+        # (y, x), as arrays are.
+        wanted = (mpp / self.mpp[1], mpp / self.mpp[0])
         level = self._level_for(wanted, tolerance)
         dx, dy = self.levels.level_downsamples[level]
         if self.stored_mpp is not None and math.isclose(mpp, self.stored_mpp, rel_tol=1e-6):
             ratio = (1.0, 1.0)
         else:
             ratio = (_ratio(wanted[0] / dy, tolerance), _ratio(wanted[1] / dx, tolerance))
-        if min(ratio) < (FINEST if self.stored_mpp is None else 1):
-            raise SourceError(self._too_coarse(mpp))
+        if self.stored_mpp is not None and min(ratio) < 1:
+            raise SourceError(
+                f"{self.path}: stored at {self.stored_mpp:g} µm/px, {mpp:g} is asked for; "
+                f"tile the slide again with --mpp {mpp:g}"
+            )
+        if min(ratio) < FINEST:
+            raise SourceError(
+                f"{self.path}: {mpp:g} µm/px is far finer than its {self.mpp[0]:g} µm/px"
+            )
         return self._view(level, ratio)
 
     def read(self, region: Region, mpp: float, *, bad: list[Region] | None = None) -> Pixels:
         """Read a region at a resolution; return uint8 (h, w, 3), the whole pixels that cover it.
 
-        Args:
-            region: level-0 pixels; may lie outside.
-            mpp: µm per pixel.
-            bad: as in `SlideView.read`.
+        The region may lie outside. `bad` is that of `SlideView.read`.
         """
         view = self.at(mpp)
         fy, fx = view.downsample
@@ -406,10 +392,8 @@ class Slide:
     def thumbnail(self, max_side: int) -> tuple[Pixels, tuple[float, float]]:
         """Shrink the slide; return uint8 (h, w, 3), and (fy, fx) level-0 pixels per pixel of it.
 
-        Stored tiles that cannot be read are taken from another level, or white.
-
-        Args:
-            max_side: px that neither side exceeds.
+        Neither side exceeds `max_side` px. Stored tiles that cannot be read are taken from another
+        level, or white.
 
         Raises:
             SourceError: half of the slide or more cannot be read.
@@ -421,7 +405,8 @@ class Slide:
         bad: list[Region] = []
         pixels = view.read((0, 0), view.shape, bad=bad)
         if 2 * sum(part.width * part.height for part in bad) >= math.prod(self.size):
-            view.read((0, 0), view.shape)  # says why
+            # Without a list of bad tiles it says why.
+            view.read((0, 0), view.shape)
         return pixels, view.downsample
 
     def close(self) -> None:
@@ -445,7 +430,7 @@ class Slide:
                 and downsamples[level][0] <= wanted[1] * (1 + tolerance)
             ]
             level = max(fine, key=lambda level: sum(downsamples[level]), default=0)
-            # it may turn out to be none, or coarser than its file says
+            # It may turn out to be none, or coarser than its file says.
             if self.levels.check(level) and self.levels.level_downsamples == downsamples:
                 return level
 
@@ -459,14 +444,6 @@ class Slide:
             level=level,
             ratio=ratio,
             backend=self.levels,
-        )
-
-    def _too_coarse(self, mpp: float) -> str:
-        if self.stored_mpp is None:
-            return f"{self.path}: {mpp:g} µm/px is far finer than its {self.mpp[0]:g} µm/px"
-        return (
-            f"{self.path}: stored at {self.stored_mpp:g} µm/px, {mpp:g} is asked for; "
-            f"tile the slide again with --mpp {mpp:g}"
         )
 
 

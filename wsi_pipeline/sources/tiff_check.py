@@ -38,7 +38,8 @@ def check_tiff(path: Path) -> None:
         with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
             pages = [level.pages[0] for series in file.series for level in series.levels]
             expected = max(_truncated_at(page, found) for page in pages)
-    except Exception:  # not for this check to judge: opening it says why
+    except Exception:
+        # Not for this check to judge: opening it says why.
         log.debug("cannot list the tiles of %s", path, exc_info=True)
         return
     for page in pages:

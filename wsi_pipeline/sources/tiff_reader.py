@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import logging
-import math
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,18 +13,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 import tiffslide
-from PIL import Image
 from tifffile.tifffile import svs_description_metadata
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.paths import is_remote, name_of
 from wsi_pipeline.sources.base import (
     WHITE,
-    Alpha,
     Downsample,
     Pixels,
     Sizes,
@@ -42,26 +37,25 @@ from wsi_pipeline.sources.base import (
 from wsi_pipeline.sources.decoded import Spool
 from wsi_pipeline.sources.jpeg import (
     colour_doubts,
-    from_ycbcr,
-    jpeg_2000_colours,
-    jpeg_colours,
 )
 from wsi_pipeline.sources.mpp import imagej_mpp, ome_mpp
 from wsi_pipeline.sources.tiff_check import decoded_bytes, segment_size
+from wsi_pipeline.sources.tiff_tiles import (
+    JPEG,
+    JPEG_2000,
+    OTHERS,
+    WEBP,
+    alpha_of,
+    decode_samples,
+    decode_segment,
+    stored_colours,
+    tagged_colours,
+)
 
-JPEG = (6, 7, 34892, 33007)
-JPEG_2000 = (33003, 33005, 34712)
-JPEG_2000_YCBCR = 33003
-"""Aperio's, whose number says how colours are stored."""
-WEBP = 50001
-OTHERS = (1, 5, 8, 32773, 32946, 34925, 34926, 50000)
-"""None, LZW, deflate, PackBits, LZMA, ZSTD: their decoders stop where a tile is full."""
 GIANT = 1 << 26
 """Decoded bytes of a strip above which a page is decoded once, in order."""
 PICTURES = (("MINISBLACK", 1), ("RGB", 3), ("RGB", 4), ("YCBCR", 3))
 """Kinds of pixels that are read, and how many samples each has."""
-ALPHA: dict[int, Alpha] = {1: "premultiplied", 2: "straight"}
-"""What a fourth sample is, by TIFF's tag ExtraSamples."""
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +113,7 @@ class TiffBackend:
         )
         # Strips that are too large to be decoded for every read are decoded once, in order.
         self._spools = {
-            level: Spool(path, size, driver="GTiff", directory=page.offset, alpha=_alpha(page))
+            level: Spool(path, size, driver="GTiff", directory=page.offset, alpha=alpha_of(page))
             for level, (page, size) in enumerate(zip(self._pages, self.level_sizes, strict=True))
             if not page.is_tiled and decoded_bytes(page) > GIANT
         }
@@ -162,7 +156,7 @@ class TiffBackend:
 
     def _colour_doubts(self, page: Any) -> Iterator[str]:
         """Yield what makes the colours of a page doubtful."""
-        if page.samplesperpixel == 4 and _alpha(page) == "none":
+        if page.samplesperpixel == 4 and alpha_of(page) == "none":
             yield (
                 "it has a fourth sample and does not say what that means (no alpha, by its tag "
                 "ExtraSamples): it is left out"
@@ -172,8 +166,8 @@ class TiffBackend:
             with suppress(EOFError, OSError, ValueError):
                 kind = "tiles" if page.is_tiled else "strips"
                 yield from colour_doubts(
-                    _tagged_colours(page),
-                    _colours(page, self._data(page, index, self._bytes) or b""),
+                    tagged_colours(page),
+                    stored_colours(page, self._data(page, index, self._bytes) or b""),
                     pixels=kind,
                     believed="header" if self._spools else f"word of the {kind}",
                 )
@@ -255,16 +249,16 @@ class TiffBackend:
         """Return the pixels of a tile or strip, which may lie in `scratch`; None: left out."""
         if page.planarconfig == 1 or page.samplesperpixel == 1:
             data = self._data(page, index, file)
-            return None if data is None else _decode(page, index, data, scratch)
+            return None if data is None else decode_segment(page, index, data, scratch)
         planes = []
         for plane in range(page.samplesperpixel):
             index_in_plane = index + plane * (len(page.dataoffsets) // page.samplesperpixel)
             data = self._data(page, index_in_plane, file)
-            decoded = None if data is None else _decode_any(page, index_in_plane, data)
+            decoded = None if data is None else decode_samples(page, index_in_plane, data)
             if decoded is None:
                 return None
             planes.append(decoded[..., 0])
-        return as_rgb(np.stack(planes, axis=-1), _alpha(page))
+        return as_rgb(np.stack(planes, axis=-1), alpha_of(page))
 
     def _data(self, page: Any, index: int, file: FileBytes) -> bytes | None:
         """Return the stored bytes of a tile, None where the scanner left it out."""
@@ -313,23 +307,6 @@ def _check_vendor(file: tifffile.TiffFile) -> None:
     for kind, found in kinds.items():
         if found:
             raise OtherReader(f"{kind}, which only OpenSlide reads, and only from a local file")
-
-
-def tagged_colour_doubts(path: Path) -> list[str]:
-    """Return a sentence where a TIFF's tags and its tiles differ on colours; OpenSlide reads it."""
-    try:
-        with tifffile.TiffFile(path, _multifile=False) as file:
-            pages: Any = file.pages
-            tiled = [page for page in pages if page.is_tiled]
-            page = max(tiled, key=lambda page: page.imagewidth * page.imagelength)
-            index = int(np.argmax(page.databytecounts))
-            file.filehandle.seek(page.dataoffsets[index])
-            data = file.filehandle.read(page.databytecounts[index])
-            said, stored = _tagged_colours(page), _colours(page, data)
-    except Exception:  # not for this check to judge: OpenSlide has opened it
-        log.debug("cannot look at the tiles of %s", path, exc_info=True)
-        return []
-    return colour_doubts(said, stored, pixels="tiles", believed="header")
 
 
 def _choose_series(file: tifffile.TiffFile, wanted: int | None) -> Any:
@@ -426,7 +403,8 @@ def _properties(slide: tiffslide.TiffSlide, page: Any, name: str) -> dict[str, s
     if page.offset == file.pages.first.offset:
         try:
             found = slide.properties
-        except Exception:  # asserts and the like, on descriptions of other programs
+        except Exception:
+            # Asserts and the like, on descriptions of other programs.
             log.debug("tiffslide finds no properties", exc_info=True)
     if not found and page.is_svs:
         found = {f"aperio.{k}": v for k, v in svs_description_metadata(page.description).items()}
@@ -466,69 +444,3 @@ def _resolution(page: Any, axis: str) -> Fraction | None:
     except (TypeError, ValueError, ArithmeticError):
         return None
     return value if value > 0 else None
-
-
-def _alpha(page: Any) -> Alpha:
-    """Return what a page says that its fourth sample is."""
-    return ALPHA.get(next(iter(page.extrasamples), 0), "none")
-
-
-def _tagged_colours(page: Any) -> str:
-    """Return how a page's tags say that its colours are stored."""
-    key = page.keyframe
-    if key.compression in (JPEG_2000_YCBCR, 33005):
-        return "YCBCR" if key.compression == JPEG_2000_YCBCR else "RGB"
-    return str(key.photometric.name)
-
-
-def _colours(page: Any, data: bytes) -> str:
-    """Return how a tile or strip itself says that its colours are stored, "" where it does not."""
-    key = page.keyframe
-    if key.samplesperpixel != 3 or key.planarconfig != 1 or not data:
-        return ""
-    if key.compression in JPEG:
-        return jpeg_colours(data, page.jpegtables)
-    return jpeg_2000_colours(data) if key.compression in JPEG_2000 else ""
-
-
-def _decode(page: Any, index: int, data: bytes, scratch: Pixels) -> Pixels | None:
-    """Return the pixels of a tile or strip, which may lie in `scratch`; None where it is empty."""
-    key = page.keyframe
-    stored = _colours(page, data) or _tagged_colours(page)
-    if key.compression in JPEG and key.samplesperpixel == 3:
-        # libjpeg guesses YCbCr right.
-        colorspace = "RGB" if stored == "RGB" else None
-        options = {"tables": page.jpegtables, "header": key.jpegheader, "colorspace": colorspace}
-        try:
-            pixels: Pixels = imagecodecs.jpeg_decode(
-                data, **options, outcolorspace="RGB", out=scratch
-            )
-        except ValueError:
-            # It may be of another size than a tile has.
-            _check_stream(page, index, data)
-            pixels = imagecodecs.jpeg_decode(data, **options, outcolorspace="RGB")
-        return pixels
-    decoded = _decode_any(page, index, data)
-    if decoded is None:
-        return None
-    if key.compression in JPEG_2000 and stored == "YCBCR":
-        return from_ycbcr(decoded)
-    return as_rgb(decoded, _alpha(page))
-
-
-def _check_stream(page: Any, index: int, data: bytes) -> None:
-    """Refuse a JPEG, JPEG 2000 or WebP tile that says it is much larger than a tile."""
-    with Image.open(io.BytesIO((page.keyframe.jpegheader or b"") + data)) as image:
-        if math.prod(image.size) > 4 * math.prod(segment_size(page)):
-            raise ValueError(f"tile {index} holds {image.width:,} × {image.height:,} px")
-
-
-def _decode_any(page: Any, index: int, data: bytes) -> Pixels | None:
-    """Return the samples of a tile or strip, (h, w, samples), as tifffile decodes them."""
-    key = page.keyframe
-    if key.compression in (*JPEG, *JPEG_2000, WEBP):
-        # These say their own size, and get it, whatever the tile's.
-        _check_stream(page, index, data)
-    tables = {"jpegtables": page.jpegtables, "jpegheader": key.jpegheader}
-    decoded = key.decode(data, index, **(tables if key.compression in JPEG else {}))[0]
-    return None if decoded is None else decoded[0]

@@ -30,13 +30,14 @@ def turned_onto(
         affine: (4, 4), maps its (x, y, z, 1) voxel indices to mm in RAS+.
         shape: (z, y, x) of the image.
         onto: (4, 4), likewise of the image.
-        is_part: whether the mask may end before the image does, and is 0 there, as segmentations
+        is_part: Whether the mask may end before the image does, and is 0 there, as segmentations
             of DICOM whose empty slices are left out.
 
     Raises:
         SourceError: it lies elsewhere, or is of another resolution; the message says by how much.
     """
-    change = np.linalg.inv(onto) @ affine  # voxels of the mask to voxels of the image
+    # Voxels of the mask to voxels of the image.
+    change = np.linalg.inv(onto) @ affine
     turn = np.rint(change[:3, :3]).astype(int)
     sizes = np.array(voxels.shape[::-1])
     corners = np.array(list(itertools.product(*((0, n - 1) for n in sizes))))
@@ -45,7 +46,7 @@ def turned_onto(
     if not is_turn:
         turn = np.eye(3, dtype=int)
     whole = corners @ turn.T
-    # along each axis of the image the mask begins at a whole voxel
+    # Along each axis of the image the mask begins at a whole voxel.
     start = np.rint((placed - whole).mean(0)).astype(int) + whole.min(0)
     expected = whole - whole.min(0) + start
     extent = np.abs(turn) @ sizes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -84,7 +85,7 @@ UID_OF_ENCODING = {
 }
 """Transfer syntaxes by whether kinds of values are left out, and whether low bytes come first."""
 
-# what pydicom itself, Pillow and pyjpegls do not decode, or not with 12 bits
+# What pydicom itself, Pillow and pyjpegls do not decode, or not with 12 bits.
 for _decoder in (JPEGExtended12BitDecoder, JPEGLosslessDecoder, JPEGLosslessSV1Decoder):
     if "imagecodecs" not in _decoder.available_plugins:
         _decoder.add_plugin(
@@ -100,8 +101,7 @@ class Values:
     """What stored numbers mean: `slope` × number + `intercept`, higher is brighter.
 
     Attributes:
-        slope: of the rescaling; negative where the file shows low values bright (MONOCHROME1).
-        intercept: of the rescaling.
+        slope: Negative where the file shows low values bright (MONOCHROME1).
         window: (low, high) values that the file wants to be shown, where it says.
         full: (low, high) values that its bits can hold; None for signed and for real numbers.
     """
@@ -122,7 +122,8 @@ def read_header(path: Path) -> Dataset:
     try:
         with quiet():
             check_header(header)
-    except (TypeError, ValueError) as error:  # sizes that are no numbers
+    except (TypeError, ValueError) as error:
+        # Sizes that are no numbers.
         raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
     return header
 
@@ -137,11 +138,11 @@ def read_tags(path: Path) -> Dataset:
         raise SourceError("an empty file; copy it again")
     try:
         with quiet():
-            # forced: scanners and archives of old leave the preamble out
+            # Scanners and archives of old leave the preamble out.
             header = dcmread(
                 _inflated(path), stop_before_pixels=True, specific_tags=list(TAGS), force=True
             )
-            # values are made of bytes when they are first asked for: here, where nothing is told
+            # Values are made of bytes when they are first asked for: here, where nothing is told.
             for _ in (*header.file_meta, *header.iterall()):
                 pass
             if not header.file_meta and header:
@@ -149,8 +150,9 @@ def read_tags(path: Path) -> Dataset:
                 header.file_meta.TransferSyntaxUID = UID_OF_ENCODING[bool(implicit), bool(little)]
     except SourceError:
         raise
-    except Exception as error:  # pydicom raises anything on damaged files
-        # without what it says, which may quote values that are the patient's
+    except Exception as error:
+        # pydicom raises anything on damaged files.
+        # What it says may quote values that are the patient's.
         raise SourceError(f"cannot be read as DICOM ({type(error).__name__})") from None
     if not header.file_meta:
         raise SourceError("begins without the mark of DICOM; save it again as DICOM")
@@ -220,7 +222,7 @@ def is_image_class(header: Dataset) -> bool:
 
 
 def _uid(value: object) -> UID:
-    # without pydicom's warning of one that is none, which would quote it
+    # pydicom's warning of one that is none would quote it.
     return UID(str(value), validation_mode=IGNORE)
 
 
@@ -260,7 +262,8 @@ def read_frame(path: Path, header: Dataset, frame: int) -> tuple[Stored, Values]
             return stored, values(header, groups_of(header, frame))
     except SourceError:
         raise
-    except Exception as error:  # pydicom and its decoders raise anything on damaged pixels
+    except Exception as error:
+        # pydicom and its decoders raise anything on damaged pixels.
         raise _undecodable(header, error) from error
 
 
@@ -277,14 +280,16 @@ def decode_frames(path: Path, header: Dataset, take: Callable[[int, Stored], Non
             for frame, stored in enumerate(decoded):
                 take(frame, stored)
     except OSError:
-        raise  # of the file, or of what takes them
+        # Of the file, or of what takes them.
+        raise
     except Exception as error:
         raise _undecodable(header, error) from error
 
 
 def _undecodable(header: Dataset, error: Exception) -> SourceError:
     syntax = _name(header.file_meta.TransferSyntaxUID)
-    said = re.sub("'[^']*'", "…", one_line(error))  # values, as in `_name`
+    # What is quoted may be values, as in `_name`.
+    said = re.sub("'[^']*'", "…", one_line(error))
     return SourceError(f"its pixels ({syntax}) cannot be decoded, damaged or cut off: {said}")
 
 
@@ -292,9 +297,9 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
     """Return what the stored numbers of a file, or of one frame, mean.
 
     Args:
-        header: of the file.
-        groups: the frame's functional groups, which go before the file.
-        full: range of the output of a modality LUT, applied already.
+        header: Header of the file.
+        groups: Functional groups of the frame, which go before the file.
+        full: Range of the output of a modality LUT, applied already.
 
     Raises:
         SourceError: slope or intercept are no numbers.
@@ -310,7 +315,17 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
     signed = bool(header.get("PixelRepresentation"))
     stored = full or ((-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1))
     ends = sorted(slope * end + intercept for end in stored)
-    window = _window(part(header, groups, "FrameVOILUTSequence"))
+    window: Range | None = None
+    shown = part(header, groups, "FrameVOILUTSequence")
+    # The first window, as PS3.3 C.11.2.1.2 has it.
+    said = [shown.get(name) for name in ("WindowCenter", "WindowWidth")]
+    # Of what is no number nothing follows.
+    with suppress(TypeError, ValueError):
+        center, width = (float(np.atleast_1d(v)[0]) for v in said)
+        if shown.get("VOILUTFunction", "LINEAR") == "LINEAR":
+            center, width = center - 0.5, width - 1
+        if 0 < width < np.inf > abs(center):
+            window = (center - width / 2, center + width / 2)
     if header.get("PhotometricInterpretation") == "MONOCHROME1":
         slope, intercept = -slope, sum(ends) - intercept
         window = window and (sum(ends) - window[1], sum(ends) - window[0])
@@ -323,29 +338,8 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
 
 
 def part(header: Dataset, groups: Sequence[Dataset], name: str) -> Dataset:
-    """Return the item of the first functional group that has one, or the file's own attributes.
-
-    Args:
-        header: of the file.
-        groups: the frame's functional groups, its own before the shared ones.
-        name: of the sequence that holds the item.
-    """
+    """Return the item of a sequence in the first functional group that has it, or the header."""
     return next((group[name].value[0] for group in groups if group.get(name)), header)
-
-
-def _window(item: Dataset) -> Range | None:
-    """Return (low, high) of the first window, as PS3.3 C.11.2.1.2 has it."""
-    centers, widths = item.get("WindowCenter"), item.get("WindowWidth")
-    if centers in (None, "") or widths in (None, ""):
-        return None
-    try:
-        center, width = (float(np.atleast_1d(v)[0]) for v in (centers, widths))
-    except ValueError:
-        return None
-    if item.get("VOILUTFunction", "LINEAR") == "LINEAR":
-        center, width = center - 0.5, width - 1
-    # of numbers that are none nothing follows
-    return (center - width / 2, center + width / 2) if 0 < width < np.inf > abs(center) else None
 
 
 def burnt_in(header: Dataset) -> list[str]:
@@ -357,9 +351,19 @@ def burnt_in(header: Dataset) -> list[str]:
 
 def planar_spacing(header: Dataset, frame: int) -> tuple[tuple[float, float] | None, list[str]]:
     """Return (y, x) mm between pixels, None where the file does not say, and what is doubtful."""
-    found, doubts = _ultrasound_spacing(header.get("SequenceOfUltrasoundRegions") or [])
-    if found or doubts:
-        return found, doubts
+    # The two-dimensional pictures of ultrasound count where all agree.
+    found = [
+        (abs(float(region.PhysicalDeltaY)) * 10, abs(float(region.PhysicalDeltaX)) * 10)
+        for region in header.get("SequenceOfUltrasoundRegions") or []
+        if region.get("RegionSpatialFormat") == TISSUE_REGION
+        and region.get("PhysicalUnitsXDirection") == CENTIMETRE
+        and region.get("PhysicalUnitsYDirection") == CENTIMETRE
+    ]
+    if found:
+        first = pair(found[0])
+        if np.allclose(found, first, rtol=SAME_SIZE):
+            return first, []
+        return None, [f"its {len(found)} ultrasound regions have pixels of different sizes"]
     measures = part(header, groups_of(header, frame), "PixelMeasuresSequence")
     if measures.get("PixelSpacing"):
         return pair(measures.PixelSpacing), []
@@ -387,22 +391,3 @@ def pair(spacing: Sequence[Any]) -> tuple[float, float]:
     if not (0 < y < np.inf and 0 < x < np.inf):
         raise SourceError(f"pixels of {y:g} × {x:g} mm; expected sizes above 0")
     return y, x
-
-
-def _ultrasound_spacing(
-    regions: Sequence[Dataset],
-) -> tuple[tuple[float, float] | None, list[str]]:
-    """Return the spacing of the two-dimensional pictures in one of ultrasound, where all agree."""
-    found = [
-        (abs(float(region.PhysicalDeltaY)) * 10, abs(float(region.PhysicalDeltaX)) * 10)
-        for region in regions
-        if region.get("RegionSpatialFormat") == TISSUE_REGION
-        and region.get("PhysicalUnitsXDirection") == CENTIMETRE
-        and region.get("PhysicalUnitsYDirection") == CENTIMETRE
-    ]
-    if not found:
-        return None, []
-    first = pair(found[0])
-    if not np.allclose(found, first, rtol=SAME_SIZE):
-        return None, [f"its {len(found)} ultrasound regions have pixels of different sizes"]
-    return first, []

@@ -42,16 +42,19 @@ def find_images(inputs: Inputs, output: str | Path) -> list[Path]:
     """Expand files, folders (recursively), globs and list files; return the paths, each once.
 
     Of folders all files come back, but hidden ones and texts: what is no planar image is for
-    `open_image` to refuse by its name.
-
-    Args:
-        inputs: as on the command line.
-        output: folder of the runs, in which nothing is looked for.
+    `open_image` to refuse by its name. In the folder of the runs, `output`, nothing is looked for.
 
     Raises:
         SourceError: an input that does not exist.
     """
-    return each_once(_iter_paths(as_inputs(inputs), as_path(output).absolute()))
+    found: list[Path] = []
+    seen: set[str] = set()
+    for path in (path for text in as_inputs(inputs) for path in named_paths(text)):
+        if is_remote(path):
+            raise SourceError(f"{path}: images and volumes are read from here only; copy it")
+        is_folder = os.path.isdir(path)
+        found += _iter_folder(path, as_path(output).absolute(), seen) if is_folder else [path]
+    return each_once(found)
 
 
 def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
@@ -62,17 +65,13 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
     Raises:
         SourceError: an input that does not exist.
     """
-    from wsi_pipeline.sources.radiology.dicom_series import (
-        group_series,  # takes its time; slides do without
-    )
-
     paths = find_images(inputs, output)
     folders = dict.fromkeys(path.parent for path in paths if is_dicom(path))
-    every = group_series(*_sorted_out(path for folder in folders for path in folder.iterdir()))
+    every = _group(path for folder in folders for path in folder.iterdir())
     series_in_folder = Counter(folder for series in every for folder in series.folders)
     names: dict[Path, Path | None] = {}
     for series in every:
-        # what cannot be read beside a series is told with it
+        # What cannot be read beside a series is told with it.
         names |= {path: None for path, _ in series.unread if path not in names}
         (folder, *others), first = series.folders, series.files[0][0]
         if others:
@@ -86,9 +85,7 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
 
 def series_in(folder: Path) -> list[Series]:
     """Return the series of DICOM images in a folder, else those of the folders in it."""
-    from wsi_pipeline.sources.radiology.dicom_series import group_series
-
-    every = group_series(*_sorted_out(folder.rglob("*")))
+    every = _group(folder.rglob("*"))
     return [series for series in every if folder in series.folders] or every
 
 
@@ -99,39 +96,28 @@ def series_of(path: Path) -> Series:
         SourceError: the file cannot be read, or is no image.
     """
     from wsi_pipeline.sources.radiology.dicom import read_header
-    from wsi_pipeline.sources.radiology.dicom_series import group_series
 
     read_header(path)
-    every = group_series(*_sorted_out(path.parent.iterdir()))
-    for series in every:
+    for series in _group(path.parent.iterdir()):
         if any(path.samefile(other) for other, _ in series.files):
             return series
     raise SourceError("its header is damaged: it does not say in numbers where in a volume it lies")
 
 
-def _sorted_out(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """Return the files that look like DICOM, and the others that are no known companions."""
-    files = [p for p in sorted(paths) if p.is_file() and not is_beside(p)]
-    dicom = [path for path in files if is_dicom(path)]
-    known = set(dicom)
-    return dicom, [path for path in files if path not in known]
+def _group(paths: Iterable[Path]) -> list[Series]:
+    """Return the series of those files that are no known companions of images."""
+    # It takes its time; slides do without.
+    from wsi_pipeline.sources.radiology.dicom_series import group_series
+
+    files = [path for path in sorted(paths) if path.is_file() and not is_beside(path)]
+    dicom = dict.fromkeys(filter(is_dicom, files))
+    return group_series(dicom, [path for path in files if path not in dicom])
 
 
 def is_beside(path: Path) -> bool:
     """Return whether a file lies beside images and is none, by its name."""
     name = path.name.lower()
     return name.startswith(".") or path.suffix.lower() in COMPANIONS or name in BESIDE
-
-
-def _iter_paths(inputs: Iterable[str | Path], output: Path) -> Iterator[Path]:
-    seen: set[str] = set()
-    for path in (path for text in inputs for path in named_paths(text)):
-        if is_remote(path):
-            raise SourceError(f"{path}: images and volumes are read from here only; copy it")
-        if os.path.isdir(path):
-            yield from _iter_folder(path, output, seen)
-        else:
-            yield path
 
 
 def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:

@@ -14,7 +14,7 @@ import tifffile
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.formats import DRIVERS, Kind, kind_of
 from wsi_pipeline.geometry import Shape, box_slices
-from wsi_pipeline.sources.base import MAX_PIECE, check_size, is_turned, one_line, sampled_digest
+from wsi_pipeline.sources.base import MAX_PIECE, check_size, one_line, sampled_digest, turned_doubts
 from wsi_pipeline.sources.decoded import DENSEST, opened
 from wsi_pipeline.sources.radiology.dicom import (
     burnt_in,
@@ -27,6 +27,7 @@ from wsi_pipeline.sources.tiff_check import check_tiff
 
 SMALL = 1 << 24
 """Decoded bytes up to which a header is believed; blank pages may come to almost nothing."""
+FOLLOWS = "pixels and mask follow the order in which it is stored"
 
 SUFFIXES = frozenset(["", ".png", ".jpg", ".jpeg", ".tif", ".tiff"])
 """Of pictures; slides may begin like a picture, too."""
@@ -37,24 +38,19 @@ class Image:
     """An opened planar image; its pixels are in memory.
 
     Attributes:
-        path: of the file.
-        shape: (y, x) pixels.
-        channels: 1, or 3 for RGB.
         spacing_mm: (y, x) mm between pixels; None where the file does not say.
-        fingerprint: digest of the content.
-        backend: name of the library that read it.
-        doubts: sentences that a user should read.
-        value_range: values of black and white: of the file's window, of its bits, or the least
+        fingerprint: Digest of the content.
+        backend: Name of the library that read it.
+        doubts: Sentences that a user should read.
+        value_range: Values of black and white: of the file's window, of its bits, or the least
             and the largest.
-        frame: which of several frames, from 0.
+        frame: Which of several frames, from 0.
         stored: (y, x, channels) pixels as they are stored.
-        slope: factor of stored pixels.
-        intercept: what is added to them.
+        slope: Factor of stored pixels.
+        intercept: What is added to them then.
     """
 
     path: Path
-    shape: Shape
-    channels: int
     spacing_mm: tuple[float, ...] | None
     fingerprint: str
     backend: str
@@ -66,12 +62,7 @@ class Image:
     intercept: float = 0.0
 
     def read(self, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
-        """Read a rectangle that lies inside; return (*shape, channels), values as they are meant.
-
-        Args:
-            start: (y, x) of its first pixel.
-            shape: (y, x) pixels.
-        """
+        """Read a rectangle (y, x) that lies inside; return (*shape, channels), values as meant."""
         return as_meant(self.stored[box_slices(start, shape)], self.slope, self.intercept)
 
     def as_rgb(self) -> npt.NDArray[np.uint8]:
@@ -81,6 +72,16 @@ class Image:
         values *= np.float32(255 / max(white - black, 1e-12))
         pixels = np.clip(np.rint(values), 0, 255).astype(np.uint8)
         return np.repeat(pixels, 4 - self.channels, axis=-1)[..., :3]
+
+    @property
+    def shape(self) -> Shape:
+        """Return (y, x) pixels."""
+        return self.stored.shape[:2]
+
+    @property
+    def channels(self) -> int:
+        """Return 1, or 3 for RGB."""
+        return int(self.stored.shape[2])
 
     @property
     def can_be_referred_to(self) -> bool:
@@ -105,11 +106,11 @@ def as_meant(stored: npt.NDArray[Any], slope: Any, intercept: Any) -> npt.NDArra
 
 
 def open_image(path: Path, *, frame: int | None = None) -> Image:
-    """Open a planar image; return it.
+    """Open a planar image: PNG, JPEG, TIFF or DICOM; return it.
 
     Args:
-        path: of a PNG, JPEG, TIFF or DICOM file.
-        frame: which of several, from 0; None = that which the file names, or the first.
+        path: File of the image.
+        frame: Which of several, from 0; None = that which the file names, or the first.
 
     Raises:
         SourceError: no image, or one that cannot be read.
@@ -126,7 +127,8 @@ def open_image(path: Path, *, frame: int | None = None) -> Image:
         return _open_dicom(path, frame) if kind == "DICOM" else _open_picture(path, kind, frame)
     except SourceError as error:
         raise SourceError(f"{path}: {error}") from error
-    except Exception as error:  # decoders raise anything on damaged pictures
+    except Exception as error:
+        # Decoders raise anything on damaged pictures.
         raise SourceError(f"{path}: cannot be decoded as {kind}: {one_line(error)}") from error
 
 
@@ -137,23 +139,30 @@ def _open_dicom(path: Path, frame: int | None) -> Image:
     spacing, unsure = planar_spacing(header, chosen)
     pixels, meaning = read_frame(path, header, chosen)
     pixels = pixels.reshape(*pixels.shape[:2], -1)
-    return _image(
-        path,
-        pixels,
-        chosen,
+    slope, intercept = meaning.slope, meaning.intercept
+    return Image(
+        path=path,
+        fingerprint=_fingerprint(path, chosen),
         backend="pydicom",
         spacing_mm=spacing,
         doubts=(*doubts, *unsure, *burnt_in(header)),
-        value_range=meaning.window or meaning.full,
-        slope=meaning.slope,
-        intercept=meaning.intercept,
+        value_range=meaning.window or meaning.full or _value_range(pixels, slope, intercept),
+        frame=chosen,
+        stored=pixels,
+        slope=slope,
+        intercept=intercept,
     )
 
 
 def _open_picture(path: Path, kind: Kind, frame: int | None) -> Image:
     directory, chosen, doubts = 0, 0, list[str]()
     if kind == "TIFF":
-        directory, chosen, doubts = _choose_page(path, frame)
+        with tifffile.TiffFile(path) as tiff:
+            every: list[Any] = list(tiff.pages)
+            pages = [page for page in every if not page.is_reduced]
+            chosen, doubts = _choose(frame, len(pages))
+            directory = pages[chosen].offset
+            doubts += turned_doubts(pages[chosen].tags.valueof("Orientation", 1), FOLLOWS)
     with opened(path, DRIVERS[kind], directory) as dataset:
         check_size((dataset.width, dataset.height))
         about = {**dataset.tags(ns="IMAGE_STRUCTURE"), **dataset.tags(1, ns="IMAGE_STRUCTURE")}
@@ -162,53 +171,32 @@ def _open_picture(path: Path, kind: Kind, frame: int | None) -> Image:
         turned = dataset.tags().get("EXIF_Orientation", "1")
     if hidden:
         doubts.append("its transparency is left out: what it hides is seen by the network")
-    if is_turned(turned):
-        doubts.append(_turned(turned))
+    doubts += turned_doubts(turned, FOLLOWS)
     inverted = full is not None and "MINISWHITE" in about
-    return _image(
-        path,
-        pixels,
-        chosen,
+    return Image(
+        path=path,
+        fingerprint=_fingerprint(path, chosen),
         backend="gdal",
+        spacing_mm=None,
         doubts=tuple(doubts),
-        value_range=None if full is None else (0.0, full),
+        value_range=_value_range(pixels, 1.0, 0.0) if full is None else (0.0, full),
+        frame=chosen,
+        stored=pixels,
         slope=-1.0 if inverted else 1.0,
         intercept=full or 0.0 if inverted else 0.0,
     )
 
 
-def _image(
-    path: Path,
-    stored: npt.NDArray[Any],
-    frame: int,
-    *,
-    backend: str,
-    doubts: tuple[str, ...],
-    value_range: tuple[float, float] | None,
-    slope: float,
-    intercept: float,
-    spacing_mm: tuple[float, float] | None = None,
-) -> Image:
-    """Return an opened image; without a range, that of its values."""
+def _fingerprint(path: Path, frame: int) -> str:
     digest = sampled_digest(path)
     digest.update(f"frame {frame}".encode())
-    if value_range is None:
-        values = as_meant(stored, slope, intercept)
-        value_range = (float(values.min()), float(values.max()))
-    return Image(
-        path=path,
-        shape=stored.shape[:2],
-        channels=stored.shape[2],
-        spacing_mm=spacing_mm,
-        fingerprint=digest.hexdigest(),
-        backend=backend,
-        doubts=doubts,
-        value_range=value_range,
-        frame=frame,
-        stored=stored,
-        slope=slope,
-        intercept=intercept,
-    )
+    return digest.hexdigest()
+
+
+def _value_range(stored: npt.NDArray[Any], slope: float, intercept: float) -> tuple[float, float]:
+    """Return the least and the largest value of stored pixels."""
+    values = as_meant(stored, slope, intercept)
+    return float(values.min()), float(values.max())
 
 
 def _choose(frame: int | None, frames: int, named: int = 0) -> tuple[int, list[str]]:
@@ -217,28 +205,6 @@ def _choose(frame: int | None, frames: int, named: int = 0) -> tuple[int, list[s
     if not 0 <= chosen < frames:
         raise SourceError(f"has {frames} frames; there is none of number {chosen} (from 0)")
     return chosen, [f"frame {chosen + 1} of {frames} is read"] if frames > 1 else []
-
-
-def _choose_page(path: Path, frame: int | None) -> tuple[int, int, list[str]]:
-    """Return the offset of a TIFF's page, its number and what is doubtful."""
-    with tifffile.TiffFile(path) as tiff:
-        all_pages: list[Any] = list(tiff.pages)
-        pages = [page for page in all_pages if not page.is_reduced]
-        chosen, doubts = _choose(frame, len(pages))
-        page = pages[chosen]
-        orientation = page.tags.valueof("Orientation", 1)
-    return (
-        page.offset,
-        chosen,
-        [*doubts, _turned(orientation)] if is_turned(orientation) else doubts,
-    )
-
-
-def _turned(orientation: Any) -> str:
-    return (
-        f"its Orientation tag of {orientation} says that the picture is turned or mirrored; pixels "
-        "and mask follow the order in which it is stored"
-    )
 
 
 def _check_picture(path: Path, dataset: Any, about: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,17 +42,17 @@ class Preparation:
     The frame of the grid is the source, mirrored and padded where the model asks for it.
 
     Attributes:
-        shape: grid pixels along each axis.
-        channels: that the network sees.
-        source_shape: pixels along each axis, as the file has them.
-        padded_shape: the same, padded.
-        step: source pixels per grid pixel along each axis.
-        is_mirrored: whether columns are taken in reverse order.
-        black: value that becomes 0.
-        white: value that becomes 1.
-        is_clipped: whether values beyond those become 0 and 1.
-        outside: value of what lies beyond the source.
-        interpolation: where the step is not 1.
+        shape: Grid pixels along each axis.
+        channels: Number of channels that the network sees.
+        source_shape: Pixels along each axis, as the file has them.
+        padded_shape: The same, padded.
+        step: Source pixels per grid pixel along each axis.
+        is_mirrored: Whether columns are taken in reverse order.
+        black: Value that becomes 0.
+        white: Value that becomes 1.
+        is_clipped: Whether values beyond those become 0 and 1.
+        outside: Value of what lies beyond the source.
+        interpolation: Kernel where the step is not 1.
     """
 
     shape: Shape
@@ -71,11 +71,6 @@ class Preparation:
         """Read a box of the grid, which may reach beyond; return (*shape, channels), full scale 1.
 
         Every value depends on its own place alone, never on how the grid is cut.
-
-        Args:
-            scan: the source, opened.
-            start: first grid pixel.
-            shape: grid pixels.
 
         Raises:
             SourceError: the file cannot be read.
@@ -141,10 +136,10 @@ def open_scan(
     """Open a planar image or a volume; return it.
 
     Args:
-        path: of its file, or of the folder of a DICOM series.
+        path: Its file, or the folder of a DICOM series.
         axes: 2 or 3.
-        frame: which of a planar image with several, from 0; None = that which the file names.
-        time_points: which of a volume with several, from 0; None = there must be one.
+        frame: Which of a planar image with several, from 0; None = that which the file names.
+        time_points: Which of a volume with several, from 0; None = there must be one.
 
     Raises:
         SourceError: it is something else, or cannot be read.
@@ -159,11 +154,8 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
     """Find out how an image or volume is brought to what a network wants to see; return it.
 
     Values of the body are those above the threshold of Zack's triangle, which finds the foot of
-    the background's peak (J. Histochem. Cytochem. 25, 741, 1977).
-
-    Args:
-        scan: opened; read twice in slabs at the most.
-        spec: of the network.
+    the background's peak (J. Histochem. Cytochem. 25, 741, 1977). The source is read twice in slabs
+    at the most.
 
     Raises:
         SourceError: the file cannot be read, or its colours do not fit the network.
@@ -174,7 +166,17 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
             f"{scan.path} has {scan.channels} channels, the network wants {spec.channels}"
         )
     padded = (max(scan.shape),) * 2 if spec.pad else scan.shape
-    shape, step = _grid_of(padded, scan, spec)
+    if spec.spacing_mm is None:
+        shape = spec.fit or padded
+        step = tuple(n / m for n, m in zip(padded, shape, strict=True))
+    else:
+        # Volumes always say their spacing.
+        assert scan.spacing_mm is not None
+        step = tuple(
+            1.0 if abs(wanted / own - 1) < MPP_TOLERANCE else wanted / own
+            for wanted, own in zip(spec.spacing_mm, scan.spacing_mm, strict=True)
+        )
+        shape = tuple(max(1, round(n / s)) for n, s in zip(padded, step, strict=True))
     black, white = spec.scale if isinstance(spec.scale, tuple) else (0.0, 1.0)
     outside, is_mirrored = black, False
     if spec.orient is not None or spec.scale in ("minmax", "zscore"):
@@ -196,24 +198,12 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
         step=step,
         is_mirrored=is_mirrored,
         black=float(black),
-        white=float(white) if white > black else float(black) + 1,  # nothing but one value
+        # There may be nothing but one value.
+        white=float(white) if white > black else float(black) + 1,
         is_clipped=spec.scale != "zscore",
         outside=float(outside),
         interpolation=spec.interpolation,
     )
-
-
-def _grid_of(padded: Shape, scan: Scan, spec: InputSpec) -> tuple[Shape, tuple[float, ...]]:
-    """Return the grid's shape, and source pixels per grid pixel."""
-    if spec.spacing_mm is None:
-        shape = spec.fit or padded
-        return shape, tuple(n / m for n, m in zip(padded, shape, strict=True))
-    assert scan.spacing_mm is not None  # volumes always say
-    step = tuple(
-        1.0 if abs(wanted / own - 1) < MPP_TOLERANCE else wanted / own
-        for wanted, own in zip(spec.spacing_mm, scan.spacing_mm, strict=True)
-    )
-    return tuple(max(1, round(n / s)) for n, s in zip(padded, step, strict=True)), step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +224,13 @@ def _measure(scan: Scan, channels: int) -> _Body:
 
     every = max(1, math.prod(scan.shape) // SAMPLE_PX)
     sample = np.concatenate([slab.ravel()[::every] for slab in _iter_slabs(scan, channels)])
-    find: Any = threshold_triangle  # which has no types
+    find: Any = threshold_triangle
     threshold = float(find(sample)) if np.ptp(sample) > 0 else -math.inf
     darkest, least, largest = math.inf, math.inf, -math.inf
     columns = np.zeros(scan.shape[-1])
     count, total, squares = 0, 0.0, 0.0
-    about = float(sample.mean())  # squares of what is far from 0 would lose digits
+    # Squares of what is far from 0 would lose digits.
+    about = float(sample.mean())
     for slab in _iter_slabs(scan, channels):
         darkest = min(darkest, float(slab.min()))
         columns += slab.sum(axis=(*range(slab.ndim - 2), -1), dtype=np.float64)
@@ -282,7 +273,7 @@ def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
 def _with_channels(pixels: Pixels, channels: int) -> Pixels:
     """Return colours as grey where the network sees one channel."""
     if pixels.shape[-1] == 3 and channels == 1:
-        # grey that is stored as colours is the same to the last bit: so copies are recognised
+        # Grey that is stored as colours is the same to the last bit: so copies are recognised.
         if (pixels == pixels[..., :1]).all():
             return pixels[..., :1]
         return (pixels @ GREY)[..., None]
@@ -299,11 +290,11 @@ def axis_weights(
     (IEEE Trans. ASSP 29, 1153, 1981).
 
     Args:
-        start: first grid pixel.
-        stop: one past the last.
-        step: source pixels per grid pixel.
-        length: source pixels along the axis.
-        interpolation: the kernel.
+        start: First grid pixel.
+        stop: One past the last.
+        step: Source pixels per grid pixel.
+        length: Source pixels along the axis.
+        interpolation: Name of the kernel.
 
     Returns:
         First source pixel, one past the last, and (grid pixels, source pixels) weights whose rows
@@ -311,12 +302,16 @@ def axis_weights(
     """
     if step == 1:
         return start, stop, None
-    width = max(step, 1.0)
-    kernel, reach = _KERNELS[interpolation]
+    width, reach = max(step, 1.0), 1 if interpolation == "linear" else 2
     centre = (np.arange(start, stop) + 0.5) * step - 0.5
     taps = np.arange(math.ceil(2 * reach * width) + 1)
     index = np.floor(centre - reach * width).astype(np.int64)[:, None] + taps
-    weight = kernel(np.abs(index - centre[:, None]) / width)
+    x = np.abs(index - centre[:, None]) / width
+    if interpolation == "linear":
+        weight = np.clip(1 - x, 0, None)
+    else:
+        near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        weight = np.where(x < 1, near, np.where(x < 2, far, 0))
     weight[(index < 0) | (index >= length)] = 0
     weight /= weight.sum(axis=1, keepdims=True)
     row, tap = np.nonzero(weight)
@@ -324,20 +319,6 @@ def axis_weights(
     low, high = int(column.min()), int(column.max()) + 1
     values = weight[row, tap].astype(np.float32)
     return low, high, csr_array((values, (row, column - low)), shape=(stop - start, high - low))
-
-
-def _linear(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.clip(1 - x, 0, None)
-
-
-def _cubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    near, far = (1.5 * x - 2.5) * x**2 + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return np.where(x < 1, near, np.where(x < 2, far, 0))
-
-
-_KERNELS: dict[
-    Interpolation, tuple[Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]], int]
-] = {"linear": (_linear, 1), "cubic": (_cubic, 2)}
 
 
 def _mixed(pixels: Pixels, axis: int, weights: Weights | None) -> Pixels:
