@@ -878,6 +878,32 @@ def test_an_annotated_slide_and_its_tiles_give_the_same_crops(
                 assert torch.equal(slide_side, tile_side)
 
 
+def test_slides_of_one_name_have_the_annotations_of_their_folders(
+    tmp_path: Path, slide_path: Path
+) -> None:
+    write_drawn(tmp_path / "drawn.geojson")
+    recipe = slide_recipe(tmp_path, "s.tif")
+    area = {
+        "type": "Feature",
+        "geometry": shapely.geometry.mapping(shapely.box(0, 0, 1500, 1400)),
+        "properties": {"classification": {"name": "Tumor"}},
+    }
+    for patient in ("P1", "P2"):
+        (tmp_path / patient).mkdir()
+        (tmp_path / patient / "s.tif").symlink_to(slide_path)
+        (tmp_path / "drawn" / patient).mkdir(parents=True)
+    (tmp_path / "drawn.geojson").rename(tmp_path / "drawn/P1/s.geojson")
+    (tmp_path / "drawn/P2/s.geojson").write_text(json.dumps(area), "utf-8")
+    keys = {"images": "P*/s.tif", "annotations": "drawn", "patient": None, "patients": "^(P.)/"}
+    data = structs.replace(recipe.data[0], **keys)
+    with ExitStack() as stack:
+        one, other = load_samples(dataclasses.replace(recipe, data=(data,)), tmp_path, stack)
+        assert [s.name for s in (one, other)] == ["P1/s.tif", "P2/s.tif"]
+        shares = [float((s.read_all()[1] == 1).double().mean()) for s in (one, other)]
+    assert shares[1] == pytest.approx(1500 * 1400 / (1931 * 1487), abs=0.01)
+    assert shares[0] < shares[1] / 2
+
+
 def view_of(truth: np.ndarray) -> Tensor:
     return torch.from_numpy(truth)
 

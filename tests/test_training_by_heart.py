@@ -68,7 +68,7 @@ CASES = {
         "output": SIGMOID + TUMOR,
         "train": "steps = 200\nbatch_size = 2\ncrop = [128, 128]",
         "data": 'images = "bcss_a0sk/images/TCGA-A1-A0SK_0x3.png"\nmasks = "bcss_a0sk/masks"\n'
-        "mpp = 0.5\nclasses = { Tumor = [1] }",
+        'mpp = 0.5\nclasses = { Tumor = [1] }\nbackground = "others"',
     },
     "nmtnet": {
         "bundle": 'modality = "image"\nnetwork = "nmtnet"\n'
@@ -103,7 +103,7 @@ CASES = {
         "train": "steps = 150\nbatch_size = 2\ncrop = [128, 128]",
         "data": 'images = "mammo/mammogram_mastery/images/barrdistorted_1002_0.3_0.3_2432.png"\n'
         'masks = "mammo/mammogram_mastery/masks/barrdistorted_1002_0.3_0.3_2432.png"\n'
-        f"classes = {{ Lesion = {list(range(128, 256))} }}",
+        "classes = { Lesion = [255] }\nthreshold = 128",
     },
 }
 
