@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -105,39 +106,43 @@ def open_mask_of(folder: Path, run: Run, closing: ExitStack, scan: Scan | None =
         StoreError: there is none, it is damaged, or is not of this image or volume.
     """
     path, store = folder / MASK_FILES[run.kind], RunStore(folder=folder)
-    shape, classes = tuple(reversed(run.slide["size"])), 1 + len(run.colors)
-    mask: MaskLike
     try:
         if path.is_file():
-            if run.kind == "image":
-                mask = _open_png(path, classes)
-            else:
-                volume = closing.enter_context(open_volume(path))
-                mask = FileMask(volume, classes)
-                if isinstance(scan, Volume) and (
-                    volume.shape != scan.shape
-                    or not np.allclose(volume.affine, scan.affine, atol=1e-3)
-                ):
-                    mask = turned_onto(mask[:], volume.affine, scan.shape, scan.affine)
-        elif store.key().get("key") == run.settings["key"]:
-            mask = trusted(zarr.open_array(store.mask_path / "0", mode="r"))
-        else:
-            raise StoreError(f"{folder} has no {path.name}; segment the {run.kind} again")
+            opener = _open_png if run.kind == "image" else _open_nifti
+            return opener(path, run, closing, scan)
+        if store.key().get("key") == run.settings["key"]:
+            return trusted(zarr.open_array(store.mask_path / "0", mode="r"))
     except (SourceError, OSError, SyntaxError, ValueError) as error:
         raise StoreError(f"{path} cannot be read as a mask: {error}") from error
-    if mask.shape != shape:
-        found, wanted = (" × ".join(map(str, reversed(s))) for s in (mask.shape, shape))
-        raise StoreError(f"{path} has {found} px, the {run.kind} {wanted}")
-    return mask
+    raise StoreError(f"{folder} has no {path.name}; segment the {run.kind} again")
 
 
-def _open_png(path: Path, classes: int) -> MaskLike:
-    # not by Image.open, which refuses large pictures: this one is no larger than its image
+def _open_png(path: Path, run: Run, closing: ExitStack, scan: Scan | None) -> MaskLike:
+    # Image.open would refuse large pictures: this one is no larger than its image.
     with path.open("rb") as file, PngImageFile(file) as picture:
+        _check_size(path, picture.size, run)
         pixels = np.asarray(picture)
     if pixels.ndim != 2:
         raise ValueError("it has colours, where class indices were expected")
-    return _as_indices(pixels, classes, path)
+    return _as_indices(pixels, 1 + len(run.colors), path)
+
+
+def _open_nifti(path: Path, run: Run, closing: ExitStack, scan: Scan | None) -> MaskLike:
+    volume = closing.enter_context(open_volume(path))
+    mask = FileMask(volume, 1 + len(run.colors))
+    if not isinstance(scan, Volume) or sorted(volume.shape) != sorted(scan.shape):
+        _check_size(path, volume.shape[::-1], run)
+        return mask
+    if volume.shape == scan.shape and np.allclose(volume.affine, scan.affine, atol=1e-3):
+        return mask
+    return turned_onto(mask[:], volume.affine, scan.shape, scan.affine)
+
+
+def _check_size(path: Path, size: Sequence[int], run: Run) -> None:
+    """Refuse a mask of another size, (x, y) or (x, y, z), before it is read."""
+    if list(size) != list(run.slide["size"]):
+        found, wanted = (" × ".join(map(str, s)) for s in (size, run.slide["size"]))
+        raise StoreError(f"{path} has {found} px, the {run.kind} {wanted}")
 
 
 def _as_indices(values: npt.NDArray[Any], classes: int, path: Path) -> npt.NDArray[np.uint8]:
