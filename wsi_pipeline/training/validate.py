@@ -21,6 +21,8 @@ from wsi_pipeline.training.samples import UNLABELLED, Sample
 
 REGION = {2: 1024, 3: 256}
 """Side of what is predicted and counted at once, by the number of axes."""
+GPU_BATCH = 4
+"""Patches in one pass on a GPU."""
 SAMPLED = (64, 4096, 1 << 16)
 """Pixels of an image whose certainty is kept: at least, at most, and of all images together."""
 
@@ -226,11 +228,13 @@ def open_predictor(network: nn.Module, bundle: Bundle) -> Predictor:
 
     Close it. In fp32 the figures are the same on all machines.
     """
-    parameter = next(network.parameters(), torch.empty(0))
+    device = next(network.parameters(), torch.empty(0)).device
     return Predictor(
         bundle,
-        device=str(parameter.device),
+        device=str(device),
         precision="fp32",
+        # not what fits, which changes with a GPU's free memory, and with it how sums are rounded
+        batch_size=None if device.type == "cpu" else GPU_BATCH,
         threads=torch.get_num_threads(),
         network=network,
     )
