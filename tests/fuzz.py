@@ -34,6 +34,7 @@ from click.testing import CliRunner
 from mutate import mutate
 from peak import peak_bytes
 from PIL import Image
+from runs import segment_job
 from scans import blobs, write_series
 
 from wsi_pipeline.annotations import read_region
@@ -44,7 +45,6 @@ from wsi_pipeline.options import PredictOptions, ScheduleOptions, SelectOptions,
 from wsi_pipeline.report.page import write_report
 from wsi_pipeline.report.record import find_runs
 from wsi_pipeline.report.summary import write_summary
-from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
 from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.schedule.cluster import open_cluster

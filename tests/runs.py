@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from wsi_pipeline import Bundle, Job, Settings
 from wsi_pipeline.report.record import Run
+from wsi_pipeline.run.batch import BatchRunner
 
 HOSTILE = "<script>alert('1')</script>&\"{x}.svs"
 
@@ -36,3 +38,18 @@ def done(name: str = "a.svs", **changes: Any) -> Run:
 def failed(name: str = "bad.svs", reason: str = "cut off in the middle of a tile") -> Run:
     slide = {"name": name, "path": f"/data/{name}"}
     return Run(status="failed", reason=reason, slide=slide, model={}, settings={}, versions={})
+
+
+def segment_job(
+    job: Job,
+    bundle: Bundle,
+    *,
+    client: Any,
+    settings: Settings | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+    progress: Any = None,
+) -> Run:
+    """Segment one source as one of many is, with its error raised; return the run."""
+    runner = BatchRunner(client, bundle, settings or Settings(), threads, overwrite, None)
+    return runner.segment(job, progress)

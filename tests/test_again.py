@@ -16,6 +16,7 @@ from bundles import pointwise_bundle
 from click.testing import CliRunner
 from highdicom.seg import segread
 from PIL import Image
+from runs import segment_job
 from scans import blobs, scan_bundle, write_series
 from shapely.geometry import box, shape
 
@@ -32,7 +33,6 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.again import export_again
-from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.schedule.cluster import open_cluster

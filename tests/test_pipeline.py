@@ -19,6 +19,7 @@ import torch
 import zarr
 from bundles import Busy, Coarse, classify, lightmuseg_bundle, pointwise_bundle
 from rasterio.features import rasterize
+from runs import segment_job
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
@@ -34,7 +35,7 @@ from wsi_pipeline.options import (
     Settings,
 )
 from wsi_pipeline.report.record import load_run
-from wsi_pipeline.run.batch import segment_job, segment_jobs
+from wsi_pipeline.run.batch import segment_jobs
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.tile import tile
 from wsi_pipeline.schedule.cluster import open_cluster

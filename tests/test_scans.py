@@ -17,6 +17,7 @@ from PIL import Image as Pictures
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation as Mammogram
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+from runs import segment_job
 from scans import Around, Enhanced, Labelled, blobs, classify, scan_bundle, write_series
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
@@ -36,7 +37,6 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run import worker as blocks
-from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.schedule.cluster import open_cluster
 
@@ -487,7 +487,7 @@ from peak import peak_bytes
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.options import ExportOptions, PredictOptions, ScheduleOptions, Settings
-from wsi_pipeline.run.batch import segment_job
+from runs import segment_job
 from wsi_pipeline.schedule.cluster import open_cluster
 path, bundle, output = sys.argv[1:]
 (job,) = plan_jobs([Path(path)], Path(output))

@@ -33,6 +33,7 @@ import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
 from PIL import Image
+from runs import segment_job
 from scans import blobs, scan_bundle
 from shapely.geometry import shape
 from tornado.websocket import websocket_connect
@@ -48,7 +49,6 @@ from wsi_pipeline.options import (
     Settings,
 )
 from wsi_pipeline.report.record import RUN_FILE, Run, write_run_json
-from wsi_pipeline.run.batch import segment_job
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source

@@ -49,35 +49,6 @@ SLIDES_AT_ONCE = 32
 """Whose blocks a cluster elsewhere has at a time: small slides would starve it one by one."""
 
 
-def segment_job(
-    job: Job,
-    bundle: Bundle,
-    *,
-    client: Client,
-    settings: Settings = DEFAULTS,
-    threads: int | None = None,
-    overwrite: bool = False,
-    max_ram: int | None = None,
-    progress: Progress | None = None,
-    stage: Stage | None = None,
-) -> Run:
-    """Segment one source and write its run's folder; return the run.
-
-    What an earlier run of the same source, model and settings has done is not done again.
-
-    Args:
-        threads: of the CPU for one worker's forward passes; None = all.
-        max_ram: bytes that this process may take; None = no limit.
-        progress: told of patches done.
-        stage: told of what comes after them.
-
-    Raises:
-        WsiPipelineError: the source, the model or the folder cannot be used.
-    """
-    runner = BatchRunner(client, bundle, settings, threads, overwrite, max_ram)
-    return runner.segment(job, progress, stage)
-
-
 def segment_jobs(
     jobs: Sequence[Job],
     bundle: Bundle,
