@@ -7,9 +7,10 @@ from pathlib import Path
 
 from wsi_pipeline.bundle import ModelToml
 from wsi_pipeline.files.schema import schema_of
+from wsi_pipeline.report.record import Run
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
-RECORDS = {"model.json": ModelToml}
+RECORDS = {"model.json": ModelToml, "run.json": Run}
 
 
 def written() -> dict[str, str]:

@@ -13,12 +13,13 @@ HOSTILE = "<script>alert('1')</script>&\"{x}.svs"
 
 def done(name: str = "a.svs", **changes: Any) -> Run:
     fields: dict[str, Any] = {
+        "kind": "slide",
         "status": "done",
         "slide": {
             "name": name,
             "path": f"/data/{name}",
             "size": [1931, 1487],
-            "mpp": [0.25, 0.2512],
+            "mpp": (0.25, 0.2512),
             "bounds": None,
         },
         "model": {"name": "m", "weights_sha256": "0f"},
@@ -37,7 +38,15 @@ def done(name: str = "a.svs", **changes: Any) -> Run:
 
 def failed(name: str = "bad.svs", reason: str = "cut off in the middle of a tile") -> Run:
     slide = {"name": name, "path": f"/data/{name}"}
-    return Run(status="failed", reason=reason, slide=slide, model={}, settings={}, versions={})
+    return Run(
+        kind="slide",
+        status="failed",
+        reason=reason,
+        slide=slide,
+        model={},
+        settings={},
+        versions={},
+    )
 
 
 def segment_job(

@@ -196,7 +196,7 @@ def edit(folder, change):
         (lambda f: shutil.rmtree(f / "mask.ome.zarr"), "has no finished mask.ome.zarr; segment"),
         (lambda f: (f / "run.json").unlink(), "cannot read .*run.json"),
         (lambda f: (f / "run.json").write_text("{"), "is not a run of this version"),
-        (lambda f: edit(f, lambda r: r["slide"].update(spacing_mm=[1, 1])), "is for slides"),
+        (lambda f: edit(f, lambda r: r.update(kind="image")), "is for slides"),
         (lambda f: edit(f, lambda r: r["settings"].pop("export")), "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["settings"].pop("predict")), "is not a run of this version"),
         (lambda f: edit(f, lambda r: r["settings"]["export"].update(outputs=["nope"])),

@@ -78,7 +78,7 @@ def write_run(
     )
     pixels[:] = mask
     slide = {"name": "a.svs", "size": list(size), "mpp": [mpp, mpp], "bounds": bounds}
-    run = Run(status="done", slide=slide, model={}, settings={}, versions={})
+    run = Run(kind="slide", status="done", slide=slide, model={}, settings={}, versions={})
     write_run_json(folder / "run.json", run)
     return folder
 

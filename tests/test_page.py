@@ -136,7 +136,13 @@ def test_runs_that_say_little_cost_no_page(tmp_path: Path) -> None:
     runs = {
         tmp_path / "a": done(slide=odd, model={"limits": "Four patients."}),
         tmp_path / "bad": Run(
-            status="failed", reason="cut off", slide=odd, model={}, settings={}, versions={}
+            kind="slide",
+            status="failed",
+            reason="cut off",
+            slide=odd,
+            model={},
+            settings={},
+            versions={},
         ),
     }
     write_report(tmp_path, runs)
@@ -169,6 +175,7 @@ def test_images_have_their_labels_and_no_tissue(tmp_path: Path) -> None:
     def image(name: str, benign: float) -> Run:
         return done(
             name,
+            kind="image",
             slide={"name": name, "path": name, "size": [300, 200], "spacing_mm": None},
             area_mm2={},
             area_px={"Lesion": 1234.0},
@@ -201,6 +208,7 @@ def test_slides_have_tissue_and_every_class_a_column(tmp_path: Path) -> None:
 def test_volumes_are_called_volumes(tmp_path: Path) -> None:
     volume = done(
         "v.nii.gz",
+        kind="volume",
         slide={"name": "v", "path": "v", "size": [4, 5, 6], "spacing_mm": [1, 1, 2]},
         area_mm2={},
         volume_ml={"Tumor": 2.5},

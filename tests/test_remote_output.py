@@ -23,6 +23,7 @@ import pytest
 import zarr
 from bundles import Busy, classify, pointwise_bundle
 from click.testing import CliRunner
+from runs import failed
 
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError
@@ -35,7 +36,7 @@ from wsi_pipeline.files.remote import (
     work_folder,
     write_whole,
 )
-from wsi_pipeline.report.record import Run, write_run_json
+from wsi_pipeline.report.record import write_run_json
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.status import note_jobs, read_status
 from wsi_pipeline.run.store import RunStore
@@ -379,7 +380,7 @@ def test_status_counts_what_is_there_and_what_is_in_hand_here(tmp_path):
     jobs = plan_jobs(slides, tmp_path / "work", target=target)
     note_jobs(tmp_path / "work", jobs[:2], target=target)
     note_jobs(tmp_path / "elsewhere", jobs[2:], target=target)
-    run = Run(status="failed", reason="oh", slide={"name": "a"}, model={}, settings={}, versions={})
+    run = failed("a", "oh")
     write_run_json(jobs[0].home / "run.json", run)
     with RunStore(folder=jobs[1].folder).claim():
         status = read_status(target, tmp_path / "work")

@@ -49,6 +49,26 @@ def test_a_run_comes_back_as_it_was(
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
 
 
+@pytest.mark.parametrize(
+    ("size", "spacing", "kind"),
+    [([9, 7], {}, "slide"), ([9, 7], {"spacing_mm": None}, "image"),
+     ([9, 7, 5], {"spacing_mm": [1, 1, 2]}, "volume")],
+)  # fmt: skip
+def test_records_of_the_first_version_are_read_and_those_of_a_later_one_refused(
+    tmp_path: Path, size: list[int], spacing: dict[str, Any], kind: str
+) -> None:
+    path = tmp_path / "run.json"
+    write_run_json(path, done())
+    record = json.loads(path.read_text("utf-8"))
+    assert (record.pop("version"), record.pop("kind")) == (2, "slide")
+    record["slide"] |= {"size": size} | spacing
+    path.write_text(json.dumps(record), "utf-8")
+    assert load_run(path).kind == kind
+    path.write_text(json.dumps(record | {"version": 3}), "utf-8")
+    with pytest.raises(StoreError, match="version is 3"):
+        load_run(path)
+
+
 def test_a_name_that_is_not_utf8_survives(tmp_path: Path) -> None:
     name = b"n\xffcrose.svs".decode("utf-8", "surrogateescape")
     write_run_json(tmp_path / "run.json", done(name))

@@ -29,6 +29,7 @@ def end(output, name, *, status="done", reason="", at=1000.0, seconds=100.0, pat
     path = output / name / "run.json"
     path.parent.mkdir()
     run = Run(
+        kind="slide",
         status=status,
         reason=reason,
         slide={"name": f"{name}.svs"},

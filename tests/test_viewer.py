@@ -586,9 +586,15 @@ def test_an_output_folder_lists_all_and_says_what_cannot_be_shown(folder, output
     shutil.copytree(folder, out / "half", dirs_exist_ok=True)
     shutil.rmtree(out / "half" / "mask.ome.zarr" / "1")
     common = {"model": {"name": "m"}, "settings": {}, "versions": {}}
-    failed = Run(status="failed", reason="no <b>scanner</b>", slide={"name": "f", "path": "f.svs"},
-                 **common)  # fmt: skip
-    image = Run(status="done", slide={"name": "i", "path": "i.dcm", "spacing_mm": [1, 1]}, **common)
+    failed = Run(
+        kind="slide",
+        status="failed",
+        reason="no <b>scanner</b>",
+        slide={"name": "f", "path": "f.svs"},
+        **common,
+    )
+    facts = {"name": "i", "path": "i.dcm", "spacing_mm": [1, 1]}
+    image = Run(kind="image", status="done", slide=facts, **common)
     write_run_json(out / "failed" / RUN_FILE, failed)
     write_run_json(out / "image" / RUN_FILE, image)
     with serve(out) as viewer:

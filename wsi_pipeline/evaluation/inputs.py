@@ -379,15 +379,15 @@ def classes_of(run: Run) -> Values:
 def _open_run(folder: Path, closing: ExitStack) -> tuple[MaskFile, Canvas]:
     run = finished_run(folder)
     store = RunStore(folder=folder)
-    if not run.has_tissue:
+    if run.kind != "slide":
         return _open_run_of_image(folder, run, closing)
     paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
     if not paths:
         raise EvaluationError(f"{folder} holds no finished mask; run `segment` again")
     bounds = run.slide.get("bounds")
     canvas = Canvas(
-        size=tuple(run.slide["size"]),
-        mpp=tuple(run.slide["mpp"]),
+        size=(run.slide["size"][0], run.slide["size"][1]),
+        mpp=run.slide["mpp"],
         bounds=Region(**bounds) if bounds else None,
     )
     return _open_ome_zarr(paths[0]), canvas

@@ -120,7 +120,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         "duration": _duration,
         "share": _share,
     }
-    slides = any(run.has_tissue for folder, run in runs.items() if folder in shown)
+    slides = any(run.kind == "slide" for folder, run in runs.items() if folder in shown)
     page = environment.get_template("page.html.j2").render(
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         summary="summary.csv" if (output_dir / "summary.csv").exists() else "",
@@ -147,10 +147,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
 def _kind(runs: Iterable[Run]) -> str:
     """Return what the runs are of: "slide", "image" or "volume"; "file" where that is unknown."""
     opened = [run for run in runs if "size" in run.slide]
-    kinds = {
-        "slide" if run.has_tissue else "volume" if len(run.slide["size"]) == 3 else "image"
-        for run in opened
-    }
+    kinds = {run.kind for run in opened}
     return kinds.pop() if len(kinds) == 1 else "file"
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
+
+from msgspec import Meta
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.paths import as_path, name_of
-from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import write_whole
+from wsi_pipeline.files.schema import converted
+from wsi_pipeline.geometry import Region
 from wsi_pipeline.options import Output
 
 logger = logging.getLogger(__name__)
@@ -24,33 +29,51 @@ GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
 
 
-ColorFacts = tuple[int, int, int] | tuple[()]
+RUN_VERSION = 2
+"""Of the record; 1 had no `version` and no `kind`."""
+Whole = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
+Finite = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+Sizes = Annotated[list[Whole], Meta(min_length=2, max_length=3)]
+Spacings = Annotated[list[Finite], Meta(min_length=2, max_length=3)]
+Color = Annotated[list[Annotated[int, Meta(ge=0, le=255)]], Meta(max_length=3)]
 """Red, green and blue; none where the bundle does not say."""
 
 
 class BoundsFacts(TypedDict):
     """A part of a slide, in level-0 pixels."""
 
-    x: int
-    y: int
-    width: int
-    height: int
+    x: Whole
+    y: Whole
+    width: Whole
+    height: Whole
+
+
+def bounds_facts(bounds: Region | None) -> BoundsFacts | None:
+    """Return what a run says of the part of a slide that holds its content."""
+    if bounds is None:
+        return None
+    return {"x": bounds.x, "y": bounds.y, "width": bounds.width, "height": bounds.height}
 
 
 class SourceFacts(TypedDict, total=False):
-    """What of a slide, image or volume is counted on; others of its facts are only shown."""
+    """What is told of a slide, image or volume; of one that could not be opened name and path.
+
+    Sizes and spacings count x first.
+    """
 
     name: Required[str]
     path: str
-    size: tuple[int, int] | tuple[int, int, int]
-    mpp: tuple[float, float]
-    spacing_mm: tuple[float, float] | tuple[float, float, float] | None
+    size: Sizes
+    mpp: tuple[Finite, Finite]
+    mpp_source: str
+    spacing_mm: Spacings | None
     bounds: BoundsFacts | None
+    backend: str
     fingerprint: str
 
 
 class ModelFacts(TypedDict, total=False):
-    """What of a model is counted on."""
+    """What is told of a model; `input` as its `model.toml` has it."""
 
     name: str
     weights_sha256: str
@@ -59,10 +82,11 @@ class ModelFacts(TypedDict, total=False):
 
 
 class LesionFacts(TypedDict):
-    """What of the lesions of a class is counted on."""
+    """What is told of the lesions of a class; the largest are listed."""
 
-    count: int
-    largest_mm: float | None
+    count: Whole
+    largest_mm: Finite | None
+    listed: NotRequired[list[dict[str, Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +97,7 @@ class Run:
         status: "done", or "failed" with the reason; "busy", never written down, where another
             process works in the folder.
         reason: one sentence for people; "" where all is well.
-        slide: name, path, size (w, h), mpp (x, y), mpp_source, bounds, backend, fingerprint; of a
-            slide that could not be opened only the first two.
-        model: name and weights_sha256, `input` as its `model.toml` has it, and its limits.
+        slide: what was segmented, whatever its kind.
         settings: options of the run.
         versions: of the software.
         patches: how many the grid has, were kept as tissue, were predicted.
@@ -95,27 +117,38 @@ class Run:
         labels: probability of each, where the network classifies.
     """
 
+    version: Annotated[int, Meta(ge=1, le=RUN_VERSION)] = RUN_VERSION
+    kind: Literal["slide", "image", "volume"]
     status: Literal["done", "failed", "busy"]
     reason: str = ""
-    slide: Annotated[dict[str, Any], SourceFacts]
-    model: Annotated[dict[str, Any], ModelFacts]
+    slide: SourceFacts
+    model: ModelFacts
     settings: dict[str, Any]
     versions: dict[str, str]
-    patches: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    area_mm2: dict[str, float] = field(default_factory=dict)
-    colors: Annotated[dict[str, list[int]], dict[str, ColorFacts]] = field(default_factory=dict)
+    patches: dict[str, Whole] = field(default_factory=dict)
+    seconds: dict[str, Finite] = field(default_factory=dict)
+    area_mm2: dict[str, Finite] = field(default_factory=dict)
+    colors: dict[str, Color] = field(default_factory=dict)
     background: str = "Background"
-    tissue_mm2: float = 0.0
-    regions: dict[str, int] = field(default_factory=dict)
+    tissue_mm2: Finite = 0.0
+    regions: dict[str, Whole] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    area_px: dict[str, float] = field(default_factory=dict)
-    volume_ml: dict[str, float] = field(default_factory=dict)
-    lesions: Annotated[dict[str, Any], dict[str, LesionFacts]] = field(default_factory=dict)
-    labels: dict[str, float] = field(default_factory=dict)
+    area_px: dict[str, Finite] = field(default_factory=dict)
+    volume_ml: dict[str, Finite] = field(default_factory=dict)
+    lesions: dict[str, LesionFacts] = field(default_factory=dict)
+    labels: dict[str, Finite] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check what types do not tell.
+
+        Raises:
+            ValueError: a colour of one or two numbers.
+        """
+        if odd := [name for name, color in self.colors.items() if len(color) not in (0, 3)]:
+            raise ValueError(f"the colour of {odd[0]} is {self.colors[odd[0]]}; expected 3 numbers")
 
     @property
     def amounts(self) -> dict[str, float]:
@@ -126,18 +159,6 @@ class Run:
     def unit(self) -> str:
         """Return the unit of the amounts, as people write it."""
         return "ml" if self.volume_ml else "px" if self.area_px else "mm²"
-
-    @property
-    def kind(self) -> Literal["slide", "image", "volume"]:
-        """Return what was segmented, as far as that could be opened."""
-        if self.has_tissue:
-            return "slide"
-        return "image" if len(self.slide.get("size", ())) == 2 else "volume"
-
-    @property
-    def has_tissue(self) -> bool:
-        """Return whether it is, or may be, that of a slide: others have no tissue to look for."""
-        return "spacing_mm" not in self.slide
 
 
 def write_run_json(path: Path, run: Run) -> None:
@@ -158,14 +179,23 @@ def load_run(path: str | Path) -> Run:
         path /= RUN_FILE
     try:
         found = read_json(path)
-        check(found, Run, "run")
-        return Run(**found)
+        if isinstance(found, dict) and "kind" not in found:
+            found |= {"kind": _kind_of(found)}
+        return converted(found, Run)
     except OSError as error:
         raise StoreError(f"cannot read {path}: {error.strerror or error}") from error
     except (TypeError, ValueError) as error:
         raise StoreError(
             f"{path} is not a run of this version ({error}); remove it or use --overwrite"
         ) from error
+
+
+def _kind_of(found: dict[str, Any]) -> str:
+    """Return what a run of version 1 segmented, as far as that could be opened."""
+    slide = found.get("slide")
+    if not isinstance(slide, dict) or "spacing_mm" not in slide:
+        return "slide"
+    return "image" if len(slide.get("size", ())) == 2 else "volume"
 
 
 def find_runs(output_dir: Path) -> dict[Path, Run]:

@@ -43,7 +43,7 @@ def _more_columns(run: Run) -> dict[str, str | float]:
         "model": _no_formula(run.model.get("name", "")),
         "weights": run.model.get("weights_sha256", ""),
     }
-    if run.has_tissue and run.tissue_mm2 > 0:
+    if run.kind == "slide" and run.tissue_mm2 > 0:
         found |= {
             f"tissue_percent_{name}": round(100 * area / run.tissue_mm2, 4)
             for name, area in run.area_mm2.items()
@@ -51,8 +51,8 @@ def _more_columns(run: Run) -> dict[str, str | float]:
     found |= {f"regions_{name}": count for name, count in run.regions.items()}
     spacing = run.slide.get("spacing_mm") or ()
     found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
-    if len(size := run.slide.get("size", ())) == 3:
-        found["depth_px"] = size[2]
+    if run.kind == "volume" and (size := run.slide.get("size")):
+        found["depth_px"] = size[-1]
     if run.unit != "mm²":
         found |= {f"{name}_{run.unit}": round(n, 6) for name, n in run.amounts.items()}
     for name, lesions in run.lesions.items():
@@ -75,7 +75,7 @@ def _summary_row(
         *run.slide.get("size", ("", ""))[:2],
         *run.slide.get("mpp", ("", "")),
         run.patches.get("kept", ""),
-        round(run.tissue_mm2, 6) if done and run.has_tissue else "",
+        round(run.tissue_mm2, 6) if done and run.kind == "slide" else "",
         *(round(run.area_mm2[name], 6) if name in run.area_mm2 else "" for name in names),
         run.seconds.get("total", ""),
         *(own.get(name, "") for name in more),

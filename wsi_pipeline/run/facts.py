@@ -7,19 +7,21 @@ from importlib.metadata import version
 from typing import Any
 
 from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, bundle_table
-from wsi_pipeline.files.records import check
+from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions
-from wsi_pipeline.report.record import Run
+from wsi_pipeline.report.record import ModelFacts, Run
 
 
-def model_facts(bundle: Bundle) -> dict[str, Any]:
+def model_facts(bundle: Bundle) -> ModelFacts:
     """Return what `run.json` says of a model."""
-    facts = {
+    facts: ModelFacts = {
         "name": bundle.name,
         "weights_sha256": bundle.weights_sha256,
         "input": bundle_table(bundle)["input"],
     }
-    return facts | ({"limits": bundle.limits} if bundle.limits else {})
+    if bundle.limits:
+        facts["limits"] = bundle.limits
+    return facts
 
 
 def warnings_of(bundle: Bundle) -> list[str]:
@@ -49,9 +51,7 @@ def options_of(run: Run) -> ExportOptions:
     Raises:
         KeyError, TypeError, ValueError: the run does not say, as those of older versions.
     """
-    held = run.settings["export"]
-    check(held, ExportOptions, "export")
-    return ExportOptions(**{**held, "outputs": tuple(held["outputs"])})
+    return converted(run.settings["export"], ExportOptions)
 
 
 def versions() -> dict[str, str]:

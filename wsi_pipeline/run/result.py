@@ -29,7 +29,7 @@ from wsi_pipeline.files.locks import why_not_written
 from wsi_pipeline.geometry import Block, Region, Shape
 from wsi_pipeline.options import ExportOptions, Output
 from wsi_pipeline.patch_grid import StoredGrid
-from wsi_pipeline.report.record import ASAP_FILE, FILES
+from wsi_pipeline.report.record import ASAP_FILE, FILES, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources.radiology.image import Image
@@ -62,8 +62,8 @@ class Result(ABC):
         ledger: as far as it is true of this mask; pieces of other blocks are looked for in it.
     """
 
-    facts: Mapping[str, Any]
-    model: Mapping[str, Any]
+    facts: SourceFacts
+    model: ModelFacts
     key: str
     classes: tuple[ClassInfo, ...]
     mask: MaskLike

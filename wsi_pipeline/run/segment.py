@@ -218,6 +218,7 @@ def failed_run(job: Job, bundle: Bundle, settings: Settings, error: Exception) -
     if not isinstance(error, WsiPipelineError):
         reason = f"{type(error).__name__}: {reason}"
     run = Run(
+        kind=bundle.modality,
         status="busy" if isinstance(error, BusyError) else "failed",
         reason=reason,
         slide={"name": name_of(job.path), "path": without_secrets(str(job.path))},

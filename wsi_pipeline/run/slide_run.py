@@ -27,7 +27,7 @@ from wsi_pipeline.patch_grid import (
     open_patch_grid,
     write_patch_grid,
 )
-from wsi_pipeline.report.record import UNREADABLE
+from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.result import Ledger, SlideResult
@@ -223,9 +223,9 @@ class SlideRun(SourceRun):
                 "name": name_of(slide.path),
                 "path": without_secrets(str(slide.path)),
                 "size": list(slide.size),
-                "mpp": list(slide.mpp),
+                "mpp": slide.mpp,
                 "mpp_source": slide.mpp_source,
-                "bounds": asdict(slide.bounds) if slide.bounds else None,
+                "bounds": bounds_facts(slide.bounds),
                 "backend": slide.backend,
                 "fingerprint": slide.fingerprint,
             },

@@ -154,10 +154,11 @@ class SourceRun(ABC):
         own = self._facts(ledger)
         seconds = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
         run = Run(
+            kind=self.bundle.modality,
             status="failed" if failures else "done",
             reason="; ".join(failures),
-            slide=dict(result.facts),
-            model=dict(result.model),
+            slide=result.facts,
+            model=result.model,
             settings={"key": self.key, **settings.as_plain(), **own.pop("settings")},
             versions=versions(),
             patches={

@@ -14,8 +14,9 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.atomic import sweep
 from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.paths import as_path, is_remote, name_of, without_secrets
-from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import check_listed, fetch, reaching, write_whole
+from wsi_pipeline.files.schema import converted
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import RUN_FILE, Run, find_runs
 from wsi_pipeline.run.jobs import Job
@@ -82,8 +83,7 @@ def _load_jobs(output: Path) -> dict[str, str]:
     """Return the slides' names by folder; nothing where no command has noted any."""
     try:
         with reaching(output):
-            found: dict[str, str] = read_json(output / JOBS_FILE)
-        check(found, dict[str, str])
+            found = converted(read_json(output / JOBS_FILE), dict[str, str])
     except (OSError, ValueError):
         return {}
     # each is looked for in the folder, and nowhere else

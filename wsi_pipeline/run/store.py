@@ -29,7 +29,8 @@ from wsi_pipeline.files.arrays import chunk_files, trusted
 from wsi_pipeline.files.atomic import make_folders, remove, sync, written_beside
 from wsi_pipeline.files.locks import LOCK_FILE, claim_folder, writing
 from wsi_pipeline.files.paths import WORK
-from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.files.records import read_json
+from wsi_pipeline.files.schema import converted
 from wsi_pipeline.geometry import Block, Shape
 
 logger = logging.getLogger(__name__)
@@ -132,11 +133,9 @@ class RunStore:
     def key(self) -> dict[str, str]:
         """Return what that file tells, nothing where there is none."""
         try:
-            found: dict[str, str] = read_json(self.key_path)
-            check(found, dict[str, str])
+            return converted(read_json(self.key_path), dict[str, str])
         except (OSError, ValueError):
             return {}
-        return found
 
     def _block_path(self, block: Block) -> Path:
         return self.path / "blocks" / f"{block.name}.npz"

@@ -21,7 +21,8 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Tally
 from wsi_pipeline.files.atomic import remove, written_beside
 from wsi_pipeline.files.locks import claim_folder, writing
-from wsi_pipeline.files.records import check, read_json
+from wsi_pipeline.files.records import read_json
+from wsi_pipeline.files.schema import converted
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
@@ -178,8 +179,7 @@ def load_held_out(path: Path) -> dict[str, Judged]:
         OSError: the file cannot be read.
         ValueError: it holds something else.
     """
-    found = read_json(path)
-    check(found, dict[str, _HeldOut])
+    found = converted(read_json(path), dict[str, _HeldOut])
     return {patient: _from_json(counts) for patient, counts in found.items()}
 
 
@@ -234,8 +234,7 @@ def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
     found: Mapping[str, str] = {}
     if path.exists():
         try:
-            found = read_json(path)
-            check(found, dict[str, str])
+            found = converted(read_json(path), dict[str, str])
         except (OSError, ValueError) as error:
             if not overwrite:
                 raise RecipeError(f"{path} is damaged ({error}); use --overwrite") from error

@@ -53,6 +53,7 @@ class ShownRun:
         """Return all that the page has to know before it asks for pictures."""
         run = self.run
         spacing = run.slide.get("spacing_mm")
+        lesions = {name: found["count"] for name, found in run.lesions.items()}
         return {
             "name": run.slide["name"],
             "path": run.slide.get("path", ""),
@@ -63,14 +64,14 @@ class ShownRun:
             "mpp": run.slide.get("mpp") or (spacing and [1000 * mm for mm in spacing]),
             "model": run.model.get("name", ""),
             "limits": run.model.get("limits", ""),
-            "tissue_mm2": run.tissue_mm2 if run.has_tissue else None,
+            "tissue_mm2": run.tissue_mm2 if run.kind == "slide" else None,
             "unit": run.unit,
             "classes": [
                 {
                     **of,
                     "amount": run.amounts.get(of["name"]),
                     "regions": run.regions.get(of["name"]),
-                    "lesions": run.lesions.get(of["name"], {}).get("count"),
+                    "lesions": lesions.get(of["name"]),
                 }
                 for of in self.legend(list(self.classes))
             ],
