@@ -31,7 +31,8 @@ def rasterise(
         array([[0, 1, 1, 0],
                [0, 0, 0, 0]])
     """
-    import rasterio.features  # brings GDAL: would triple the time to import this package
+    # brings GDAL, which would triple the time to import this package
+    import rasterio.features
 
     fy, fx = downsample if isinstance(downsample, tuple) else (downsample, downsample)
     (height, width), (y, x) = shape, origin

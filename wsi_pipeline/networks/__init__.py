@@ -71,7 +71,8 @@ def create(bundle: Bundle) -> SegmentationNetwork:
             ):
                 raise TypeError(f"{name} is {value!r}, expected something like {default!r}")
         module = network(**{"channels": bundle.input.channels, **bundle.network_options})
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's, of what has no memory
+    # the last is torch's, of what has no memory
+    except (TypeError, ValueError, RuntimeError) as error:
         raise BundleError(f"{bundle.path}: network_options: {error}") from error
     if module.channels != bundle.input.channels:
         raise BundleError(

@@ -150,7 +150,8 @@ def _timed(module: nn.Module, patches: Tensor, bundle: Bundle) -> tuple[float, d
     begun = time.perf_counter()
     try:
         answer = run(module, patches)
-    except (RuntimeError, ValueError, AssertionError) as error:  # the last: exported programs
+    # exported programs fail with the last
+    except (RuntimeError, ValueError, AssertionError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise BundleError(
             f"{bundle.name} failed on a batch {tuple(patches.shape)}: {reason}"

@@ -31,7 +31,8 @@ def count_macs(module: nn.Module, input_size: Sequence[int]) -> int:
     """
     with FlopCounterMode(display=False) as counter:
         _predict(_shape_of(module), input_size)
-    return int(counter.get_total_flops()) // 2  # PyTorch counts the addition apart
+    # PyTorch counts the addition apart
+    return int(counter.get_total_flops()) // 2
 
 
 def peak_memory(module: nn.Module, input_size: Sequence[int]) -> int:
@@ -82,7 +83,8 @@ def _shape_of(module: nn.Module) -> nn.Module:
 
     tensors: dict[int, object] = {id(b): empty(b) for b in module.buffers()}
     tensors |= {id(p): nn.Parameter(empty(p)) for p in module.parameters()}
-    return deepcopy(module, tensors).eval()  # what has a copy already is not copied again
+    # what has a copy already is not copied again
+    return deepcopy(module, tensors).eval()
 
 
 def _predict(shape: nn.Module, input_size: Sequence[int]) -> None:

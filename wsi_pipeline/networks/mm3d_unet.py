@@ -67,7 +67,7 @@ class MM3DUNet(SegmentationNetwork):
         self.down = nn.ModuleList(down)
         self.up = nn.ModuleList(up)
         self.pool = nn.MaxPool3d(2)
-        self.act = nn.Linear(WIDTHS[-1], labels)  # the auxiliary classification task
+        self.act = nn.Linear(WIDTHS[-1], labels)
         self.head = nn.Conv3d(WIDTHS[0], classes, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:

@@ -27,7 +27,8 @@ DECODER = ((512, 256, 256), (256, 128, 128), (128, 64, 64), (64, 64, 64))
 class MFCR(nn.Module):
     """Multi-scale fusion channel refinement: four receptive fields under a channel attention."""
 
-    BRANCHES: ClassVar = ((1, 1), (3, 1), (3, 2), (3, 4))  # kernel, dilation
+    # kernel and dilation of each
+    BRANCHES: ClassVar = ((1, 1), (3, 1), (3, 2), (3, 4))
 
     def __init__(self, channels: int, *, reduction: int = 16) -> None:
         super().__init__()

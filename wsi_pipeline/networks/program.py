@@ -59,7 +59,8 @@ def export_onnx(
         answer = run(create(bundle).eval(), torch.empty(1, *size))
     check_shapes(answer, bundle, 1)
     names = list(answer)
-    with warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
+    # PyTorch warns of itself
+    with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             _Tuple(_inference_form(network)).eval(),
             (random_patches(bundle, batch_size or 2),),
@@ -69,7 +70,8 @@ def export_onnx(
             output_names=names,
             verbose=False,
         )
-    assert program is not None  # as without a file to write it to
+    # None comes only where a file is given to write to
+    assert program is not None
     program.model.metadata_props[MODEL_TOML] = bundle_toml(bundle, weights=None)
     try:
         with claimed(path), written_beside(path) as partial:
@@ -96,7 +98,8 @@ def export_torch(
     note = f"\n## This form\n\nExported from `{bundle.name}`, weights sha256 "
     exported = replace(bundle, network="exported", network_options={})
     with written_folder(folder, overwrite=overwrite) as partial:
-        with warnings.catch_warnings(action="ignore"):  # of PyTorch, about itself
+        # PyTorch warns of itself
+        with warnings.catch_warnings(action="ignore"):
             program = torch.export.export(
                 _inference_form(network),
                 (random_patches(bundle, batch_size or 2),),

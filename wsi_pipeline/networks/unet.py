@@ -115,7 +115,8 @@ class _PlanarUNet(SegmentationNetwork):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (N, classes, H, W), of normalised patches, (N, channels, H, W)."""
         self.check_patches(x)
-        skips: list[Tensor] = []  # full size first
+        # full size first
+        skips: list[Tensor] = []
         x = self.inc(x)
         for level in range(1, self.depth + 1):
             skips.append(x)

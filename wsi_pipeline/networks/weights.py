@@ -73,7 +73,8 @@ def load_state(
     misshapen: dict[str, str] = {}
     try:
         found = network.load_state_dict(state, strict=False)
-    except RuntimeError:  # shapes; by now the network has adopted what it can
+    # shapes; by now the network has adopted what it can
+    except RuntimeError:
         own = network.state_dict()
         misshapen = {
             name: f"{name} {_shape(tensor)} for {_shape(own[name])}"
@@ -110,11 +111,13 @@ def _read(path: Path, data: bytes | None) -> object:
     """Return what a weight file holds."""
     try:
         data = path.read_bytes() if data is None else data
-        if data[8:9] == b"{":  # behind the length of a safetensors header
+        # behind the length of a safetensors header
+        if data[8:9] == b"{":
             return load(data)
         if data.startswith(b"PK"):
             _check_archive(path, data)
-        elif not data.startswith(b"\x80\x02"):  # a pickle as torch.save once wrote it bare
+        # a pickle as torch.save once wrote it bare
+        elif not data.startswith(b"\x80\x02"):
             raise BundleError(
                 f"cannot read weights from {path}: neither safetensors nor a PyTorch checkpoint; "
                 "a short text may stand for a file that Git LFS has not fetched"
@@ -124,7 +127,8 @@ def _read(path: Path, data: bytes | None) -> object:
         raise
     except OSError as error:
         raise BundleError(f"cannot read weights from {path}: {error.strerror or error}") from error
-    except Exception as error:  # the readers raise whatever the file makes them
+    # the readers raise whatever the file makes them
+    except Exception as error:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise BundleError(
                 f"cannot read weights from {path}: it holds {named[1]} beside tensors, and nothing "
