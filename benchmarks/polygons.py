@@ -33,7 +33,7 @@ from scipy.ndimage import gaussian_filter
 from shapely import get_num_coordinates, get_num_interior_rings, is_valid
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.geojson import Dialect, write_geojson
+from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
 from wsi_pipeline.export.ome_zarr import create_mask, open_mask, write_block
 from wsi_pipeline.export.polygons.build import map_polygons, polygons
 from wsi_pipeline.export.polygons.components import (
@@ -152,7 +152,7 @@ def exact(path: Path, folder: Path) -> dict[str, Any]:
 def simplified(path: Path, folder: Path) -> dict[str, Any]:
     """Simplify as a run does by default, and write GeoJSON."""
     options = ExportOptions()
-    dialect = Dialect(
+    features = FeatureOptions(
         classes=CLASSES,
         downsample=(1.0, 1.0),
         mpp=MPP,
@@ -168,11 +168,11 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
         open_mask(path),
         components,
         block_size=BLOCK,
-        tolerance=dialect.tolerance,
-        min_pixels=dialect.min_pixels,
+        tolerance=features.tolerance,
+        min_pixels=features.min_pixels,
     )
     laps("join, simplify")
-    written = write_geojson(folder / "polygons.geojson", outlines, dialect)
+    written = write_geojson(folder / "polygons.geojson", outlines, features)
     laps("polygons, GeoJSON")
     return {
         "seconds": laps.seconds,

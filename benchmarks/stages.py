@@ -83,8 +83,8 @@ def main() -> None:
         tissue=tissue,
         overlap=bundle.input.overlap[0] if overlap is None else overlap,
     )
-    width_mpp, height_mpp = run.slide["mpp"]
-    alone = mask_seconds(args.run / "mask.ome.zarr", bundle, (width_mpp, height_mpp))
+    x, y = run.slide["mpp"]
+    alone = mask_seconds(args.run / "mask.ome.zarr", bundle, (y, x))
     print(json.dumps({"alone": {"read": read, **alone}}))
 
 

@@ -10,14 +10,18 @@ from urllib import request
 
 import nibabel
 import numpy as np
+import ome_types
 import pydicom
 import pytest
+import tifffile
+import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
 from highdicom.seg import segread
 from PIL import Image
 from runs import segment_job
 from scans import blobs, scan_bundle, write_series
+from shapely import unary_union
 from shapely.geometry import box, shape
 
 from wsi_pipeline.bundle import load_bundle
@@ -100,6 +104,40 @@ def test_the_files_are_those_that_segment_writes(tmp_path, made, changes, mask_m
     assert contents(folder) == contents(expected)
     assert load_run(folder / "run.json") == run
     assert told(run) == told(wanted)
+
+
+@pytest.mark.parametrize("mask_mpp", [None, 1.3])
+def test_pixels_that_are_no_squares_lie_on_the_slide_in_every_file(tmp_path, model, mask_mpp):
+    pixels = np.full((451, 1003, 3), (245, 243, 246), np.uint8)
+    pixels[150:350, 200:800] = 150, 92, 160
+    path = tmp_path / "uneven.tif"
+    x, y = 0.25, 0.5
+    tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb",
+                     resolution=(1e4 / x, 1e4 / y), resolutionunit="CENTIMETER")  # fmt: skip
+    predict = PredictOptions(precision="fp32", device="cpu", mask_mpp=mask_mpp)
+    export = ExportOptions(simplify_um=0, min_area_um2=100, outputs=("zarr", "geojson", "tiff"))
+    (job,) = plan_jobs([path], tmp_path / "out")
+    with open_cluster(ScheduleOptions()) as client:
+        settings = Settings(select=EVERYWHERE, predict=predict, export=export)
+        bundle = load_bundle(pointwise_bundle(tmp_path / "model", mpp=0.5))
+        assert segment_job(job, bundle, client=client, settings=settings).status == "done"
+    coarse = 2 * (mask_mpp or y)
+    features = json.loads((job.folder / "annotations.geojson").read_text("utf-8"))["features"]
+    left, top, right, bottom = unary_union([shape(f["geometry"]) for f in features]).bounds
+    assert [left, right] == pytest.approx([200, 800], abs=coarse / x)
+    assert [top, bottom] == pytest.approx([150, 350], abs=coarse / y)
+    um = [mask_mpp, mask_mpp] if mask_mpp else [y, x]
+    described = zarr.open_group(job.folder / "mask.ome.zarr", mode="r").attrs["multiscales"]
+    scale = described[0]["datasets"][0]["coordinateTransformations"][0]["scale"]
+    # reductions are multiples of 1/4096
+    assert scale == pytest.approx(um, rel=1e-4)
+    ome = ome_types.from_tiff(job.folder / "mask.ome.tif").images[0].pixels
+    assert [ome.physical_size_y, ome.physical_size_x] == pytest.approx(um, rel=1e-4)
+    before = contents(job.folder)
+    for name in ("annotations.geojson", "mask.ome.tif"):
+        (job.folder / name).unlink()
+    export_again(job.folder, {})
+    assert contents(job.folder) == before
 
 
 def test_only_what_depends_on_a_change_is_written(folder):

@@ -16,7 +16,7 @@ from traced import outlines_of
 
 from wsi_pipeline.annotations import check_geojson
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.geojson import Dialect, write_geojson
+from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
 from wsi_pipeline.geometry import Region
 
 CLASSES = (
@@ -28,8 +28,8 @@ CLASSES = (
 EXACT = {"simplify_um": 0.0, "min_area_um2": 0.0}
 
 
-def dialect(**changes):
-    options = {
+def feature_options(**changes):
+    usual = {
         "classes": CLASSES,
         "downsample": (1.0, 1.0),
         "mpp": (0.25, 0.25),
@@ -39,7 +39,7 @@ def dialect(**changes):
         "namespace": "slide/model",
         "metadata": {"model": "m", "weights_sha256": "00"},
     }
-    return Dialect(**{**options, **changes})
+    return FeatureOptions(**{**usual, **changes})
 
 
 def write(path, mask, chosen, block_size=64, **options):
@@ -86,7 +86,7 @@ def walk(value):
 @pytest.fixture(params=["exact", "simplified"])
 def written(request, tmp_path):
     mask = blobs()
-    chosen = dialect(**EXACT) if request.param == "exact" else dialect()
+    chosen = feature_options(**EXACT) if request.param == "exact" else feature_options()
     path = tmp_path / "annotations.geojson"
     summary = write(path, mask, chosen, probability=40000)
     return mask, path, strict(path), summary
@@ -157,7 +157,7 @@ def test_polygons_of_all_classes_do_not_overlap(written):
 def test_exact_polygons_give_the_mask_back(tmp_path):
     mask = blobs(1)
     path = tmp_path / "a.geojson"
-    summary = write(path, mask, dialect(**EXACT), 50)
+    summary = write(path, mask, feature_options(**EXACT), 50)
     collection = strict(path)
     value = {c.name: i for i, c in enumerate(CLASSES)}
     burnt = [
@@ -184,14 +184,14 @@ def test_the_bytes_do_not_depend_on_the_blocks(tmp_path, options):
     files = []
     for size in (32, 64, 500):
         path = tmp_path / f"{size}.geojson"
-        write(path, mask, dialect(**options), size)
+        write(path, mask, feature_options(**options), size)
         files.append(path.read_bytes())
     assert files[0] == files[1] == files[2]
 
 
 def test_a_slide_without_regions_gives_an_empty_collection(tmp_path):
     path = tmp_path / "a.geojson"
-    write(path, np.zeros((5, 5), np.uint8), dialect())
+    write(path, np.zeros((5, 5), np.uint8), feature_options())
     assert strict(path) == {"type": "FeatureCollection", "features": []}
 
 
@@ -206,7 +206,7 @@ def test_scaled_and_far_away_they_stay_sound(tmp_path_factory, mask, scale, offs
     """G7: validity after float32 at any scale and far from the origin."""
     path = tmp_path_factory.mktemp("g7") / "a.geojson"
     crop = Region(x=-offset, y=-offset, width=10**6, height=10**6)
-    write(path, mask, dialect(downsample=(scale, scale), crop=crop, simplify_um=simplify))
+    write(path, mask, feature_options(downsample=(scale, scale), crop=crop, simplify_um=simplify))
     collection = strict(path)
     assert list(check_geojson(path).findings) == []
     for shape in polygons_of(collection):
@@ -227,10 +227,31 @@ def test_unequal_mpp_counts_in_areas(tmp_path):
     mask = np.zeros((20, 20), np.uint8)
     mask[5:15, 5:15] = 1
     path = tmp_path / "a.geojson"
-    write(path, mask, dialect(mpp=(0.25, 0.5), downsample=(2.0, 4.0)))
+    write(path, mask, feature_options(mpp=(0.5, 0.25), downsample=(4.0, 2.0)))
     (feature,) = strict(path)["features"]
     assert feature["properties"]["measurements"]["Area mm^2"] == pytest.approx(100 * 0.5 * 2 * 1e-6)
     assert shapely.geometry.shape(feature["geometry"]).bounds == (10, 20, 30, 60)
+
+
+def test_pixels_that_are_no_squares_lie_and_count_as_they_are(tmp_path):
+    mask = np.zeros((37, 53), np.uint8)
+    # rows 5 to 15, columns 11 to 40; and one that the crop cuts on its right
+    mask[5:16, 11:41], mask[20:31, 50:53] = 1, 2
+    scale, um, path = (1.5, 2.25), (0.5, 0.2), tmp_path / "a.geojson"
+    crop = Region(x=21, y=7, width=97, height=61)
+    write(path, mask, feature_options(mpp=um, downsample=scale, crop=crop, **EXACT))
+    found = [
+        (shapely.geometry.shape(f["geometry"]).bounds, f["properties"]["measurements"])
+        for f in strict(path)["features"]
+    ]
+    expected = [
+        (11 * 2.25 - 21, 5 * 1.5 - 7, 41 * 2.25 - 21, 16 * 1.5 - 7),
+        (50 * 2.25 - 21, 20 * 1.5 - 7, 97, 31 * 1.5 - 7),
+    ]
+    assert [bounds for bounds, _ in found] == expected
+    for (left, top, right, bottom), measured in found:
+        mm2 = (right - left) * 0.2 * (bottom - top) * 0.5 * 1e-6
+        assert measured["Area mm^2"] == pytest.approx(mm2, rel=1e-6)
 
 
 def test_the_crop_moves_and_clips(tmp_path):
@@ -239,9 +260,9 @@ def test_the_crop_moves_and_clips(tmp_path):
     mask[20, :] = 0
     mask[10:30, 18:22] = 0  # clipped below, the two halves' tops fall apart
     whole, cropped = tmp_path / "w.geojson", tmp_path / "c.geojson"
-    write(whole, mask, dialect(**EXACT))
+    write(whole, mask, feature_options(**EXACT))
     crop = Region(x=3, y=12, width=30, height=20)
-    write(cropped, mask, dialect(crop=crop, **EXACT))
+    write(cropped, mask, feature_options(crop=crop, **EXACT))
     box = shapely.box(3, 12, 33, 32)
     expected = shapely.intersection(shapely.union_all(polygons_of(strict(whole))), box)
     found = polygons_of(strict(cropped))
@@ -262,7 +283,9 @@ def test_each_part_of_a_region_has_its_own_area(tmp_path):
     mask[20:30, 2:10] = mask[20:30, 30:38] = 1  # an arch, of which the crop leaves the feet
     mask[35, 35] = 2
     path = tmp_path / "a.geojson"
-    summary = write(path, mask, dialect(crop=Region(x=0, y=22, width=40, height=18), **EXACT))
+    summary = write(
+        path, mask, feature_options(crop=Region(x=0, y=22, width=40, height=18), **EXACT)
+    )
     features = strict(path)["features"]
     areas = [
         round(f["properties"]["measurements"]["Area mm^2"] / (0.25**2 * 1e-6)) for f in features
@@ -278,7 +301,7 @@ def test_each_part_of_a_region_has_its_own_area(tmp_path):
 
 def test_nothing_is_written_where_the_frame_shows_nothing(tmp_path):
     path = tmp_path / "a.geojson"
-    summary = write(path, blobs(), dialect(crop=Region(x=500, y=0, width=40, height=40)))
+    summary = write(path, blobs(), feature_options(crop=Region(x=500, y=0, width=40, height=40)))
     assert strict(path)["features"] == []
     assert (summary.vertices, set(summary.regions.values())) == (0, {0})
 
@@ -286,8 +309,8 @@ def test_nothing_is_written_where_the_frame_shows_nothing(tmp_path):
 def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
     mask = blobs(3)
     exact, simple = tmp_path / "e.geojson", tmp_path / "s.geojson"
-    write(exact, mask, dialect(**EXACT))
-    write(simple, mask, dialect(simplify_um=3 * 0.25))
+    write(exact, mask, feature_options(**EXACT))
+    write(simple, mask, feature_options(simplify_um=3 * 0.25))
     same = [
         [f["properties"]["measurements"] for f in strict(path)["features"]]
         for path in (exact, simple)
@@ -298,14 +321,14 @@ def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
 
 def test_without_probabilities_that_measurement_is_left_out(tmp_path):
     path = tmp_path / "a.geojson"
-    write(path, blobs(3), dialect(), probability=None)
+    write(path, blobs(3), feature_options(), probability=None)
     assert {tuple(f["properties"]["measurements"]) for f in strict(path)["features"]} == {
         ("Area mm^2",)
     }
 
 
 def test_threads_and_batches_leave_no_trace(tmp_path, monkeypatch):
-    outlines, chosen = outlines_of(blobs(2), tolerance=4), dialect()
+    outlines, chosen = outlines_of(blobs(2), tolerance=4), feature_options()
     files = []
     for threads, batch in ((1, 10**6), (4, 50)):
         monkeypatch.setattr("wsi_pipeline.export.polygons.build.BATCH", batch)
@@ -319,13 +342,13 @@ def test_many_regions_become_detections(tmp_path):
     mask = np.zeros((250, 250), np.uint8)
     mask[::2, ::2] = 1  # 15,625 regions
     path = tmp_path / "a.geojson"
-    write(path, mask, dialect(**EXACT))
+    write(path, mask, feature_options(**EXACT))
     kinds = {f["properties"]["objectType"] for f in strict(path)["features"]}
     assert kinds == {"detection"}
 
 
 def test_nothing_is_left_of_a_file_that_failed_half_way(tmp_path):
-    broken = dialect(metadata={"bad": {1}}, **EXACT)  # a set, which JSON does not know
+    broken = feature_options(metadata={"bad": {1}}, **EXACT)  # a set, which JSON does not know
     with pytest.raises(TypeError, match="JSON"):
         write(tmp_path / "a.geojson", blobs(), broken)
     assert list(tmp_path.iterdir()) == []

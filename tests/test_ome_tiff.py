@@ -24,7 +24,7 @@ CLASSES = (
     ClassInfo(name="Tumor & <stroma>", color=(200, 0, 10)),
     ClassInfo(name="Nécrose µ", color=(1, 2, 255)),
 )
-MPP = (0.25, 0.2512)  # x, y
+MPP = (0.2512, 0.25)  # y, x
 
 
 class Pattern:
@@ -106,7 +106,7 @@ def test_ome_xml_is_valid_and_says_size_and_classes(tmp_path: Path) -> None:
     assert image.name == "a slide"
     assert image.description == "0 = Background, 1 = Tumor & <stroma>, 2 = Nécrose µ"
     assert (pixels.size_x, pixels.size_y, pixels.size_c) == (1300, 700, 1)
-    assert (pixels.physical_size_x, pixels.physical_size_y) == MPP
+    assert (pixels.physical_size_y, pixels.physical_size_x) == MPP
     assert pixels.physical_size_x_unit.value == pixels.physical_size_y_unit.value == "µm"
     (channel,) = pixels.channels
     assert channel.name == image.description
@@ -140,7 +140,7 @@ def test_layout_for_asap(tmp_path: Path) -> None:
             assert page.photometric == tifffile.PHOTOMETRIC.MINISBLACK
             assert page.samplesperpixel == 1
             per_cm = page.get_resolution(tifffile.RESUNIT.CENTIMETER)
-            assert per_cm == pytest.approx([1e4 / (mpp * 2**i) for mpp in MPP], rel=1e-5)
+            assert per_cm == pytest.approx([1e4 / (mpp * 2**i) for mpp in reversed(MPP)], rel=1e-5)
             assert np.array_equal(page.asarray(), pattern[:: 2**i, :: 2**i])
 
 

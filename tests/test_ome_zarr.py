@@ -36,7 +36,7 @@ CLASSES = (
     ClassInfo(name="Tumor", color=(200, 0, 0)),
     ClassInfo(name="Nécrose µ", color=(1, 2, 255)),
 )
-MPP = (0.25, 0.2512)  # x, y
+MPP = (0.2512, 0.25)  # y, x
 NGFF = get_args(Ngff)
 
 

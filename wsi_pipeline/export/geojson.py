@@ -35,20 +35,20 @@ LEFT_OUT = "left out: invalid"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dialect:
+class FeatureOptions:
     """How regions in mask pixels become features of a slide.
 
     Attributes:
-        classes: in the mask's order.
-        downsample: (x, y) level-0 pixels per mask pixel.
-        mpp: (x, y) µm per level-0 pixel.
+        classes: classes in the mask's order.
+        downsample: level-0 pixels per mask pixel, (y, x).
+        mpp: µm per level-0 pixel, (y, x).
         crop: the part of the slide that the viewer shows, in level-0 pixels; its corner becomes
             the origin. None = the whole slide.
         simplify_um: see `wsi_pipeline.options.ExportOptions`.
         min_area_um2: see there.
-        namespace: what makes ids of this slide and model differ from others'.
-        metadata: shown with each object.
-        unit: of areas; "px^2" where nobody knows how large a pixel is, and `mpp` is 1,000.
+        namespace: text that makes ids of this slide and model differ from others'.
+        metadata: texts that are shown with each object.
+        unit: unit of areas; "px^2" where nobody knows how large a pixel is, and `mpp` is 1,000.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -63,7 +63,7 @@ class Dialect:
 
     @property
     def mask_mpp(self) -> tuple[float, float]:
-        """Return (x, y) µm per mask pixel."""
+        """Return the size of a mask pixel in µm, (y, x)."""
         return self.downsample[0] * self.mpp[0], self.downsample[1] * self.mpp[1]
 
     @property
@@ -97,22 +97,22 @@ class Written:
 
 
 def write_geojson(
-    path: Path, outlines: Outlines, dialect: Dialect, *, threads: int | None = None
+    path: Path, outlines: Outlines, options: FeatureOptions, *, threads: int | None = None
 ) -> Written:
     """Write one feature a region, in the order of their first pixels; return what was written.
 
     A region that is cut by the crop, or mended into several polygons, has a feature for each.
 
     Args:
-        outlines: Outlines made with the dialect's `tolerance` and `min_pixels`.
+        outlines: Outlines made with the options' `tolerance` and `min_pixels`.
     """
     value = outlines.regions.value
     # each region's number among those of its class, from 1
     numbers = np.empty(len(value), np.int64)
     for of_class in (np.flatnonzero(value == v) for v in np.unique(value)):
         numbers[of_class] = np.arange(1, len(of_class) + 1)
-    make = partial(_make_batch, outlines.regions, numbers, dialect)
-    counts, vertices, dropped = np.zeros(len(dialect.classes), np.int64), 0, list[str]()
+    make = partial(_make_batch, outlines.regions, numbers, options)
+    counts, vertices, dropped = np.zeros(len(options.classes), np.int64), 0, list[str]()
     with written_beside(path) as beside, beside.open("wb") as file:
         file.write(b'{"type":"FeatureCollection","features":[')
         separator = b"\n"
@@ -129,7 +129,7 @@ def write_geojson(
             "%s has %d vertices; QuPath imports it slowly: raise --simplify or --min-area",
             path, vertices,
         )  # fmt: skip
-    names = (c.name for c in dialect.classes[1:])
+    names = (c.name for c in options.classes[1:])
     return Written(
         regions=dict(zip(names, counts[1:].tolist(), strict=True)),
         vertices=vertices,
@@ -150,13 +150,13 @@ class _Batch:
 def _make_batch(
     regions: Regions,
     numbers: npt.NDArray[np.int64],
-    dialect: Dialect,
+    options: FeatureOptions,
     part: slice,
     shapes: Polygons,
 ) -> _Batch:
     """Return the features of some regions; `numbers` are theirs within their classes."""
     dropped = list[str]()
-    shapes, owner, is_cut = _place(shapes, dialect)
+    shapes, owner, is_cut = _place(shapes, options)
     shapes, kept = _mend(shapes, dropped)
     shapes, owner, is_cut = shapely.orient_polygons(shapes), owner[kept], is_cut[kept]
     _, first, index, count = np.unique(
@@ -166,23 +166,23 @@ def _make_batch(
     region = owner + part.start
     area_mm2 = np.where(
         is_part,
-        shapely.area(shapes) * dialect.mpp[0] * dialect.mpp[1] * 1e-6,
-        regions.pixels[region] * dialect.pixel_mm2,
+        shapely.area(shapes) * options.mpp[1] * options.mpp[0] * 1e-6,
+        regions.pixels[region] * options.pixel_mm2,
     )
     columns = (region.tolist(), numbers[region].tolist(), nth.tolist(), area_mm2.tolist())
     return _Batch(
         features=[
-            orjson.dumps(_feature(regions, dialect, *of), option=orjson.OPT_SERIALIZE_NUMPY)
+            orjson.dumps(_feature(regions, options, *of), option=orjson.OPT_SERIALIZE_NUMPY)
             for of in zip(*columns, _iter_coordinates(shapes), strict=True)
         ],
-        counts=np.bincount(regions.value[region], minlength=len(dialect.classes)),
+        counts=np.bincount(regions.value[region], minlength=len(options.classes)),
         vertices=int(shapely.get_num_coordinates(shapes).sum()),
         dropped=dropped,
     )
 
 
 def _place(
-    shapes: Polygons, dialect: Dialect
+    shapes: Polygons, options: FeatureOptions
 ) -> tuple[Polygons, npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """Put polygons into the viewer's frame; return what it shows of them.
 
@@ -190,8 +190,9 @@ def _place(
         Polygons; the index of the shape that each comes from, ascending; whether that was cut.
     """
     owner, is_cut = np.arange(len(shapes)), np.zeros(len(shapes), bool)
-    scale, corner = np.array(dialect.downsample), np.zeros(2)
-    if (crop := dialect.crop) is not None:
+    # GeoJSON has x before y
+    scale, corner = np.array(options.downsample[::-1]), np.zeros(2)
+    if (crop := options.crop) is not None:
         corner, size = np.array([crop.x, crop.y], float), np.array([crop.width, crop.height])
         low, high = corner / scale, (corner + size) / scale
         bounds = shapely.bounds(shapes)
@@ -230,7 +231,7 @@ def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[n
 
 def _feature(
     regions: Regions,
-    dialect: Dialect,
+    options: FeatureOptions,
     region: int,
     number: int,
     nth: int,
@@ -238,11 +239,11 @@ def _feature(
     coordinates: list[npt.NDArray[Any]],
 ) -> dict[str, Any]:
     """Return the feature of the nth polygon of a region, which is that number in its class."""
-    info = dialect.classes[int(regions.value[region])]
+    info = options.classes[int(regions.value[region])]
     y, x = regions.first[region].tolist()
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{dialect.namespace}/{info.name}/{y},{x}/{nth}")
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{options.namespace}/{info.name}/{y},{x}/{nth}")
     # QuPath keeps float32
-    measurements = {f"Area {dialect.unit}": float(f"{area_mm2:.7g}")}
+    measurements = {f"Area {options.unit}": float(f"{area_mm2:.7g}")}
     if regions.probability is not None:
         measurements["Mean probability"] = round(float(regions.probability[region]), 4)
     return {
@@ -255,7 +256,7 @@ def _feature(
             "isLocked": True,
             "classification": {"name": info.name, "color": list(info.color or (128, 128, 128))},
             "measurements": measurements,
-            "metadata": dict(dialect.metadata),
+            "metadata": dict(options.metadata),
         },
     }
 

@@ -51,7 +51,7 @@ def write_ome_tiff(
         path: File to write; appears when it is complete.
         mask: Class index of each pixel.
         classes: Classes in the mask's order; 0 is the background.
-        mask_mpp: Size (x, y) of a mask pixel in µm.
+        mask_mpp: Size (y, x) of a mask pixel in µm.
         crop: The part to write, such as the slide's bounds; None = all.
         name: Name of the image, as viewers show it.
         reduced: The mask's own reduced levels where there are any; level n holds every 2ⁿth pixel.
@@ -106,8 +106,8 @@ def _write_level(
         compression=COMPRESSION.ADOBE_DEFLATE,
         # 1: a reduced version of another page
         subfiletype=1 if level else 0,
-        # µm/px to px/cm
-        resolution=tuple(1e4 / (mpp * 2**level) for mpp in mask_mpp),
+        # µm/px to px/cm, x before y
+        resolution=tuple(1e4 / (mpp * 2**level) for mpp in reversed(mask_mpp)),
         resolutionunit=RESUNIT.CENTIMETER,
         **options,
     )
@@ -160,12 +160,12 @@ def _ome_metadata(
     return {
         "axes": "YX",
         # tifffile's own would hold the time and the machine's network address
-        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {meaning} {mask_mpp}")),
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_OID, f"{name} {meaning} {mask_mpp[::-1]}")),
         "Name": name,
         "Description": meaning,
-        "PhysicalSizeX": mask_mpp[0],
+        "PhysicalSizeX": mask_mpp[1],
         "PhysicalSizeXUnit": "µm",
-        "PhysicalSizeY": mask_mpp[1],
+        "PhysicalSizeY": mask_mpp[0],
         "PhysicalSizeYUnit": "µm",
         "Channel": {"Name": [meaning], "Color": [int(rgba.view(np.int32))]},
     }

@@ -79,14 +79,14 @@ def create_mask(
         path: Folder to create; must not hold a zarr group yet.
         shape: Shape (y, x) of level 0.
         classes: Classes in the mask's order; 0 is the background.
-        mask_mpp: Size (x, y) of a mask pixel in µm.
+        mask_mpp: Size (y, x) of a mask pixel in µm.
         name: Name of the image, as viewers show it.
     """
     group = zarr.open_group(path, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
     multiscale = {
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in AXES],
-        "datasets": _datasets([float(mpp) for mpp in reversed(mask_mpp)], 1),
+        "datasets": _datasets([float(mpp) for mpp in mask_mpp], 1),
         "type": "nearest",
     }
     _describe(group, multiscale, classes)
@@ -152,14 +152,14 @@ def open_levels(path: Path) -> list[MaskArray]:
 
 
 def open_finished(path: Path) -> tuple[list[MaskArray], tuple[float, float]]:
-    """Open a mask of which nothing else is known; return its levels, and (x, y) µm per pixel.
+    """Open a mask of which nothing else is known; return its levels, and (y, x) µm per pixel.
 
     Raises:
         StoreError: it is damaged.
     """
     try:
         y, x = first_scale(zarr.open_group(path, mode="r").attrs.asdict())
-        return open_levels(path), (x, y)
+        return open_levels(path), (y, x)
     except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise StoreError(f"{path} is damaged ({error}); segment the slide again") from error
 

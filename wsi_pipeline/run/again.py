@@ -132,7 +132,7 @@ def _slide(
             f"{store.folder} has no finished {FILES['zarr']}; segment the slide, with zarr as an "
             "output"
         )
-    _, mask_mpp = ome_zarr.open_finished(mask_path)
+    (_, (mask_y, mask_x)), (x, y) = ome_zarr.open_finished(mask_path), run.slide["mpp"]
     mask = ome_zarr.open_mask(mask_path)
     side = ome_zarr.block_side(
         run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
@@ -161,7 +161,7 @@ def _slide(
             blocks=[b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)],
             side=side,
             mask_path=mask_path,
-            downsample=(mask_mpp[0] / run.slide["mpp"][0], mask_mpp[1] / run.slide["mpp"][1]),
+            downsample=(mask_y / y, mask_x / x),
             options=options,
             stored=open_patch_grid(store.grid_path) if store.grid_path.is_dir() else None,
         )

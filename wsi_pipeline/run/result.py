@@ -73,7 +73,7 @@ class Result(ABC):
 
     @property
     @abstractmethod
-    def features(self) -> geojson.Dialect:
+    def features(self) -> geojson.FeatureOptions:
         """Return how regions become features."""
 
     @abstractmethod
@@ -135,7 +135,7 @@ class SlideResult(Result):
 
     Attributes:
         mask_path: the finished OME-Zarr.
-        downsample: (x, y) level-0 pixels per mask pixel.
+        downsample: level-0 pixels per mask pixel, (y, x).
         options: how to write.
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
     """
@@ -158,13 +158,13 @@ class SlideResult(Result):
         return {"for": self.options.frame, "offset": [crop.x, crop.y] if crop else [0, 0]}
 
     @property
-    def features(self) -> geojson.Dialect:
+    def features(self) -> geojson.FeatureOptions:
         """Return how regions become features."""
         x, y = self.facts["mpp"]
-        return geojson.Dialect(
+        return geojson.FeatureOptions(
             classes=self.classes,
             downsample=self.downsample,
-            mpp=(x, y),
+            mpp=(y, x),
             crop=self.crop,
             simplify_um=self.options.simplify_um,
             min_area_um2=self.options.min_area_um2,
@@ -180,7 +180,7 @@ class SlideResult(Result):
         mask, *reduced = ome_zarr.open_levels(self.mask_path)
         features, box = self.features, None
         if (crop := self.crop) is not None:
-            x, y = self.downsample
+            y, x = self.downsample
             top, left = round(crop.y / y), round(crop.x / x)
             height = min(round(crop.height / y), mask.shape[0] - top)
             width = min(round(crop.width / x), mask.shape[1] - left)
@@ -247,13 +247,13 @@ class ScanResult(Result):
         }
 
     @property
-    def features(self) -> geojson.Dialect:
+    def features(self) -> geojson.FeatureOptions:
         """Return how regions become features: exactly, in pixels."""
         spacing = self._spacing_mm or (1.0, 1.0)
-        return geojson.Dialect(
+        return geojson.FeatureOptions(
             classes=self.classes,
             downsample=(1.0, 1.0),
-            mpp=(spacing[1] * 1000, spacing[0] * 1000),
+            mpp=(spacing[0] * 1000, spacing[1] * 1000),
             crop=None,
             simplify_um=0,
             min_area_um2=0,

@@ -191,7 +191,7 @@ class SlideRun(SourceRun):
                 partial,
                 plan.mask_shape,
                 classes=self.bundle.classes,
-                mask_mpp=(fx * x, fy * y),
+                mask_mpp=(fy * y, fx * x),
                 ngff=self.settings.export.ngff,
                 name=Path(name_of(self.source.path)).stem,
             )
@@ -237,7 +237,7 @@ class SlideRun(SourceRun):
             side=self.plan.block_shape[0],
             ledger=ledger,
             mask_path=mask_path,
-            downsample=(x, y),
+            downsample=(y, x),
             options=options,
             stored=self.stored,
         )

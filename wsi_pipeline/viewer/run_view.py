@@ -303,9 +303,9 @@ def _open_mask(
         raise StoreError(
             f"{store.folder} has no {store.finished_mask_path.name}; segment the slide again"
         )
-    levels, (x, y) = ome_zarr.open_finished(paths[0])
-    mpp = run.slide["mpp"]
-    return tuple(levels), (y / mpp[1], x / mpp[0])
+    levels, (mask_y, mask_x) = ome_zarr.open_finished(paths[0])
+    x, y = run.slide["mpp"]
+    return tuple(levels), (mask_y / y, mask_x / x)
 
 
 def _views(slide: Slide) -> tuple[SlideView, ...]:
