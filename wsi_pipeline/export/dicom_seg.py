@@ -82,8 +82,15 @@ def write_dicom_seg(
             for source in sources:
                 source.SliceThickness = source.get("SliceThickness") or scan.spacing_mm[0]
         frames = np.asarray(mask[:], np.uint8).reshape(-1, *mask.shape[-2:])
-        film = _as_single_image(sources[0]) if isinstance(scan, Image) else None
-        if film is None:
+        film, header = None, sources[0]
+        is_many = "NumberOfFrames" in header and "SharedFunctionalGroupsSequence" not in header
+        if isinstance(scan, Image) and is_many:
+            # A film seems to be a single image: highdicom knows of files with many frames only
+            # those that say where each frame lies.
+            film = UID(header.SOPClassUID)
+            header.SOPClassUID = SecondaryCaptureImageStorage
+            del header.NumberOfFrames
+        else:
             _keep_frames(sources, slices)
         try:
             segmentation = _segmentation(frames, sources, classes, model, version)
@@ -117,19 +124,6 @@ def _source(path: Path) -> Dataset:
         if name not in header:
             setattr(header, name, None)
     return header
-
-
-def _as_single_image(header: Dataset) -> UID | None:
-    """Make a film seem to be a single image; return the class that it is of, None for others.
-
-    highdicom knows of files with many frames only those that say where each frame lies.
-    """
-    if "NumberOfFrames" not in header or "SharedFunctionalGroupsSequence" in header:
-        return None
-    film = UID(header.SOPClassUID)
-    header.SOPClassUID = SecondaryCaptureImageStorage
-    del header.NumberOfFrames
-    return film
 
 
 def _refer_to_frames(segmentation: Dataset, film: UID | None, frames: Sequence[int]) -> None:

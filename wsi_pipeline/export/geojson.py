@@ -116,13 +116,15 @@ def write_geojson(
     with written_beside(path) as beside, beside.open("wb") as file:
         file.write(b'{"type":"FeatureCollection","features":[')
         separator = b"\n"
-        for batch in map_polygons(outlines, make, threads=threads):
-            for feature in batch.features:
+        for features, n_features, n_vertices, sentences in map_polygons(
+            outlines, make, threads=threads
+        ):
+            for feature in features:
                 file.write(separator + feature)
                 separator = b",\n"
-            counts += batch.counts
-            vertices += batch.vertices
-            dropped += batch.dropped
+            counts += n_features
+            vertices += n_vertices
+            dropped += sentences
         file.write(b"\n]}\n")
     if vertices > MANY_VERTICES:
         logger.warning(
@@ -137,24 +139,22 @@ def write_geojson(
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Batch:
-    """Features as JSON, and what they hold."""
-
-    features: list[bytes]
-    counts: npt.NDArray[np.int64]
-    vertices: int
-    dropped: list[str]
-
-
 def _make_batch(
     regions: Regions,
     numbers: npt.NDArray[np.int64],
     options: FeatureOptions,
     part: slice,
     shapes: Polygons,
-) -> _Batch:
-    """Return the features of some regions; `numbers` are theirs within their classes."""
+) -> tuple[list[bytes], npt.NDArray[np.int64], int, list[str]]:
+    """Return features as JSON, how many each class has, their vertices, and what was dropped.
+
+    Args:
+        regions: All regions of the mask.
+        numbers: Number of each region within its class.
+        options: How they become features.
+        part: Regions that these are.
+        shapes: Polygons of these.
+    """
     dropped = list[str]()
     shapes, owner, is_cut = _place(shapes, options)
     shapes, kept = _mend(shapes, dropped)
@@ -170,15 +170,12 @@ def _make_batch(
         regions.pixels[region] * options.pixel_mm2,
     )
     columns = (region.tolist(), numbers[region].tolist(), nth.tolist(), area_mm2.tolist())
-    return _Batch(
-        features=[
-            orjson.dumps(_feature(regions, options, *of), option=orjson.OPT_SERIALIZE_NUMPY)
-            for of in zip(*columns, _iter_coordinates(shapes), strict=True)
-        ],
-        counts=np.bincount(regions.value[region], minlength=len(options.classes)),
-        vertices=int(shapely.get_num_coordinates(shapes).sum()),
-        dropped=dropped,
-    )
+    features = [
+        orjson.dumps(_feature(regions, options, *of), option=orjson.OPT_SERIALIZE_NUMPY)
+        for of in zip(*columns, _iter_coordinates(shapes), strict=True)
+    ]
+    counts = np.bincount(regions.value[region], minlength=len(options.classes))
+    return features, counts, int(shapely.get_num_coordinates(shapes).sum()), dropped
 
 
 def _place(

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import cc3d
 import numpy as np
@@ -86,6 +86,65 @@ class _Pieces:
     slab: Ints
     lesion: Ints
 
+    @classmethod
+    def of(cls, mask: MaskLike) -> Self:
+        """Label a mask slab by slab; return its pieces, joined to lesions where they touch."""
+        dims = len(mask.shape)
+        parts, pairs = [], [np.empty((0, 2), np.int64)]
+        before: tuple[npt.NDArray[np.uint8], Ints] | None = None
+        known = 0
+        for number, (begin, slab) in enumerate(_slabs(mask)):
+            labels, n = _labelled(slab)
+            found = cc3d.statistics(labels, no_slice_conversion=True)
+            boxes = np.asarray(found["bounding_boxes"], np.int64).reshape(-1, dims, 2)[1 : n + 1]
+            start, stop = boxes[..., 0], boxes[..., 1] + 1
+            start[:, 0] += begin
+            stop[:, 0] += begin
+            kinds = np.zeros(n + 1, np.uint8)
+            inside = np.flatnonzero(slab)
+            kinds[labels.ravel()[inside]] = slab.ravel()[inside]
+            counts = np.asarray(found["voxel_counts"], np.int64)[1 : n + 1]
+            parts.append((kinds[1:], counts, start, stop, np.full(n, number)))
+            # rows of the pieces in the outer layers
+            rows = labels[[0, -1]].astype(np.int64) + (known - 1)
+            if before is not None:
+                pairs.append(_touching(*before, slab[0], rows[0]))
+            before = (slab[-1].copy(), rows[1])
+            known += n
+        classes, pixels, starts, stops, slabs = (
+            np.concatenate(p) for p in zip(*parts, strict=True)
+        )
+        a, b = np.concatenate(pairs).T
+        graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(known, known))
+        return cls(
+            classes=classes,
+            pixels=pixels,
+            start=starts,
+            stop=stops,
+            slab=slabs,
+            lesion=connected_components(graph, directed=False)[1].astype(np.int64),
+        )
+
+    def diameters(
+        self, mask: MaskLike, lesions: Ints, spacing_mm: Sequence[float]
+    ) -> dict[int, float]:
+        """Return the longest line in each of some lesions, in mm, from edge to edge."""
+        points: dict[int, list[Ints]] = {int(lesion): [] for lesion in lesions}
+        rows = np.flatnonzero(np.isin(self.lesion, lesions))
+        for number, (begin, slab) in enumerate(_slabs(mask)):
+            own = rows[self.slab[rows] == number]
+            labels = _labelled(slab)[0] if len(own) else slab
+            # the piece of the slab's label 1
+            first = np.searchsorted(self.slab, number)
+            for row in own:
+                corner = self.start[row].copy()
+                corner[0] -= begin
+                extent = self.stop[row] - self.start[row]
+                box = box_slices(corner, extent)
+                ends = _row_ends(labels[box] == row - first + 1) + self.start[row]
+                points[int(self.lesion[row])].append(_outermost(ends))
+        return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}
+
 
 def count_lesions(
     mask: MaskLike, classes: Sequence[ClassInfo], spacing_mm: Sequence[float] | None
@@ -99,7 +158,7 @@ def count_lesions(
         classes: Classes in the mask's order; 0 is the background.
         spacing_mm: mm between pixels along each axis; None where nobody knows.
     """
-    pieces = _label(mask)
+    pieces = _Pieces.of(mask)
     first = np.unique(pieces.lesion, return_index=True)[1]
     pixels = np.zeros(len(first), np.int64)
     np.add.at(pixels, pieces.lesion, pieces.pixels)
@@ -110,7 +169,7 @@ def count_lesions(
     listed = [own[np.argsort(-pixels[own], kind="stable")][:LISTED] for own in by_class]
     diameters = {}
     if spacing_mm is not None:
-        diameters = _diameters(mask, pieces, np.concatenate(listed[1:]), spacing_mm)
+        diameters = pieces.diameters(mask, np.concatenate(listed[1:]), spacing_mm)
 
     def size(count: int) -> float | None:
         if spacing_mm is None:
@@ -136,43 +195,6 @@ def count_lesions(
         )
         for i in range(1, len(classes))
     ]
-
-
-def _label(mask: MaskLike) -> _Pieces:
-    """Label a mask slab by slab; return its pieces, joined to lesions where they touch."""
-    dims = len(mask.shape)
-    parts, pairs = [], [np.empty((0, 2), np.int64)]
-    before: tuple[npt.NDArray[np.uint8], Ints] | None = None
-    known = 0
-    for number, (begin, slab) in enumerate(_slabs(mask)):
-        labels, n = _labelled(slab)
-        found = cc3d.statistics(labels, no_slice_conversion=True)
-        boxes = np.asarray(found["bounding_boxes"], np.int64).reshape(-1, dims, 2)[1 : n + 1]
-        start, stop = boxes[..., 0], boxes[..., 1] + 1
-        start[:, 0] += begin
-        stop[:, 0] += begin
-        kinds = np.zeros(n + 1, np.uint8)
-        inside = np.flatnonzero(slab)
-        kinds[labels.ravel()[inside]] = slab.ravel()[inside]
-        counts = np.asarray(found["voxel_counts"], np.int64)[1 : n + 1]
-        parts.append((kinds[1:], counts, start, stop, np.full(n, number)))
-        # rows of the pieces in the outer layers
-        rows = labels[[0, -1]].astype(np.int64) + (known - 1)
-        if before is not None:
-            pairs.append(_touching(*before, slab[0], rows[0]))
-        before = (slab[-1].copy(), rows[1])
-        known += n
-    classes, pixels, starts, stops, slabs = (np.concatenate(p) for p in zip(*parts, strict=True))
-    a, b = np.concatenate(pairs).T
-    graph = coo_array((np.ones(len(a), bool), (a, b)), shape=(known, known))
-    return _Pieces(
-        classes=classes,
-        pixels=pixels,
-        start=starts,
-        stop=stops,
-        slab=slabs,
-        lesion=connected_components(graph, directed=False)[1].astype(np.int64),
-    )
 
 
 def _slabs(mask: MaskLike) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
@@ -218,27 +240,6 @@ def _touching(
         found.append(np.unique(both[np.diff(both, prepend=-1) != 0]))
     pairs = np.unique(np.concatenate(found))
     return np.column_stack([pairs >> 32, pairs & 0xFFFFFFFF])
-
-
-def _diameters(
-    mask: MaskLike, pieces: _Pieces, lesions: Ints, spacing_mm: Sequence[float]
-) -> dict[int, float]:
-    """Return the longest line in each of some lesions, in mm, from edge to edge."""
-    points: dict[int, list[Ints]] = {int(lesion): [] for lesion in lesions}
-    rows = np.flatnonzero(np.isin(pieces.lesion, lesions))
-    for number, (begin, slab) in enumerate(_slabs(mask)):
-        own = rows[pieces.slab[rows] == number]
-        labels = _labelled(slab)[0] if len(own) else slab
-        # the piece of the slab's label 1
-        first = np.searchsorted(pieces.slab, number)
-        for row in own:
-            corner = pieces.start[row].copy()
-            corner[0] -= begin
-            extent = pieces.stop[row] - pieces.start[row]
-            box = box_slices(corner, extent)
-            ends = _row_ends(labels[box] == row - first + 1) + pieces.start[row]
-            points[int(pieces.lesion[row])].append(_outermost(ends))
-    return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}
 
 
 def _row_ends(inside: npt.NDArray[np.bool_]) -> Ints:

@@ -231,10 +231,18 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     attributes = group.attrs.asdict()
     (multiscale,) = ome_of(attributes)["multiscales"]
     multiscale["datasets"] = _datasets(first_scale(attributes), len(shapes))
+
+    def link_or_copy(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            # a file system without hard links, or with too many of one file
+            shutil.copyfile(source, target)
+
     label = group.create_group(LABELS)
     for i in range(len(shapes)):
         # an array's metadata and chunks say nothing of where they lie
-        shutil.copytree(path / str(i), path / LABELS / str(i), copy_function=_link_or_copy)
+        shutil.copytree(path / str(i), path / LABELS / str(i), copy_function=link_or_copy)
     _describe_label(label, multiscale, classes)
     # last, so that whoever finds all levels listed finds all there is
     _describe(group, multiscale, classes)
@@ -246,14 +254,6 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
         if not other.is_dir() and part != "0" and (part != "labels" or other.stat().st_nlink == 1)
     )
     sync_all([*(other for other, _ in every if other.is_dir()), path])
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # a file system without hard links, or with too many of one file
-        shutil.copyfile(source, target)
 
 
 def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:

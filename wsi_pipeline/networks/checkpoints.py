@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -38,12 +38,12 @@ COLORS = (
 """Of classes whose colour nobody says; Okabe and Ito's, told apart by everyone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderKind:
+class EncoderKind(NamedTuple):
     """An encoder whose weights are published by themselves.
 
     Attributes:
-        prefix: prefix of our names that torchvision's have not.
+        network: name of the network of the package that has it.
+        prefix: what torchvision's names have before ours.
         classifier: prefix of the published tensors that no network here has.
     """
 
@@ -55,14 +55,8 @@ class EncoderKind:
 
 
 ENCODERS = (
-    EncoderKind(
-        name="MobileNetV2",
-        network="lightmuseg",
-        make=mobilenet_v2_features,
-        prefix="features.",
-        classifier="classifier.",
-    ),
-    EncoderKind(name="ResNet18", network="nmtnet", make=ResNet18, prefix="", classifier="fc."),
+    EncoderKind("MobileNetV2", "lightmuseg", mobilenet_v2_features, "features.", "classifier."),
+    EncoderKind("ResNet18", "nmtnet", ResNet18, "", "fc."),
 )
 
 

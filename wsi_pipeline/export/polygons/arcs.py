@@ -87,6 +87,25 @@ class Arcs:
             twice_area=self.twice_area[arcs],
         )
 
+    def is_small_hole(self, min_pixels: float) -> Bools:
+        """Return (n,) which arcs are holes that are too small, and so hold nothing that is kept."""
+        is_hole: Bools = self.is_ring & (self.left == 0) & (self.twice_area < 0)
+        return is_hole & (-self.twice_area < 2 * min_pixels)
+
+    def is_at_cut(self, tile: int) -> Bools:
+        """Return (m,) which vertices have a neighbour in another tile."""
+        x, y = self.xy.T // tile
+        tiles = y.astype(np.int64) << 32 | x
+        first, last = self.bounds[:-1], self.bounds[1:] - 1
+        # between each vertex and the next
+        is_cut = np.diff(tiles, append=0) != 0
+        is_cut[last] = False
+        is_at_cut: Bools = is_cut.copy()
+        is_at_cut[1:] |= is_cut[:-1]
+        closing = self.is_ring & (tiles[first] != tiles[last])
+        is_at_cut[first[closing]] = is_at_cut[last[closing]] = True
+        return is_at_cut
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Ends:

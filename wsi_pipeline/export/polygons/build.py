@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_pipeline.export.polygons.arcs import Bools, Ints, Numbers, order_paths, ranges
+from wsi_pipeline.export.polygons.arcs import Arcs, Bools, Ints, Numbers, order_paths, ranges
 from wsi_pipeline.export.polygons.trace import Outlines
 from wsi_pipeline.files.threads import map_in_threads
 
@@ -86,10 +86,36 @@ class _Sides:
             yield slice(start, stop)
             start = stop
 
+    def rings(self, arcs: Arcs, part: slice) -> tuple[Numbers, Ints, Ints]:
+        """Return the vertices of all rings of some regions, where each begins, and its region."""
+        used = slice(self.bounds[part.start], self.bounds[part.stop])
+        arc, is_backward = self.arc[used], self.is_backward[used]
+        region = np.repeat(
+            np.arange(part.stop - part.start), np.diff(self.bounds[part.start : part.stop + 1])
+        )
+        first, last = arcs.bounds[arc], arcs.bounds[arc + 1] - 1
+        first, last = np.where(is_backward, last, first), np.where(is_backward, first, last)
+        # a region passes each junction once: there the side that begins follows the one that ends
+        is_open = np.flatnonzero(~arcs.is_ring[arc])
+        x, y = arcs.xy.T
+        begins, ends = (
+            is_open[np.lexsort((x[v[is_open]], y[v[is_open]], region[is_open]))]
+            for v in (first, last)
+        )
+        following = np.arange(len(arc), dtype=np.int32)
+        following[ends] = begins
+        order, bounds, _ = order_paths(following)
+        # the last vertex of an open side is the first of the next
+        sizes = (arcs.sizes[arc] - ~arcs.is_ring[arc])[order]
+        step = np.repeat(np.where(is_backward, -1, 1)[order], sizes)
+        vertex = np.repeat(first[order], sizes) + step * ranges(np.zeros_like(sizes), sizes)
+        ring_bounds = np.concatenate([[0], np.cumsum(sizes)])[bounds]
+        return arcs.xy[vertex], ring_bounds, region[order[bounds[:-1]]]
+
 
 def _build(outlines: Outlines, sides: _Sides, part: slice) -> Polygons:
     """Return the polygons of some regions."""
-    xy, bounds, region = _rings(outlines, sides, part)
+    xy, bounds, region = sides.rings(outlines.arcs, part)
     if outlines.is_exact:
         # without corners that only others have: junctions on a straight edge of the region
         is_level = xy[:, 1] == xy[_after(bounds), 1]
@@ -116,32 +142,6 @@ def _build(outlines: Outlines, sides: _Sides, part: slice) -> Polygons:
         shapely.GeometryType.POLYGON, coordinates, (ends, rings)
     )
     return built
-
-
-def _rings(outlines: Outlines, sides: _Sides, part: slice) -> tuple[Numbers, Ints, Ints]:
-    """Return the vertices of all rings of some regions, where each begins, and its region."""
-    arcs, used = outlines.arcs, slice(sides.bounds[part.start], sides.bounds[part.stop])
-    arc, is_backward = sides.arc[used], sides.is_backward[used]
-    region = np.repeat(
-        np.arange(part.stop - part.start), np.diff(sides.bounds[part.start : part.stop + 1])
-    )
-    first, last = arcs.bounds[arc], arcs.bounds[arc + 1] - 1
-    first, last = np.where(is_backward, last, first), np.where(is_backward, first, last)
-    # a region passes each junction once: there the side that begins follows the one that ends
-    is_open = np.flatnonzero(~arcs.is_ring[arc])
-    x, y = arcs.xy.T
-    begins, ends = (
-        is_open[np.lexsort((x[v[is_open]], y[v[is_open]], region[is_open]))] for v in (first, last)
-    )
-    following = np.arange(len(arc), dtype=np.int32)
-    following[ends] = begins
-    order, bounds, _ = order_paths(following)
-    # the last vertex of an open side is the first of the next
-    sizes = (arcs.sizes[arc] - ~arcs.is_ring[arc])[order]
-    step = np.repeat(np.where(is_backward, -1, 1)[order], sizes)
-    vertex = np.repeat(first[order], sizes) + step * ranges(np.zeros_like(sizes), sizes)
-    ring_bounds = np.concatenate([[0], np.cumsum(sizes)])[bounds]
-    return arcs.xy[vertex], ring_bounds, region[order[bounds[:-1]]]
 
 
 def _after(bounds: Ints) -> Ints:

@@ -16,7 +16,6 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.export.polygons.arcs import (
     Arcs,
-    Bools,
     Ends,
     Numbers,
     follow_borders,
@@ -112,9 +111,9 @@ def find_outlines(
     def follow(block: Block) -> tuple[Arcs, Ends]:
         around = _Surroundings.of(block, mask, components, regions)
         arcs, ends = follow_borders(*around.places())
-        cut = _is_at_cut(arcs, tile)
+        cut = arcs.is_at_cut(tile)
         # a hole over several tiles may be over several blocks: such are known when all are joined
-        kept = ~_is_small_hole(arcs, min_pixels) | np.logical_or.reduceat(cut, arcs.bounds[:-1])
+        kept = ~arcs.is_small_hole(min_pixels) | np.logical_or.reduceat(cut, arcs.bounds[:-1])
         cut = cut[np.repeat(kept, arcs.sizes)]
         arcs, ends = arcs.keep_arcs(kept), ends.keep_arcs(kept)
         if tolerance == 0:
@@ -123,7 +122,7 @@ def find_outlines(
         return simplify(arcs, tolerance=tolerance, is_loose=cut), ends
 
     arcs = join_fragments(list(map_in_threads(follow, blocks, threads=threads)))
-    arcs = arcs.keep_arcs(~_is_small_hole(arcs, min_pixels))
+    arcs = arcs.keep_arcs(~arcs.is_small_hole(min_pixels))
     if tolerance > 0:
         arcs = simplify(arcs, tolerance=tolerance)
     return Outlines(regions=regions, arcs=arcs, is_exact=tolerance == 0)
@@ -224,24 +223,3 @@ class _Surroundings:
         wanted = (across[:-1] | across[1:]) & (down[:, :-1] | down[:, 1:])
         y, x = np.divmod(np.flatnonzero(wanted).astype(np.int32), np.int32(wanted.shape[1]))
         return y + np.int32(start), x
-
-
-def _is_small_hole(arcs: Arcs, min_pixels: float) -> Bools:
-    """Return which arcs are holes that are too small, and so hold nothing that is kept."""
-    is_hole: Bools = arcs.is_ring & (arcs.left == 0) & (arcs.twice_area < 0)
-    return is_hole & (-arcs.twice_area < 2 * min_pixels)
-
-
-def _is_at_cut(arcs: Arcs, tile: int) -> Bools:
-    """Return which vertices have a neighbour in another tile."""
-    x, y = arcs.xy.T // tile
-    tiles = y.astype(np.int64) << 32 | x
-    first, last = arcs.bounds[:-1], arcs.bounds[1:] - 1
-    # between each vertex and the next
-    is_cut = np.diff(tiles, append=0) != 0
-    is_cut[last] = False
-    is_at_cut: Bools = is_cut.copy()
-    is_at_cut[1:] |= is_cut[:-1]
-    closing = arcs.is_ring & (tiles[first] != tiles[last])
-    is_at_cut[first[closing]] = is_at_cut[last[closing]] = True
-    return is_at_cut
