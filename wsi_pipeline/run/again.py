@@ -83,7 +83,8 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         raise StoreError(f"{folder}: {why}")
     with store.claim(), ExitStack() as closing:
         store.remove_partials()
-        run = load_run(path)  # as it is now that nobody else writes it
+        # Nobody else writes it from here on.
+        run = load_run(path)
         files, clock = WrittenFiles(store), Clock()
         try:
             before = options_of(run)
@@ -238,6 +239,7 @@ def _common(run: Run, ledger: Ledger) -> dict[str, Any]:
 def _held(store: RunStore, run: Run, blocks: list[Block]) -> list[Block]:
     """Return which blocks are in the ledger, if that is the run's."""
     if store.key().get("key") != run.settings["key"]:
-        return []  # lost, or of a run with other settings that was begun since
+        # The ledger is lost, or is that of a run with other settings that was begun since.
+        return []
     pending = {block.index for block in store.pending(blocks)}
     return [block for block in blocks if block.index not in pending]

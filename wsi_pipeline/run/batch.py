@@ -185,7 +185,8 @@ class BatchRunner:
             try:
                 for job in jobs:
                     yield job, self._ended(job, runs.popleft())
-            except BaseException:  # the caller's generator may have been closed, too
+            except BaseException:
+                # The caller may have closed the generator, too.
                 self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -212,14 +213,16 @@ class BatchRunner:
             if self._stopped.is_set():
                 raise CancelledError
         if not alone:
-            plan.store.remove_partials()  # of workers that died
+            # Workers that died may have left half-written files.
+            plan.store.remove_partials()
 
     def _ended(self, job: Job, end: Future[Run]) -> Run:
         """Return the run of a source once it has ended, well or not."""
         try:
             return end.result()
         except (ClusterError, CancelledError):
-            raise  # no fault of the source, and the others would fare the same
+            # It is no fault of this source, and the others would fare the same.
+            raise
         except Exception as error:
             # One bad slide must not end the night. What is not ours is a defect: keep its trace.
             expected = isinstance(error, WsiPipelineError)

@@ -228,7 +228,8 @@ def estimate_files(
     masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
     disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
-    store = 90 + blocks  # patch grid with a thumbnail of 4,096 px, key and lock; the ledger
+    # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
+    store = 90 + blocks
     single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
     return int(disk), mask_files + store + single
 
@@ -251,11 +252,13 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
     count = predictor.patches_at_once
     origins = np.zeros((count, len(bundle.input.patch_size)), np.int64)
     try:
-        for _ in range(2):  # the first time, kernels are chosen and memory is got
+        # The first time kernels are chosen and memory is got.
+        for _ in range(2):
             start = time.perf_counter()
             region = predictor.upload(pixels)
             for probabilities in predictor.predict(region, origins):
-                probabilities.flatten()[0].item()  # waits for a GPU
+                # A GPU is waited for.
+                probabilities.flatten()[0].item()
             seconds = time.perf_counter() - start
     finally:
         predictor.close()
@@ -287,7 +290,8 @@ def _peak_memory(
 
 def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:
     """Return what refuses a source that will take more memory than allowed, or warns of it."""
-    if not is_in_process(client):  # workers elsewhere have limits of their own
+    # Workers elsewhere have limits of their own.
+    if not is_in_process(client):
         return lambda plan: None
     threads = client.nthreads()
     workers, in_hand = len(threads), sum(threads.values()) // len(threads)
@@ -298,7 +302,8 @@ def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callabl
     def check(plan: Plan) -> None:
         free = free_memory() + used_memory()
         if peak(plan, model=most) <= min(free, max_ram or free):
-            return  # without losing time
+            # What the model certainly does not exceed is enough to know: no time is lost.
+            return
         needed = peak(plan, model=exact())
         if max_ram is not None and needed > max_ram:
             raise WsiPipelineError(

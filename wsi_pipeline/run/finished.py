@@ -35,7 +35,8 @@ def source_path(folder: Path, told: str) -> Path:
     path = as_path(told)
     if is_remote(path) or path.is_absolute() or path.exists():
         return path
-    beside = folder.absolute().parent.parent / path  # called where the output folder was made
+    # The command may have been called where the output folder was made.
+    beside = folder.absolute().parent.parent / path
     return beside if beside.exists() else path
 
 
@@ -146,7 +147,8 @@ def _check_size(path: Path, size: Sequence[int], run: Run) -> None:
 
 
 def _as_indices(values: npt.NDArray[Any], classes: int, path: Path) -> npt.NDArray[np.uint8]:
-    with np.errstate(invalid="ignore"):  # which the next line finds
+    # What is no number becomes another value, which the next line finds.
+    with np.errstate(invalid="ignore"):
         found = values.astype(np.uint8)
     if (found != values).any() or found.max(initial=0) >= classes:
         wrong = values[(found != values) | (found >= classes)][0]

@@ -150,7 +150,8 @@ def _iter_remote(path: Path) -> Iterator[Path]:
         return
     try:
         entries = sorted(path.iterdir(), key=str)
-    except Exception as error:  # clients of remote stores raise what they like
+    except Exception as error:
+        # Clients of remote stores raise what they like.
         raise SourceError(f"{path}: cannot be listed ({error}); name the slides") from error
     for entry in entries:
         if PurePosixPath(name_of(entry)).suffix.lower() in {*SLIDE_SUFFIXES, ".zarr"}:
@@ -205,7 +206,8 @@ def read_mpp_table(path: str | Path) -> dict[str, float]:
             continue
         try:
             name, figure = (row[columns.index(column)] for column in ("slide", "mpp"))
-            mpp = float(figure.replace(",", "."))  # as spreadsheets of many countries write it
+            # Spreadsheets of many countries write a comma.
+            mpp = float(figure.replace(",", "."))
         except (IndexError, ValueError) as error:
             raise SourceError(
                 f"{path}, line {number}: expected the columns slide and mpp, a name and a number"
@@ -263,14 +265,16 @@ def plan_jobs(
 
 def _stem(path: Path) -> str:
     stem = PurePosixPath(_file_name(path)).stem
-    for suffix in (".zarr", ".ome", ".nii"):  # before .zip, .zarr and .gz
+    # These may stand before .zip, .zarr and .gz.
+    for suffix in (".zarr", ".ome", ".nii"):
         stem = stem.removesuffix(suffix)
     return stem
 
 
 def _file_name(path: Path) -> str:
     name = name_of(path)
-    return name if name.strip(".") else "slide"  # a URL may end in ..
+    # A URL may end in "..", which no folder can be called.
+    return name if name.strip(".") else "slide"
 
 
 def _long_name(path: Path) -> str:

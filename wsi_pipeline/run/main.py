@@ -225,7 +225,8 @@ def _with_gpus(schedule: ScheduleOptions, device: str) -> tuple[ScheduleOptions,
     if schedule.gpus and len(gpus) == 1:
         device = f"cuda:{gpus[0]}"
     in_hand = schedule.blocks_in_hand
-    if not is_cpu:  # as many as cores can prepare
+    # As many blocks as the cores can prepare keep a GPU busy.
+    if not is_cpu:
         workers = len(gpus) or schedule.workers
         in_hand = max(in_hand, min(cpu_count() // workers, MOST_BLOCKS_IN_HAND))
     return replace(schedule, gpus=gpus, blocks_in_hand=in_hand), device
@@ -316,7 +317,8 @@ def _log_file(output: Path) -> Iterator[None]:
         yield
     finally:
         logging.getLogger().removeHandler(handler)
-        with suppress(OSError):  # of which the user has been told
+        # Of a log that cannot be written the user has been told.
+        with suppress(OSError):
             handler.close()
 
 

@@ -96,7 +96,8 @@ class Overview:
 
     def _write(self, folder: Path) -> None:
         for name in ("summary.csv", "report.html"):
-            sweep(folder / name)  # of processes that were killed
+            # Processes that were killed may have left halves of it.
+            sweep(folder / name)
         failed = {folder / path.name: run for path, run in self._failed.items()}
         # Slides that earlier calls or other shards have done belong to the picture, too.
         every = find_runs(folder) | failed

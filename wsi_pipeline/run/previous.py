@@ -31,7 +31,8 @@ def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
     try:
         with reaching(job.home):
             run = load_run(job.home / RUN_FILE)
-    except StoreError:  # nothing, or nothing that can be read
+    except StoreError:
+        # There is nothing, or nothing that can be read.
         run = None
     if run is not None and (run.status == "done" or run.amounts):
         facts = model_facts(bundle)
@@ -51,9 +52,11 @@ def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions)
         try:
             run = load_run(path)
         except StoreError as error:
-            if isinstance(error.__cause__, OSError):  # out of reach
+            # What is out of reach may be whole: nothing is written over it.
+            if isinstance(error.__cause__, OSError):
                 raise
-            return None  # damaged: it is written again
+            # A damaged record is written again.
+            return None
     wanted = {"key": key, "export": as_plain(export)}
     # What the model says of its limits may have changed since.
     same = run.status == "done" and run.model == model_facts(bundle)
@@ -72,7 +75,8 @@ def as_exported(home: Path, key: str, settings: Settings) -> Settings:
         held = run.settings
         if held["key"] == key and held["named"] == settings.as_plain()["named"]:
             return replace(settings, export=options_of(run))
-    except (StoreError, KeyError, TypeError, ValueError):  # no run, or none of this version
+    except (StoreError, KeyError, TypeError, ValueError):
+        # There is no run, or none of this version.
         pass
     return settings
 

@@ -98,7 +98,8 @@ class Result(ABC):
             try:
                 with files.staged() as stage:
                     write(stage / path.name)
-            except Exception as error:  # the mask is whole: whatever fails here must not cost it
+            except Exception as error:
+                # The mask is whole: whatever fails here must not cost it.
                 logger.debug("writing %s failed", path, exc_info=True)
                 failures.append(
                     why_not_written(path, error)

@@ -100,7 +100,8 @@ class ScanRun(SourceRun):
             raise StoreError(str(error)) from error
         side, unit = size or BLOCK_SIDE[axes], CHUNK[axes]
         block_shape: Shape = (side,) * axes
-        if axes > 2:  # tracing wants squares; of volumes fewer where pixels are coarser
+        # Tracing wants squares; a volume has fewer voxels along an axis where they are thick.
+        if axes > 2:
             sides = (side * min(step, 1.0) for step in prepared.step)
             block_shape = tuple(max(unit, round(n / unit) * unit) for n in sides)
         return Plan(
@@ -131,7 +132,8 @@ class ScanRun(SourceRun):
         logger.info("%s: %d patches", name_of(self.source.path), len(plan.grid))
         try:
             mask = ome_zarr.open_mask(store.mask_path)
-        except Exception:  # not there, or damaged in any way
+        except Exception:
+            # It is not there, or damaged in any way.
             store.forget_blocks()
             store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
         else:

@@ -142,10 +142,13 @@ def prepare(
         claim.enter_context(RunStore(folder=folder).claim())
         if done := finished(job.home):
             if job.target:
-                shutil.rmtree(folder, ignore_errors=True)  # of a process that was killed
-            return done  # by another process, a moment ago
+                # The process that moved it was killed before it removed this.
+                shutil.rmtree(folder, ignore_errors=True)
+            # Another process has done it, a moment ago.
+            return done
         if job.target and (done := finished(folder)):
-            return move_home(job, done)  # which an earlier run could not
+            # An earlier run could not reach the URL.
+            return move_home(job, done)
         model = model_key(bundle)
         store = open_run_store(
             folder, fingerprint=fingerprint, model=model, key=key, overwrite=overwrite

@@ -182,7 +182,8 @@ class RunStore:
                 for path in folder.glob(f".*{owner}.{kind}"):
                     remove(path)
         if process is None:
-            for path in self.mask_path.rglob("*.partial"):  # zarr's, which tell no process
+            # Those of zarr do not tell whose they are.
+            for path in self.mask_path.rglob("*.partial"):
                 remove(path)
 
     def empty(self) -> None:
@@ -217,7 +218,8 @@ class RunStore:
                 if sum(entry.file_size for entry in arrays.zip.infolist()) > room:
                     raise ValueError("it unpacks to more than a block has")
                 return dict(arrays)
-        except Exception as error:  # what is damaged may be anything
+        except Exception as error:
+            # What is damaged may raise anything.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise StoreError(
                 f"{path} is damaged ({reason}); segment the slide again, which does this block anew"

@@ -220,7 +220,8 @@ class BlockWorker:
         if not (bad := self._pixels.unreadable()):
             return []
         origins = plan.grid.origins[plan.patches(block)]
-        scale = np.array(plan.downsample) / plan.mask_downsample  # mask pixels per grid pixel
+        # Mask pixels per grid pixel, along each axis.
+        scale = np.array(plan.downsample) / plan.mask_downsample
         for region in bad:
             low = np.array([region.y, region.x]) / plan.mask_downsample
             high = low + np.array([region.height, region.width]) / plan.mask_downsample
@@ -259,7 +260,8 @@ def _best(
         return highest.cpu().numpy(), position.to(torch.uint8).cpu().numpy()
     planes = probabilities.numpy()
     best, chosen = planes[0].copy(), np.zeros(planes.shape[1:], np.uint8)
-    for index, plane in enumerate(planes[1:], start=1):  # many times faster than max(0)
+    # On a CPU this is many times faster than torch's max over the first axis.
+    for index, plane in enumerate(planes[1:], start=1):
         np.maximum(chosen, (plane > best).view(np.uint8) * np.uint8(index), out=chosen)
         np.maximum(best, plane, out=best)
     return best, chosen
@@ -272,7 +274,8 @@ def _kept_predictor(bundle: Bundle, plan: Plan, keep: WorkerCache) -> Predictor:
                 options.batch_size, plan.threads))  # fmt: skip
     predictor = keep.get(key)
     if not isinstance(predictor, Predictor):
-        while keep:  # of another model
+        # A model that is used no more gives its memory back first.
+        while keep:
             keep.popitem()[1].close()
         predictor = keep[key] = Predictor(
             bundle,

@@ -51,7 +51,8 @@ class WrittenFiles:
         try:
             with reaching(self._folder):
                 told = load_run(self._folder / RUN_FILE).files
-        except StoreError:  # no run, or none that can be read
+        except StoreError:
+            # There is no run, or none that can be read.
             told = None
         kept = store.written_path
         self._known = set((told or {}).values())
@@ -100,7 +101,8 @@ class WrittenFiles:
                 if other != name:
                     self._warnings[name] = f"{name} {STAYS}; the new one is {other}"
                 return other
-        raise AssertionError  # there are always more
+        # There are always more names.
+        raise AssertionError
 
     def ours(self, names: Collection[str], *, above: int = -1) -> list[str]:
         """Return what of an earlier run is there under these names and is no person's.
