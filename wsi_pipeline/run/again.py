@@ -18,8 +18,15 @@ from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
 from wsi_pipeline.run.finished import MASK_FILES, open_mask_of, open_scan_of
-from wsi_pipeline.run.result import ImageResult, Ledger, Result, SlideResult, VolumeResult
-from wsi_pipeline.run.scan_run import BLOCK_SIDE, without_dicom
+from wsi_pipeline.run.result import (
+    BLOCK_SIDE,
+    ImageResult,
+    Ledger,
+    Result,
+    SlideResult,
+    VolumeResult,
+    without_dicom,
+)
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from PIL import Image as Pictures
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.errors import SourceError, WsiPipelineError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.dicom_seg import write_dicom_seg
 from wsi_pipeline.export.lesions import Lesions, count_lesions
@@ -27,7 +27,7 @@ from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import why_not_written
 from wsi_pipeline.geometry import Block, Region, Shape
-from wsi_pipeline.options import ExportOptions, Output
+from wsi_pipeline.options import OUTPUTS, ExportOptions, Output, Settings
 from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
@@ -38,6 +38,8 @@ from wsi_pipeline.sources.radiology.volume import Volume
 
 logger = logging.getLogger(__name__)
 
+BLOCK_SIDE = {2: 2048, 3: 256}
+"""Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
 NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
 PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
 """Longest side of an image's overlay, px, and what a smaller one is enlarged to, whole times."""
@@ -329,6 +331,25 @@ class VolumeResult(ScanResult):
                 path, volume, self.mask, self.classes, self.lesions, note=stamp_of(self.model)
             ),
         }
+
+
+def without_dicom(scan: Scan, settings: Settings) -> Settings:
+    """Return the settings without the DICOM segmentation where it could not refer to its input.
+
+    Raises:
+        SourceError: it was asked for by name.
+    """
+    outputs = settings.export.outputs
+    if "dicom" not in outputs or scan.can_be_referred_to:
+        return settings
+    if outputs not in OUTPUTS.values():
+        what = "has no identifiers of its own" if scan.backend == "pydicom" else "is no DICOM"
+        raise SourceError(
+            f"{scan.path} {what}, which a DICOM segmentation must refer to; leave dicom out of "
+            "--outputs"
+        )
+    wanted = tuple(output for output in outputs if output != "dicom")
+    return replace(settings, export=replace(settings.export, outputs=wanted))
 
 
 def _lesion_facts(found: Lesions, size: str) -> dict[str, Any]:

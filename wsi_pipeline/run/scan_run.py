@@ -5,22 +5,28 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wsi_pipeline.bundle import AXES, Bundle
-from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import PatchGrid, Shape
-from wsi_pipeline.options import OUTPUTS, Settings, as_plain
+from wsi_pipeline.options import Settings, as_plain
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.result import ImageResult, Ledger, ScanResult, VolumeResult
+from wsi_pipeline.run.result import (
+    BLOCK_SIDE,
+    ImageResult,
+    Ledger,
+    ScanResult,
+    VolumeResult,
+    without_dicom,
+)
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -29,8 +35,6 @@ from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_sc
 
 logger = logging.getLogger(__name__)
 
-BLOCK_SIDE = {2: 2048, 3: 256}
-"""Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
 CHUNK = {2: 1024, 3: 64}
 """Side of a chunk of the mask while it grows; blocks are made of whole ones."""
 
@@ -202,22 +206,3 @@ class VolumeRun(ScanRun):
     """The run of a volume."""
 
     _result = VolumeResult
-
-
-def without_dicom(scan: Scan, settings: Settings) -> Settings:
-    """Return the settings without the DICOM segmentation where it could not refer to its input.
-
-    Raises:
-        SourceError: it was asked for by name.
-    """
-    outputs = settings.export.outputs
-    if "dicom" not in outputs or scan.can_be_referred_to:
-        return settings
-    if outputs not in OUTPUTS.values():
-        what = "has no identifiers of its own" if scan.backend == "pydicom" else "is no DICOM"
-        raise SourceError(
-            f"{scan.path} {what}, which a DICOM segmentation must refer to; leave dicom out of "
-            "--outputs"
-        )
-    wanted = tuple(output for output in outputs if output != "dicom")
-    return replace(settings, export=replace(settings.export, outputs=wanted))
