@@ -17,9 +17,10 @@ from PIL import Image
 from scipy import ndimage
 from sklearn import metrics as oracle
 
+from wsi_pipeline import evaluate
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import EvaluationError
+from wsi_pipeline.errors import EvaluationError, UsageError
 from wsi_pipeline.evaluation import compare
 from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all, pair_up
 from wsi_pipeline.evaluation.confusion import (
@@ -591,6 +592,35 @@ def test_a_cohort_is_judged_slide_by_slide_and_together(tmp_path: Path) -> None:
         "slide a.png",
         "slide b.png",
     ]
+
+
+def test_evaluate_from_python_gives_what_the_command_does(tmp_path: Path) -> None:
+    prediction, truth = random_mask(1), random_mask(2)
+    run = write_run(tmp_path / "run", prediction, (130, 90), mpp=0.5)
+    write_png(tmp_path / "truth.png", truth)
+    roi = write_geojson(tmp_path / "roi.geojson", [(shapely.box(0, 0, 50, 30), None)])
+    told: list[tuple[str, int, int, int, int]] = []
+    figures = evaluate(
+        str(run),
+        str(tmp_path / "truth.png"),
+        output=str(tmp_path / "python"),
+        roi=str(roi),
+        truth_values={"Tumor": (1,), "Stroma": (2,)},
+        progress=lambda *state: told.append(state),
+    )
+    assert figures["pooled"]["classes"]["Tumor"]["truth_px"] == (truth[:30, :50] == 1).sum()
+    assert told[-1][1] == told[-1][2] > 0
+    assert {state[3:] for state in told} == {(1, 1)}
+    values = ["--truth-values", "Tumor=1", "--truth-values", "Stroma=2", "--roi", roi]
+    run_evaluate(run, tmp_path / "truth.png", *values, "-o", tmp_path / "command")
+    for name in ("evaluation.json", "evaluation.csv", "run.png"):
+        assert (tmp_path / "python" / name).read_bytes() == (
+            tmp_path / "command" / name
+        ).read_bytes()
+    with pytest.raises(UsageError, match=r"no\.geojson"):
+        evaluate(run, tmp_path / "truth.png", roi=tmp_path / "no.geojson")
+    with pytest.raises(TypeError, match="tolerance"):
+        evaluate(run, tmp_path / "truth.png", tolerance=1)
 
 
 def test_the_picture_shows_where_the_sides_disagree(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from scipy import ndimage
 from sklearn.metrics import confusion_matrix
 from torch import Tensor
 
+from wsi_pipeline import train
 from wsi_pipeline.bundle import bundle_toml, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
@@ -331,6 +332,15 @@ def test_a_wrong_recipe_is_refused_with_the_reason(
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no recipe at"):
         load_recipe(tmp_path / "recipe.toml")
+    with pytest.raises(RecipeError, match="no recipe at"):
+        train(str(tmp_path / "recipe.toml"), None, str(tmp_path / "m"))
+
+
+def test_a_recipe_that_comes_from_no_file_needs_the_folder_of_its_data(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match="data_dir is None"):
+        train(recipe, None, tmp_path / "m")
 
 
 # -- samples ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         UsageError,
         WsiPipelineError,
     )
+    from wsi_pipeline.evaluation.evaluate import evaluate
     from wsi_pipeline.geometry import PatchGrid
     from wsi_pipeline.options import (
         ExportOptions,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from wsi_pipeline.run.tile import tile
     from wsi_pipeline.schedule.cluster import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
+    from wsi_pipeline.training.train import train
 
 __all__ = [
     "AnnotationError",
@@ -60,6 +62,7 @@ __all__ = [
     "StoredGrid",
     "UsageError",
     "WsiPipelineError",
+    "evaluate",
     "export_again",
     "find_slides",
     "load_bundle",
@@ -71,6 +74,7 @@ __all__ = [
     "segment",
     "segment_jobs",
     "tile",
+    "train",
 ]
 
 if not TYPE_CHECKING:  # type checkers would take any name for one of ours
@@ -80,6 +84,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
             "AnnotationError", "BundleError", "MissingMppError", "RecipeError", "SourceError",
             "StoreError", "UsageError", "WsiPipelineError",
         ),
+        "evaluation.evaluate": ("evaluate",),
         "geometry": ("PatchGrid",),
         "run.jobs": ("Job", "find_slides", "plan_jobs"),
         "options": (
@@ -92,6 +97,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
         "report.record": ("Run", "load_run"),
         "schedule.cluster": ("open_cluster",),
         "sources": ("Slide", "SlideView", "open_source"),
+        "training.train": ("train",),
         "patch_grid": ("StoredGrid", "open_patch_grid"),
     }  # fmt: skip
     _HOMES = {name: home for home, names in _NAMES.items() for name in names}

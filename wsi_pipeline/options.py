@@ -28,25 +28,24 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
     "volume": ("nifti", "dicom", "overlay"),
 }
 """What can be written, by a model's modality."""
-FOR_SLIDES = {
-    "select": {
-        "mpp": "--mpp",
-        "tissue": "--tissue",
-        "roi": "--roi",
-        "frame": "--for",
-        "any_resolution": "--any-resolution",
-    },
-    "predict": {"mask_mpp": "--mask-mpp"},
-    "export": {
-        "ngff": "--ngff",
-        "tiff": "--tiff",
-        "simplify_um": "--simplify",
-        "min_area_um2": "--min-area",
-        "frame": "--for",
-        "max_unreadable": "--max-unreadable",
-    },
+SLIDES, PLANAR, VOLUMES = ("slide",), ("slide", "image"), ("volume",)
+LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
+    ("select", "time_point"): ("--time-point", VOLUMES),
+    ("select", "series"): ("--series", PLANAR),
+    ("select", "mpp"): ("--mpp", SLIDES),
+    ("select", "tissue"): ("--tissue", SLIDES),
+    ("select", "roi"): ("--roi", SLIDES),
+    ("select", "frame"): ("--for", SLIDES),
+    ("select", "any_resolution"): ("--any-resolution", SLIDES),
+    ("predict", "mask_mpp"): ("--mask-mpp", SLIDES),
+    ("export", "ngff"): ("--ngff", SLIDES),
+    ("export", "tiff"): ("--tiff", SLIDES),
+    ("export", "simplify_um"): ("--simplify", SLIDES),
+    ("export", "min_area_um2"): ("--min-area", SLIDES),
+    ("export", "frame"): ("--for", SLIDES),
+    ("export", "max_unreadable"): ("--max-unreadable", SLIDES),
 }
-"""Options by group that mean nothing for images and volumes, and what the command calls them."""
+"""Options that mean something for some modalities only, what the command calls them, and which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,19 +186,12 @@ class Settings:
         fitting = OUTPUTS[modality]
         if wrong := [name for name in self.export.outputs if name not in fitting]:
             return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
-        if modality != "volume" and self.select.time_point is not None:
-            return "--time-point is for volumes"
-        if modality == "slide":
-            return ""
-        if modality == "volume" and self.select.series is not None:
-            return "--series is for slides and images"
         usual = Settings()
-        for group, names in FOR_SLIDES.items():
-            given, default = getattr(self, group), getattr(usual, group)
-            asked = (self.named or {}) if group == "export" else {}
-            for name, flag in names.items():
-                if name in asked or getattr(given, name) != getattr(default, name):
-                    return f"{flag} is for slides"
+        for (group, name), (flag, kinds) in LIMITED.items():
+            given, default = (getattr(getattr(of, group), name) for of in (self, usual))
+            is_named = group == "export" and name in (self.named or ())
+            if modality not in kinds and (is_named or given != default):
+                return f"{flag} is for {' and '.join(f'{kind}s' for kind in kinds)}"
         return ""
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
 
 import click
 
-from wsi_pipeline.cli.options import Figure, OutputsChoice
-from wsi_pipeline.options import Frame, TiffKind
+from wsi_pipeline.cli.options import frame_option, outline_options, some_of
 
 
 @click.command()
@@ -21,34 +19,13 @@ from wsi_pipeline.options import Frame, TiffKind
 )
 @click.option(
     "--outputs",
-    type=OutputsChoice(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
+    type=some_of(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
     help="To write besides those that are there.",
 )
-@click.option(
-    "--tiff",
-    type=click.Choice(get_args(TiffKind)),
-    help="asap writes ASAP's kind beside the OME-TIFF.",
-)
-@click.option(
-    "--simplify",
-    "simplify_um",
-    type=Figure(min=0),
-    help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
-)
-@click.option(
-    "--min-area",
-    "min_area_um2",
-    type=Figure(min=0),
-    help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
-)
-@click.option(
-    "--for",
-    "frame",
-    type=click.Choice(get_args(Frame)),
-    help="Whose origin polygons and TIFF have on slides with bounds.",
-)
+@outline_options()
+@frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context
-def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: Any) -> None:
+def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object) -> None:
     """Write what is made of finished masks again, with other settings.
 
     RUN_DIR: the folder of one slide, image or volume, or the --output of `segment` for all of them

@@ -7,17 +7,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypedDict, TypeVar, Unpack, get_args
 
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.options import DEVICES, Frame, Output, SelectOptions
+from wsi_pipeline.options import DEVICES, ExportOptions, Frame, SelectOptions, TiffKind
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 Param = click.Parameter | None
 Context = click.Context | None
 """What click tells a type beside the value, where it calls it."""
+SELECT = SelectOptions()
 
 
 @contextmanager
@@ -29,13 +30,23 @@ def wrong_usage(kind: type[WsiPipelineError] = WsiPipelineError) -> Iterator[Non
         raise click.UsageError(str(error)) from error
 
 
-def once(*flags: str, **attributes: Any) -> Callable[[F], F]:
+class Attributes(TypedDict, total=False):
+    """What `once` passes on to click."""
+
+    type: click.ParamType[Any]
+    default: object
+    show_default: bool
+    required: bool
+    help: str
+
+
+def once(*flags: str, **attributes: Unpack[Attributes]) -> Callable[[F], F]:
     """Return an option of one value that is refused when it is given twice.
 
     Of several the last would count, and the others would be ignored without a word.
     """
 
-    def only(ctx: click.Context, param: click.Parameter, values: tuple[Any, ...]) -> Any:
+    def only(ctx: click.Context, param: click.Parameter, values: tuple[object, ...]) -> object:
         if len(values) > 1:
             raise click.UsageError(f"{flags[0]} is given {len(values)} times; expected one", ctx)
         return values[0] if values else None
@@ -45,16 +56,26 @@ def once(*flags: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(*flags, multiple=True, callback=only, **attributes)
 
 
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Return a decorator that adds several options in this order."""
+
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 class InSections(click.Command):
     """A command whose --help lists its options in sections.
 
     Args:
-        sections: names of parameters by the title of their section; others come last.
+        sections: names of parameters, with spaces between, by the title of their section; others
+            come last.
     """
 
-    def __init__(
-        self, *args: object, sections: Mapping[str, Sequence[str]], **attributes: object
-    ) -> None:
+    def __init__(self, *args: object, sections: Mapping[str, str], **attributes: object) -> None:
         super().__init__(*args, **attributes)  # type: ignore[arg-type]
         self._sections = sections
 
@@ -64,7 +85,7 @@ class InSections(click.Command):
         records = {option.name: option.get_help_record(ctx) for option in options}
         for title, names in self._sections.items():
             with formatter.section(title):
-                formatter.write_dl([row for name in names if (row := records.pop(name))])
+                formatter.write_dl([row for name in names.split() if (row := records.pop(name))])
         with formatter.section("Options"):
             formatter.write_dl(list(filter(None, records.values())))
 
@@ -84,39 +105,55 @@ MPP = Figure(min=1e-4, max=1000)
 """µm per pixel: whatever a microscope, a camera or an overview has."""
 
 
-class DeviceChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """Where to compute."""
+class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
+    """What a function makes of a text; its ValueError says what is wrong with that."""
 
-    name = "auto|cpu|cuda|cuda:N"
+    def __init__(self, name: str, parse: Callable[[str], object]) -> None:
+        self.name, self._parse = name, parse
 
-    def convert(self, value: str, param: Param, ctx: Context) -> str:
-        """Return the device's name."""
-        if not re.fullmatch(DEVICES, str(value)):
-            self.fail(f"{value!r} is none of {self.name.replace('|', ', ')}", param, ctx)
-        return str(value)
+    def convert(self, value: object, param: Param, ctx: Context) -> object:
+        """Return what the text means; what is no text is a default."""
+        try:
+            return self._parse(value) if isinstance(value, str) else value
+        except (ValueError, OverflowError) as error:
+            self.fail(str(error), param, ctx)
 
 
-class TissueChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """`auto`, `none` or a file."""
+def read_device(text: str) -> str:
+    """Return the device's name."""
+    if not re.fullmatch(DEVICES, text):
+        raise ValueError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+    return text
 
-    name = "auto|none|FILE"
 
-    def convert(self, value: str, param: Param, ctx: Context) -> Any:
-        """Return the word, or the path of an existing file."""
-        if value in ("auto", "none"):
-            return value
-        if not Path(value).is_file():
-            self.fail(f"{value!r} is neither auto, none nor a file", param, ctx)
-        return Path(value)
+def read_tissue(text: str) -> str | Path:
+    """Return the word, or the path of an existing file."""
+    if text in ("auto", "none"):
+        return text
+    if not Path(text).is_file():
+        raise ValueError(f"{text!r} is neither auto, none nor a file")
+    return Path(text)
+
+
+def some_of(choices: Sequence[str]) -> Parsed:
+    """Return the type of a comma-separated list of choices, each taken once."""
+
+    def read(text: str) -> tuple[str, ...]:
+        names = dict.fromkeys(text.split(","))
+        if odd := [name for name in names if name not in choices]:
+            raise ValueError(f"{odd[0]!r} is none of {', '.join(choices)}")
+        return tuple(names)
+
+    return Parsed(",".join(choices), read)
+
+
+DEVICE = Parsed("auto|cpu|cuda|cuda:N", read_device)
+TISSUE = Parsed("auto|none|FILE", read_tissue)
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A folder, here or, where that is allowed, behind a URL.
-
-    Args:
-        url: whether it is.
-        exists: whether a folder here must be there.
-    """
+    """A folder, which `exists` here, or behind a URL where that is allowed."""
 
     def __init__(self, *, url: bool, exists: bool = False) -> None:
         self._url, self._exists = url, exists
@@ -136,20 +173,38 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         return as_path(value, use_listings_cache=False)
 
 
-class OutputsChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A comma-separated list of outputs."""
+def frame_option(help: str, default: Frame | None = SELECT.frame) -> Callable[[F], F]:
+    """Return the option that says whose origin GeoJSON has."""
+    return click.option(
+        "--for", "frame", type=click.Choice(get_args(Frame)), default=default, help=help
+    )
 
-    def __init__(self, choices: Sequence[Output]) -> None:
-        self._choices = choices
-        self.name = ",".join(choices)
 
-    def convert(self, value: str, param: Param, ctx: Context) -> tuple[Output, ...]:
-        """Return the outputs, each once."""
-        names: Any = value if isinstance(value, tuple) else str(value).split(",")
-        for name in names:
-            if name not in self._choices:
-                self.fail(f"{name!r} is none of {', '.join(self._choices)}", param, ctx)
-        return tuple(dict.fromkeys(names))
+def outline_options(usual: ExportOptions | None = None) -> Callable[[F], F]:
+    """Return a decorator that adds the options of what is written; `usual` has the defaults."""
+    return together(
+        click.option(
+            "--tiff",
+            type=click.Choice(get_args(TiffKind)),
+            default=usual and usual.tiff,
+            help="asap writes ASAP's kind beside the OME-TIFF.",
+        ),
+        click.option(
+            "--simplify",
+            "simplify_um",
+            type=Figure(min=0),
+            default=usual and usual.simplify_um,
+            help="Root of the largest triangle that simplifying an outline may cut off, µm; "
+            "0 = exact.",
+        ),
+        click.option(
+            "--min-area",
+            "min_area_um2",
+            type=Figure(min=0),
+            default=usual and usual.min_area_um2,
+            help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
+        ),
+    )
 
 
 series_option = click.option(
@@ -165,45 +220,27 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
     Args:
         mpp_flag: what the slide's own resolution is called.
     """
-    options = (
+    return together(
         click.option(
-            mpp_flag,
-            "mpp",
-            type=MPP,
-            help="µm per level-0 pixel, for slides that do not say.",
+            mpp_flag, "mpp", type=MPP, help="µm per level-0 pixel, for slides that do not say."
         ),
         once(
             "--mpp-table",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            type=FILE,
             help="CSV with the columns slide and mpp: the same for each slide that it names.",
         ),
         series_option,
         once(
             "--tissue",
-            type=TissueChoice(),
-            default=SelectOptions().tissue,
+            type=TISSUE,
+            default=SELECT.tissue,
             help="Where to look: found on the thumbnail, everywhere, a mask image or GeoJSON.",
         ),
-        once(
-            "--roi",
-            type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="GeoJSON polygons to which the result is limited.",
-        ),
-        click.option(
-            "--for",
-            "frame",
-            type=click.Choice(get_args(Frame)),
-            default=SelectOptions().frame,
-            help="Whose origin GeoJSON (read and written) and TIFF have on slides with bounds.",
+        once("--roi", type=FILE, help="GeoJSON polygons to which the result is limited."),
+        frame_option(
+            "Whose origin GeoJSON (read and written) and TIFF have on slides with bounds."
         ),
     )
-
-    def decorate(command: F) -> F:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
 
 
 inputs_argument = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)

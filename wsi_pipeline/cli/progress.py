@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from types import TracebackType
-from typing import Any, Self
+from typing import NoReturn, Self
 
 from tqdm import tqdm
 
@@ -13,7 +12,7 @@ SECONDS_IN_FILES = 60.0
 """Between two states of a bar in the log of a batch job: a night of them stays readable."""
 
 
-def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> Any:
+def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> tqdm[NoReturn]:
     """Return a bar on stderr, redrawn at once on a terminal, and seldom in a file.
 
     Args:
@@ -32,26 +31,32 @@ def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> A
 
 
 class Bars:
-    """One bar at a time; of several slides the first that is not through."""
+    """One bar at a time.
+
+    Args:
+        of: how many slides go on side by side, of which the first that is not through is shown;
+            1 = one after another, each with its bar.
+    """
 
     def __init__(self, *, quiet: bool, unit: str, of: int = 1) -> None:
         self._quiet, self._unit, self._of = quiet, unit, of
         self._name = ""
-        self._bar: Any = None
+        self._bar: tqdm[NoReturn] | None = None
         self._drawing = threading.RLock()
 
     def __call__(self, name: str, done: int, total: int, *, number: int = 1) -> None:
         """Show how far `name` is, which is the slide of that number, unless another is shown."""
         name = self._title(name, number)
         with self._drawing:
-            if self._bar is None or (name != self._name and self._bar.n >= self._bar.total):
+            bar = self._bar
+            if bar is None or (name != self._name and (self._of == 1 or bar.n >= (bar.total or 0))):
                 self.close()
                 self._name = name
-                self._bar = new_bar(
+                self._bar = bar = new_bar(
                     name, total=total, initial=done, unit=self._unit, quiet=self._quiet
                 )
             if name == self._name:
-                self._bar.update(done - self._bar.n)
+                bar.update(done - bar.n)
 
     def tell(self, name: str, text: str, *, number: int = 1) -> None:
         """Show what is done with `name` now that nothing is counted, unless another is shown."""
@@ -73,10 +78,5 @@ class Bars:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -10,18 +10,18 @@ import click
 from click.core import ParameterSource
 
 from wsi_pipeline.cli.options import (
+    DEVICE,
     MPP,
-    Context,
-    DeviceChoice,
     Figure,
     InSections,
     OutputChoice,
-    OutputsChoice,
-    Param,
+    Parsed,
     inputs_argument,
     once,
+    outline_options,
     overwrite_option,
     select_options,
+    some_of,
     work_option,
     wrong_usage,
 )
@@ -38,7 +38,6 @@ from wsi_pipeline.options import (
     ScheduleOptions,
     SelectOptions,
     Settings,
-    TiffKind,
     as_plain,
     chosen,
 )
@@ -54,82 +53,45 @@ LINE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
 
 
-class Shard(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """`I/N`: the I-th of N equal shares, counted from 1."""
-
-    name = "I/N"
-
-    def convert(self, value: str, param: Param, ctx: Context) -> tuple[int, int]:
-        """Return (i, n)."""
-        try:
-            index, count = (int(part) for part in str(value).split("/"))
-        except ValueError:
-            self.fail(f"{value!r} is not of the form I/N, such as 2/8", param, ctx)
-        if not 1 <= index <= count:
-            self.fail(f"{value!r}: I must lie between 1 and N", param, ctx)
-        return index, count
+def read_shard(text: str) -> tuple[int, int]:
+    """Return (i, n): the i-th of n equal shares, counted from 1."""
+    try:
+        index, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ValueError(f"{text!r} is not of the form I/N, such as 2/8") from None
+    if not 1 <= index <= count:
+        raise ValueError(f"{text!r}: I must lie between 1 and N")
+    return index, count
 
 
-class Gpus(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """Numbers of GPUs with commas between."""
-
-    name = "N,N"
-
-    def convert(self, value: str, param: Param, ctx: Context) -> tuple[int, ...]:
-        """Return the numbers, each once."""
-        numbers = str(value).split(",")
-        if not all(number.isdecimal() for number in numbers):
-            self.fail(f"{value!r} is no list of numbers such as 0,2", param, ctx)
-        return tuple(dict.fromkeys(map(int, numbers)))
+def read_gpus(text: str) -> tuple[int, ...]:
+    """Return the numbers of GPUs, each once."""
+    numbers = text.split(",")
+    if not all(number.isdecimal() for number in numbers):
+        raise ValueError(f"{text!r} is no list of numbers such as 0,2")
+    return tuple(dict.fromkeys(map(int, numbers)))
 
 
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """A number of bytes with its unit."""
+def read_memory(text: str) -> int:
+    """Return the bytes of a size with its unit."""
+    from wsi_pipeline.schedule.memory import read_size
 
-    name = "SIZE"
-
-    def convert(self, value: str, param: Param, ctx: Context) -> int:
-        """Return the bytes."""
-        from wsi_pipeline.schedule.memory import read_size
-
-        try:
-            size = read_size(str(value))
-        except (ValueError, OverflowError) as error:
-            self.fail(str(error), param, ctx)
-        if size <= 0:
-            self.fail(f"{value!r} is no memory at all", param, ctx)
-        return size
+    if (size := read_size(text)) <= 0:
+        raise ValueError(f"{text!r} is no memory at all")
+    return size
 
 
 @click.command(
     cls=InSections,
     sections={
-        "Where to look": (
-            "mpp",
-            "mpp_table",
-            "series",
-            "time_point",
-            "tissue",
-            "roi",
-            "frame",
-            "any_resolution",
-        ),
-        "Model": ("model", "overlap", "blend", "device", "precision", "batch_size"),
-        "Mask": ("mask_mpp", "block_size", "ngff", "max_unreadable"),
-        "Files": (
-            "output",
-            "work",
-            "outputs",
-            "tiff",
-            "simplify_um",
-            "min_area_um2",
-            "overwrite",
-            "dry_run",
-        ),
-        "Machine": ("workers", "gpus", "max_ram"),
-        "Cluster": ("scheduler", "cluster", "shard"),
+        "Where to look": "mpp mpp_table series time_point tissue roi frame any_resolution",
+        "Model": "model overlap blend device precision batch_size",
+        "Mask": "mask_mpp block_size ngff max_unreadable",
+        "Files": "output work outputs tiff simplify_um min_area_um2 overwrite dry_run",
+        "Machine": "workers gpus max_ram",
+        "Cluster": "scheduler cluster shard",
     },
-)  # fmt: skip
+)
 @inputs_argument
 @once("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
 @click.option(
@@ -162,7 +124,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option(
     "--device",
-    type=DeviceChoice(),
+    type=DEVICE,
     default=PREDICT.device,
     help="auto: the first GPU, else the CPU.",
 )
@@ -190,32 +152,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 )
 @click.option(
     "--outputs",
-    type=OutputsChoice(get_args(Output)),
+    type=some_of(get_args(Output)),
     help="What to write  [default: all that there is for the model's modality]",
 )
 @click.option(
     "--ngff", type=click.Choice(get_args(Ngff)), default=EXPORT.ngff, help="OME-Zarr version."
 )
-@click.option(
-    "--tiff",
-    type=click.Choice(get_args(TiffKind)),
-    default=EXPORT.tiff,
-    help="asap writes ASAP's kind beside the OME-TIFF.",
-)
-@click.option(
-    "--simplify",
-    "simplify_um",
-    type=Figure(min=0),
-    default=EXPORT.simplify_um,
-    help="Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
-)
-@click.option(
-    "--min-area",
-    "min_area_um2",
-    type=Figure(min=0),
-    default=EXPORT.min_area_um2,
-    help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
-)
+@outline_options(EXPORT)
 @click.option(
     "--max-unreadable",
     type=Figure(min=0, max=100),
@@ -229,9 +172,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     default=SCHEDULE.workers,
     help="Workers of the in-process cluster, or jobs of --cluster.",
 )
-@click.option("--gpus", type=Gpus(), help="This machine's GPUs to use  [default: all]")
 @click.option(
-    "--max-ram", type=Size(), help="Memory that this process may take, such as 8GB.  [default: all]"
+    "--gpus", type=Parsed("N,N", read_gpus), help="This machine's GPUs to use  [default: all]"
+)
+@click.option(
+    "--max-ram",
+    type=Parsed("SIZE", read_memory),
+    help="Memory that this process may take, such as 8GB.  [default: all]",
 )
 @click.option("--scheduler", help="Address or scheduler file of a running dask scheduler.")
 @click.option(
@@ -239,7 +186,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     type=click.Choice(get_args(Queue)),
     help="Queue to which workers are submitted, as dask's configuration says.",
 )
-@click.option("--shard", type=Shard(), help="Do only the I-th of N shares of the slides.")
+@click.option(
+    "--shard", type=Parsed("I/N", read_shard), help="Do only the I-th of N shares of the slides."
+)
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context

@@ -9,6 +9,7 @@ import click
 
 from wsi_pipeline.cli.options import (
     MPP,
+    InSections,
     inputs_argument,
     output_option,
     overwrite_option,
@@ -18,14 +19,17 @@ from wsi_pipeline.cli.options import (
 from wsi_pipeline.options import Frame, SelectOptions
 
 
-@click.command()
+@click.command(
+    cls=InSections,
+    sections={
+        "Where to look": "mpp mpp_table series tissue roi frame",
+        "Patches": "target_mpp patch_size overlap",
+        "Files": "output overwrite",
+    },
+)
 @inputs_argument
 @click.option(
-    "--mpp",
-    "target_mpp",
-    type=MPP,
-    required=True,
-    help="Resolution to store, µm per pixel.",
+    "--mpp", "target_mpp", type=MPP, required=True, help="Resolution to store, µm per pixel."
 )
 @click.option("--patch-size", type=click.IntRange(min=1), default=512, help="Side of a patch, px.")
 @click.option(
@@ -96,6 +100,7 @@ def command(
                     progress=partial(bars, name_of(job.path), number=number),
                 )
             except WsiPipelineError as error:
+                bars.close()
                 reason = str(error).removeprefix(f"{without_secrets(str(job.path))}: ")
                 if isinstance(error, MissingMppError):
                     reason = reason.replace("--mpp", "--slide-mpp")

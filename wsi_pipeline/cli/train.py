@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from wsi_pipeline.cli.options import output_option, overwrite_option, wrong_usage
-from wsi_pipeline.cli.progress import new_bar
+from wsi_pipeline.cli.progress import Bars
 
 
 @click.command()
@@ -63,7 +62,6 @@ def command(
     import torch
 
     from wsi_pipeline.inference.predictor import choose_device
-    from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.train import train
 
     if device == "cuda":
@@ -71,52 +69,24 @@ def command(
             choose_device(device)
     if threads:
         torch.set_num_threads(threads)
-    with Bar(quiet=ctx.obj["quiet"]) as bar:
+
+    def show(name: str, done: int, total: int, loss: float, best: float | None) -> None:
+        bars(name, done, total)
+        bars.tell(name, f"loss={loss:.3f}" + ("" if best is None else f", Dice={best:.3f}"))
+
+    with Bars(quiet=ctx.obj["quiet"], unit="steps") as bars:
         scores = train(
-            load_recipe(recipe_path),
-            data_dir or recipe_path.parent,
+            recipe_path,
+            data_dir,
             output,
             folds={"all": None, "none": ()}.get(folds, tuple(folds.split(","))),
             device=device,
             devices=devices,
             overwrite=overwrite,
-            progress=bar.show,
+            progress=show,
         )
     for patient, classes in scores.items():
         for name, score in classes.items():
             figures = f"Dice {score.dice:.3f}\tIoU {score.iou:.3f}"
             nothing = f"Dice -\tIoU -\tnot there, called so in {score.called:.3f}"
             click.echo(f"{patient}\t{name}\t{figures if score.share else nothing}")
-
-
-class Bar:
-    """One bar for each training, with its loss and best validation Dice."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._name = ""
-        self._bar: Any = None
-
-    def show(self, name: str, done: int, total: int, loss: float, best: float | None) -> None:
-        """Show how far a training is."""
-        if self._bar is None or name != self._name:
-            self.close()
-            self._name = name
-            self._bar = new_bar(
-                name, total=total, initial=done - 1, unit="steps", quiet=self._quiet
-            )
-        told = {"loss": f"{loss:.3f}"} | ({} if best is None else {"Dice": f"{best:.3f}"})
-        self._bar.set_postfix(told, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        """End the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

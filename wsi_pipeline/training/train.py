@@ -28,7 +28,7 @@ from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_histo
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
-from wsi_pipeline.training.recipe import Recipe
+from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
 from wsi_pipeline.training.validate import Judged, Score, accuracy, measure, scores_of
@@ -43,8 +43,8 @@ EVERYBODY = "all patients"
 
 
 def train(
-    recipe: Recipe,
-    data_dir: str | Path,
+    recipe: Recipe | str | Path,
+    data_dir: str | Path | None,
     output: str | Path,
     *,
     folds: Collection[str] | None = None,
@@ -58,8 +58,8 @@ def train(
     Killed, the same call goes on where it stopped.
 
     Args:
-        recipe: what and how to train.
-        data_dir: the folder that the recipe's paths start from.
+        recipe: what and how to train, or the file that says so.
+        data_dir: the folder that the recipe's paths start from; None = the folder of its file.
         output: the bundle's folder.
         folds: splits to measure by, each in its own training: patients, or the numbers of groups;
             None = all, empty = none.
@@ -76,7 +76,10 @@ def train(
             folder with another training.
         BusyError: another process trains in the folder.
     """
-    data_dir, output = Path(data_dir), Path(output)
+    file, recipe = (None, recipe) if isinstance(recipe, Recipe) else (recipe, load_recipe(recipe))
+    if data_dir is None and file is None:
+        raise RecipeError("data_dir is None, and the recipe comes from no file; name the folder")
+    data_dir, output = Path(data_dir or Path(str(file)).parent), Path(output)
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
