@@ -62,7 +62,13 @@ def command(
     from wsi_pipeline.errors import MissingMppError, WsiPipelineError
     from wsi_pipeline.files.paths import name_of, without_secrets
     from wsi_pipeline.patch_grid import is_patch_grid
-    from wsi_pipeline.run.jobs import find_slides, plan_jobs, read_mpp_table, why_none
+    from wsi_pipeline.run.jobs import (
+        SLIDE_SUFFIXES,
+        find_slides,
+        plan_jobs,
+        read_mpp_table,
+        why_none,
+    )
     from wsi_pipeline.run.tile import tile
     from wsi_pipeline.tissue.select import check_files
 
@@ -72,7 +78,7 @@ def command(
         table = read_mpp_table(mpp_table) if mpp_table else None
     slides = find_slides(inputs, output=output)
     if not slides:
-        raise click.UsageError(why_none(inputs, "slide"))
+        raise click.UsageError(why_none(inputs, "slides", SLIDE_SUFFIXES))
     select = SelectOptions(
         mpp=mpp,
         series=series,

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -158,12 +158,13 @@ def _iter_remote(path: Path) -> Iterator[Path]:
             yield entry
 
 
-def why_none(inputs: Inputs, modality: str) -> str:
+def why_none(inputs: Inputs, what: str, suffixes: Collection[str] = ()) -> str:
     """Return that nothing was found, what lies there instead, and what to do.
 
     Args:
-        inputs: in which nothing was found.
-        modality: of the model, "slide", "image" or "volume".
+        inputs: Files and folders in which nothing was found.
+        what: "slides", "images" or "volumes".
+        suffixes: By which such are known in folders; none where their first bytes tell them.
     """
     inputs, seen = as_inputs(inputs), set[str]()
     kinds: Counter[str] = Counter()
@@ -175,16 +176,16 @@ def why_none(inputs: Inputs, modality: str) -> str:
         else:
             kinds[path.suffix or path.name] += 1
     there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
-    text = f"no {modality}s found in {', '.join(map(str, inputs))}, which holds {there}"
+    text = f"no {what} found in {', '.join(map(str, inputs))}, which holds {there}"
     pictures = [kind for kind in kinds if kind.lower() in (".png", ".jpg", ".jpeg")]
-    if modality == "slide" and pictures:
-        text += (
-            "; pictures are taken as slides where they are named, as in "
-            f"'{inputs[0]}/**/*{pictures[0]}', with their µm per pixel as --mpp"
-        )
-    elif modality == "slide":
-        text += f"; of folders files are taken that end in {', '.join(sorted(SLIDE_SUFFIXES))}"
-    return text
+    if not suffixes:
+        return text
+    if not pictures:
+        return f"{text}; of folders files are taken that end in {', '.join(sorted(suffixes))}"
+    return (
+        f"{text}; pictures are taken as {what} where they are named, as in "
+        f"'{inputs[0]}/**/*{pictures[0]}', with their µm per pixel as --mpp"
+    )
 
 
 def read_mpp_table(path: str | Path) -> dict[str, float]:

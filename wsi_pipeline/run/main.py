@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -28,7 +28,14 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.batch import segment_jobs
-from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table, why_none
+from wsi_pipeline.run.jobs import (
+    SLIDE_SUFFIXES,
+    Job,
+    find_slides,
+    plan_jobs,
+    read_mpp_table,
+    why_none,
+)
 from wsi_pipeline.run.overview import Overview
 from wsi_pipeline.run.segment import check_settings
 from wsi_pipeline.run.status import note_jobs
@@ -41,12 +48,12 @@ LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
 MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
-FINDERS: Mapping[str, Callable[..., list[Path]]] = {
-    "slide": find_slides,
-    "image": find_images,
-    "volume": find_volumes,
+FINDERS: Mapping[str, tuple[Callable[..., list[Path]], Collection[str]]] = {
+    "slide": (find_slides, SLIDE_SUFFIXES),
+    "image": (find_images, ()),
+    "volume": (find_volumes, ()),
 }
-"""What finds the inputs, by the modality of the model."""
+"""What finds the inputs, and the suffixes that it looks for, by the modality of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,15 +179,16 @@ def plan_batch(
         schedule, device = _with_gpus(schedule, settings.predict.device)
         settings = replace(settings, predict=replace(settings.predict, device=device))
     bundle = load_bundle(model)
+    find, suffixes = FINDERS[bundle.modality]
     with _wrong_usage():
-        if mpp_table and FINDERS[bundle.modality] is not find_slides:
+        if mpp_table and not suffixes:
             raise BundleError(f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s")
         check_settings(settings, bundle)
         table = read_mpp_table(mpp_table) if mpp_table else None
         folder = choose_work(home, Path(work) if work else None)
-    every = plan_jobs(FINDERS[bundle.modality](inputs, output=folder), folder, table, target=target)
+    every = plan_jobs(find(inputs, output=folder), folder, table, target=target)
     if not every:
-        raise UsageError(why_none(inputs, bundle.modality))
+        raise UsageError(why_none(inputs, f"{bundle.modality}s", suffixes))
     index, count = shard or (1, 1)
     return Batch(
         bundle=bundle,
