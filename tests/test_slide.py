@@ -38,8 +38,8 @@ from wsi_pipeline.sources.mpp import (
     um_per,
 )
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
-from wsi_pipeline.sources.slide import SlideView
 from wsi_pipeline.sources.tiff_reader import FileBytes, TiffBackend
+from wsi_pipeline.sources.view import SlideView
 
 Pixels = npt.NDArray[np.uint8]
 MakeSlide = Callable[..., Path]

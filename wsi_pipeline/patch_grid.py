@@ -17,7 +17,7 @@ import zarr
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.arrays import read_whole, trusted
-from wsi_pipeline.files.records import read_json
+from wsi_pipeline.files.ngff import zarr_attributes
 from wsi_pipeline.geometry import PatchGrid, Region
 
 FORMAT = "wsi_pipeline/patch-grid"
@@ -132,12 +132,7 @@ def close_patch_grid(path: Path, unreadable: Iterable[Region] = ()) -> None:
 
 def is_patch_grid(path: Path) -> bool:
     """Return whether a folder looks like a patch grid, without reading it."""
-    try:
-        meta = read_json(path / "zarr.json")
-    except (OSError, ValueError, RecursionError):
-        return False
-    attributes = meta.get("attributes", {}) if isinstance(meta, dict) else {}
-    return isinstance(attributes, dict) and attributes.get("format") == FORMAT
+    return (zarr_attributes(path) or {}).get("format") == FORMAT
 
 
 def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:

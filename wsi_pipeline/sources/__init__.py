@@ -16,7 +16,8 @@ from wsi_pipeline.sources.brightfield import why_not_brightfield
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.open import open_slide_file
 from wsi_pipeline.sources.patch_grid_reader import StoredBackend
-from wsi_pipeline.sources.slide import Slide, SlideView
+from wsi_pipeline.sources.slide import Slide
+from wsi_pipeline.sources.view import SlideView
 
 __all__ = ["Slide", "SlideView", "open_source", "why_not_brightfield"]
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,19 @@ MAX_PIECE = 1 << 28
 """Bytes that one stored tile or chunk may have when decoded: all of it must fit in memory."""
 SAMPLE = 1 << 18
 """Bytes read at the head, the middle and the tail of a file for its fingerprint."""
+
+
+class Opened:
+    """What is given back by `close`, or at the end of a `with`."""
+
+    def close(self) -> None:
+        """Give the file back; nothing is to be done where it is closed already."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Backend(Protocol):

@@ -8,11 +8,11 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import ExifTags
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -51,30 +51,24 @@ GDAL = {
 }
 
 
+@dataclass(eq=False)
 class Spool:
     """The pixels of one picture, decoded in order when they are first asked for.
 
     A picture that does not fit in memory is decoded band by band into a temporary file, which is
     gone with the object.
+
+    Attributes:
+        directory: Offset of a TIFF's directory, 0 in other files.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        size: tuple[int, int],
-        *,
-        driver: str,
-        directory: int = 0,
-        alpha: Alpha = "straight",
-    ):
-        """Say which picture; `directory` is the offset of a TIFF's, 0 in other files."""
-        self._path = path
-        self._alpha = alpha
-        self._size = size
-        self._driver = driver
-        self._directory = directory
-        self._lock = threading.Lock()
-        self._pixels: npt.NDArray[np.uint8] | None = None
+    path: Path
+    size: tuple[int, int]
+    driver: str
+    directory: int = 0
+    alpha: Alpha = "straight"
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _pixels: Pixels | None = field(default=None, init=False)
 
     def read(self, x: int, y: int, width: int, height: int) -> Pixels:
         """Return a rectangle, uint8 (height, width, 3)."""
@@ -87,17 +81,17 @@ class Spool:
         """Give memory or file back."""
         self._pixels = None
 
-    def _decoded(self) -> npt.NDArray[np.uint8]:
-        width, height = self._size
+    def _decoded(self) -> Pixels:
+        width, height = self.size
         rows = max(1, BAND // (width * 3))
-        with _local(self._path) as path, opened(path, self._driver, self._directory) as dataset:
-            if (dataset.width, dataset.height) != self._size:
-                raise ValueError(f"{dataset.width} × {dataset.height} px, {self._size} expected")
+        with _local(self.path) as path, opened(path, self.driver, self.directory) as dataset:
+            if (dataset.width, dataset.height) != self.size:
+                raise ValueError(f"{dataset.width} × {dataset.height} px, {self.size} expected")
             if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
                 raise ValueError(f"{dataset.count} bands of {dataset.dtypes[0]}")
             windows = (((a, min(a + rows, height)), (0, width)) for a in range(0, height, rows))
             read = (np.moveaxis(dataset.read(window=window), 0, -1) for window in windows)
-            bands = (as_rgb(band, self._alpha) for band in read)
+            bands = (as_rgb(band, self.alpha) for band in read)
             if width * height * 3 <= IN_MEMORY:
                 pixels, top = np.empty((height, width, 3), np.uint8), 0
                 for band in bands:

@@ -66,6 +66,7 @@ class Levels:
         self.level_sizes: Sizes = backend.level_sizes
         self.level_tiles: Sizes = backend.level_tiles
         self.doubts: list[str] = []
+        self.read_level = backend.read_level
         self._lock = threading.RLock()
         self._settled: dict[int, Downsample | None] = {}
         for level in range(1, len(self.level_sizes)):
@@ -93,14 +94,6 @@ class Levels:
             if level not in self._settled:
                 self._settled[level] = self._settle(level)
         return self._settled[level] is not None
-
-    def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        """Read a rectangle that lies inside a level; return uint8 (height, width, 3).
-
-        Raises:
-            SourceError: the file cannot be read there.
-        """
-        return self._backend.read_level(level, x, y, width, height)
 
     def gaps(self, level: int, x: int, y: int, pixels: Pixels) -> Iterator[tuple[int, int]]:
         """Yield (x, y) of stored tiles that were left out of a level, but not of all finer ones.

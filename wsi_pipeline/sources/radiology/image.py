@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,14 @@ import tifffile
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.formats import DRIVERS, Kind, kind_of
 from wsi_pipeline.geometry import Shape, box_slices
-from wsi_pipeline.sources.base import MAX_PIECE, check_size, one_line, sampled_digest, turned_doubts
+from wsi_pipeline.sources.base import (
+    MAX_PIECE,
+    Opened,
+    check_size,
+    one_line,
+    sampled_digest,
+    turned_doubts,
+)
 from wsi_pipeline.sources.decoded import DENSEST, opened
 from wsi_pipeline.sources.radiology.dicom import (
     burnt_in,
@@ -34,14 +41,11 @@ SUFFIXES = frozenset(["", ".png", ".jpg", ".jpeg", ".tif", ".tiff"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Image:
+class Image(Opened):
     """An opened planar image; its pixels are in memory.
 
     Attributes:
         spacing_mm: (y, x) mm between pixels; None where the file does not say.
-        fingerprint: Digest of the content.
-        backend: Name of the library that read it.
-        doubts: Sentences that a user should read.
         value_range: Values of black and white: of the file's window, of its bits, or the least
             and the largest.
         frame: Which of several frames, from 0.
@@ -87,15 +91,6 @@ class Image:
     def can_be_referred_to(self) -> bool:
         """Return whether it is DICOM."""
         return self.backend == "pydicom"
-
-    def close(self) -> None:
-        """Do nothing: the file is closed already."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def as_meant(stored: npt.NDArray[Any], slope: Any, intercept: Any) -> npt.NDArray[np.float32]:

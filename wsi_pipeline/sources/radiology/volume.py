@@ -9,10 +9,10 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.geometry import Shape
-from wsi_pipeline.sources.base import one_line, sampled_digest
+from wsi_pipeline.sources.base import Opened, one_line, sampled_digest
 from wsi_pipeline.sources.decoded import DENSEST
 from wsi_pipeline.sources.radiology.image import as_meant
 
@@ -36,36 +36,27 @@ Affine = npt.NDArray[np.float64]
 """(4, 4), maps (x, y, z, 1) voxel indices to mm to the right, front and top (RAS+)."""
 
 
+@dataclass(eq=False)
 class Voxels:
     """Stored voxels (z, y, x) in a file, or decoded once into a temporary one.
 
     They are read, not mapped: pages that a mapping has touched would count as this process's.
+
+    Attributes:
+        decode: Writer of the voxels to a file, where they are not stored as such.
+        slope: Factor of stored voxels, a number or (z, 1, 1).
+        intercept: What is added to them then, likewise.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        shape: Shape,
-        dtype: npt.DTypeLike,
-        *,
-        offset: int = 0,
-        decode: Callable[[BinaryIO], None] | None = None,
-        slope: npt.ArrayLike = 1.0,
-        intercept: npt.ArrayLike = 0.0,
-    ) -> None:
-        """Say where they lie; `decode` writes them to a file, where they are not stored as such.
-
-        `slope` and `intercept` are numbers, or (z, 1, 1).
-        """
-        self.shape = shape
-        self.dtype = np.dtype(dtype)
-        self._path = path
-        self._offset = offset
-        self._decode = decode
-        self._slope = np.asarray(slope, np.float64)
-        self._intercept = np.asarray(intercept, np.float64)
-        self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
+    path: Path
+    shape: Shape
+    dtype: np.dtype[Any]
+    offset: int = 0
+    decode: Callable[[BinaryIO], None] | None = None
+    slope: npt.ArrayLike = 1.0
+    intercept: npt.ArrayLike = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+    _file: BinaryIO | None = field(default=None, init=False)
 
     def read(self, start: Shape, shape: Shape) -> npt.NDArray[np.float32]:
         """Read a box that lies inside, in whole rows; return (z, y, x), values as they are meant.
@@ -81,23 +72,21 @@ class Voxels:
                 file = self._open()
                 for i in range(depth):
                     row = (z + i) * self.shape[1] + y
-                    file.seek(self._offset + row * rows.strides[0])
+                    file.seek(self.offset + row * rows.strides[0])
                     if file.readinto(rows.view(np.uint8)) < rows.nbytes:
-                        raise SourceError(f"{self._path}: has become shorter while it was read")
+                        raise SourceError(f"{self.path}: has become shorter while it was read")
                     stored[i] = rows[:, x : x + width]
         except SourceError:
             raise
         except OSError as error:
-            place = f" (decoded to {tempfile.gettempdir()})" if self._decode else ""
-            raise SourceError(
-                f"{self._path}: cannot be read{place}: {error.strerror or error}"
-            ) from error
-        slope, intercept = (
-            v[z : z + depth] if v.ndim else v for v in (self._slope, self._intercept)
-        )
+            place = f" (decoded to {tempfile.gettempdir()})" if self.decode else ""
+            reason = f"{self.path}: cannot be read{place}: {error.strerror or error}"
+            raise SourceError(reason) from error
+        both = (np.asarray(v, np.float64) for v in (self.slope, self.intercept))
+        slope, intercept = (v[z : z + depth] if v.ndim else v for v in both)
         values = as_meant(stored, slope, intercept)
         if self.dtype.kind == "f" and not np.isfinite(values).all():
-            raise SourceError(f"{self._path}: holds values that are no numbers (NaN or infinite)")
+            raise SourceError(f"{self.path}: holds values that are no numbers (NaN or infinite)")
         return values
 
     def close(self) -> None:
@@ -112,28 +101,24 @@ class Voxels:
         if self._file is None:
             with ExitStack() as closing:
                 file: Any
-                if self._decode is None:
-                    file = closing.enter_context(self._path.open("rb"))
+                if self.decode is None:
+                    file = closing.enter_context(self.path.open("rb"))
                 else:
                     file = closing.enter_context(tempfile.TemporaryFile())
-                    self._decode(file)
+                    self.decode(file)
                 closing.pop_all()
                 self._file = file
         return self._file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Volume:
+class Volume(Opened):
     """An opened volume.
 
     Attributes:
-        path: File, or folder of a DICOM series.
         shape: (z, y, x) voxels; x is the first axis of a NIfTI, the columns of a DICOM slice.
         spacing_mm: (z, y, x) mm between voxels.
         affine: (4, 4), maps (x, y, z, 1) voxel indices to mm to the right, front and top (RAS+).
-        fingerprint: Digest of the content.
-        backend: Name of the library that read it.
-        doubts: Sentences that a user should read.
         voxels: Stored voxels of each time point that is read.
         window: Values that the file wants to be shown, where it says.
         slices: (file, frame) of each DICOM slice in order, of the first time point; empty where it
@@ -191,12 +176,6 @@ class Volume:
         """Give temporary files back."""
         for voxels in self.voxels:
             voxels.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_volume(path: Path, *, time_points: Sequence[int] | None = None) -> Volume:
@@ -283,7 +262,6 @@ def volume_of_file(
     """Return the volume of one file, its voxels where they lie or, if compressed, unpacked once.
 
     Args:
-        path: File of the voxels.
         affine: (4, 4), maps (x, y, z, 1) voxel indices to mm in RAS+.
         shape: (z, y, x) voxels.
         dtype: Kind of the stored voxels.
@@ -320,16 +298,8 @@ def volume_of_file(
     voxels = []
     for start in (offset + number * nbytes for number in volumes):
         decode = unpack and partial(_unpack, path, unpack, packed_from, start, nbytes)
-        own = Voxels(
-            path,
-            shape,
-            dtype,
-            offset=0 if decode else start,
-            decode=decode,
-            slope=slope,
-            intercept=intercept,
-        )
-        voxels.append(own)
+        begin = 0 if decode else start
+        voxels.append(Voxels(path, shape, dtype, begin, decode, slope, intercept))
     return Volume(
         path=path,
         shape=shape,
