@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +92,16 @@ def _fingerprint(path: Path) -> str:
     as do those of all files where the slide is a folder, and what zarr's metadata says.
     """
     if not path.is_file():
+        remote: Any = path
+        if is_remote(path):
+            root = remote.path.rstrip("/")
+            found = remote.fs.find(root, detail=True).items()
+            files = [(name.removeprefix(root).lstrip("/"), entry["size"]) for name, entry in found]
+        else:
+            below = (file for file in path.rglob("*") if file.is_file())
+            files = [(file.relative_to(path).as_posix(), file.stat().st_size) for file in below]
         digest = hashlib.sha256()
-        for name, size in sorted(_files(path)):
+        for name, size in sorted(files):
             digest.update(f"{name} {size}\n".encode())
             if name.rpartition("/")[2] in (".zattrs", ".zarray", "zarr.json"):
                 digest.update((path / name).read_bytes())
@@ -106,16 +113,3 @@ def _fingerprint(path: Path) -> str:
             if other.suffix.lower() in (".dat", ".ini"):
                 digest.update(f"{other.name} {other.stat().st_size}\n".encode())
     return digest.hexdigest()
-
-
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield name and size of the files in a folder and below."""
-    if not is_remote(folder):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                yield path.relative_to(folder).as_posix(), path.stat().st_size
-        return
-    remote: Any = folder
-    root = remote.path.rstrip("/")
-    for name, entry in remote.fs.find(root, detail=True).items():
-        yield name.removeprefix(root).lstrip("/"), entry["size"]

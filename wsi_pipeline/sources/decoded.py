@@ -7,7 +7,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,14 @@ class Spool:
     def _decoded(self) -> Pixels:
         width, height = self.size
         rows = max(1, BAND // (width * 3))
-        with _local(self.path) as path, opened(path, self.driver, self.directory) as dataset:
+        with ExitStack() as closing:
+            path = self.path
+            if is_remote(path):
+                # GDAL opens local files.
+                remote: Any = path
+                path = Path(closing.enter_context(tempfile.TemporaryDirectory())) / name_of(path)
+                remote.fs.get_file(remote.path, str(path))
+            dataset = closing.enter_context(opened(path, self.driver, self.directory))
             if (dataset.width, dataset.height) != self.size:
                 raise ValueError(f"{dataset.width} × {dataset.height} px, {self.size} expected")
             if set(dataset.dtypes) != {"uint8"} or dataset.count not in (1, 3, 4):
@@ -158,19 +165,6 @@ class PictureBackend:
     def close(self) -> None:
         """Give the picture back."""
         self._spool.close()
-
-
-@contextmanager
-def _local(path: Path) -> Iterator[Path]:
-    """Yield a path that GDAL opens; a remote file is copied for the time being."""
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / name_of(path)
-        remote: Any = path
-        remote.fs.get_file(remote.path, str(copy))
-        yield copy
 
 
 @contextmanager

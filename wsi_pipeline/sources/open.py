@@ -73,7 +73,17 @@ def _open(path: Path, series: int | None) -> Backend:
             return _open_folder(path, series)
     elif is_zarr_url(path):
         return OmeZarrBackend(path, series)
-    head = _read_head(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD)
+    except FileNotFoundError as error:
+        raise SourceError("no such file") from error
+    except Exception as error:
+        # Clients of remote stores raise what they like.
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise SourceError(f"cannot be read ({reason})") from error
+    if not head:
+        raise SourceError("an empty file; copy the slide again")
     kind = kind_by_head(head)
     if kind == "TIFF":
         return _open_tiff(path, series)
@@ -179,22 +189,6 @@ def _what_is_wrong(path: Path, head: bytes, refusal: str) -> str:
             return f"a {kind}, which is not read; save the picture as a tiled TIFF"
     found = refusal or "it begins like no kind of slide"
     return f"not a slide, {found}; check the file against its original"
-
-
-def _read_head(path: Path) -> bytes:
-    """Return the first bytes of a file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD)
-    except FileNotFoundError as error:
-        raise SourceError("no such file") from error
-    except Exception as error:
-        # Clients of remote stores raise what they like.
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise SourceError(f"cannot be read ({reason})") from error
-    if not head:
-        raise SourceError("an empty file; copy the slide again")
-    return head
 
 
 def _better(found: TiffBackend, reference: OpenSlideBackend) -> Backend:

@@ -54,8 +54,16 @@ class OpenSlideBackend:
         self.level_tiles: Sizes = tuple(zip(width, height, strict=True))
         self.doubts: tuple[str, ...] = ()
         self._is_dicom = self.properties.get("openslide.vendor") == "dicom"
+        spacings: dict[tuple[int, int], Downsample] = {}
+        if self._is_dicom and len(self.level_sizes) > 1:
+            spacings = _spacings(path, self.properties.get("dicom.SeriesInstanceUID", ""))
+        first = spacings.get(self.size)
+        stated = [
+            own and first and (own[0] / first[0], own[1] / first[1])
+            for own in map(spacings.get, self.level_sizes)
+        ]
         self.level_downsamples = stated_downsamples(
-            self.size, self.level_sizes, self.level_tiles, self._stated()
+            self.size, self.level_sizes, self.level_tiles, stated
         )
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
@@ -91,17 +99,6 @@ class OpenSlideBackend:
     def close(self) -> None:
         """Give the file back."""
         self._slide.close()
-
-    def _stated(self) -> list[Downsample | None]:
-        """Return the (x, y) downsample of each level of a DICOM slide by its PixelSpacing."""
-        spacings: dict[tuple[int, int], tuple[float, float]] = {}
-        if self._is_dicom and len(self.level_sizes) > 1:
-            spacings = _spacings(self._path, self.properties.get("dicom.SeriesInstanceUID", ""))
-        first = spacings.get(self.size)
-        return [
-            own and first and (own[0] / first[0], own[1] / first[1])
-            for own in map(spacings.get, self.level_sizes)
-        ]
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         slide = self._slide

@@ -88,9 +88,15 @@ class TiffBackend:
         # A slide must not name what else is opened.
         self._slide = tiffslide.TiffSlide(self._handle, tifffile_options={"_multifile": False})
         try:
-            self._file_size = self._slide.ts_tifffile.filehandle.size
-            _check_vendor(self._slide.ts_tifffile)
-            chosen = _choose_series(self._slide.ts_tifffile, series)
+            file = self._slide.ts_tifffile
+            self._file_size = file.filehandle.size
+            kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
+            kinds |= {"Philips TIFF": file.is_philips}
+            kinds |= {"Trestle TIFF": file.pages.first.software.startswith("MedScan")}
+            # Their tiles are pieces that have to be put together.
+            for kind in (kind for kind, is_it in kinds.items() if is_it):
+                raise OtherReader(f"{kind}, which only OpenSlide reads, and only from a local file")
+            chosen = _choose_series(file, series)
             page = chosen.keyframe
             self.properties: Mapping[str, str] = _properties(self._slide, page, name_of(path))
             try:
@@ -297,16 +303,6 @@ class FileBytes:
         """Give the file back."""
         if self._file is not None:
             self._file.close()
-
-
-def _check_vendor(file: tifffile.TiffFile) -> None:
-    """Refuse a TIFF whose pieces only OpenSlide puts together right."""
-    kinds = {"NDPI": file.is_ndpi, "SCN": file.is_scn, "BIF": file.is_bif}
-    kinds |= {"Philips TIFF": file.is_philips}
-    kinds |= {"Trestle TIFF": file.pages.first.software.startswith("MedScan")}
-    for kind, found in kinds.items():
-        if found:
-            raise OtherReader(f"{kind}, which only OpenSlide reads, and only from a local file")
 
 
 def _choose_series(file: tifffile.TiffFile, wanted: int | None) -> Any:

@@ -81,7 +81,21 @@ class Preparation:
         pixels = np.full((*shape, colours), self.outside, np.float32)
         if all(a < b for a, b in zip(low, high, strict=True)):
             inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
-            self._resample(scan, low, high, out=pixels[inside])
+            (first, stop, weights), *rest = (
+                axis_weights(a, b, step=step, length=n, interpolation=self.interpolation)
+                for a, b, step, n in zip(low, high, self.step, self.padded_shape, strict=True)
+            )
+            out = pixels[inside]
+            rows = out if weights is None else np.empty((stop - first, *out.shape[1:]), np.float32)
+            across = math.prod(b - a for a, b, _ in rest)
+            for top, bottom in _spans(first, stop, max(1, SLAB_PX // across)):
+                begin, end = (top, *(a for a, _, _ in rest)), (bottom, *(b for _, b, _ in rest))
+                slab = self._source(scan, begin, end)
+                for axis, (_, _, own) in enumerate(rest, start=1):
+                    slab = _mixed(slab, axis, own)
+                rows[top - first : bottom - first] = slab
+            if weights is not None:
+                out[...] = _mixed(rows, 0, weights)
         pixels -= np.float32(self.black)
         pixels *= np.float32(1 / (self.white - self.black))
         if self.is_clipped:
@@ -89,24 +103,6 @@ class Preparation:
         if pixels.shape[-1] == self.channels:
             return pixels
         return np.repeat(pixels, self.channels, axis=-1)
-
-    def _resample(self, scan: Scan, low: Sequence[int], high: Sequence[int], out: Pixels) -> None:
-        """Write the source's values at grid pixels that lie inside into (*box, C)."""
-        axes = [
-            axis_weights(a, b, step=step, length=n, interpolation=self.interpolation)
-            for a, b, step, n in zip(low, high, self.step, self.padded_shape, strict=True)
-        ]
-        (first, stop, weights), *rest = axes
-        rows = out if weights is None else np.empty((stop - first, *out.shape[1:]), np.float32)
-        across = math.prod(b - a for a, b, _ in rest)
-        for top, bottom in _spans(first, stop, max(1, SLAB_PX // across)):
-            start = (top, *(a for a, _, _ in rest))
-            slab = self._source(scan, start, (bottom, *(b for _, b, _ in rest)))
-            for axis, (_, _, own) in enumerate(rest, start=1):
-                slab = _mixed(slab, axis, own)
-            rows[top - first : bottom - first] = slab
-        if weights is not None:
-            out[...] = _mixed(rows, 0, weights)
 
     def _source(self, scan: Scan, start: Shape, stop: Shape) -> Pixels:
         """Return the source's values in a box of the mirrored and padded frame."""
