@@ -110,8 +110,6 @@ def upload(folder: Path, target: Path, *, last: str, replaced: Collection[str]) 
     First the chunks of its zarrs, then their metadata, then all other files, then `last`.
 
     Args:
-        folder: Folder here.
-        target: Its place, behind a URL.
         last: Name of the file that tells that the others are there.
         replaced: Names of files and folders that are removed from there before, with `last`.
 
@@ -159,7 +157,6 @@ def fetch(
     What is there already is not fetched again while `first` is the same.
 
     Args:
-        target: Folder behind a URL.
         copies: Folder here, created; what it holds besides goes.
         first: Name of the file without which a folder does not count.
         whole: Names of files that are copied as well, where they are.

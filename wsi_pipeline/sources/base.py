@@ -55,13 +55,10 @@ class Backend(Protocol):
     """What reads the stored pixels of one source.
 
     Attributes:
-        name: Name of the library, for people.
         size: (width, height) of level 0.
         level_sizes: (width, height) of each stored level.
         level_downsamples: (x, y) level-0 pixels per pixel of each level, as the file says.
         level_tiles: (width, height) of the pieces that each level is stored in.
-        properties: What the file says about itself.
-        doubts: Sentences on what makes its picture doubtful.
     """
 
     name: str
@@ -136,13 +133,9 @@ def tiles_touching(
 def part_of(
     pixels: Pixels, corner: tuple[int, int], place: tuple[int, int], size: tuple[int, int]
 ) -> Pixels:
-    """Return the view of pixels that a rectangle covers.
+    """Return the view of pixels that a rectangle of (width, height) covers.
 
-    Args:
-        pixels: (h, w, samples).
-        corner: (x, y) of the first of them.
-        place: (x, y) of the rectangle's corner.
-        size: (width, height) of the rectangle.
+    `corner` is the (x, y) of the first pixel, `place` that of the rectangle.
     """
     rows, columns = (
         slice(max(start - first, 0), max(start + length - first, 0))
@@ -252,14 +245,7 @@ def stated_downsamples(
     level_tiles: Sequence[tuple[int, int]],
     stated: Sequence[Downsample | None],
 ) -> Downsamples:
-    """Return the (x, y) downsample of each level: what the file says, else what the sizes do.
-
-    Args:
-        size: (width, height) of level 0.
-        level_sizes: (width, height) of each level.
-        level_tiles: (width, height) of the tiles of each level.
-        stated: What the file says of each level, by whatever means; None = nothing.
-    """
+    """Return the (x, y) downsample of each level: what the file says, else what the sizes do."""
     found = []
     for level_size, tile, said in zip(level_sizes, level_tiles, stated, strict=True):
         by_size = snap_downsample(size, level_size)

@@ -57,7 +57,7 @@ class Levels:
         size: (width, height) of level 0.
         level_sizes: (width, height) of each stored level, those that are no levels among them.
         level_tiles: (width, height) of the pieces that each is stored in.
-        doubts: sentences on levels that are left out or not what they seem.
+        doubts: Sentences on levels that are left out or not what they seem.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -98,11 +98,7 @@ class Levels:
     def gaps(self, level: int, x: int, y: int, pixels: Pixels) -> Iterator[tuple[int, int]]:
         """Yield (x, y) of stored tiles that were left out of a level, but not of all finer ones.
 
-        Args:
-            level: Number of the level that was read.
-            x: Left edge of what was read, in pixels of the level.
-            y: Top edge of it.
-            pixels: What was read there, uint8 (h, w, 3).
+        They are those of the pixels that were read at another (x, y) of the level.
         """
         sparse = self._backend
         if level == 0 or not isinstance(sparse, Sparse):

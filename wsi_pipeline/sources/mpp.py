@@ -47,7 +47,6 @@ class MppReading:
     """What one source in a file says.
 
     Attributes:
-        source: Name of the source, for people.
         mpp: (x, y) µm per level-0 pixel.
         doubt: Reason why it is not believed; "" where it is.
     """
@@ -181,10 +180,8 @@ def ome_mpp(xml: str, *, ifd: int, size: tuple[int, int], name: str = "") -> dic
     may lie in other files, or have no pixels at all.
 
     Args:
-        xml: Text of the OME-XML.
         ifd: Index of the picture's directory in the file, from 0.
         size: (width, height) of the picture.
-        name: Name of the file.
     """
     uuid: str | None = None
 

@@ -47,7 +47,6 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
     agree, being several times faster, and OpenSlide where they do not.
 
     Args:
-        path: A file, a folder or a URL.
         series: Which image of an OME-TIFF or OME-Zarr with several; None = the largest of RGB.
 
     Raises:

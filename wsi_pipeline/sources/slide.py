@@ -23,12 +23,9 @@ class Slide(Opened):
 
     Attributes:
         mpp: (x, y) µm per level-0 pixel.
-        mpp_source: Name of what says so.
         fingerprint: Hex digest of the content, whatever the file's name and date.
         first_doubts: Those of `doubts` that were known when it was opened.
         stored_mpp: µm per stored pixel where the source is a patch grid, which knows no finer one.
-        pixels: Reader of the file.
-        levels: The same, as far as its levels show what they should.
     """
 
     path: Path
@@ -94,7 +91,6 @@ class Slide(Opened):
         pixels where the ratio to that level is whole or nearly so, else by a triangle filter.
 
         Args:
-            mpp: µm per pixel, along both axes.
             tolerance: Relative deviation from `mpp` up to which a whole ratio is preferred.
 
         Raises:

@@ -65,7 +65,6 @@ class OtherReader(SourceError):
 
     Attributes:
         size: (width, height) of the slide, where it is known.
-        properties: What the file says of the slide.
     """
 
     size: tuple[int, int] | None = None
@@ -202,9 +201,27 @@ class TiffBackend:
         """Decode the tiles or strips that a rectangle touches; return the rectangle."""
         pixels = np.empty((height, width, 3), dtype=np.uint8)
         tile_width, tile_height = segment_size(page)
+        across = -(-page.imagewidth // tile_width)
         segments = list(tiles_touching(x, y, width, height, (tile_width, tile_height)))
         # Threads may draw at once from the iterator of a list.
         left = iter(segments)
+
+        def paste(place: tuple[int, int], scratch: Pixels) -> None:
+            """Decode the tile or strip at (x, y) into its place."""
+            index = place[1] // tile_height * across + place[0] // tile_width
+            target = part_of(pixels, (x, y), place, (tile_width, tile_height))
+            try:
+                tile = self._tile(page, index, scratch, self._bytes)
+            except Exception:
+                log.debug("%s: tile %d is tried again", self._path, index, exc_info=True)
+                with closing(FileBytes(self._path)) as fresh:
+                    tile = self._tile(page, index, scratch, fresh)
+            part = pixels[:0] if tile is None else part_of(tile, place, (x, y), (width, height))
+            part = part[: target.shape[0], : target.shape[1]]
+            # A tile may have been left out, or be smaller than it should be.
+            if part.shape != target.shape:
+                target[:] = WHITE
+            target[: part.shape[0], : part.shape[1]] = part
 
         def work() -> None:
             # libjpeg-turbo writes aligned rows past the cache, from which they are read again at
@@ -213,7 +230,7 @@ class TiffBackend:
             start = (8 - memory.ctypes.data) % 16
             scratch = memory[start:][: memory.size - 32].reshape(tile_height, tile_width, 3)
             for place in left:
-                self._paste(pixels, (x, y), page, place, scratch)
+                paste(place, scratch)
 
         # The calling thread is one of those that work.
         helpers = [self._threads.submit(work) for _ in range(min(count_cpus(), len(segments)) - 1)]
@@ -225,31 +242,6 @@ class TiffBackend:
         for helper in begun:
             helper.result()
         return pixels
-
-    def _paste(
-        self,
-        pixels: Pixels,
-        corner: tuple[int, int],
-        page: Any,
-        place: tuple[int, int],
-        scratch: Pixels,
-    ) -> None:
-        """Decode the tile or strip at (x, y) into `pixels`, whose corner lies at another (x, y)."""
-        width, height = segment_size(page)
-        index = place[1] // height * -(-page.imagewidth // width) + place[0] // width
-        target = part_of(pixels, corner, place, (width, height))
-        try:
-            tile = self._tile(page, index, scratch, self._bytes)
-        except Exception:
-            log.debug("%s: tile %d is tried again", self._path, index, exc_info=True)
-            with closing(FileBytes(self._path)) as fresh:
-                tile = self._tile(page, index, scratch, fresh)
-        part = pixels[:0] if tile is None else part_of(tile, place, corner, pixels.shape[1::-1])
-        part = part[: target.shape[0], : target.shape[1]]
-        # A tile may have been left out, or be smaller than it should be.
-        if part.shape != target.shape:
-            target[:] = WHITE
-        target[: part.shape[0], : part.shape[1]] = part
 
     def _tile(self, page: Any, index: int, scratch: Pixels, file: FileBytes) -> Pixels | None:
         """Return the pixels of a tile or strip, which may lie in `scratch`; None: left out."""

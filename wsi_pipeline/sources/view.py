@@ -44,9 +44,7 @@ class SlideView:
     Attributes:
         shape: (height, width) in pixels of the view; the last row and column may cover the edge.
         downsample: (fy, fx) level-0 pixels per pixel of the view, exact.
-        level: Number of the stored level that it is computed from.
         ratio: (y, x) pixels of that level per pixel of the view: whole, or a multiple of 1/4096.
-        backend: Reader of the levels.
     """
 
     shape: tuple[int, int]

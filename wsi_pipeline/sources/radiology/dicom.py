@@ -297,7 +297,6 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
     """Return what the stored numbers of a file, or of one frame, mean.
 
     Args:
-        header: Header of the file.
         groups: Functional groups of the frame, which go before the file.
         full: Range of the output of a modality LUT, applied already.
 

@@ -33,7 +33,6 @@ class Series:
 
     Attributes:
         unread: Files that cannot be read and may be slices of it, each with the reason.
-        doubts: Sentences that a user should read.
     """
 
     files: list[tuple[Path, Dataset]] = field(default_factory=list)

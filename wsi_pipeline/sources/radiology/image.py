@@ -48,10 +48,8 @@ class Image(Opened):
         spacing_mm: (y, x) mm between pixels; None where the file does not say.
         value_range: Values of black and white: of the file's window, of its bits, or the least
             and the largest.
-        frame: Which of several frames, from 0.
         stored: (y, x, channels) pixels as they are stored.
-        slope: Factor of stored pixels.
-        intercept: What is added to them then.
+        slope: Factor of stored pixels, to which `intercept` is added.
     """
 
     path: Path
@@ -104,7 +102,6 @@ def open_image(path: Path, *, frame: int | None = None) -> Image:
     """Open a planar image: PNG, JPEG, TIFF or DICOM; return it.
 
     Args:
-        path: File of the image.
         frame: Which of several, from 0; None = that which the file names, or the first.
 
     Raises:

@@ -43,11 +43,9 @@ class Preparation:
 
     Attributes:
         shape: Grid pixels along each axis.
-        channels: Number of channels that the network sees.
         source_shape: Pixels along each axis, as the file has them.
         padded_shape: The same, padded.
         step: Source pixels per grid pixel along each axis.
-        is_mirrored: Whether columns are taken in reverse order.
         black: Value that becomes 0.
         white: Value that becomes 1.
         is_clipped: Whether values beyond those become 0 and 1.
@@ -132,8 +130,6 @@ def open_scan(
     """Open a planar image or a volume; return it.
 
     Args:
-        path: Its file, or the folder of a DICOM series.
-        axes: 2 or 3.
         frame: Which of a planar image with several, from 0; None = that which the file names.
         time_points: Which of a volume with several, from 0; None = there must be one.
 
@@ -290,7 +286,6 @@ def axis_weights(
         stop: One past the last.
         step: Source pixels per grid pixel.
         length: Source pixels along the axis.
-        interpolation: Name of the kernel.
 
     Returns:
         First source pixel, one past the last, and (grid pixels, source pixels) weights whose rows

@@ -44,8 +44,7 @@ class Voxels:
 
     Attributes:
         decode: Writer of the voxels to a file, where they are not stored as such.
-        slope: Factor of stored voxels, a number or (z, 1, 1).
-        intercept: What is added to them then, likewise.
+        slope: Factor of stored voxels, to which `intercept` is added: numbers or (z, 1, 1).
     """
 
     path: Path
@@ -225,8 +224,6 @@ def choose_times(
 
     Args:
         wanted: Their numbers, from 0; None = there must be one alone.
-        count: Number of time points that there are.
-        told_by: Name of what tells them apart.
 
     Raises:
         SourceError: none is wanted and there are several, or there is none of that number.
@@ -263,16 +260,10 @@ def volume_of_file(
 
     Args:
         affine: (4, 4), maps (x, y, z, 1) voxel indices to mm in RAS+.
-        shape: (z, y, x) voxels.
-        dtype: Kind of the stored voxels.
         offset: Bytes before the first voxel, in the file or in what is unpacked.
         volumes: Which of those that lie one behind the other, from 0.
         unpack: Opener of a compressed stream; None = stored as they are.
         packed_from: Byte of the file where the compressed stream begins.
-        slope: Factor of stored voxels.
-        intercept: What is added to them then.
-        backend: Name of the library that read the header.
-        doubts: Sentences that a user should read.
 
     Raises:
         SourceError: sizes, values or axes that no volume has, or fewer bytes than it needs.
