@@ -105,7 +105,7 @@ class Levels:
             return
         downsamples, (width, height) = self.level_downsamples, self.level_tiles[level]
 
-        def is_held_by(finer: int) -> bool:
+        def is_held(finer: int, left: int, top: int) -> bool:
             pairs = zip(downsamples[level], downsamples[finer], strict=True)
             (rx, ry) = (own / fine for own, fine in pairs)
             box = left * rx, top * ry, width * rx, height * ry
@@ -117,7 +117,7 @@ class Levels:
                 (part[0, 0] == sparse.blank).all()
                 and (part == sparse.blank).all()
                 and not sparse.holds(level, left // width, top // height)
-                and any(map(is_held_by, self.finer(level)))
+                and any(is_held(n, left, top) for n in self.finer(level))
             ):
                 yield left, top
 

@@ -3,62 +3,66 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.geometry import Region, Shape
 from wsi_pipeline.options import MPP_TOLERANCE
-from wsi_pipeline.sources import Slide, SlideView, open_source
+from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """(*box, C)."""
 
 
-class GridPixels(Protocol):
-    """An opened source, read in the pixels of its patch grid; several threads may read at once."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GridPixels:
+    """An opened source, read in the pixels of its patch grid; several threads may read at once.
+
+    Attributes:
+        reader: Reader of a box, by its start and shape; it adds to a list what cannot be read.
+    """
+
+    source: Slide | Scan
+    reader: Callable[[Shape, Shape, list[Region]], Pixels]
+    _bad: set[Region] = field(default_factory=set)
+    _noting: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def fingerprint(self) -> str:
         """Return the digest of the source's content."""
+        return self.source.fingerprint
 
     def read(self, start: Shape, shape: Shape) -> Pixels:
         """Return the pixels of a box that begins at `start`, in grid pixels."""
+        bad: list[Region] = []
+        pixels = self.reader(start, shape, bad)
+        with self._noting:
+            self._bad.update(bad)
+        return pixels
 
     def unreadable(self) -> list[Region]:
         """Return what of the boxes read so far could not be read, in level-0 pixels, sorted."""
+        with self._noting:
+            return sorted(self._bad, key=lambda r: (r.y, r.x, r.height, r.width))
 
     def close(self) -> None:
         """Close the source."""
-
-
-class PixelSource(Protocol):
-    """A source that is not open yet; it travels to the workers."""
-
-    @property
-    def path(self) -> Path:
-        """Return where the source lies."""
-
-    def open(self) -> GridPixels:
-        """Open the source on the machine on which this is called; return its pixels.
-
-        Raises:
-            SourceError: it cannot be read.
-        """
+        self.source.close()
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlidePixels:
-    """The pixels of a slide, or of a stored grid.
+    """The pixels of a slide, or of a stored grid, that is not open yet; it travels to the workers.
 
     Attributes:
-        path: absolute, or a URL.
+        path: Absolute path, or a URL.
         mpp: µm per level-0 pixel where the file does not say.
-        series: which image of a file with several.
+        series: Which image of a file with several.
         grid_mpp: µm per grid pixel.
     """
 
@@ -68,46 +72,29 @@ class SlidePixels:
     grid_mpp: float
 
     def open(self) -> GridPixels:
-        """Open the slide; return its pixels."""
+        """Open the slide on the machine on which this is called; return its pixels.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
         slide = open_source(self.path, mpp=self.mpp, series=self.series)
-        return _OpenSlide(slide, slide.at(self.grid_mpp, tolerance=MPP_TOLERANCE))
+        view = slide.at(self.grid_mpp, tolerance=MPP_TOLERANCE)
 
+        def read(start: Shape, shape: Shape, bad: list[Region]) -> Pixels:
+            return view.read((start[0], start[1]), (shape[0], shape[1]), bad=bad)
 
-@dataclass(frozen=True)
-class _OpenSlide:
-    slide: Slide
-    view: SlideView
-    bad: set[Region] = field(default_factory=set)
-    noting: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.slide.fingerprint
-
-    def read(self, start: Shape, shape: Shape) -> Pixels:
-        bad: list[Region] = []
-        pixels = self.view.read((start[0], start[1]), (shape[0], shape[1]), bad=bad)
-        with self.noting:
-            self.bad.update(bad)
-        return pixels
-
-    def unreadable(self) -> list[Region]:
-        with self.noting:
-            return sorted(self.bad, key=lambda r: (r.y, r.x, r.height, r.width))
-
-    def close(self) -> None:
-        self.slide.close()
+        return GridPixels(source=slide, reader=read)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPixels:
-    """The pixels of a planar image or a volume, prepared as the model wants to see them.
+    """The pixels of an image or volume that is not open yet; it travels to the workers.
 
     Attributes:
-        path: absolute.
-        frame: which of a planar image with several.
-        time_points: which of a volume with several.
-        prepared: how its pixels become those of the grid.
+        path: Absolute path.
+        frame: Which of a planar image with several.
+        time_points: Which of a volume with several.
+        prepared: How its pixels become those of the grid.
     """
 
     path: Path
@@ -116,26 +103,18 @@ class ScanPixels:
     prepared: Preparation
 
     def open(self) -> GridPixels:
-        """Open the file or series; return its pixels."""
+        """Open the file or series on the machine on which this is called; return its pixels.
+
+        Raises:
+            SourceError: it cannot be read.
+        """
         axes = len(self.prepared.shape)
         scan = open_scan(self.path, axes=axes, frame=self.frame, time_points=self.time_points)
-        return _OpenScan(scan, self.prepared)
+
+        def read(start: Shape, shape: Shape, _: list[Region]) -> Pixels:
+            return self.prepared.read(scan, start, shape)
+
+        return GridPixels(source=scan, reader=read)
 
 
-@dataclass(frozen=True)
-class _OpenScan:
-    scan: Scan
-    prepared: Preparation
-
-    @property
-    def fingerprint(self) -> str:
-        return self.scan.fingerprint
-
-    def read(self, start: Shape, shape: Shape) -> Pixels:
-        return self.prepared.read(self.scan, start, shape)
-
-    def unreadable(self) -> list[Region]:
-        return []
-
-    def close(self) -> None:
-        self.scan.close()
+PixelSource = SlidePixels | ScanPixels
