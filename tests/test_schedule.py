@@ -199,6 +199,20 @@ def test_each_gpu_gets_a_process_that_sees_no_other(monkeypatch):
     assert len({os.getpid(), *pids.values()}) == 3
 
 
+@pytest.mark.parametrize("from_stdin", [True, False])
+def test_a_script_without_a_guard_has_processes_for_gpus(tmp_path, from_stdin):
+    script = """
+from wsi_pipeline import ScheduleOptions, open_cluster
+with open_cluster(ScheduleOptions(gpus=(0, 1))) as client:
+    print(len(client.run(int)))
+"""
+    path = tmp_path / "script.py"
+    path.write_text(script)
+    command = [sys.executable, "-" if from_stdin else path]
+    done = subprocess.run(command, input=script, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.returncode) == ("2\n", 0), done.stderr
+
+
 class Slow:
     """Work that tells which process did it."""
 

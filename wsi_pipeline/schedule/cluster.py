@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
@@ -90,6 +91,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             client = closing.enter_context(_connect(options.scheduler))
         else:
             closing.enter_context(dask.config.set(IN_PROCESS))
+            closing.enter_context(_script_not_run_again())
             cluster = closing.enter_context(
                 _start(options) if options.cluster is None else _start_jobs(options.workers)
             )
@@ -99,6 +101,25 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             _check_versions(client)
         closing.enter_context(_with_states(client))
         yield client
+
+
+@contextmanager
+def _script_not_run_again() -> Iterator[None]:
+    """Keep worker processes of this machine from running the caller's script, guarded or not.
+
+    multiprocessing runs `__main__` again in each process that it spawns, for functions that are
+    defined there. Ours are in the package, and a script from standard input is no file at all.
+    """
+    main = sys.modules["__main__"]
+    spec, file = main.__spec__, main.__dict__.get("__file__")
+    main.__spec__ = None
+    main.__dict__.pop("__file__", None)
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
 
 
 def _start(options: ScheduleOptions) -> SpecCluster:
