@@ -10,7 +10,6 @@ import traceback
 import warnings
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any
 
 import click
 
@@ -56,7 +55,7 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run a command; a package error ends with its message and exit code 1."""
         try:
             return super().invoke(ctx)
@@ -73,8 +72,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(
-    cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
+    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
 @click.version_option(version("wsi-pipeline"), prog_name="wsi-pipeline")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for every block.")

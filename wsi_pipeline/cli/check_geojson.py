@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from wsi_pipeline.cli.options import FILE
+
 if TYPE_CHECKING:
     from wsi_pipeline.annotations import Finding, Repair, Report
 
 
 @click.command("check-geojson")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=FILE)
 @click.option(
     "--fix",
     "fixed",
@@ -44,7 +45,14 @@ def command(ctx: click.Context, file: Path, fixed: Path | None, as_json: bool) -
     click.echo(_summary(file, report), err=True)
     repairs = mend_geojson(file, fixed) if fixed else []
     if as_json:
-        click.echo(json.dumps(_as_object(file, report, repairs), indent=2))
+        told = {
+            "file": str(file),
+            "features": report.n_features,
+            "refused": report.is_refused,
+            "findings": [asdict(finding) for finding in report.findings],
+            "repairs": [asdict(repair) for repair in repairs],
+        }
+        click.echo(json.dumps(told, indent=2))
     failed = report.is_refused
     if fixed:
         for repair in repairs:
@@ -72,13 +80,3 @@ def _summary(file: Path, report: Report) -> str:
     if not report.findings:
         return f"{count}; QuPath imports and keeps all of it"
     return f"{count}; QuPath imports the file, remarks: {len(report.findings)}"
-
-
-def _as_object(file: Path, report: Report, repairs: Sequence[Repair]) -> dict[str, object]:
-    return {
-        "file": str(file),
-        "features": report.n_features,
-        "refused": report.is_refused,
-        "findings": [asdict(finding) for finding in report.findings],
-        "repairs": [asdict(repair) for repair in repairs],
-    }

@@ -33,26 +33,18 @@ def command(ctx: click.Context, output: Path, model: str) -> None:
             "the demonstration model is not part of the installed package: get the repository and "
             "run this from it, or name a bundle with --model"
         )
-    slide = _find_slide() or _make_slide(output)
+    data = os.environ.get("WSI_PIPELINE_TEST_DATA") or CHECKOUT.parent / "shared" / "data"
+    slide = Path(data) / SLIDE
+    if not slide.is_file():
+        slide = _make_slide(output)
     click.echo(f"segmenting {slide}", err=True)
+    line = [str(slide), "--model", model, "--output", str(output)]
     try:
-        ctx.invoke(segment, **_arguments(segment, slide, model, output))
+        ctx.invoke(segment, **segment.make_context("segment", line).params)
     finally:
         shown = sorted(path for path in (output / slide.stem).glob("*") if path.name[0] != ".")
         for path in [*shown, output / "summary.csv", output / "report.html"]:
             click.echo(str(path))
-
-
-def _arguments(segment: click.Command, slide: Path, model: str, output: Path) -> dict[str, object]:
-    """Return what the command line `segment SLIDE --model MODEL --output OUTPUT` would parse to."""
-    line = [str(slide), "--model", model, "--output", str(output)]
-    return segment.make_context("segment", line).params
-
-
-def _find_slide() -> Path | None:
-    folder = os.environ.get("WSI_PIPELINE_TEST_DATA") or CHECKOUT.parent / "shared" / "data"
-    path = Path(folder) / SLIDE
-    return path if path.is_file() else None
 
 
 def _make_slide(output: Path) -> Path:
@@ -76,7 +68,8 @@ def _make_slide(output: Path) -> Path:
             tile=(256, 256),
             photometric="rgb",
             compression="deflate",
-            resolution=(20_000, 20_000),  # pixels per cm: 0.5 µm each
+            # pixels per cm: 0.5 µm each
+            resolution=(20_000, 20_000),
             resolutionunit="CENTIMETER",
         )
     return path

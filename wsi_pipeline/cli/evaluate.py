@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import (
-    FILE,
-    MPP,
-    InSections,
-    Parsed,
-    frame_option,
-    once,
-    wrong_usage,
-)
+from wsi_pipeline.cli.options import FILE, MPP, InSections, Parsed, frame_option, once, wrong_usage
 from wsi_pipeline.errors import UsageError
 from wsi_pipeline.options import Frame
 
@@ -29,6 +21,8 @@ LARGEST_SIDE = 1 << 20
 """px of a slide's level 0, as for files."""
 LARGEST_VALUE = 65_535
 """Of a mask."""
+Facts = dict[str, Any]
+"""What is said as JSON, too."""
 Meaning = tuple[str, Sequence[int] | None]
 """A class and its mask values; None stands for those that nothing else names."""
 
@@ -194,7 +188,7 @@ def _values(entries: Iterable[Meaning], ignored: Sequence[int] = ()) -> Values:
     return Values(classes=joined, ignored=ignored, background=None if are_others else (0,))
 
 
-def _table(figures: Mapping[str, Any]) -> str:
+def _table(figures: Facts) -> str:
     from wsi_pipeline.evaluation.report import FIGURES, as_rows
 
     lines = ["\t".join(("slide", "class", *FIGURES))]

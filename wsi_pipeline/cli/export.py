@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import frame_option, outline_options, some_of
+from wsi_pipeline.cli.options import OUTLINES, frame_option, options_of, some_of
 
 
 @click.command()
@@ -17,12 +17,14 @@ from wsi_pipeline.cli.options import frame_option, outline_options, some_of
     required=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
 )
-@click.option(
-    "--outputs",
-    type=some_of(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
-    help="To write besides those that are there.",
+@options_of(
+    None,
+    outputs=(
+        some_of(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
+        "To write besides those that are there.",
+    ),
+    **OUTLINES,
 )
-@outline_options()
 @frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context
 def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object) -> None:
@@ -46,7 +48,8 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
         for path, run in find_runs(folder).items():
             if run.status == "done" or any((path / FILES[o]).exists() for o in MASKS):
                 runs.append(path)
-            else:  # it never had a mask, of which `segment` has told
+            else:
+                # it never had a mask, of which `segment` has told
                 click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
         raise click.UsageError(f"no finished run in {', '.join(map(str, folders))}")
@@ -71,5 +74,4 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
     for output in dict.fromkeys(folder.parent for folder in runs):
         if (output / "summary.csv").is_file():
             Overview(output).write()
-    if not is_whole:
-        ctx.exit(1)
+    ctx.exit(int(not is_whole))

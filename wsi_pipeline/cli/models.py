@@ -6,35 +6,35 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.demo import CHECKOUT
-from wsi_pipeline.cli.options import MPP
+from wsi_pipeline.cli.options import MPP, Parsed
 from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.options import ProgramFormat
 
-if TYPE_CHECKING:
-    from wsi_pipeline.networks.check import Trial
+
+def read_sides(text: str) -> tuple[int, ...]:
+    """Return whole numbers above 0, separated by commas."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{text!r} is not a number of pixels, or several with commas")
+    return tuple(map(int, parts))
 
 
-class Sizes(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4
-    """Whole numbers above 0, separated by commas."""
-
-    name = "PX[,PX…]"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        """Return the numbers as a tuple."""
-        if isinstance(value, tuple):
-            return value
-        parts = value.split(",")
-        if not all(part.strip().isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is not a number of pixels, or several with commas", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
+COSTS = (
+    ("parameters", "parameters", 1, ",.0f", ""),
+    ("MACs", "macs", 1e9, ",.3f", " G a patch"),
+    ("memory", "memory_bytes", 1e6, ",.0f", " MB, one patch in fp32"),
+)
+"""What is counted of a network: its name, key, unit, format and the unit's name."""
+Facts = dict[str, Any]
+"""What is said as JSON, too."""
+NO_WEIGHTS = "none: `models import` brings some in"
+SIDES = Parsed("PX[,PX…]", read_sides)
 bundle_argument = click.argument("location", metavar="BUNDLE")
 bundle_output_option = click.option(
     "--output",
@@ -65,16 +65,30 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     FOLDER is a bundle, or has bundles in it. Without: models/ of the current folder and of the
     checkout.
     """
-    places = folders or _usual_places()
-    paths = [path for place in places for path in _bundles_in(place)]
+    places = folders
+    if not places:
+        usual = (Path("models"), CHECKOUT / "models")
+        there = {place.resolve(): place for place in reversed(usual) if place.is_dir()}
+        places = tuple(reversed(there.values()))
+    files = [
+        file
+        for place in places
+        for file in (place / "model.toml", *sorted(place.glob("*/model.toml")))
+    ]
+    paths = [file.parent for file in files if file.is_file()]
     failed = False
     rows = []
     for path in paths:
         try:
-            rows.append((str(path), *_columns(load_bundle(path, fetch=False))))
+            bundle = load_bundle(path, fetch=False)
         except BundleError as error:
             click.echo(f"Error: {error}", err=True)
             failed = True
+            continue
+        finds = ", ".join(c.name for c in bundle.classes[1:])
+        finds += f"; {' or '.join(bundle.labels)}" if bundle.labels else ""
+        size = _weights_size(_weights(bundle))
+        rows.append((str(path), bundle.network, bundle.modality, finds, size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -102,7 +116,7 @@ def show(location: str, as_json: bool) -> None:
 
 @command.command("check")
 @bundle_argument
-@click.option("--patch-size", type=Sizes(), help="Try smaller patches.  [default: the bundle's]")
+@click.option("--patch-size", type=SIDES, help="Try smaller patches.  [default: the bundle's]")
 def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     """Try BUNDLE on random patches.
 
@@ -113,7 +127,12 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
 
     bundle = load_bundle(location)
     trial = try_bundle(bundle, patch_size=patch_size)
-    for name, value in _trial_rows(trial):
+    rows = [("weights", "the bundle's" if trial.has_weights else "none; random ones tried")]
+    rows += [(name, _by(shape)) for name, shape in trial.shapes.items()]
+    rows.append(("seconds", f"{trial.seconds:.2f}, the first patch"))
+    if trial.difference is not None:
+        rows.append(("folded", f"{trial.seconds_folded:.2f}, differs by {trial.difference:.1e}"))
+    for name, value in rows:
         click.echo(f"{name:<9}{value}")
     click.echo(f"{bundle.name} answers as its model.toml says", err=True)
 
@@ -126,12 +145,8 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     "--network", metavar="NAME", help="The network, for slides, where no bundle is like it."
 )
 @click.option("--classes", metavar="NAME,NAME[,…]", help="In the mask's order, background first.")
-@click.option(
-    "--mpp",
-    type=MPP,
-    help="µm per pixel that it was trained at.",
-)
-@click.option("--patch-size", type=Sizes(), help="Of its patches; overlaps become a quarter.")
+@click.option("--mpp", type=MPP, help="µm per pixel that it was trained at.")
+@click.option("--patch-size", type=SIDES, help="Of its patches; overlaps become a quarter.")
 @click.option("--key", help="Where in the checkpoint the tensors are, as `ema.model`.")
 @overwrite_option
 def import_(
@@ -243,7 +258,7 @@ def export(
     click.echo(str(output))
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
+def describe(bundle: Bundle) -> Facts:
     """Count what a bundle's network costs; return all that is known of it, ready for JSON."""
     return {
         "path": str(bundle.path),
@@ -253,7 +268,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _weights(bundle: Bundle) -> dict[str, Any]:
+def _weights(bundle: Bundle) -> Facts:
     path, origin = bundle.weights_path, bundle.weights_origin
     return {
         "path": str(path) if path else None,
@@ -274,103 +289,57 @@ def _cost(bundle: Bundle) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         network = create(bundle)
     size = (bundle.input.channels, *bundle.input.patch_size)
+    forms = {"stored": network, "folded": for_inference(network, device="meta")}
     return {
         name: {
             "parameters": count_parameters(module),
             "macs": count_macs(module, size),
             "memory_bytes": peak_memory(module, size),
         }
-        for name, module in (
-            ("stored", network),
-            ("folded", for_inference(network, device="meta")),
-        )
+        for name, module in forms.items()
     }
 
 
-def _usual_places() -> tuple[Path, ...]:
-    places = (Path("models"), CHECKOUT / "models")
-    there = {place.resolve(): place for place in reversed(places) if place.is_dir()}
-    return tuple(reversed(there.values()))
-
-
-def _bundles_in(folder: Path) -> list[Path]:
-    return [
-        path.parent
-        for path in (folder / "model.toml", *sorted(folder.glob("*/model.toml")))
-        if path.is_file()
-    ]
-
-
-def _columns(bundle: Bundle) -> tuple[str, ...]:
-    """Return what `list` says of a bundle."""
-    finds = ", ".join(c.name for c in bundle.classes[1:])
-    if bundle.labels:
-        finds += f"; {' or '.join(bundle.labels)}"
-    return (bundle.network, bundle.modality, finds, _weights_size(_weights(bundle)))
-
-
-def _as_text(facts: dict[str, Any]) -> str:
+def _as_text(facts: Facts) -> str:
     """Return the facts as lines for people."""
-    spec, output, weights = facts["input"], facts["output"], facts["weights"]
+    spec, output, weights, cost = (facts[part] for part in ("input", "output", "weights", "cost"))
     options = ", ".join(f"{key} = {value}" for key, value in facts["network_options"].items())
+    resolution = (
+        f"{spec['mpp']:g} µm/px"
+        if "mpp" in spec
+        else f"brought to {_by(spec['fit'])} px"
+        if "fit" in spec
+        else f"{_by(spec['spacing_mm'])} mm"
+    )
     size = f"{spec['channels']} × {_by(spec['patch_size'])} px"
+    costs = [("cost", "a program: not counted")]
+    if cost:
+        costs = [
+            (name, f"{stored / of:{form}}{unit}; folded {folded / of:{form}}")
+            for name, key, of, form, unit in COSTS
+            for stored, folded in [(cost["stored"][key], cost["folded"][key])]
+        ]
+    place = weights["url"] or weights["path"]
     rows = [
         ("name", facts["name"]),
         ("network", facts["network"] + (f" ({options})" if options else "")),
-        ("modality", f"{facts['modality']}, {_resolution(spec)}"),
+        ("modality", f"{facts['modality']}, {resolution}"),
         ("input", f"{size}, overlap {_by(spec['overlap'])} px"),
         ("scaled by", f"mean {spec['mean']}, std {spec['std']}, after [0, 1]"),
         ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
-        *([("labels", ", ".join(output["labels"]))] if "labels" in output else []),
-        *([("limits", facts["limits"])] if "limits" in facts else []),
-        *_cost_rows(facts["cost"]),
-        ("weights", _weights_place(weights)),
-        *([("sha256", weights["sha256"])] if weights["sha256"] else []),
+        ("labels", ", ".join(output.get("labels", ()))),
+        ("limits", facts.get("limits")),
+        *costs,
+        ("weights", f"{place}, {_weights_size(weights)}" if place else NO_WEIGHTS),
+        ("sha256", weights["sha256"]),
     ]
-    return "\n".join([facts["path"], *(f"  {name:<12}{value}" for name, value in rows)])
+    return "\n".join([facts["path"], *(f"  {name:<12}{value}" for name, value in rows if value)])
 
 
-def _resolution(spec: dict[str, Any]) -> str:
-    if "mpp" in spec:
-        return f"{spec['mpp']:g} µm/px"
-    if "fit" in spec:
-        return f"brought to {_by(spec['fit'])} px"
-    return f"{_by(spec['spacing_mm'])} mm"
-
-
-def _cost_rows(cost: dict[str, dict[str, int]] | None) -> list[tuple[str, str]]:
-    if cost is None:
-        return [("cost", "a program: not counted")]
-    stored, folded = cost["stored"], cost["folded"]
-    kinds = (
-        ("parameters", "parameters", 1, ",.0f", ""),
-        ("MACs", "macs", 1e9, ",.3f", " G a patch"),
-        ("memory", "memory_bytes", 1e6, ",.0f", " MB, one patch in fp32"),
-    )
-    return [
-        (name, f"{stored[key] / unit:{form}}{words}; folded {folded[key] / unit:{form}}")
-        for name, key, unit, form, words in kinds
-    ]
-
-
-def _weights_place(weights: dict[str, Any]) -> str:
-    place = weights["url"] or weights["path"]
-    return f"{place}, {_weights_size(weights)}" if place else "none: `models import` brings some in"
-
-
-def _weights_size(weights: dict[str, Any]) -> str:
+def _weights_size(weights: Facts) -> str:
     if weights["bytes"] is not None:
         return f"{weights['bytes'] / 1e6:.1f} MB"
     return "not fetched yet" if weights["url"] else "no weights"
-
-
-def _trial_rows(trial: Trial) -> list[tuple[str, str]]:
-    rows = [("weights", "the bundle's" if trial.has_weights else "none; random ones tried")]
-    rows += [(name, _by(shape)) for name, shape in trial.shapes.items()]
-    rows.append(("seconds", f"{trial.seconds:.2f}, the first patch"))
-    if trial.difference is not None:
-        rows.append(("folded", f"{trial.seconds_folded:.2f}, differs by {trial.difference:.1e}"))
-    return rows
 
 
 def _by(sizes: Sequence[float]) -> str:

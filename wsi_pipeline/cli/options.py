@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, get_args
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.options import DEVICES, ExportOptions, Frame, SelectOptions, TiffKind
+from wsi_pipeline.options import DEVICES, Frame, SelectOptions, TiffKind
 
 F = TypeVar("F", bound=Callable[..., object])
 Param = click.Parameter | None
@@ -180,31 +180,36 @@ def frame_option(help: str, default: Frame | None = SELECT.frame) -> Callable[[F
     )
 
 
-def outline_options(usual: ExportOptions | None = None) -> Callable[[F], F]:
-    """Return a decorator that adds the options of what is written; `usual` has the defaults."""
-    return together(
-        click.option(
-            "--tiff",
-            type=click.Choice(get_args(TiffKind)),
-            default=usual and usual.tiff,
-            help="asap writes ASAP's kind beside the OME-TIFF.",
-        ),
-        click.option(
-            "--simplify",
-            "simplify_um",
-            type=Figure(min=0),
-            default=usual and usual.simplify_um,
-            help="Root of the largest triangle that simplifying an outline may cut off, µm; "
-            "0 = exact.",
-        ),
-        click.option(
-            "--min-area",
-            "min_area_um2",
-            type=Figure(min=0),
-            default=usual and usual.min_area_um2,
-            help="Regions and holes below this get no polygon, µm²; the mask keeps them.",
-        ),
-    )
+FLAGS = {"simplify_um": "simplify", "min_area_um2": "min-area"}
+"""What options are called that have not the name of their field."""
+OUTLINES: Mapping[str, tuple[object, str]] = {
+    "tiff": (TiffKind, "asap writes ASAP's kind beside the OME-TIFF."),
+    "simplify_um": (
+        Figure(min=0),
+        "Root of the largest triangle that simplifying an outline may cut off, µm; 0 = exact.",
+    ),
+    "min_area_um2": (
+        Figure(min=0),
+        "Regions and holes below this get no polygon, µm²; the mask keeps them.",
+    ),
+}
+
+
+def options_of(usual: object, **said: tuple[object, str]) -> Callable[[F], F]:
+    """Return a decorator that adds an option for each of some fields of a group of options.
+
+    Args:
+        usual: the group, which has the defaults; None = there are none.
+        said: type and help of each field; a Literal stands for a choice.
+    """
+    options = []
+    for name, (kind, text) in said.items():
+        choices, default = get_args(kind), getattr(usual, name, None)
+        kind = click.Choice(choices) if choices else kind
+        flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
+        # none of several is said in words
+        options.append(click.option(flag, name, type=kind, default=default or None, help=text))
+    return together(*options)
 
 
 series_option = click.option(
@@ -245,11 +250,7 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
 
 inputs_argument = click.argument("inputs", metavar="INPUT...", nargs=-1, required=True)
 output_option = click.option(
-    "--output",
-    "-o",
-    required=True,
-    type=OutputChoice(url=False),
-    help="Folder for the results.",
+    "--output", "-o", required=True, type=OutputChoice(url=False), help="Folder for the results."
 )
 work_option = click.option(
     "--work",

@@ -12,13 +12,14 @@ from click.core import ParameterSource
 from wsi_pipeline.cli.options import (
     DEVICE,
     MPP,
+    OUTLINES,
     Figure,
     InSections,
     OutputChoice,
     Parsed,
     inputs_argument,
     once,
-    outline_options,
+    options_of,
     overwrite_option,
     select_options,
     some_of,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 
 LINE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 """Where options come from that somebody has chosen."""
-PREDICT, EXPORT, SCHEDULE = PredictOptions(), ExportOptions(), ScheduleOptions()
+PREDICT, EXPORT = PredictOptions(), ExportOptions()
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -113,52 +114,38 @@ def read_memory(text: str) -> int:
     type=click.IntRange(min=0),
     help="Which volume of a DICOM series, NIfTI or NRRD with several in one place, from 0.",
 )
-@click.option(
-    "--overlap", type=click.IntRange(min=0), help="px between patches  [default: the bundle's]"
+@options_of(
+    PREDICT,
+    overlap=(click.IntRange(min=0), "px between patches  [default: the bundle's]"),
+    blend=(Blend, "How overlapping predictions combine."),
+    device=(DEVICE, "auto: the first GPU, else the CPU."),
+    precision=(
+        Precision,
+        "Number format of the forward pass; auto takes the fastest that the device has.",
+    ),
+    batch_size=(
+        click.IntRange(min=1, max=65_536),
+        "Patches in a forward pass  [default: by device]",
+    ),
+    block_size=(
+        click.IntRange(min=64),
+        "Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096; 256 in "
+        "volumes]",
+    ),
+    mask_mpp=(
+        MPP,
+        "µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
+    ),
 )
-@click.option(
-    "--blend",
-    type=click.Choice(get_args(Blend)),
-    default=PREDICT.blend,
-    help="How overlapping predictions combine.",
+@options_of(
+    EXPORT,
+    outputs=(
+        some_of(get_args(Output)),
+        "What to write  [default: all that there is for the model's modality]",
+    ),
+    ngff=(Ngff, "OME-Zarr version."),
+    **OUTLINES,
 )
-@click.option(
-    "--device",
-    type=DEVICE,
-    default=PREDICT.device,
-    help="auto: the first GPU, else the CPU.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(get_args(Precision)),
-    default=PREDICT.precision,
-    help="Number format of the forward pass; auto takes the fastest that the device has.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1, max=65_536),
-    help="Patches in a forward pass  [default: by device]",
-)
-@click.option(
-    "--block-size",
-    type=click.IntRange(min=64),
-    help="Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096; 256 in "
-    "volumes]",
-)
-@click.option(
-    "--mask-mpp",
-    type=MPP,
-    help="µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
-)
-@click.option(
-    "--outputs",
-    type=some_of(get_args(Output)),
-    help="What to write  [default: all that there is for the model's modality]",
-)
-@click.option(
-    "--ngff", type=click.Choice(get_args(Ngff)), default=EXPORT.ngff, help="OME-Zarr version."
-)
-@outline_options(EXPORT)
 @click.option(
     "--max-unreadable",
     type=Figure(min=0, max=100),
@@ -166,25 +153,16 @@ def read_memory(text: str) -> int:
     callback=lambda ctx, param, percent: percent / 100,
     help="Percent of the patches' area that may be unreadable; a slide with more fails.",
 )
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    default=SCHEDULE.workers,
-    help="Workers of the in-process cluster, or jobs of --cluster.",
-)
-@click.option(
-    "--gpus", type=Parsed("N,N", read_gpus), help="This machine's GPUs to use  [default: all]"
-)
-@click.option(
-    "--max-ram",
-    type=Parsed("SIZE", read_memory),
-    help="Memory that this process may take, such as 8GB.  [default: all]",
-)
-@click.option("--scheduler", help="Address or scheduler file of a running dask scheduler.")
-@click.option(
-    "--cluster",
-    type=click.Choice(get_args(Queue)),
-    help="Queue to which workers are submitted, as dask's configuration says.",
+@options_of(
+    ScheduleOptions(),
+    workers=(click.IntRange(min=1), "Workers of the in-process cluster, or jobs of --cluster."),
+    gpus=(Parsed("N,N", read_gpus), "This machine's GPUs to use  [default: all]"),
+    max_ram=(
+        Parsed("SIZE", read_memory),
+        "Memory that this process may take, such as 8GB.  [default: all]",
+    ),
+    scheduler=(str, "Address or scheduler file of a running dask scheduler."),
+    cluster=(Queue, "Queue to which workers are submitted, as dask's configuration says."),
 )
 @click.option(
     "--shard", type=Parsed("I/N", read_shard), help="Do only the I-th of N shares of the slides."

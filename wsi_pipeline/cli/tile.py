@@ -124,5 +124,4 @@ def command(
                     err=True,
                 )
                 failed += 1
-    if failed:
-        ctx.exit(1)
+    ctx.exit(int(failed > 0))

@@ -11,9 +11,7 @@ import click
 
 @click.command()
 @click.argument(
-    "folder",
-    metavar="RUN_DIR",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    "folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
 @click.option(
     "--slide",
@@ -22,9 +20,7 @@ import click
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, help="0 = a free one.")
 @click.option(
-    "--host",
-    default="127.0.0.1",
-    help="Address to listen on; nothing is encrypted on the way.",
+    "--host", default="127.0.0.1", help="Address to listen on; nothing is encrypted on the way."
 )
 @click.option("--no-browser", is_flag=True, help="Print the address only.")
 @click.pass_context
@@ -47,5 +43,6 @@ def command(
             if not no_browser:
                 webbrowser.open(viewer.url)
             viewer.wait()
-    except KeyboardInterrupt:  # as it is meant to end
+    except KeyboardInterrupt:
+        # as it is meant to end
         pass
