@@ -6,7 +6,7 @@ BIN := .venv/bin
 TORCH ?= torch==2.13.0
 WORK ?= bench
 
-.PHONY: setup demo test test-all lint types imports schemas wheel lowest notebooks benchmark clean
+.PHONY: setup demo test test-all lint types imports house docs wheel lowest notebooks benchmark clean
 
 setup: .venv/.done
 
@@ -37,8 +37,12 @@ types: setup
 imports: setup
 	$(BIN)/lint-imports
 
-schemas: setup
+docs: setup
 	$(BIN)/python .ci/write_schemas.py
+	$(BIN)/python .ci/write_api.py
+
+house: setup
+	$(BIN)/python .ci/house.py
 
 wheel: setup
 	$(BIN)/python .ci/check_wheel.py

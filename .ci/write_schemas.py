@@ -1,4 +1,4 @@
-"""Write the JSON Schemas in docs/schemas/ as the code has them: make schemas."""
+"""Write the JSON Schemas in docs/schemas/ as the code has them: make docs."""
 
 from __future__ import annotations
 

@@ -216,6 +216,12 @@ def test_every_public_name_can_be_imported_and_is_in_the_index():
         _ = wsi_pipeline.nonsense
 
 
+def test_the_api_page_is_what_the_docstrings_make():
+    made = runpy.run_path(str(ROOT / ".ci" / "write_api.py"))["written"]()
+    assert (DOCS / "api.md").read_text("utf-8") == made, "run: make docs"
+    assert set(wsi_pipeline.__all__) <= set(re.findall(r"^### (\w+)$", made, re.M))
+
+
 def test_importing_the_package_imports_nothing_heavy():
     script = "import json, sys, wsi_pipeline; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)

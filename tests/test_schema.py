@@ -107,7 +107,7 @@ def test_whatever_a_table_holds_is_made_or_refused_as_its_schema_says(table: Any
 def test_the_published_schemas_are_what_the_code_makes() -> None:
     made = runpy.run_path(str(ROOT / ".ci" / "write_schemas.py"))["written"]()
     found = {path.name: path.read_text("utf-8") for path in (ROOT / "docs/schemas").iterdir()}
-    assert found == made, "run: make schemas"
+    assert found == made, "run: make docs"
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.parent.name)
