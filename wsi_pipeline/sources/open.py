@@ -68,8 +68,19 @@ def open_slide_file(path: Path, series: int | None = None) -> Backend:
 def _open(path: Path, series: int | None) -> Backend:
     if not is_remote(path):
         check_opens(path)
+        if path.is_dir() and is_ome_zarr(path):
+            return OmeZarrBackend(path, series)
         if path.is_dir():
-            return _open_folder(path, series)
+            slides = dicom_slides(filter(has_preamble, sorted(path.iterdir())))
+            if len(slides) > 1:
+                names = ", ".join(slide.name for slide in slides[:5])
+                raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
+            if not slides:
+                raise SourceError(
+                    "a folder, not a slide; give a slide file, a folder of one DICOM slide, an "
+                    "OME-Zarr, or a patch grid written by `tile`"
+                )
+            return _open(slides[0], series)
     elif is_zarr_url(path):
         return OmeZarrBackend(path, series)
     try:
@@ -104,22 +115,6 @@ def _open(path: Path, series: int | None) -> Backend:
     if has_preamble(path):
         reference.doubts += tuple(dicom_colour_doubts(path))
     return reference
-
-
-def _open_folder(path: Path, series: int | None) -> Backend:
-    """Open the slide that a folder is: OME-Zarr, or the files of one DICOM slide."""
-    if is_ome_zarr(path):
-        return OmeZarrBackend(path, series)
-    slides = dicom_slides(filter(has_preamble, sorted(path.iterdir())))
-    if len(slides) > 1:
-        names = ", ".join(slide.name for slide in slides[:5])
-        raise SourceError(f"a folder of {len(slides)} DICOM slides; name one of {names}")
-    if not slides:
-        raise SourceError(
-            "a folder, not a slide; give a slide file, a folder of one DICOM slide, an OME-Zarr, "
-            "or a patch grid written by `tile`"
-        )
-    return _open(slides[0], series)
 
 
 def _open_tiff(path: Path, series: int | None) -> Backend:

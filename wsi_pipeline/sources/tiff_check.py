@@ -36,7 +36,8 @@ def check_tiff(path: Path) -> None:
         raise SourceError(f"{path}: {wrong}; copy the slide again")
     try:
         with path.open("rb") as handle, tifffile.TiffFile(handle, _multifile=False) as file:
-            pages = [level.pages[0] for series in file.series for level in series.levels]
+            levels = (level for series in file.series for level in series.levels)
+            pages: list[Any] = [level.pages[0] for level in levels]
             expected = max(_truncated_at(page, found) for page in pages)
     except Exception:
         # Not for this check to judge: opening it says why.
@@ -44,7 +45,16 @@ def check_tiff(path: Path) -> None:
         return
     for page in pages:
         try:
-            _check_sizes(page)
+            check_size((page.imagewidth, page.imagelength))
+            width, height = segment_size(page)
+            if min(width, height) < 1 or (page.is_tiled and decoded_bytes(page) > MAX_PIECE):
+                raise SourceError(f"tiles of {width:,} × {height:,} px, which do not fit in memory")
+            planes = page.samplesperpixel if page.planarconfig == 2 else 1
+            wanted = -(-page.imagewidth // width) * -(-page.imagelength // height) * planes
+            listed = min(len(page.dataoffsets), len(page.databytecounts))
+            if listed < wanted:
+                kind = "tiles" if page.is_tiled else "strips"
+                raise SourceError(f"{listed:,} {kind} listed where its size makes {wanted:,}")
         except SourceError as error:
             raise SourceError(f"{path}: {error}; check the file against its original") from error
     if expected > found:
@@ -95,20 +105,6 @@ def _truncated_at(page: Any, size: int) -> int:
     begun = stored & (starts < size)
     is_cut = begun.any() and beyond[starts == starts[begun].max()].any()
     return int(ends.max()) if is_cut or beyond.sum() > LOST * stored.sum() else 0
-
-
-def _check_sizes(page: Any) -> None:
-    """Refuse impossible sizes, and tiles that do not fit in memory."""
-    check_size((page.imagewidth, page.imagelength))
-    width, height = segment_size(page)
-    if min(width, height) < 1 or (page.is_tiled and decoded_bytes(page) > MAX_PIECE):
-        raise SourceError(f"tiles of {width:,} × {height:,} px, which do not fit in memory")
-    planes = page.samplesperpixel if page.planarconfig == 2 else 1
-    expected = -(-page.imagewidth // width) * -(-page.imagelength // height) * planes
-    listed = min(len(page.dataoffsets), len(page.databytecounts))
-    if listed < expected:
-        kind = "tiles" if page.is_tiled else "strips"
-        raise SourceError(f"{listed:,} {kind} listed where its size makes {expected:,}")
 
 
 def segment_size(page: Any) -> tuple[int, int]:
