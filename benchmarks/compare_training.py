@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.evaluation.confusion import Tally, bootstrap
+from wsi_pipeline.evaluation.confusion import Confusion, bootstrap
 from wsi_pipeline.networks import create
 from wsi_pipeline.training.recipe import load_recipe
 from wsi_pipeline.training.train import load_held_out
@@ -42,7 +42,7 @@ class Trained:
     """
 
     bundle: Bundle
-    held_out: dict[str, Tally]
+    held_out: dict[str, Confusion]
     histories: dict[tuple[str, ...], list[Row]]
 
     @property
@@ -62,7 +62,7 @@ def read(recipe: Path, folder: Path) -> Trained:
     Raises:
         SystemExit: nothing was.
     """
-    held_out, histories = dict[str, Tally](), {}
+    held_out, histories = dict[str, Confusion](), {}
     for path in sorted(folder.glob(".training/*/held_out.json")):
         found = {patient: judged.pixels for patient, judged in load_held_out(path).items()}
         held_out |= found
@@ -97,11 +97,11 @@ def markdown(trained: Sequence[Trained]) -> Iterator[str]:
         yield ""
 
 
-def _pooled(tallies: Sequence[Tally], bundle: Bundle, index: int) -> str:
+def _pooled(confusions: Sequence[Confusion], bundle: Bundle, index: int) -> str:
     """Return the figures of all pixels together, with intervals where there are two patients."""
-    whole = sum(tallies, start=Tally.empty(len(bundle.classes)))
+    whole = sum(confusions, start=Confusion.empty(len(bundle.classes)))
     score = list(scores_of(whole, bundle).values())[index - 1]
-    intervals = bootstrap(tallies)[0] if len(tallies) > 1 else {}
+    intervals = bootstrap(confusions)[0] if len(confusions) > 1 else {}
     cells = []
     for name, value in (("Dice", score.dice), ("IoU", score.iou)):
         cells.append(f"{name} {value:.3f}")

@@ -22,17 +22,18 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import EvaluationError, UsageError
 from wsi_pipeline.evaluation import compare
-from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all, pair_up
+from wsi_pipeline.evaluation.compare import CompareOptions, Pairing, compare_all
 from wsi_pipeline.evaluation.confusion import (
     IGNORE,
-    Tally,
+    Confusion,
     bootstrap,
     class_figures,
     count_block,
     pooled_figures,
 )
 from wsi_pipeline.evaluation.disagreement import COLORS
-from wsi_pipeline.evaluation.meaning import Values
+from wsi_pipeline.evaluation.meaning import LabelMap
+from wsi_pipeline.evaluation.pairs import pair_up
 from wsi_pipeline.evaluation.report import FIGURES
 from wsi_pipeline.export.ome_tiff import write_ome_tiff
 from wsi_pipeline.export.ome_zarr import create_mask
@@ -44,7 +45,7 @@ CLASSES = (
     ClassInfo(name="Tumor", color=(200, 0, 0)),
     ClassInfo(name="Stroma", color=(150, 200, 150)),
 )
-VALUES = Values(classes={"Tumor": (1,), "Stroma": (2,)})
+VALUES = LabelMap(classes={"Tumor": (1,), "Stroma": (2,)})
 
 
 def random_mask(seed: int, shape: tuple[int, int] = (90, 130), *, classes: int = 3) -> Mask:
@@ -107,26 +108,26 @@ def judge(prediction: Path, truth: Path, **options: Any) -> compare.Comparison:
 
 
 def dice_of(found: compare.Comparison, name: str = "Tumor") -> float:
-    tally = found.tally
-    return float(class_figures(tally.confusion, tally.borders)["dice"][found.classes.index(name)])
+    confusion = found.confusion
+    return float(class_figures(confusion)["dice"][found.classes.index(name)])
 
 
 # -- figures ----------------------------------------------------------------------------------
 
 
 def check_against_scikit_learn(prediction: Mask, truth: Mask, n_classes: int) -> None:
-    tally = count_block(prediction, truth, n_classes)
-    figures = class_figures(tally.confusion, tally.borders)
+    confusion = count_block(prediction, truth, n_classes)
+    figures = class_figures(confusion)
     labels = list(range(n_classes))
     flat = truth.ravel(), prediction.ravel()
-    np.testing.assert_array_equal(tally.confusion, oracle.confusion_matrix(*flat, labels=labels))
+    np.testing.assert_array_equal(confusion.matrix, oracle.confusion_matrix(*flat, labels=labels))
     each = {"labels": labels, "average": None, "zero_division": np.nan}
     precision, recall, dice, _ = oracle.precision_recall_fscore_support(*flat, **each)
     for name, expected in (("precision", precision), ("recall", recall), ("dice", dice)):
         np.testing.assert_allclose(figures[name], expected, rtol=1e-12)
     expected = oracle.jaccard_score(*flat, labels=labels, average=None)
     np.testing.assert_allclose(figures["iou"], expected, rtol=1e-12)
-    together = pooled_figures(tally.confusion, tally.borders)
+    together = pooled_figures(confusion)
     micro = oracle.f1_score(*flat, labels=labels[1:], average="micro")
     assert together["dice"] == pytest.approx(micro)
 
@@ -163,8 +164,8 @@ def brute_boundary(prediction: Mask, truth: Mask, index: int, reach: int) -> flo
 def test_boundary_f1_is_what_distances_say(reach: int) -> None:
     truth = random_mask(1)
     prediction = np.roll(truth, 2, 1)
-    tally = count_block(prediction, truth, 3, tolerance_px=reach)
-    found = class_figures(tally.confusion, tally.borders)["boundary_f1"]
+    confusion = count_block(prediction, truth, 3, tolerance_px=reach)
+    found = class_figures(confusion)["boundary_f1"]
     for index in (1, 2):
         assert found[index] == pytest.approx(brute_boundary(prediction, truth, index, reach))
 
@@ -173,22 +174,22 @@ def test_a_mask_agrees_with_itself_and_not_with_itself_shifted() -> None:
     truth = random_mask(3)
     for shift in (0, 1):
         prediction = np.roll(truth, shift, 0)
-        tally = count_block(prediction, truth, 3, tolerance_px=0)
-        for name, values in class_figures(tally.confusion, tally.borders).items():
+        confusion = count_block(prediction, truth, 3, tolerance_px=0)
+        for name, values in class_figures(confusion).items():
             assert ((values[1:] == 1) == (shift == 0)).all(), name
 
 
 def test_what_one_side_lacks_has_no_meaning_or_counts_as_wrong() -> None:
     truth = np.zeros((8, 8), np.uint8)
     truth[2:5, 2:5] = 1
-    tally = count_block(np.zeros_like(truth), truth, 3)
-    figures = {k: v.tolist() for k, v in class_figures(tally.confusion, tally.borders).items()}
+    confusion = count_block(np.zeros_like(truth), truth, 3)
+    figures = {k: v.tolist() for k, v in class_figures(confusion).items()}
     assert [figures[k][1] for k in ("dice", "iou", "recall", "boundary_f1")] == [0, 0, 0, 0]
     assert np.isnan(figures["precision"][1])
     assert all(np.isnan(values[2]) for values in figures.values())
     # found where there is none: that nothing of it is right is all that can be said
-    tally = count_block(truth, np.zeros_like(truth), 2)
-    figures = {k: v.tolist() for k, v in class_figures(tally.confusion, tally.borders).items()}
+    confusion = count_block(truth, np.zeros_like(truth), 2)
+    figures = {k: v.tolist() for k, v in class_figures(confusion).items()}
     assert figures.pop("precision")[1] == 0
     assert all(np.isnan(values[1]) for values in figures.values())
 
@@ -197,24 +198,24 @@ def test_ignored_pixels_do_not_count() -> None:
     truth, prediction = random_mask(4), random_mask(5)
     ignored = random_mask(6) == 1
     truth[ignored] = IGNORE
-    tally = count_block(prediction, truth, 3)
+    confusion = count_block(prediction, truth, 3)
     expected = oracle.confusion_matrix(truth[~ignored], prediction[~ignored], labels=[0, 1, 2])
-    np.testing.assert_array_equal(tally.confusion, expected)
+    np.testing.assert_array_equal(confusion.matrix, expected)
     prediction[ignored] = 2
     again = count_block(prediction, truth, 3)
-    np.testing.assert_array_equal(again.borders, tally.borders)
+    np.testing.assert_array_equal(again.borders, confusion.borders)
 
 
 def test_an_interval_holds_the_figure_and_shrinks_with_the_number_of_slides() -> None:
-    tallies = []
+    confusions = []
     for seed in range(40):
         truth = random_mask(seed, (40, 40))
-        tallies.append(count_block(np.roll(truth, seed % 5, 0), truth, 3))
+        confusions.append(count_block(np.roll(truth, seed % 5, 0), truth, 3))
     widths = []
     for count in (5, 40):
-        by_class, _ = bootstrap(tallies[:count])
-        whole = sum(tallies[:count], start=Tally.empty(3))
-        dice = class_figures(whole.confusion, whole.borders)["dice"]
+        by_class, _ = bootstrap(confusions[:count])
+        whole = sum(confusions[:count], start=Confusion.empty(3))
+        dice = class_figures(whole)["dice"]
         low, high = by_class["dice"]
         assert (low < dice).all()
         assert (dice < high).all()
@@ -230,7 +231,7 @@ def test_an_interval_holds_the_figure_and_shrinks_with_the_number_of_slides() ->
 def test_figures_do_not_depend_on_the_blocks(seed: int, block: int, tolerance: int) -> None:
     prediction, truth = random_mask(seed), random_mask(seed + 1)
     whole = count_block(prediction, truth, 3, tolerance_px=tolerance)
-    parts = Tally.empty(3)
+    parts = Confusion.empty(3)
     height, width = truth.shape
     halo = tolerance + 1
     for y in range(0, height, block):
@@ -241,7 +242,7 @@ def test_figures_do_not_depend_on_the_blocks(seed: int, block: int, tolerance: i
             parts += count_block(
                 prediction[window], truth[window], 3, core=core, tolerance_px=tolerance
             )
-    np.testing.assert_array_equal(parts.confusion, whole.confusion)
+    np.testing.assert_array_equal(parts.matrix, whole.matrix)
     np.testing.assert_array_equal(parts.borders, whole.borders)
 
 
@@ -267,11 +268,11 @@ def test_every_kind_of_mask_is_read_by_blocks(
     found = judge(
         write_mask(tmp_path / name, prediction),
         write_png(tmp_path / "truth.png", truth),
-        prediction_values=Values(classes=values),
+        prediction_values=LabelMap(classes=values),
     )
     expected = count_block(prediction, truth, 3)
-    np.testing.assert_array_equal(found.tally.confusion, expected.confusion)
-    np.testing.assert_array_equal(found.tally.borders, expected.borders)
+    np.testing.assert_array_equal(found.confusion.matrix, expected.matrix)
+    np.testing.assert_array_equal(found.confusion.borders, expected.borders)
 
 
 @pytest.mark.parametrize("size", [(130, 90), (260, 180), (259, 179)])
@@ -303,14 +304,14 @@ def test_areas_are_judged_in_level_0_pixels(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", mask, (300, 200))
     for sides in ((run, truth), (truth, run)):
         found = judge(*sides)
-        assert np.trace(found.tally.confusion) == mask.size
+        assert np.trace(found.confusion.matrix) == mask.size
     half = write_png(tmp_path / "half.png", mask[::2, ::2])
-    assert np.trace(judge(half, truth, size=(300, 200)).tally.confusion) == mask.size // 4
+    assert np.trace(judge(half, truth, size=(300, 200)).confusion.matrix) == mask.size // 4
     moved = [(shapely.affinity.translate(polygon, 1, 0), name) for polygon, name in areas]
     found = judge(run, write_geojson(tmp_path / "moved.geojson", moved))
     # 80 rows of the box and 20 of the hole lose a pixel at one end and gain one at the other
     tumor = found.classes.index("Tumor")
-    assert found.tally.confusion[tumor, tumor] == mask[40:120].astype(bool).sum() - 100
+    assert found.confusion.matrix[tumor, tumor] == mask[40:120].astype(bool).sum() - 100
     assert dice_of(found) < 1
 
 
@@ -324,7 +325,7 @@ def test_the_smallest_area_lies_on_top_and_regions_limit(tmp_path: Path) -> None
     truth = write_geojson(tmp_path / "truth.geojson", areas)
     found = judge(write_run(tmp_path / "run", np.ones((90, 100), np.uint8), (100, 90)), truth)
     expected = {"Background": 20 * 40, "Tumor": 60 * 40 - 100 - 25, "Stroma": 100}
-    true = dict(zip(found.classes, found.tally.confusion.sum(1).tolist(), strict=True))
+    true = dict(zip(found.classes, found.confusion.matrix.sum(1).tolist(), strict=True))
     assert true == expected
 
 
@@ -360,7 +361,7 @@ def test_a_roi_limits_what_is_judged(tmp_path: Path) -> None:
     truth[30:] = 0
     run = write_run(tmp_path / "run", mask, (130, 90))
     found = judge(run, write_png(tmp_path / "truth.png", truth), roi=roi)
-    assert found.tally.confusion.sum() == 50 * 30
+    assert found.confusion.matrix.sum() == 50 * 30
     assert dice_of(found) == 1
 
 
@@ -370,12 +371,12 @@ def test_what_is_ignored_is_not_judged_whatever_its_name(tmp_path: Path) -> None
     truth = write_png(tmp_path / "truth.png", mask)
     drawn = [(shapely.box(0, 0, 60, 40), "Tumor"), (shapely.box(10, 10, 20, 30), "Ignore*")]
     roi = write_geojson(tmp_path / "roi.geojson", drawn)
-    assert judge(run, truth, roi=roi).tally.confusion.sum() == 60 * 40 - 10 * 20
+    assert judge(run, truth, roi=roi).confusion.matrix.sum() == 60 * 40 - 10 * 20
     region = write_geojson(tmp_path / "region.geojson", [(shapely.box(5, 0, 60, 40), "Region*")])
-    assert judge(run, truth, roi=region).tally.confusion.sum() == 55 * 40
+    assert judge(run, truth, roi=region).confusion.matrix.sum() == 55 * 40
     areas = [(shapely.box(0, 0, 130, 90), "Tumor"), (shapely.box(10, 10, 20, 30), "Artefact*")]
     found = judge(run, write_geojson(tmp_path / "truth.geojson", areas), classes=("Tumor",))
-    assert found.tally.confusion.sum() == 130 * 90 - 10 * 20
+    assert found.confusion.matrix.sum() == 130 * 90 - 10 * 20
     away = write_geojson(tmp_path / "away.geojson", [(shapely.box(130, 0, 200, 90), "Tumor")])
     with pytest.raises(ValueError, match="no area lies on the slide of 130 × 90 px"):
         judge(run, truth, roi=away)
@@ -391,19 +392,19 @@ def test_values_of_two_kinds_of_masks_are_one_class(tmp_path: Path) -> None:
         judge(
             write_png(tmp_path / "rgb.png", coloured),
             truth_path,
-            prediction_values=Values(classes={"Tumor": (255,)}),
+            prediction_values=LabelMap(classes={"Tumor": (255,)}),
             truth_values=values,
         )
         for truth_path, values in (
-            (tmp_path / "one_bit.png", Values(classes={"Tumor": (1,)})),
+            (tmp_path / "one_bit.png", LabelMap(classes={"Tumor": (1,)})),
             (
                 write_png(tmp_path / "codes.png", truth),
-                Values(classes={"Tumor": (1, 19)}, ignored=(9,)),
+                LabelMap(classes={"Tumor": (1, 19)}, ignored=(9,)),
             ),
         )
     ]
     assert [dice_of(f) for f in found] == [1, 1]
-    assert [int(f.tally.confusion.sum()) for f in found] == [1600, 1200]
+    assert [int(f.confusion.matrix.sum()) for f in found] == [1600, 1200]
 
 
 def test_values_without_a_meaning_are_counted_and_refused(
@@ -510,7 +511,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path) -> N
     box = shapely.box(5, 5, 50, 50)
     cases = [
         (write_png(tmp_path / "small.png", mask[:60]), run, {}, "130 × 60 px, which is no red"),
-        (png, run, {"prediction_values": Values()}, "does not say what its values mean"),
+        (png, run, {"prediction_values": LabelMap()}, "does not say what its values mean"),
         (png, run, {"classes": ("Tumour",)}, "knows the class 'Tumour'; predictions have 'Tumor'"),
         (
             png,
@@ -537,7 +538,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path: Path) -> N
         (
             png,
             png,
-            {"truth_values": Values(classes={"Tumor": (1,)}, ignored=(1,))},
+            {"truth_values": LabelMap(classes={"Tumor": (1,)}, ignored=(1,))},
             "are a class and ignored",
         ),
     ]
@@ -643,7 +644,7 @@ def test_the_slide_lies_under_the_picture(
     mask = np.zeros(slide_pixels.shape[:2], np.uint8)
     mask[600:800, 400:700] = 1
     sides = [write_png(tmp_path / f"{name}.png", mask) for name in "pt"]
-    tumor = Values(classes={"Tumor": (1,)})
+    tumor = LabelMap(classes={"Tumor": (1,)})
     options = CompareOptions(prediction_values=tumor, truth_values=tumor)
     pairing = Pairing(name="a", prediction=sides[0], truth=sides[1], slide=slide_path)
     (found,) = compare_all([pairing], options)

@@ -26,7 +26,7 @@ from sklearn.metrics import jaccard_score
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.evaluation.confusion import IGNORE, surface_distances
-from wsi_pipeline.evaluation.meaning import Values
+from wsi_pipeline.evaluation.meaning import LabelMap
 from wsi_pipeline.training.pictures import Meaning, read_scan
 
 SPACING = (2.5, 0.7, 0.6)
@@ -260,7 +260,9 @@ def test_truths_of_a_folder_are_laid_on_their_volumes_by_geometry(
     assert "does not lie on its image: the mask has" in said
     # training lays a segmentation on its slices by the same rule
     spec = load_bundle(bundle).input
-    meaning = Meaning(values=Values(classes={"Bright": (2,)}, ignored=(1,)), indices={"Bright": 1})
+    meaning = Meaning(
+        values=LabelMap(classes={"Bright": (2,)}, ignored=(1,)), indices={"Bright": 1}
+    )
     _, learnt = read_scan(tmp_path / "in" / "a", truth / "a.dcm", meaning=meaning, spec=spec)
     mask = np.asarray(nibabel.load(out / "a" / "mask.nii.gz").dataobj).T
     np.testing.assert_array_equal(learnt, np.array([0, IGNORE, 1])[mask])

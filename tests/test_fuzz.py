@@ -65,10 +65,10 @@ def test_many_damaged_slides(slides: dict[str, Path], tmp_path: Path) -> None:
     count = int(os.environ.get("WSI_PIPELINE_FUZZ_CASES", "1200"))
     first = int(os.environ.get("WSI_PIPELINE_FUZZ_FIRST", "100"))
     outcomes = fuzz(choose_cases(slides, count, first=first), tmp_path)
-    tally = Counter((outcome.case.kind, outcome.ended) for outcome in outcomes)
-    for (kind, ended), number in sorted(tally.items()):
+    confusion = Counter((outcome.case.kind, outcome.ended) for outcome in outcomes)
+    for (kind, ended), number in sorted(confusion.items()):
         print(f"{kind:45} {ended:10} {number:5}")
-    assert len({kind for kind, _ in tally}) >= 4
+    assert len({kind for kind, _ in confusion}) >= 4
     assert len(outcomes) == count
 
 

@@ -11,7 +11,8 @@ from bundles import pointwise_bundle
 
 import wsi_pipeline
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
+from wsi_pipeline.evaluation.compare import CompareOptions, compare_all
+from wsi_pipeline.evaluation.pairs import pair_up
 from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs, read_mpp_table
@@ -362,5 +363,5 @@ def test_public_functions_take_texts_as_well_as_paths(tmp_path, slide_path):
     assert len(wsi_pipeline.open_patch_grid(str(tmp_path / "grid.zarr")).patches) > 0
     (pairing,) = pair_up(str(job.folder), str(job.folder), slide=str(slide_path), size=None)
     (found,) = compare_all([pairing], CompareOptions(roi=str(roi)))
-    assert found.tally.confusion.sum() == 500 * 600
+    assert found.confusion.matrix.sum() == 500 * 600
     assert read_status(str(tmp_path / "out")).done == [job.folder.name]

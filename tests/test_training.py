@@ -37,7 +37,7 @@ from wsi_pipeline import train
 from wsi_pipeline.bundle import bundle_toml, load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.confusion import Tally
+from wsi_pipeline.evaluation.confusion import Confusion
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
@@ -59,7 +59,7 @@ from wsi_pipeline.training.calibrate import (
 )
 from wsi_pipeline.training.cases import draw_cases
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
-from wsi_pipeline.training.fit import Learner, fit, learn, open_fabric
+from wsi_pipeline.training.fit import TrainingSet, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
 from wsi_pipeline.training.recipe import (
     AugmentSpec,
@@ -72,7 +72,7 @@ from wsi_pipeline.training.recipe import (
 from wsi_pipeline.training.samples import IGNORE, UNLABELLED, Cache, Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
 from wsi_pipeline.training.validate import (
-    Judged,
+    PatientScore,
     accuracy,
     chances,
     decided,
@@ -175,8 +175,8 @@ def load(recipe: Recipe, folder: Path) -> list[Sample]:
         return load_samples(recipe, folder, closing)
 
 
-def learner(samples: list[Sample], *, classes: int = 2) -> Learner:
-    return Learner(samples=samples, surveys=[survey(s, classes) for s in samples])
+def training_set(samples: list[Sample], *, classes: int = 2) -> TrainingSet:
+    return TrainingSet(samples=samples, surveys=[survey(s, classes) for s in samples])
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -661,7 +661,7 @@ def flat_samples() -> list[Sample]:
 
 def test_patients_are_drawn_evenly_and_their_images_by_area() -> None:
     samples = flat_samples()
-    found = drawn(Sampler(samples, learner(samples, classes=3).surveys, balance=0))
+    found = drawn(Sampler(samples, training_set(samples, classes=3).surveys, balance=0))
     shares = {name: sum(n == name for n, _ in found) / 2000 for name in ("A10", "B10", "B20")}
     assert shares == pytest.approx({"A10": 0.5, "B10": 0.1, "B20": 0.4}, abs=0.04)
     ones = sum(c == 1 for _, c in found) / 2000
@@ -672,13 +672,13 @@ def test_patients_are_drawn_by_their_weights() -> None:
     samples = [
         dataclasses.replace(s, weight=0.25 if s.patient == "A" else 1.0) for s in flat_samples()
     ]
-    found = drawn(Sampler(samples, learner(samples, classes=3).surveys, balance=0))
+    found = drawn(Sampler(samples, training_set(samples, classes=3).surveys, balance=0))
     assert sum(name == "A10" for name, _ in found) / 2000 == pytest.approx(0.2, abs=0.03)
 
 
 def test_classes_are_drawn_evenly_from_the_patients_that_have_them() -> None:
     samples = flat_samples()
-    found = drawn(Sampler(samples, learner(samples, classes=3).surveys, balance=1))
+    found = drawn(Sampler(samples, training_set(samples, classes=3).surveys, balance=1))
     for index in range(3):
         assert sum(c == index for _, c in found) / 2000 == pytest.approx(1 / 3, abs=0.04)
     assert {n for n, c in found if c == 2} == {"B20"}
@@ -691,12 +691,12 @@ def test_what_is_unknown_is_never_drawn() -> None:
     truth = torch.full((40, 40), IGNORE, dtype=torch.uint8)
     nothing = make_sample("A", image, truth)
     with pytest.raises(RecipeError, match="no pixel of any image has a known class"):
-        Sampler([nothing], learner([nothing]).surveys, balance=0.5)
+        Sampler([nothing], training_set([nothing]).surveys, balance=0.5)
     truth = truth.clone()
     truth[30:33, 7] = 1
     sample = make_sample("A", image, truth)
     generator = seeded()
-    sampler = Sampler([nothing, sample], learner([nothing, sample]).surveys, balance=0.5)
+    sampler = Sampler([nothing, sample], training_set([nothing, sample]).surveys, balance=0.5)
     places = {sampler.draw(generator)[1] for _ in range(60)}
     assert places == {(30, 7), (31, 7), (32, 7)}
 
@@ -841,8 +841,8 @@ def test_a_slide_without_any_class_is_background_all_over(tmp_path: Path, slide_
         assert not survey(sample, 2).totals[1]
         assert survey(sample, 2).totals[0] == math.prod(sample.shape)
         judged = measure(Darkness(), recipe.bundle, [sample])["S"]
-    assert judged.pixels.confusion.sum() == math.prod(sample.shape)
-    assert not judged.pixels.confusion[1].any()
+    assert judged.pixels.matrix.sum() == math.prod(sample.shape)
+    assert not judged.pixels.matrix[1].any()
 
 
 @pytest.mark.parametrize("kind", ["slide", "patch grid"])
@@ -1384,8 +1384,8 @@ def test_large_images_are_measured_region_by_region(
     whole = measure(Darkness(), recipe.bundle, [sample])["A"]
     monkeypatch.setattr("wsi_pipeline.training.validate.REGION", {2: 48})
     parts = measure(Darkness(), recipe.bundle, [sample])["A"]
-    np.testing.assert_array_equal(parts.pixels.confusion, whole.pixels.confusion)
-    assert whole.pixels.confusion.sum() == 130 * 170
+    np.testing.assert_array_equal(parts.pixels.matrix, whole.pixels.matrix)
+    assert whole.pixels.matrix.sum() == 130 * 170
 
 
 @pytest.mark.parametrize(
@@ -1451,7 +1451,7 @@ def test_what_is_measured_is_what_segment_writes(
     monkeypatch.setattr("wsi_pipeline.training.validate.REGION", {2: 100, 3: 40})
     judged = measure(build(bundle).module, bundle, load(recipe, tmp_path))["A"]
     expected = confusion_matrix(truth.ravel(), found.ravel(), labels=[0, 1, 2])
-    np.testing.assert_array_equal(judged.pixels.confusion, expected)
+    np.testing.assert_array_equal(judged.pixels.matrix, expected)
 
 
 class Gloomy(Darkness):
@@ -1493,11 +1493,11 @@ def test_images_without_a_label_are_not_judged_by_it(saying: Recipe) -> None:
     assert not judged.labels.any()
     assert math.isnan(accuracy({"A": judged}))
     assert len(judged.said) == 0
-    assert judged.pixels.confusion.tolist() == [[0, 64 * 64], [0, 0]]
+    assert judged.pixels.matrix.tolist() == [[0, 64 * 64], [0, 0]]
 
 
 def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sample]) -> None:
-    nothing = Judged.empty(saying.bundle)
+    nothing = PatientScore.empty(saying.bundle)
     images = {
         "A": [[[60, 10], [10, 20]], [[80, 0], [10, 10]], [[100, 0], [0, 0]]],
         "B": [[[90, 10], [0, 0]]],
@@ -1506,7 +1506,7 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
     judged = {
         patient: dataclasses.replace(
             nothing,
-            pixels=Tally(confusion=np.sum(counts, axis=0), borders=np.zeros((2, 4), np.int64)),
+            pixels=Confusion(matrix=np.sum(counts, axis=0), borders=np.zeros((2, 4), np.int64)),
             images=tuple((str(i), np.array(c)) for i, c in enumerate(counts)),
             said=np.array(said[patient]),
             labels=np.array([[1, 0], [0, 1]]),
@@ -1518,7 +1518,7 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
         modality="image",
         input=structs.replace(saying.bundle.input, mpp=None, fit=(64, 64)),
     )
-    trained = Trained(samples=samples, surveys=learner(samples).surveys, judged=judged)
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys, judged=judged)
     card = model_card(dataclasses.replace(saying, bundle=bundle), trained)
     # 2 · 20 / (30 + 30) and 2 · 10 / (10 + 20); B shows none, so every draw with A has the same
     assert "- Tumor: Dice 0.667 (0.667 to 0.667), IoU 0.500 (0.500 to 0.500)" in card
@@ -1541,13 +1541,15 @@ def test_a_card_gives_no_figure_for_a_class_that_is_not_there(
     }
     judged = {
         patient: dataclasses.replace(
-            Judged.empty(bundle),
-            pixels=Tally(confusion=np.array(found), borders=np.zeros((3, 4), np.int64)),
+            PatientScore.empty(bundle),
+            pixels=Confusion(matrix=np.array(found), borders=np.zeros((3, 4), np.int64)),
             images=(("one.png", np.array(found)),),
         )
         for patient, found in counts.items()
     }
-    trained = Trained(samples=samples, surveys=learner(samples, classes=3).surveys, judged=judged)
+    trained = Trained(
+        samples=samples, surveys=training_set(samples, classes=3).surveys, judged=judged
+    )
     input_spec = structs.replace(bundle.input, mpp=None, fit=(64, 64))
     of_images = dataclasses.replace(bundle, modality="image", input=input_spec)
     for card in (
@@ -1577,8 +1579,8 @@ def test_patients_who_show_no_class_choose_no_weights(
     image, truth = samples[0].read_all()
     clean = make_sample("C", image, torch.zeros_like(truth))
     keys = {"fabric": open_fabric(recipe, device="cpu", devices=1), "data_dir": tmp_path}
-    found = fit(recipe, learner(samples), validation=[clean], watched=[clean], **keys)
-    plain = fit(recipe, learner(samples), **keys)
+    found = fit(recipe, training_set(samples), validation=[clean], watched=[clean], **keys)
+    plain = fit(recipe, training_set(samples), **keys)
     assert_same_weights(found.network, plain.network)
     assert not any("validation_dice" in row or "held_out_dice" in row for row in found.history)
     assert "show no class: no weights are chosen by them" in caplog.text
@@ -1587,7 +1589,7 @@ def test_patients_who_show_no_class_choose_no_weights(
 def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Recipe) -> None:
     rng = np.random.default_rng(0)
     true_logits = rng.normal(0, 1.5, (2, 20_000))
-    nothing = Judged.empty(recipe.bundle)
+    nothing = PatientScore.empty(recipe.bundle)
     patients = []
     for logits in true_logits:
         truth = rng.random(len(logits)) < 1 / (1 + np.exp(-logits))
@@ -1612,12 +1614,12 @@ def test_a_temperature_softens_probabilities_and_no_mask(recipe: Recipe) -> None
 
 
 def test_a_card_says_how_often_labels_are_right(saying: Recipe, samples: list[Sample]) -> None:
-    nothing = Judged.empty(saying.bundle)
+    nothing = PatientScore.empty(saying.bundle)
     judged = {
         patient: dataclasses.replace(nothing, labels=np.array(counts))
         for patient, counts in {"A": [[6, 0], [0, 0]], "B": [[0, 1], [1, 0]]}.items()
     }
-    trained = Trained(samples=samples, surveys=learner(samples).surveys, judged=judged)
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys, judged=judged)
     card = model_card(saying, trained)
     # both patients, A alone, or B alone: 6 of 8, all, or none
     assert "0.750 (0.000 to 1.000) are right" in card
@@ -1636,12 +1638,12 @@ def assert_same_weights(first: torch.nn.Module, second: torch.nn.Module) -> None
 
 def test_a_training_can_be_repeated(recipe: Recipe, samples: list[Sample]) -> None:
     told: list[Any] = []
-    first = fit(recipe, learner(samples), progress=lambda *news: told.append(news[:2])).network
-    second = fit(recipe, learner(samples)).network
+    first = fit(recipe, training_set(samples), progress=lambda *news: told.append(news[:2])).network
+    second = fit(recipe, training_set(samples)).network
     assert told == [(1, 3), (2, 3), (3, 3)]
     assert not first.training
     assert_same_weights(first, second)
-    other = fit(changed(recipe, seed=1), learner(samples)).network
+    other = fit(changed(recipe, seed=1), training_set(samples)).network
     weight = "outc.weight"
     assert not torch.equal(other.state_dict()[weight], first.state_dict()[weight])
 
@@ -1665,7 +1667,7 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(
     recipe = changed(
         recipe, steps=8, checkpoint_every=3, validate_every=2, accumulate=2, schedule="cosine"
     )
-    arguments = {"learner": learner(samples[:2]), "validation": samples[2:]}
+    arguments = {"training_set": training_set(samples[:2]), "validation": samples[2:]}
     state = tmp_path / "state"
     state.mkdir()
     whole = fit(recipe, **arguments)
@@ -1687,13 +1689,13 @@ def test_the_best_weights_are_kept_and_a_training_without_progress_ends(
     dices = iter([0.2, 0.5, 0.4, 0.5, 0.3, 0.9])
     kept: list[dict[str, Tensor]] = []
 
-    def judged(network: torch.nn.Module, *_: Any) -> dict[str, Tally]:
+    def judged(network: torch.nn.Module, *_: Any) -> dict[str, Confusion]:
         kept.append({k: v.clone() for k, v in network.state_dict().items()})
         return {}
 
     monkeypatch.setattr("wsi_pipeline.training.fit.measure", judged)
     monkeypatch.setattr("wsi_pipeline.training.fit.mean_dice", lambda *_: next(dices))
-    fitted = fit(recipe, learner(samples[:2]), validation=samples[2:])
+    fitted = fit(recipe, training_set(samples[:2]), validation=samples[2:])
     looks = [row["validation_dice"] for row in fitted.history if "validation_dice" in row]
     assert looks == [0.2, 0.5, 0.4, 0.5, 0.3]
     for name, tensor in fitted.network.state_dict().items():
@@ -1704,9 +1706,9 @@ def test_crops_made_by_several_threads_are_the_same(
     recipe: Recipe, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = changed(recipe, steps=6)
-    plain = fit(recipe, learner(samples))
+    plain = fit(recipe, training_set(samples))
     monkeypatch.setattr("wsi_pipeline.training.fit._crop_threads", lambda fabric: 4)
-    threaded = fit(recipe, learner(samples))
+    threaded = fit(recipe, training_set(samples))
     assert_same_weights(plain.network, threaded.network)
     assert threaded.history == plain.history
 
@@ -1715,8 +1717,8 @@ def test_held_out_patients_are_watched_and_nothing_follows_from_it(
     recipe: Recipe, samples: list[Sample], folder: Path
 ) -> None:
     recipe = changed(recipe, steps=6, validate_every=2)
-    plain = fit(recipe, learner(samples[:2]))
-    watched = fit(recipe, learner(samples[:2]), watched=samples[2:])
+    plain = fit(recipe, training_set(samples[:2]))
+    watched = fit(recipe, training_set(samples[:2]), watched=samples[2:])
     assert_same_weights(plain.network, watched.network)
     looks = {r["step"]: r["held_out_dice"] for r in watched.history if "held_out_dice" in r}
     assert list(looks) == [2, 4, 6]
@@ -1735,7 +1737,7 @@ def test_history_tells_how_often_labels_are_right(
     )
     recipe = changed(dataclasses.replace(saying, bundle=bundle), steps=1)
     train, held_out = samples[:2], samples[2:]
-    fitted = fit(recipe, learner(train), validation=held_out)
+    fitted = fit(recipe, training_set(train), validation=held_out)
     judged = measure(fitted.network, bundle, held_out)
     assert fitted.history[-1]["validation_accuracy"] == accuracy(judged)
     write_history(folder, fitted.history)
@@ -1752,7 +1754,7 @@ def test_the_encoder_has_a_learning_rate_of_its_own(recipe: Recipe, samples: lis
         dataclasses.replace(recipe, bundle=bundle), steps=2, encoder_rate=0.0, average=0.0
     )
     for schedule in ("one-cycle", "cosine", "constant"):
-        fitted = fit(changed(slow, schedule=schedule), learner(samples[:1])).network
+        fitted = fit(changed(slow, schedule=schedule), training_set(samples[:1])).network
         torch.manual_seed(slow.train.seed)
         start = dict(create(bundle).named_parameters())
         moved = {
@@ -1791,7 +1793,7 @@ def test_parts_of_a_batch_make_one_step_like_the_whole(recipe: Recipe) -> None:
 def test_other_settings_train_as_well(
     recipe: Recipe, samples: list[Sample], values: dict[str, Any]
 ) -> None:
-    network = fit(changed(recipe, **values), learner(samples)).network
+    network = fit(changed(recipe, **values), training_set(samples)).network
     assert all(t.dtype == torch.float32 for t in network.parameters())
     assert all(bool(t.isfinite().all()) for t in network.parameters())
 
@@ -1809,7 +1811,7 @@ def test_a_step_whose_scaled_gradients_overflow_is_left_out(
     plugins = [LightningEnvironment(), precision]
     fabric = fabric_of(accelerator="cpu", devices=1, plugins=plugins)
     few = changed(recipe, steps=4, average=0.0)
-    network = fit(few, learner(samples), fabric=fabric).network
+    network = fit(few, training_set(samples), fabric=fabric).network
     assert scaler.get_scale() < 2.0**120
     assert all(bool(tensor.isfinite().all()) for tensor in network.parameters())
 
@@ -1820,21 +1822,21 @@ def test_a_loss_that_is_no_number_ends_in_a_sentence(
 ) -> None:
     wild = changed(recipe, learning_rate=1e30, schedule="constant", precision=precision)
     with pytest.raises(RecipeError, match=r"step \d+: .* lower train\.learning_rate \(1e\+30\)"):
-        fit(wild, learner(samples))
+        fit(wild, training_set(samples))
 
 
 def test_crops_that_the_network_does_not_take_are_refused(
     recipe: Recipe, samples: list[Sample]
 ) -> None:
     with pytest.raises(RecipeError, match=r"crop \[63, 64\]: swish_unet takes multiples of 2"):
-        fit(changed(recipe, crop=(63, 64)), learner(samples))
+        fit(changed(recipe, crop=(63, 64)), training_set(samples))
 
 
 def test_labels_of_a_network_that_does_not_classify_are_refused(
     saying: Recipe, samples: list[Sample]
 ) -> None:
     with pytest.raises(RecipeError, match=r"'Malignant'\]: swish_unet does not classify"):
-        fit(saying, learner(samples))
+        fit(saying, training_set(samples))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "workflows/train").glob("*.toml")), ids=str)
@@ -1853,9 +1855,11 @@ def test_a_precision_that_the_device_lacks_is_refused(recipe: Recipe) -> None:
 
 def test_a_few_pictures_are_learnt_by_heart(recipe: Recipe, samples: list[Sample]) -> None:
     quick = changed(recipe, steps=60, average=0.5, learning_rate=0.01)
-    network = fit(dataclasses.replace(quick, augment=QUIET), learner(samples)).network
+    network = fit(dataclasses.replace(quick, augment=QUIET), training_set(samples)).network
     judged = measure(network, recipe.bundle, samples).values()
-    score = scores_of(sum(judged, start=Judged.empty(recipe.bundle)).pixels, recipe.bundle)["Tumor"]
+    score = scores_of(sum(judged, start=PatientScore.empty(recipe.bundle)).pixels, recipe.bundle)[
+        "Tumor"
+    ]
     assert score.dice > 0.9
     assert score.everywhere_dice < 0.5
 
@@ -1881,7 +1885,7 @@ def test_training_may_start_from_imagenet(
         recipe.bundle, network="lightmuseg", network_options={"classes": 1}
     )
     still = dataclasses.replace(still, bundle=bundle)
-    network = fit(still, learner(samples), data_dir=folder).network
+    network = fit(still, training_set(samples), data_dir=folder).network
     for (name, ours), start in zip(
         network.encoder.named_parameters(), encoder.parameters(), strict=True
     ):
@@ -1892,13 +1896,13 @@ def test_a_network_without_encoder_cannot_start_from_imagenet(
     recipe: Recipe, samples: list[Sample]
 ) -> None:
     with pytest.raises(RecipeError, match="SwishUNet has no encoder"):
-        fit(changed(recipe, encoder="a.pth"), learner(samples))
+        fit(changed(recipe, encoder="a.pth"), training_set(samples))
 
 
 def test_a_written_bundle_loads_and_predicts_the_same(
     folder: Path, recipe: Recipe, samples: list[Sample]
 ) -> None:
-    known = learner(samples)
+    known = training_set(samples)
     network = fit(recipe, known).network
     judged = measure(network, recipe.bundle, samples)
     trained = Trained(

@@ -15,7 +15,7 @@ from wsi_pipeline.errors import UsageError
 from wsi_pipeline.options import Frame
 
 if TYPE_CHECKING:
-    from wsi_pipeline.evaluation.meaning import Values
+    from wsi_pipeline.evaluation.meaning import LabelMap
 
 LARGEST_SIDE = 1 << 20
 """px of a slide's level 0, as for files."""
@@ -175,8 +175,8 @@ def command(
     click.echo(json.dumps(figures, indent=2) if as_json else _table(figures))
 
 
-def _values(entries: Iterable[Meaning], ignored: Sequence[int] = ()) -> Values:
-    from wsi_pipeline.evaluation.meaning import Values
+def _values(entries: Iterable[Meaning], ignored: Sequence[int] = ()) -> LabelMap:
+    from wsi_pipeline.evaluation.meaning import LabelMap
 
     joined: dict[str, tuple[int, ...]] = {}
     are_others = False
@@ -185,7 +185,7 @@ def _values(entries: Iterable[Meaning], ignored: Sequence[int] = ()) -> Values:
         are_others |= values is None or isinstance(values, range)
         if values is not None:
             joined[name] = (*joined.get(name, ()), *values)
-    return Values(classes=joined, ignored=ignored, background=None if are_others else (0,))
+    return LabelMap(classes=joined, ignored=ignored, background=None if are_others else (0,))
 
 
 def _table(figures: Facts) -> str:

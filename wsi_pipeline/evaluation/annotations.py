@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from wsi_pipeline.annotations import (
 )
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
+from wsi_pipeline.geometry import Shape
 from wsi_pipeline.report.record import UNREADABLE
 
 
@@ -29,10 +30,9 @@ class Areas:
     """Annotated areas of one slide, in level-0 pixels.
 
     Attributes:
-        path: of the file.
-        annotations: that have a class of their own.
-        ignored: areas that do not count.
-        regions: outside of which nothing counts, where there are any.
+        annotations: Those that have a class of their own.
+        ignored: Areas that do not count.
+        regions: Areas outside of which nothing counts, where there are any.
     """
 
     path: Path
@@ -61,9 +61,8 @@ def load_areas(
     """Read a GeoJSON file of annotations; return its areas.
 
     Args:
-        path: of the file.
         offset: (x, y) added to every position, as in `read_polygons`.
-        renamed: new names of classes; "" names areas without a class.
+        renamed: New names of classes; "" names areas without a class.
 
     Raises:
         AnnotationError: not readable, or areas without a class that nothing names.
@@ -86,12 +85,7 @@ def load_areas(
             f"{path}: {nameless} of {len(found)} areas have no class; give them one in QuPath, "
             f"{IGNORED_CLASS} where none fits (`evaluate` names them all with --rename =CLASS)"
         )
-    return Areas(
-        path=path,
-        annotations=tuple(annotations),
-        ignored=tuple(ignored),
-        regions=tuple(regions),
-    )
+    return Areas(path=path, annotations=(*annotations,), ignored=(*ignored,), regions=(*regions,))
 
 
 class AreaReader:
@@ -100,11 +94,12 @@ class AreaReader:
     Where areas of several classes overlap the smallest lies on top, as QuPath draws them.
 
     Args:
-        areas: of one slide.
-        indices: class index by name; other classes are `others`.
-        others: index of areas whose class is not in `indices`.
-        outside: index of what lies in no area.
+        indices: Class index by name; other classes are `others`.
+        others: Index of areas whose class is not in `indices`.
+        outside: Index of what lies in no area.
     """
+
+    downsample = None
 
     def __init__(
         self, areas: Areas, indices: Mapping[str, int], *, others: int = 0, outside: int = 0
@@ -116,67 +111,38 @@ class AreaReader:
         self._areas = areas
         self._outside = outside
 
-    def read(
-        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
-    ) -> Mask:
+    def read(self, origin: Shape, shape: Shape, downsample: tuple[float, float]) -> Mask:
         """Return the class index at the centre of each pixel, (h, w) uint8.
 
         Args:
             origin: (y, x) of the first pixel.
-            shape: (h, w) in pixels.
             downsample: (y, x) level-0 pixels per pixel.
         """
-        seen = np.sort(self._near(origin, shape, downsample))
-        corner = (origin[0] * downsample[0], origin[1] * downsample[1])
-        mask = _burn(
-            [(self._polygons[i], self._values[i]) for i in seen],
-            shape,
-            self._outside,
-            origin=corner,
-            downsample=downsample,
-        )
-        if regions := self._areas.regions:
-            mask[~rasterise(regions, shape, origin=corner, downsample=downsample)] = IGNORE
-        if ignored := self._areas.ignored:
-            mask[rasterise(ignored, shape, origin=corner, downsample=downsample)] = IGNORE
+        # brings GDAL: would triple the time to import this package
+        import rasterio.features
+
+        (fy, fx), (height, width) = downsample, shape
+        y, x = origin[0] * fy, origin[1] * fx
+        seen = [(self._polygons[i], self._values[i]) for i in self._near(origin, shape, downsample)]
+        seen = [(polygon, value) for polygon, value in seen if polygon.area > 0]
+        mask = np.full((height, width), self._outside, np.uint8)
+        if seen:
+            transform = rasterio.Affine(fx, 0.0, x, 0.0, fy, y)
+            rasterio.features.rasterize(seen, out=mask, transform=transform)
+        for polygons, is_judged in ((self._areas.regions, True), (self._areas.ignored, False)):
+            if polygons:
+                marked = rasterise(polygons, mask.shape, origin=(y, x), downsample=downsample)
+                mask[marked != is_judged] = IGNORE
         return mask
 
-    def touches(
-        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
-    ) -> bool:
+    def touches(self, origin: Shape, shape: Shape, downsample: tuple[float, float]) -> bool:
         """Return whether any area shares a point with a rectangle, given as in `read`."""
         return len(self._near(origin, shape, downsample)) > 0
 
     def _near(
-        self, origin: tuple[int, int], shape: tuple[int, int], downsample: tuple[float, float]
+        self, origin: Shape, shape: Shape, downsample: tuple[float, float]
     ) -> npt.NDArray[np.int64]:
-        """Return the indices of the polygons that share a point with a rectangle."""
+        """Return the indices of the polygons that share a point with a rectangle, ascending."""
         (y, x), (height, width), (fy, fx) = origin, shape, downsample
         window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
-        return np.asarray(self._tree.query(window, predicate="intersects"))
-
-
-def _burn(
-    shapes: Sequence[tuple[Polygon, int]],
-    shape: tuple[int, int],
-    outside: int,
-    *,
-    origin: tuple[float, float],
-    downsample: tuple[float, float],
-) -> Mask:
-    """Return the values of polygons, later ones over earlier ones, (h, w) uint8."""
-    import rasterio.features  # brings GDAL: would triple the time to import this package
-
-    shapes = [(polygon, value) for polygon, value in shapes if polygon.area > 0]
-    if not shapes:
-        return np.full(shape, outside, np.uint8)
-    (y, x), (fy, fx) = origin, downsample
-    return np.asarray(
-        rasterio.features.rasterize(
-            shapes,
-            out_shape=shape,
-            transform=rasterio.Affine(fx, 0.0, x, 0.0, fy, y),
-            fill=outside,
-            dtype=np.uint8,
-        )
-    )
+        return np.sort(self._tree.query(window, predicate="intersects"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
 from wsi_pipeline.export.overlay import Color, legend
-from wsi_pipeline.geometry import Block
+from wsi_pipeline.geometry import Shape
 
 LONGEST, SMALLEST = 1600, 600
 """Side of the picture at most, px, and what a smaller one is enlarged to, whole times."""
@@ -29,13 +29,9 @@ FILL = 0.6
 
 
 class Disagreement:
-    """A picture whose pixels mix the colours of what they cover, so that nothing thin is lost.
+    """A picture whose pixels mix the colours of what they cover, so that nothing thin is lost."""
 
-    Args:
-        shape: (h, w) in pixels compared.
-    """
-
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         self._cell = max(1, math.ceil(max(shape) / LONGEST))
         small = tuple(-(-n // self._cell) for n in shape)
         self._sums = np.zeros((*small, len(COLORS)), np.float32)
@@ -45,8 +41,8 @@ class Disagreement:
         rounded = max(self._cell, side // self._cell * self._cell)
         return rounded, rounded
 
-    def add(self, block: Block, prediction: Mask, truth: Mask) -> None:
-        """Enter a block, made of whole cells but for the ragged edge."""
+    def add(self, start: Shape, prediction: Mask, truth: Mask) -> None:
+        """Enter a block that begins at a cell, of whole cells but for the ragged edge."""
         kind = np.where(prediction == truth, np.uint8(1), np.uint8(4))
         kind[(truth == 0) & (prediction > 0)] = 2
         kind[(prediction == 0) & (truth > 0)] = 3
@@ -56,14 +52,13 @@ class Disagreement:
         height, width = int(rows[-1]) + 1, int(columns[-1]) + 1
         cells = (rows[:, None] * width + columns) * len(COLORS) + kind
         counts = np.bincount(cells.ravel(), minlength=height * width * len(COLORS))
-        y, x = (a // self._cell for a in block.start)
+        y, x = (a // self._cell for a in start)
         self._sums[y : y + height, x : x + width] = counts.reshape(height, width, -1)
 
     def drawn(self, slide: npt.NDArray[np.uint8] | None = None) -> npt.NDArray[np.uint8]:
         """Return the picture, uint8 (h, w, 3).
 
-        Args:
-            slide: uint8 (h, w, 3) of the same part at any size, to lie under it; None = white.
+        The slide, uint8 (h, w, 3) of the same part at any size, lies under it; None = white.
         """
         shares = self._sums / self._sums.sum(-1, keepdims=True)
         height, width = shares.shape[:2]
@@ -79,9 +74,7 @@ class Disagreement:
 def with_legend(picture: npt.NDArray[np.uint8], *, um: float | None) -> npt.NDArray[np.uint8]:
     """Return a picture with what its colours mean and a scale bar below, uint8 (h, w, 3).
 
-    Args:
-        picture: uint8 (h, w, 3).
-        um: µm per pixel of the picture along x; None = not known, no bar.
+    The bar is left out where `um`, µm per pixel of the picture along x, is None.
     """
     times = max(1, SMALLEST // max(picture.shape))
     picture = picture.repeat(times, 0).repeat(times, 1)

@@ -8,8 +8,9 @@ from typing import Any
 
 from wsi_pipeline.annotations import read_region
 from wsi_pipeline.errors import AnnotationError, UsageError
-from wsi_pipeline.evaluation.compare import CompareOptions, compare_all, pair_up
-from wsi_pipeline.evaluation.meaning import Values
+from wsi_pipeline.evaluation.compare import CompareOptions, compare_all
+from wsi_pipeline.evaluation.meaning import LabelMap
+from wsi_pipeline.evaluation.pairs import pair_up
 from wsi_pipeline.evaluation.report import describe, write_evaluation
 
 
@@ -49,8 +50,8 @@ def evaluate(
         except AnnotationError as error:
             raise UsageError(str(error)) from error
     for name in ("prediction_values", "truth_values"):
-        if (given := options.get(name)) is not None and not isinstance(given, Values):
-            options[name] = Values(classes=given)
+        if (given := options.get(name)) is not None and not isinstance(given, LabelMap):
+            options[name] = LabelMap(classes=given)
     settled = CompareOptions(**options)
     pairings = pair_up(prediction, truth, slide=slide, size=size)
     numbers = {pairing.name: number for number, pairing in enumerate(pairings, start=1)}

@@ -24,13 +24,13 @@ ADVICE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Values:
+class LabelMap:
     """What the values of a mask without names mean.
 
     Attributes:
-        classes: mask values by the class's name.
-        ignored: mask values that are not judged.
-        background: mask values that are background, unless they are named above; None = all others.
+        classes: Mask values by the class's name.
+        ignored: Mask values that are not judged.
+        background: Mask values that are background, unless they are named above; None = all others.
     """
 
     classes: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -42,14 +42,12 @@ class Lookup:
     """What turns the values of a mask into class indices.
 
     Args:
-        path: of the mask.
-        values: what they mean.
-        indices: class index by name; other classes are background.
-        advice: what to do about values without a meaning.
+        indices: Class index by name; other classes are background.
+        advice: What to do about values without a meaning.
     """
 
     def __init__(
-        self, path: Path, values: Values, indices: Mapping[str, int], *, advice: str = ADVICE
+        self, path: Path, values: LabelMap, indices: Mapping[str, int], *, advice: str = ADVICE
     ) -> None:
         self._path, self._advice = path, advice
         self._table = np.zeros(LARGEST_VALUE + 1, np.uint8)
@@ -64,11 +62,10 @@ class Lookup:
     def __call__(
         self, codes: npt.NDArray[Any], whole: Iterable[npt.NDArray[Any]] | None = None
     ) -> Mask:
-        """Return the class index of each value.
+        """Return the class index of each value, of any shape.
 
         Args:
-            codes: values, of any shape.
-            whole: all of the mask, in pieces, to be counted where a value is refused.
+            whole: All of the mask, in pieces, to be counted where a value is refused.
 
         Raises:
             EvaluationError: values that no mask has, or that nothing gives a meaning: none of them
@@ -100,14 +97,11 @@ class Lookup:
         return codes if codes.dtype in (np.uint8, np.uint16) else codes.astype(np.uint16)
 
 
-def settle(path: Path, own: Values, given: Values, renamed: Mapping[str, str]) -> Values:
-    """Return what the values of a mask mean, from its file and from the user.
+def settle(path: Path, own: LabelMap, given: LabelMap, renamed: Mapping[str, str]) -> LabelMap:
+    """Return what the values of a mask mean, from its file (`own`) and, first, from the user.
 
     Args:
-        path: of the mask.
-        own: what its file says of them.
-        given: what they mean, in place of that.
-        renamed: new names of classes; two that get the same name become one.
+        renamed: New names of classes; two that get the same name become one.
 
     Raises:
         EvaluationError: nothing says what they mean, or a value is a class and ignored.
@@ -128,9 +122,9 @@ def settle(path: Path, own: Values, given: Values, renamed: Mapping[str, str]) -
             classes[new] = (*classes.get(new, ()), *codes)
     if twice := ignored & {code for codes in classes.values() for code in codes}:
         raise EvaluationError(f"{path}: the values {sorted(twice)} are a class and ignored")
-    return Values(classes=classes, ignored=tuple(sorted(ignored)), background=given.background)
+    return LabelMap(classes=classes, ignored=tuple(sorted(ignored)), background=given.background)
 
 
-def named(classes: Mapping[int, str]) -> Values:
+def named(classes: Mapping[int, str]) -> LabelMap:
     """Return the meaning of values with names, the first of which is the background."""
-    return Values(classes={name: (value,) for value, name in classes.items() if value > 0})
+    return LabelMap(classes={name: (value,) for value, name in classes.items() if value > 0})

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from wsi_pipeline.evaluation.compare import Comparison
 from wsi_pipeline.evaluation.confusion import (
-    Tally,
+    Confusion,
     bootstrap,
     class_figures,
     pooled_figures,
-    total,
 )
 from wsi_pipeline.evaluation.disagreement import with_legend
 from wsi_pipeline.files.atomic import written_beside
@@ -40,109 +38,75 @@ ALL_SLIDES, ALL_CLASSES = "all slides", "all classes"
 def describe(found: Sequence[Comparison], *, tolerance_px: int) -> dict[str, Any]:
     """Return all figures of a cohort as JSON holds them; null stands for what has no meaning.
 
-    Args:
-        found: of each slide.
-        tolerance_px: that boundary F1 was counted with.
+    `tolerance_px` is what boundary F1 was counted with.
     """
     classes = found[0].classes
-    tallies = [comparison.tally for comparison in found]
-    pooled = _scores(total(tallies, len(classes)), classes, areas=_areas(found))
-    pooled = _with_surfaces(pooled, found)
+    pooled = _scores(found)
     if len(found) > 1:
-        by_class, together = bootstrap(tallies)
-        for i, name in enumerate(classes):
-            if i > 0:
-                pooled["classes"][name]["interval_95"] = _ends(by_class, i)
-        pooled["together"]["interval_95"] = _ends(together, None)
-    return {
-        "classes": list(classes),
-        "boundary_tolerance_px": tolerance_px,
-        "slides": [
+        by_class, together = bootstrap([comparison.confusion for comparison in found])
+        for i, name in enumerate(classes[1:], 1):
+            pooled["classes"][name]["interval_95"] = {
+                figure: [_number(end) for end in ends[:, i]] for figure, ends in by_class.items()
+            }
+        pooled["together"]["interval_95"] = {
+            figure: [_number(end) for end in ends] for figure, ends in together.items()
+        }
+    slides = []
+    for comparison in found:
+        # of a pixel in µm, (x, y), or of a voxel in mm, (x, y, z)
+        size = [*reversed(comparison.spacing_um)] if comparison.spacing_um else None
+        is_volume = size is not None and len(size) == 3
+        slides.append(
             {
                 "name": comparison.pairing.name,
                 "prediction": str(comparison.pairing.prediction),
                 "truth": str(comparison.pairing.truth),
-                "size_px": list(reversed(comparison.shape)),
-                **_resolution(comparison),
-                **_with_surfaces(
-                    _scores(comparison.tally, classes, areas=_areas([comparison])), [comparison]
-                ),
+                "size_px": [*reversed(comparison.shape)],
+                **({"spacing_mm": [s / 1000 for s in size or ()]} if is_volume else {"mpp": size}),
+                **_scores([comparison]),
             }
-            for comparison in found
-        ],
+        )
+    return {
+        "classes": list(classes),
+        "boundary_tolerance_px": tolerance_px,
+        "slides": slides,
         "pooled": pooled,
     }
 
 
-def _ends(intervals: Mapping[str, Any], index: int | None) -> dict[str, list[float | None]]:
-    return {
-        name: [_number(end if index is None else end[index]) for end in ends]
-        for name, ends in intervals.items()
-    }
-
-
-def _resolution(comparison: Comparison) -> dict[str, Any]:
-    """Return the size of a pixel in µm, (x, y), or of a voxel in mm, (x, y, z)."""
-    size = [*reversed(comparison.spacing_um)] if comparison.spacing_um else None
-    if size and len(size) == 3:
-        return {"spacing_mm": [s / 1000 for s in size]}
-    return {"mpp": size}
-
-
-Areas = dict[str, npt.NDArray[np.float64]]
-"""Confusion weighed by the size of pixels, by its unit."""
-
-
-def _areas(found: Sequence[Comparison]) -> Areas:
-    """Return counts of pixels in mm², or of voxels in ml, where all sizes are known."""
-    axes = {len(comparison.spacing_um or ()) for comparison in found}
-    if axes not in ({2}, {3}):
-        return {}
-    name, per_um = ("mm2", 1e-6) if axes == {2} else ("ml", 1e-12)
-    weighed = [c.tally.confusion * math.prod(c.spacing_um or ()) * per_um for c in found]
-    return {name: np.sum(weighed, axis=0)}
-
-
-def _with_surfaces(scores: dict[str, Any], found: Sequence[Comparison]) -> dict[str, Any]:
-    """Add, to the figures of each class, the distances of its surfaces; return them.
-
-    Of several comparisons they are means of those that have a value.
-    """
-    unit = "px" if found[0].spacing_um is None else "mm"
-    for name, row in scores["classes"].items():
-        values = np.array([c.surfaces[name] for c in found if c.surfaces], float).reshape(-1, 2)
-        known = values[~np.isnan(values).any(1)]
-        ends = known.mean(0).tolist() if len(known) else (math.nan, math.nan)
-        for key, value in zip(("hd95", "average_distance"), ends, strict=True):
+def _scores(found: Sequence[Comparison]) -> dict[str, Any]:
+    """Return the figures of comparisons taken together; distances are means of those that are."""
+    classes, unit = found[0].classes, "px" if found[0].spacing_um is None else "mm"
+    counted = sum((c.confusion for c in found), start=Confusion.empty(len(classes)))
+    by_class, together = class_figures(counted), pooled_figures(counted)
+    judged = int(counted.matrix.sum())
+    sizes = {"px": counted.matrix}
+    # in mm², or of voxels in ml, where all sizes are known
+    axes = {len(c.spacing_um or ()) for c in found}
+    if axes in ({2}, {3}):
+        name, per_um = ("mm2", 1e-6) if axes == {2} else ("ml", 1e-12)
+        weighed = [c.confusion.matrix * math.prod(c.spacing_um or ()) * per_um for c in found]
+        sizes[name] = np.sum(weighed, axis=0)
+    rows: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(classes[1:], 1):
+        row: dict[str, Any] = {figure: _number(values[i]) for figure, values in by_class.items()}
+        for side, axis in (("truth", 1), ("prediction", 0)):
+            row |= {f"{side}_px": int(sizes["px"].sum(axis)[i])}
+            row |= {} if "ml" in sizes else {f"{side}_mm2": None}
+            row |= {f"{side}_{u}": float(n.sum(axis)[i]) for u, n in sizes.items() if u != "px"}
+        distances = np.array([c.surfaces[name] for c in found if c.surfaces], float).reshape(-1, 2)
+        known = distances[~np.isnan(distances).any(1)]
+        means = known.mean(0) if len(known) else (math.nan, math.nan)
+        for key, value in zip(("hd95", "average_distance"), means, strict=True):
             row[f"{key}_{unit}"] = _number(value)
-    return scores
-
-
-def _scores(tally: Tally, classes: Sequence[str], *, areas: Areas) -> dict[str, Any]:
-    by_class = class_figures(tally.confusion, tally.borders)
-    together = pooled_figures(tally.confusion, tally.borders)
-    judged = int(tally.confusion.sum())
-    rows = {}
-    for i, name in enumerate(classes):
-        if i > 0:
-            rows[name] = {k: _number(v[i]) for k, v in by_class.items()} | _sizes(tally, areas, i)
+        rows[name] = row
     return {
         "judged_px": judged,
-        "accuracy": _number(np.trace(tally.confusion) / judged if judged else math.nan),
+        "accuracy": _number(np.trace(counted.matrix) / judged if judged else math.nan),
         "classes": rows,
-        "together": {k: _number(v) for k, v in together.items()},
-        "confusion": tally.confusion.tolist(),
+        "together": {figure: _number(value) for figure, value in together.items()},
+        "confusion": counted.matrix.tolist(),
     }
-
-
-def _sizes(tally: Tally, areas: Areas, index: int) -> dict[str, Any]:
-    sizes: dict[str, Any] = {}
-    for side, axis in (("truth", 1), ("prediction", 0)):
-        sizes[f"{side}_px"] = int(tally.confusion.sum(axis)[index])
-        if "ml" not in areas:
-            sizes[f"{side}_mm2"] = None
-        sizes |= {f"{side}_{unit}": float(n.sum(axis)[index]) for unit, n in areas.items()}
-    return sizes
 
 
 def _number(value: Any) -> float | None:
@@ -165,13 +129,7 @@ def as_rows(described: Mapping[str, Any]) -> list[dict[str, Any]]:
 def write_evaluation(
     folder: str | Path, found: Sequence[Comparison], described: Mapping[str, Any]
 ) -> None:
-    """Write `evaluation.json`, `evaluation.csv` and a picture of each slide; return nothing.
-
-    Args:
-        folder: created where it is missing.
-        found: of each slide.
-        described: from `describe`.
-    """
+    """Write `evaluation.json`, `evaluation.csv` and a picture of each slide; return nothing."""
     folder = Path(folder)
     make_folder(folder)
     buffer = io.StringIO(newline="")
@@ -188,11 +146,7 @@ def write_evaluation(
                 partial.write_text(text, "utf-8")
         for comparison in found:
             path = folder / f"{comparison.pairing.name}.png"
+            shrunk = comparison.shape[-1] / comparison.picture.shape[1]
+            um = comparison.spacing_um[-1] * shrunk if comparison.spacing_um else None
             with claimed(path), written_beside(path) as partial:
-                Image.fromarray(_picture(comparison)).save(partial, "PNG")
-
-
-def _picture(comparison: Comparison) -> npt.NDArray[np.uint8]:
-    shrunk = comparison.shape[-1] / comparison.picture.shape[1]
-    um = comparison.spacing_um[-1] * shrunk if comparison.spacing_um else None
-    return with_legend(comparison.picture, um=um)
+                Image.fromarray(with_legend(comparison.picture, um=um)).save(partial, "PNG")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from wsi_pipeline.errors import EvaluationError, SourceError
 from wsi_pipeline.evaluation.confusion import Mask
-from wsi_pipeline.evaluation.meaning import ADVICE, Lookup, Values
+from wsi_pipeline.evaluation.meaning import ADVICE, LabelMap, Lookup
 from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.geometry import Shape
@@ -30,18 +30,17 @@ class LabelVolume:
     """A mask of a volume, in memory.
 
     Attributes:
-        path: of the file.
         codes: (z, y, x) values.
         affine: (4, 4), maps (x, y, z, 1) voxel indices to mm in RAS+.
-        values: what they mean.
-        is_part: whether it may end before its image does, as segmentations of DICOM may.
-        is_planar: whether it is of a planar image, which has no place in a body.
+        values: What they mean.
+        is_part: Whether it may end before its image does, as segmentations of DICOM may.
+        is_planar: Whether it is of a planar image, which has no place in a body.
     """
 
     path: Path
     codes: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
-    values: Values
+    values: LabelMap
     is_part: bool = False
     is_planar: bool = False
 
@@ -66,10 +65,10 @@ class LabelVolume:
         """Return the class index of each voxel of another volume, (z, y, x).
 
         Args:
-            indices: class index by name; other classes are background.
-            shape: (z, y, x) of the other.
-            onto: affine of the other.
-            advice: what to do about values without a meaning.
+            indices: Class index by name; other classes are background.
+            shape: (z, y, x) of the other volume.
+            onto: (4, 4) affine of the other volume.
+            advice: What to do about values without a meaning.
 
         Raises:
             EvaluationError: it lies elsewhere, or holds values without a meaning.
@@ -108,7 +107,7 @@ def open_labels(path: Path) -> LabelVolume:
             affine = volume.affine
     except SourceError as error:
         raise EvaluationError(str(error)) from error
-    return LabelVolume(path=path, codes=codes, affine=affine, values=Values())
+    return LabelVolume(path=path, codes=codes, affine=affine, values=LabelMap())
 
 
 def _open_segmentation(path: Path) -> LabelVolume:
@@ -117,7 +116,6 @@ def _open_segmentation(path: Path) -> LabelVolume:
     One of a planar image has no place in a body: its pixels count as voxels of 1 mm.
     """
     try:
-        import highdicom
         from highdicom.seg import segread
     except ImportError as error:
         raise EvaluationError(
@@ -130,29 +128,27 @@ def _open_segmentation(path: Path) -> LabelVolume:
                 str(found.get_segment_description(n).SegmentLabel): (int(n),)
                 for n in found.segment_numbers
             }
-            if found.get_volume_geometry() is None:
-                return LabelVolume(
-                    path=path,
-                    codes=_planar(found),
-                    affine=np.eye(4),
-                    values=Values(classes=classes),
-                    is_planar=True,
-                )
-            volume = found.get_volume(combine_segments=True)
-    except Exception as error:  # highdicom raises anything, and may quote the patient's values
+            is_planar = found.get_volume_geometry() is None
+            if is_planar:
+                codes, affine = _planar(found), np.eye(4)
+            else:
+                volume: Any = found.get_volume(combine_segments=True)
+                codes = np.asarray(volume.array, np.uint16)
+                # highdicom's voxel indices are (z, y, x), its places LPS
+                affine = LPS_TO_RAS @ volume.affine @ np.eye(4)[[2, 1, 0, 3]]
+    # highdicom raises anything, and may quote the patient's values
+    except Exception as error:
         raise EvaluationError(
             f"{path}: no segmentation of DICOM that can be compared ({type(error).__name__}); "
             "expected segments that do not overlap, on evenly spaced slices"
         ) from None
-    assert isinstance(volume, highdicom.Volume)
-    # highdicom's voxel indices are (z, y, x), its places LPS
-    affine = LPS_TO_RAS @ volume.affine @ np.eye(4)[[2, 1, 0, 3]]
     return LabelVolume(
         path=path,
-        codes=np.asarray(volume.array, np.uint16),
+        codes=codes,
         affine=affine,
-        values=Values(classes=classes),
-        is_part=True,
+        values=LabelMap(classes=classes),
+        is_part=not is_planar,
+        is_planar=is_planar,
     )
 
 

@@ -34,8 +34,6 @@ def augment(
     Args:
         images: (N, C, *sides) float32 of full scale 1.
         truths: (N, *sides) uint8 class index.
-        spec: how strongly.
-        generator: of the random numbers.
         stained: whether they are of slides, with stains in red, green and blue, and glass.
         bounded: whether values lie in [0, 1] and are to stay there.
     """

@@ -17,7 +17,7 @@ from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
 from wsi_pipeline.evaluation.confusion import (
-    Tally,
+    Confusion,
     bootstrap,
     class_figures,
     drawn_anew,
@@ -35,7 +35,7 @@ from wsi_pipeline.training.calibrate import (
 from wsi_pipeline.training.crops import Survey
 from wsi_pipeline.training.recipe import Recipe
 from wsi_pipeline.training.samples import Sample
-from wsi_pipeline.training.validate import Judged, accuracy, scores_of
+from wsi_pipeline.training.validate import PatientScore, accuracy, scores_of
 
 WEIGHTS = "model.safetensors"
 MANY = 60
@@ -58,7 +58,7 @@ class Trained:
 
     samples: Sequence[Sample]
     surveys: Sequence[Survey]
-    judged: Mapping[str, Judged] = field(default_factory=dict)
+    judged: Mapping[str, PatientScore] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -66,9 +66,6 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
     """Write `model.toml`, weights and model card of a trained network; return nothing.
 
     Args:
-        network: trained.
-        recipe: by which.
-        trained: on what, and how well.
         folder: to write into; made where it is missing, its three files replaced.
     """
     make_folders(folder)
@@ -97,7 +94,6 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write a training's history as CSV, and its curves where matplotlib is there.
 
     Args:
-        folder: of the files.
         history: rows of step, loss, learning_rate, and validation_dice, validation_accuracy and
             held_out_dice where they were taken.
     """
@@ -250,7 +246,7 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
         ]
     absent = []
     for i, name in enumerate(dict.fromkeys(c for _, c, _ in cells), 1):
-        without = [f.pixels.confusion for f in judged.values() if not f.pixels.confusion[i].any()]
+        without = [f.pixels.matrix for f in judged.values() if not f.pixels.matrix[i].any()]
         if without:
             called, known = (int(n) for n in (np.sum(without, (0, 1))[i], np.sum(without)))
             absent += [
@@ -272,13 +268,13 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
     return "\n".join([*rows, *absent, *_intervals(recipe, judged)])
 
 
-def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
+def _intervals(recipe: Recipe, judged: Mapping[str, PatientScore]) -> list[str]:
     """Return a line for each class: the figures of all pixels together, and how sure they are."""
-    showing = [found.pixels for found in judged.values() if found.pixels.confusion[1:].any()]
+    showing = [found.pixels for found in judged.values() if found.pixels.matrix[1:].any()]
     if len(showing) < 2:
         return []
     by_class, _ = bootstrap(showing)
-    whole = sum(showing, start=Tally.empty(len(recipe.bundle.classes)))
+    whole = sum(showing, start=Confusion.empty(len(recipe.bundle.classes)))
     who = "all patients" if len(showing) == len(judged) else "all patients who show a class"
     lines = [
         "",
@@ -296,14 +292,14 @@ def _intervals(recipe: Recipe, judged: Mapping[str, Judged]) -> list[str]:
     return lines
 
 
-def _image_lines(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+def _image_lines(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
     """Return the figures image by image, "" for slides, of which a patient has parts."""
     if recipe.bundle.modality == "slide" or not judged:
         return ""
     each = [np.array([counts for _, counts in found.images]) for found in judged.values()]
     lines = ["Image by image, with 95 % intervals by drawing patients anew:\n"]
     for i, info in enumerate(recipe.bundle.classes[1:], 1):
-        figures = [class_figures(c, np.zeros((*c.shape[:2], 4), np.int64)) for c in each]
+        figures = [class_figures(Confusion.of(c)) for c in each]
         # (patients, 3): sums of Dice and IoU of images that show the class, and how many do
         sums = [
             np.array(
@@ -343,7 +339,7 @@ def _mean_with_interval(sums: npt.NDArray[Any]) -> str:
     return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
-def _certainty(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+def _certainty(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
     """Return how far probabilities hold, "" where nothing was held out."""
     found = list(judged.values())
     if sum(len(f.sampled) > 0 for f in found) < 2:
@@ -358,9 +354,9 @@ def _certainty(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
     )
 
 
-def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
+def _label_table(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
     """Return how often what was said of a whole patch is right, "" where nothing is said."""
-    whole = sum(judged.values(), start=Judged.empty(recipe.bundle)).labels
+    whole = sum(judged.values(), start=PatientScore.empty(recipe.bundle)).labels
     if not whole.any():
         return ""
     right = f"{accuracy(judged):.3f}"
@@ -385,7 +381,7 @@ def _label_table(recipe: Recipe, judged: Mapping[str, Judged]) -> str:
     )
 
 
-def _area_under_curve(judged: Mapping[str, Judged]) -> str:
+def _area_under_curve(judged: Mapping[str, PatientScore]) -> str:
     """Return how often a patch of the second label gets more of it than one of the first."""
     said = [found.said for found in judged.values()]
     rows, owner = np.concatenate(said), np.repeat(np.arange(len(said)), [len(s) for s in said])

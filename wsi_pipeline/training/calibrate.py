@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
-from wsi_pipeline.training.validate import Judged
+from wsi_pipeline.training.validate import PatientScore
 
 GROUPS = 10
 """Of patients, each judged by a temperature that fits the others."""
@@ -19,7 +19,7 @@ BINS = 15
 Reals = npt.NDArray[np.float64]
 
 
-def fit_temperature(judged: Collection[Judged]) -> float:
+def fit_temperature(judged: Collection[PatientScore]) -> float:
     """Return the temperature at which held-out pixels are likeliest; every patient counts alike.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017.
@@ -37,7 +37,7 @@ def fit_temperature(judged: Collection[Judged]) -> float:
     return float(np.exp(minimize_scalar(unlikely, bounds=(-2.0, 2.5), method="bounded").x))
 
 
-def calibration_error(judged: Sequence[Judged], temperatures: Sequence[float]) -> float:
+def calibration_error(judged: Sequence[PatientScore], temperatures: Sequence[float]) -> float:
     """Return the expected calibration error, 0 to 1; every patient counts alike.
 
     Args:
@@ -56,7 +56,7 @@ def calibration_error(judged: Sequence[Judged], temperatures: Sequence[float]) -
     return float(np.abs(gaps).sum() / weight.sum())
 
 
-def left_out_temperatures(judged: Sequence[Judged]) -> list[float]:
+def left_out_temperatures(judged: Sequence[PatientScore]) -> list[float]:
     """Return, for each patient, the temperature that fits others, left out in ten groups."""
     groups = [
         fit_temperature([found for i, found in enumerate(judged) if i % GROUPS != group])

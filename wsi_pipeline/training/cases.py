@@ -13,12 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.evaluation.confusion import IGNORE, class_figures
+from wsi_pipeline.evaluation.confusion import IGNORE, Confusion, class_figures
 from wsi_pipeline.evaluation.disagreement import Disagreement
 from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.geometry import Block
 from wsi_pipeline.training.samples import Sample
-from wsi_pipeline.training.validate import Judged, chances, decided, open_predictor
+from wsi_pipeline.training.validate import PatientScore, chances, decided, open_predictor
 
 CASES = "cases"
 """Folder of the pictures."""
@@ -30,7 +29,7 @@ def draw_cases(
     network: nn.Module,
     bundle: Bundle,
     samples: Sequence[Sample],
-    judged: Mapping[str, Judged],
+    judged: Mapping[str, PatientScore],
     folder: Path,
 ) -> None:
     """Draw the best, median and worst of some held-out images that show a class; return nothing.
@@ -43,7 +42,6 @@ def draw_cases(
         bundle: as in `measure`.
         samples: the images; large ones are left out.
         judged: what was right of each patient.
-        folder: for the pictures.
     """
     counts = {(p, name): c for p, found in judged.items() for name, c in found.images}
     ranked = sorted(
@@ -64,12 +62,7 @@ def draw_cases(
 
 
 def gather_cases(folders: Sequence[Path], output: Path) -> None:
-    """Copy the best, median and worst of the pictures of several folds; return nothing.
-
-    Args:
-        folders: of the folds' pictures.
-        output: for the three, emptied before.
-    """
+    """Copy the best, median and worst of the pictures of several folds; return nothing."""
     found = sorted((p for folder in folders for p in folder.glob("*.png")), key=lambda p: p.name)
     if output.is_dir():
         shutil.rmtree(output)
@@ -83,10 +76,9 @@ def _three(count: int) -> tuple[int, ...]:
     return (0, count // 2, count - 1) if count else ()
 
 
-def _dice(confusion: npt.NDArray[np.int64]) -> float:
+def _dice(matrix: npt.NDArray[np.int64]) -> float:
     """Return the mean Dice of the classes that an image shows."""
-    dice = class_figures(confusion, np.zeros((len(confusion), 4), np.int64))["dice"][1:]
-    return float(dice[confusion.sum(1)[1:] > 0].mean())
+    return float(np.nanmean(class_figures(Confusion.of(matrix))["dice"][1:]))
 
 
 def _drawn(image: Tensor, truth: Tensor, found: Tensor) -> Image.Image:
@@ -100,8 +92,7 @@ def _drawn(image: Tensor, truth: Tensor, found: Tensor) -> Image.Image:
     shown = shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
     height, width = truth.shape
     picture = Disagreement((height, width))
-    whole = Block(index=(0, 0), start=(0, 0), stop=(height, width))
-    picture.add(whole, found.numpy(), truth.numpy())
+    picture.add((0, 0), found.numpy(), truth.numpy())
     right = Image.fromarray(picture.drawn()).resize((width, height))
     both = Image.new("RGB", (2 * width, height))
     both.paste(Image.fromarray(shown.movedim(0, -1).numpy()), (0, 0))

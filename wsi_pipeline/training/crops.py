@@ -76,7 +76,6 @@ class Sampler:
     """Draws samples, and places in them.
 
     Args:
-        samples: to draw from.
         surveys: of each.
         balance: share of the draws that take a class evenly; the others go by area.
 
@@ -141,11 +140,8 @@ def random_crop(
     Turns are about the first axis of a volume. What lies beyond the image is mirrored.
 
     Args:
-        sample: to cut from.
         place: a pixel that lies somewhere in the crop, array order.
         size: side of the crop, px.
-        spec: how strongly it may be turned and scaled.
-        generator: of the random numbers.
 
     Returns:
         (C, *sides) float32 of full scale 1 and (*sides) uint8.

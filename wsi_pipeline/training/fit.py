@@ -52,7 +52,7 @@ Progress = Callable[[int, int, float, float | None], None]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Learner:
+class TrainingSet:
     """What is learnt from, looked through once.
 
     Attributes:
@@ -65,7 +65,7 @@ class Learner:
 
 
 @dataclass(kw_only=True)
-class Progressed:
+class TrainerState:
     """How far a training is; a checkpoint holds it.
 
     Attributes:
@@ -104,7 +104,6 @@ def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fa
     loop of its own, so that every step can be repeated.
 
     Args:
-        recipe: says the precision.
         device: "auto", "cpu" or "cuda".
         devices: how many; each is a process that runs the same command.
 
@@ -138,7 +137,7 @@ def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fa
 
 def fit(
     recipe: Recipe,
-    learner: Learner,
+    training_set: TrainingSet,
     *,
     validation: Sequence[Sample] = (),
     watched: Sequence[Sample] = (),
@@ -153,11 +152,6 @@ def fit(
     killed goes on from its last checkpoint and ends, on the same machine, with the same weights.
 
     Args:
-        recipe: says how.
-        learner: what to learn from.
-        validation: of other patients: the weights that do best on them are kept, and the training
-            ends when they do no better for long.
-        watched: of held-out patients, judged as often, for the history alone.
         fabric: from `open_fabric`; None = the CPU.
         data_dir: where `train.encoder` lies, where the recipe names one.
         folder: for checkpoints; what lies there is gone on from. None = without.
@@ -181,8 +175,8 @@ def fit(
     state = State(
         network=network, average=average, optimizer=optimizer, schedule=schedule, fabric=fabric
     )
-    at = state.load(folder) if folder else Progressed()
-    sampler = Sampler(learner.samples, learner.surveys, balance=spec.balance)
+    at = state.load(folder) if folder else TrainerState()
+    sampler = Sampler(training_set.samples, training_set.surveys, balance=spec.balance)
     size_multiple = network.size_multiple
 
     def batches(step: int) -> list[Batch]:
@@ -266,28 +260,28 @@ class State:
             "precision": self.fabric.strategy.precision,
         }
 
-    def save(self, folder: Path, at: Progressed) -> None:
+    def save(self, folder: Path, at: TrainerState) -> None:
         """Write the last checkpoint; it appears when it is complete."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         self._write(folder / LAST, parts | {"progressed": asdict(at)})
 
-    def load(self, folder: Path) -> Progressed:
+    def load(self, folder: Path) -> TrainerState:
         """Go back to the last checkpoint of a folder, where there is one; return how far it is.
 
         Raises:
             RecipeError: it is damaged.
         """
         if not (folder / LAST).is_file():
-            return Progressed()
+            return TrainerState()
         held = _read(folder / LAST)
         for name, part in self._parts().items():
             part.load_state_dict(held[name])
-        at = Progressed(**held["progressed"])
+        at = TrainerState(**held["progressed"])
         if at.best is not None:
             self.best = _read(folder / BEST)
         return at
 
-    def compare(self, at: Progressed, dice: float, folder: Path | None) -> None:
+    def compare(self, at: TrainerState, dice: float, folder: Path | None) -> None:
         """Keep the averaged weights if they do better on the validation patients than any before.
 
         Args:
@@ -331,14 +325,6 @@ def learn(
     recipe: Recipe, model: Any, optimizer: Any, parts: Sequence[Batch], step: int, fabric: Fabric
 ) -> float:
     """Do one step of the optimiser; return its loss.
-
-    Args:
-        recipe: says the loss.
-        model: and
-        optimizer: as the fabric has set them up.
-        parts: whose gradients are averaged.
-        step: of which the random numbers of dropout follow.
-        fabric: of devices and precision.
 
     Raises:
         RecipeError: the loss, or a gradient that no scaling explains, is no number any more.
@@ -421,7 +407,7 @@ def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _log(at: Progressed, rate: float) -> None:
+def _log(at: TrainerState, rate: float) -> None:
     """Add a row to the history."""
     row = {"step": at.step, "loss": sum(at.losses) / len(at.losses), "learning_rate": rate}
     at.history.append(row)

@@ -13,12 +13,12 @@ from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.training.recipe import Loss
 from wsi_pipeline.training.samples import UNLABELLED
 
-Said = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Predictions = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 """Logits of the mask; several for deep supervision; or `mask` and `label`."""
 
 
 def network_loss(
-    said: Said,
+    said: Predictions,
     truth: Tensor,
     labels: Tensor | None,
     activation: Activation,
@@ -29,13 +29,10 @@ def network_loss(
     """Return the loss of a batch, a scalar: deep supervision sums over its maps, unweighted.
 
     Args:
-        said: by the network.
         truth: (N, *sides) uint8 class index, or IGNORE.
         labels: (N,) int64 index of what is to be said of the whole patch, or `UNLABELLED`; None =
             nothing is to be said of any.
         activation: "sigmoid" for one logit, "softmax" for one a class.
-        kind: of the mask's loss.
-        label_weight: of the cross-entropy of the labels.
     """
     if isinstance(said, Mapping):
         loss = segmentation_loss(said["mask"], truth, activation, kind=kind)
@@ -57,7 +54,6 @@ def segmentation_loss(
         logits: (N, K, *sides); K = 1 with sigmoid.
         truth: (N, *sides) uint8 class index, or IGNORE.
         activation: "sigmoid" for one logit, "softmax" for one a class.
-        kind: which of the two.
     """
     logits = logits.float()
     known = (truth != IGNORE).float()
@@ -86,7 +82,6 @@ def soft_dice_loss(probabilities: Tensor, target: Tensor, *, smooth: float = 1.0
     Args:
         probabilities: (N, K, *sides) in [0, 1].
         target: (N, K, *sides) of 0 and 1.
-        smooth: added to both sides, so that an empty class found empty costs nothing.
     """
     axes = tuple(range(2, target.ndim))
     overlap = (probabilities * target).sum(axes)

@@ -16,8 +16,8 @@ from torch import Tensor
 from wsi_pipeline.bundle import InputSpec
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
-from wsi_pipeline.evaluation.inputs import read_mask
-from wsi_pipeline.evaluation.meaning import Lookup, Values
+from wsi_pipeline.evaluation.masks import read_mask
+from wsi_pipeline.evaluation.meaning import LabelMap, Lookup
 from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.geometry import Shape
@@ -43,7 +43,7 @@ class Meaning:
         indices: class index by name.
     """
 
-    values: Values
+    values: LabelMap
     indices: Mapping[str, int]
 
 
@@ -55,9 +55,6 @@ def read_picture(
     Pictures of 8 bits keep their values; others are brought to [0, 1] by their least and largest.
 
     Args:
-        path: of the picture.
-        mask_path: of the mask, of the same size.
-        meaning: of the mask's values.
         channels: that the network sees, 1 or 3.
         factor: pixels of the network per pixel of both, along an axis.
 
@@ -128,11 +125,8 @@ def read_scan(path: Path, mask_path: Path, *, meaning: Meaning, spec: InputSpec)
     The pixels are those that `segment` would show it. What is padded is unknown.
 
     Args:
-        path: of the image or volume.
         mask_path: of the mask, of the same size, or a volume that lies in the same place of the
             body, whatever the order and direction of its axes.
-        meaning: of the mask's values.
-        spec: how the network wants to see it.
 
     Raises:
         SourceError: unreadable.

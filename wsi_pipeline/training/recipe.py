@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from wsi_pipeline.bundle import Bundle, parse_bundle
 from wsi_pipeline.errors import BundleError, RecipeError
-from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, Values
+from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, LabelMap
 from wsi_pipeline.files.schema import (
     LARGEST,
     Amount,
@@ -182,7 +182,7 @@ class DataSpec(Record, frozen=True, kw_only=True):
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
         background: names of annotations that are background: areas of other classes, and what lies
             in no area, are neither learnt nor judged. Of masks the values besides 0 that are
-            background, or "others": all that nothing else names. Values without a meaning are
+            background, or "others": all that nothing else names. LabelMap without a meaning are
             refused.
         threshold: of masks that went through JPEG: values from here on are the one class, those
             below are background.
@@ -270,16 +270,16 @@ class DataSpec(Record, frozen=True, kw_only=True):
             raise ValueError(f"{where}: classes has {given}, below the threshold {self.threshold}")
 
     @property
-    def values(self) -> Values:
+    def values(self) -> LabelMap:
         """Return what the values of its masks mean."""
         if self.threshold is not None:
             of_class = range(self.threshold, LARGEST_VALUE + 1)
-            return Values(
+            return LabelMap(
                 classes=dict.fromkeys(self.classes, of_class), background=range(self.threshold)
             )
         background = None if self.background == "others" else (0, *map(int, self.background))
         classes = {name: tuple(map(int, values)) for name, values in self.classes.items()}
-        return Values(classes=classes, ignored=self.ignore, background=background)
+        return LabelMap(classes=classes, ignored=self.ignore, background=background)
 
 
 NAMES_OF: dict[type, str] = {int: "mask values", str: "names of annotations"}

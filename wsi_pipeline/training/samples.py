@@ -22,7 +22,7 @@ from wsi_pipeline.annotations import Annotation
 from wsi_pipeline.errors import RecipeError, WsiPipelineError
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.confusion import IGNORE
-from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, Canvas
+from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, SlideFrame
 from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
@@ -203,11 +203,6 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
     """Open all images of a recipe; return them as samples.
 
     Pictures are decoded once, to know their size and whether one occurs twice.
-
-    Args:
-        recipe: says which.
-        data_dir: the folder that the recipe's paths start from.
-        closing: takes the slides, which stay open.
 
     Raises:
         RecipeError: a file that is missing, unreadable or does not match its mask.
@@ -446,7 +441,7 @@ def _annotated(
         area = Annotation(polygon=shapely.box(0, 0, *slide.size), class_name=nothing)
         areas = Areas(path=path, annotations=(area,))
     else:
-        offset = Canvas.of(slide).offset(spec.frame)
+        offset = SlideFrame.of(slide).offset(spec.frame)
         areas = load_areas(annotations, offset=offset, renamed={})
     if not indices.keys() & set(areas.names):
         raise RecipeError(

@@ -47,9 +47,6 @@ def plan_splits(
     held out.
 
     Args:
-        samples: of all patients.
-        spec: how many groups.
-        seed: of the dealing into groups.
         wanted: names of the splits to return; None = all.
 
     Raises:
@@ -91,9 +88,7 @@ def leave_out_validation(
     """Set patients aside by whom the best weights are chosen; return who is left, and them.
 
     Args:
-        samples: to learn from.
         share: of the patients; one at least, where it is above 0.
-        seed: of the choice.
 
     Raises:
         RecipeError: nobody would be left, or a picture is on both sides.

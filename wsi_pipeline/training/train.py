@@ -18,7 +18,7 @@ from msgspec import structs
 
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.evaluation.confusion import Tally
+from wsi_pipeline.evaluation.confusion import Confusion
 from wsi_pipeline.files.atomic import remove, written_beside
 from wsi_pipeline.files.locks import claim_folder, writing
 from wsi_pipeline.files.records import read_json
@@ -27,11 +27,11 @@ from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
-from wsi_pipeline.training.fit import Fitted, Learner, fit, open_fabric
+from wsi_pipeline.training.fit import Fitted, TrainingSet, fit, open_fabric
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
-from wsi_pipeline.training.validate import Judged, Score, accuracy, measure, scores_of
+from wsi_pipeline.training.validate import PatientScore, Score, accuracy, measure, scores_of
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,6 @@ def train(
         folds: splits to measure by, each in its own training: patients, or the numbers of groups;
             None = all, empty = none.
         device: "auto", "cpu" or "cuda".
-        devices: how many.
-        overwrite: start anew.
         progress: told after every step.
 
     Returns:
@@ -109,7 +107,7 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             fitted = fit(
                 recipe,
-                Learner(samples=learning, surveys=[surveys[s] for s in learning]),
+                TrainingSet(samples=learning, surveys=[surveys[s] for s in learning]),
                 validation=validation,
                 watched=held_out if recipe.split.watch else (),
                 fabric=fabric,
@@ -121,7 +119,7 @@ def train(
                 write_history(folder, fitted.history)
             return fitted
 
-        judged: dict[str, Judged] = {}
+        judged: dict[str, PatientScore] = {}
         for split in splits:
             judged |= _judged(recipe, split, learn, output / STATE)
         fitted = learn(EVERYBODY, samples)
@@ -136,7 +134,7 @@ def train(
 
 def _judged(
     recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
-) -> dict[str, Judged]:
+) -> dict[str, PatientScore]:
     """Return the counts of a split's patients, from an earlier call where it got that far."""
     path = folder / fold_folder(split) / "held_out.json"
     with suppress(OSError, ValueError):  # not measured yet, or in a way that cannot be read
@@ -165,9 +163,9 @@ def _without(split: Split) -> str:
     return f"without {split.name}"
 
 
-def _as_json(judged: Judged) -> dict[str, Any]:
+def _as_json(judged: PatientScore) -> dict[str, Any]:
     return {
-        "pixels": judged.pixels.confusion.tolist(),
+        "pixels": judged.pixels.matrix.tolist(),
         "labels": judged.labels.tolist(),
         "images": [[name, counts.tolist()] for name, counts in judged.images],
         "said": judged.said.round(5).tolist(),
@@ -175,7 +173,7 @@ def _as_json(judged: Judged) -> dict[str, Any]:
     }
 
 
-def load_held_out(path: Path) -> dict[str, Judged]:
+def load_held_out(path: Path) -> dict[str, PatientScore]:
     """Read the `held_out.json` of a fold; return what was right and wrong of each patient.
 
     Raises:
@@ -196,10 +194,10 @@ class _HeldOut(TypedDict):
     sampled: list[Any]
 
 
-def _from_json(held: Mapping[str, Any]) -> Judged:
+def _from_json(held: Mapping[str, Any]) -> PatientScore:
     confusion, labels = np.array(held["pixels"]), np.array(held["labels"], np.int64)
-    return Judged(
-        pixels=Tally(confusion=confusion, borders=np.zeros((len(confusion), 4), np.int64)),
+    return PatientScore(
+        pixels=Confusion.of(confusion),
         labels=labels,
         images=tuple((name, np.array(counts)) for name, counts in held["images"]),
         said=np.array(held["said"], float).reshape(-1, 1 + len(labels)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.evaluation.confusion import IGNORE, Tally, class_figures, count_block
+from wsi_pipeline.evaluation.confusion import IGNORE, Confusion, class_figures, count_block
 from wsi_pipeline.geometry import PatchGrid, Shape, box_slices, iter_blocks
 from wsi_pipeline.inference.blend import Windows, iter_blended_rows
 from wsi_pipeline.inference.predictor import Predictor
@@ -47,7 +47,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Judged:
+class PatientScore:
     """What was right and wrong in a patient's images; judgements of several may be added.
 
     Attributes:
@@ -59,26 +59,26 @@ class Judged:
             probability of each.
     """
 
-    pixels: Tally
+    pixels: Confusion
     labels: npt.NDArray[np.int64]
     images: tuple[tuple[str, npt.NDArray[np.int64]], ...]
     said: npt.NDArray[np.float64]
     sampled: npt.NDArray[np.float64]
 
     @classmethod
-    def empty(cls, bundle: Bundle) -> Judged:
+    def empty(cls, bundle: Bundle) -> PatientScore:
         """Return the judgement of nothing."""
         count = len(bundle.labels)
         return cls(
-            pixels=Tally.empty(len(bundle.classes)),
+            pixels=Confusion.empty(len(bundle.classes)),
             labels=np.zeros((count, count), np.int64),
             images=(),
             said=np.zeros((0, 1 + count)),
             sampled=np.zeros((0, 1 + len(bundle.classes))),
         )
 
-    def __add__(self, other: Judged) -> Judged:
-        return Judged(
+    def __add__(self, other: PatientScore) -> PatientScore:
+        return PatientScore(
             pixels=self.pixels + other.pixels,
             labels=self.labels + other.labels,
             images=self.images + other.images,
@@ -87,31 +87,29 @@ class Judged:
         )
 
 
-def measure(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Judged]:
+def measure(
+    network: nn.Module, bundle: Bundle, samples: Sequence[Sample]
+) -> dict[str, PatientScore]:
     """Predict images as `segment` does, patch by patch; return what was right of each patient.
 
     Args:
-        network: in eval mode.
-        bundle: says patch size, overlap and normalisation.
         samples: to judge by; only what is known of them is predicted, region by region.
     """
-    judged: dict[str, Judged] = {}
+    judged: dict[str, PatientScore] = {}
     least, most, together = SAMPLED
     count = min(max(together // max(1, len(samples)), least), most)
     with closing(open_predictor(network, bundle)) as predictor:
         for sample in samples:
-            whole = sum(_judged(predictor, sample, count), start=Judged.empty(bundle))
-            image = replace(whole, images=((sample.name, whole.pixels.confusion),))
-            judged[sample.patient] = judged.get(sample.patient, Judged.empty(bundle)) + image
+            whole = sum(_judged(predictor, sample, count), start=PatientScore.empty(bundle))
+            image = replace(whole, images=((sample.name, whole.pixels.matrix),))
+            judged[sample.patient] = judged.get(sample.patient, PatientScore.empty(bundle)) + image
     return judged
 
 
-def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Judged]:
+def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[PatientScore]:
     """Yield what was right in the regions of a sample of which anything is known.
 
     Args:
-        predictor: of the network.
-        sample: to judge by.
         count: of the pixels whose certainty is kept.
     """
     bundle = predictor.bundle
@@ -139,7 +137,7 @@ def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Judged
             said=said,
         )
         found, known = decided(certain), truth[box_slices(block.start - low, block.shape)]
-        judged, rows = Judged.empty(bundle), []
+        judged, rows = PatientScore.empty(bundle), []
         for origin, of_labels in zip(patches.origins, said, strict=False):  # of none without labels
             part = truth[box_slices(origin - low, grid.patch_size)]
             # around a region others are looked at, too; they count where they begin
@@ -149,10 +147,10 @@ def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Judged
                 judged.labels[true, int(of_labels.argmax())] += 1
                 rows.append([true, *of_labels.tolist()])
         pixels = count_block(
-            found.reshape(len(found), -1).numpy(),
-            known.reshape(len(known), -1).numpy(),
+            found.numpy(),
+            known.numpy(),
             len(bundle.classes),
-            tolerance_px=-1,  # borders are not asked for
+            tolerance_px=None,
         )
         yield replace(
             judged,
@@ -171,7 +169,6 @@ def _drawn(
         certain: (K, *shape) probabilities; K = 1 with sigmoid.
         truth: (*shape) class index, or IGNORE.
         count: of the pixels, at most.
-        seed: of the choice.
     """
     places = np.flatnonzero((truth != IGNORE).numpy())
     places = np.random.default_rng(seed).permutation(places)[:count]
@@ -181,10 +178,10 @@ def _drawn(
     return torch.cat([true, values.clamp_min(1e-9).log()]).T.numpy()
 
 
-def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
+def scores_of(confusion: Confusion, bundle: Bundle) -> dict[str, Score]:
     """Return each class's score but the background's."""
-    figures = class_figures(tally.confusion, tally.borders)
-    found, true = tally.confusion.sum(0), tally.confusion.sum(1)
+    figures = class_figures(confusion)
+    found, true = confusion.matrix.sum(0), confusion.matrix.sum(1)
     pixels = max(1, int(true.sum()))
     return {
         info.name: Score(
@@ -199,14 +196,14 @@ def scores_of(tally: Tally, bundle: Bundle) -> dict[str, Score]:
     }
 
 
-def mean_dice(judged: Mapping[str, Judged], bundle: Bundle) -> float:
+def mean_dice(judged: Mapping[str, PatientScore], bundle: Bundle) -> float:
     """Return the mean, over the classes that there are, of the Dice of all pixels; NaN of none."""
-    scores = scores_of(sum(judged.values(), start=Judged.empty(bundle)).pixels, bundle)
+    scores = scores_of(sum(judged.values(), start=PatientScore.empty(bundle)).pixels, bundle)
     shown = [s.dice for s in scores.values() if s.share > 0]
     return sum(shown) / len(shown) if shown else math.nan
 
 
-def accuracy(judged: Mapping[str, Judged]) -> float:
+def accuracy(judged: Mapping[str, PatientScore]) -> float:
     """Return the share of all patients' patches that were given the right label, NaN of none."""
     labels = sum(found.labels for found in judged.values())
     return float(np.trace(labels) / np.sum(labels)) if np.any(labels) else math.nan
@@ -253,7 +250,6 @@ def chances(
     """Predict an image of any size, or a box of one, by overlapping patches, blended.
 
     Args:
-        predictor: of the network.
         image: (C, *shape), uint8 or float32 of full scale 1, from the first pixel of the patches'.
         grid: the patches of the box alone, laid over the whole image; None = over this one.
         box: first pixel and one past the last in the whole image; None = all of this one.
