@@ -51,6 +51,28 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"a patch of {size} px: {name} takes multiples of {multiple}")
 
 
+def conv_norm(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    *,
+    ndim: int = 2,
+    stride: int = 1,
+    dilation: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    activation: type[nn.ReLU | nn.ReLU6] = nn.ReLU,
+) -> list[nn.Module]:
+    """Return a convolution that keeps the size at stride 1, its batch norm and its activation."""
+    conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[ndim - 2]
+    padding = dilation * (kernel // 2)
+    return [
+        conv(inputs, outputs, kernel, stride, padding, dilation, groups, bias),
+        norm(outputs),
+        activation(inplace=True),
+    ]
+
+
 def contract(down: nn.ModuleList, pool: nn.Module, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Go the way down a U-Net; return the features of the bottom and the skips, full size first.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.files.download import check_sha256, download
+from wsi_pipeline.networks.base import conv_norm
 from wsi_pipeline.networks.weights import load_state, read_state
 
 Grey = Literal["replicate", "sum"]
@@ -49,10 +50,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = inputs * expansion
-        expand = [_conv_bn_relu6(inputs, hidden, kernel=1)] if expansion != 1 else []
+        expand = [_conv_relu6(inputs, hidden, 1)] if expansion != 1 else []
         self.conv = nn.Sequential(
             *expand,
-            _conv_bn_relu6(hidden, hidden, kernel=3, stride=stride, groups=hidden),
+            _conv_relu6(hidden, hidden, 3, stride=stride, groups=hidden),
             nn.Conv2d(hidden, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         )
@@ -121,14 +122,14 @@ class ResNet18(nn.Module):
 
 def mobilenet_v2_features(channels: int = 3) -> nn.Sequential:
     """Return the 19 stages of MobileNetV2 (width 1.0), Kaiming-initialised."""
-    stages: list[nn.Module] = [_conv_bn_relu6(channels, 32, kernel=3, stride=2)]
+    stages: list[nn.Module] = [_conv_relu6(channels, 32, 3, stride=2)]
     inputs = 32
     for expansion, outputs, repeats, first_stride in MOBILENET_V2:
         for i in range(repeats):
             stride = first_stride if i == 0 else 1
             stages.append(InvertedResidual(inputs, outputs, stride=stride, expansion=expansion))
             inputs = outputs
-    stages.append(_conv_bn_relu6(inputs, 1280, kernel=1))
+    stages.append(_conv_relu6(inputs, 1280, 1))
     features = nn.Sequential(*stages)
     _init_convolutions(features)
     return features
@@ -210,11 +211,8 @@ def _init_convolutions(module: nn.Module) -> None:
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
 
-def _conv_bn_relu6(
-    inputs: int, outputs: int, *, kernel: int, stride: int = 1, groups: int = 1
+def _conv_relu6(
+    inputs: int, outputs: int, kernel: int, *, stride: int = 1, groups: int = 1
 ) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU6(inplace=True),
-    )
+    layers = conv_norm(inputs, outputs, kernel, stride=stride, groups=groups, activation=nn.ReLU6)
+    return nn.Sequential(*layers)

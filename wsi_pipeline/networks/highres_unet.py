@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork, contract, expand
+from wsi_pipeline.networks.base import SegmentationNetwork, contract, conv_norm, expand
 
 
 class ConvBlock(nn.Module):
@@ -32,13 +32,8 @@ class ConvBlock(nn.Module):
         layers: list[nn.Module] = []
         for width in [inputs, *[outputs] * (count - 1)]:
             if separable:
-                layers += [
-                    nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False),
-                    nn.Conv2d(width, outputs, 1, bias=False),
-                ]
-            else:
-                layers.append(nn.Conv2d(width, outputs, 3, padding=1, bias=False))
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+                layers.append(nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False))
+            layers += conv_norm(width, outputs, 1 if separable else 3)
         self.convs = nn.Sequential(*layers)
         self.project = (
             nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.base import SegmentationNetwork, conv_norm
 from wsi_pipeline.networks.encoders import Grey, mobilenet_v2_features, stem_channels
 
 TAPS = (2, 4, 7, 14, 18)
@@ -201,12 +201,8 @@ class LightMuSeg(SegmentationNetwork):
 
 
 def _up(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
-        nn.Conv2d(inputs, outputs, 3, padding=1),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
+    grow = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
+    return nn.Sequential(grow, *conv_norm(inputs, outputs, 3, bias=True))
 
 
 def _adopt_attention(

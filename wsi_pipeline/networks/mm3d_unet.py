@@ -10,15 +10,18 @@ fitted to the two numbers, plan B is closer to the abstract's words.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, expand
+from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, conv_norm, expand
 
 Plan = Literal["A", "B"]
 WIDTHS = (64, 128, 256, 512)
 """Channels of each stage's output, from full size down."""
+
+_conv = partial(conv_norm, ndim=3)
 
 
 class IRB(nn.Module):
@@ -127,11 +130,3 @@ def _bottleneck(inputs: int, outputs: int, expansion: int) -> nn.Sequential:
 def _separable(inputs: int, outputs: int) -> list[nn.Module]:
     """Return a depthwise separable convolution (DSC)."""
     return [*_conv(inputs, inputs, 3, groups=inputs), *_conv(inputs, outputs, 1)]
-
-
-def _conv(inputs: int, outputs: int, kernel: int, *, groups: int = 1) -> list[nn.Module]:
-    return [
-        nn.Conv3d(inputs, outputs, kernel, padding=kernel // 2, groups=groups, bias=False),
-        nn.BatchNorm3d(outputs),
-        nn.ReLU(inplace=True),
-    ]

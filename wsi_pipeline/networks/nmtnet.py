@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.base import SegmentationNetwork, conv_norm
 from wsi_pipeline.networks.encoders import Grey, ResNet18, stem_channels
 
 TAPS = (64, 64, 128, 256, 512)
@@ -33,10 +33,10 @@ class MFCR(nn.Module):
     def __init__(self, channels: int, *, reduction: int = 16) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            _cbr(channels, channels // 4, kernel, dilation=dilation)
+            nn.Sequential(*conv_norm(channels, channels // 4, kernel, dilation=dilation))
             for kernel, dilation in self.BRANCHES
         )
-        self.fuse = _cbr(channels, channels, 1)
+        self.fuse = nn.Sequential(*conv_norm(channels, channels, 1))
         self.mlp = nn.Sequential(
             nn.Conv2d(channels, channels // reduction, 1),
             nn.ReLU(inplace=True),
@@ -55,9 +55,9 @@ class LRE(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.texture = _cbr(channels, channels, 3, groups=channels)
-        self.edge = _cbr(channels, channels, 3, groups=channels)
-        self.fuse = _cbr(2 * channels, channels, 1)
+        self.texture = nn.Sequential(*conv_norm(channels, channels, 3, groups=channels))
+        self.edge = nn.Sequential(*conv_norm(channels, channels, 3, groups=channels))
+        self.fuse = nn.Sequential(*conv_norm(2 * channels, channels, 1))
         self.attention = nn.Conv2d(2, 1, 7, padding=3)
         # the mean leaves the padding out, so that the border of the image is no edge
         self.smooth = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
@@ -96,11 +96,14 @@ class NMTNet(SegmentationNetwork):
         self.mfcr = MFCR(deepest)
         self.lre = nn.ModuleList(LRE(skip) for _, skip, _ in DECODER)
         self.decoder = nn.ModuleList(
-            nn.Sequential(_cbr(below + skip, outputs, 3), _cbr(outputs, outputs, 3))
+            nn.Sequential(
+                nn.Sequential(*conv_norm(below + skip, outputs, 3)),
+                nn.Sequential(*conv_norm(outputs, outputs, 3)),
+            )
             for below, skip, outputs in DECODER
         )
         self.up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.last_conv = _cbr(DECODER[-1][-1], 32, 3)
+        self.last_conv = nn.Sequential(*conv_norm(DECODER[-1][-1], 32, 3))
         self.head = nn.Conv2d(32, classes, 1)
         pooled = 2 * deepest + sum(outputs for *_, outputs in DECODER[:-1])  # 1472
         self.classifier = nn.Sequential(
@@ -136,14 +139,3 @@ def _masked_mean(features: Tensor, probability: Tensor) -> Tensor:
     height, width = features.shape[2:]
     weight = functional.adaptive_avg_pool2d(probability, (height, width))
     return (features * weight).sum((2, 3)) / (weight.sum((2, 3)) + 1e-6)
-
-
-def _cbr(
-    inputs: int, outputs: int, kernel: int, *, dilation: int = 1, groups: int = 1
-) -> nn.Sequential:
-    padding = dilation * (kernel // 2)
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, 1, padding, dilation, groups, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )

@@ -20,7 +20,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, expand
+from wsi_pipeline.networks.base import SegmentationNetwork, Up, contract, conv_norm, expand
 
 Beta = Literal["fixed", "scalar", "channel"]
 STAGES_3D = ((32, 64), (64, 128), (128, 256), (256, 512))
@@ -214,11 +214,5 @@ def _up_name(level: int) -> str:
 
 
 def _double_conv3d(inputs: int, middle: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv3d(inputs, middle, 3, padding=1),
-        nn.BatchNorm3d(middle),
-        nn.ReLU(inplace=True),
-        nn.Conv3d(middle, outputs, 3, padding=1),
-        nn.BatchNorm3d(outputs),
-        nn.ReLU(inplace=True),
-    )
+    first = conv_norm(inputs, middle, 3, ndim=3, bias=True)
+    return nn.Sequential(*first, *conv_norm(middle, outputs, 3, ndim=3, bias=True))

@@ -45,17 +45,14 @@ MIN_COLOUR, MAX_COLOUR = 0.012, 0.02
 Otsu's threshold alone follows the strongest stain and loses the palest tissue.
 """
 
+MIN_AREA_UM2, MAX_HOLE_UM2 = 10_000.0, 50_000.0
+"""Smaller pieces are dust; smaller holes are filled."""
+
 BAND_PX = 1 << 23
 """Pixels of a mask image that are held at a time."""
 
 
-def find_tissue(
-    thumbnail: npt.NDArray[np.uint8],
-    mpp: float,
-    *,
-    min_area_um2: float = 10_000.0,
-    max_hole_um2: float = 50_000.0,
-) -> Mask:
+def find_tissue(thumbnail: npt.NDArray[np.uint8], mpp: float) -> Mask:
     """Find stained tissue on a thumbnail; return bool (h, w).
 
     Stain is coloured and takes light away in proportion to its amount; so in optical density, the
@@ -64,22 +61,12 @@ def find_tissue(
     borders and most hairs are grey, and go.
 
     Args:
-        thumbnail: uint8 (h, w, 3), at 8 to 10 µm per pixel or finer.
-        min_area_um2: smaller pieces are dust.
-        max_hole_um2: smaller holes are filled.
+        thumbnail: Picture, uint8 (h, w, 3), at 8 to 10 µm per pixel or finer.
+        mpp: Size of a pixel in µm.
     """
-    factor = max(1, round(BEST_MPP / mpp))
-    if factor == 1:
-        return _find(thumbnail, mpp, min_area_um2, max_hole_um2)
-    coarse = np.asarray(Image.fromarray(thumbnail).reduce(factor))
-    found = _find(coarse, mpp * factor, min_area_um2, max_hole_um2)
-    height, width = thumbnail.shape[:2]
-    return found.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width]
-
-
-def _find(
-    thumbnail: npt.NDArray[np.uint8], mpp: float, min_area_um2: float, max_hole_um2: float
-) -> Mask:
+    (height, width), factor = thumbnail.shape[:2], max(1, round(BEST_MPP / mpp))
+    if factor > 1:
+        thumbnail, mpp = np.asarray(Image.fromarray(thumbnail).reduce(factor)), mpp * factor
     # optical density, smoothed: log10(glass ÷ pixel) of each colour, 0 for glass
     sigma, planes = SMOOTH_UM / mpp, []
     for channel, glass in enumerate(_glass_colour(thumbnail)):
@@ -103,8 +90,9 @@ def _find(
         padded = np.pad(tissue, reach, mode="edge")
         closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
         tissue = np.asarray(closed[reach:-reach, reach:-reach])
-    tissue = ~_large_pieces(~tissue, max_hole_um2 / mpp**2)
-    return _large_pieces(tissue, min_area_um2 / mpp**2)
+    tissue = ~_large_pieces(~tissue, MAX_HOLE_UM2 / mpp**2)
+    tissue = _large_pieces(tissue, MIN_AREA_UM2 / mpp**2)
+    return tissue.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width]
 
 
 def read_tissue(
