@@ -344,13 +344,15 @@ def test_public_functions_take_texts_as_well_as_paths(tmp_path, slide_path):
         path.write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
     select = SelectOptions(roi=str(roi), tissue=str(tissue))
     assert select == SelectOptions(roi=roi, tissue=tissue)
-    bundle = wsi_pipeline.load_bundle(str(pointwise_bundle(tmp_path / "m", mpp=0.5) / "model.toml"))
     (job,) = plan_jobs([str(slide_path)], str(tmp_path / "out"))
-    settings = wsi_pipeline.Settings(
-        select=select, export=wsi_pipeline.ExportOptions(outputs=("zarr", "geojson"))
+    (made,) = wsi_pipeline.segment(
+        str(slide_path),
+        model=str(pointwise_bundle(tmp_path / "m", mpp=0.5) / "model.toml"),
+        output=str(tmp_path / "out"),
+        roi=str(roi),
+        tissue=str(tissue),
+        outputs=("zarr", "geojson"),
     )
-    with wsi_pipeline.open_cluster(wsi_pipeline.ScheduleOptions()) as client:
-        made = wsi_pipeline.segment(job, bundle, client=client, settings=settings)
     assert 0 < made.tissue_mm2 < 0.05  # a text that is no path of tissue would be all of it
     record = job.folder / "run.json"
     for place in (record, job.folder):
