@@ -87,7 +87,7 @@ def _why_not(facts: Facts, bundle: Bundle) -> str | None:
 
 def _axes(path: Path) -> int:
     """Return 2 for what is or may be an image, 3 for what is or may be a volume, 0 for a slide."""
-    from wsi_pipeline.files.formats import dicom_slides, is_dicom_slide, kind_of
+    from wsi_pipeline.files.formats import DRIVERS, dicom_slides, is_dicom_slide, kind_of
     from wsi_pipeline.files.ngff import is_ome_zarr
     from wsi_pipeline.files.paths import is_remote
     from wsi_pipeline.patch_grid import is_patch_grid
@@ -103,9 +103,10 @@ def _axes(path: Path) -> int:
     kind = kind_of(path)
     if kind == "DICOM":
         return 0 if is_dicom_slide(path) else 3
-    # some slides begin like a picture
+    # Some slides begin like a picture, and a TIFF may be either.
     is_slide = path.suffix.lower() in SLIDE_SUFFIXES
-    return 0 if is_slide else {"NIfTI": 3, "NRRD": 3, "PNG": 2, "JPEG": 2}.get(kind, 0)
+    pictures = dict.fromkeys(DRIVERS.keys() - {"TIFF"}, 2)
+    return 0 if is_slide else {"NIfTI": 3, "NRRD": 3, **pictures}.get(kind, 0)
 
 
 def _scan_facts(path: Path, axes: int, series: int | None, *, may_be_planar: bool) -> Facts:
