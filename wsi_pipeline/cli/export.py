@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
 from wsi_pipeline.cli.options import OUTLINES, frame_option, options_of, some_of
+from wsi_pipeline.options import Output
 
 
 @click.command()
@@ -20,7 +22,7 @@ from wsi_pipeline.cli.options import OUTLINES, frame_option, options_of, some_of
 @options_of(
     None,
     outputs=(
-        some_of(("tiff", "png", "nifti", "dicom", "geojson", "overlay")),
+        some_of([output for output in get_args(Output) if output != "zarr"]),
         "To write besides those that are there.",
     ),
     **OUTLINES,
