@@ -25,23 +25,23 @@ HEAVY = ("torch", "dask", "distributed")
 
 # figure: limit today, aim, what to do where it is missed
 GATES = {
-    "lines": (31_500, 27_000, "delete what the change makes needless; use what is there"),
+    "lines": (31_000, 27_000, "delete what the change makes needless; use what is there"),
     "modality branches": (
-        11, 0, "let a SourceRun differ, or a table by modality, as KINDS and OUTPUTS",
+        5, 0, "let a SourceRun differ, or a table by modality, as KINDS and OUTPUTS",
     ),
     "single-use private helpers, % of functions": (
-        15.5, 15, "inline what names no concept and has no test",
+        15, 15, "inline what names no concept and has no test",
     ),
     "own-line comments, % of lines": (
-        1.1, 2, "say why, in a sentence on a line of its own, where the code cannot",
+        1.4, 2, "say why, in a sentence on a line of its own, where the code cannot",
     ),
     "long modules without a reason": (
-        5, 0, f"above {LONG} lines: divide by nouns, or say 'Long because …' in the docstring",
+        2, 0, f"above {LONG} lines: divide by nouns, or say 'Long because …' in the docstring",
     ),
     "heavy modules": (
         0, 0, f"{', '.join(LIGHT)} load {', '.join(HEAVY)}: import in the function that needs it",
     ),
-    "Any in signatures of cli": (21, 0, "name the type, or each option"),
+    "Any in signatures of cli": (0, 0, "name the type, or each option"),
 }  # fmt: skip
 AT_LEAST = "own-line comments, % of lines"
 """The one figure of which more is better."""

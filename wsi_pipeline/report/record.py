@@ -219,14 +219,14 @@ def _write_text(path: Path, text: str) -> None:
 
 FILES: dict[Output, str] = {
     "zarr": "mask.ome.zarr",
+    "overlay": "overlay.png",
+    "geojson": "annotations.geojson",
     "tiff": "mask.ome.tif",
     "png": "mask.png",
     "nifti": "mask.nii.gz",
     "dicom": "mask.dcm",
-    "geojson": "annotations.geojson",
-    "overlay": "overlay.png",
 }
-"""The file of each output."""
+"""The file of each output, in the order in which people want to see them."""
 MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")
 """Of which the others can be made again."""
 ASAP_FILE = "mask.asap.tif"
