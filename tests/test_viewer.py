@@ -204,7 +204,8 @@ def test_tiles_of_the_mask_are_its_pixels_in_the_colours_of_the_classes(output, 
     assert np.array_equal(without[..., 3] > 0, whole == 1)
 
 
-def test_on_pixels_that_are_no_squares_the_mask_lies_on_the_slide(tmp_path):
+@pytest.mark.parametrize("mask_mpp", [None, 2.0])
+def test_on_pixels_that_are_no_squares_the_mask_lies_on_the_slide(tmp_path, mask_mpp):
     """The picture of the page: where tiles of the mask are red, and where the slide is dark."""
     pixels = np.full((901, 2003, 3), (245, 243, 246), np.uint8)
     pixels[150:450, 400:1600] = 150, 92, 160
@@ -212,7 +213,7 @@ def test_on_pixels_that_are_no_squares_the_mask_lies_on_the_slide(tmp_path):
     um = (1 / 0.25, 1 / 0.5)  # px per µm, (x, y)
     tifffile.imwrite(path, pixels, tile=(256, 256), photometric="rgb",
                      resolution=[n * 1e4 for n in um], resolutionunit="CENTIMETER")  # fmt: skip
-    predict = PredictOptions(precision="fp32", device="cpu", mask_mpp=2.0)
+    predict = PredictOptions(precision="fp32", device="cpu", mask_mpp=mask_mpp)
     model = load_bundle(pointwise_bundle(tmp_path / "model", mpp=0.5))
     (job,) = plan_jobs([path], tmp_path / "out")
     with open_cluster(ScheduleOptions()) as client:

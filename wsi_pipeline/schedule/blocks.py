@@ -53,10 +53,6 @@ def _room(in_flight: int, most: int, max_ram: int | None) -> int:
     )
 
 
-def _same(thing: Any) -> Any:
-    return thing
-
-
 def run_blocks(
     client: Client,
     blocks: Iterable[Block],
@@ -91,7 +87,7 @@ def run_blocks(
     tries: dict[Any, tuple[Block, int]] = {}  # of futures by key
     with reaching(client):
         # a task and no scattered data: it is done again when the worker that has it dies
-        opening = client.submit(_same, opener, pure=False, priority=priority)
+        opening = client.submit(lambda thing: thing, opener, pure=False, priority=priority)
 
     def submit(batch: list[Block], number: int = 0, **options: Any) -> list[Any]:
         if not batch:
@@ -113,7 +109,8 @@ def run_blocks(
 
     def again(future: Any, failure: Failure) -> list[Any]:
         block, number = tries[future.key]
-        if isinstance(failure.error, ClusterError):  # the worker's fault, and of each next block
+        # the worker's fault, and of each next block
+        if isinstance(failure.error, ClusterError):
             logger.warning("%s; it is sent away", failure.error)
             with reaching(client):
                 client.retire_workers([failure.worker])
@@ -141,18 +138,23 @@ def run_blocks(
             if time.monotonic() > counted + LOOK_EVERY:
                 most, counted = _most_in_flight(client, max_ram), time.monotonic()
             room = _room(futures.count(), most, max_ram)
-            if room >= (1 if max_ram else most // 2):  # one request for many, where they can wait
+            # one request for many, where they can wait
+            if room >= (1 if max_ram else most // 2):
                 futures.update(submit(list(islice(waiting, room))))
             yield from (result for result in found if not isinstance(result, Failure))
     finally:
-        _end(client, [opening, *futures.futures], state, name)
+        try_to(client, client.cancel, [opening, *futures.futures])
+        try_to(client, client.run, close_work, state, name, on_error="ignore")
+        # what comes next needs none of what an in-process worker held
+        trim_memory()
 
 
 def _most_in_flight(client: Client, max_ram: int | None) -> int:
     with reaching(client):
         in_hand = max(int(sum(client.nthreads().values())), 1)
     if is_in_process(client):
-        return in_hand if max_ram else 2 * in_hand  # blocks that wait cannot be put off
+        # blocks that wait cannot be put off
+        return in_hand if max_ram else 2 * in_hand
     return max(2 * in_hand, LEAST_IN_FLIGHT)
 
 
@@ -172,10 +174,3 @@ def _results(client: Client, futures: list[Any]) -> list[Any]:
             raise lost(client)
     with reaching(client):
         return list(client.gather(futures))
-
-
-def _end(client: Client, futures: list[Any], state: str, name: str) -> None:
-    """Let go of what blocks have left, on all workers."""
-    try_to(client, client.cancel, futures)
-    try_to(client, client.run, close_work, state, name, on_error="ignore")
-    trim_memory()  # what comes next needs none of what an in-process worker held

@@ -20,15 +20,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import dask
-from distributed import (
-    Client,
-    LocalCluster,
-    Nanny,
-    Scheduler,
-    SpecCluster,
-    Worker,
-    get_worker,
-)
+from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, Worker, get_worker
 from distributed.versions import VersionMismatchWarning
 
 from wsi_pipeline.errors import ClusterError
@@ -39,24 +31,24 @@ logger = logging.getLogger(__name__)
 
 
 IN_PROCESS = {
-    "distributed.admin.tick.limit": "1h",  # torch may hold the GIL for long
-    "distributed.worker.profile.enabled": False,  # it takes the GIL a hundred times a second
+    # torch may hold the GIL for long
+    "distributed.admin.tick.limit": "1h",
+    # it takes the GIL a hundred times a second
+    "distributed.worker.profile.enabled": False,
 }
 """Dask's configuration where its threads share a process with ours."""
-
-
 UNREACHABLE = (OSError, CancelledError, RuntimeError)
 """What dask raises when the scheduler is gone."""
 
 
 def gpu_share(client: Client) -> dict[str, float]:
     """Return what a block takes of the workers that announce GPUs; nothing where none does."""
-    shares = [share for share in _ask_workers(client, _gpu_share).values() if share]
+
+    def share(dask_worker: Worker) -> float:
+        return float(dask_worker.state.total_resources.get("GPU", 0) / dask_worker.state.nthreads)
+
+    shares = [found for found in _ask_workers(client, share).values() if found]
     return {"GPU": min(shares)} if shares else {}
-
-
-def _gpu_share(dask_worker: Worker) -> float:
-    return float(dask_worker.state.total_resources.get("GPU", 0) / dask_worker.state.nthreads)
 
 
 def worker_threads() -> int:
@@ -70,7 +62,8 @@ def is_in_process(client: Client) -> bool:
 
 
 def _address(client: Client) -> str:
-    assert client.scheduler is not None  # never None of a client that is not asynchronous
+    # never None of a client that is not asynchronous
+    assert client.scheduler is not None
     return str(client.scheduler.address)
 
 
@@ -83,7 +76,8 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
             other versions of this program.
     """
     logging.getLogger("distributed").setLevel(logging.ERROR)
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say what it would
+    # what it would say we say ourselves
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     # it tells once more what failed: a job, or a message that dask gave up on as it closed
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with ExitStack() as closing:
@@ -92,14 +86,22 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
         else:
             closing.enter_context(dask.config.set(IN_PROCESS))
             closing.enter_context(_script_not_run_again())
-            cluster = closing.enter_context(
-                _start(options) if options.cluster is None else _start_jobs(options.workers)
-            )
+            if options.cluster is not None:
+                cluster = closing.enter_context(_start_jobs(options.workers))
+            elif len(options.gpus) > 1:
+                cluster = closing.enter_context(_start_gpu_workers(options))
+            else:
+                cluster = closing.enter_context(_start_threads(options))
             client = closing.enter_context(Client(cluster))
         if not is_in_process(client):
-            closing.enter_context(_watched(client))
-            _check_versions(client)
-        closing.enter_context(_with_states(client))
+            _watch(client)
+            closing.callback(client.unsubscribe_topic, "all")
+            for worker, theirs in _ask_workers(client, versions).items():
+                check_same_versions(worker, theirs, versions())
+        name = state_name(client)
+        with reaching(client):
+            client.register_plugin(HasState(name), name=name)
+        closing.callback(try_to, client, client.unregister_worker_plugin, name)
         yield client
 
 
@@ -122,15 +124,14 @@ def _script_not_run_again() -> Iterator[None]:
             main.__file__ = file
 
 
-def _start(options: ScheduleOptions) -> SpecCluster:
-    """Return a cluster of this process, or of this machine's GPUs."""
-    if len(options.gpus) > 1:
-        return _start_gpu_workers(options)
+def _start_threads(options: ScheduleOptions) -> LocalCluster:
+    """Return a cluster of this process."""
     return LocalCluster(
         n_workers=options.workers,
         threads_per_worker=options.blocks_in_hand,
         processes=False,
-        dashboard_address="127.0.0.1:0",  # or dask listens on all addresses, at a fixed port
+        # or dask listens on all addresses, at a fixed port
+        dashboard_address="127.0.0.1:0",
         worker_dashboard_address="127.0.0.1:0",
         scheduler_kwargs={"dashboard": has_dashboard()},
         memory_limit=0,
@@ -139,7 +140,8 @@ def _start(options: ScheduleOptions) -> SpecCluster:
 
 def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
     """Return a worker process for each GPU, which sees no other: they share no lock of Python's."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")  # a queue may have set it
+    # a queue may have set it
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = {gpu: shown[gpu] if any(shown) else str(gpu) for gpu in options.gpus}
     return SpecCluster(
         scheduler={
@@ -186,9 +188,11 @@ def _start_jobs(count: int) -> Iterator[SpecCluster]:
         try:
             while len(cluster.worker_spec) < count:
                 cluster.worker_spec.update(cluster.new_worker_spec())
-            cluster.sync(cluster._correct_state)  # submits; scale() would lose the error
+            # submits; scale() would lose the error
+            cluster.sync(cluster._correct_state)
         except RuntimeError as error:
-            cluster.workers.clear()  # or closing waits for jobs that there are not
+            # or closing waits for jobs that there are not
+            cluster.workers.clear()
             cluster._created.clear()
             raise _no_jobs(error) from error
         yield cluster
@@ -217,7 +221,8 @@ def dashboard_link(client: Client) -> str | None:
 def _connect(address: str) -> Client:
     by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
-        with warnings.catch_warnings():  # of what differs we say more, and only what matters
+        # of what differs we say more, and only what matters
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", VersionMismatchWarning)
             return Client(**by_file)
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -250,9 +255,8 @@ def lost(client: Client) -> ClusterError:
     )
 
 
-@contextmanager
-def _watched(client: Client) -> Iterator[None]:
-    """Log every worker that is lost."""
+def _watch(client: Client) -> None:
+    """Log every worker that is lost, until topic "all" is unsubscribed."""
     with reaching(client):
         if not client.nthreads():
             logger.warning("no worker at %s yet: waiting for one", _address(client))
@@ -273,20 +277,6 @@ def _watched(client: Client) -> Iterator[None]:
                 )  # fmt: skip
 
     client.subscribe_topic("all", note)
-    try:
-        yield
-    finally:
-        client.unsubscribe_topic("all")
-
-
-def _check_versions(client: Client) -> None:
-    """Refuse workers whose programs differ from ours.
-
-    Raises:
-        ClusterError: one has.
-    """
-    for worker, theirs in _ask_workers(client, versions).items():
-        check_same_versions(worker, theirs, versions())
 
 
 def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
@@ -295,7 +285,7 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
     Args:
         client: as `open_cluster` yields it.
         folder: for outputs, on a file system that all share.
-        paths: that must exist as well.
+        paths: what else must be there.
 
     Raises:
         ClusterError: a worker does not see one.
@@ -303,16 +293,13 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
     # a new file: a folder of the same name may lie on each worker's own disk
     with NamedTemporaryFile(dir=folder, prefix=".shared.", suffix=".partial") as fresh:
         wanted = {fresh.name: str(folder), **{str(path): str(path) for path in paths}}
-        for worker, missing in _ask_workers(client, _missing, list(wanted)).items():
+        missing_of = _ask_workers(client, lambda: [p for p in wanted if not os.path.exists(p)])
+        for worker, missing in missing_of.items():
             if missing:
                 raise ClusterError(
                     f"worker {worker} does not see {wanted[missing[0]]}; slides, model and output "
                     "folder must lie under the same paths on all machines of the cluster"
                 )
-
-
-def _missing(paths: list[str]) -> list[str]:
-    return [path for path in paths if not Path(path).exists()]
 
 
 def _ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -331,17 +318,6 @@ def _ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> di
         if isinstance(answer, Exception):
             raise ClusterError(f"worker {worker}: {first_line(answer)}")
     return dict(answers)
-
-
-@contextmanager
-def _with_states(client: Client) -> Iterator[None]:
-    name = state_name(client)
-    with reaching(client):
-        client.register_plugin(HasState(name), name=name)
-    try:
-        yield
-    finally:
-        try_to(client, client.unregister_worker_plugin, name)
 
 
 def state_name(client: Client) -> str:

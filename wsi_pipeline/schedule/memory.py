@@ -68,12 +68,14 @@ def memory_limit_of_job(
         root: where groups are folders.
     """
     limits = [sys.maxsize]
-    with suppress(OSError):  # no Linux
+    # no Linux has no such file
+    with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
             if "memory" in controllers.split(","):
                 top, file = root / "memory", "memory.limit_in_bytes"
-            elif not controllers:  # version 2, which has one tree for all
+            elif not controllers:
+                # version 2, which has one tree for all
                 top, file = root, "memory.max"
             else:
                 continue

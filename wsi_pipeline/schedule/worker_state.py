@@ -94,11 +94,13 @@ class WorkerState:
 
     def work(self, name: str, opener: Opener[Any]) -> OpenedWork:
         """Return the work of a run, which the first to ask for it brings."""
-        self._check()  # those that join later are not asked before
+        # workers that join later have not been asked before
+        self._check()
         with self._changing:
             work = self._works.setdefault(name, OpenedWork(opener, self.keep))
         if work is None:
-            raise RuntimeError(f"{name} is over")  # its caller has gone: nobody will read this
+            # its caller has gone: nobody will read this
+            raise RuntimeError(f"{name} is over")
         return work
 
     def close(self, name: str) -> None:
@@ -122,16 +124,14 @@ class HasState(WorkerPlugin):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.versions = versions()  # ours, wherever the worker is
+        # ours, wherever the worker is
+        self.versions = versions()
 
     def setup(self, worker: Worker) -> None:
         """Give a worker its state."""
+        check = partial(check_same_versions, worker.address, versions(), self.versions)
         # not on self: workers of an in-process cluster share the plugin object
-        setattr(
-            worker,
-            self.name,
-            WorkerState(partial(check_same_versions, worker.address, versions(), self.versions)),
-        )
+        setattr(worker, self.name, WorkerState(check))
 
     async def teardown(self, worker: Worker) -> None:
         """Close all that a worker holds."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from wsi_pipeline.annotations import color_of
+from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run
-
-MOVED = "`view --slide PATH` takes it from where it is now"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,10 +29,13 @@ class ShownRun:
     run: Run
     closing: ExitStack
     problems: tuple[str, ...]
+    _stamp: tuple[int, int] = field(init=False)
+    _closing: weakref.finalize[[], Any] = field(init=False)
 
     def __post_init__(self) -> None:
         """Remember which run it is; see to it that its files are closed when nobody holds it."""
-        _ = self._stamp, self._closing
+        object.__setattr__(self, "_stamp", stamp_of(self.folder))
+        object.__setattr__(self, "_closing", weakref.finalize(self, self.closing.close))
 
     @property
     def classes(self) -> dict[str, tuple[int, ...]]:
@@ -89,16 +90,25 @@ class ShownRun:
         """Give the files back."""
         self._closing()
 
-    @cached_property
-    def _stamp(self) -> tuple[int, int]:
-        return stamp_of(self.folder)
-
-    @cached_property
-    def _closing(self) -> weakref.finalize[[], Self]:
-        return weakref.finalize(self, self.closing.close)
-
 
 def stamp_of(folder: Path) -> tuple[int, int]:
     """Return what changes when a run is written anew."""
     status = (folder / RUN_FILE).stat()
     return status.st_mtime_ns, status.st_size
+
+
+@contextmanager
+def told_in(problems: list[str], path: Path | None = None) -> Iterator[None]:
+    """Add what cannot be opened in the body to `problems`; raise it where a person named `path`.
+
+    Raises:
+        SourceError: what lies at `path` cannot be shown.
+    """
+    try:
+        yield
+    except SourceError as error:
+        if path is not None:
+            raise
+        problems.append(f"{error}. `view --slide PATH` takes it from where it is now")
+    except StoreError as error:
+        problems.append(str(error))

@@ -15,12 +15,7 @@ import orjson
 import shapely
 
 from wsi_pipeline.annotations.classes import is_number
-from wsi_pipeline.annotations.document import (
-    iter_nested,
-    parse_document,
-    properties_of,
-    read_bytes,
-)
+from wsi_pipeline.annotations.document import iter_nested, parse_document, properties_of, read_bytes
 from wsi_pipeline.annotations.read import class_name_of
 from wsi_pipeline.annotations.shapes import build_polygons
 from wsi_pipeline.errors import AnnotationError
@@ -72,7 +67,6 @@ class Polygons:
         Args:
             box: (x, y, width, height) in level-0 pixels.
             downsample: level-0 pixels per pixel of the screen.
-            hidden: classes to leave out.
 
         Returns:
             `shapes`, each with its `id`, `class` and `lines`, flat arrays of x, y, x, y, …, cut off
@@ -105,7 +99,6 @@ class Polygons:
         Args:
             x: of the pixel.
             y: of the pixel.
-            hidden: classes to leave out.
         """
         found = np.sort(self.tree.query(shapely.Point(x + 0.5, y + 0.5)))
         found = found[~np.isin(self.values[found], list(hidden))]
@@ -128,7 +121,6 @@ def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]
     """Read the polygons of a GeoJSON file; return them.
 
     Args:
-        path: of the file.
         offset: (x, y) of its origin in level-0 pixels.
         classes: names of those that come first, the background's included.
 

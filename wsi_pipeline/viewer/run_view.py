@@ -26,7 +26,7 @@ from wsi_pipeline.run.finished import open_mask_of, open_scan_of, source_path
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView, open_source
 from wsi_pipeline.sources.radiology.image import Image as PlanarImage
-from wsi_pipeline.viewer.base import MOVED, ShownRun
+from wsi_pipeline.viewer.base import ShownRun, told_in
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
 from wsi_pipeline.viewer.volume import ShownVolume, open_shown_volume
 
@@ -134,9 +134,6 @@ class ShownPicture(ShownRun):
 
         Args:
             level: 0 = the whole mask.
-            column: of the tile.
-            row: of the tile.
-            hidden: classes that are clear as well.
 
         Raises:
             SourceError: there is no such tile.
@@ -148,7 +145,8 @@ class ShownPicture(ShownRun):
         (y, x), (height, width) = _place((mask.shape[0], mask.shape[1]), column, row)
         try:
             picture = Image.fromarray(np.asarray(mask[y : y + height, x : x + width], np.uint8))
-        except Exception as error:  # codecs raise anything
+        except Exception as error:
+            # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
         colors = list(self.classes.values())
         picture.putpalette([value for color in colors for value in color])
@@ -192,7 +190,6 @@ def open_shown(folder: Path, path: Path | None = None) -> Shown:
     """Open a run; return it with what of it can be shown.
 
     Args:
-        folder: of the run.
         path: where the slide, image or volume is now; None = where it was. It must then be the
             right one.
 
@@ -217,29 +214,31 @@ def open_shown(folder: Path, path: Path | None = None) -> Shown:
 
 
 def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
-    problems: list[str] = []
+    store, problems = RunStore(folder=folder), list[str]()
     found: dict[str, Any] = {}
-    closing = ExitStack()
-    if "fingerprint" in run.slide:  # else it could not be opened when it was to be segmented
-        try:
-            slide = _open_slide(run, path or source_path(folder, run.slide["path"]))
-            closing.callback(slide.close)
-            found |= {"slide": slide, "views": _views(slide)}
-        except SourceError as error:
-            if path is not None:
-                raise
-            problems.append(f"{error}. {MOVED}")
-        try:
-            levels, downsample = _open_mask(RunStore(folder=folder), run)
-            found |= {"mask": levels, "mask_downsample": downsample}
-        except StoreError as error:
-            problems.append(str(error))
-        with suppress(StoreError):  # a run may have lost its working folder
-            stored = open_patch_grid(RunStore(folder=folder).grid_path)
-            if stored.info.fingerprint == run.slide["fingerprint"]:
-                downsample = stored.tissue_downsample
-                found |= {"thumbnail": stored.thumbnail, "thumbnail_downsample": downsample}
-    return ShownPicture(folder=folder, run=run, closing=closing, problems=tuple(problems), **found)
+    with ExitStack() as closing:
+        # without a fingerprint it could not be opened when it was to be segmented
+        if "fingerprint" in run.slide:
+            with told_in(problems, path):
+                slide = closing.enter_context(_open_slide(folder, run, path))
+                found |= {"slide": slide, "views": _views(slide)}
+            with told_in(problems):
+                # without zarr among the outputs the whole mask stays where it grew
+                paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
+                if not paths:
+                    name = store.finished_mask_path.name
+                    raise StoreError(f"{folder} has no {name}; segment the slide again")
+                levels, (mask_y, mask_x) = ome_zarr.open_finished(paths[0])
+                x, y = run.slide["mpp"]
+                found |= {"mask": tuple(levels), "mask_downsample": (mask_y / y, mask_x / x)}
+            # a run may have lost its working folder
+            with suppress(StoreError):
+                stored = open_patch_grid(store.grid_path)
+                if stored.info.fingerprint == run.slide["fingerprint"]:
+                    downsample = stored.tissue_downsample
+                    found |= {"thumbnail": stored.thumbnail, "thumbnail_downsample": downsample}
+        files = closing.pop_all()
+    return ShownPicture(folder=folder, run=run, closing=files, problems=tuple(problems), **found)
 
 
 def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
@@ -247,22 +246,15 @@ def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
     views: list[PictureView] = []
     mask: list[MaskLike] = []
     with ExitStack() as closing:
-        try:
-            with open_scan_of(folder, run, path) as scan:
-                assert isinstance(scan, PlanarImage)
-                views.append(PictureView(pixels=scan.as_rgb(), downsample=(1.0, 1.0)))
-        except SourceError as error:
-            if path is not None:
-                raise
-            problems.append(f"{error}. {MOVED}")
+        with told_in(problems, path), open_scan_of(folder, run, path) as scan:
+            assert isinstance(scan, PlanarImage)
+            views.append(PictureView(pixels=scan.as_rgb(), downsample=(1.0, 1.0)))
         while views and max(views[-1].shape) > TILE:
             half = np.asarray(Image.fromarray(views[-1].pixels).reduce(2))
             views.append(PictureView(pixels=half, downsample=(2.0 ** len(views),) * 2))
-        try:
+        with told_in(problems):
             whole = open_mask_of(folder, run, closing)[:, :]
             mask = [whole[:: 2**n, :: 2**n] for n in range(len(level_shapes(whole.shape)))]
-        except StoreError as error:
-            problems.append(str(error))
     return ShownPicture(
         folder=folder,
         run=run,
@@ -273,12 +265,13 @@ def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
     )
 
 
-def _open_slide(run: Run, path: Path) -> Slide:
+def _open_slide(folder: Path, run: Run, path: Path | None) -> Slide:
     """Open the slide of a run; return it.
 
     Raises:
         SourceError: it is not there, or another one is.
     """
+    path = path or source_path(folder, run.slide["path"])
     if not is_remote(path) and not path.exists():
         raise SourceError(f"the slide was not found at {path.absolute()}")
     select = run.settings["select"]
@@ -287,25 +280,6 @@ def _open_slide(run: Run, path: Path) -> Slide:
         slide.close()
         raise SourceError(f"{path} is not the slide that was segmented: its content differs")
     return slide
-
-
-def _open_mask(
-    store: RunStore, run: Run
-) -> tuple[tuple[ome_zarr.MaskArray, ...], tuple[float, float]]:
-    """Return the levels of a run's mask, and (y, x) level-0 pixels per pixel of the first.
-
-    Raises:
-        StoreError: there is no mask, or it is damaged.
-    """
-    # without zarr among the outputs the whole mask stays where it grew
-    paths = [path for path in (store.finished_mask_path, store.mask_path) if path.is_dir()]
-    if not paths:
-        raise StoreError(
-            f"{store.folder} has no {store.finished_mask_path.name}; segment the slide again"
-        )
-    levels, (mask_y, mask_x) = ome_zarr.open_finished(paths[0])
-    x, y = run.slide["mpp"]
-    return tuple(levels), (mask_y / y, mask_x / x)
 
 
 def _views(slide: Slide) -> tuple[SlideView, ...]:
@@ -325,9 +299,7 @@ def _level(shape: tuple[int, ...], downsample: Sequence[float]) -> dict[str, Any
     return {"size": [shape[1], shape[0]], "downsample": list(reversed(downsample))}
 
 
-def _place(
-    shape: tuple[int, int], column: int, row: int
-) -> tuple[tuple[int, int], tuple[int, int]]:
+def _place(shape: Pair, column: int, row: int) -> tuple[Pair, Pair]:
     """Return origin and shape of a tile, (y, x), cut off at the edges.
 
     Raises:
@@ -340,9 +312,7 @@ def _place(
     return origin, (height, width)
 
 
-def _hatch(
-    pixels: Pixels, region: Region, origin: tuple[int, int], downsample: tuple[float, float]
-) -> None:
+def _hatch(pixels: Pixels, region: Region, origin: Pair, downsample: Sequence[float]) -> None:
     """Draw lines over a part of the slide that lies in a tile."""
     starts = (region.y, region.x)
     stops = (region.y + region.height, region.x + region.width)

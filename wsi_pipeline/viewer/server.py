@@ -128,9 +128,13 @@ class Viewer:
 
     async def _serve(self, listening: socket.socket) -> None:
         """Answer until the viewer is closed."""
-        page = (".*", _Page, {"viewer": self})
         server = _BoundedServer(
-            Application([page], log_function=_log_request),
+            Application(
+                [(".*", _Page, {"viewer": self})],
+                log_function=lambda of: logger.debug(
+                    "%s %s: %s", of.request.method, of.request.uri, of.get_status()
+                ),
+            ),
             idle_connection_timeout=IDLE_SECONDS,
             max_body_size=LONGEST_BODY,
         )
@@ -142,7 +146,8 @@ class Viewer:
     def wait(self) -> None:
         """Wait until the server is closed, or Ctrl-C."""
         while self._thread.is_alive():
-            self._thread.join(0.5)  # without a time Ctrl-C would not be heard on Windows
+            # without a time Ctrl-C would not be heard on Windows
+            self._thread.join(0.5)
 
     def close(self) -> None:
         """Stop serving and give the slides back."""
@@ -203,8 +208,8 @@ def serve(
     """Show finished runs in the browser; return the server, which runs until it is closed.
 
     Args:
-        folder: of one run, or the output folder of several.
-        host: address to listen on. Nothing is encrypted on the way.
+        folder: the folder of one run, or the output folder of several.
+        host: address to listen on; nothing is encrypted on the way.
         port: to listen on; 0 = a free one.
         slide: where the slide, image or volume of a single run is now.
 
@@ -318,10 +323,6 @@ class _Page(RequestHandler):
             shown = viewer.shown(_id(unquote_to_bytes(parts[1])))
             return _answer_of(shown, parts[2:], parse_qs(self.request.query))
         raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
-
-
-def _log_request(handler: RequestHandler) -> None:
-    logger.debug("%s %s: %s", handler.request.method, handler.request.uri, handler.get_status())
 
 
 NO_PART = (HTTPStatus.NOT_FOUND, "there is no such part of a run")

@@ -15,7 +15,7 @@ from wsi_pipeline.export.planes import PLANES, Body, Reader, mask_reader, volume
 from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.finished import FileMask, open_mask_of, open_scan_of
 from wsi_pipeline.sources.radiology.volume import Volume
-from wsi_pipeline.viewer.base import MOVED, ShownRun
+from wsi_pipeline.viewer.base import ShownRun, told_in
 
 LAYERS = {"values": "<f4", "classes": "u1"}
 """What of a slice is sent, and as numbers of which kind."""
@@ -47,7 +47,8 @@ class ShownVolume(ShownRun):
             ]
         return super().facts() | {
             "planes": [plane._asdict() for plane in PLANES],
-            "body": [  # its axes: to the right, to the front and to the top
+            # its axes: to the right, to the front and to the top
+            "body": [
                 {
                     "axis": 2 - axis,
                     "size": volume.shape[axis],
@@ -82,7 +83,8 @@ class ShownVolume(ShownRun):
             return body.cut(read, shape, found, at).astype(LAYERS[layer])
         except (SourceError, StoreError):
             raise
-        except Exception as error:  # codecs raise anything
+        except Exception as error:
+            # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
 
     def _reader(self, layer: str) -> Reader | None:
@@ -95,7 +97,6 @@ def open_shown_volume(folder: Path, run: Run, path: Path | None) -> ShownVolume:
     """Open a run of a volume; return it with what of it can be shown.
 
     Args:
-        folder: of the run.
         run: what `run.json` says.
         path: where the volume is now; None = where it was. It must then be the right one.
 
@@ -106,18 +107,12 @@ def open_shown_volume(folder: Path, run: Run, path: Path | None) -> ShownVolume:
     problems: list[str] = []
     source, mask = None, None
     with ExitStack() as closing:
-        try:
+        with told_in(problems, path):
             scan = open_scan_of(folder, run, path)
             closing.callback(scan.close)
             source = scan if isinstance(scan, Volume) else None
-        except SourceError as error:
-            if path is not None:
-                raise
-            problems.append(f"{error}. {MOVED}")
-        try:
+        with told_in(problems):
             mask = open_mask_of(folder, run, closing, source)
-        except StoreError as error:
-            problems.append(str(error))
         lying = source or (mask.volume if isinstance(mask, FileMask) else None)
         if lying is None:
             raise StoreError("; ".join(problems))
