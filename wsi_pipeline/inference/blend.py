@@ -67,7 +67,8 @@ class Windows:
     def weight(self, origin: Shape) -> torch.Tensor:
         """Return the weight of the patch at `origin`, float32 (*patch)."""
         windows = [axis[corner] for axis, corner in zip(self._axes, origin, strict=True)]
-        key = tuple(id(window) for window in windows)  # patches share their windows
+        # patches share their windows
+        key = tuple(id(window) for window in windows)
         if key not in self._weights:
             weight = torch.ones(())
             for window in windows:
@@ -272,30 +273,26 @@ def iter_sampled_rows(
     below = y + (fy > 0)
     done, last = 0, None
     for first, band in bands:
-        device = band.device
         held = band if last is None else torch.cat([last, band], dim=1)
         top = first - (held.shape[1] - band.shape[1])
         last = held[:, -1:].clone()
-        ready = int(np.searchsorted(below, top + held.shape[1]))  # rows that need none below
+        # rows that need none below
+        ready = int(np.searchsorted(below, top + held.shape[1]))
         for row in range(done, ready, rows):
             part = slice(row, min(row + rows, ready))
-            line = _between(held, 1, y[part] - top, fy[part], device)
+            line = _between(held, 1, y[part] - top, fy[part])
             for axis, ((x, fx), low) in enumerate(zip(others, corner, strict=True), start=2):
-                line = _between(line, axis, x - low, fx, device)
+                line = _between(line, axis, x - low, fx)
             yield row, line
         done = max(done, ready)
 
 
 def _between(
-    field: torch.Tensor,
-    axis: int,
-    floor: np.ndarray,
-    fraction: np.ndarray,
-    device: torch.device,
+    field: torch.Tensor, axis: int, floor: np.ndarray, fraction: np.ndarray
 ) -> torch.Tensor:
     """Interpolate between neighbours along one axis of (C, *box)."""
     low, high, weight = (
-        torch.from_numpy(a).to(device) for a in (floor, floor + (fraction > 0), fraction)
+        torch.from_numpy(a).to(field.device) for a in (floor, floor + (fraction > 0), fraction)
     )
     before: tuple[Any, ...] = (slice(None),) * axis
     lower, upper = field[(*before, low)], field[(*before, high)]

@@ -91,7 +91,8 @@ class PatchCache:
         """Count a prediction that others may wait for."""
         with self._lock:
             self._bytes += prediction.nbytes
-            if self._bytes > self._max_bytes:  # what is needed no more goes with the block
+            # what is needed no more goes with the block
+            if self._bytes > self._max_bytes:
                 self._drop()
 
     def _drop(self) -> None:
@@ -123,7 +124,8 @@ class Claim:
             return future.result()
         prediction = next(fresh)
         if (future := self.made.get(patch)) is not None:
-            copy = prediction.clone()  # a view would keep its whole batch
+            # a view would keep its whole batch
+            copy = prediction.clone()
             future.set_result(copy)
             del self.made[patch]
             self.kept(copy)

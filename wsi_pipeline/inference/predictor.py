@@ -68,7 +68,8 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
-@cache  # once, not by every worker
+# once, not by every worker
+@cache
 def _warn_of_slow_bf16() -> None:
     logger.warning(
         "--precision bf16: this processor has no arithmetic for it and takes about ten times as "
@@ -78,7 +79,8 @@ def _warn_of_slow_bf16() -> None:
 
 def use_one_core() -> None:
     """Let torch in the calling thread use no others: work runs side by side as it is."""
-    torch.set_num_threads(1)  # OpenMP counts for each thread; idle ones of a team would spin
+    # OpenMP counts for each thread; idle ones of a team would spin
+    torch.set_num_threads(1)
 
 
 class Predictor:
@@ -119,7 +121,8 @@ class Predictor:
         # does not depend on the number of threads then. Passes share nothing but the weights.
         self._passes = (threads or os.cpu_count() or 1) if on_cpu else 1
         self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=use_one_core)
-        row = bundle.input.patch_size[-1]  # a row of pixels is normalised at one go
+        # a row of pixels is normalised at one go
+        row = bundle.input.patch_size[-1]
         mean = torch.tensor(bundle.input.mean, device=self.device).repeat(row)
         std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
         self._scale = {torch.uint8: 1 / (255 * std), torch.float32: 1 / std}
@@ -180,7 +183,8 @@ class Predictor:
                 ahead.append(self._pool.submit(self._forward, region, batch))
                 if begun is not None and first + len(batch) == len(origins):
                     begun()
-                if len(ahead) > self._passes:  # one more than runs, so that no core waits
+                # one more than runs, so that no core waits
+                if len(ahead) > self._passes:
                     yield from taken()
             while ahead:
                 yield from taken()
@@ -222,7 +226,8 @@ class Predictor:
         """Return the probabilities of patches, (N, *patch, C) in full scale or uint8."""
         scale = self._scale[patches.dtype]
         values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
-        inputs = values.view(patches.shape).movedim(-1, 1)  # (N, C, *patch), channels last
+        # (N, C, *patch), channels last
+        inputs = values.view(patches.shape).movedim(-1, 1)
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
         lower = self.dtype is not torch.float32 and not self._is_ours
@@ -258,7 +263,8 @@ class Predictor:
                 f"{self.bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
                 f"makes it {expected}"
             )
-        return logits.float().contiguous()  # classes apart: fast from here on
+        # classes apart: fast from here on
+        return logits.float().contiguous()
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""

@@ -70,7 +70,8 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         output_dir: folder of the file; its links are relative to here.
         runs: by their folder, in which `overlay.png` is looked for.
     """
-    side = 480 if len(runs) <= MANY_RUNS else 240  # px, of a picture's longer side
+    # px, of a picture's longer side
+    side = 480 if len(runs) <= MANY_RUNS else 240
     # a failed run has a card only where there is something to see: its reason stands at the top
     shown = {folder for folder, run in runs.items() if run.status == "done" or run.amounts}
     shared = {folder: _facts({n: getattr(run, n) for n in SHARED}) for folder, run in runs.items()}
@@ -109,13 +110,15 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         "amount": _amount,
         "count_of": lambda n, what: f"{n:,} {what}{'s' * (n != 1)}",
         "duration": _duration,
-        "share": _share,
+        "share": lambda part, whole: f"{100 * part / whole:.1f} %" if whole > 0 else "–",
     }
+    # what could not be opened may be anything
+    kinds = {run.kind for run in runs.values() if "size" in run.slide}
     slides = any(run.kind == "slide" for folder, run in runs.items() if folder in shown)
     page = environment.get_template("page.html.j2").render(
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         summary="summary.csv" if (output_dir / "summary.csv").exists() else "",
-        kind=_kind(runs.values()),
+        kind=kinds.pop() if len(kinds) == 1 else "file",
         done=sum(run.status == "done" for run in runs.values()),
         runs=len(runs),
         limits=dict.fromkeys(
@@ -133,13 +136,6 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
     )
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
     write_whole(output_dir / "report.html", page.encode("utf-8", "backslashreplace"))
-
-
-def _kind(runs: Iterable[Run]) -> str:
-    """Return what the runs are of: "slide", "image" or "volume"; "file" where that is unknown."""
-    opened = [run for run in runs if "size" in run.slide]
-    kinds = {run.kind for run in opened}
-    return kinds.pop() if len(kinds) == 1 else "file"
 
 
 def _columns(runs: Iterable[Run]) -> list[Column]:
@@ -209,10 +205,6 @@ def _amount(area: float) -> str:
         return "0"
     digits = 0 if area >= 1000 else 1 if area >= 10 else 2 if area >= 0.1 else 4
     return f"{area:,.{digits}f}"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole > 0 else "–"
 
 
 def _duration(seconds: float | None) -> str:

@@ -6,7 +6,7 @@ import csv
 import io
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from wsi_pipeline.report.record import Run, _write_text
@@ -31,9 +31,24 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
             *map(_no_formula, more),
         ]
     )
-    rows.writerows(
-        _summary_row(output_dir, folder, run, names, more) for folder, run in runs.items()
-    )
+    for folder, run in runs.items():
+        done, own = run.status == "done", _more_columns(run)
+        # numbers that a failed run lacks are empty
+        rows.writerow(
+            [
+                _no_formula(os.path.relpath(folder, output_dir)),
+                _no_formula(run.slide["name"]),
+                run.status,
+                _no_formula(run.reason),
+                *run.slide.get("size", ("", ""))[:2],
+                *run.slide.get("mpp", ("", "")),
+                run.patches.get("kept", ""),
+                round(run.tissue_mm2, 6) if done and run.kind == "slide" else "",
+                *(round(run.area_mm2[n], 6) if n in run.area_mm2 else "" for n in names),
+                run.seconds.get("total", ""),
+                *(own.get(name, "") for name in more),
+            ]
+        )
     _write_text(output_dir / "summary.csv", buffer.getvalue())
 
 
@@ -60,26 +75,6 @@ def _more_columns(run: Run) -> dict[str, str | float]:
         if lesions["largest_mm"] is not None:
             found[f"{name}_largest_mm"] = round(lesions["largest_mm"], 3)
     return found | {f"probability_{label}": round(p, 6) for label, p in run.labels.items()}
-
-
-def _summary_row(
-    output_dir: Path, folder: Path, run: Run, names: Sequence[str], more: Sequence[str]
-) -> list[str | int | float]:
-    """Return one row; numbers that a failed run lacks are empty."""
-    done, own = run.status == "done", _more_columns(run)
-    return [
-        _no_formula(os.path.relpath(folder, output_dir)),
-        _no_formula(run.slide["name"]),
-        run.status,
-        _no_formula(run.reason),
-        *run.slide.get("size", ("", ""))[:2],
-        *run.slide.get("mpp", ("", "")),
-        run.patches.get("kept", ""),
-        round(run.tissue_mm2, 6) if done and run.kind == "slide" else "",
-        *(round(run.area_mm2[name], 6) if name in run.area_mm2 else "" for name in names),
-        run.seconds.get("total", ""),
-        *(own.get(name, "") for name in more),
-    ]
 
 
 def _no_formula(text: str) -> str:

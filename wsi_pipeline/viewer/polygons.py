@@ -106,7 +106,8 @@ class Polygons:
         if len(around) == 0:
             return None
         n = int(around[-1])
-        mm2, probability = self.measured[n].tolist()  # JSON has null for NaN
+        # JSON has null for NaN
+        mm2, probability = self.measured[n].tolist()
         return {
             "id": n,
             "name": self.names[n],

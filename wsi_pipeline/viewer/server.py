@@ -112,7 +112,8 @@ class Viewer:
         self.url = f"http://{f'[{name}]' if ':' in name else name}:{self.server_port}{self.root}"
         self.pool = ThreadPoolExecutor(THREADS, "viewer")
         self._folders: dict[str, Path] = {}
-        self._open: OrderedDict[str, Shown] = OrderedDict()  # the latest used last
+        # the latest used last
+        self._open: OrderedDict[str, Shown] = OrderedDict()
         self._lock = threading.Lock()
         # a loop of its own: that of a notebook is left as it is
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
@@ -219,7 +220,8 @@ def serve(
     """
     folder, slide = Path(folder), None if slide is None else Path(slide)
     if (folder / RUN_FILE).is_file():
-        open_shown(folder, slide).close()  # says now what would be said on the page
+        # says now what would be said on the page
+        open_shown(folder, slide).close()
     elif slide is not None:
         raise StoreError(f"a slide can be named for one run only, and {folder} is none")
     elif not any(folder.glob(f"*/{RUN_FILE}")):
@@ -253,7 +255,8 @@ class _Page(RequestHandler):
     def initialize(self, viewer: Viewer) -> None:
         """Take what every request needs."""
         self._viewer = viewer
-        self._is_page = False  # all that a browser may keep on its disk: nothing of a patient
+        # all that a browser may keep on its disk: nothing of a patient
+        self._is_page = False
 
     def set_default_headers(self) -> None:
         """Say what a browser may do with any answer."""
@@ -288,7 +291,8 @@ class _Page(RequestHandler):
     def write_error(self, status_code: int, **kwargs: Any) -> None:
         """Refuse in one sentence."""
         error = kwargs["exc_info"][1]
-        sentence = f"cannot be shown: {error}"  # a damaged file must not end the page
+        # a damaged file must not end the page
+        sentence = f"cannot be shown: {error}"
         if isinstance(error, RequestError):
             sentence = error.sentence
         elif isinstance(error, WsiPipelineError):
