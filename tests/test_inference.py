@@ -139,6 +139,33 @@ def test_a_program_that_fails_is_named(tmp_path):
         list(predictor.predict(REGION[..., :1], ORIGINS))
 
 
+def test_what_is_too_much_for_the_memory_is_predicted_in_smaller_passes(tmp_path, monkeypatch):
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=32, overlap=0))
+    origins = np.array([(y, x) for y in range(0, 118, 11) for x in range(0, 168, 16)])
+    passes = []
+
+    def short(self, patches):
+        passes.append(len(patches))
+        if len(passes) > 1 and len(patches) > 3:
+            raise torch.OutOfMemoryError
+        return run(self, patches)
+
+    run = Predictor._run
+    monkeypatch.setattr(Predictor, "_run", short)
+    predictor = Predictor(bundle, device="cpu", batch_size=8, threads=1)
+    found = list(predictor.predict(REGION, origins))
+    assert len(found) == len(origins) == 121
+    for (y, x), probabilities in zip(origins, found, strict=True):
+        expected = classify(PIXELS[y : y + 32, x : x + 32])
+        np.testing.assert_array_equal(probabilities.argmax(0), expected)
+    assert passes[:4] == [8, 8, 4, 2]  # the first fits
+    assert set(passes[4:]) == {2}
+    predictor = Predictor(bundle, device="cpu", batch_size=4, threads=1)
+    monkeypatch.setattr(Predictor, "_run", lambda *_: short(predictor, range(9)))
+    with pytest.raises(BundleError, match="with 1 patches at a time"):
+        list(predictor.predict(REGION, origins))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_gpu_that_is_not_there_is_an_error():
     assert choose_device("auto") == torch.device("cpu")

@@ -178,8 +178,10 @@ class Predictor:
             return mask
 
         try:
-            for first in range(0, len(origins), self._batch):
-                batch = origins[first : first + self._batch]
+            # out of memory, a pass makes those after it smaller
+            step = self._batch
+            for first in range(0, len(origins), step):
+                batch = origins[first : first + step]
                 ahead.append(self._pool.submit(self._forward, region, batch))
                 if begun is not None and first + len(batch) == len(origins):
                     begun()
@@ -201,26 +203,30 @@ class Predictor:
     @torch.inference_mode()
     def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
         """Return the probabilities of some patches, in one pass if they fit in."""
-        size, count = self.bundle.input.patch_size, len(origins)
+        size, count, batch = self.bundle.input.patch_size, len(origins), self._batch
+        if count > batch:
+            answers = [
+                self._forward(region, origins[i : i + batch]) for i in range(0, count, batch)
+            ]
+            said = [labels for _, labels in answers if labels is not None]
+            return torch.cat([mask for mask, _ in answers]), torch.cat(said) if said else None
         patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
         # always full batches: on the way a patch is rounded differently in one of another size
-        patches += [torch.zeros_like(patches[0])] * (self._batch - count)
+        patches += [torch.zeros_like(patches[0])] * (batch - count)
         try:
             mask, labels = self._run(torch.stack(patches))
             return mask[:count], None if labels is None else labels[:count]
         except torch.OutOfMemoryError:
-            if self._static_batch or self._batch == 1:
+            if self._static_batch or batch == 1:
                 raise BundleError(
                     f"{self.bundle.name} does not fit into the memory of {self.device} with "
-                    f"{self._batch} patches at a time; use --device cpu"
+                    f"{batch} patches at a time; use --device cpu"
                 ) from None
-        self._batch = len(patches) // 2
+        # a pass beside this one may have halved it already
+        self._batch = min(self._batch, batch // 2)
         torch.cuda.empty_cache()
         logger.warning("out of memory: going on with %d patches at a time", self._batch)
-        halves = range(0, count, self._batch)
-        answers = [self._forward(region, origins[i : i + self._batch]) for i in halves]
-        said = [labels for _, labels in answers if labels is not None]
-        return torch.cat([mask for mask, _ in answers]), torch.cat(said) if said else None
+        return self._forward(region, origins)
 
     def _run(self, patches: torch.Tensor) -> Answer:
         """Return the probabilities of patches, (N, *patch, C) in full scale or uint8."""
