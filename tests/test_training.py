@@ -2153,6 +2153,13 @@ def test_the_recipe_with_normal_tissue_holds_it_out_with_patients(data_dir: Path
 NORMAL = {"normal breast", "lymph node", "colon", "skin"}
 
 
+@pytest.mark.parametrize("name", ["", ".", "/a/other.toml", "below/other.toml", ["other.toml"]])
+def test_a_recipe_extends_one_of_its_own_folder_only(tmp_path: Path, name: object) -> None:
+    (tmp_path / "a.toml").write_text(f"extends = {json.dumps(name)}", "utf-8")
+    with pytest.raises(RecipeError, match=r"extends .* in the same folder|no recipe at"):
+        load_recipe(tmp_path / "a.toml")
+
+
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
     for name, other in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.toml").write_text(f'extends = "{other}.toml"', "utf-8")

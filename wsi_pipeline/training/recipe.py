@@ -365,7 +365,13 @@ def _read(path: Path, over: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise RecipeError(f"no recipe at {path}: {error.strerror}") from error
     if "extends" not in table:
         return table
-    base = path.with_name(str(table.pop("extends")))
+    name = table.pop("extends")
+    try:
+        base = path.with_name(str(name))
+    except ValueError as error:
+        raise RecipeError(
+            f"{path} extends {name!r}; expected the name of a recipe in the same folder"
+        ) from error
     if base in (path, *over):
         raise RecipeError(f"{path} extends {base.name}, which extends it")
     return _laid_over(_read(base, (path, *over)), table)
