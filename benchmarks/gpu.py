@@ -36,14 +36,16 @@ PAPER_RATE = 44.51
 """Patches a second that LightMuSeg's paper tells, its hardware unknown."""
 
 
-def make_slides(folder: Path, size: tuple[int, int], count: int, tissue: Any) -> Path:
+def make_slides(
+    folder: Path, size: tuple[int, int], count: int, tissue: Any, mpp: float = MPP
+) -> Path:
     """Return a folder of equal slides that are all tissue, made unless they are there."""
     width, height = size
-    target = folder / f"{width}x{height}"
+    target = folder / f"{width}x{height}-{mpp:g}"
     target.mkdir(parents=True, exist_ok=True)
     first = target / "slide-0.svs"
     if not first.is_file():
-        write_big_slide(first, size, MPP, share=1.0, tissue=tissue)
+        write_big_slide(first, size, mpp, share=1.0, tissue=tissue)
     for path in target.glob("slide-*.svs"):
         if path != first:
             path.unlink()
@@ -104,6 +106,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(40960, 32768), metavar=("W", "H"))
     parser.add_argument("--slides", type=int, default=4, help="in one process")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--mpp", type=float, default=MPP, help="µm/px of the slides")
+    parser.add_argument("--network", choices=["lightmuseg", "shipped"], default="lightmuseg")
     parser.add_argument("--tissue", type=Path, help="picture of tissue for the slides")
     parser.add_argument("--reduce", type=int, default=1, help="its pixels that become one")
     parser.add_argument("--device", default="cuda")
@@ -116,9 +120,9 @@ def main() -> None:
         return
     work = args.work.resolve()
     tissue = read_tissue(args.tissue, args.reduce) if args.tissue else immunohistochemistry()
-    bundle = write_bundle(work / "bundle-gpu", "lightmuseg", tissue).path
-    slides = make_slides(work / "gpu", tuple(args.size), args.slides, tissue)
-    tiny = make_slides(work / "gpu", (PATCH, PATCH), 1, tissue)
+    bundle = write_bundle(work / "bundle-gpu", args.network, tissue).path
+    slides = make_slides(work / "gpu", tuple(args.size), args.slides, tissue, args.mpp)
+    tiny = make_slides(work / "gpu", (PATCH, PATCH), 1, tissue, args.mpp)
     output = work / "out" / "gpu"
     rounds = []
     for turn in range(args.rounds):

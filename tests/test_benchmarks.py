@@ -158,6 +158,21 @@ def test_the_gpu_benchmark_ends_well_without_one(work):
 
 
 @pytest.mark.slow
+def test_what_is_checked_on_a_gpu_runs_on_the_cpu(module, tmp_path):
+    checks = module("gpu_checks").GROUPS
+    out = tmp_path / "found.json"
+    ended = start("gpu_checks.py", "check", "speed", "--device", "cpu", "--out", out)
+    assert ended.returncode == 0, ended.stdout
+    found = json.loads(out.read_text("utf-8"))
+    assert list(found) == ["machine", *checks["check"].split(), *checks["speed"].split()]
+    left_out = {name for name, value in found.items() if "left out" in value}
+    assert left_out == {"small_gpu", "copies"}
+    assert found["shortage"]["predictions"] == 64
+    assert 0.2 < found["masks"]["foreground"] < 0.9
+    assert found["passes"].keys() > {"1 channels", "5 channels, without the network"}
+
+
+@pytest.mark.slow
 def test_the_floor_comparison_runs_and_is_drawn(work, tmp_path):
     options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path]
     ended = start("run.py", "floor", "report", *options)
