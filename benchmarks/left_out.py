@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.networks import create
-from wsi_pipeline.training.fit import LAST
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import plan_splits
+from wsi_pipeline.training.state import LAST
 from wsi_pipeline.training.train import STATE, fold_folder
 from wsi_pipeline.training.validate import chances, open_predictor
 

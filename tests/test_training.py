@@ -1702,13 +1702,10 @@ def test_the_best_weights_are_kept_and_a_training_without_progress_ends(
         assert torch.equal(tensor, kept[1][name]), name
 
 
-def test_crops_made_by_several_threads_are_the_same(
-    recipe: Recipe, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crops_made_by_several_threads_are_the_same(recipe: Recipe, samples: list[Sample]) -> None:
     recipe = changed(recipe, steps=6)
     plain = fit(recipe, training_set(samples))
-    monkeypatch.setattr("wsi_pipeline.training.fit._crop_threads", lambda fabric: 4)
-    threaded = fit(recipe, training_set(samples))
+    threaded = fit(recipe, training_set(samples), crop_threads=4)
     assert_same_weights(plain.network, threaded.network)
     assert threaded.history == plain.history
 

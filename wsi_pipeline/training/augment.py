@@ -34,8 +34,8 @@ def augment(
     Args:
         images: (N, C, *sides) float32 of full scale 1.
         truths: (N, *sides) uint8 class index.
-        stained: whether they are of slides, with stains in red, green and blue, and glass.
-        bounded: whether values lie in [0, 1] and are to stay there.
+        stained: Whether they show stains in red, green and blue, and glass.
+        bounded: Whether values lie in [0, 1] and are to stay there.
     """
     limits = (0.0, 1.0) if bounded else (-math.inf, math.inf)
     if stained:
@@ -85,7 +85,8 @@ def borrow_colours(images: Tensor, share: float, generator: Generator) -> Tensor
 def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tensor:
     """Vary amount, hue and mixture of the stains in optical-density space; return the images."""
     count = len(images)
-    density = -images.clamp_min(DARKEST).log()  # (N, 3, H, W), 0 = no stain
+    # (N, 3, H, W), 0 = no stain
+    density = -images.clamp_min(DARKEST).log()
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(count, *shape, generator=generator)
@@ -93,7 +94,7 @@ def vary_stain(images: Tensor, spec: AugmentSpec, generator: Generator) -> Tenso
     amounts = torch.diag_embed((spec.stain * normal(3)).exp())
     mixing = torch.eye(3) + spec.mixing * normal(3, 3)
     # rows of STAINS are stains: density = amount @ STAINS, so columns need the transpose
-    change = mixing @ STAINS.T @ amounts @ torch.linalg.inv(STAINS.T)  # (N, 3, 3)
+    change = mixing @ STAINS.T @ amounts @ torch.linalg.inv(STAINS.T)
     change = change * (spec.density * normal(1, 1)).exp()
     density = torch.einsum("nij,njhw->nihw", change, density)
     tint = (spec.tint * normal(3, 1, 1)).abs()

@@ -32,8 +32,8 @@ class Survey:
 
     Attributes:
         counts: (blocks, K) int64 pixels.
-        places: of each block and class, (n, d) int32 some of its pixels.
-        digest: of the truth.
+        places: Some pixels, (n, d) int32, of each block and class.
+        digest: Hash of the truth.
     """
 
     counts: npt.NDArray[np.int64]
@@ -76,8 +76,7 @@ class Sampler:
     """Draws samples, and places in them.
 
     Args:
-        surveys: of each.
-        balance: share of the draws that take a class evenly; the others go by area.
+        balance: Share of the draws that take a class evenly; the others go by area.
 
     Raises:
         RecipeError: nothing to draw, as all is unknown.
@@ -112,9 +111,9 @@ class Sampler:
         k = _pick(len(having), generator) if is_even else _weighted(shares, generator)
         own = self._owners[having[k]]
         i = own[_weighted(amounts[own], generator)]
-        blocks = self._surveys[i].counts
-        block = _weighted(blocks[:, classes].sum(1), generator)
-        index = classes[_weighted(blocks[block, classes], generator)]
+        counts = self._surveys[i].counts[:, classes]
+        block = _weighted(counts.sum(1), generator)
+        index = classes[_weighted(counts[block], generator)]
         places = self._surveys[i].places[block][index]
         place = places[_pick(len(places), generator)]
         return self._samples[i], tuple(int(p) for p in place)
@@ -124,12 +123,9 @@ def _pick(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _weighted(
-    amounts: npt.NDArray[np.int64] | npt.NDArray[np.float64], generator: Generator
-) -> int:
-    return int(
-        torch.multinomial(torch.from_numpy(amounts.astype(np.float64)), 1, generator=generator)
-    )
+def _weighted(amounts: npt.NDArray[np.generic], generator: Generator) -> int:
+    weights = torch.from_numpy(amounts.astype(np.float64))
+    return int(torch.multinomial(weights, 1, generator=generator))
 
 
 def random_crop(
@@ -137,14 +133,12 @@ def random_crop(
 ) -> tuple[Tensor, Tensor]:
     """Cut a square or cube around a place, turned, flipped and scaled; return it with its truth.
 
-    Turns are about the first axis of a volume. What lies beyond the image is mirrored.
+    Turns are about the first axis of a volume. What lies beyond the image is mirrored. The crop has
+    (C, *sides) float32 of full scale 1, its truth (*sides) uint8.
 
     Args:
-        place: a pixel that lies somewhere in the crop, array order.
-        size: side of the crop, px.
-
-    Returns:
-        (C, *sides) float32 of full scale 1 and (*sides) uint8.
+        place: A pixel that lies somewhere in the crop, array order.
+        size: Side of the crop, px.
     """
     axes = len(sample.shape)
     upright, by, any_angle, zoom, mirror, flip_z = torch.rand(6, generator=generator).tolist()
@@ -155,10 +149,12 @@ def random_crop(
     else:
         angle = math.radians(spec.tilt) * (2 * by - 1)
         is_mirrored, is_upside_down = mirror < spec.mirror, False
-    step = math.exp((2 * zoom - 1) * math.log(spec.scale))  # image px per crop px
+    # image px per crop px
+    step = math.exp((2 * zoom - 1) * math.log(spec.scale))
     reach = size * step / 2
+    # inside the image, in its middle where the crop is larger
     centre = [
-        _inside(p + 0.5 + (2 * w - 1) * reach, n, reach)
+        float(np.clip(p + 0.5 + (2 * w - 1) * reach, min(reach, n / 2), max(n - reach, n / 2)))
         for p, w, n in zip(place, within, sample.shape, strict=True)
     ]
     # the window holds the crop at any angle; two pixels more for the interpolation
@@ -168,35 +164,24 @@ def random_crop(
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     image, truth = sample.read(tuple(start), shape)
     image = image.float() / 255 if image.dtype == torch.uint8 else image
-    theta = _turned(angle, -1.0 if is_mirrored else 1.0)
+    flip = -1.0 if is_mirrored else 1.0
+    cosine, sine = math.cos(angle), math.sin(angle)
+    theta = torch.tensor([[cosine * flip, -sine], [sine * flip, cosine]])
     steps = (torch.arange(size, dtype=torch.float32) - (size - 1) / 2) * step
-    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1) @ theta.T  # (x, y)
+    # (x, y), as `grid_sample` has them
+    grid = torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1) @ theta.T
     if axes == 3:
         depth = (-steps if is_upside_down else steps)[:, None, None, None]
         plane = grid.expand(size, -1, -1, -1)
-        grid = torch.cat([plane, depth.expand(-1, size, size, -1)], dim=-1)  # (x, y, z)
+        # (x, y, z)
+        grid = torch.cat([plane, depth.expand(-1, size, size, -1)], dim=-1)
     corner = torch.tensor([c - a for c, a in zip(centre, start, strict=True)][::-1])
     extent = torch.tensor(shape[::-1], dtype=torch.float32)
     where = (2 * (grid + corner) / extent - 1)[None].float()
-    return (
-        _sampled(image, where, "bilinear"),
-        _sampled(truth[None].float(), where, "nearest")[0].to(torch.uint8),
+    crop, cut = (
+        functional.grid_sample(
+            values[None], where, mode=mode, padding_mode="reflection", align_corners=False
+        )[0]
+        for values, mode in ((image, "bilinear"), (truth[None].float(), "nearest"))
     )
-
-
-def _turned(angle: float, flip: float) -> Tensor:
-    """Return the 2 × 2 matrix of a turn and a mirroring."""
-    return torch.tensor(
-        [[math.cos(angle) * flip, -math.sin(angle)], [math.sin(angle) * flip, math.cos(angle)]]
-    )
-
-
-def _inside(centre: float, length: int, reach: float) -> float:
-    """Return the nearest centre such that the crop lies inside, or the middle if it cannot."""
-    return length / 2 if length <= 2 * reach else min(max(centre, reach), length - reach)
-
-
-def _sampled(image: Tensor, where: Tensor, mode: str) -> Tensor:
-    return functional.grid_sample(
-        image[None], where, mode=mode, padding_mode="reflection", align_corners=False
-    )[0]
+    return crop, cut[0].to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Losses between what a network says and class indices, with ignored pixels left out."""
+"""Losses between a network's predictions and class indices, with ignored pixels left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Predictions = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def network_loss(
-    said: Predictions,
+    predictions: Predictions,
     truth: Tensor,
     labels: Tensor | None,
     activation: Activation,
@@ -28,19 +28,16 @@ def network_loss(
 ) -> Tensor:
     """Return the loss of a batch, a scalar: deep supervision sums over its maps, unweighted.
 
-    Args:
-        truth: (N, *sides) uint8 class index, or IGNORE.
-        labels: (N,) int64 index of what is to be said of the whole patch, or `UNLABELLED`; None =
-            nothing is to be said of any.
-        activation: "sigmoid" for one logit, "softmax" for one a class.
+    The mask's part is that of `segmentation_loss`. Labels are (N,) int64 index of what is to be said
+    of the whole patch, or `UNLABELLED`; None = nothing is to be said of any.
     """
-    if isinstance(said, Mapping):
-        loss = segmentation_loss(said["mask"], truth, activation, kind=kind)
+    if isinstance(predictions, Mapping):
+        loss = segmentation_loss(predictions["mask"], truth, activation, kind=kind)
         if labels is None:
             return loss
-        entropy = functional.cross_entropy(said["label"].float(), labels, reduction="sum")
+        entropy = functional.cross_entropy(predictions["label"].float(), labels, reduction="sum")
         return loss + label_weight * entropy / (labels != UNLABELLED).sum().clamp_min(1)
-    maps = [said] if isinstance(said, Tensor) else said
+    maps = [predictions] if isinstance(predictions, Tensor) else predictions
     losses = [segmentation_loss(logits, truth, activation, kind=kind) for logits in maps]
     return torch.stack(losses).sum()
 
@@ -60,9 +57,8 @@ def segmentation_loss(
     index = truth.long() * known.long()
     if activation == "sigmoid":
         target = index.float()[:, None]
-        entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")[
-            :, 0
-        ]
+        measured = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        entropy = measured[:, 0]
         probabilities = logits.sigmoid()
     else:
         target = functional.one_hot(index, logits.shape[1]).movedim(-1, 1).float()

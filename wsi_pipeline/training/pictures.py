@@ -6,8 +6,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
 from PIL import UnidentifiedImageError
@@ -22,7 +24,7 @@ from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.files.formats import kind_of
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.sources.radiology.image import Image, open_image
-from wsi_pipeline.sources.radiology.preprocess import Preparation, open_scan, prepare
+from wsi_pipeline.sources.radiology.preprocess import open_scan, prepare
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
@@ -36,12 +38,7 @@ ADVICE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Meaning:
-    """What the values of masks mean to a network.
-
-    Attributes:
-        values: by the names of classes.
-        indices: class index by name.
-    """
+    """What the values of masks mean to a network, with its class indices by name."""
 
     values: LabelMap
     indices: Mapping[str, int]
@@ -55,8 +52,8 @@ def read_picture(
     Pictures of 8 bits keep their values; others are brought to [0, 1] by their least and largest.
 
     Args:
-        channels: that the network sees, 1 or 3.
-        factor: pixels of the network per pixel of both, along an axis.
+        channels: Those that the network sees, 1 or 3.
+        factor: Pixels of the network per pixel of both, along an axis.
 
     Raises:
         RecipeError: unreadable, or of different sizes.
@@ -67,9 +64,15 @@ def read_picture(
             image = _pixels(opened, channels)
     except UNREADABLE as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
-    truth = _planar_truth(mask_path, meaning, tuple(image.shape[1:]))
+    truth = _planar_truth(mask_path, meaning, image.shape[1:])
     height, width = (max(1, round(n * factor)) for n in truth.shape)
-    return _resized(image, (height, width)), _resized_mask(truth, (height, width))
+
+    def resized(plane: npt.NDArray[Any], how: Pictures.Resampling) -> npt.NDArray[Any]:
+        return np.array(Pictures.fromarray(plane).resize((width, height), how))
+
+    planes = [resized(plane, Pictures.Resampling.BICUBIC) for plane in image]
+    mask = resized(truth, Pictures.Resampling.NEAREST)
+    return torch.from_numpy(np.stack(planes)), torch.from_numpy(mask)
 
 
 def _opened(path: Path) -> Pictures.Image:
@@ -85,38 +88,16 @@ def _opened(path: Path) -> Pictures.Image:
     return Pictures.fromarray(values[..., 0] if image.channels == 1 else values)
 
 
-def _pixels(image: Pictures.Image, channels: int) -> Tensor:
-    """Return a picture's values, (channels, H, W)."""
+def _pixels(image: Pictures.Image, channels: int) -> npt.NDArray[Any]:
+    """Return a picture's values, (channels, h, w)."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
         spread = max(float(values.max() - values.min()), 1e-6)
-        grey = torch.from_numpy((values - values.min()) / spread)
-        return grey.expand(channels, -1, -1).contiguous()
+        return np.stack([(values - values.min()) / np.float32(spread)] * channels)
     if channels not in (1, 3):
         raise RecipeError(f"pictures have 1 or 3 channels, the bundle's input has {channels}")
     pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
-
-
-def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a picture at another size, antialiased when reducing."""
-    if size == tuple(image.shape[1:]):
-        return image.contiguous()
-    planes = [
-        np.asarray(
-            Pictures.fromarray(plane.numpy()).resize(size[::-1], Pictures.Resampling.BICUBIC)
-        )
-        for plane in image
-    ]
-    return torch.from_numpy(np.stack(planes))
-
-
-def _resized_mask(truth: Mask, size: tuple[int, int]) -> Tensor:
-    if size != truth.shape:
-        truth = np.asarray(
-            Pictures.fromarray(truth).resize(size[::-1], Pictures.Resampling.NEAREST)
-        )
-    return torch.from_numpy(np.array(truth))
+    return np.moveaxis(pixels.reshape(*pixels.shape[:2], channels), -1, 0)
 
 
 def read_scan(path: Path, mask_path: Path, *, meaning: Meaning, spec: InputSpec) -> Read:
@@ -125,8 +106,8 @@ def read_scan(path: Path, mask_path: Path, *, meaning: Meaning, spec: InputSpec)
     The pixels are those that `segment` would show it. What is padded is unknown.
 
     Args:
-        mask_path: of the mask, of the same size, or a volume that lies in the same place of the
-            body, whatever the order and direction of its axes.
+        mask_path: A mask of the same size, or a volume that lies in the same place of the body,
+            whatever the order and direction of its axes.
 
     Raises:
         SourceError: unreadable.
@@ -142,8 +123,17 @@ def read_scan(path: Path, mask_path: Path, *, meaning: Meaning, spec: InputSpec)
             truth = labels.indices(meaning.indices, scan.shape, scan.affine, advice=ADVICE)
         made = prepare(scan, spec)
         pixels = made.read(scan, (0,) * axes, made.shape)
-    image = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
-    return image, torch.from_numpy(_on_grid(truth, made))
+    if made.is_mirrored:
+        truth = truth[:, ::-1]
+    beyond = [(0, n - m) for n, m in zip(made.padded_shape, truth.shape, strict=True)]
+    truth = np.pad(truth, beyond, constant_values=IGNORE)
+    # nearest to the centre of each pixel of the network's grid
+    nearest = [
+        np.minimum((np.arange(n) + 0.5) * step, of - 1).astype(np.intp)
+        for n, step, of in zip(made.shape, made.step, made.padded_shape, strict=True)
+    ]
+    image = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    return torch.from_numpy(image), torch.from_numpy(truth[np.ix_(*nearest)])
 
 
 def _planar_truth(path: Path, meaning: Meaning, image: Shape) -> Mask:
@@ -153,16 +143,3 @@ def _planar_truth(path: Path, meaning: Meaning, image: Shape) -> Mask:
         sides = [" × ".join(map(str, shape[::-1])) for shape in (codes.shape, image)]
         raise RecipeError(f"{path} has {sides[0]} pixels, its image {sides[1]}")
     return Lookup(path, meaning.values, meaning.indices, advice=ADVICE)(codes)
-
-
-def _on_grid(truth: Mask, made: Preparation) -> Mask:
-    """Return the class index nearest to the centre of each pixel of the network's grid."""
-    if made.is_mirrored:
-        truth = truth[:, ::-1]
-    beyond = [(0, n - m) for n, m in zip(made.padded_shape, truth.shape, strict=True)]
-    truth = np.pad(truth, beyond, constant_values=IGNORE)
-    nearest = [
-        np.minimum((np.arange(n) + 0.5) * step, of - 1).astype(np.intp)
-        for n, step, of in zip(made.shape, made.step, made.padded_shape, strict=True)
-    ]
-    return truth[np.ix_(*nearest)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from wsi_pipeline.bundle import Bundle, parse_bundle
+from wsi_pipeline.bundle import Bundle, Modality, parse_bundle
 from wsi_pipeline.errors import BundleError, RecipeError
 from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, LabelMap
 from wsi_pipeline.files.schema import (
@@ -37,6 +38,30 @@ Within = Annotated[float, Meta(gt=0, lt=1, description="a number between 0 and 1
 MaskValue = Annotated[
     int, Meta(ge=0, le=LARGEST_VALUE, description=f"a whole number from 0 to {LARGEST_VALUE}")
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What the images of a modality are like, and what a recipe may say of them.
+
+    Attributes:
+        is_stained: Whether red, green and blue show stains, and what is white is glass.
+        is_part: Whether an image is a part of a slide, so that its figures alone mean little.
+        may_be_folder: Whether an image with a mask may be a folder of files.
+        without: Keys of the data that it cannot have.
+    """
+
+    is_stained: bool = False
+    is_part: bool = False
+    may_be_folder: bool = False
+    without: tuple[str, ...] = ("annotations", "empty", "mpp")
+
+
+TRAITS: Mapping[Modality, Traits] = {
+    "slide": Traits(is_stained=True, is_part=True, without=()),
+    "image": Traits(),
+    "volume": Traits(may_be_folder=True),
+}
 
 
 class TrainSpec(Record, frozen=True, kw_only=True):
@@ -182,7 +207,7 @@ class DataSpec(Record, frozen=True, kw_only=True):
         annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
         background: names of annotations that are background: areas of other classes, and what lies
             in no area, are neither learnt nor judged. Of masks the values besides 0 that are
-            background, or "others": all that nothing else names. LabelMap without a meaning are
+            background, or "others": all that nothing else names. Values without a meaning are
             refused.
         threshold: of masks that went through JPEG: values from here on are the one class, those
             below are background.
@@ -393,10 +418,10 @@ def _check_data(where: str, entry: DataSpec, bundle: Bundle) -> None:
     names = {c.name for c in bundle.classes[1:]}
     if unknown := entry.classes.keys() - names:
         raise ValueError(f"{where}: has classes {sorted(unknown)}, the bundle has {sorted(names)}")
-    for name in ("annotations", "empty", "mpp"):
-        if bundle.modality != "slide" and getattr(entry, name):
+    for name in TRAITS[bundle.modality].without:
+        if getattr(entry, name):
             raise ValueError(f"{where}: {name!r} is for slides, the bundle for {bundle.modality}s")
-    if bundle.modality == "slide" and entry.masks is not None and entry.mpp is None:
+    if bundle.input.mpp is not None and entry.masks is not None and entry.mpp is None:
         raise ValueError(f"{where}: lacks 'mpp', µm per pixel of pictures and masks")
     if entry.label is not None and entry.label not in bundle.labels:
         raise ValueError(f"{where}: label {entry.label!r} is none of {list(bundle.labels)}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import re
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -28,7 +29,7 @@ from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
 from wsi_pipeline.sources.radiology.discover import is_beside
 from wsi_pipeline.training.pictures import Meaning, Read, read_picture, read_scan
-from wsi_pipeline.training.recipe import DataSpec, Recipe
+from wsi_pipeline.training.recipe import TRAITS, DataSpec, Recipe
 
 __all__ = ["IGNORE", "UNLABELLED", "Sample", "load_samples"]
 
@@ -46,7 +47,7 @@ class Source(Protocol):
     def shape(self) -> Shape:
         """Return the pixels along each axis."""
 
-    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+    def read(self, origin: Shape, shape: Shape) -> Read:
         """Return (C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
 
     def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
@@ -61,16 +62,13 @@ class Sample:
     """One image with its truth, at the network's resolution.
 
     Attributes:
-        patient: who it is from.
-        name: of the file.
-        source: of its pixels.
-        label: index of what is to be said of the whole, or `UNLABELLED`; None = whether it shows
+        label: Index of what is to be said of the whole, or `UNLABELLED`; None = whether it shows
             any class.
-        fold: name of the group that is held out together, or None.
-        weight: how often its patient is drawn, against 1 of others.
-        outside: value of what lies beyond, as `segment` pads images and volumes; None = pixels are
+        fold: Name of the group that is held out together, or None.
+        weight: How often its patient is drawn, against 1 of others.
+        outside: Value of what lies beyond, as `segment` pads images and volumes; None = pixels are
             mirrored, since a tile goes on in its slide.
-        digest: of the picture's pixels, or of the slide's file: the same picture under another
+        digest: Hash of the picture's pixels, or of the slide's file: the same picture under another
             name has the same.
     """
 
@@ -88,7 +86,7 @@ class Sample:
         """Return the pixels along each axis."""
         return self.source.shape
 
-    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+    def read(self, origin: Shape, shape: Shape) -> Read:
         """Read a rectangle that lies inside; return image (C, *shape) and truth (*shape)."""
         return self.source.read(origin, shape)
 
@@ -98,17 +96,13 @@ class Sample:
             return self.label
         return int(((truth > 0) & (truth != IGNORE)).any())
 
-    def read_all(self) -> tuple[Tensor, Tensor]:
+    def read_all(self) -> Read:
         """Return the whole image and its truth."""
         return self.source.read((0,) * len(self.shape), self.shape)
 
 
 class Cache:
-    """Decoded pictures, the ones last used, up to a number of bytes.
-
-    Args:
-        limit: bytes.
-    """
+    """Decoded pictures, the ones last used, up to a number of bytes."""
 
     def __init__(self, limit: int = IN_MEMORY) -> None:
         self._limit = limit
@@ -124,32 +118,23 @@ class Cache:
         found = load()
         with self._lock:
             self._held[path] = found
-            while sum(map(_bytes, self._held.values())) > self._limit and len(self._held) > 1:
+            while len(self._held) > 1 and self._limit < sum(
+                tensor.nbytes for read in self._held.values() for tensor in read
+            ):
                 self._held.popitem(last=False)
         return found
 
 
-def _bytes(read: Read) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in read)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decoded:
-    """A picture or volume that is decoded whole when it is needed.
-
-    Attributes:
-        path: of the file.
-        shape: at the network's resolution.
-        load: decodes it and its mask.
-        cache: keeps it.
-    """
+    """A picture or volume that is decoded whole, with its mask, when it is needed."""
 
     path: Path
     shape: Shape
     load: Callable[[], Read]
     cache: Cache
 
-    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+    def read(self, origin: Shape, shape: Shape) -> Read:
         """Return (C, *shape) and (*shape), as in `Source`."""
         image, truth = self.cache.get(self.path, self.load)
         window = box_slices(origin, shape)
@@ -166,12 +151,7 @@ class Decoded:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Annotated:
-    """A slide, or a patch grid, with annotations.
-
-    Attributes:
-        view: of the slide, at the network's resolution.
-        areas: the annotations.
-    """
+    """A slide, or a patch grid, at the network's resolution, with annotations."""
 
     view: SlideView
     areas: AreaReader
@@ -181,26 +161,24 @@ class Annotated:
         """Return (height, width) at the network's resolution."""
         return self.view.shape
 
-    def read(self, origin: Shape, shape: Shape) -> tuple[Tensor, Tensor]:
+    def read(self, origin: Shape, shape: Shape) -> Read:
         """Return (3, *shape) and (*shape), as in `Source`."""
         (y, x), (height, width) = origin, shape
-        pixels = self.view.read((y, x), (height, width))
-        image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+        pixels = np.array(self.view.read((y, x), (height, width)))
+        image = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         return image, self.read_truth(origin, shape)
 
     def read_truth(self, origin: Shape, shape: Shape) -> Tensor:
         """Return (*shape) uint8 class index, or IGNORE."""
-        (y, x), (height, width) = origin, shape
-        return torch.from_numpy(self.areas.read((y, x), (height, width), self.view.downsample))
+        return torch.from_numpy(self.areas.read(origin, shape, self.view.downsample))
 
     def may_know(self, origin: Shape, shape: Shape) -> bool:
         """Return whether any area lies there."""
-        (y, x), (height, width) = origin, shape
-        return self.areas.touches((y, x), (height, width), self.view.downsample)
+        return self.areas.touches(origin, shape, self.view.downsample)
 
 
 def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sample]:
-    """Open all images of a recipe; return them as samples.
+    """Open all images of a recipe; return them as samples, slides to be closed by `closing`.
 
     Pictures are decoded once, to know their size and whether one occurs twice.
 
@@ -221,102 +199,55 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
                 "name them there by their paths from the data folder"
             )
         for image in images:
-            told = Told.of(image, spec, rows, recipe, data_dir)
-            truth = _truth_of(image, told, spec, data_dir, is_only=len(images) == 1)
-            other, owner = owners.setdefault(truth, (image, told.patient))
-            if other != image and (other.name == image.name or owner != told.patient):
+            within = image.relative_to(data_dir).as_posix()
+            patient, label, fold = _told(image, within, spec, rows, recipe)
+            truth = _truth_of(image, patient, spec, data_dir, is_only=len(images) == 1)
+            other, owner = owners.setdefault(truth, (image, patient))
+            if other != image and (other.name == image.name or owner != patient):
                 raise RecipeError(
                     f"{truth} would be the truth of {other} and of {image}; tell them apart by "
                     'their folders, as with mask_name = "{folder}/{stem}.png"'
                 )
-            # what several are called does not tell them apart
-            name = image.name if names[image.name] == 1 else _within(image, data_dir)
             try:
+                source: Source
                 if spec.masks is not None:
-                    sample = _decoded(image, truth, told, spec, recipe, cache)
+                    source, outside, digest = _decoded(image, truth, spec, recipe, cache)
                 else:
-                    sample = _annotated(image, truth, told, spec, recipe, closing)
-                samples.append(replace(sample, name=name))
+                    outside = None
+                    source, digest = _annotated(image, truth, spec, recipe, closing)
+            except RecipeError:
+                raise
             except (WsiPipelineError, OSError) as error:
-                if isinstance(error, RecipeError):
-                    raise
                 raise RecipeError(f"cannot learn from {image}: {error}") from error
+            samples.append(
+                Sample(
+                    patient=patient,
+                    # what several are called does not tell them apart
+                    name=image.name if names[image.name] == 1 else within,
+                    source=source,
+                    label=label,
+                    fold=fold,
+                    weight=spec.weight,
+                    outside=outside,
+                    digest=digest,
+                )
+            )
     return samples
 
 
 def _images(spec: DataSpec, data_dir: Path, recipe: Recipe) -> list[Path]:
     """Return the images of an entry: what lies beside images, as notes and thumbnails, is none."""
     # volumes may be folders of slices, slides and patch grids folders of chunks
-    are_files = spec.masks is not None and recipe.bundle.modality != "volume"
+    are_files = spec.masks is not None and not TRAITS[recipe.bundle.modality].may_be_folder
     images = [
         path
         for path in sorted(data_dir.glob(spec.images))
         if not is_beside(path) and (path.is_file() or not are_files)
     ]
     if not images:
-        raise RecipeError(f"no image of {_whose(spec)} matches {data_dir / spec.images}")
+        whose = "any patient" if spec.patient is None else f"patient {spec.patient}"
+        raise RecipeError(f"no image of {whose} matches {data_dir / spec.images}")
     return images
-
-
-def _within(image: Path, data_dir: Path) -> str:
-    return image.relative_to(data_dir).as_posix()
-
-
-def _truth_of(image: Path, told: Told, spec: DataSpec, data_dir: Path, *, is_only: bool) -> Path:
-    """Return an image's mask or annotations, or itself where it shows no class."""
-    if spec.empty:
-        return image
-    path = data_dir / (spec.masks or spec.annotations or "")
-    if not path.is_dir():
-        if not is_only:
-            raise RecipeError(f"several images match {spec.images}, but {path.name} is one file")
-        return path
-    if spec.annotations is not None:
-        return _annotations_of(image, path)
-    try:
-        told_by = {"stem": stem(image), "patient": told.patient, "folder": image.parent.name}
-        return path / spec.mask_name.format(**told_by)
-    except (KeyError, IndexError, ValueError) as error:
-        raise RecipeError(
-            f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}}, {{patient}} or "
-            "{folder}"
-        ) from error
-
-
-def _annotations_of(image: Path, folder: Path) -> Path:
-    for place in (folder / image.parent.name, folder):
-        for suffix in AREA_SUFFIXES:
-            for name in (stem(image), image.name):
-                if (path := place / f"{name}{suffix}").is_file():
-                    return path
-    raise RecipeError(f"{folder} has no {stem(image)}.geojson, the annotations of {image}")
-
-
-def stem(path: Path) -> str:
-    """Return a file's name without its suffix, or suffixes where the last is gzip's.
-
-    Example:
-        >>> stem(Path("MAMA_001.nii.gz")), stem(Path("TCGA-A1.2.png"))
-        ('MAMA_001', 'TCGA-A1.2')
-    """
-    return Path(path.stem).stem if path.suffix == ".gz" else path.stem
-
-
-def _whose(spec: DataSpec) -> str:
-    return f"patient {spec.patient}" if spec.patient is not None else "any patient"
-
-
-def _patient(image: Path, spec: DataSpec, data_dir: Path) -> str:
-    if spec.patients is None:
-        return str(spec.patient)
-    text = _within(image, data_dir) if "/" in spec.patients else image.name
-    match = re.search(spec.patients, text)
-    if not match:
-        raise RecipeError(
-            f"{image}: {text} has no {spec.patients!r}, which finds the patient (in the path from "
-            "the data folder, if it has a slash; else in the file's name)"
-        )
-    return match[1] if match.re.groups else match[0]
 
 
 Rows = Mapping[str, Mapping[str, str]]
@@ -348,61 +279,93 @@ def _rows(spec: DataSpec, data_dir: Path) -> Rows:
     return named
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """What a recipe, or its table, tells of an image.
+def _told(
+    image: Path, within: str, spec: DataSpec, rows: Rows, recipe: Recipe
+) -> tuple[str, int | None, str | None]:
+    """Return the patient, label and fold that a recipe, or its table, tells of an image.
 
-    Attributes:
-        patient: who it is from.
-        label: as in `Sample`.
-        fold: as in `Sample`.
+    Args:
+        within: Path of the image from the data folder.
+
+    Raises:
+        RecipeError: no patient is found, the table has no row for it, or a label that the bundle
+            does not have.
     """
+    row: Mapping[str, str] = {}
+    if spec.table is not None:
+        key = within if within in rows else image.name
+        if key not in rows:
+            raise RecipeError(f"the table {spec.table} has no row for {image.name}")
+        row = {what: rows[key][column] for what, column in spec.columns.items()}
+    patient = row.get("patient", spec.patient)
+    if "patient" in row and not patient:
+        raise RecipeError(f"the table {spec.table} has no patient of {image.name}")
+    name, labels, label = row.get("label", spec.label), recipe.bundle.labels, None
+    if name in spec.unlabelled:
+        label = UNLABELLED
+    elif name is not None:
+        indices = {known.casefold(): i for i, known in enumerate(labels)}
+        label = indices.get(name.casefold())
+        if label is None:
+            raise RecipeError(
+                f"the table {spec.table} calls {image.name} {name!r}; the bundle has the "
+                f"labels {list(labels)}, the recipe's `unlabelled` {list(spec.unlabelled)}"
+            )
+    if patient is None and spec.patients is not None:
+        text = within if "/" in spec.patients else image.name
+        match = re.search(spec.patients, text)
+        if not match:
+            raise RecipeError(
+                f"{image}: {text} has no {spec.patients!r}, which finds the patient (in the path "
+                "from the data folder, if it has a slash; else in the file's name)"
+            )
+        patient = match[1] if match.re.groups else match[0]
+    return str(patient), label, row.get("fold", spec.fold) or None
 
-    patient: str
-    label: int | None
-    fold: str | None
 
-    @classmethod
-    def of(cls, image: Path, spec: DataSpec, rows: Rows, recipe: Recipe, data_dir: Path) -> Told:
-        """Return what is told of an image.
+def _truth_of(image: Path, patient: str, spec: DataSpec, data_dir: Path, *, is_only: bool) -> Path:
+    """Return an image's mask or annotations, or itself where it shows no class."""
+    if spec.empty:
+        return image
+    path = data_dir / (spec.masks or spec.annotations or "")
+    if not path.is_dir():
+        if not is_only:
+            raise RecipeError(f"several images match {spec.images}, but {path.name} is one file")
+        return path
+    if spec.annotations is None:
+        told = {"stem": stem(image), "patient": patient, "folder": image.parent.name}
+        try:
+            return path / spec.mask_name.format(**told)
+        except (KeyError, IndexError, ValueError) as error:
+            raise RecipeError(
+                f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}}, {{patient}} "
+                "or {folder}"
+            ) from error
+    places = itertools.product(
+        (path / image.parent.name, path), AREA_SUFFIXES, (stem(image), image.name)
+    )
+    for place, suffix, name in places:
+        if (found := place / f"{name}{suffix}").is_file():
+            return found
+    raise RecipeError(f"{path} has no {stem(image)}.geojson, the annotations of {image}")
 
-        Raises:
-            RecipeError: the table has no row for it, or a label that the bundle does not have.
-        """
-        row: Mapping[str, str] = {}
-        if spec.table is not None:
-            key = path if (path := _within(image, data_dir)) in rows else image.name
-            if key not in rows:
-                raise RecipeError(f"the table {spec.table} has no row for {image.name}")
-            row = {what: rows[key][column] for what, column in spec.columns.items()}
-        if "patient" in row and not row["patient"]:
-            raise RecipeError(f"the table {spec.table} has no patient of {image.name}")
-        label, labels = row.get("label", spec.label), recipe.bundle.labels
-        index = None
-        if label in spec.unlabelled:
-            index = UNLABELLED
-        elif label is not None:
-            named = {name.casefold(): i for i, name in enumerate(labels)}
-            if label.casefold() not in named:
-                raise RecipeError(
-                    f"the table {spec.table} calls {image.name} {label!r}; the bundle has the "
-                    f"labels {list(labels)}, the recipe's `unlabelled` {list(spec.unlabelled)}"
-                )
-            index = named[label.casefold()]
-        return cls(
-            patient=row["patient"] if "patient" in row else _patient(image, spec, data_dir),
-            label=index,
-            fold=row.get("fold", spec.fold) or None,
-        )
+
+def stem(path: Path) -> str:
+    """Return a file's name without its suffix, or suffixes where the last is gzip's.
+
+    Example:
+        >>> stem(Path("MAMA_001.nii.gz")), stem(Path("TCGA-A1.2.png"))
+        ('MAMA_001', 'TCGA-A1.2')
+    """
+    return Path(path.stem).stem if path.suffix == ".gz" else path.stem
 
 
 def _decoded(
-    image: Path, mask: Path, told: Told, spec: DataSpec, recipe: Recipe, cache: Cache
-) -> Sample:
-    meaning = Meaning(
-        values=spec.values, indices={name: _index(name, recipe) for name in spec.classes}
-    )
+    image: Path, mask: Path, spec: DataSpec, recipe: Recipe, cache: Cache
+) -> tuple[Decoded, float | None, str]:
+    """Return a picture or volume, the value of what lies beyond it, and its digest."""
     wanted = recipe.bundle.input
+    meaning = Meaning(values=spec.values, indices=_indices(recipe))
 
     def load() -> Read:
         if spec.mpp is None:
@@ -411,31 +374,21 @@ def _decoded(
         return read_picture(image, mask, meaning=meaning, channels=wanted.channels, factor=factor)
 
     pixels, truth = cache.get(image, load)
-    dark = float(pixels.min()) if wanted.scale == "zscore" else 0.0
-    return Sample(
-        patient=told.patient,
-        name=image.name,
-        source=Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache),
-        outside=dark if spec.mpp is None else None,
-        label=told.label,
-        fold=told.fold,
-        weight=spec.weight,
-        digest=hashlib.sha256(np.ascontiguousarray(pixels.numpy()).tobytes()).hexdigest(),
-    )
+    source = Decoded(path=image, shape=tuple(truth.shape), load=load, cache=cache)
+    digest = hashlib.sha256(np.ascontiguousarray(pixels.numpy()).tobytes()).hexdigest()
+    if spec.mpp is not None:
+        return source, None, digest
+    return source, float(pixels.min()) if wanted.scale == "zscore" else 0.0, digest
 
 
 def _annotated(
-    path: Path,
-    annotations: Path,
-    told: Told,
-    spec: DataSpec,
-    recipe: Recipe,
-    closing: ExitStack,
-) -> Sample:
+    path: Path, annotations: Path, spec: DataSpec, recipe: Recipe, closing: ExitStack
+) -> tuple[Annotated, str]:
+    """Return a slide or patch grid with its annotations, and its digest."""
     slide = closing.enter_context(open_source(path, mpp=spec.mpp))
-    indices = dict.fromkeys(map(str, spec.background), 0)
+    indices, of_class = dict.fromkeys(map(str, spec.background), 0), _indices(recipe)
     for name, given in spec.classes.items():
-        indices |= dict.fromkeys(map(str, given), _index(name, recipe))
+        indices |= dict.fromkeys(map(str, given), of_class[name])
     if spec.empty:
         indices = {(nothing := recipe.bundle.classes[0].name): 0}
         area = Annotation(polygon=shapely.box(0, 0, *slide.size), class_name=nothing)
@@ -448,19 +401,11 @@ def _annotated(
             f"{annotations} has areas of {list(areas.names)}, "
             f"the recipe looks for {sorted(indices)}"
         )
-    return Sample(
-        patient=told.patient,
-        name=path.name,
-        source=Annotated(
-            view=slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE),
-            areas=AreaReader(areas, indices, others=IGNORE, outside=0 if spec.empty else IGNORE),
-        ),
-        label=told.label,
-        fold=told.fold,
-        weight=spec.weight,
-        digest=slide.fingerprint,
-    )
+    view = slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE)
+    outside = 0 if spec.empty else IGNORE
+    reader = AreaReader(areas, indices, others=IGNORE, outside=outside)
+    return Annotated(view=view, areas=reader), slide.fingerprint
 
 
-def _index(name: str, recipe: Recipe) -> int:
-    return [c.name for c in recipe.bundle.classes].index(name)
+def _indices(recipe: Recipe) -> dict[str, int]:
+    return {info.name: i for i, info in enumerate(recipe.bundle.classes)}
