@@ -1492,7 +1492,7 @@ def test_images_without_a_label_are_not_judged_by_it(saying: Recipe) -> None:
     (judged,) = measure(Gloomy(), saying.bundle, [without]).values()
     assert not judged.labels.any()
     assert math.isnan(accuracy({"A": judged}))
-    assert len(judged.said) == 0
+    assert len(judged.label_chances) == 0
     assert judged.pixels.matrix.tolist() == [[0, 64 * 64], [0, 0]]
 
 
@@ -1508,7 +1508,7 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
             nothing,
             pixels=Confusion(matrix=np.sum(counts, axis=0), borders=np.zeros((2, 4), np.int64)),
             images=tuple((str(i), np.array(c)) for i, c in enumerate(counts)),
-            said=np.array(said[patient]),
+            label_chances=np.array(said[patient]),
             labels=np.array([[1, 0], [0, 1]]),
         )
         for patient, counts in images.items()
@@ -1518,7 +1518,7 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
         modality="image",
         input=structs.replace(saying.bundle.input, mpp=None, fit=(64, 64)),
     )
-    trained = Trained(samples=samples, surveys=training_set(samples).surveys, judged=judged)
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys, held_out=judged)
     card = model_card(dataclasses.replace(saying, bundle=bundle), trained)
     # 2 · 20 / (30 + 30) and 2 · 10 / (10 + 20); B shows none, so every draw with A has the same
     assert "- Tumor: Dice 0.667 (0.667 to 0.667), IoU 0.500 (0.500 to 0.500)" in card
@@ -1548,7 +1548,7 @@ def test_a_card_gives_no_figure_for_a_class_that_is_not_there(
         for patient, found in counts.items()
     }
     trained = Trained(
-        samples=samples, surveys=training_set(samples, classes=3).surveys, judged=judged
+        samples=samples, surveys=training_set(samples, classes=3).surveys, held_out=judged
     )
     input_spec = structs.replace(bundle.input, mpp=None, fit=(64, 64))
     of_images = dataclasses.replace(bundle, modality="image", input=input_spec)
@@ -1595,7 +1595,9 @@ def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Rec
         truth = rng.random(len(logits)) < 1 / (1 + np.exp(-logits))
         said = 2.5 * logits  # two and a half times too sure
         logs = [-np.logaddexp(0, said), -np.logaddexp(0, -said)]
-        patients.append(dataclasses.replace(nothing, sampled=np.stack([truth, *logs], axis=1)))
+        patients.append(
+            dataclasses.replace(nothing, pixel_chances=np.stack([truth, *logs], axis=1))
+        )
     assert fit_temperature(patients) == pytest.approx(2.5, rel=0.05)
     assert calibration_error(patients, [1.0, 1.0]) > 0.08
     assert calibration_error(patients, left_out_temperatures(patients)) < 0.01
@@ -1619,7 +1621,7 @@ def test_a_card_says_how_often_labels_are_right(saying: Recipe, samples: list[Sa
         patient: dataclasses.replace(nothing, labels=np.array(counts))
         for patient, counts in {"A": [[6, 0], [0, 0]], "B": [[0, 1], [1, 0]]}.items()
     }
-    trained = Trained(samples=samples, surveys=training_set(samples).surveys, judged=judged)
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys, held_out=judged)
     card = model_card(saying, trained)
     # both patients, A alone, or B alone: 6 of 8, all, or none
     assert "0.750 (0.000 to 1.000) are right" in card
@@ -1903,7 +1905,7 @@ def test_a_written_bundle_loads_and_predicts_the_same(
     network = fit(recipe, known).network
     judged = measure(network, recipe.bundle, samples)
     trained = Trained(
-        samples=samples, surveys=known.surveys, judged=judged, fingerprint="0123456789abcdef01"
+        samples=samples, surveys=known.surveys, held_out=judged, fingerprint="0123456789abcdef01"
     )
     write_bundle(network, recipe, trained, folder / "bundle")
     assert sorted(p.name for p in (folder / "bundle").iterdir()) == [

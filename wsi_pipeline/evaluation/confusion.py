@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -192,14 +193,14 @@ def bootstrap(confusions: Sequence[Confusion]) -> tuple[dict[str, Reals], dict[s
     }
 
 
-def drawn_anew(counts: Sequence[Counts]) -> Counts:
+def drawn_anew(counts: Sequence[Counts] | npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Draw slides, or patients, with replacement; return the sums of their counts, (draws, …).
 
     The draws are the same for any counts of as many.
     """
     count = len(counts)
     draws = np.random.default_rng(0).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    return np.asarray(np.tensordot(draws, np.stack(counts), axes=1))
+    return np.asarray(np.tensordot(draws, np.asarray(counts), axes=1))
 
 
 def interval(values: Reals) -> Reals:

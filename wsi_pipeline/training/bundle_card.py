@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +32,7 @@ from wsi_pipeline.training.calibrate import (
     left_out_temperatures,
 )
 from wsi_pipeline.training.crops import Survey
-from wsi_pipeline.training.recipe import Recipe
+from wsi_pipeline.training.recipe import TRAITS, Recipe
 from wsi_pipeline.training.samples import Sample
 from wsi_pipeline.training.validate import PatientScore, accuracy, scores_of
 
@@ -50,33 +49,24 @@ class Trained:
     """What a network was trained on, and what its like do on patients that they have not seen.
 
     Attributes:
-        samples: that it was trained on.
-        surveys: of each.
-        judged: what was right of each held-out patient.
-        fingerprint: of the recipe and the data.
+        held_out: What was right of each held-out patient.
+        fingerprint: Hash of the recipe and the data.
     """
 
     samples: Sequence[Sample]
     surveys: Sequence[Survey]
-    judged: Mapping[str, PatientScore] = field(default_factory=dict)
+    held_out: Mapping[str, PatientScore] = field(default_factory=dict)
     fingerprint: str = ""
 
 
 def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: Path) -> None:
-    """Write `model.toml`, weights and model card of a trained network; return nothing.
-
-    Args:
-        folder: to write into; made where it is missing, its three files replaced.
-    """
+    """Write `model.toml`, weights and model card of a trained network; return nothing."""
     make_folders(folder)
-    found = list(trained.judged.values())
+    found = list(trained.held_out.values())
     temperature = round(recipe.bundle.temperature * fit_temperature(found), 3)
     bundle = replace(recipe.bundle, temperature=temperature)
-    state = {
-        # half precision: half the size, and masks stay the same to a few pixels in a million
-        name: tensor.half()
-        for name, tensor in kept_state(network).items()
-    }
+    # half precision: half the size, and masks stay the same to a few pixels in a million
+    state = {name: tensor.half() for name, tensor in kept_state(network).items()}
     files = {
         WEIGHTS: save(state),
         "README.md": model_card(recipe, trained).encode(),
@@ -91,12 +81,7 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
 
 
 def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write a training's history as CSV, and its curves where matplotlib is there.
-
-    Args:
-        history: rows of step, loss, learning_rate, and validation_dice, validation_accuracy and
-            held_out_dice where they were taken.
-    """
+    """Write a training's history, as in `Fitted`, as CSV; its curves where matplotlib is there."""
     columns = ("step", "loss", "learning_rate", *LOOKS, "validation_accuracy")
     buffer = io.StringIO(newline="")
     table = csv.DictWriter(buffer, columns, restval="")
@@ -110,7 +95,8 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 
 def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    from matplotlib.figure import Figure  # of the train extra; no window is wanted
+    # of the train extra; no window is wanted
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
@@ -135,38 +121,33 @@ def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
 
 def model_card(recipe: Recipe, trained: Trained) -> str:
     """Return the card: what the network is, learnt from, and how well it does; Markdown."""
-    bundle = recipe.bundle
+    bundle, spec = recipe.bundle, recipe.bundle.input
     names = ", ".join(c.name for c in bundle.classes[1:])
-    patch = " × ".join(map(str, bundle.input.patch_size))
+    patch = " × ".join(map(str, spec.patch_size))
+    if spec.mpp is not None:
+        resolution = f"at {spec.mpp} µm per pixel"
+    elif spec.fit is not None:
+        resolution = f"in images brought to {spec.fit[0]} × {spec.fit[1]} px"
+    else:
+        resolution = f"in volumes of {' × '.join(f'{s:g}' for s in spec.spacing_mm or ())} mm"
     sections = [
         f"# {bundle.name}",
-        f"`{bundle.network}` for {names} {_resolution(recipe)}, in patches of {patch} px.",
+        f"`{bundle.network}` for {names} {resolution}, in patches of {patch} px.",
         "**For research and demonstration. Not a medical device; not for diagnosis.**",
         "## Training data",
         recipe.notes,
-        _data_table(recipe, trained),
-        _class_table(recipe, trained),
+        *_data_tables(recipe, trained),
         f"Fingerprint of recipe and data: `{trained.fingerprint[:16]}`.",
         "## Training",
         _training(recipe),
         "## How well it does",
-        _score_table(recipe, trained),
-        _image_lines(recipe, trained.judged),
-        _label_table(recipe, trained.judged),
-        _certainty(recipe, trained.judged),
+        _score_table(recipe, trained) if trained.held_out else "Not measured.",
+        _image_lines(recipe, trained.held_out),
+        _label_table(recipe, trained.held_out),
+        _certainty(list(trained.held_out.values())),
+        *(("## Limits", recipe.limits) if recipe.limits else ()),
     ]
-    if recipe.limits:
-        sections += ["## Limits", recipe.limits]
     return "\n\n".join(filter(None, sections)) + "\n"
-
-
-def _resolution(recipe: Recipe) -> str:
-    spec = recipe.bundle.input
-    if spec.mpp is not None:
-        return f"at {spec.mpp} µm per pixel"
-    if spec.fit is not None:
-        return f"in images brought to {spec.fit[0]} × {spec.fit[1]} px"
-    return f"in volumes of {' × '.join(f'{s:g}' for s in spec.spacing_mm or ())} mm"
 
 
 def _training(recipe: Recipe) -> str:
@@ -190,43 +171,43 @@ def _training(recipe: Recipe) -> str:
     )
 
 
-def _amount(pixels: int, recipe: Recipe) -> str:
-    if recipe.bundle.input.mpp is None:
-        return f"{pixels:,} px"
-    return f"{pixels * (recipe.bundle.mpp / 1000) ** 2:.2f} mm²"
+def _data_tables(recipe: Recipe, trained: Trained) -> tuple[str, str]:
+    """Return a row for each patient, or a sentence where there are many, and one for each class."""
 
+    def amount(pixels: int) -> str:
+        if recipe.bundle.input.mpp is None:
+            return f"{pixels:,} px"
+        return f"{pixels * (recipe.bundle.mpp / 1000) ** 2:.2f} mm²"
 
-def _data_table(recipe: Recipe, trained: Trained) -> str:
-    """Return a row for each patient, or a sentence where there are many."""
-    own: dict[str, list[int]] = {}
-    for i, sample in enumerate(trained.samples):
-        own.setdefault(sample.patient, []).append(i)
-    known = {p: sum(int(trained.surveys[i].totals.sum()) for i in of) for p, of in own.items()}
-    if len(own) > MANY:
-        total = _amount(sum(known.values()), recipe)
-        return f"{len(trained.samples)} images of {len(own)} patients, {total} with known classes."
-    rows = ["| patient | images | known |", "|---|---:|---:|"]
-    rows += [f"| {p} | {len(own[p])} | {_amount(known[p], recipe)} |" for p in sorted(own)]
-    return "\n".join(rows)
-
-
-def _class_table(recipe: Recipe, trained: Trained) -> str:
-    totals = np.stack([found.totals for found in trained.surveys])
-    rows = ["| class | patients | known |", "|---|---:|---:|"]
+    known: dict[str, list[npt.NDArray[np.int64]]] = {}
+    for sample, found in zip(trained.samples, trained.surveys, strict=True):
+        known.setdefault(sample.patient, []).append(found.totals)
+    totals = {patient: np.sum(own, axis=0) for patient, own in known.items()}
+    whole = np.sum(list(totals.values()), axis=0)
+    patients = ["| patient | images | known |", "|---|---:|---:|"]
+    patients += [f"| {p} | {len(known[p])} | {amount(totals[p].sum())} |" for p in sorted(known)]
+    if len(known) > MANY:
+        patients = [
+            f"{len(trained.samples)} images of {len(known)} patients, {amount(whole.sum())} with "
+            "known classes."
+        ]
+    classes = ["| class | patients | known |", "|---|---:|---:|"]
     for i, info in enumerate(recipe.bundle.classes):
-        having = {s.patient for s, n in zip(trained.samples, totals[:, i], strict=True) if n}
-        amount = _amount(int(totals[:, i].sum()), recipe)
-        rows.append(f"| {info.name} | {len(having)} | {amount} |")
-    return "\n".join(rows)
+        having = sum(bool(own[i]) for own in totals.values())
+        classes.append(f"| {info.name} | {having} | {amount(whole[i])} |")
+    return "\n".join(patients), "\n".join(classes)
+
+
+def _ranged(value: float, ends: npt.NDArray[np.float64] | None) -> str:
+    """Return a figure with the ends of its interval, where it has one."""
+    return f"{value:.3f}" + ("" if ends is None else f" ({ends[0]:.3f} to {ends[1]:.3f})")
 
 
 def _score_table(recipe: Recipe, trained: Trained) -> str:
-    judged = trained.judged
-    if not judged:
-        return "Not measured."
+    held_out = trained.held_out
     in_groups = recipe.split.folds or any(s.fold for s in trained.samples)
     how = "Groups of patients left out together" if in_groups else "Leave one patient out"
-    rows = [
+    lines = [
         f"{how}: for each row a network was trained by the same recipe without that patient. "
         "Overlapping patches, pixels of a patient pooled. The weights here are trained on all "
         "patients, so no patient of the table is new to them.\n",
@@ -234,97 +215,79 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
         "| Dice of “everywhere” |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    scores = {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
-    cells = [(p, c, s) for p, classes in scores.items() for c, s in classes.items()]
+    scores = {p: scores_of(found.pixels, recipe.bundle) for p, found in held_out.items()}
     if len(scores) <= MANY:
-        rows += [
+        lines += [
             f"| {p} | {c} | {s.dice:.3f} | {s.iou:.3f} | {s.share:.3f} | {s.called:.3f} "
             f"| {s.everywhere_dice:.3f} |"
             if s.share > 0
             else f"| {p} | {c} | | | 0 | {s.called:.3f} | |"
-            for p, c, s in cells
+            for p, classes in scores.items()
+            for c, s in classes.items()
         ]
     absent = []
-    for i, name in enumerate(dict.fromkeys(c for _, c, _ in cells), 1):
-        without = [f.pixels.matrix for f in judged.values() if not f.pixels.matrix[i].any()]
-        if without:
-            called, known = (int(n) for n in (np.sum(without, (0, 1))[i], np.sum(without)))
+    for i, info in enumerate(recipe.bundle.classes[1:], 1):
+        matrices = [found.pixels.matrix for found in held_out.values()]
+        if without := [matrix for matrix in matrices if not matrix[i].any()]:
             absent += [
                 "",
-                f"- {len(without)} of {len(judged)} show no {name}, and have no Dice: {called:,} "
-                f"of their {known:,} px are called so",
+                f"- {len(without)} of {len(held_out)} show no {info.name}, and have no Dice: "
+                f"{np.sum(without, (0, 1))[i]:,} of their {np.sum(without):,} px are called so",
             ]
-        own = [s for _, c, s in cells if c == name and s.share > 0]
-        if not own:
-            continue
-        dice, iou, share, called, everywhere = (
-            sum(getattr(s, f) for s in own) / len(own)
-            for f in ("dice", "iou", "share", "called", "everywhere_dice")
-        )
-        rows.append(
-            f"| **mean of {len(own)}** | {name} | **{dice:.3f}** | **{iou:.3f}** | {share:.3f} "
-            f"| {called:.3f} | {everywhere:.3f} |"
-        )
-    return "\n".join([*rows, *absent, *_intervals(recipe, judged)])
+        if own := [s for classes in scores.values() if (s := classes[info.name]).share > 0]:
+            dice, iou, share, called, everywhere = (
+                sum(getattr(s, f) for s in own) / len(own)
+                for f in ("dice", "iou", "share", "called", "everywhere_dice")
+            )
+            lines.append(
+                f"| **mean of {len(own)}** | {info.name} | **{dice:.3f}** | **{iou:.3f}** "
+                f"| {share:.3f} | {called:.3f} | {everywhere:.3f} |"
+            )
+    lines += absent
+    showing = [found.pixels for found in held_out.values() if found.pixels.matrix[1:].any()]
+    if len(showing) > 1:
+        by_class, _ = bootstrap(showing)
+        whole = sum(showing, start=Confusion.empty(len(recipe.bundle.classes)))
+        who = "all patients" if len(showing) == len(held_out) else "all patients who show a class"
+        heading = f"Pixels of {who} together, with 95 % intervals by drawing patients anew:"
+        lines += ["", heading, ""]
+        for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
+            if score.share:
+                dice = _ranged(score.dice, by_class["dice"][:, i])
+                lines.append(
+                    f"- {name}: Dice {dice}, IoU {_ranged(score.iou, by_class['iou'][:, i])}"
+                )
+    return "\n".join(lines)
 
 
-def _intervals(recipe: Recipe, judged: Mapping[str, PatientScore]) -> list[str]:
-    """Return a line for each class: the figures of all pixels together, and how sure they are."""
-    showing = [found.pixels for found in judged.values() if found.pixels.matrix[1:].any()]
-    if len(showing) < 2:
-        return []
-    by_class, _ = bootstrap(showing)
-    whole = sum(showing, start=Confusion.empty(len(recipe.bundle.classes)))
-    who = "all patients" if len(showing) == len(judged) else "all patients who show a class"
-    lines = [
-        "",
-        f"Pixels of {who} together, with 95 % intervals by drawing patients anew:",
-        "",
-    ]
-    for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
-        if not score.share:
-            continue
-        dice, iou = by_class["dice"][:, i], by_class["iou"][:, i]
-        lines.append(
-            f"- {name}: Dice {score.dice:.3f} ({dice[0]:.3f} to {dice[1]:.3f}), "
-            f"IoU {score.iou:.3f} ({iou[0]:.3f} to {iou[1]:.3f})"
-        )
-    return lines
-
-
-def _image_lines(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
-    """Return the figures image by image, "" for slides, of which a patient has parts."""
-    if recipe.bundle.modality == "slide" or not judged:
+def _image_lines(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
+    """Return the figures image by image, "" for those of which a patient has parts."""
+    if TRAITS[recipe.bundle.modality].is_part or not held_out:
         return ""
-    each = [np.array([counts for _, counts in found.images]) for found in judged.values()]
+    each = [np.array([counts for _, counts in found.images]) for found in held_out.values()]
     lines = ["Image by image, with 95 % intervals by drawing patients anew:\n"]
     for i, info in enumerate(recipe.bundle.classes[1:], 1):
-        figures = [class_figures(Confusion.of(c)) for c in each]
-        # (patients, 3): sums of Dice and IoU of images that show the class, and how many do
-        sums = [
-            np.array(
-                [f[name][c[:, i].any(1), i].sum() for name in ("dice", "iou")]
-                + [c[:, i].any(1).sum()]
-            )
-            for f, c in zip(figures, each, strict=True)
-        ]
-        if np.sum(sums, axis=0)[2]:
-            dice, iou = (_mean_with_interval(np.stack(sums)[:, [k, 2]]) for k in (0, 1))
+        rows = []
+        for matrices in each:
+            figures, shown = class_figures(Confusion.of(matrices)), matrices[:, i].any(1)
+            found = matrices[~shown].sum(1)[:, i] > 0
+            of_shown = [figures[name][shown, i].sum() for name in ("dice", "iou")]
+            rows.append([*of_shown, shown.sum(), found.sum(), len(found)])
+        # of each patient: sums of Dice and IoU of the images that show the class, how many do,
+        # in how many of the others some is found, and how many others there are
+        sums = np.array(rows, float)
+        if sums[:, 2].any():
+            dice, iou = (_mean_with_interval(sums[:, [k, 2]]) for k in (0, 1))
             lines.append(f"- {info.name}: Dice {dice}, IoU {iou}")
-        # images without the class, those of them with any pixel called it
-        clean = [
-            np.array([(c[~c[:, i].any(1)].sum(1)[:, i] > 0).sum(), (~c[:, i].any(1)).sum()])
-            for c in each
-        ]
-        if np.sum(clean, axis=0)[1]:
+        if sums[:, 4].any():
             lines.append(
-                f"- {np.sum(clean, axis=0)[1]} images show no {info.name}; in a share of "
-                f"{_mean_with_interval(np.stack(clean))} some is found all the same"
+                f"- {sums[:, 4].sum():.0f} images show no {info.name}; in a share of "
+                f"{_mean_with_interval(sums[:, 3:])} some is found all the same"
             )
     return "\n".join(lines)
 
 
-def _mean_with_interval(sums: npt.NDArray[Any]) -> str:
+def _mean_with_interval(sums: npt.NDArray[np.float64]) -> str:
     """Return a mean, and its interval by drawing patients anew.
 
     Args:
@@ -332,17 +295,55 @@ def _mean_with_interval(sums: npt.NDArray[Any]) -> str:
     """
     value = sums[:, 0].sum() / sums[:, 1].sum()
     if len(sums) < 2:
-        return f"{value:.3f}"
-    drawn = drawn_anew(list(sums))
+        return _ranged(value, None)
+    drawn = drawn_anew(sums)
     with np.errstate(invalid="ignore"):
-        low, high = interval(drawn[:, 0] / drawn[:, 1])
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+        return _ranged(value, interval(drawn[:, 0] / drawn[:, 1]))
 
 
-def _certainty(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
+def _label_table(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
+    """Return how often labels of whole patches are right, "" where there are none."""
+    each = [found.labels for found in held_out.values() if found.labels.any()]
+    if not each:
+        return ""
+    ends = None
+    if len(each) > 1:
+        sums = drawn_anew(each)
+        ends = interval(np.trace(sums, axis1=1, axis2=2) / sums.sum((1, 2)))
+    whole, names = np.sum(each, axis=0), recipe.bundle.labels
+    commonest = whole.sum(1).max() / whole.sum()
+    ranked = ""
+    if len(names) == 2 and any(len(found.label_chances) for found in held_out.values()):
+        ranked = f" Area under the curve of {names[1]}: {_area_under_curve(held_out)}."
+    return "\n".join(
+        [
+            f"Labels of whole patches: {_ranged(accuracy(held_out), ends)} are right; if all were "
+            f"given the commonest label, {commonest:.3f} would be.{ranked} Patches:\n",
+            f"| true label | {' | '.join(f'said {name}' for name in names)} |",
+            "|---|" + "---:|" * len(names),
+            *(f"| {n} | {' | '.join(map(str, of))} |" for n, of in zip(names, whole, strict=True)),
+        ]
+    )
+
+
+def _area_under_curve(held_out: Mapping[str, PatientScore]) -> str:
+    """Return how often a patch of the second label gets more of it than one of the first."""
+    chances = [found.label_chances for found in held_out.values()]
+    count = len(chances)
+    rows, owner = np.concatenate(chances), np.repeat(np.arange(count), [*map(len, chances)])
+    first, second = rows[:, 0] == 0, rows[:, 0] == 1
+    above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
+    areas = [
+        float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
+        for weights in [np.ones(count), *drawn_anew(np.eye(count, dtype=np.int64))]
+        for of_first, of_second in [(weights[owner[first]], weights[owner[second]])]
+    ]
+    return _ranged(areas[0], interval(np.array(areas[1:])) if count > 1 else None)
+
+
+def _certainty(found: Sequence[PatientScore]) -> str:
     """Return how far probabilities hold, "" where nothing was held out."""
-    found = list(judged.values())
-    if sum(len(f.sampled) > 0 for f in found) < 2:
+    if sum(len(f.pixel_chances) > 0 for f in found) < 2:
         return ""
     before = calibration_error(found, [1.0] * len(found))
     after = calibration_error(found, left_out_temperatures(found))
@@ -352,48 +353,3 @@ def _certainty(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
         f"{after:.3f} at a temperature that fits other held-out patients, {own:.3f} at that of "
         f"`model.toml`, which fits them all ({BINS} bins; every patient counts alike)."
     )
-
-
-def _label_table(recipe: Recipe, judged: Mapping[str, PatientScore]) -> str:
-    """Return how often what was said of a whole patch is right, "" where nothing is said."""
-    whole = sum(judged.values(), start=PatientScore.empty(recipe.bundle)).labels
-    if not whole.any():
-        return ""
-    right = f"{accuracy(judged):.3f}"
-    each = [found.labels for found in judged.values() if found.labels.any()]
-    if len(each) > 1:
-        sums = drawn_anew(each)
-        low, high = interval(np.trace(sums, axis1=1, axis2=2) / sums.sum((1, 2)))
-        right += f" ({low:.3f} to {high:.3f})"
-    commonest = whole.sum(1).max() / whole.sum()
-    names = recipe.bundle.labels
-    ranked = ""
-    if len(names) == 2 and any(len(found.said) for found in judged.values()):
-        ranked = f" Area under the curve of {names[1]}: {_area_under_curve(judged)}."
-    return "\n".join(
-        [
-            f"Labels of whole patches: {right} are right; if all were given the commonest label, "
-            f"{commonest:.3f} would be.{ranked} Patches:\n",
-            f"| true label | {' | '.join(f'said {name}' for name in names)} |",
-            "|---|" + "---:|" * len(names),
-            *(f"| {n} | {' | '.join(map(str, of))} |" for n, of in zip(names, whole, strict=True)),
-        ]
-    )
-
-
-def _area_under_curve(judged: Mapping[str, PatientScore]) -> str:
-    """Return how often a patch of the second label gets more of it than one of the first."""
-    said = [found.said for found in judged.values()]
-    rows, owner = np.concatenate(said), np.repeat(np.arange(len(said)), [len(s) for s in said])
-    first, second = rows[:, 0] == 0, rows[:, 0] == 1
-    above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
-    draws = drawn_anew(list(np.eye(len(said), dtype=np.int64)))
-    areas = [
-        float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
-        for w in [np.ones(len(said)), *draws]
-        for of_first, of_second in [(w[owner[first]], w[owner[second]])]
-    ]
-    if len(said) < 2:
-        return f"{areas[0]:.3f}"
-    low, high = interval(np.array(areas[1:]))
-    return f"{areas[0]:.3f} ({low:.3f} to {high:.3f})"

@@ -19,64 +19,47 @@ BINS = 15
 Reals = npt.NDArray[np.float64]
 
 
-def fit_temperature(judged: Collection[PatientScore]) -> float:
+def fit_temperature(scores: Collection[PatientScore]) -> float:
     """Return the temperature at which held-out pixels are likeliest; every patient counts alike.
 
     Guo et al., On Calibration of Modern Neural Networks, 2017.
-
-    Args:
-        judged: of each patient.
     """
-    kept = [found.sampled for found in judged if len(found.sampled)]
+    kept = [found.pixel_chances for found in scores if len(found.pixel_chances)]
     if not kept:
         return 1.0
 
     def unlikely(exponent: float) -> float:
-        return float(np.mean([-_of_truth(rows, np.exp(exponent)).mean() for rows in kept]))
+        logs = [log_softmax(rows[:, 1:] / np.exp(exponent), axis=1) for rows in kept]
+        each = zip(kept, logs, strict=True)
+        true = [log[np.arange(len(log)), rows[:, 0].astype(int)] for rows, log in each]
+        return float(np.mean([-log.mean() for log in true]))
 
     return float(np.exp(minimize_scalar(unlikely, bounds=(-2.0, 2.5), method="bounded").x))
 
 
-def calibration_error(judged: Sequence[PatientScore], temperatures: Sequence[float]) -> float:
-    """Return the expected calibration error, 0 to 1; every patient counts alike.
+def calibration_error(scores: Sequence[PatientScore], temperatures: Sequence[float]) -> float:
+    """Return the expected calibration error at each patient's temperature, 0 to 1.
 
-    Args:
-        judged: of each patient.
-        temperatures: that the probabilities of each are taken at.
+    Every patient counts alike.
     """
-    if not any(len(found.sampled) for found in judged):
+    sure, right, weight = [], [], []
+    for rows, temperature in zip((s.pixel_chances for s in scores), temperatures, strict=True):
+        logs = log_softmax(rows[:, 1:] / temperature, axis=1)
+        sure.append(np.exp(logs.max(1)))
+        right.append((logs.argmax(1) == rows[:, 0]).astype(float))
+        weight.append(np.full(len(rows), 1 / max(1, len(rows))))
+    if not any(map(len, sure)):
         return 0.0
-    pairs = [(f.sampled, t) for f, t in zip(judged, temperatures, strict=True) if len(f.sampled)]
-    sure, right, weight = (
-        np.concatenate(columns)
-        for columns in zip(*(_certainty(rows, t) for rows, t in pairs), strict=True)
-    )
-    bins = np.minimum((sure * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, (sure - right) * weight, minlength=BINS)
-    return float(np.abs(gaps).sum() / weight.sum())
+    weights = np.concatenate(weight)
+    bins = np.minimum((np.concatenate(sure) * BINS).astype(int), BINS - 1)
+    gaps = (np.concatenate(sure) - np.concatenate(right)) * weights
+    return float(np.abs(np.bincount(bins, gaps, minlength=BINS)).sum() / weights.sum())
 
 
-def left_out_temperatures(judged: Sequence[PatientScore]) -> list[float]:
+def left_out_temperatures(scores: Sequence[PatientScore]) -> list[float]:
     """Return, for each patient, the temperature that fits others, left out in ten groups."""
     groups = [
-        fit_temperature([found for i, found in enumerate(judged) if i % GROUPS != group])
-        for group in range(min(GROUPS, len(judged)))
+        fit_temperature([found for i, found in enumerate(scores) if i % GROUPS != group])
+        for group in range(min(GROUPS, len(scores)))
     ]
-    return [groups[i % GROUPS] for i in range(len(judged))]
-
-
-def _scaled(rows: Reals, temperature: float) -> Reals:
-    return np.asarray(log_softmax(rows[:, 1:] / temperature, axis=1))
-
-
-def _of_truth(rows: Reals, temperature: float) -> Reals:
-    """Return the logarithm of the probability of each pixel's true class."""
-    logs = _scaled(rows, temperature)
-    return np.asarray(np.take_along_axis(logs, rows[:, :1].astype(int), axis=1))
-
-
-def _certainty(rows: Reals, temperature: float) -> tuple[Reals, Reals, Reals]:
-    """Return of each pixel how sure the network is, whether it is right, and its weight."""
-    logs = _scaled(rows, temperature)
-    right = (logs.argmax(1) == rows[:, 0]).astype(float)
-    return np.exp(logs.max(1)), right, np.full(len(rows), 1 / len(rows))
+    return [groups[i % GROUPS] for i in range(len(scores))]

@@ -8,7 +8,6 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,26 +28,23 @@ def draw_cases(
     network: nn.Module,
     bundle: Bundle,
     samples: Sequence[Sample],
-    judged: Mapping[str, PatientScore],
+    scores: Mapping[str, PatientScore],
     folder: Path,
 ) -> None:
     """Draw the best, median and worst of some held-out images that show a class; return nothing.
 
     Left the image, right where the masks agree (green), what is missed (blue) and what is found
     too much (red). Of a volume it is the slice that shows most. Names begin with the Dice.
-
-    Args:
-        network: that has not seen them.
-        bundle: as in `measure`.
-        samples: the images; large ones are left out.
-        judged: what was right of each patient.
+    The network has not seen them; large images are left out.
     """
-    counts = {(p, name): c for p, found in judged.items() for name, c in found.images}
-    ranked = sorted(
-        (_dice(counts[s.patient, s.name]), i)
-        for i, s in enumerate(samples)
-        if max(s.shape[-2:]) < LARGEST and counts[s.patient, s.name][1:].any()
-    )
+    matrices = {(p, name): m for p, found in scores.items() for name, m in found.images}
+    ranked = []
+    for i, sample in enumerate(samples):
+        matrix = matrices[sample.patient, sample.name]
+        if max(sample.shape[-2:]) < LARGEST and matrix[1:].any():
+            # mean over the classes that the image shows
+            ranked.append((float(np.nanmean(class_figures(Confusion.of(matrix))["dice"][1:])), i))
+    ranked.sort()
     folder.mkdir(exist_ok=True)
     with closing(open_predictor(network, bundle)) as predictor:
         for dice, i in dict.fromkeys(ranked[k] for k in _three(len(ranked))):
@@ -74,11 +70,6 @@ def gather_cases(folders: Sequence[Path], output: Path) -> None:
 def _three(count: int) -> tuple[int, ...]:
     """Return the places of the first, the middle and the last of a row."""
     return (0, count // 2, count - 1) if count else ()
-
-
-def _dice(matrix: npt.NDArray[np.int64]) -> float:
-    """Return the mean Dice of the classes that an image shows."""
-    return float(np.nanmean(class_figures(Confusion.of(matrix))["dice"][1:]))
 
 
 def _drawn(image: Tensor, truth: Tensor, found: Tensor) -> Image.Image:

@@ -28,8 +28,8 @@ def network_loss(
 ) -> Tensor:
     """Return the loss of a batch, a scalar: deep supervision sums over its maps, unweighted.
 
-    The mask's part is that of `segmentation_loss`. Labels are (N,) int64 index of what is to be said
-    of the whole patch, or `UNLABELLED`; None = nothing is to be said of any.
+    The mask has the loss of `segmentation_loss`. `labels` are (N,) int64 index of what is to be
+    said of the whole patch, or `UNLABELLED`; None = nothing is to be said of any.
     """
     if isinstance(predictions, Mapping):
         loss = segmentation_loss(predictions["mask"], truth, activation, kind=kind)

@@ -15,17 +15,17 @@ from wsi_pipeline.training.samples import Sample
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Split:
-    """Images to learn from and images to judge by.
-
-    Attributes:
-        name: of the held-out side.
-        train: to learn from.
-        test: to judge by, of other patients.
-    """
+    """Images to learn from, and images of other patients, whose name it has, to judge by."""
 
     name: str
     train: tuple[Sample, ...]
     test: tuple[Sample, ...]
+
+    @classmethod
+    def of(cls, name: str, samples: Sequence[Sample], patients: Collection[str]) -> Split:
+        """Return the split that holds some patients out."""
+        sides = {out: tuple(s for s in samples if (s.patient in patients) == out) for out in (0, 1)}
+        return cls(name=name, train=sides[0], test=sides[1])
 
     def __post_init__(self) -> None:
         """Refuse an empty side, and patients or pictures that are on both."""
@@ -47,7 +47,7 @@ def plan_splits(
     held out.
 
     Args:
-        wanted: names of the splits to return; None = all.
+        wanted: Names of the splits to return; None = all.
 
     Raises:
         RecipeError: too few patients, names that do not exist, or a picture that is on both sides.
@@ -72,11 +72,7 @@ def plan_splits(
         what = "patient" if all(group == {name} for name, group in groups.items()) else "fold"
         raise RecipeError(f"no {what} {sorted(unknown)} to hold out; there are {list(groups)}")
     return [
-        Split(
-            name=name,
-            train=tuple(s for s in samples if s.patient not in group),
-            test=tuple(s for s in samples if s.patient in group),
-        )
+        Split.of(name, samples, group)
         for name, group in groups.items()
         if wanted is None or name in wanted
     ]
@@ -88,7 +84,7 @@ def leave_out_validation(
     """Set patients aside by whom the best weights are chosen; return who is left, and them.
 
     Args:
-        share: of the patients; one at least, where it is above 0.
+        share: Share of the patients; one at least, where it is above 0.
 
     Raises:
         RecipeError: nobody would be left, or a picture is on both sides.
@@ -97,10 +93,6 @@ def leave_out_validation(
         return samples, ()
     patients = sorted({s.patient for s in samples})
     count = max(1, round(share * len(patients)))
-    chosen = set(np.random.default_rng(seed).permutation(patients)[:count].tolist())
-    split = Split(
-        name="validation",
-        train=tuple(s for s in samples if s.patient not in chosen),
-        test=tuple(s for s in samples if s.patient in chosen),
-    )
+    chosen = np.random.default_rng(seed).permutation(patients)[:count].tolist()
+    split = Split.of("validation", samples, chosen)
     return split.train, split.test

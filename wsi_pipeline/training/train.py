@@ -119,39 +119,50 @@ def train(
                 write_history(folder, fitted.history)
             return fitted
 
-        judged: dict[str, PatientScore] = {}
+        scores: dict[str, PatientScore] = {}
         for split in splits:
-            judged |= _judged(recipe, split, learn, output / STATE)
+            scores |= _held_out(recipe, split, learn, output / STATE)
         fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
-            trained = Trained(samples=samples, surveys=looked, judged=judged, fingerprint=key)
+            trained = Trained(samples=samples, surveys=looked, held_out=scores, fingerprint=key)
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
             states = [output / STATE / fold_folder(split) for split in splits]
             gather_cases([state / CASES for state in states], output / CASES)
-    return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in judged.items()}
+    return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in scores.items()}
 
 
-def _judged(
+def _held_out(
     recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
 ) -> dict[str, PatientScore]:
-    """Return the counts of a split's patients, from an earlier call where it got that far."""
+    """Return the scores of a split's patients, from an earlier call where it got that far."""
     path = folder / fold_folder(split) / "held_out.json"
-    with suppress(OSError, ValueError):  # not measured yet, or in a way that cannot be read
+    # not measured yet, or in a way that cannot be read
+    with suppress(OSError, ValueError):
         return load_held_out(path)
     fitted = learn(_without(split), split.train, split.test)
-    judged = measure(fitted.network, recipe.bundle, split.test)
-    draw_cases(fitted.network, recipe.bundle, split.test, judged, path.with_name(CASES))
-    for patient, found in judged.items():
+    scores = measure(fitted.network, recipe.bundle, split.test)
+    draw_cases(fitted.network, recipe.bundle, split.test, scores, path.with_name(CASES))
+    for patient, found in scores.items():
         for class_name, score in scores_of(found.pixels, recipe.bundle).items():
             nothing = f"not there, called so in {score.called:.3f}"
             what = f"Dice {score.dice:.3f}" if score.share else nothing
             logger.info("held out %s: %s %s", patient, class_name, what)
     if recipe.bundle.labels:
-        logger.info("held out %s: labels of %.1f %% right", split.name, 100 * accuracy(judged))
+        logger.info("held out %s: labels of %.1f %% right", split.name, 100 * accuracy(scores))
+    held = {
+        patient: {
+            "pixels": found.pixels.matrix.tolist(),
+            "labels": found.labels.tolist(),
+            "images": [[name, matrix.tolist()] for name, matrix in found.images],
+            "said": found.label_chances.round(5).tolist(),
+            "sampled": found.pixel_chances.round(3).tolist(),
+        }
+        for patient, found in scores.items()
+    }
     with writing(path), written_beside(path) as partial:
-        partial.write_text(json.dumps({p: _as_json(found) for p, found in judged.items()}), "utf-8")
-    return judged
+        partial.write_text(json.dumps(held), "utf-8")
+    return scores
 
 
 def fold_folder(split: Split) -> str:
@@ -163,14 +174,14 @@ def _without(split: Split) -> str:
     return f"without {split.name}"
 
 
-def _as_json(judged: PatientScore) -> dict[str, Any]:
-    return {
-        "pixels": judged.pixels.matrix.tolist(),
-        "labels": judged.labels.tolist(),
-        "images": [[name, counts.tolist()] for name, counts in judged.images],
-        "said": judged.said.round(5).tolist(),
-        "sampled": judged.sampled.round(3).tolist(),
-    }
+class _HeldOut(TypedDict):
+    """What `held_out.json` keeps of a patient: the fields of `PatientScore`, chances as said."""
+
+    pixels: list[list[int]]
+    labels: list[list[int]]
+    images: list[tuple[str, list[Any]]]
+    said: list[Any]
+    sampled: list[Any]
 
 
 def load_held_out(path: Path) -> dict[str, PatientScore]:
@@ -180,29 +191,17 @@ def load_held_out(path: Path) -> dict[str, PatientScore]:
         OSError: the file cannot be read.
         ValueError: it holds something else.
     """
-    found = converted(read_json(path), dict[str, _HeldOut])
-    return {patient: _from_json(counts) for patient, counts in found.items()}
-
-
-class _HeldOut(TypedDict):
-    """What is kept of a patient."""
-
-    pixels: list[list[int]]
-    labels: list[list[int]]
-    images: list[tuple[str, list[Any]]]
-    said: list[Any]
-    sampled: list[Any]
-
-
-def _from_json(held: Mapping[str, Any]) -> PatientScore:
-    confusion, labels = np.array(held["pixels"]), np.array(held["labels"], np.int64)
-    return PatientScore(
-        pixels=Confusion.of(confusion),
-        labels=labels,
-        images=tuple((name, np.array(counts)) for name, counts in held["images"]),
-        said=np.array(held["said"], float).reshape(-1, 1 + len(labels)),
-        sampled=np.array(held["sampled"], float).reshape(-1, 1 + len(confusion)),
-    )
+    scores = {}
+    for patient, held in converted(read_json(path), dict[str, _HeldOut]).items():
+        matrix, labels = np.array(held["pixels"]), np.array(held["labels"], np.int64)
+        scores[patient] = PatientScore(
+            pixels=Confusion.of(matrix),
+            labels=labels,
+            images=tuple((name, np.array(counts)) for name, counts in held["images"]),
+            label_chances=np.array(held["said"], float).reshape(-1, 1 + len(labels)),
+            pixel_chances=np.array(held["sampled"], float).reshape(-1, 1 + len(matrix)),
+        )
+    return scores
 
 
 def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:

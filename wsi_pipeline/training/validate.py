@@ -34,8 +34,8 @@ class Score:
     Attributes:
         dice: 2 · overlap / (predicted + true); NaN where the truth does not show the class.
         iou: overlap / union; likewise.
-        share: of the class in the truth.
-        called: share of what is known that was called the class.
+        share: Share of the class in the truth.
+        called: Share of what is known that was called the class.
         everywhere_dice: Dice of the answer "this class everywhere"; NaN as that.
     """
 
@@ -48,33 +48,33 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PatientScore:
-    """What was right and wrong in a patient's images; judgements of several may be added.
+    """What was right and wrong in a patient's images; scores of several may be added.
 
     Attributes:
-        pixels: counts of the mask's.
-        labels: (L, L) int64 patches, rows the true label, columns what the network said.
-        images: of each, its name and (K, K) counts of its mask's pixels.
-        said: (n, 1 + L) of each patch, its true label and the probability of each.
-        sampled: (n, 1 + K) of pixels drawn at random, the true class and the logarithm of the
+        pixels: Counts of the mask's pixels.
+        labels: (L, L) int64 patches, rows the true label, columns the likeliest.
+        images: Name and (K, K) counts of its mask's pixels, of each image.
+        label_chances: (n, 1 + L) of each patch, its true label and the probability of each.
+        pixel_chances: (n, 1 + K) of pixels drawn at random, the true class and the logarithm of the
             probability of each.
     """
 
     pixels: Confusion
     labels: npt.NDArray[np.int64]
     images: tuple[tuple[str, npt.NDArray[np.int64]], ...]
-    said: npt.NDArray[np.float64]
-    sampled: npt.NDArray[np.float64]
+    label_chances: npt.NDArray[np.float64]
+    pixel_chances: npt.NDArray[np.float64]
 
     @classmethod
     def empty(cls, bundle: Bundle) -> PatientScore:
-        """Return the judgement of nothing."""
+        """Return the score of nothing."""
         count = len(bundle.labels)
         return cls(
             pixels=Confusion.empty(len(bundle.classes)),
             labels=np.zeros((count, count), np.int64),
             images=(),
-            said=np.zeros((0, 1 + count)),
-            sampled=np.zeros((0, 1 + len(bundle.classes))),
+            label_chances=np.zeros((0, 1 + count)),
+            pixel_chances=np.zeros((0, 1 + len(bundle.classes))),
         )
 
     def __add__(self, other: PatientScore) -> PatientScore:
@@ -82,8 +82,8 @@ class PatientScore:
             pixels=self.pixels + other.pixels,
             labels=self.labels + other.labels,
             images=self.images + other.images,
-            said=np.concatenate([self.said, other.said]),
-            sampled=np.concatenate([self.sampled, other.sampled]),
+            label_chances=np.concatenate([self.label_chances, other.label_chances]),
+            pixel_chances=np.concatenate([self.pixel_chances, other.pixel_chances]),
         )
 
 
@@ -92,25 +92,24 @@ def measure(
 ) -> dict[str, PatientScore]:
     """Predict images as `segment` does, patch by patch; return what was right of each patient.
 
-    Args:
-        samples: to judge by; only what is known of them is predicted, region by region.
+    The network is in eval mode. Only what is known of an image is predicted, region by region.
     """
-    judged: dict[str, PatientScore] = {}
+    scores: dict[str, PatientScore] = {}
     least, most, together = SAMPLED
     count = min(max(together // max(1, len(samples)), least), most)
     with closing(open_predictor(network, bundle)) as predictor:
         for sample in samples:
-            whole = sum(_judged(predictor, sample, count), start=PatientScore.empty(bundle))
+            whole = sum(_regions(predictor, sample, count), start=PatientScore.empty(bundle))
             image = replace(whole, images=((sample.name, whole.pixels.matrix),))
-            judged[sample.patient] = judged.get(sample.patient, PatientScore.empty(bundle)) + image
-    return judged
+            scores[sample.patient] = scores.get(sample.patient, PatientScore.empty(bundle)) + image
+    return scores
 
 
-def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[PatientScore]:
+def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[PatientScore]:
     """Yield what was right in the regions of a sample of which anything is known.
 
     Args:
-        count: of the pixels whose certainty is kept.
+        count: Pixels of which the certainty is kept.
     """
     bundle = predictor.bundle
     grid = PatchGrid.cover(sample.shape, bundle.input.patch_size, bundle.input.overlap)
@@ -127,55 +126,40 @@ def _judged(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patien
         image, truth = sample.read(tuple(low.tolist()), tuple(size.tolist()))
         if not bool((truth != IGNORE).any()):
             continue
-        said: list[Tensor] = []
+        of_patches: list[Tensor] = []
         certain = chances(
             predictor,
             image,
             grid=patches,
             box=(block.start, block.stop),
             outside=sample.outside,
-            said=said,
+            labels=of_patches,
         )
-        found, known = decided(certain), truth[box_slices(block.start - low, block.shape)]
-        judged, rows = PatientScore.empty(bundle), []
-        for origin, of_labels in zip(patches.origins, said, strict=False):  # of none without labels
+        known = truth[box_slices(block.start - low, block.shape)]
+        score, rows = PatientScore.empty(bundle), []
+        # there are none of networks without labels
+        for origin, of_labels in zip(patches.origins, of_patches, strict=False):
             part = truth[box_slices(origin - low, grid.patch_size)]
             # around a region others are looked at, too; they count where they begin
             is_own = bool(((origin >= block.start) & (origin < block.stop)).all())
             true = sample.label_of(part)
             if is_own and true != UNLABELLED and bool((part != IGNORE).any()):
-                judged.labels[true, int(of_labels.argmax())] += 1
+                score.labels[true, int(of_labels.argmax())] += 1
                 rows.append([true, *of_labels.tolist()])
-        pixels = count_block(
-            found.numpy(),
-            known.numpy(),
-            len(bundle.classes),
-            tolerance_px=None,
-        )
+        # pixels drawn at random: the true class, the logarithm of the probability of each
+        places = np.flatnonzero((known != IGNORE).numpy())
+        drawn = np.random.default_rng(block.start).permutation(places)[: -(-count // len(blocks))]
+        values = certain.flatten(1)[:, drawn].double()
+        values = torch.cat([1 - values, values]) if len(values) == 1 else values
+        kept = torch.cat([known.flatten()[drawn].double()[None], values.clamp_min(1e-9).log()])
         yield replace(
-            judged,
-            pixels=pixels,
-            said=np.array(rows).reshape(-1, 1 + len(bundle.labels)),
-            sampled=_drawn(certain, known, -(-count // len(blocks)), seed=block.start),
+            score,
+            pixels=count_block(
+                decided(certain).numpy(), known.numpy(), len(bundle.classes), tolerance_px=None
+            ),
+            label_chances=np.array(rows).reshape(-1, 1 + len(bundle.labels)),
+            pixel_chances=kept.T.numpy(),
         )
-
-
-def _drawn(
-    certain: Tensor, truth: Tensor, count: int, *, seed: Sequence[int]
-) -> npt.NDArray[np.float64]:
-    """Return the true class and the logarithm of each class's probability of some known pixels.
-
-    Args:
-        certain: (K, *shape) probabilities; K = 1 with sigmoid.
-        truth: (*shape) class index, or IGNORE.
-        count: of the pixels, at most.
-    """
-    places = np.flatnonzero((truth != IGNORE).numpy())
-    places = np.random.default_rng(seed).permutation(places)[:count]
-    values = certain.flatten(1)[:, places].double()
-    values = torch.cat([1 - values, values]) if len(values) == 1 else values
-    true = truth.flatten()[places].double()[None]
-    return torch.cat([true, values.clamp_min(1e-9).log()]).T.numpy()
 
 
 def scores_of(confusion: Confusion, bundle: Bundle) -> dict[str, Score]:
@@ -196,16 +180,16 @@ def scores_of(confusion: Confusion, bundle: Bundle) -> dict[str, Score]:
     }
 
 
-def mean_dice(judged: Mapping[str, PatientScore], bundle: Bundle) -> float:
+def mean_dice(scores: Mapping[str, PatientScore], bundle: Bundle) -> float:
     """Return the mean, over the classes that there are, of the Dice of all pixels; NaN of none."""
-    scores = scores_of(sum(judged.values(), start=PatientScore.empty(bundle)).pixels, bundle)
-    shown = [s.dice for s in scores.values() if s.share > 0]
+    whole = sum(scores.values(), start=PatientScore.empty(bundle)).pixels
+    shown = [s.dice for s in scores_of(whole, bundle).values() if s.share > 0]
     return sum(shown) / len(shown) if shown else math.nan
 
 
-def accuracy(judged: Mapping[str, PatientScore]) -> float:
+def accuracy(scores: Mapping[str, PatientScore]) -> float:
     """Return the share of all patients' patches that were given the right label, NaN of none."""
-    labels = sum(found.labels for found in judged.values())
+    labels = sum(found.labels for found in scores.values())
     return float(np.trace(labels) / np.sum(labels)) if np.any(labels) else math.nan
 
 
@@ -245,19 +229,18 @@ def chances(
     grid: PatchGrid | None = None,
     box: tuple[Shape, Shape] | None = None,
     outside: float | None = None,
-    said: list[Tensor] | None = None,
+    labels: list[Tensor] | None = None,
 ) -> Tensor:
-    """Predict an image of any size, or a box of one, by overlapping patches, blended.
+    """Predict an image of any size, or a box of one, by overlapping patches; return probabilities.
+
+    They are blended, (K, *box) float32 on the CPU; K = 1 with sigmoid.
 
     Args:
         image: (C, *shape), uint8 or float32 of full scale 1, from the first pixel of the patches'.
-        grid: the patches of the box alone, laid over the whole image; None = over this one.
-        box: first pixel and one past the last in the whole image; None = all of this one.
-        outside: value of what lies beyond an image smaller than a patch; None = it is mirrored.
-        said: gets (L,) probabilities of the labels of each patch in turn, where there are any.
-
-    Returns:
-        (K, *box) float32 on the CPU; K = 1 with sigmoid.
+        grid: The patches of the box alone, laid over the whole image; None = over this one.
+        box: First pixel and one past the last in the whole image; None = all of this one.
+        outside: Value of what lies beyond an image smaller than a patch; None = it is mirrored.
+        labels: Gets (L,) probabilities of the labels of each patch in turn, where there are any.
     """
     spec, shape = predictor.bundle.input, tuple(image.shape[1:])
     grid = grid or PatchGrid.cover(shape, spec.patch_size, spec.overlap)
@@ -269,7 +252,7 @@ def chances(
     else:
         pixels = np.pad(pixels, beyond, constant_values=outside)
     region = predictor.upload(np.ascontiguousarray(pixels))
-    patches = predictor.predict(region, grid.origins - grid.origins.min(0), labels=said)
+    patches = predictor.predict(region, grid.origins - grid.origins.min(0), labels=labels)
     bands = iter_blended_rows(
         zip(map(tuple, grid.origins.tolist()), patches, strict=True),
         start,
