@@ -27,15 +27,15 @@ def evaluate(
     """Compare predictions with the truth as the command does; return all figures, as JSON has them.
 
     Args:
-        prediction: a mask, a run's folder or GeoJSON; or a folder of such.
-        truth: the same of the truth, matched by name where both are folders.
-        output: folder for evaluation.json, evaluation.csv and a picture of each slide's
+        prediction: A mask, a run's folder or GeoJSON; or a folder of such, as is `truth`: they are
+            matched by name.
+        output: Folder for evaluation.json, evaluation.csv and a picture of each slide's
             disagreement; None = nothing is written.
-        slide: the slide, or a folder of slides, where no run tells size, resolution and bounds.
+        slide: The slide, or a folder of slides, where no run tells size, resolution and bounds.
         size: (width, height) in px of the slide's level 0, where no slide is at hand.
-        progress: told the slide, its blocks done and in all, its number from 1 and how many slides
+        progress: Told the slide, its blocks done and in all, its number from 1 and how many slides
             there are.
-        options: fields of `CompareOptions` by name, such as `classes`, `mpp` or `roi`; what mask
+        options: Fields of `CompareOptions` by name, such as `classes`, `mpp` or `roi`; what mask
             values mean is a mapping such as `truth_values={"Tumor": (1, 20)}`, too.
 
     Raises:

@@ -60,16 +60,15 @@ def survey(sample: Sample, n_classes: int) -> Survey:
         found = np.bincount(truth[truth != IGNORE].ravel(), minlength=n_classes)
         counts.append(found[:n_classes])
         rng = np.random.default_rng(block.index)
-        places.append([_some(truth == i, block.start, rng) for i in range(n_classes)])
+        places.append([])
+        for i in range(n_classes):
+            flat = np.flatnonzero(truth == i)
+            if len(flat) > KEPT:
+                flat = np.sort(rng.choice(flat, KEPT, replace=False))
+            # counted from the sample's corner
+            some = np.stack(np.unravel_index(flat, truth.shape), 1) + block.start
+            places[-1].append(some.astype(np.int32))
     return Survey(counts=np.stack(counts), places=places, digest=digest.hexdigest())
-
-
-def _some(mask: npt.NDArray[np.bool_], start: Shape, rng: np.random.Generator) -> Places:
-    """Return up to `KEPT` of the marked pixels, (n, d), counted from the sample's corner."""
-    flat = np.flatnonzero(mask)
-    if len(flat) > KEPT:
-        flat = np.sort(rng.choice(flat, KEPT, replace=False))
-    return np.asarray(np.stack(np.unravel_index(flat, mask.shape), 1) + start, dtype=np.int32)
 
 
 class Sampler:

@@ -77,7 +77,7 @@ def open_fabric(recipe: Recipe, *, device: str = "auto", devices: int = 1) -> Fa
 
     Args:
         device: "auto", "cpu" or "cuda".
-        devices: how many; each is a process that runs the same command.
+        devices: Number of devices; each is a process that runs the same command.
 
     Raises:
         RecipeError: it is not installed, there are no such devices, or not at that precision.
@@ -146,8 +146,7 @@ def fit(
     mean = get_ema_multi_avg_fn(spec.average)  # type: ignore[no-untyped-call]
     average = AveragedModel(network, multi_avg_fn=mean, use_buffers=True)
     averaged: nn.Module = average.module.eval()
-    optimizer = _optimizer(network, spec)
-    schedule = _schedule(optimizer, spec)
+    optimizer, schedule = _optimization(network, spec)
     model, optimizer = fabric.setup(network, optimizer)
     state = TrainerState(
         parts={
@@ -319,12 +318,10 @@ def _new_network(recipe: Recipe, data_dir: Path) -> SegmentationNetwork:
     return network
 
 
-def _optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
-    """Return the optimiser: kernels decay; biases and norms, which have one axis, do not.
-
-    The encoder's have a learning rate of their own.
-    """
-    encoder = spec.learning_rate * spec.encoder_rate
+def _optimization(
+    network: nn.Module, spec: TrainSpec
+) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+    """Return the optimiser and its schedule: the encoder has a learning rate of its own."""
     groups: list[dict[str, Any]] = [
         {
             "params": [
@@ -332,29 +329,24 @@ def _optimizer(network: nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
                 for name, p in network.named_parameters()
                 if (p.ndim > 1) == is_kernel and name.startswith("encoder.") == is_encoder
             ],
-            "lr": encoder if is_encoder else spec.learning_rate,
+            "lr": spec.learning_rate * (spec.encoder_rate if is_encoder else 1),
+            # kernels decay; biases and norms, which have one axis, do not
             "weight_decay": spec.weight_decay if is_kernel else 0.0,
         }
         for is_encoder in (False, True)
         for is_kernel in (True, False)
     ]
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
-    return kind([group for group in groups if group["params"]])
-
-
-def _schedule(optimizer: torch.optim.Optimizer, spec: TrainSpec) -> lr_scheduler.LRScheduler:
-    match spec.schedule:
-        case "one-cycle":
-            return lr_scheduler.OneCycleLR(
-                optimizer,
-                [group["lr"] for group in optimizer.param_groups],
-                total_steps=spec.steps,
-                pct_start=spec.warm_up,
-            )
-        case "cosine":
-            return lr_scheduler.LambdaLR(
-                optimizer, lambda step: 0.505 + 0.495 * math.cos(math.pi * step / spec.steps)
-            )
-        case "polynomial":
-            return lr_scheduler.PolynomialLR(optimizer, spec.steps, power=0.9)
-    return lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)
+    optimizer = kind([group for group in groups if group["params"]])
+    if spec.schedule == "one-cycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer, lr_scheduler.OneCycleLR(
+            optimizer, rates, total_steps=spec.steps, pct_start=spec.warm_up
+        )
+    if spec.schedule == "cosine":
+        return optimizer, lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.505 + 0.495 * math.cos(math.pi * step / spec.steps)
+        )
+    if spec.schedule == "polynomial":
+        return optimizer, lr_scheduler.PolynomialLR(optimizer, spec.steps, power=0.9)
+    return optimizer, lr_scheduler.ConstantLR(optimizer, factor=1.0, total_iters=0)

@@ -60,8 +60,8 @@ def read_picture(
         EvaluationError: a mask that is none, or with values without a meaning.
     """
     try:
-        with warnings.catch_warnings(action="ignore"), _opened(path) as opened:
-            image = _pixels(opened, channels)
+        with warnings.catch_warnings(action="ignore"):
+            image = _pixels(path, channels)
     except UNREADABLE as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
     truth = _planar_truth(mask_path, meaning, image.shape[1:])
@@ -75,28 +75,27 @@ def read_picture(
     return torch.from_numpy(np.stack(planes)), torch.from_numpy(mask)
 
 
-def _opened(path: Path) -> Pictures.Image:
-    if kind_of(path) != "TIFF":
-        return Pictures.open(path)
-    # Pillow's reader of TIFF prints what it finds wrong, past all that listens
-    image = open_image(path)
-    values = image.read((0, 0), image.shape)
-    if image.stored.dtype == np.uint8:
-        values = (values * (255 / image.value_range[1])).astype(np.uint8)
-    elif image.channels != 1:
-        raise RecipeError(f"{path}: colours of {image.stored.dtype}; expected 8 bits")
-    return Pictures.fromarray(values[..., 0] if image.channels == 1 else values)
-
-
-def _pixels(image: Pictures.Image, channels: int) -> npt.NDArray[Any]:
+def _pixels(path: Path, channels: int) -> npt.NDArray[Any]:
     """Return a picture's values, (channels, h, w)."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        spread = max(float(values.max() - values.min()), 1e-6)
-        return np.stack([(values - values.min()) / np.float32(spread)] * channels)
-    if channels not in (1, 3):
-        raise RecipeError(f"pictures have 1 or 3 channels, the bundle's input has {channels}")
-    pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
+    if kind_of(path) == "TIFF":
+        # Pillow's reader of TIFF prints what it finds wrong, past all that listens
+        stored = open_image(path)
+        values = stored.read((0, 0), stored.shape)
+        if stored.stored.dtype == np.uint8:
+            values = (values * (255 / stored.value_range[1])).astype(np.uint8)
+        elif stored.channels != 1:
+            raise RecipeError(f"{path}: colours of {stored.stored.dtype}; expected 8 bits")
+        picture = Pictures.fromarray(values[..., 0] if stored.channels == 1 else values)
+    else:
+        picture = Pictures.open(path)
+    with picture:
+        if picture.mode.startswith("I") or picture.mode == "F":
+            values = np.asarray(picture).astype(np.float32)
+            spread = np.float32(max(float(values.max() - values.min()), 1e-6))
+            return np.stack([(values - values.min()) / spread] * channels)
+        if channels not in (1, 3):
+            raise RecipeError(f"pictures have 1 or 3 channels, the bundle's input has {channels}")
+        pixels = np.array(picture.convert("L" if channels == 1 else "RGB"))
     return np.moveaxis(pixels.reshape(*pixels.shape[:2], channels), -1, 0)
 
 

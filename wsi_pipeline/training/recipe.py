@@ -68,31 +68,30 @@ class TrainSpec(Record, frozen=True, kw_only=True):
     """The optimisation.
 
     Attributes:
-        steps: of the optimiser.
-        batch_size: crops that go through the network at once, on each device.
-        accumulate: batches whose gradients make one step.
-        crop: smallest and largest side of a crop, px; each step draws a multiple of what the
+        batch_size: Crops that go through the network at once, on each device.
+        accumulate: Batches whose gradients make one step.
+        crop: Smallest and largest side of a crop, px; each step draws a multiple of what the
             network takes between them.
-        balance: share of crops around a pixel of a class drawn evenly; the others around one drawn
+        balance: Share of crops around a pixel of a class drawn evenly; the others around one drawn
             by area.
         loss: "ce" is cross-entropy, binary with sigmoid; "dice" is soft Dice.
-        label_weight: of the loss of what the network says of the whole patch.
-        optimizer: with the decay of weights decoupled (AdamW), or without (Adam).
-        learning_rate: the highest.
+        label_weight: Weight of the loss of labels of whole patches.
+        optimizer: "adamw" decouples the decay of weights, "adam" has it in the gradients.
+        learning_rate: The highest rate.
         schedule: "one-cycle" warms up, then falls as a cosine; "cosine" falls to a hundredth;
             "polynomial" falls to nothing with the power 0.9.
-        warm_up: share of the steps that the learning rate rises, of one-cycle.
-        weight_decay: of kernels, not of biases and norms.
-        average: decay of the moving average of the weights, which is what is kept.
-        encoder: file with ImageNet weights, relative to the data folder, or its URL; None = from
+        warm_up: Share of the steps that the learning rate rises, of one-cycle.
+        weight_decay: Decay of kernels; biases and norms have none.
+        average: Decay of the moving average of the weights, which is what is kept.
+        encoder: File with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
-        encoder_rate: learning rate of the encoder, as a share of that of the rest.
-        precision: of the forward pass; weights and their updates stay fp32.
-        validate_every: steps between two looks at the validation patients, where there are any, and
+        encoder_rate: Learning rate of the encoder, as a share of that of the rest.
+        precision: Number format of the forward pass; weights and their updates stay fp32.
+        validate_every: Steps between two looks at the validation patients, where there are any, and
             at the held-out ones, with `split.watch`.
-        patience: looks without a better Dice after which the training ends; 0 = never.
-        checkpoint_every: steps between two checkpoints, from which a killed training goes on.
-        seed: of everything random.
+        patience: Looks without a better Dice after which the training ends; 0 = never.
+        checkpoint_every: Steps between two checkpoints, from which a killed training goes on.
+        seed: Start of all random numbers.
     """
 
     steps: Count = 1500
@@ -126,10 +125,10 @@ class SplitSpec(Record, frozen=True, kw_only=True):
     """Which patients are held out.
 
     Attributes:
-        folds: groups of patients, each held out once; 0 = every patient for himself.
-        validation: share of the patients learnt from, but one at least, that are left out of the
+        folds: Groups of patients, each held out once; 0 = every patient for himself.
+        validation: Share of the patients learnt from, but one at least, that are left out of the
             learning to choose the best weights by and to stop early; 0 = none.
-        watch: whether the held-out patients are judged every `validate_every` steps too, for the
+        watch: Whether the held-out patients are judged every `validate_every` steps too, for the
             curve alone: nothing is chosen by it.
     """
 
@@ -147,22 +146,22 @@ class AugmentSpec(Record, frozen=True, kw_only=True):
     """How strongly crops are varied; 0 switches a variation off.
 
     Attributes:
-        scale: largest enlargement and reduction; 1 = none.
-        turn: share of crops that are turned and flipped; the others stay upright.
-        rotate: share of those that are turned by any angle, not only right ones.
-        tilt: largest angle by which those that stay upright lean to either side, degrees.
-        mirror: share of those that are flipped left to right.
-        stain: deviation of the logarithm of each stain's density.
-        borrow: share of crops that take the colours of another of their batch: mean and deviation
+        scale: Largest enlargement and reduction; 1 = none.
+        turn: Share of crops that are turned and flipped; the others stay upright.
+        rotate: Share of those that are turned by any angle, not only right ones.
+        tilt: Largest angle by which those that stay upright lean to either side, degrees.
+        mirror: Share of those that are flipped left to right.
+        stain: Deviation of the logarithm of each stain's density.
+        borrow: Share of crops that take the colours of another of their batch: mean and deviation
             of the optical density of its tissue.
-        mixing: deviation of the mixing of the colour channels' optical densities.
-        density: deviation of the logarithm of the overall optical density.
-        tint: deviation of each channel's optical density of the background.
-        contrast: deviation of the contrast's logarithm.
-        blur: largest standard deviation of a Gaussian blur, px; half of the steps are blurred.
-        noise: largest standard deviation of pixel noise, of 1.
-        jpeg: share of crops that are compressed once more, as JPEG of any quality from 30 to 95.
-        glass: share of crops that get patches of empty glass, which are background.
+        mixing: Deviation of the mixing of the colour channels' optical densities.
+        density: Deviation of the logarithm of the overall optical density.
+        tint: Deviation of each channel's optical density of the background.
+        contrast: Deviation of the contrast's logarithm.
+        blur: Largest standard deviation of a Gaussian blur, px; half of the steps are blurred.
+        noise: Largest standard deviation of pixel noise, of 1.
+        jpeg: Share of crops that are compressed once more, as JPEG of any quality from 30 to 95.
+        glass: Share of crops that get patches of empty glass, which are background.
     """
 
     scale: Annotated[float, Meta(ge=1, le=LARGEST, description="a number from 1")] = 1.4
@@ -186,37 +185,37 @@ class DataSpec(Record, frozen=True, kw_only=True):
     """Images of one patient, or of several, with their masks or annotations.
 
     Attributes:
-        images: a path or glob, relative to the data folder: pictures, volumes, or, with
+        images: Path or glob, relative to the data folder: pictures, volumes, or, with
             `annotations`, slides and patch grids.
-        classes: mask values, or names of annotations, of each class but the background, by the
+        classes: Mask values, or names of annotations, of each class but the background, by the
             class's name.
-        patient: who they are from; decides the splits.
-        patients: in place of `patient`, a regular expression; what it finds in a file's name, or,
-            if it has a slash, in the path from the data folder, is the patient: its first group
-            where it has one.
-        fold: name of the group that is held out together; images without one are never held out.
+        patient: Who they are from; decides the splits.
+        patients: Regular expression in place of `patient`; what it finds in a file's name, or, if
+            it has a slash, in the path from the data folder, is the patient: its first group where
+            it has one.
+        fold: Name of the group that is held out together; images without one are never held out.
         table: CSV with a row for each image, relative to the data folder.
-        columns: of the table, which say what would else be said here: "image" (the file's name, or
-            its path from the data folder; "file" if not said), "patient", "label" (in any case of
-            its letters), "fold".
-        weight: how often a patient is drawn, against 1 of others.
-        unlabelled: what the column of labels says of images of which nothing is to be said.
-        masks: a folder or file.
-        mask_name: of the mask in that folder; `{stem}` is the image's name without suffix,
+        columns: Columns of the table, which say what would else be said here: "image" (the file's
+            name, or its path from the data folder; "file" if not said), "patient", "label" (in any
+            case of its letters), "fold".
+        weight: Share of draws of a patient, against 1 of others.
+        unlabelled: Words in the column of labels for images of which nothing is to be said.
+        masks: Folder or file.
+        mask_name: Name of the mask in that folder; `{stem}` is the image's name without suffix,
             `{patient}` the patient, `{folder}` the name of the image's folder.
-        annotations: in place of `masks`, GeoJSON in level-0 pixels: a folder or file.
-        background: names of annotations that are background: areas of other classes, and what lies
+        annotations: GeoJSON in level-0 pixels in place of `masks`, a folder or file.
+        background: Names of annotations that are background: areas of other classes, and what lies
             in no area, are neither learnt nor judged. Of masks the values besides 0 that are
             background, or "others": all that nothing else names. Values without a meaning are
             refused.
-        threshold: of masks that went through JPEG: values from here on are the one class, those
-            below are background.
-        empty: in place of `masks` and `annotations`, true: the images show no class at all.
-        frame: origin of annotations on slides with bounds.
+        threshold: Least value of the one class in masks that went through JPEG; those below are
+            background.
+        empty: Whether the images show no class at all, in place of `masks` and `annotations`.
+        frame: Origin of annotations on slides with bounds.
         mpp: µm per pixel of pictures and masks; of a slide, in place of what its file says.
-        ignore: mask values that are neither learnt nor judged.
-        label: what the network is to say of the whole patch, one of the bundle's labels; None with
-            labels = whether there is a pixel of any class in it.
+        ignore: Mask values that are neither learnt nor judged.
+        label: Label of the whole patch, one of the bundle's; None with labels = whether there is a
+            pixel of any class in it.
     """
 
     images: str
@@ -267,32 +266,31 @@ class DataSpec(Record, frozen=True, kw_only=True):
             raise ValueError(f'{where}: background = "others" is for masks')
         if self.empty == bool(self.classes):
             raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
-        self._check_values(where)
-        if self.patients is not None:
-            try:
-                re.compile(self.patients)
-            except re.error as error:
-                raise ValueError(f"{where}: patients is no regular expression: {error}") from error
-
-    def _check_values(self, where: str) -> None:
-        """Refuse mask values, or names of annotations, that are none or mean two things."""
+        # mask values, or names of annotations, that are none or mean two things
         kind: type = int if self.annotations is None else str
         background = () if self.background == "others" else self.background
         lists = {**self.classes, "background": background}
         for name, values in lists.items():
             if not all(type(v) is kind for v in values):
-                raise ValueError(f"{where}: {name} has {list(values)}; expected {NAMES_OF[kind]}")
+                expected = "mask values" if kind is int else "names of annotations"
+                raise ValueError(f"{where}: {name} has {list(values)}; expected {expected}")
         given = [v for values in lists.values() for v in values] + [*self.ignore]
         if len(set(given)) != len(given):
             raise ValueError(f"{where}: {', '.join(lists)} and ignore have {given}; the same twice")
-        if self.threshold is None:
-            return
-        if self.masks is None or len(self.classes) != 1 or self.ignore or self.background:
-            raise ValueError(
-                f"{where}: 'threshold' is for masks of one class, without ignore and background"
-            )
-        if any(int(value) < self.threshold for value in given):
-            raise ValueError(f"{where}: classes has {given}, below the threshold {self.threshold}")
+        if self.threshold is not None:
+            if self.masks is None or len(self.classes) != 1 or self.ignore or self.background:
+                raise ValueError(
+                    f"{where}: 'threshold' is for masks of one class, without ignore and background"
+                )
+            if any(int(value) < self.threshold for value in given):
+                raise ValueError(
+                    f"{where}: classes has {given}, below the threshold {self.threshold}"
+                )
+        if self.patients is not None:
+            try:
+                re.compile(self.patients)
+            except re.error as error:
+                raise ValueError(f"{where}: patients is no regular expression: {error}") from error
 
     @property
     def values(self) -> LabelMap:
@@ -307,21 +305,14 @@ class DataSpec(Record, frozen=True, kw_only=True):
         return LabelMap(classes=classes, ignored=self.ignore, background=background)
 
 
-NAMES_OF: dict[type, str] = {int: "mask values", str: "names of annotations"}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All that a training needs but the data.
 
     Attributes:
-        bundle: what is trained, without weights.
-        train: the optimisation.
-        augment: the variations.
-        split: which patients are held out.
-        data: the images.
-        notes: where the data come from, for the model card, Markdown.
-        limits: what the network is not to be trusted with, for the model card, Markdown.
+        bundle: What is trained, without weights.
+        notes: Where the data come from, for the model card, Markdown.
+        limits: What the network is not to be trusted with, for the model card, Markdown.
     """
 
     bundle: Bundle

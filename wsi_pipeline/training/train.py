@@ -55,19 +55,15 @@ def train(
 ) -> dict[str, dict[str, Score]]:
     """Measure a recipe by leaving patients out, train it on all, write the bundle; return scores.
 
-    Killed, the same call goes on where it stopped.
+    They are held-out patient → class → score. Killed, the same call goes on where it stopped.
 
     Args:
-        recipe: what and how to train, or the file that says so.
-        data_dir: the folder that the recipe's paths start from; None = the folder of its file.
-        output: the bundle's folder.
-        folds: splits to measure by, each in its own training: patients, or the numbers of groups;
+        recipe: The recipe or its file.
+        data_dir: Folder that the recipe's paths start from; None = the folder of its file.
+        output: Folder of the bundle.
+        folds: Splits to measure by, each in its own training: patients, or the numbers of groups;
             None = all, empty = none.
         device: "auto", "cpu" or "cuda".
-        progress: told after every step.
-
-    Returns:
-        Held-out patient → class → score.
 
     Raises:
         RecipeError: data that are missing or do not fit, a leak between the sides of a split, or a
@@ -94,8 +90,9 @@ def train(
         if fabric.is_global_zero:
             closing.enter_context(claim_folder(output / STATE))
             for folder in (output, *(output / STATE).glob("**")):
+                # of processes that were killed
                 for path in folder.glob(".*.partial"):
-                    remove(path)  # of processes that were killed
+                    remove(path)
             _open_state(output / STATE, key, overwrite=overwrite)
         fabric.barrier()
 
