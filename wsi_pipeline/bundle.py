@@ -158,20 +158,16 @@ class Bundle:
     """A model ready to be built.
 
     Attributes:
-        path: folder of `model.toml`.
-        name: of the model.
-        modality: what it looks at.
-        network: a name in `wsi_pipeline.networks.NETWORKS`, "exported" or "torchscript".
-        weights_path: the file with weights, or the foreign program; None where there are none.
-        weights_origin: where the weights are fetched from; None where they lie in the folder.
-        network_options: keyword arguments of the network.
-        input: what the network wants to see.
-        activation: what turns logits into probabilities.
-        classes: in the mask's order; 0 is the background.
-        labels: names of what the network says of a whole patch, in its order; empty where nothing.
-        temperature: that the mask's logits are divided by, so that probabilities are as often right
-            as they say.
-        limits: what its results must not be trusted with, one paragraph that goes with them.
+        path: The folder of `model.toml`.
+        network: A name in `wsi_pipeline.networks.NETWORKS`, "exported" or "torchscript".
+        weights_path: The file with weights, or the foreign program; None where there are none.
+        weights_origin: Where weights are fetched from; None where they lie in the folder.
+        activation: "sigmoid" or "softmax", which turns logits into probabilities.
+        classes: Classes in the mask's order; 0 is the background.
+        labels: What the network says of a whole patch, in its order; empty where nothing.
+        temperature: Number that the mask's logits are divided by, so that probabilities are as
+            often right as they say.
+        limits: What its results must not be trusted with: a paragraph that goes with them.
     """
 
     path: Path
@@ -260,9 +256,8 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     """Check the content of a `model.toml`; return the bundle.
 
     Args:
-        table: the parsed TOML.
-        path: of the file, in the bundle's folder.
-        fetch: as in `load_bundle`.
+        path: The file, in the bundle's folder.
+        fetch: See `load_bundle`.
 
     Raises:
         BundleError: something is missing, unknown or contradicts something else.
@@ -345,9 +340,7 @@ def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) ->
     """Refuse what a modality does not have, and sizes that do not go together.
 
     Args:
-        spec: to check.
-        modality: of the bundle.
-        given: the keys that its file has.
+        given: The keys that the bundle's file has.
     """
     own, axes, count = RESOLUTION[modality], AXES[modality], spec.channels
     if others := [key for key in RESOLUTION.values() if key != own and key in given]:

@@ -16,7 +16,7 @@ from wsi_pipeline.cli.options import (
     select_options,
     wrong_usage,
 )
-from wsi_pipeline.options import Frame, SelectOptions
+from wsi_pipeline.options import SelectOptions, chosen
 
 
 @click.command(
@@ -41,18 +41,15 @@ from wsi_pipeline.options import Frame, SelectOptions
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     inputs: tuple[str, ...],
     target_mpp: float,
     patch_size: int,
     overlap: int,
     output: Path,
-    mpp: float | None,
     mpp_table: Path | None,
-    series: int | None,
-    tissue: str,
-    roi: Path | None,
-    frame: Frame,
     overwrite: bool,
+    **options: object,
 ) -> None:
     """Write slides as zarr patch grids, OUTPUT/<slide>.zarr, that `segment` and training read.
 
@@ -79,13 +76,7 @@ def command(
     slides = find_slides(inputs, output=output)
     if not slides:
         raise click.UsageError(why_none(inputs, "slides", SLIDE_SUFFIXES))
-    select = SelectOptions(
-        mpp=mpp,
-        series=series,
-        tissue=tissue,  # type: ignore[arg-type]  # checked by its click type
-        roi=roi,
-        frame=frame,
-    )
+    select = chosen(SelectOptions, options)
     with wrong_usage():
         check_files(select)
     failed = 0

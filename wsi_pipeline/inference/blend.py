@@ -95,7 +95,7 @@ def iter_owned(
         predictions: origin and (C, *patch) of each patch.
         start: first grid pixel of the box.
         stop: one past the last.
-        windows: of an exclusive grid.
+        windows: Those of an exclusive grid.
     """
     for origin, prediction in predictions:
         spans = _spans(start, stop, origin, windows.owned(origin))
@@ -131,8 +131,7 @@ def iter_blended_rows(
             ascending along the first axis.
         start: first grid pixel of the box.
         stop: one past the last.
-        patch_rows: of a patch along the first axis.
-        device: where they lie.
+        patch_rows: Rows of a patch along the first axis.
 
     Yields:
         First grid row, and (C, rows, *rest) in [0, 1]: overwritten once the next is asked for.
@@ -251,7 +250,7 @@ def iter_sampled_rows(
         start: first mask pixel wanted.
         stop: one past the last.
         ratio: grid pixels per mask pixel along each axis.
-        shape: of the whole grid.
+        shape: Grid pixels along each axis of the whole grid.
 
     Yields:
         First row of the strip relative to `start`, and (C, rows, *rest).

@@ -33,10 +33,8 @@ class Column(NamedTuple):
     """A class in the table, in one unit.
 
     Attributes:
-        name: of the class.
-        unit: as people write it.
-        total: of all runs.
-        largest: amount of any class of any run in this unit, for the length of bars.
+        total: The amount in all runs.
+        largest: The largest amount of any class of any run in this unit, for the length of bars.
     """
 
     name: str
@@ -49,11 +47,9 @@ class Card(NamedTuple):
     """What the page says of one run beside what `run.json` says.
 
     Attributes:
-        run: as it was read.
-        anchor: of its card in the page.
         picture: JPEG as base64; "" where there is none.
-        links: relative URL of each file that is there.
-        facts: names and texts that not all runs share.
+        links: Relative URL of each file that is there.
+        facts: Names and texts that not all runs share.
     """
 
     run: Run

@@ -19,10 +19,8 @@ class ShownRun:
     """A finished run, opened; close it.
 
     Attributes:
-        folder: of the run.
-        run: what `run.json` says.
-        closing: closes its files.
-        problems: a sentence on each thing that cannot be shown.
+        closing: What closes the files.
+        problems: A sentence on each thing that cannot be shown.
     """
 
     folder: Path

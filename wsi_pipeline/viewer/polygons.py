@@ -38,14 +38,11 @@ class Polygons:
     """Polygons, the largest first.
 
     Attributes:
-        shapes: in level-0 pixels.
-        areas: of each, in level-0 pixels.
-        values: index of the class of each in `classes`.
-        classes: names.
-        names: of each.
-        measured: (mm², mean probability) of each as the file tells, NaN where it does not.
-        left_out: how many features could not be read.
-        tree: of `shapes`.
+        shapes: (n,) polygons in level-0 pixels, (x, y).
+        areas: (n,) in level-0 pixels.
+        values: (n,) indices in `classes`.
+        measured: (n, 2) mm² and mean probability as the file tells, NaN where it does not.
+        left_out: Number of features that could not be read.
     """
 
     shapes: Shapes
@@ -94,12 +91,7 @@ class Polygons:
         return {"shapes": list(shapes.values()), "more": len(found) - len(lines)}
 
     def at(self, x: int, y: int, hidden: Collection[int] = ()) -> dict[str, Any] | None:
-        """Return what is known of the smallest polygon around a level-0 pixel; None = none is.
-
-        Args:
-            x: of the pixel.
-            y: of the pixel.
-        """
+        """Return what is known of the smallest polygon around a level-0 pixel; None = none is."""
         found = np.sort(self.tree.query(shapely.Point(x + 0.5, y + 0.5)))
         found = found[~np.isin(self.values[found], list(hidden))]
         around = found[shapely.contains_xy(self.shapes[found], x + 0.5, y + 0.5)]
@@ -129,7 +121,7 @@ def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]
         AnnotationError: the file cannot be read, or is no GeoJSON.
     """
     found: list[Shapes] = []
-    values, names, measured = list[int](), list[str](), list[tuple[float, float]]()
+    values, names, measured = list[int](), list[str](), list[list[float]]()
     numbers = {name: i for i, name in enumerate(classes)}
     left_out = 0
     features = _iter_features(path)
@@ -141,7 +133,10 @@ def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]
             name = class_name_of(properties) or NO_CLASS
             values.append(numbers.setdefault(name, len(numbers)))
             names.append(str(properties.get("name") or ""))
-            measured.append(_measured(properties.get("measurements")))
+            given = properties.get("measurements")
+            told = given if isinstance(given, Mapping) else {}
+            both = (told.get(of) for of in ("Area mm^2", "Mean probability"))
+            measured.append([float(v) if is_number(v) else np.nan for v in both])
     array = np.concatenate([np.zeros(0, object), *found])
     areas = shapely.area(array)
     order = np.argsort(-areas, kind="stable")
@@ -215,11 +210,3 @@ def _iter_features(path: Path) -> Iterator[Mapping[str, Any]]:
     for _, feature in iter_nested(features):
         if isinstance(feature, Mapping):
             yield feature
-
-
-def _measured(measurements: object) -> tuple[float, float]:
-    """Return area in mm² and mean probability, NaN where they are not told."""
-    found = measurements if isinstance(measurements, Mapping) else {}
-    values = (found.get(name) for name in ("Area mm^2", "Mean probability"))
-    mm2, probability = (float(v) if is_number(v) else np.nan for v in values)
-    return mm2, probability

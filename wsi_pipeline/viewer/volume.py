@@ -97,7 +97,6 @@ def open_shown_volume(folder: Path, run: Run, path: Path | None) -> ShownVolume:
     """Open a run of a volume; return it with what of it can be shown.
 
     Args:
-        run: what `run.json` says.
         path: where the volume is now; None = where it was. It must then be the right one.
 
     Raises:
