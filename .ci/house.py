@@ -25,18 +25,18 @@ HEAVY = ("torch", "dask", "distributed")
 
 # figure: limit today, aim, what to do where it is missed
 GATES = {
-    "lines": (31_000, 27_000, "delete what the change makes needless; use what is there"),
+    "lines": (30_700, 27_000, "delete what the change makes needless; use what is there"),
     "modality branches": (
-        5, 0, "let a SourceRun differ, or a table by modality, as KINDS and OUTPUTS",
+        0, 0, "let a SourceRun differ, or a table by modality, as KINDS and OUTPUTS",
     ),
     "single-use private helpers, % of functions": (
         15, 15, "inline what names no concept and has no test",
     ),
     "own-line comments, % of lines": (
-        1.4, 2, "say why, in a sentence on a line of its own, where the code cannot",
+        1.6, 2, "say why, in a sentence on a line of its own, where the code cannot",
     ),
     "long modules without a reason": (
-        2, 0, f"above {LONG} lines: divide by nouns, or say 'Long because …' in the docstring",
+        0, 0, f"above {LONG} lines: divide by nouns, or say 'Long because …' in the docstring",
     ),
     "heavy modules": (
         0, 0, f"{', '.join(LIGHT)} load {', '.join(HEAVY)}: import in the function that needs it",
