@@ -75,15 +75,27 @@ def pair_up(
 
 
 def _is_single(path: Path) -> bool:
-    return not path.is_dir() or _is_mask_folder(path)
+    return not path.is_dir() or _is_mask(path)
 
 
-def _is_mask_folder(path: Path) -> bool:
-    if (path / RUN_FILE).is_file() or path.name.lower().endswith(".zarr"):
+def _is_mask(path: Path) -> bool:
+    """Return whether a file or folder is by its name and first bytes a mask, areas or a run."""
+    name = path.name.lower()
+    if path.is_dir():
+        if (path / RUN_FILE).is_file() or name.endswith(".zarr"):
+            return True
+        # viewers leave metadata of an empty zarr group in folders above a mask
+        ome = ome_of(zarr_attributes(path) or {})
+        return isinstance(ome, dict) and "multiscales" in ome
+    if name.endswith((".json", ".json.gz")):
+        # much else is JSON, too
+        with suppress(AnnotationError):
+            document = parse_document(read_bytes(path))
+            return bool(document.features or not document.losses)
+        return False
+    if name.endswith((*AREA_SUFFIXES, *MASK_SUFFIXES)):
         return True
-    # viewers leave metadata of an empty zarr group in folders above a mask
-    ome = ome_of(zarr_attributes(path) or {})
-    return isinstance(ome, dict) and "multiscales" in ome
+    return not is_beside(path) and is_labels(path)
 
 
 def _members(folder: Path) -> dict[str, Path]:
@@ -97,7 +109,7 @@ def _members(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     left_out = []
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if not (_is_mask_folder(path) if path.is_dir() else _is_mask(path)):
+        if not _is_mask(path):
             left_out.append(path.name)
             continue
         name = _stem(path)
@@ -108,20 +120,6 @@ def _members(folder: Path) -> dict[str, Path]:
         some = ", ".join(left_out[:3]) + ", …" * (len(left_out) > 3)
         logger.warning("%s: no masks, left out: %d (%s)", folder, len(left_out), some)
     return found
-
-
-def _is_mask(path: Path) -> bool:
-    """Return whether a file is by its name and first bytes a mask, or areas."""
-    name = path.name.lower()
-    if name.endswith((".json", ".json.gz")):
-        # much else is JSON, too
-        with suppress(AnnotationError):
-            document = parse_document(read_bytes(path))
-            return bool(document.features or not document.losses)
-        return False
-    if name.endswith((*AREA_SUFFIXES, *MASK_SUFFIXES)):
-        return True
-    return not is_beside(path) and is_labels(path)
 
 
 def _stem(path: Path) -> str:

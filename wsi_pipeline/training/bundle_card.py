@@ -89,12 +89,8 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     table.writerows(history)
     with writing(folder), written_beside(folder / HISTORY) as partial:
         partial.write_text(buffer.getvalue(), "utf-8")
-    if find_spec("matplotlib"):
-        with writing(folder), written_beside(folder / CURVES) as partial:
-            _draw(partial, history)
-
-
-def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    if not find_spec("matplotlib"):
+        return
     # of the train extra; no window is wanted
     from matplotlib.figure import Figure
 
@@ -116,7 +112,8 @@ def _draw(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         right.set(ylabel="Dice", ylim=(0, 1))
     # of the figure, so that one legend holds the lines of both axes
     figure.legend(handles=lines, loc="outside upper center", ncols=len(lines), frameon=False)
-    figure.savefig(path, format="png", dpi=120)
+    with writing(folder), written_beside(folder / CURVES) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 def model_card(recipe: Recipe, trained: Trained) -> str:
@@ -313,8 +310,20 @@ def _label_table(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
     whole, names = np.sum(each, axis=0), recipe.bundle.labels
     commonest = whole.sum(1).max() / whole.sum()
     ranked = ""
-    if len(names) == 2 and any(len(found.label_chances) for found in held_out.values()):
-        ranked = f" Area under the curve of {names[1]}: {_area_under_curve(held_out)}."
+    chances = [found.label_chances for found in held_out.values()]
+    if len(names) == 2 and any(map(len, chances)):
+        # how often a patch of the second label gets more of it than one of the first
+        count = len(chances)
+        rows, owner = np.concatenate(chances), np.repeat(np.arange(count), [*map(len, chances)])
+        first, second = rows[:, 0] == 0, rows[:, 0] == 1
+        above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
+        areas = [
+            float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
+            for weights in [np.ones(count), *drawn_anew(np.eye(count, dtype=np.int64))]
+            for of_first, of_second in [(weights[owner[first]], weights[owner[second]])]
+        ]
+        area = _ranged(areas[0], interval(np.array(areas[1:])) if count > 1 else None)
+        ranked = f" Area under the curve of {names[1]}: {area}."
     return "\n".join(
         [
             f"Labels of whole patches: {_ranged(accuracy(held_out), ends)} are right; if all were "
@@ -324,21 +333,6 @@ def _label_table(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
             *(f"| {n} | {' | '.join(map(str, of))} |" for n, of in zip(names, whole, strict=True)),
         ]
     )
-
-
-def _area_under_curve(held_out: Mapping[str, PatientScore]) -> str:
-    """Return how often a patch of the second label gets more of it than one of the first."""
-    chances = [found.label_chances for found in held_out.values()]
-    count = len(chances)
-    rows, owner = np.concatenate(chances), np.repeat(np.arange(count), [*map(len, chances)])
-    first, second = rows[:, 0] == 0, rows[:, 0] == 1
-    above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
-    areas = [
-        float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
-        for weights in [np.ones(count), *drawn_anew(np.eye(count, dtype=np.int64))]
-        for of_first, of_second in [(weights[owner[first]], weights[owner[second]])]
-    ]
-    return _ranged(areas[0], interval(np.array(areas[1:])) if count > 1 else None)
 
 
 def _certainty(found: Sequence[PatientScore]) -> str:

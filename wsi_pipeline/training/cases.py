@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.evaluation.confusion import IGNORE, Confusion, class_figures
@@ -34,7 +34,7 @@ def draw_cases(
     """Draw the best, median and worst of some held-out images that show a class; return nothing.
 
     Left the image, right where the masks agree (green), what is missed (blue) and what is found
-    too much (red). Of a volume it is the slice that shows most. Names begin with the Dice.
+    too much (red), of a volume in one slice. Names begin with the Dice.
     The network has not seen them; large images are left out.
     """
     matrices = {(p, name): m for p, found in scores.items() for name, m in found.images}
@@ -51,10 +51,23 @@ def draw_cases(
             sample = samples[i]
             image, truth = sample.read_all()
             found = decided(chances(predictor, image, outside=sample.outside))
-            picture = _drawn(image, truth, found)
+            if truth.ndim == 3:
+                # the slice that shows most
+                k = int(((truth > 0) & (truth != IGNORE)).flatten(1).sum(1).argmax())
+                image, truth, found = image[:, k], truth[k], found[k]
+            values = image.float()
+            low, high = values.min(), values.max()
+            shown = ((values - low) / (high - low).clamp_min(1e-6) * 255).byte()
+            shown = shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
+            picture = Disagreement(truth.shape)
+            picture.add((0, 0), found.numpy(), truth.numpy())
+            # it is smaller where the image is large
+            height, width = truth.shape
+            right = np.asarray(Image.fromarray(picture.drawn()).resize((width, height)))
+            both = Image.fromarray(np.hstack([shown.movedim(0, -1).numpy(), right]))
             name = sample.name.replace("/", " ")
             with written_beside(folder / f"{dice:.3f} {name}.png") as partial:
-                picture.save(partial, "PNG")
+                both.save(partial, "PNG")
 
 
 def gather_cases(folders: Sequence[Path], output: Path) -> None:
@@ -70,22 +83,3 @@ def gather_cases(folders: Sequence[Path], output: Path) -> None:
 def _three(count: int) -> tuple[int, ...]:
     """Return the places of the first, the middle and the last of a row."""
     return (0, count // 2, count - 1) if count else ()
-
-
-def _drawn(image: Tensor, truth: Tensor, found: Tensor) -> Image.Image:
-    """Return an image, or a slice of a volume, beside where its masks disagree."""
-    if truth.ndim == 3:
-        k = int(((truth > 0) & (truth != IGNORE)).flatten(1).sum(1).argmax())
-        image, truth, found = image[:, k], truth[k], found[k]
-    values = image.float()
-    low, high = values.min(), values.max()
-    shown = ((values - low) / (high - low).clamp_min(1e-6) * 255).byte()
-    shown = shown if len(shown) == 3 else shown[:1].expand(3, -1, -1)
-    height, width = truth.shape
-    picture = Disagreement((height, width))
-    picture.add((0, 0), found.numpy(), truth.numpy())
-    right = Image.fromarray(picture.drawn()).resize((width, height))
-    both = Image.new("RGB", (2 * width, height))
-    both.paste(Image.fromarray(shown.movedim(0, -1).numpy()), (0, 0))
-    both.paste(right, (width, 0))
-    return both
