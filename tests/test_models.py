@@ -121,7 +121,7 @@ def test_a_card_says_what_the_bundle_is_not_and_where_its_weights_are_from(path:
 def test_each_bundle_tells_its_limits(path: Path) -> None:
     limits = load_bundle(path).limits
     if path in WITH_WEIGHTS:
-        recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")
+        recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-tumor.toml")
         assert limits == recipe.bundle.limits  # as `train` would write it
         card = " ".join((path / "README.md").read_text("utf-8").split()).replace("- ", "")
         assert limits in card
@@ -144,7 +144,7 @@ def test_the_demo_bundle_tells_tumour_from_necrosis_on_a_real_region(data_dir: P
     from wsi_pipeline.training.samples import load_samples
     from wsi_pipeline.training.validate import measure, scores_of
 
-    recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-demo.toml")
+    recipe = load_recipe(MODELS.parent / "workflows" / "train" / "bcss-tumor.toml")
     if not (data_dir / "bcss_a0sk").is_dir():
         pytest.skip("no BCSS tiles in the real data")
     patient = "TCGA-A1-A0SK"
