@@ -395,6 +395,21 @@ def test_a_bar_tells_which_slide_it_is_and_what_comes_after_the_patches(monkeypa
     assert "overlay.png" not in written.getvalue()
 
 
+def test_of_what_goes_on_one_after_another_each_has_its_bar(monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", written)
+    with Bars(quiet=False, unit="steps") as bars:
+        bars("without A", 3, 10)
+        bars.tell("without A", "loss=0.500, Dice=0.900")
+        bars("without B", 1, 10)  # A has ended early
+        bars.tell("without B", "loss=0.700")
+    first, _, second = written.getvalue().rpartition("\n")[0].partition("without B")
+    assert "without A" in first
+    assert "loss=0.500, Dice=0.900" in first
+    assert "loss=0.700" in second
+
+
 @pytest.mark.parametrize(("terminal", "most"), [(True, 1000), (False, 3)])
 def test_a_bar_leaves_few_states_in_a_file(monkeypatch, terminal, most):
     written = io.StringIO()
