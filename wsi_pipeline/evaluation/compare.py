@@ -25,6 +25,7 @@ from wsi_pipeline.evaluation.confusion import (
 )
 from wsi_pipeline.evaluation.disagreement import LONGEST, Disagreement
 from wsi_pipeline.evaluation.inputs import (
+    Reader,
     Side,
     SlideFrame,
     classes_of,
@@ -33,6 +34,7 @@ from wsi_pipeline.evaluation.inputs import (
     reader_of,
     settle_slide,
 )
+from wsi_pipeline.evaluation.masks import Pair
 from wsi_pipeline.evaluation.meaning import BACKGROUND, LabelMap, settle
 from wsi_pipeline.evaluation.volumes import LabelVolume, is_labels, open_labels
 from wsi_pipeline.files.threads import map_in_threads
@@ -298,16 +300,7 @@ def _compare(
 ) -> Comparison:
     indices = {name: i for i, name in enumerate(classes) if i > 0}
     readers = [reader_of(side, slide, indices, options.frame) for side in sides]
-    own = [reader.downsample for reader in readers if reader.downsample]
-    # the truth's pixels, else the prediction's, else level 0
-    downsample = own[-1] if own else (1.0, 1.0)
-    if options.mpp is not None:
-        if slide.mpp is None:
-            raise EvaluationError(
-                f"--mpp {options.mpp:g}: nothing says how large a pixel of {sides[0].path} is; "
-                "give the slide with --slide"
-            )
-        downsample = options.mpp / slide.mpp[1], options.mpp / slide.mpp[0]
+    downsample = _downsample(readers, sides[0], slide, options)
     width, height = slide.size
     shape = math.ceil(height / downsample[0] - 1e-6), math.ceil(width / downsample[1] - 1e-6)
     roi = None
@@ -332,7 +325,8 @@ def _compare(
 
     picture = Disagreement(shape)
     # so that no side is read in larger pieces
-    side_px = max(1, int(BLOCK * min(map(min, [*own, downsample])) / max(downsample)))
+    finest = min(min(reader.downsample or downsample) for reader in readers)
+    side_px = max(1, int(BLOCK * min(finest, *downsample) / max(downsample)))
     blocks = list(iter_blocks(shape, picture.whole_cells(side_px)))
     confusion = Confusion.empty(len(classes))
     whole = np.empty((2, *shape), np.uint8) if math.prod(shape) <= SURFACE_PX else None
@@ -357,6 +351,22 @@ def _compare(
         surfaces=surfaces,
         picture=picture.drawn(_thumbnail(pairing)),
     )
+
+
+def _downsample(
+    readers: Sequence[Reader], side: Side, slide: SlideFrame, options: CompareOptions
+) -> Pair:
+    """Return (y, x) level-0 pixels per pixel compared."""
+    if options.mpp is None:
+        # the truth's pixels, else the prediction's, else level 0
+        own = [reader.downsample for reader in readers if reader.downsample]
+        return own[-1] if own else (1.0, 1.0)
+    if slide.mpp is None:
+        raise EvaluationError(
+            f"--mpp {options.mpp:g}: nothing says how large a pixel of {side.path} is; "
+            "give the slide with --slide"
+        )
+    return options.mpp / slide.mpp[1], options.mpp / slide.mpp[0]
 
 
 def _thumbnail(pairing: Pairing) -> npt.NDArray[np.uint8] | None:
