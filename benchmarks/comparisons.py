@@ -169,10 +169,7 @@ COMPARISONS: Mapping[str, Comparison] = {
         text="LightMuSeg, half tissue, zarr only, against TIAToolbox",
     ),
     "lightmuseg-16384": _against(
-        "tiatoolbox",
-        _LIGHT,
-        times=8,
-        text="LightMuSeg, half tissue, zarr only, against TIAToolbox",
+        "tiatoolbox", _LIGHT, times=8, text="LightMuSeg, half tissue, zarr only, against TIAToolbox"
     ),
     "floor": Comparison(
         text="LightMuSeg, end to end with tissue detection and all outputs, against the floor",

@@ -174,11 +174,7 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
     laps("join, simplify")
     written = write_geojson(folder / "polygons.geojson", outlines, features)
     laps("polygons, GeoJSON")
-    return {
-        "seconds": laps.seconds,
-        "regions": len(outlines.regions),
-        "vertices": written.vertices,
-    }
+    return {"seconds": laps.seconds, "regions": len(outlines.regions), "vertices": written.vertices}
 
 
 def gdal(path: Path, folder: Path) -> dict[str, Any]:

@@ -71,11 +71,7 @@ def finished(comparisons: Mapping[str, Comparison], records: Sequence[Record]) -
 
 
 def write_results(
-    comparisons: Mapping[str, Comparison],
-    records: Sequence[Record],
-    folder: Path,
-    *,
-    tissue: str,
+    comparisons: Mapping[str, Comparison], records: Sequence[Record], folder: Path, *, tissue: str
 ) -> list[Path]:
     """Write what was measured as Markdown, JSON and PNG; return the files.
 

@@ -518,9 +518,7 @@ def scans(tmp_path_factory):
     segment_scan(place / "image.png", model, place / "out")
     write_series(place / "ct", blobs((11, 41, 33)), spacing=(2.5, 0.8, 0.8), seed=3)
     model = scan_bundle(
-        place / "volumes",
-        resolution="spacing_mm = [2.5, 0.8, 0.8]",
-        keys="scale = [0.0, 1024.0]",
+        place / "volumes", resolution="spacing_mm = [2.5, 0.8, 0.8]", keys="scale = [0.0, 1024.0]"
     )
     segment_scan(place / "ct", model, place / "out")
     return place

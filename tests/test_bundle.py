@@ -111,11 +111,7 @@ def test_qupaths_own_names_have_qupaths_own_colours(folder: Path) -> None:
         ("[512, 512]", "[512, 512, 512]", "expected 2, one an axis"),
         ("[512, 512]", "[512.5, 512]", r"patch_size\[0\] is 512.5; expected a whole number"),
         ("[512, 512]", "[0, 512]", "above 0"),
-        (
-            "overlap = [128, 128]",
-            "overlap = [512, 512]",
-            r"less than patch_size, \[512, 512\]",
-        ),
+        ("overlap = [128, 128]", "overlap = [512, 512]", r"less than patch_size, \[512, 512\]"),
         (
             "overlap = [128, 128]",
             "overlap = [-1, 0]",

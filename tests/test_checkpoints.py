@@ -264,10 +264,7 @@ def test_the_checkpoint_decides_how_two_classes_come(
     tmp_path: Path, count: int, activation: str
 ) -> None:
     template = make_template(
-        folder=tmp_path / "mine",
-        network="lightmuseg",
-        classes=CLASSES,
-        mpp=0.5,
+        folder=tmp_path / "mine", network="lightmuseg", classes=CLASSES, mpp=0.5
     )
     path = saved(tmp_path / "best.pth", tensors(lightmuseg_shapes(count)))
     bundle = import_model(path, template, tmp_path / "mine")

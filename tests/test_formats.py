@@ -366,10 +366,7 @@ def write_ome_zarr(ngff: str, pixels: Pixels = TISSUE) -> Callable[[Path], Path]
             {"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"
         ]
         datasets = [
-            {
-                "path": str(n),
-                "coordinateTransformations": [{"type": "scale", "scale": [1.0, s, s]}],
-            }
+            {"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [1.0, s, s]}]}
             for n, s in enumerate((0.25, 0.5))
         ]
         multiscales = [{"version": ngff, "name": "a", "axes": axes, "datasets": datasets}]

@@ -253,10 +253,7 @@ def ultrasound_region(y, x, *, kind=1, unit=3):
         ({"PixelSpacing": [0.2, 0.1], "ImagerPixelSpacing": [1, 1]}, (0.2, 0.1), ""),
         ({"ImagerPixelSpacing": [0.2, 0.1]}, (0.2, 0.1), "detector"),
         (
-            {
-                "ImagerPixelSpacing": [0.2, 0.1],
-                "EstimatedRadiographicMagnificationFactor": 2,
-            },
+            {"ImagerPixelSpacing": [0.2, 0.1], "EstimatedRadiographicMagnificationFactor": 2},
             (0.1, 0.05),
             "magnification",
         ),

@@ -72,10 +72,7 @@ def files_in(path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("ngff", NGFF)
 @settings(max_examples=8, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 2600), st.integers(1, 2600)),
-    seed=st.integers(0, 2**32 - 1),
-)
+@given(shape=st.tuples(st.integers(1, 2600), st.integers(1, 2600)), seed=st.integers(0, 2**32 - 1))
 def test_every_level_is_every_second_pixel_of_the_one_below(
     ngff: str, shape: tuple[int, int], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -204,10 +204,7 @@ def test_all_outputs_tell_the_same(whole_run):
     collection = json.loads((folder / "annotations.geojson").read_text("utf-8"))
     value = {"Tumor": 1, "Stroma": 2}
     shapes = [
-        (
-            shapely.geometry.shape(f["geometry"]),
-            value[f["properties"]["classification"]["name"]],
-        )
+        (shapely.geometry.shape(f["geometry"]), value[f["properties"]["classification"]["name"]])
         for f in collection["features"]
     ]
     assert (rasterize(shapes, out_shape=mask.shape, dtype=np.uint8) == mask).all()

@@ -25,9 +25,7 @@ def test_simplified_neighbours_leave_no_gap_and_no_overlap(seed, tolerance):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.one_of(masks, binary),
-    st.sampled_from([0.7, 1.0, 1.5, 2.5, 5.0, 50.0]),
-    st.integers(0, 6),
+    st.one_of(masks, binary), st.sampled_from([0.7, 1.0, 1.5, 2.5, 5.0, 50.0]), st.integers(0, 6)
 )
 def test_simplified_outlines_are_valid_and_apart_whatever_the_mask(mask, tolerance, least):
     """Noise of single pixels, where regions touch themselves and each other at corners."""

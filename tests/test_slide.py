@@ -29,14 +29,7 @@ from wsi_pipeline.geometry import PatchGrid, Region
 from wsi_pipeline.patch_grid import GridInfo, StoredGrid, write_patch_grid
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.base import snap_downsample
-from wsi_pipeline.sources.mpp import (
-    best_mpp,
-    contradictions,
-    doubts,
-    ome_mpp,
-    read_mpp,
-    um_per,
-)
+from wsi_pipeline.sources.mpp import best_mpp, contradictions, doubts, ome_mpp, read_mpp, um_per
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
 from wsi_pipeline.sources.tiff_reader import FileBytes, TiffBackend
 from wsi_pipeline.sources.view import SlideView
@@ -631,11 +624,7 @@ def test_bounds_need_four_integers(missing: str, value: str | None) -> None:
 
 
 def tags(x: float, y: float, unit: str = "centimeter") -> dict[str, str]:
-    return {
-        "tiff.XResolution": str(x),
-        "tiff.YResolution": str(y),
-        "tiff.ResolutionUnit": unit,
-    }
+    return {"tiff.XResolution": str(x), "tiff.YResolution": str(y), "tiff.ResolutionUnit": unit}
 
 
 @pytest.mark.parametrize(

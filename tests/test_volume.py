@@ -818,8 +818,5 @@ def test_packed_voxels_that_do_not_fit_their_checksum_are_refused(
         damaged = whole.copy()
         damaged[at] ^= 1
         path.write_bytes(damaged)
-        with (
-            pytest.raises(SourceError, match="cannot be unpacked"),
-            open_volume(path) as volume,
-        ):
+        with pytest.raises(SourceError, match="cannot be unpacked"), open_volume(path) as volume:
             volume.read((0, 0, 0), volume.shape)

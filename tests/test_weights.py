@@ -140,11 +140,7 @@ def test_a_mapping_that_holds_itself_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "odd",
-    [
-        torch.eye(2).to_sparse(),
-        torch.ones(2, dtype=torch.complex64),
-        torch.empty(2, device="meta"),
-    ],
+    [torch.eye(2).to_sparse(), torch.ones(2, dtype=torch.complex64), torch.empty(2, device="meta")],
     ids=["sparse", "complex", "meta"],
 )
 def test_odd_tensors_are_named(tmp_path: Path, odd: torch.Tensor) -> None:

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 from wsi_pipeline.annotations.check import Finding, Report, check_feature, check_geojson
-from wsi_pipeline.annotations.classes import (
-    IGNORED_CLASS,
-    REGION_CLASS,
-    color_of,
-    is_ignored,
-)
+from wsi_pipeline.annotations.classes import IGNORED_CLASS, REGION_CLASS, color_of, is_ignored
 from wsi_pipeline.annotations.geometry import mend_polygon, survive_float32, survives_float32
 from wsi_pipeline.annotations.raster import rasterise
 from wsi_pipeline.annotations.read import Annotation, read_polygons, read_region

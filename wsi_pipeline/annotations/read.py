@@ -13,12 +13,7 @@ from shapely import Polygon
 from shapely.affinity import translate
 
 from wsi_pipeline.annotations.classes import REGION_CLASS, is_ignored, is_number
-from wsi_pipeline.annotations.document import (
-    iter_nested,
-    parse_document,
-    properties_of,
-    read_bytes,
-)
+from wsi_pipeline.annotations.document import iter_nested, parse_document, properties_of, read_bytes
 from wsi_pipeline.annotations.geometry import mend_polygon
 from wsi_pipeline.annotations.shapes import AREAL_TYPES, build_polygons
 from wsi_pipeline.errors import AnnotationError

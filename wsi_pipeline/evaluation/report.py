@@ -14,12 +14,7 @@ import numpy as np
 from PIL import Image
 
 from wsi_pipeline.evaluation.compare import Comparison
-from wsi_pipeline.evaluation.confusion import (
-    Confusion,
-    bootstrap,
-    class_figures,
-    pooled_figures,
-)
+from wsi_pipeline.evaluation.confusion import Confusion, bootstrap, class_figures, pooled_figures
 from wsi_pipeline.evaluation.disagreement import with_legend
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed, make_folder, writing

@@ -213,10 +213,7 @@ def _labelled(slab: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[Any], int]:
 
 
 def _touching(
-    mask: npt.NDArray[np.uint8],
-    rows: Ints,
-    next_mask: npt.NDArray[np.uint8],
-    next_rows: Ints,
+    mask: npt.NDArray[np.uint8], rows: Ints, next_mask: npt.NDArray[np.uint8], next_rows: Ints
 ) -> Ints:
     """Return (n, 2) pairs of pieces of one class that touch between two neighbouring layers.
 

@@ -71,11 +71,7 @@ def write_ome_tiff(
 
 
 def write_asap_tiff(
-    path: Path,
-    mask: MaskLike,
-    *,
-    mask_mpp: tuple[float, float],
-    reduced: Sequence[MaskLike] = (),
+    path: Path, mask: MaskLike, *, mask_mpp: tuple[float, float], reduced: Sequence[MaskLike] = ()
 ) -> None:
     """Write the whole mask as ASAP and OpenSlide want it: levels as pages, no XML, no colours.
 

@@ -82,12 +82,7 @@ class NMTNet(SegmentationNetwork):
     size_multiple = 32
 
     def __init__(
-        self,
-        *,
-        classes: int = 1,
-        labels: int = 2,
-        channels: int = 3,
-        grey: Grey = "replicate",
+        self, *, classes: int = 1, labels: int = 2, channels: int = 3, grey: Grey = "replicate"
     ) -> None:
         super().__init__(channels=channels, classes=classes, labels=labels)
         self.stem_channels = stem_channels(channels, grey)

@@ -23,14 +23,7 @@ from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.estimate import memory_check, passes_at_once
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.segment import (
-    PreparedRun,
-    Stage,
-    failed_run,
-    finish,
-    fitting,
-    prepare,
-)
+from wsi_pipeline.run.segment import PreparedRun, Stage, failed_run, finish, fitting, prepare
 from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import check_shared, gpu_share, is_in_process, worker_threads

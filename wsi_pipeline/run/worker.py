@@ -207,10 +207,7 @@ class BlockWorker:
         return mask, probability
 
     def _mark_unreadable(
-        self,
-        mask: npt.NDArray[np.uint8],
-        probability: npt.NDArray[np.uint16] | None,
-        block: Block,
+        self, mask: npt.NDArray[np.uint8], probability: npt.NDArray[np.uint16] | None, block: Block
     ) -> list[Region]:
         """Give what could not be read its own class, as far as patches cover it; return where.
 
@@ -249,9 +246,7 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _best(
-    probabilities: torch.Tensor,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+def _best(probabilities: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Return the highest probability and its class of (C, *part); the first of equals."""
     if len(probabilities) == 1:
         probabilities = torch.cat([1 - probabilities, probabilities])

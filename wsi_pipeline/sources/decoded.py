@@ -20,15 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.paths import is_remote, name_of
-from wsi_pipeline.sources.base import (
-    Alpha,
-    Downsamples,
-    Pixels,
-    Sizes,
-    as_rgb,
-    check_size,
-    reading,
-)
+from wsi_pipeline.sources.base import Alpha, Downsamples, Pixels, Sizes, as_rgb, check_size, reading
 
 IN_MEMORY = 1 << 28
 """Decoded bytes up to which a picture stays in memory; larger ones lie in a temporary file."""

@@ -35,9 +35,7 @@ from wsi_pipeline.sources.base import (
     tiles_touching,
 )
 from wsi_pipeline.sources.decoded import Spool
-from wsi_pipeline.sources.jpeg import (
-    colour_doubts,
-)
+from wsi_pipeline.sources.jpeg import colour_doubts
 from wsi_pipeline.sources.mpp import imagej_mpp, ome_mpp
 from wsi_pipeline.sources.tiff_check import decoded_bytes, segment_size
 from wsi_pipeline.sources.tiff_tiles import (

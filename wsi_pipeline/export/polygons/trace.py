@@ -14,13 +14,7 @@ import numpy as np
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
-from wsi_pipeline.export.polygons.arcs import (
-    Arcs,
-    Ends,
-    Numbers,
-    follow_borders,
-    join_fragments,
-)
+from wsi_pipeline.export.polygons.arcs import Arcs, Ends, Numbers, follow_borders, join_fragments
 from wsi_pipeline.export.polygons.components import (
     BlockComponents,
     Index,

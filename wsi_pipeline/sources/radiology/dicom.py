@@ -329,10 +329,7 @@ def values(header: Dataset, groups: Sequence[Dataset] = (), full: Range | None =
         slope, intercept = -slope, sum(ends) - intercept
         window = window and (sum(ends) - window[1], sum(ends) - window[0])
     return Values(
-        slope=slope,
-        intercept=intercept,
-        window=window,
-        full=None if signed else (ends[0], ends[1]),
+        slope=slope, intercept=intercept, window=window, full=None if signed else (ends[0], ends[1])
     )
 
 

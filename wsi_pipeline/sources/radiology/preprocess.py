@@ -121,11 +121,7 @@ class Preparation:
 
 
 def open_scan(
-    path: Path,
-    *,
-    axes: int,
-    frame: int | None = None,
-    time_points: Sequence[int] | None = None,
+    path: Path, *, axes: int, frame: int | None = None, time_points: Sequence[int] | None = None
 ) -> Scan:
     """Open a planar image or a volume; return it.
 
