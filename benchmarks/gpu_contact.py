@@ -31,7 +31,7 @@ LACKING = (
     "lightning-fabric lightning-utilities locket markupsafe msgspec numcodecs openslide-bin "
     "openslide-python orjson partd pydicom shapely tblib tifffile tiffslide tornado zarr zict"
 )
-"""Rasterio (36 MB) is not among them: what is run here never imports it."""
+"""Rasterio (36 MB) is not among them: nothing here needs it, but `train` reads masks with it."""
 LIGHTER = {"numcodecs": "0.17.1"}
 """Where a later version weighs a sixth."""
 MIB, LIMIT = 1 << 20, 460
