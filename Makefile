@@ -5,6 +5,8 @@ BIN := .venv/bin
 # The version that the tests run with. Another build, such as one for a GPU: make setup TORCH=...
 TORCH ?= torch==2.13.0
 WORK ?= bench
+# Processes that share the tests, a file each at a time.
+WORKERS ?= 2
 
 .PHONY: setup demo test test-all lint types imports house docs wheel lowest notebooks benchmark clean
 
@@ -21,7 +23,7 @@ demo: setup
 	$(BIN)/wsi-pipeline demo --output demo-output
 
 test: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-all: setup
 	$(BIN)/python -m pytest -q
