@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,8 @@ def test_too_much_memory_ends_in_a_sentence_and_the_work_goes_on_later(
                 output=tmp_path / "out",
                 max_ram=8 * 10**9,
                 block_size=1024,
+                # The memory is looked at for a second before it is too much.
+                progress=lambda *_: time.sleep(1),
             )
     (run,) = segment(slides / "a.tif", model=busy, output=tmp_path / "out", block_size=1024)
     assert run.status == "done"

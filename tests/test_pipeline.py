@@ -18,12 +18,14 @@ import tifffile
 import torch
 import zarr
 from bundles import Busy, Coarse, classify, lightmuseg_bundle, pointwise_bundle
+from click.testing import CliRunner
 from rasterio.features import rasterize
 from runs import segment_job
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
 from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.networks import build
@@ -277,24 +279,24 @@ def test_another_model_is_refused_like_another_slide(tmp_path, slide_path, chang
     line = ["segment", slide_path, "--model", bundle, "--output", tmp_path / "out"]
 
     def call(*options):
-        return subprocess.run(cli("-q", *line, *options), capture_output=True, text=True)
+        return CliRunner().invoke(group, ["-q", *map(str, line), *options])
 
-    assert call().returncode == 0
+    assert call().exit_code == 0
     (folder,) = (path for path in (tmp_path / "out").iterdir() if path.is_dir())
     if lost:
         shutil.rmtree(folder / lost)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     change(bundle)
     refused, dry = call(), call("--dry-run")
-    assert (refused.returncode, dry.returncode) == (1, 1)
+    assert (refused.exit_code, dry.exit_code) == (1, 1)
     sentence = "holds the run of another model, test-model; choose another --output, or --overwrite"
     assert f"failed: {slide_path}: {folder} {sentence}" in refused.stderr
     assert f"would fail: {folder} {sentence}" in dry.stdout
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before | {
         p: p.read_bytes() for p in (folder / ".store").glob(".lock")
     }
-    assert call("--overwrite", "--dry-run").returncode == 0
-    assert call("--overwrite").returncode == 0
+    assert call("--overwrite", "--dry-run").exit_code == 0
+    assert call("--overwrite").exit_code == 0
     made = load_run(folder / "run.json")
     bytes_of = (bundle / "program.pt").read_bytes()
     assert made.model["weights_sha256"] == hashlib.sha256(bytes_of).hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
@@ -136,7 +137,7 @@ class Run:
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
-    area_px: dict[str, Finite] = field(default_factory=dict)
+    area_px: dict[str, Whole] = field(default_factory=dict)
     volume_ml: dict[str, Finite] = field(default_factory=dict)
     lesions: dict[str, LesionFacts] = field(default_factory=dict)
     labels: dict[str, Finite] = field(default_factory=dict)
@@ -151,7 +152,7 @@ class Run:
             raise ValueError(f"the colour of {odd[0]} is {self.colors[odd[0]]}; expected 3 numbers")
 
     @property
-    def amounts(self) -> dict[str, float]:
+    def amounts(self) -> Mapping[str, float]:
         """Return how much there is of each class, in `unit`."""
         return self.area_mm2 or self.volume_ml or self.area_px
 
