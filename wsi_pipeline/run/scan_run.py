@@ -141,7 +141,7 @@ class ScanRun(SourceRun):
             store.forget_blocks()
             store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
         else:
-            store.forget_blocks(store.damaged(plan.blocks(), mask))
+            store.forget_blocks(store.damaged(self.blocks, mask))
 
     def most_mask_files(self, plan: Plan) -> int:
         """See `SourceRun`."""

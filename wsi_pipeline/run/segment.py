@@ -169,11 +169,11 @@ def finish(prepared: PreparedRun, seconds: float, stage: Stage) -> Run:
     """
     start, job, run = time.perf_counter(), prepared.job, prepared.run
     store = run.plan.store
-    run.check_source()
-    with writing(store.folder):
-        files = WrittenFiles(store, tell=lambda name: stage(f"writing {name}"))
-        drop_what_is_old(store, run.key, files)
-    written = run.write(files)
+    with run.reopen():
+        with writing(store.folder):
+            files = WrittenFiles(store, tell=lambda name: stage(f"writing {name}"))
+            drop_what_is_old(store, run.key, files)
+        written = run.write(files)
     total = prepared.seconds + seconds + time.perf_counter() - start
     written = replace(written, seconds={**written.seconds, "total": round(total, 3)})
     write_run_json(job.folder / RUN_FILE, written)

@@ -171,7 +171,7 @@ class SlideRun(SourceRun):
         is_moved = not path.is_dir() and bool(store.blocks())
         mask = ome_zarr.open_begun(store.finished_mask_path if is_moved else path)
         if mask is not None:
-            damaged = store.damaged(plan.blocks(), mask)
+            damaged = store.damaged(self.blocks, mask)
             if damaged and is_moved:
                 with writing(path):
                     os.rename(store.finished_mask_path, path)

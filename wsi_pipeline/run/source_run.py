@@ -120,11 +120,13 @@ class SourceRun(ABC):
         """Plan the blocks and create the mask; return nothing."""
         self.plan = self.lay_out(store, threads, keep=True)
         check(self.plan)
-        self.make_mask()
         self.blocks = self.plan.blocks()
+        self.make_mask()
 
-    def check_source(self) -> None:
-        """Open the source again; refuse one that was replaced, and forget what was made of it.
+    def reopen(self) -> Slide | Scan:
+        """Open the source again, to be closed when all is written; return it.
+
+        One that was replaced is refused, and what was made of it forgotten.
 
         Raises:
             SourceError: it was.
@@ -136,9 +138,10 @@ class SourceRun(ABC):
             self.reopened.close()
             self.plan.store.empty()
             raise
+        return self.reopened
 
     def write(self, files: WrittenFiles) -> Run:
-        """Write what was asked for, once all blocks are done; return the run.
+        """Write what was asked for, once the source is open again; return the run.
 
         An output that fails is named in the run and costs no other.
 
@@ -147,10 +150,9 @@ class SourceRun(ABC):
         """
         plan, settings, clock = self.plan, self.settings, Clock()
         ledger = {block.index: plan.store.load_block(block) for block in self.blocks}
-        with self.reopened:
-            result = self._finish(ledger, files, clock)
-            wanted = settings.export.outputs
-            failures, written = result.write(wanted, plan.store.folder, files, clock)
+        result = self._finish(ledger, files, clock)
+        wanted = settings.export.outputs
+        failures, written = result.write(wanted, plan.store.folder, files, clock)
         own = self._facts(ledger)
         seconds = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
         run = Run(

@@ -25,7 +25,7 @@ import zarr
 from zarr.storage import LocalStore
 
 from wsi_pipeline.errors import BusyError, StoreError
-from wsi_pipeline.files.arrays import chunk_files, trusted
+from wsi_pipeline.files.arrays import chunk_files
 from wsi_pipeline.files.atomic import make_folders, remove, sync, written_beside
 from wsi_pipeline.files.locks import LOCK_FILE, claim_folder, writing
 from wsi_pipeline.files.paths import WORK
@@ -105,10 +105,6 @@ class RunStore:
         with writing(self.mask_path), written_beside(self.mask_path) as partial:
             group = zarr.open_group(partial, mode="w-")
             group.create_array("0", shape=shape, chunks=(chunk,) * len(shape), dtype=np.uint8)
-
-    def open_mask(self) -> zarr.Array[Any]:
-        """Open a mask that `create_mask` made, to be read and written; return it."""
-        return trusted(zarr.open_array(self.mask_path / "0", mode="r+"))
 
     def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""
