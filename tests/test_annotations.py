@@ -539,6 +539,11 @@ def damaged(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.filterwarnings("error")
+@example(
+    data=b'{"type":"FeatureCollection","features":[{"type":"Feature",'
+    b'"geometry":{"type":"Point","coordinates":[1,2]},'
+    b'"properties":{"color":[null,null,null,NaN]}}]}'
+)
 @settings(
     max_examples=150,
     deadline=None,

@@ -13,12 +13,20 @@ from shapely import Polygon
 from shapely.affinity import translate
 
 from wsi_pipeline.annotations.classes import REGION_CLASS, is_ignored, is_number
-from wsi_pipeline.annotations.document import iter_nested, parse_document, properties_of, read_bytes
+from wsi_pipeline.annotations.document import (
+    GEOMETRY_TYPES,
+    iter_nested,
+    parse_document,
+    properties_of,
+    read_bytes,
+)
 from wsi_pipeline.annotations.geometry import mend_polygon
 from wsi_pipeline.annotations.shapes import AREAL_TYPES, build_polygons
 from wsi_pipeline.errors import AnnotationError
 
 logger = logging.getLogger(__name__)
+
+NO_GEOMETRY = "feature without geometry"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +72,10 @@ def read_polygons(
     elsewhere, without_area = Counter[str](), Counter[str]()
     for index, feature in iter_nested(document.features):
         geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
-        kind = geometry.get("type") if isinstance(geometry, Mapping) else "feature without geometry"
+        kind = geometry.get("type") if isinstance(geometry, Mapping) else NO_GEOMETRY
         if kind not in (*AREAL_TYPES, "GeometryCollection"):
-            without_area[str(kind)] += 1
+            # a strange word as Python shows it: it may hold what no line of a log can
+            without_area[kind if kind in (*GEOMETRY_TYPES, NO_GEOMETRY) else repr(kind)] += 1
         where, class_name = f"{path}, feature {index}", class_name_of(properties_of(feature))
         try:
             areas = []

@@ -132,7 +132,8 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items() if is_json(v)}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value if is_json(item)]
+        # a list keeps its length, which may mean something, as a colour's does
+        return [_without_nan(item) if is_json(item) else None for item in value]
     return value
 
 

@@ -317,7 +317,8 @@ class _LogFile(logging.FileHandler):
 @contextmanager
 def _log_file(output: Path) -> Iterator[None]:
     """Write warnings and errors, with tracebacks, to a file in the output folder."""
-    handler = _LogFile(output / LOG_FILE, encoding="utf-8", delay=True)
+    path = output / LOG_FILE
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
