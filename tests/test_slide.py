@@ -37,9 +37,7 @@ from wsi_pipeline.sources.view import SlideView
 Pixels = npt.NDArray[np.uint8]
 MakeSlide = Callable[..., Path]
 
-quick = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=40, suppress_health_check=[*HealthCheck])
 
 
 class ArrayBackend:
