@@ -11,13 +11,16 @@ from scipy import ndimage
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.overlay import FILL, TISSUE_COLOR, read_preview, write_overlay
 
-RED, BLUE = (200, 0, 0), (10, 20, 250)
+RED, BLUE, WHITE, BLACK = (200, 0, 0), (10, 20, 250), (255, 255, 255), (0, 0, 0)
+YELLOW = (250, 230, 20)
 CLASSES = (
     ClassInfo(name="Background"),
     ClassInfo(name="Tumor", color=RED),
     ClassInfo(name="Nécrose µ", color=BLUE),
 )
 H, W = 300, 400
+CROSS = np.zeros((5, 5), bool)
+CROSS[2], CROSS[:, 2] = True, True
 
 
 @pytest.fixture
@@ -45,17 +48,71 @@ def drawn(path: Path, *args: np.ndarray, tissue: np.ndarray | None = None) -> np
 def test_background_is_the_thumbnail_itself(
     tmp_path: Path, thumbnail: np.ndarray, mask: np.ndarray
 ) -> None:
-    picture = drawn(tmp_path / "o.png", thumbnail, mask)[:H]
-    assert np.array_equal(picture[mask == 0], thumbnail[mask == 0])
+    image = drawn(tmp_path / "o.png", thumbnail, mask)
+    far = ndimage.distance_transform_cdt(mask == 0, "chessboard") > 1
+    assert np.array_equal(image[:H, :W][far], thumbnail[far])
+    assert np.array_equal(image[:H, -W:], thumbnail)  # and is beside, to compare
+
+
+def test_a_wide_thumbnail_lies_below(tmp_path: Path) -> None:
+    wide = np.random.default_rng(1).integers(0, 256, size=(90, 401, 3), dtype=np.uint8)
+    image = drawn(tmp_path / "o.png", wide, np.zeros((90, 401), np.uint8))
+    assert image.shape[1] == 401
+    assert np.array_equal(image[:90], wide)
+    (top,) = (y for y in range(91, 120) if np.array_equal(image[y : y + 90], wide))
+    assert (image[90:top] == 255).all()
+
+
+@pytest.mark.parametrize(("color", "rim"), [(RED, WHITE), (BLUE, WHITE), (YELLOW, BLACK)])
+def test_an_outline_has_a_rim_that_its_colour_stands_out_from(
+    tmp_path: Path, mask: np.ndarray, color: tuple[int, ...], rim: tuple[int, ...]
+) -> None:
+    """Of tissue in the very colour of a class only the rim tells the outline."""
+    classes = (CLASSES[0], ClassInfo(name="a", color=color), ClassInfo(name="b", color=color))
+    tissue = np.full((H, W, 3), color, np.uint8)
+    write_overlay(tmp_path / "o.png", tissue, mask, classes=classes)
+    picture = np.asarray(Image.open(tmp_path / "o.png"))[:H, :W]
+    beside = ndimage.binary_dilation(mask > 0, np.ones((3, 3))) & (mask == 0)
+    assert (picture[beside] == rim).all()
+    assert (picture[~beside] == color).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "um", "length"), [(400, 0.7, 100), (801, 3.3, 1000), (90, 40.0, 1000)]
+)
+def test_a_scale_bar_is_as_long_as_it_says(
+    tmp_path: Path, width: int, um: float, length: int
+) -> None:
+    """1, 2 or 5 times a power of ten, at most a fifth of the picture."""
+    blank = np.full((width, width, 3), 255, np.uint8)
+    empty = np.zeros((width, width), np.uint8)
+    for name, scale in (("bar.png", um), ("none.png", None)):
+        write_overlay(tmp_path / name, blank, empty, classes=CLASSES[:1], um=scale)
+    strip = np.asarray(Image.open(tmp_path / "bar.png"))[width:]
+    # the bar begins at the margin
+    longest = int(np.argmin(np.all(strip[:, 10:] == (40, 40, 40), axis=2), axis=1).max())
+    assert longest == round(length / um)
+    assert longest <= (2 * width + 10) / 5 < 2.5 * longest
+    assert (np.asarray(Image.open(tmp_path / "none.png"))[width:] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["a\nb.svs", "a\udce9.svs", "很长" * 200, "\u202e\x00", ""])
+def test_notes_are_drawn_whatever_they_hold(tmp_path: Path, name: str) -> None:
+    blank, empty = np.full((60, 60, 3), 255, np.uint8), np.zeros((60, 60), np.uint8)
+    write_overlay(tmp_path / "o.png", blank, empty, classes=CLASSES[:1], notes=[name, "m" * 99])
+    strip = np.asarray(Image.open(tmp_path / "o.png"))[60:]
+    assert strip.shape[1] == 130
+    assert (strip < 128).any()
+    assert (strip[:, -3:] == 255).all()  # nothing is cut off
 
 
 def test_tissue_stays_visible_inside_a_crisp_outline(
     tmp_path: Path, thumbnail: np.ndarray, mask: np.ndarray
 ) -> None:
-    picture = drawn(tmp_path / "o.png", thumbnail, mask)[:H]
+    picture = drawn(tmp_path / "o.png", thumbnail, mask)[:H, :W]
     for index, color in ((1, RED), (2, BLUE)):
         own = np.pad(mask, 1, mode="edge") == index  # the picture's edge is no outline
-        inner = ndimage.binary_erosion(own)[1:-1, 1:-1]
+        inner = ndimage.binary_erosion(own, CROSS, border_value=1)[1:-1, 1:-1]
         outline = (mask == index) & ~inner
         assert (picture[outline] == color).all()
         mixed = thumbnail[inner] * (1 - FILL) + np.array(color) * FILL
@@ -66,7 +123,8 @@ def test_tissue_stays_visible_inside_a_crisp_outline(
 def test_tissue_gets_a_thin_line(tmp_path: Path, thumbnail: np.ndarray) -> None:
     tissue = np.zeros((H, W), bool)
     tissue[20:280, 30:370] = True
-    picture = drawn(tmp_path / "o.png", thumbnail, np.zeros((H, W), np.uint8), tissue=tissue)[:H]
+    picture = drawn(tmp_path / "o.png", thumbnail, np.zeros((H, W), np.uint8), tissue=tissue)
+    picture = picture[:H, :W]
     line = tissue & ~ndimage.binary_erosion(tissue)
     assert (picture[line] == TISSUE_COLOR).all()
     assert np.array_equal(picture[~line], thumbnail[~line])
@@ -77,22 +135,25 @@ def test_the_legend_is_below_and_shows_each_class(tmp_path: Path, width: int) ->
     blank = np.full((H, width, 3), 255, np.uint8)
     image = drawn(tmp_path / "o.png", blank, np.zeros((H, width), np.uint8))
     legend = image[H:].reshape(-1, 3)
-    assert image.shape[1] == width
+    assert image.shape[1] == (width if width >= 1.5 * H else 2 * width + 10)
     assert (image[:H] == 255).all()
     for color in (RED, BLUE):
         assert (legend == color).all(axis=1).any()
 
 
-def test_the_preview_is_small_and_has_no_legend(tmp_path: Path) -> None:
+def test_the_preview_is_small_and_has_both_pictures(tmp_path: Path) -> None:
     gradient = np.linspace(0, 255, 900).astype(np.uint8)
     thumbnail = np.repeat(np.repeat(gradient[:, None, None], 1200, axis=1), 3, axis=2)
     drawn(tmp_path / "o.png", thumbnail, np.zeros((900, 1200), np.uint8))
-    for side, size in ((480, (480, 360)), (240, (240, 180)), (1000, (480, 360))):
+    pair = np.pad(thumbnail, [(0, 0), (0, 10), (0, 0)], constant_values=255)
+    pair = np.concatenate([pair, thumbnail], axis=1)
+    for side, size in ((640, (640, 239)), (320, (320, 120)), (1000, (640, 239))):
         with Image.open(io.BytesIO(read_preview(tmp_path / "o.png", side))) as preview:
             assert preview.format == "JPEG"
-            assert preview.size == size
-            pixels = np.asarray(preview)
-        expected = np.asarray(Image.fromarray(thumbnail).resize(size))
+            assert preview.width == size[0]
+            assert size[1] < preview.height < size[1] + 40  # of the notes and the scale bar
+            pixels = np.asarray(preview)[: size[1]]
+        expected = np.asarray(Image.fromarray(pair).resize(size))
         assert np.abs(pixels.astype(int) - expected).mean() < 3
 
 

@@ -82,4 +82,8 @@ def test_without_lesions_the_middle_is_shown(tmp_path):
     with open_volume(tmp_path / "a.nii") as volume:
         write(tmp_path / "overlay.png", volume, np.zeros((8, 7, 6), np.uint8))
     with Image.open(tmp_path / "overlay.png") as picture:
-        assert picture.size == (360 + 360 + 420 + 24, 480 + 35)
+        assert picture.size == (360 + 360 + 420 + 24, 480 + 10 + 480 + 35)
+        # 8 mm are 480 px: the scale bar of 2 mm, below
+        below = np.asarray(picture.convert("L"))[-35:]
+        runs = np.flatnonzero(np.diff(np.pad((below == 40).astype(int), [(0, 0), (1, 1)]), axis=1))
+        assert 120 in np.diff(runs)

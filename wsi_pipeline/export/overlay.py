@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+from scipy import ndimage
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.files.atomic import written_beside
@@ -21,10 +22,12 @@ FILL = 0.3
 """Opacity of a class inside its outline: the tissue must stay visible."""
 TISSUE_COLOR = (70, 70, 90)
 TEXT_COLOR, WHITE = (40, 40, 40), (255, 255, 255)
+BRIGHT = 150
+"""Grey of a class's colour from which on its outline is rimmed dark, on all sides, else white."""
 FONT_SIZE, MARGIN = 15, 10
 """Of the legend: height of its letters, and what is around and between its entries, in px."""
-PREVIEW = "preview"
-"""Key of the PNG's text that holds a small JPEG of the picture, as base64."""
+PREVIEW, PREVIEW_SIDE = "preview", 640
+"""Key of the PNG's text that holds a small JPEG of the pictures, as base64, and its longer side."""
 
 Picture = npt.NDArray[np.uint8]
 Color = tuple[int, int, int]
@@ -39,12 +42,14 @@ def write_overlay(
     classes: Sequence[ClassInfo],
     tissue: BoolMask | None = None,
     captions: Sequence[str] | None = None,
-    note: str = "",
+    notes: Sequence[str] = (),
+    um: float | None = None,
 ) -> None:
     """Write a PNG of the thumbnail under translucent, outlined classes, with a legend below.
 
-    The legend's shares are of the tissue (of the picture where no tissue is given) and as coarse
-    as the thumbnail; exact areas are in the run's report.
+    The thumbnail as it is lies beside, of a wide one below. The legend's shares are of the tissue
+    (of the picture where no tissue is given) and as coarse as the thumbnail; exact areas are in the
+    run's report.
 
     Args:
         path: File to write; appears when it is complete.
@@ -53,9 +58,13 @@ def write_overlay(
         classes: Classes in the mask's order; 0 is the background.
         tissue: Where there is tissue, bool (h, w); drawn as a thin line where given.
         captions: What the legend says of each class but the background, in place of shares.
-        note: What stands before the legend.
+        notes: What stands before the legend, as the slide's name.
+        um: µm per pixel along the rows, for a scale bar; None = no bar.
     """
-    picture = _draw(thumbnail, mask, classes, tissue)
+    axis = int(thumbnail.shape[1] < 1.5 * thumbnail.shape[0])
+    between = [(0, MARGIN * (axis == 0)), (0, MARGIN * (axis == 1)), (0, 0)]
+    drawn = np.pad(_draw(thumbnail, mask, classes, tissue), between, constant_values=255)
+    picture = np.concatenate([drawn, thumbnail], axis=axis)
     if captions is None:
         pixels = mask.ravel() if tissue is None else mask[tissue]
         shares = 100 * np.bincount(pixels, minlength=len(classes)) / max(pixels.size, 1)
@@ -63,21 +72,26 @@ def write_overlay(
         named = zip(classes[1:], shares[1:], strict=True)
         captions = [f"{c.name}: {share:.1f} % of the {of}" for c, share in named]
     colors = [c.color or (0, 0, 0) for c in classes[1:]]
-    entries: list[tuple[Color, str]] = [(WHITE, note)] if note else []
-    entries += zip(colors, captions, strict=True)
+    told: list[tuple[Color, str]] = [(WHITE, note) for note in notes]
+    entries = told + list(zip(colors, captions, strict=True))
     if tissue is not None:
         entries.append((TISSUE_COLOR, "edge of the tissue"))
-    below = legend(entries, picture.shape[1])
+    below = legend(entries, picture.shape[1], um=um)
+    small = Image.fromarray(picture)
+    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), reducing_gap=2)
+    strip = legend(told, small.width, um=um and um * picture.shape[1] / small.width)
+    preview = Image.fromarray(np.vstack([np.asarray(small), strip]))
     info = PngInfo()
-    info.add_text(PREVIEW, base64.b64encode(_small_jpeg(Image.fromarray(picture), 480)).decode())
+    info.add_text(PREVIEW, base64.b64encode(_small_jpeg(preview, PREVIEW_SIDE)).decode())
     with written_beside(path) as beside:
         Image.fromarray(np.vstack([picture, below])).save(beside, format="PNG", pnginfo=info)
 
 
 def read_preview(path: Path, side: int) -> bytes:
-    """Return the small JPEG that an overlay carries, its longer side at most `side` px, or 480.
+    """Return the small JPEG that an overlay carries, its longer side at most `side` px.
 
-    It has no legend, and is there without decoding the PNG: a report may show thousands.
+    It has notes and scale bar but no legend of classes, and is there without decoding the PNG: a
+    report may show thousands.
 
     Raises:
         OSError: no such file, or no PNG.
@@ -104,8 +118,9 @@ def _draw(
     tissue: BoolMask | None,
 ) -> Picture:
     """Return the thumbnail with fills, outlines and the line around the tissue."""
-    # px of an outline
-    width = max(1, round(max(mask.shape) / 1200))
+    # px of an outline, and of the rim around it that tells it from tissue of its own colour
+    width = max(2, round(max(mask.shape) / 800))
+    rim = max(1, width // 2)
     colors = np.array([c.color or (0, 0, 0) for c in classes], dtype=np.float32)
     inside = mask > 0
     picture = thumbnail.copy()
@@ -113,6 +128,10 @@ def _draw(
     picture[inside] = np.round(mixed).astype(np.uint8)
     if tissue is not None:
         picture[tissue & _outline(tissue, 1)] = TISSUE_COLOR
+    nearby = ndimage.maximum_filter(mask, 2 * rim + 1)
+    dark = colors @ np.array([0.299, 0.587, 0.114], np.float32) > BRIGHT
+    outside = ~inside & (nearby > 0)
+    picture[outside] = np.where(dark, 0, 255).astype(np.uint8)[nearby[outside], None]
     edge = inside & _outline(mask, width)
     picture[edge] = colors[mask[edge]].astype(np.uint8)
     return picture
@@ -144,7 +163,10 @@ def legend(entries: Sequence[tuple[Color, str]], width: int, *, um: float | None
     """
     font = _font()
     line = FONT_SIZE + MARGIN
-    marks = [(FONT_SIZE, FONT_SIZE, color, text) for color, text in entries]
+    marks = [
+        (0 if color == WHITE else FONT_SIZE, FONT_SIZE, color, _fitting(text, width - 4 * MARGIN))
+        for color, text in entries
+    ]
     if um is not None:
         longest = um * width / 5
         ten = 10 ** math.floor(math.log10(longest))
@@ -153,7 +175,7 @@ def legend(entries: Sequence[tuple[Color, str]], width: int, *, um: float | None
         marks.append((round(length / um), 4, TEXT_COLOR, text))
     places, x, y = [], MARGIN, MARGIN
     for wide, _, _, text in marks:
-        needed = wide + 6 + round(font.getlength(text))
+        needed = wide + 6 * (wide > 0) + round(font.getlength(text))
         if x > MARGIN and x + needed + MARGIN > width:
             x, y = MARGIN, y + line
         places.append((x, y))
@@ -162,9 +184,28 @@ def legend(entries: Sequence[tuple[Color, str]], width: int, *, um: float | None
     draw = ImageDraw.Draw(strip)
     for (wide, high, color, text), (x, y) in zip(marks, places, strict=True):
         top = y + (FONT_SIZE - high) // 2
-        draw.rectangle((x, top, x + wide - 1, top + high - 1), fill=color)
-        draw.text((x + wide + 6, y + FONT_SIZE // 2), text, TEXT_COLOR, font, anchor="lm")
+        if wide:
+            draw.rectangle((x, top, x + wide - 1, top + high - 1), fill=color)
+        draw.text(
+            (x + wide + 6 * (wide > 0), y + FONT_SIZE // 2), text, TEXT_COLOR, font, anchor="lm"
+        )
     return np.asarray(strip)
+
+
+def _fitting(text: str, width: int) -> str:
+    r"""Return a text of one line, shortened in the middle until it is at most `width` px long.
+
+    Example:
+        >>> _fitting("a\nb.svs", 200), len(_fitting("w" * 99, 50)) < 9
+        ('a�b.svs', True)
+    """
+    text = "".join(letter if letter.isprintable() else "�" for letter in text)
+    kept = len(text)
+    shorter = text
+    while _font().getlength(shorter) > width and kept > 1:
+        kept -= 1
+        shorter = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return shorter
 
 
 @cache

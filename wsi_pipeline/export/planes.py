@@ -110,7 +110,7 @@ def write_planes_overlay(
     classes: Sequence[ClassInfo],
     lesions: Sequence[Lesions],
     *,
-    note: str = "",
+    notes: Sequence[str] = (),
 ) -> None:
     """Write a PNG of axial, coronal and sagittal slices through the largest lesion, outlined.
 
@@ -123,7 +123,7 @@ def write_planes_overlay(
         mask: uint8 (z, y, x) class index.
         classes: in the mask's order; 0 is the background.
         lesions: of the mask, as `count_lesions` finds them.
-        note: that stands before the legend.
+        notes: that stand before the legend.
     """
     listed = [lesion for own in lesions for lesion in own.largest]
     at = tuple(n // 2 for n in volume.shape)
@@ -155,7 +155,8 @@ def write_planes_overlay(
         _side_by_side([m.astype(np.uint8) for m in masks]),
         classes=classes,
         captions=[_caption(own) for own in lesions],
-        note=note,
+        notes=notes,
+        um=1000 * max(n * mm for n, mm in zip(volume.shape, volume.spacing_mm, strict=True)) / SIDE,
     )
 
 

@@ -16,7 +16,7 @@ from urllib.parse import quote_from_bytes
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from wsi_pipeline.export.overlay import read_preview
+from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
 from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.report.record import FILES, GREY, OUTPUT_FILES, RUN_FILE, Run
 
@@ -67,7 +67,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         runs: by their folder, in which `overlay.png` is looked for.
     """
     # px, of a picture's longer side
-    side = 480 if len(runs) <= MANY_RUNS else 240
+    side = PREVIEW_SIDE if len(runs) <= MANY_RUNS else PREVIEW_SIDE // 2
     # a failed run has a card only where there is something to see: its reason stands at the top
     shown = {folder for folder, run in runs.items() if run.status == "done" or run.amounts}
     shared = {folder: _facts({n: getattr(run, n) for n in SHARED}) for folder, run in runs.items()}

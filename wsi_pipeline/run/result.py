@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -128,6 +129,12 @@ class Result(ABC):
         return made_by(self.model, self.key)
 
     @property
+    def _notes(self) -> list[str]:
+        """Return what stands below a picture."""
+        told = (self.facts["name"], self.model["name"], str(date.today()), stamp_of(self.model))
+        return [note for note in told if note]
+
+    @property
     def _namespace(self) -> str:
         return f"{self.facts['fingerprint']}/{self.model['weights_sha256']}"
 
@@ -211,7 +218,8 @@ class SlideResult(Result):
             ome_zarr.read_mask(self.mask_path, tissue.shape),
             classes=self.classes,
             tissue=tissue,
-            note=stamp_of(self.model),
+            notes=self._notes,
+            um=self.facts["mpp"][0] * self.stored.tissue_downsample[1],
         )
 
 
@@ -309,7 +317,10 @@ class ImageResult(ScanResult):
             np.asarray(picture.resize((width, height), Pictures.Resampling.BOX)),
             self.mask[:, :][np.ix_(rows, columns)],
             classes=self.classes,
-            note=stamp_of(self.model),
+            notes=self._notes,
+            um=spacing[1] * 1000 * image.shape[1] / width
+            if (spacing := self._spacing_mm)
+            else None,
         )
 
 
@@ -328,7 +339,7 @@ class VolumeResult(ScanResult):
             "nifti": lambda path: write_nifti(path, self.mask, volume),
             **super()._writers(),
             "overlay": lambda path: write_planes_overlay(
-                path, volume, self.mask, self.classes, self.lesions, note=stamp_of(self.model)
+                path, volume, self.mask, self.classes, self.lesions, notes=self._notes
             ),
         }
 
