@@ -19,41 +19,24 @@ PATIENCE = 60
 """Seconds to wait for a server to go on."""
 
 
-def check_sha256(path: Path, sha256: str, *, origin: str | Path) -> None:
-    """Refuse a file that is not what was expected; return nothing.
-
-    Args:
-        path: of the file.
-        sha256: the hex digest, or its first eight digits or more, as some file names have them.
-        origin: where it came from, for the message.
-
-    Raises:
-        BundleError: another file.
-    """
-    _check_digest(sha256, origin, least=8)
-    if not (found := sha256_of(path)).startswith(sha256.lower()):
-        raise BundleError(f"{origin} has sha256 {found}, expected {sha256}")
-
-
 def download(url: str, sha256: str) -> Path:
     """Fetch a file once into the user's cache; return its path, checked.
 
     Args:
-        url: of the file.
-        sha256: the hex digest, or its first eight digits or more.
+        sha256: The hex digest, or its first eight digits or more, as some file names have them.
 
     Raises:
         BundleError: it cannot be fetched, or is another file; then it is not kept.
     """
-    _check_digest(sha256, url, least=8)
+    if not re.fullmatch("[0-9a-fA-F]{8,64}", sha256):
+        raise BundleError(f"sha256 {sha256!r} of {url}: expected 8 to 64 hex digits")
     target = cache_path(url, sha256)
     if not target.is_file():
         fetch_file(url, target)
-    try:
-        check_sha256(target, sha256, origin=url)
-    except BundleError:
+    if not (found := sha256_of(target)).startswith(sha256.lower()):
+        # What is kept is found by the wanted digest the next time, and not fetched again.
         target.unlink()
-        raise
+        raise BundleError(f"{url} has sha256 {found}, expected {sha256}")
     return target
 
 
@@ -86,7 +69,8 @@ def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
             raise
         reason = str(error)
         for secret in filter(None, (parts.password, parts.query)):
-            reason = reason.replace(secret, "…")  # some say a part of the URL only
+            # Some say a part of the URL only.
+            reason = reason.replace(secret, "…")
         raise BundleError(f"cannot fetch {url}: {reason}") from error
     return target
 
@@ -100,8 +84,3 @@ def _request(parts: urllib.parse.SplitResult) -> urllib.request.Request:
         # to nobody to whom the server sends us on
         request.add_unredirected_header("Authorization", f"Basic {b64encode(told).decode()}")
     return request
-
-
-def _check_digest(sha256: str, origin: str | Path, *, least: int) -> None:
-    if not re.fullmatch(rf"[0-9a-fA-F]{{{least},64}}", sha256):
-        raise BundleError(f"sha256 {sha256!r} of {origin}: expected {least} to 64 hex digits")

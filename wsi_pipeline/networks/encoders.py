@@ -15,7 +15,7 @@ from urllib.parse import urlparse
 from torch import Tensor, nn
 
 from wsi_pipeline.errors import BundleError
-from wsi_pipeline.files.download import check_sha256, download
+from wsi_pipeline.files.download import download
 from wsi_pipeline.networks.base import conv_norm
 from wsi_pipeline.networks.weights import load_state, read_state
 
@@ -148,16 +148,15 @@ def stem_channels(channels: int, grey: Grey) -> int:
     return 3 if channels == 1 and grey == "replicate" else channels
 
 
-def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | None = None) -> None:
+def load_imagenet(encoder: nn.Module, location: str | Path) -> None:
     """Load torchvision's published ImageNet weights into an encoder; return nothing.
 
     Args:
         encoder: What `mobilenet_v2_features` or `ResNet18` makes; with one channel, its first
             convolution takes the sum of the weights over the colours.
-        location: a `.pth` or `.safetensors` file with torchvision's names, or its URL, which is
-            fetched once into the user's cache.
-        sha256: Digest of the file, in hex, or its first eight digits or more. A URL needs it,
-            unless its name ends with them, as torchvision's do.
+        location: A `.pth` or `.safetensors` file with torchvision's names, or its URL, which is
+            fetched once into the user's cache. A URL's name ends with eight hex digits or more of
+            the file's sha256, as those of torchvision do.
 
     Raises:
         BundleError: no such file, another digest, or other tensors.
@@ -165,15 +164,12 @@ def load_imagenet(encoder: nn.Module, location: str | Path, *, sha256: str | Non
     path, url = Path(location), str(location)
     if "://" in url:
         named = re.search(r"-([0-9a-f]{8,64})$", Path(urlparse(url).path).stem)
-        sha256 = sha256 or (named[1] if named else None)
-        if sha256 is None:
+        if named is None:
             raise BundleError(
-                f"{location}: its name does not end with a sha256, and none is given; "
-                "fetch the file yourself and name its path"
+                f"{location}: its name does not end with a sha256; fetch the file yourself and "
+                "name its path"
             )
-        path = download(url, sha256)
-    elif sha256 is not None and path.is_file():
-        check_sha256(path, sha256, origin=path)
+        path = download(url, named[1])
     state = present_names(read_state(path))
     # torchvision's MobileNetV2 is features and classifier, its ResNet has no such parts
     module = nn.ModuleDict({"features": encoder}) if isinstance(encoder, nn.Sequential) else encoder
