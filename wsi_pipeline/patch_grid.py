@@ -6,11 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import zarr
@@ -94,9 +95,8 @@ def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> St
     """Create a patch grid on disk, its pixels still white; return it opened.
 
     Args:
-        path: folder to create; replaced where it exists.
-        stored: what to write; its `pixels` are ignored.
-        with_pixels: whether to make room for pixels.
+        path: Folder to create; replaced where it exists.
+        stored: What to write; its `pixels` are ignored.
     """
     group = zarr.open_group(path, mode="w")
     info = asdict(stored.info)
@@ -120,8 +120,8 @@ def close_patch_grid(path: Path, unreadable: Iterable[Region] = ()) -> None:
     """Write down, in a patch grid, what is to be found in it; return nothing.
 
     Args:
-        path: of the grid, all of whose pixels are written.
-        unreadable: parts of the slide that could not be read, in level-0 pixels.
+        path: Folder of the grid, all of whose pixels are written.
+        unreadable: Parts of the slide that could not be read, in level-0 pixels.
     """
     group = zarr.open_group(path, mode="r+")
     # sorted, as folders list them in any order
@@ -152,7 +152,8 @@ def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
                 f"{path} is a patch grid of version {attrs['version']}; this program reads "
                 f"{VERSION}: write it again with `tile --overwrite`"
             )
-        for name, count in attrs.get("chunks", {}).items():  # older grids do not say
+        # Older grids do not say.
+        for name, count in attrs.get("chunks", {}).items():
             array: Any = group[name]
             if (found := array.nchunks_initialized) != count:
                 raise StoreError(
@@ -163,36 +164,19 @@ def open_patch_grid(path: str | Path, *, mode: str = "r") -> StoredGrid:
         pixels = group.get("pixels")
         y, x = tissue.attrs["downsample"]
         stored = StoredGrid(
-            info=_grid_info(attrs),
+            info=msgspec.convert(attrs, GridInfo),
             patches=read_whole(group["patches"], np.int64),
             tissue=read_whole(tissue, bool),
             thumbnail=read_whole(group["thumbnail"], np.uint8),
             tissue_downsample=(float(y), float(x)),
             pixels=None if pixels is None else trusted(pixels),
-            unreadable=tuple(Region(**region) for region in attrs.get("unreadable", ())),
+            unreadable=msgspec.convert(attrs.get("unreadable", ()), tuple[Region, ...]),
         )
         stored.grid  # noqa: B018  # looks at the order of the patches
         return stored
     except StoreError:
         raise
-    except Exception as error:  # metadata may be anything, and codecs raise anything
+    except Exception as error:
+        # Metadata may be anything, and codecs raise anything.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise StoreError(f"the patch grid {path} is damaged ({reason}); write it again") from error
-
-
-def _grid_info(attrs: Mapping[str, Any]) -> GridInfo:
-    bounds = attrs["bounds"]
-    return GridInfo(
-        source_name=str(attrs["source_name"]),
-        fingerprint=str(attrs["fingerprint"]),
-        grid_mpp=float(attrs["grid_mpp"]),
-        bounds=None if bounds is None else Region(**bounds),
-        doubts=tuple(map(str, attrs.get("doubts", ()))),
-        **{name: _pair(attrs[name], float) for name in ("mpp", "downsample")},
-        **{name: _pair(attrs[name], int) for name in ("size", "shape", "patch_size", "stride")},
-    )
-
-
-def _pair(value: Any, kind: type) -> Any:
-    first, second = value
-    return (kind(first), kind(second))
