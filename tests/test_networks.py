@@ -23,7 +23,7 @@ from wsi_pipeline.networks.lightmuseg import CHANNELS, FRFM, MSFFM, LightMuSeg
 from wsi_pipeline.networks.mm3d_unet import IRB, MM3DUNet
 from wsi_pipeline.networks.nmtnet import LRE, MFCR, NMTNet, _masked_mean
 from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
-from wsi_pipeline.networks.weights import load_weights, read_state
+from wsi_pipeline.networks.weights import load_state, read_state
 
 PAGE = Path(__file__).parents[1] / "docs" / "networks.md"
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -772,9 +772,9 @@ def test_weights_without_the_unused_layers_load_and_are_upcast(tmp_path: Path) -
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
     state = LightMuSeg().state_dict()
     state["decoder.stranger"] = state.pop("last_conv.bias")
-    save_file(state, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
     with pytest.raises(BundleError, match=r"missing last_conv\.bias; unexpected decoder\.stranger"):
-        load_weights(LightMuSeg(), tmp_path / "model.safetensors", unused=LightMuSeg.unused)
+        load_state(LightMuSeg(), state, path=path, unused=LightMuSeg.unused)
 
 
 def test_weights_of_another_number_of_classes_are_refused_by_name(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from wsi_pipeline.networks.lightmuseg import LightMuSeg
 from wsi_pipeline.networks.mm3d_unet import MM3DUNet
 from wsi_pipeline.networks.nmtnet import NMTNet
 from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
-from wsi_pipeline.networks.weights import load_weights
+from wsi_pipeline.networks.weights import load_state, read_state
 
 NETWORKS: dict[str, type[SegmentationNetwork]] = {
     "lightmuseg": LightMuSeg,
@@ -43,7 +43,8 @@ def build(bundle: Bundle) -> Network:
             f"the bundle {bundle.path} has no weights; bring some in with `models import`, or try "
             "it with random ones of `models init`"
         )
-    load_weights(module, bundle.weights_path, unused=module.unused, data=bundle.read_weights())
+    state = read_state(bundle.weights_path, data=bundle.read_weights())
+    load_state(module, state, path=bundle.weights_path, unused=module.unused)
     return Network(module=module.eval(), batch_size=None)
 
 

@@ -45,20 +45,6 @@ def read_state(
     return state
 
 
-def load_weights(
-    network: nn.Module, path: Path, *, unused: Collection[str] = (), data: bytes | None = None
-) -> None:
-    """Load a weight file into a network, upcast to the network's own precision; return nothing.
-
-    Args:
-        unused: prefixes of tensors that the network never calls and a file may lack or have.
-
-    Raises:
-        BundleError: the file does not fit, with the names that do not.
-    """
-    load_state(network, read_state(path, data=data), path=path, unused=unused)
-
-
 def load_state(
     network: nn.Module, state: Mapping[str, Tensor], *, path: Path, unused: Collection[str] = ()
 ) -> None:
