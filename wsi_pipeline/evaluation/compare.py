@@ -44,6 +44,7 @@ from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.slide import frame_offset
 
 logger = logging.getLogger(__name__)
 
@@ -305,7 +306,9 @@ def _compare(
     shape = math.ceil(height / downsample[0] - 1e-6), math.ceil(width / downsample[1] - 1e-6)
     roi = None
     if options.roi:
-        region = read_region(options.roi, offset=slide.offset(options.frame), size=slide.size)
+        region = read_region(
+            options.roi, offset=frame_offset(slide.bounds, options.frame), size=slide.size
+        )
         areas = tuple(Annotation(polygon=polygon, class_name=None) for polygon in region)
         roi = AreaReader(Areas(path=options.roi, annotations=areas), {}, others=1)
     halo = options.tolerance_px + 1

@@ -23,7 +23,7 @@ from wsi_pipeline.geometry import Region, Shape, iter_blocks
 from wsi_pipeline.options import Frame
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.slide import Slide, frame_offset
 
 AREA_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
@@ -49,12 +49,6 @@ class SlideFrame:
     def of(cls, slide: Slide) -> SlideFrame:
         """Return a slide's frame."""
         return cls(size=slide.size, mpp=slide.mpp, bounds=slide.bounds)
-
-    def offset(self, frame: Frame) -> tuple[int, int]:
-        """Return (x, y) of a viewer's origin in level-0 pixels: QuPath crops to the bounds."""
-        if frame == "openslide" or self.bounds is None:
-            return 0, 0
-        return self.bounds.x, self.bounds.y
 
 
 class Reader(Protocol):
@@ -221,7 +215,7 @@ def open_side(
     if not path.exists():
         raise EvaluationError(f"no file or folder {path}")
     if path.name.lower().endswith(AREA_SUFFIXES):
-        offset = slide.offset(frame) if slide else (0, 0)
+        offset = frame_offset(slide.bounds if slide else None, frame)
         return Side(path=path, content=load_areas(path, offset=offset, renamed=renamed))
     own = None
     if (path / RUN_FILE).is_file():

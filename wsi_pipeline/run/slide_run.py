@@ -31,7 +31,8 @@ from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.sources.pixels import SlidePixels
-from wsi_pipeline.tissue.select import check_files, frame_offset, plan_grid, why_too_coarse
+from wsi_pipeline.sources.slide import frame_offset
+from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class SlideRun(SourceRun):
             block_shape=(side, side),
             predict=settings.predict,
             roi=select.roi.absolute() if select.roi else None,
-            roi_offset=frame_offset(slide, select.frame),
+            roi_offset=frame_offset(slide.bounds, select.frame),
             threads=threads,
             outlines="geojson" in settings.export.outputs,
         )

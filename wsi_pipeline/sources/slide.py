@@ -9,12 +9,18 @@ from pathlib import Path
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.geometry import Region
+from wsi_pipeline.options import Frame
 from wsi_pipeline.sources.base import Backend, Downsamples, Opened, Pixels, Sizes
 from wsi_pipeline.sources.levels import Levels
 from wsi_pipeline.sources.view import FINEST, SlideView, ratio_of
 
 WHOLE_TOLERANCE = 1e-3
 """A ratio this close to a whole number is taken as whole: µm per pixel are not known better."""
+
+
+def frame_offset(bounds: Region | None, frame: Frame) -> tuple[int, int]:
+    """Return (x, y) of a viewer's origin in level-0 pixels: QuPath crops slides to their bounds."""
+    return (0, 0) if frame == "openslide" or bounds is None else (bounds.x, bounds.y)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

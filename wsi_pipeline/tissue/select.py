@@ -12,9 +12,9 @@ from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import PatchGrid
-from wsi_pipeline.options import MPP_TOLERANCE, Frame, SelectOptions
+from wsi_pipeline.options import MPP_TOLERANCE, SelectOptions
 from wsi_pipeline.patch_grid import GridInfo, StoredGrid
-from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.slide import Slide, frame_offset
 from wsi_pipeline.tissue.detect import check_tissue, find_tissue, read_tissue, select_patches
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ def _tissue(
 ) -> npt.NDArray[np.bool_]:
     """Return where to look at thumbnail scale: tissue as asked for, within the ROI."""
     shape = thumbnail.shape[0], thumbnail.shape[1]
-    offset = frame_offset(slide, select.frame)
+    offset = frame_offset(slide.bounds, select.frame)
     if isinstance(select.tissue, Path):
         tissue = read_tissue(select.tissue, slide.size, shape, downsample, offset=offset)
     elif select.tissue == "none":
@@ -135,10 +135,3 @@ def _tissue(
             "%s: no tissue found%s; --tissue none looks everywhere", name_of(slide.path), where
         )
     return np.asarray(tissue)
-
-
-def frame_offset(slide: Slide, frame: Frame) -> tuple[int, int]:
-    """Return (x, y) of a viewer's origin in level-0 pixels: QuPath crops slides to their bounds."""
-    if frame == "openslide" or slide.bounds is None:
-        return 0, 0
-    return slide.bounds.x, slide.bounds.y

@@ -23,11 +23,12 @@ from wsi_pipeline.annotations import Annotation
 from wsi_pipeline.errors import RecipeError, WsiPipelineError
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.confusion import IGNORE
-from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES, SlideFrame
+from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES
 from wsi_pipeline.geometry import Shape, box_slices
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import SlideView, open_source
 from wsi_pipeline.sources.radiology.discover import is_beside
+from wsi_pipeline.sources.slide import frame_offset
 from wsi_pipeline.training.pictures import Meaning, Read, read_picture, read_scan
 from wsi_pipeline.training.recipe import TRAITS, DataSpec, Recipe
 
@@ -394,7 +395,7 @@ def _annotated(
         area = Annotation(polygon=shapely.box(0, 0, *slide.size), class_name=nothing)
         areas = Areas(path=path, annotations=(area,))
     else:
-        offset = SlideFrame.of(slide).offset(spec.frame)
+        offset = frame_offset(slide.bounds, spec.frame)
         areas = load_areas(annotations, offset=offset, renamed={})
     if not indices.keys() & set(areas.names):
         raise RecipeError(
