@@ -65,8 +65,7 @@ class ClassInfo(Record, frozen=True, kw_only=True, omit_defaults=True):
     """One class of the mask.
 
     Attributes:
-        name: as shown to people.
-        color: red, green, blue, 0 to 255; None for the background only.
+        color: Red, green, blue, 0 to 255; None for the background only.
     """
 
     name: Name
@@ -80,7 +79,6 @@ class InputSpec(Record, frozen=True, kw_only=True):
         mpp: µm per pixel, for slides; else None.
         fit: (height, width) in pixels that a planar image is brought to; else None.
         spacing_mm: (z, y, x) of a voxel in mm, for volumes; else None.
-        channels: of the input.
         patch_size: pixels, array order.
         overlap: pixels between neighbouring patches, array order.
         mean: per channel, after scaling to [0, 1].
@@ -127,12 +125,7 @@ class OutputSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RemoteFile(Record, frozen=True, kw_only=True):
-    """Weights that lie elsewhere.
-
-    Attributes:
-        url: where.
-        sha256: hex digest that the file must have.
-    """
+    """Weights that lie elsewhere, and the digest that they must have."""
 
     url: str
     sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$", description="64 hex digits")]
@@ -290,8 +283,7 @@ def bundle_toml(bundle: Bundle, *, weights: str | None) -> str:
     """Return the `model.toml` of a bundle.
 
     Args:
-        bundle: to describe.
-        weights: name of the file with its weights, in its folder; None = it has none.
+        weights: Name of the file with its weights, in its folder; None = it has none.
     """
     table = bundle_table(bundle) | ({"weights": weights} if weights else {})
     head = {key: value for key, value in table.items() if not isinstance(value, dict)}

@@ -19,14 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """A rectangle of a slide in level-0 pixels, x to the right and y down.
-
-    Attributes:
-        x: left edge.
-        y: top edge.
-        width: extent along x.
-        height: extent along y.
-    """
+    """A rectangle of a slide in level-0 pixels, x to the right and y down."""
 
     x: int
     y: int

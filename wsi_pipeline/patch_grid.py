@@ -34,8 +34,6 @@ class GridInfo:
     """Geometry of a stored patch grid: how its pixels lie on the slide.
 
     Attributes:
-        source_name: file name of the slide.
-        fingerprint: of the slide's content.
         size: (width, height) of the slide at level 0.
         mpp: (x, y) µm per level-0 pixel.
         bounds: of the slide's content in level-0 pixels, where the file says.
@@ -65,7 +63,6 @@ class StoredGrid:
     """An opened patch grid.
 
     Attributes:
-        info: its geometry.
         patches: (n, 2) int64 origins (y, x) in grid pixels, row-major.
         tissue: bool (h, w) at thumbnail scale.
         thumbnail: uint8 (h, w, 3), of the same size as `tissue`.

@@ -51,7 +51,6 @@ def read_polygons(
     says so.
 
     Args:
-        path: `.geojson` or `.json`, gzipped or not.
         offset: (x, y) added to every position: the slide's bounds where the file is in the frame
             of a QuPath that crops to them.
 

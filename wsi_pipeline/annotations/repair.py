@@ -72,8 +72,7 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
     `check_geojson` has nothing to say about; it appears whole or not at all.
 
     Args:
-        path: any GeoJSON file, gzipped or not.
-        out: gzipped where the name ends in .gz; an existing file is replaced.
+        out: Gzipped where the name ends in .gz; an existing file is replaced.
 
     Raises:
         AnnotationError: `path` cannot be read or holds no JSON, or `out` cannot be written.

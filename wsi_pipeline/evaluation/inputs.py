@@ -164,7 +164,6 @@ class Side:
     """A prediction or a truth, before it is known which classes are judged.
 
     Attributes:
-        path: As given.
         slide: The slide, where this side tells it.
     """
 

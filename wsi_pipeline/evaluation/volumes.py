@@ -68,7 +68,6 @@ class LabelVolume:
             indices: Class index by name; other classes are background.
             shape: (z, y, x) of the other volume.
             onto: (4, 4) affine of the other volume.
-            advice: What to do about values without a meaning.
 
         Raises:
             EvaluationError: it lies elsewhere, or holds values without a meaning.

@@ -67,9 +67,7 @@ def write_dicom_seg(
     Args:
         path: File to write; appears when it is complete.
         mask: Class indices, uint8 (y, x) or (z, y, x), as the scan lies; taken whole.
-        scan: The DICOM image or series that was segmented.
         classes: Classes in the mask's order; 0 is the background.
-        model: Name of the bundle.
         version: What tells its weights from others.
 
     Raises:

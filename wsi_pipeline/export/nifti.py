@@ -34,7 +34,6 @@ def write_nifti(path: Path, mask: MaskLike, volume: Volume) -> None:
     Args:
         path: File to write, .nii.gz or .nii; appears when it is complete.
         mask: Class indices, uint8 (z, y, x), read in slabs.
-        volume: The volume that was segmented.
     """
     header = _header(volume)
     depth, height, width = volume.shape

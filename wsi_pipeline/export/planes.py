@@ -84,10 +84,8 @@ class Body:
         """Return a slice as radiologists look at it, read a slab at a time.
 
         Args:
-            read: the volume.
-            shape: (z, y, x) of it.
-            plane: which.
-            at: index along the array axis that it is perpendicular to.
+            shape: (z, y, x) of the volume.
+            at: Index along the array axis that it is perpendicular to.
         """
         axis, start, size = self.axes[plane.across], [0, 0, 0], list(shape)
         start[axis], size[axis] = at, 1
@@ -119,7 +117,6 @@ def write_planes_overlay(
 
     Args:
         path: file to write; appears when it is complete.
-        volume: that was segmented.
         mask: uint8 (z, y, x) class index.
         classes: in the mask's order; 0 is the background.
         lesions: of the mask, as `count_lesions` finds them.

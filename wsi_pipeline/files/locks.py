@@ -76,7 +76,6 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
     Args:
         folder: Created where it is not there.
         lock_file: Its name in the folder; it is never removed.
-        timeout: Seconds to wait for another process.
 
     Raises:
         BusyError: another process has claimed it.

@@ -91,8 +91,7 @@ def choose_work(output: Path, work: Path | None) -> Path:
     """Return the folder in which slides are worked on: `output` itself unless that is a URL.
 
     Args:
-        output: where the results go.
-        work: what was asked for; None = in the user's cache.
+        work: What was asked for; None = in the user's cache.
 
     Raises:
         StoreError: it was, and the output is no URL.

@@ -61,8 +61,7 @@ def converted(table: Any, kind: type[T]) -> T:
     """Make a record of a table; return it.
 
     Args:
-        table: of dicts, lists, texts, numbers and booleans.
-        kind: of the record. What is expected of a value is told by its `Meta(description=…)`.
+        kind: Class of the record. What is expected of a value is told by its `Meta(description=…)`.
 
     Raises:
         ValueError: it lacks something, or has what is unknown or of another kind; says where, what

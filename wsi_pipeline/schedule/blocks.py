@@ -69,8 +69,7 @@ def run_blocks(
     Several threads may run blocks with one client.
 
     Args:
-        client: as `open_cluster` yields it.
-        blocks: what to do, in the order to start them.
+        blocks: What to do, in the order to start them.
         max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
             limit.
         priority: of these blocks over those of other calls: the higher are done first.

@@ -283,8 +283,7 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
     """Make sure that all workers see the files of a run under the same paths.
 
     Args:
-        client: as `open_cluster` yields it.
-        folder: for outputs, on a file system that all share.
+        folder: Folder of outputs, on a file system that all share.
         paths: what else must be there.
 
     Raises:

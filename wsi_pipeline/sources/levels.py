@@ -54,7 +54,6 @@ class Levels:
     compared when the slide is opened; the others when they are first chosen. All share one lock.
 
     Attributes:
-        size: (width, height) of level 0.
         level_sizes: (width, height) of each stored level, those that are no levels among them.
         level_tiles: (width, height) of the pieces that each is stored in.
         doubts: Sentences on levels that are left out or not what they seem.

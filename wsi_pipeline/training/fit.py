@@ -133,7 +133,6 @@ def fit(
         folder: For checkpoints; what lies there is gone on from. None = without.
         crop_threads: How many threads make crops; None = one beside a CPU's network, which needs
             the cores, and all beside a GPU, which is through with a batch before a core makes one.
-        progress: Told after every step.
     """
     spec = recipe.train
     fabric = fabric or open_fabric(recipe, device="cpu")

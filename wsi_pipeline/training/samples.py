@@ -285,9 +285,6 @@ def _told(
 ) -> tuple[str, int | None, str | None]:
     """Return the patient, label and fold that a recipe, or its table, tells of an image.
 
-    Args:
-        within: Path of the image from the data folder.
-
     Raises:
         RecipeError: no patient is found, the table has no row for it, or a label that the bundle
             does not have.

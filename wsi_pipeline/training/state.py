@@ -32,12 +32,9 @@ class TrainerState:
     Attributes:
         parts: What changes besides, each with `state_dict` and `load_state_dict`.
         folder: Where the checkpoints lie; None = there are none.
-        is_writer: Whether this process writes them.
-        step: Steps done.
         history: A row of figures by name every few steps.
         best: Validation Dice of the best weights, None before the first look.
-        best_weights: Those weights.
-        stale: Looks since then.
+        stale: Looks since those.
         losses: Losses of the steps since the last row.
     """
 

@@ -331,7 +331,7 @@ def _least(xy: Numbers, source: Ints, target: Ints, is_junction: Bools, *, is_wh
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Triangles:
-    """The triangles that some vertices span with their neighbours.
+    """The triangles that some vertices span with their neighbours, and the boxes around them.
 
     Attributes:
         begin: (n,) first vertex of the arc, counted in all arcs.
@@ -340,10 +340,6 @@ class _Triangles:
         reach: (n,) steps along the arc from there to the vertex after.
         x: (3, n) columns of the corners: before, vertex, after.
         y: (3, n) rows of the corners.
-        left: (n,) least x.
-        right: (n,) largest x.
-        top: (n,) least y.
-        bottom: (n,) largest y.
     """
 
     begin: Numbers

@@ -54,9 +54,6 @@ def trace_mask(
     """Find the components of blocks of a finished mask; return them by row and column.
 
     Their probability is not known.
-
-    Args:
-        blocks: Blocks that may hold anything.
     """
 
     def trace(block: Block) -> tuple[Index, BlockComponents]:
