@@ -208,6 +208,7 @@ class Bundle:
                 f"cannot read weights from {self.weights_path}: {error.strerror or error}"
             ) from error
         digest = hashlib.sha256(data).hexdigest()
+        # Where nobody has asked for the digest, that of these bytes counts from here on.
         if self.__dict__.setdefault("weights_sha256", digest) != digest:
             raise BundleError(
                 f"{self.weights_path} has been replaced since this command began: give it again"
@@ -217,6 +218,7 @@ class Bundle:
     @property
     def digest(self) -> str:
         """Return a digest of all that masks depend on."""
+        # Words that are added to the limits must not have finished slides done anew.
         table = bundle_table(replace(self, limits=""))
         text = json.dumps([table, self.weights_sha256], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -309,6 +311,7 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
     )
     # by way of JSON, which has lists for tuples, as what is read back
     table: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
+    # Usual values are left out: a key that is new here must not change the digests of old bundles.
     usual = InputSpec()
     table["input"] = {
         key: value
@@ -335,6 +338,7 @@ def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) ->
         given: The keys that the bundle's file has.
     """
     own, axes, count = RESOLUTION[modality], AXES[modality], spec.channels
+    # Told by keys, not by values: one may be given that is the usual one.
     if others := [key for key in RESOLUTION.values() if key != own and key in given]:
         raise ValueError(
             f"input.{others[0]} is not for {modality}s, whose resolution is input.{own}"
@@ -400,6 +404,7 @@ def _weights(
     if "://" in entry:
         raise BundleError(f"weights {entry!r} is a URL; expected {{ url = …, sha256 = … }}")
     path = folder / entry
+    # A bundle from elsewhere has no business with other files, by links or by names.
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"weights {entry!r} lie outside the bundle {folder}")
     if not path.is_file():
@@ -410,6 +415,7 @@ def _weights(
 def _local_toml(location: str) -> Path:
     if location.startswith(("http://", "https://")):
         key = hashlib.sha256(location.encode()).hexdigest()[:16]
+        # Fetched each time: it is small, and may have changed.
         return fetch_file(location, cache_dir() / key / "model.toml", most=MOST_TOML)
     path = Path(location)
     return path / "model.toml" if path.suffix != ".toml" else path

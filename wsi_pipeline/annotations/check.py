@@ -100,6 +100,7 @@ def check_geojson(path: str | Path) -> Report:
     path = Path(path)
     raw = read_bytes(path)
     complaints, is_gzip = list[Complaint](), raw.startswith(GZIP_MAGIC)
+    # A zip is refused by its content, in a sentence that says why.
     if not path.name.lower().endswith((*FILE_NAMES, ".zip")):
         reason = f"QuPath takes only files that end in {', '.join(FILE_NAMES)}."
         complaints.append(("refused", reason))
@@ -154,6 +155,7 @@ def _check_one(feature: object) -> Iterator[Complaint]:
     for key, check in PROPERTY_CHECKS.items():
         if key in properties:
             yield from check(properties[key])
+    # What has no type QuPath takes for an annotation.
     kind = next((properties[key] for key in TYPE_KEYS if key in properties), "annotation")
     yield from check_type(kind)
 
@@ -199,6 +201,7 @@ def check_geometry(geometry: object) -> Iterator[Complaint]:
             f"{moved.sum()} of {len(moved)} positions move: QuPath keeps float32 numbers with "
             "2 decimals.",
         )
+    # Lines and points have no rings to mend; what survives needs no second, slower look.
     if not isinstance(shape, Polygon | MultiPolygon) or survives_float32(shape):
         return
     rounded, kept = as_float32(shape), as_qupath(shape)
@@ -292,6 +295,7 @@ def _check_class_color(color: object) -> Iterator[Complaint]:
         return
     if not isinstance(color, list) or not all(map(is_number, color)):
         yield "refused", f"The class's color is {_show(color)}; write [r, g, b]."
+    # One number alone is a packed colour to QuPath.
     elif len(color) not in (0, 1, 3, 4):
         yield "refused", f"The class's color has {len(color)} numbers; write [r, g, b]."
     elif any(value != int(value) for value in color) or (
@@ -357,6 +361,7 @@ PROPERTY_CHECKS: Mapping[str, Callable[[object], Iterator[Complaint]]] = {
 
 def _check_colors(features: Iterable[object]) -> Iterator[Finding]:
     """Yield, once a class and colour, where QuPath keeps a colour that it saw before."""
+    # QuPath begins with classes of its own, and gives a class one colour for all its objects.
     known: dict[str, RGB] = dict(QUPATH_COLORS)
     told: set[tuple[str, RGB]] = set()
     for index, feature in iter_nested(features):

@@ -39,6 +39,7 @@ def color_of(name: str) -> RGB:
     """Return QuPath's own colour of a class, or one that depends on the name alone."""
     if name in QUPATH_COLORS:
         return QUPATH_COLORS[name]
+    # Python's own hash of a text is another in each process.
     hue = zlib.crc32(name.encode("utf-8", "replace")) / 2**32
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 0.85)
     return round(255 * red), round(255 * green), round(255 * blue)

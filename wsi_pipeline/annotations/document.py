@@ -104,6 +104,7 @@ def _parse_json(text: str) -> tuple[object, list[str]]:
         try:
             root = parse(text)
         except json.JSONDecodeError:
+            # After the strict try only: the search goes through each string of the file.
             repaired = _STRING_OR_TRAILING_COMMA.sub(lambda m: m[0].lstrip(","), text)
             root = parse(repaired if repaired != text else text)
             liberties.append("The JSON has trailing commas.")

@@ -112,6 +112,7 @@ def mend_polygon(polygon: Polygon | MultiPolygon) -> list[Polygon]:
     holds no more. Every part passes `survives_float32`, and parts do not overlap. Nothing is
     returned where no area is left.
     """
+    # What is infinite to float32 cannot be mended by moving it a little.
     if not np.isfinite(shapely.get_coordinates(as_float32(polygon))).all():
         return []
     parts: list[Polygon] = []
@@ -126,6 +127,7 @@ def mend_polygon(polygon: Polygon | MultiPolygon) -> list[Polygon]:
             kept = shapely.remove_repeated_points(Polygon(part.exterior, holes))
             rounded = shapely.transform(kept, lambda xy: xy.round(2))
             parts += [rounded] if rounded.area >= MIN_AREA_PX2 else []
+        # Parts that are right each by itself may share an edge, which a MultiPolygon must not.
         if all(map(_is_good, parts)) and (len(parts) < 2 or _is_good(MultiPolygon(parts))):
             return parts
     return [part for part in parts if _is_good(part)]

@@ -127,11 +127,13 @@ def read_region(
             f"{path} holds no areas{f' but those of {classes}' if found else ''}; "
             "expected polygons around what counts"
         )
+    # The name of `Region*` ends in the mark of what is ignored, too.
     ignored = shapely.union_all(
         [a.polygon for a in found if is_ignored(a.class_name) and a.class_name != REGION_CLASS]
     )
     shapely.prepare(ignored)
     left = [p.difference(ignored) if ignored.intersects(p) else p for p in inside]
+    # Where areas only touch, cutting leaves lines and points.
     parts = [part for part in shapely.get_parts(left) if isinstance(part, Polygon) and part.area]
     if not parts:
         raise AnnotationError(f"{path} holds no areas but what its ignored ones cover")

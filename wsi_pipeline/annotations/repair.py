@@ -94,6 +94,7 @@ def mend_geojson(path: str | Path, out: str | Path) -> list[Repair]:
         with written_beside(out) as partial, partial.open("wb") as raw, ExitStack() as stack:
             file: Any = raw
             if out.name.lower().endswith(".gz"):
+                # Without name and time, so that the same input gives the same bytes.
                 file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
             separator = b'{"type":"FeatureCollection","features":[\n'
             for index, feature in enumerate(document.features):
@@ -157,6 +158,7 @@ def _mend_feature(
     mended = _rebuild(feature, str(index), colors)
     if mended is None:
         return None, repaired("dropped", reasons)
+    # For one feature that is still wrong QuPath would refuse all of them: it is dropped.
     left = [finding.reason for finding in check_feature(mended, index=index)]
     return (None, repaired("dropped", left)) if left else (mended, repaired("changed", reasons))
 
@@ -274,6 +276,7 @@ def _mend_measurements(measurements: object) -> dict[str, float]:
         value = java_number(value) if isinstance(value, str) else value
         if isinstance(name, str) and is_number(value):
             with np.errstate(over="ignore"):
+                # From 2²⁴ on float32 has no longer all whole numbers: what it has is written.
                 kept = float(np.float32(value)) if abs(value) >= 2**24 else value
             if is_number(kept) and not any(PROPERTY_CHECKS["measurements"]({name: kept})):
                 result[name] = kept

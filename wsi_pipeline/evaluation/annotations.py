@@ -145,4 +145,5 @@ class AreaReader:
         """Return the indices of the polygons that share a point with a rectangle, ascending."""
         (y, x), (height, width), (fy, fx) = origin, shape, downsample
         window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
+        # The tree has an order of its own; areas are drawn in theirs.
         return np.sort(self._tree.query(window, predicate="intersects"))

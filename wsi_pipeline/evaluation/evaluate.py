@@ -46,6 +46,7 @@ def evaluate(
     if (roi := options.get("roi")) is not None:
         options["roi"] = Path(roi)
         try:
+            # A bad file is told of before the first slide is read, which may take hours.
             read_region(options["roi"])
         except AnnotationError as error:
             raise UsageError(str(error)) from error

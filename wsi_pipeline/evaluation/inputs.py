@@ -109,6 +109,7 @@ class MaskReader:
         values = self._mask.read(window)
         if any((np.diff(index) != 1).any() for index in (rows, columns)):
             values = values[np.ix_(rows - top, columns - left)]
+        # Read only where a value is refused, to tell how often it occurs.
         whole = (self._mask.read(part.slices) for part in iter_blocks(length, (PART, PART)))
         inside = slice(is_row[0], is_row[-1] + 1), slice(is_column[0], is_column[-1] + 1)
         result[inside] = self._lookup(values, whole)
@@ -259,6 +260,7 @@ def _open_run(folder: Path, closing: ExitStack) -> tuple[MaskFile, SlideFrame]:
     run = finished_run(folder)
     if run.kind == "slide":
         store = RunStore(folder=folder)
+        # Where no OME-Zarr was asked for the mask is in the store alone.
         paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
         if not paths:
             raise EvaluationError(f"{folder} holds no finished mask; run `segment` again")
@@ -308,6 +310,7 @@ def settle_slide(
             f"{masks[0].path} does not tell how large its slide is, and GeoJSON is in the slide's "
             "pixels; give the slide with --slide, or its size with --size"
         )
+    # Areas on both sides need no slide: beyond the last of them both are background.
     ends = [side.content.extent for side in sides if isinstance(side.content, Areas)]
     width, height = (max(1, math.ceil(max(e[i] for e in ends))) for i in (2, 3))
     return SlideFrame(size=(width, height))

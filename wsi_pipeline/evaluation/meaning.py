@@ -74,6 +74,7 @@ class Lookup:
         codes = self._checked(codes)
         if not self._has_meaning[codes].all():
             counts = np.zeros(len(self._table), np.int64)
+            # Counted over the whole mask: a window of it would tell of less than there is.
             for piece in whole or (codes,):
                 counts += np.bincount(self._checked(piece).ravel(), minlength=len(counts))
             strange = np.flatnonzero((counts > 0) & ~self._has_meaning)

@@ -78,6 +78,7 @@ def _scores(found: Sequence[Comparison]) -> dict[str, Any]:
     sizes = {"px": counted.matrix}
     # in mm², or of voxels in ml, where all sizes are known
     axes = {len(c.spacing_um or ()) for c in found}
+    # Pixels of unknown size, areas and volumes do not add up.
     if axes in ({2}, {3}):
         name, per_um = ("mm2", 1e-6) if axes == {2} else ("ml", 1e-12)
         weighed = [c.confusion.matrix * math.prod(c.spacing_um or ()) * per_um for c in found]
@@ -132,6 +133,7 @@ def write_evaluation(
     table.writeheader()
     table.writerows(as_rows(described))
     texts = {
+        # NaN, which Python would write, is no JSON to others.
         "evaluation.json": json.dumps(described, indent=2, allow_nan=False) + "\n",
         "evaluation.csv": buffer.getvalue(),
     }

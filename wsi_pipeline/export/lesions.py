@@ -133,6 +133,7 @@ class _Pieces:
         rows = np.flatnonzero(np.isin(self.lesion, lesions))
         for number, (begin, slab) in enumerate(_slabs(mask)):
             own = rows[self.slab[rows] == number]
+            # Labelled again, to the same numbers: labels of all slabs would take much memory.
             labels = _labelled(slab)[0] if len(own) else slab
             # the piece of the slab's label 1
             first = np.searchsorted(self.slab, number)
@@ -232,6 +233,7 @@ def _touching(
     for shifts in itertools.product((-1, 0, 1), repeat=mask.ndim):
         near, far = cut(shifts), cut(-s for s in shifts)
         same = (mask[near] == next_mask[far]) & (mask[near] > 0)
+        # Two in one number, since numpy finds unique numbers much faster than unique rows.
         both = rows[near][same] << 32 | next_rows[far][same]
         # mostly runs of one pair
         found.append(np.unique(both[np.diff(both, prepend=-1) != 0]))

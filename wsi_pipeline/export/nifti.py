@@ -39,6 +39,7 @@ def write_nifti(path: Path, mask: MaskLike, volume: Volume) -> None:
     depth, height, width = volume.shape
     step = max(1, SLAB // (height * width))
     with written_beside(path) as beside, beside.open("wb") as plain:
+        # Without name and time, so that the same mask gives the same bytes.
         packed = gzip.GzipFile("", "wb", LEVEL, plain, mtime=0) if path.suffix == ".gz" else None
         file: Any = packed or plain
         file.write(header.binaryblock)

@@ -64,6 +64,7 @@ def write_ome_tiff(
     colormap = np.zeros((3, 256), np.uint16)
     colormap[:, : len(classes)] = 257 * np.array([c.color or (0, 0, 0) for c in classes]).T
     first = {"subifds": n_levels - 1, "metadata": _ome_metadata(classes, mask_mpp, name)}
+    # BigTIFF whatever the size: how large compressed tiles become is known at the end only.
     with written_beside(path) as beside, TiffWriter(beside, bigtiff=True, ome=True) as tiff:
         for level in range(n_levels):
             options = {"colormap": colormap} | (first if level == 0 else {})

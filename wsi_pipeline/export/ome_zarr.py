@@ -211,6 +211,7 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     level 0 lacks. May be run again; levels are then written anew. Memory is bounded by a block
     for each thread, whatever the size of the mask, and empty blocks are not even read.
     """
+    # An attempt that was interrupted may have left links to chunks that are written anew.
     shutil.rmtree(path / "labels", ignore_errors=True)
     group = zarr.open_group(path, mode="r+")
     shapes = level_shapes(open_mask(path).shape)

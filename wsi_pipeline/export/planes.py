@@ -76,7 +76,8 @@ class Body:
         import nibabel
 
         io_orientation: Any = nibabel.orientations.io_orientation
-        turned = io_orientation(affine)  # of x, y and z: axis of the body, direction
+        # Of x, y and z the axis of the body, and the direction.
+        turned = io_orientation(affine)
         axes = [2 - int(np.flatnonzero(turned[:, 0] == body)[0]) for body in range(3)]
         return cls(axes=tuple(axes), is_forward=tuple(bool(turned[2 - a, 1] > 0) for a in axes))
 
@@ -97,6 +98,7 @@ class Body:
         found = np.concatenate(parts).squeeze(axis)
         if self.axes[plane.down] > self.axes[plane.along]:
             found = found.T
+        # The side of the body that a plane has at its left or top is the far end of a forward axis.
         ways = (self.is_forward[plane.down], self.is_forward[plane.along])
         return found[tuple(slice(None, None, -1 if way else 1) for way in ways)]
 
@@ -139,6 +141,7 @@ def write_planes_overlay(
         masks.append(_resized(found[1], size, Image.Resampling.NEAREST))
     if window is None:
         shown = np.concatenate([plane.ravel() for plane in planes])
+        # By the ends a few bright voxels, as of metal, would leave all others black.
         window = (float(np.percentile(shown, 1)), float(np.percentile(shown, 99.5)))
     low, high = window
     grey = [np.clip((plane - low) / max(high - low, 1e-6) * 255, 0, 255) for plane in planes]

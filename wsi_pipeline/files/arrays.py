@@ -146,6 +146,7 @@ class _Bounded3(BytesBytesCodec):
     async def _decode_single(self, chunk_data: Any, chunk_spec: Any) -> Any:
         itemsize = chunk_spec.dtype.to_native_dtype().itemsize
         room = math.prod(chunk_spec.shape) * itemsize + SLACK
+        # Codecs leave Python's lock alone, so that chunks are unpacked side by side.
         found = await asyncio.to_thread(_decode, self.codec, chunk_data.to_bytes(), room)
         return chunk_spec.prototype.buffer.from_bytes(found)
 

@@ -56,6 +56,7 @@ def kind_of(path: Path) -> Kind:
         return ""
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # A zip may be an OME-Zarr, which is a slide.
     return "" if kind == "zip" else kind
 
 

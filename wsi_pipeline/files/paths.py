@@ -121,6 +121,7 @@ def _entries(path: Path) -> list[str]:
             line if "://" in line or os.path.exists(path.parent / line) else row[0]
             for line, row in zip(lines, rows, strict=True)
         ]
+    # Windows copies paths with quotes around them.
     return [re.sub(r'^"(.*)"$', r"\1", line) for line in lines]
 
 
@@ -161,6 +162,7 @@ def table_rows(path: Path, lines: list[str]) -> list[list[str]]:
     """
     separator = max(",;\t", key=lines[0].count)
     try:
+        # Each line by itself: a quote that is never closed would swallow the rest of the list.
         rows = [next(csv.reader([line], delimiter=separator)) for line in lines]
     except csv.Error as error:
         raise SourceError(f"{path}: no CSV ({error})") from error

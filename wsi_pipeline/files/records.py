@@ -32,6 +32,7 @@ def read_json(path: Path) -> Any:
         found = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_refuse)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    # Whoever goes through it later, by recursion, must not be stopped by Python's own limit.
     _check_depth(found, DEEPEST)
     return found
 

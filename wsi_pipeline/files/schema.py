@@ -52,7 +52,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     if len(data) > MOST_TOML:
         raise ValueError(f"has more than {MOST_TOML >> 20} MB; expected settings")
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))  # as Windows writes it
+        # Windows writes a mark before the text.
+        return tomllib.loads(data.decode("utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"is not valid TOML: {error}") from error
 
@@ -98,7 +99,8 @@ def as_toml(value: Any) -> str:
         case dict():
             pairs = ", ".join(f"{k} = {as_toml(v)}" for k, v in value.items())
             return f"{{ {pairs} }}" if pairs else "{}"
-    return str(value)  # a date
+    # What is left of TOML's kinds is a date.
+    return str(value)
 
 
 def _sentence(error: msgspec.ValidationError, table: Any, schema: dict[str, Any]) -> str:
@@ -110,7 +112,8 @@ def _sentence(error: msgspec.ValidationError, table: Any, schema: dict[str, Any]
     if match := re.fullmatch(r"(.*) - at (?:`key` in )?`\$\.?([\w.\[\]]*)`", text, re.DOTALL):
         # below a table of any keys it names none of them
         text, path = match[1], match[2].partition("[...]")[0]
-    if isinstance(error.__cause__, ValueError):  # of a record's own check
+    # A record's own check says it best.
+    if isinstance(error.__cause__, ValueError):
         return f"{path}: {error.__cause__}" if path else str(error.__cause__)
 
     def parts_of(node: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,7 +122,8 @@ def _sentence(error: msgspec.ValidationError, table: Any, schema: dict[str, Any]
         return [schema["$defs"][p["$ref"].rpartition("/")[2]] if "$ref" in p else p for p in parts]
 
     node = schema
-    with suppress(LookupError, TypeError):  # of a key that is written like a path
+    # A key may be written like a path, and lead nowhere.
+    with suppress(LookupError, TypeError):
         for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
             table = table[int(index) if index else key]
             for part in parts_of(node):

@@ -32,6 +32,7 @@ def map_in_threads(
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))
+                # Enough that no thread waits while one is taken, and few: they may be large.
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
             while waiting:

@@ -195,6 +195,7 @@ class _Band:
             yield self._low[0], done
             kept = self._sum.shape[1] - count
             for plane in (*self._sum, self._weight):
+                # A copy, since the rows lie over those that they move to.
                 plane[:kept] = plane[count:].clone()
             self._clear(kept)
             self._low[0] += count
@@ -274,6 +275,7 @@ def iter_sampled_rows(
     for first, band in bands:
         held = band if last is None else torch.cat([last, band], dim=1)
         top = first - (held.shape[1] - band.shape[1])
+        # The next band is written over this one, and needs its last row to interpolate from.
         last = held[:, -1:].clone()
         # rows that need none below
         ready = int(np.searchsorted(below, top + held.shape[1]))

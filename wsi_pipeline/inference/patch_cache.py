@@ -50,6 +50,7 @@ class PatchCache:
             patches: indices, ascending, of all that the block needs.
         """
         with self._lock:
+            # Counted down here, not at the end: what no later block needs is not kept for one.
             self._uses[patches] -= 1
             futures = {int(p): self._futures.get(int(p)) for p in patches}
             mine = [p for p, future in futures.items() if future is None]

@@ -67,6 +67,7 @@ def create(bundle: Bundle) -> SegmentationNetwork:
                 raise ValueError(f"no option {name!r}; {network.__name__} has {', '.join(known)}")
             default = known[name].default
             given = tuple(value) if isinstance(value, list) else value
+            # Not by isinstance: to Python true is a whole number.
             if type(given) is not type(default) or (
                 isinstance(given, tuple) and not all(type(v) is int for v in given)
             ):

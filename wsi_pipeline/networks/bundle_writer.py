@@ -67,5 +67,6 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
     if found and not overwrite:
         raise BundleError(f"{folder} is there already; name another folder, or add --overwrite")
     found = {name for name in found if not OLD_CARD.fullmatch(name)}
+    # --overwrite is for bundles: a folder with anything else in it was not meant.
     if others := sorted(found - {MODEL_TOML, CARD, WEIGHTS, PROGRAM, ENCODER}):
         raise BundleError(f"{folder} holds {others[0]}, which no bundle has; name another folder")

@@ -49,6 +49,7 @@ def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Tr
     if has_weights or bundle.network in FOREIGN:
         network = build(bundle)
     else:
+        # The same weights each time, and the caller's own random numbers as they were.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = Network(module=create(bundle).eval(), batch_size=None)

@@ -98,6 +98,7 @@ def import_model(
         save_file(kept, partial / WEIGHTS)
         (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
         (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
+        # Before the folder appears: what cannot be read back and built is not left behind.
         build(load_bundle(partial))
     return load_bundle(place)
 
@@ -136,6 +137,7 @@ def _balance(network: SegmentationNetwork, bundle: Bundle) -> None:
     noise = functional.interpolate(coarse * 4 - 2, sides)
     for module in network.modules():
         if isinstance(module, _BatchNorm):
+            # One pass is to set the running figures, not to move them a tenth of the way.
             module.momentum = 1.0
     network.train()(noise)
     answer = network.eval()(noise)

@@ -44,6 +44,7 @@ def peak_memory(module: nn.Module, input_size: Sequence[int]) -> int:
     shape, live = _shape_of(module), _LiveBytes()
     with live:
         _predict(shape, input_size)
+    # Weights were made before the count began.
     return sum(t.nbytes for t in chain(shape.parameters(), shape.buffers())) + live.most
 
 

@@ -100,7 +100,7 @@ class NMTNet(SegmentationNetwork):
         self.up = nn.Upsample(scale_factor=2, mode="bilinear")
         self.last_conv = nn.Sequential(*conv_norm(DECODER[-1][-1], 32, 3))
         self.head = nn.Conv2d(32, classes, 1)
-        pooled = 2 * deepest + sum(outputs for *_, outputs in DECODER[:-1])  # 1472
+        pooled = 2 * deepest + sum(outputs for *_, outputs in DECODER[:-1])
         self.classifier = nn.Sequential(
             nn.Linear(pooled, 256),
             nn.BatchNorm1d(256),
@@ -133,4 +133,5 @@ def _masked_mean(features: Tensor, probability: Tensor) -> Tensor:
     """Return the mean of features weighted by a probability of any size, (N, C)."""
     height, width = features.shape[2:]
     weight = functional.adaptive_avg_pool2d(probability, (height, width))
+    # Where no lesion is seen the weights add up to nothing.
     return (features * weight).sum((2, 3)) / (weight.sum((2, 3)) + 1e-6)

@@ -63,6 +63,7 @@ def export_onnx(
     with warnings.catch_warnings(action="ignore"):
         program = torch.onnx.export(
             _Tuple(_inference_form(network)).eval(),
+            # torch.export takes an axis of one for fixed: two patches leave the batch free.
             (random_patches(bundle, batch_size or 2),),
             dynamo=True,
             dynamic_shapes=None if batch_size else ({0: torch.export.Dim("batch")},),
@@ -158,6 +159,7 @@ def _checked(
 ) -> float:
     """Return the largest difference between network and program; refuse one that matters."""
     most = 0.0
+    # A batch that should be free may have been fixed all the same.
     for count in [batch_size] if batch_size else [1, 2]:
         patches = random_patches(bundle, count)
         expected = run(network, patches)

@@ -81,9 +81,11 @@ def run_blocks(
         Exception: what the work raised for a block; once the blocks in hand have ended.
     """
     state, name = state_name(client), f"work_{uuid.uuid4().hex}"
+    # What failed in this process would fail again: memory, disk and file are the same.
     retries = 0 if is_in_process(client) else RETRIES
     waiting = iter(blocks)
-    tries: dict[Any, tuple[Block, int]] = {}  # of futures by key
+    # By the keys of futures.
+    tries: dict[Any, tuple[Block, int]] = {}
     with reaching(client):
         # a task and no scattered data: it is done again when the worker that has it dies
         opening = client.submit(lambda thing: thing, opener, pure=False, priority=priority)

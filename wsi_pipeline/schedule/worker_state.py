@@ -97,6 +97,7 @@ class WorkerState:
         # workers that join later have not been asked before
         self._check()
         with self._changing:
+            # That of a run that is over stays, as None: no late block is to open it again.
             work = self._works.setdefault(name, OpenedWork(opener, self.keep))
         if work is None:
             # its caller has gone: nobody will read this

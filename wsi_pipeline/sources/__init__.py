@@ -41,6 +41,7 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
         pixels = StoredBackend(path) if is_grid else open_slide_file(path, series)
     except StoreError as error:
         raise SourceError(str(error)) from error
+    # A stored grid goes by the fingerprint of the slide whose pixels it holds.
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
     try:
         scale, mpp_source = _scale(path, pixels, mpp)

@@ -90,6 +90,7 @@ def find_tissue(thumbnail: npt.NDArray[np.uint8], mpp: float) -> Mask:
         padded = np.pad(tissue, reach, mode="edge")
         closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
         tissue = np.asarray(closed[reach:-reach, reach:-reach])
+    # Holes first: a piece counts with what it surrounds.
     tissue = ~_large_pieces(~tissue, MAX_HOLE_UM2 / mpp**2)
     tissue = _large_pieces(tissue, MIN_AREA_UM2 / mpp**2)
     return tissue.repeat(factor, axis=0).repeat(factor, axis=1)[:height, :width]

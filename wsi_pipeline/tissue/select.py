@@ -85,6 +85,7 @@ def plan_grid(
     # about 8 µm/px, and enough to look at
     extent_um = max(side * mpp for side, mpp in zip(slide.size, slide.mpp, strict=True))
     side = max(THUMBNAIL_MIN, min(int(extent_um / THUMBNAIL_UM), THUMBNAIL_MAX))
+    # Never enlarged: of a small slide the thumbnail is the slide.
     thumbnail, downsample = slide.thumbnail(min(max(slide.size), side))
     tissue = _tissue(slide, thumbnail, downsample, select)
     keep = select_patches(tissue, downsample, grid, view.downsample)

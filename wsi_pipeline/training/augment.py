@@ -39,6 +39,7 @@ def augment(
     """
     limits = (0.0, 1.0) if bounded else (-math.inf, math.inf)
     if stained:
+        # Glass before colours, so that its white varies with them as a scanner's does.
         images, truths = empty_glass(images, truths, spec.glass, generator)
         images = borrow_colours(images, spec.borrow, generator)
         images = vary_stain(images, spec, generator)

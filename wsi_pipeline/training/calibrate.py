@@ -34,6 +34,7 @@ def fit_temperature(scores: Collection[PatientScore]) -> float:
         true = [log[np.arange(len(log)), rows[:, 0].astype(int)] for rows, log in each]
         return float(np.mean([-log.mean() for log in true]))
 
+    # By its logarithm, since a temperature is a factor.
     return float(np.exp(minimize_scalar(unlikely, bounds=(-2.0, 2.5), method="bounded").x))
 
 

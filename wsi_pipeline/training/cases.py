@@ -41,6 +41,7 @@ def draw_cases(
     ranked = []
     for i, sample in enumerate(samples):
         matrix = matrices[sample.patient, sample.name]
+        # Of an image without any class there is no Dice to rank it by.
         if max(sample.shape[-2:]) < LARGEST and matrix[1:].any():
             # mean over the classes that the image shows
             ranked.append((float(np.nanmean(class_figures(Confusion.of(matrix))["dice"][1:])), i))

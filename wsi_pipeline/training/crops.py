@@ -49,6 +49,7 @@ class Survey:
 def survey(sample: Sample, n_classes: int) -> Survey:
     """Look through a sample's truth, block by block; return where which class is."""
     side = BLOCK_SIDE[len(sample.shape)]
+    # A block of nothing first, for images of which nothing is known.
     counts, places = [np.zeros(n_classes, np.int64)], [[np.empty((0, 0), np.int32)] * n_classes]
     digest = hashlib.sha256(str(sample.shape).encode())
     for block in iter_blocks(sample.shape, (side,) * len(sample.shape)):
@@ -59,6 +60,7 @@ def survey(sample: Sample, n_classes: int) -> Survey:
         digest.update(np.ascontiguousarray(truth).tobytes())
         found = np.bincount(truth[truth != IGNORE].ravel(), minlength=n_classes)
         counts.append(found[:n_classes])
+        # By the block's place: the same pixels whatever was looked through before.
         rng = np.random.default_rng(block.index)
         places.append([])
         for i in range(n_classes):
@@ -87,7 +89,8 @@ class Sampler:
         self._samples = samples
         self._surveys = surveys
         self._balance = balance
-        self._totals = np.stack([s.totals for s in surveys])  # (samples, K)
+        # (samples, K)
+        self._totals = np.stack([s.totals for s in surveys])
         self._owners: dict[str, list[int]] = {}
         self._weights = {sample.patient: sample.weight for sample in samples}
         for i, sample in enumerate(samples):
@@ -103,6 +106,7 @@ class Sampler:
         chosen = self._classes[_pick(len(self._classes), generator)]
         classes = [chosen] if wanted else self._classes
         amounts = self._totals[:, classes].sum(1)
+        # Patients before images: one with many of them must not be most of what is learnt.
         having = [p for p in sorted(self._owners) if amounts[self._owners[p]].sum()]
         shares = np.array([self._weights[p] for p in having])
         # where all weigh the same, as many random numbers as ever
@@ -160,6 +164,7 @@ def random_crop(
     radius = [reach] * (axes - 2) + [reach * 1.4143] * 2
     start = [max(0, int(c - r) - 2) for c, r in zip(centre, radius, strict=True)]
     stop = [min(n, int(c + r) + 3) for c, r, n in zip(centre, radius, sample.shape, strict=True)]
+    # Only the window is read: slides are far larger than crops.
     shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     image, truth = sample.read(tuple(start), shape)
     image = image.float() / 255 if image.dtype == torch.uint8 else image

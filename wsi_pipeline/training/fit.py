@@ -208,6 +208,7 @@ def fit(
                 state.save()
             if progress:
                 progress(state.step, spec.steps, loss, state.best)
+    # Without validation patients the last average is all there is.
     if state.best_weights is not None:
         averaged.load_state_dict(state.best_weights)
     averaged.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -260,6 +261,7 @@ def learn(
 def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:
     """Return the crops of a step, of a process and of a part of it."""
     spec, variation, wanted = recipe.train, recipe.augment, recipe.bundle.input
+    # A generator for each batch: threads that make the next ones must not take turns by chance.
     generator = Generator().manual_seed(_seed(spec.seed, *where))
     low, high = (side // multiple for side in spec.crop)
     size = multiple * int(torch.randint(low, high + 1, (), generator=generator))
@@ -338,6 +340,7 @@ def _optimization(
     kind = torch.optim.AdamW if spec.optimizer == "adamw" else torch.optim.Adam
     optimizer = kind([group for group in groups if group["params"]])
     if spec.schedule == "one-cycle":
+        # Else OneCycleLR would give the encoder the rate of the rest.
         rates = [group["lr"] for group in optimizer.param_groups]
         return optimizer, lr_scheduler.OneCycleLR(
             optimizer, rates, total_steps=spec.steps, pct_start=spec.warm_up

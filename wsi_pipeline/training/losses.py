@@ -52,6 +52,7 @@ def segmentation_loss(
         truth: (N, *sides) uint8 class index, or IGNORE.
         activation: "sigmoid" for one logit, "softmax" for one a class.
     """
+    # In fp32 whatever the network computed in: sums over a batch's pixels overflow fp16.
     logits = logits.float()
     known = (truth != IGNORE).float()
     index = truth.long() * known.long()
@@ -66,6 +67,7 @@ def segmentation_loss(
         probabilities = logits.softmax(1)
     wanted, parts = kind.split("+"), []
     if "ce" in wanted:
+        # A batch may hold no pixel of which anything is known.
         parts.append((entropy * known).sum() / known.sum().clamp_min(1))
     if "dice" in wanted:
         parts.append(soft_dice_loss(probabilities * known[:, None], target * known[:, None]))

@@ -349,6 +349,7 @@ def load_recipe(path: str | Path) -> Recipe:
     try:
         found = converted(table, RecipeToml)
         limits = found.limits.strip()
+        # What limits the bundle says of itself go before those of its recipe.
         bundle = parse_bundle({"limits": limits, **found.bundle}, path)
         for index, entry in enumerate(found.data):
             _check_data(f"data[{index}]: {entry.images!r}", entry, bundle)

@@ -116,9 +116,11 @@ class Cache:
             if path in self._held:
                 self._held.move_to_end(path)
                 return self._held[path]
+        # Decoded outside the lock: no thread waits for another's picture.
         found = load()
         with self._lock:
             self._held[path] = found
+            # The last one stays, however large: it is asked for again at once.
             while len(self._held) > 1 and self._limit < sum(
                 tensor.nbytes for read in self._held.values() for tensor in read
             ):
@@ -204,6 +206,7 @@ def load_samples(recipe: Recipe, data_dir: Path, closing: ExitStack) -> list[Sam
             patient, label, fold = _told(image, within, spec, rows, recipe)
             truth = _truth_of(image, patient, spec, data_dir, is_only=len(images) == 1)
             other, owner = owners.setdefault(truth, (image, patient))
+            # Images of one patient may share a mask, but of two that are called alike one is wrong.
             if other != image and (other.name == image.name or owner != patient):
                 raise RecipeError(
                     f"{truth} would be the truth of {other} and of {image}; tell them apart by "
@@ -388,6 +391,7 @@ def _annotated(
     for name, given in spec.classes.items():
         indices |= dict.fromkeys(map(str, given), of_class[name])
     if spec.empty:
+        # An area of background over all of it: from here on it is a slide like any other.
         indices = {(nothing := recipe.bundle.classes[0].name): 0}
         area = Annotation(polygon=shapely.box(0, 0, *slide.size), class_name=nothing)
         areas = Areas(path=path, annotations=(area,))

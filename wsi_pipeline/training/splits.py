@@ -33,6 +33,7 @@ class Split:
             raise RecipeError(f"split {self.name}: one side has no images; add patients")
         if both := {s.patient for s in self.train} & {s.patient for s in self.test}:
             raise RecipeError(f"split {self.name}: patients on both sides: {sorted(both)}")
+        # By content: one picture may have two names, and be said to be of two patients.
         seen = {s.digest: s for s in self.train}
         if same := [f"{s.name} is {seen[s.digest].name}" for s in self.test if s.digest in seen]:
             raise RecipeError(f"split {self.name}: the same picture on both sides: {same}")

@@ -101,6 +101,7 @@ class TrainerState:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        # A pickle may run anything; this one is read as tensors and plain values alone.
         held: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(f"the checkpoint {path} is damaged; train with --overwrite") from error

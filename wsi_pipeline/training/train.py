@@ -94,6 +94,7 @@ def train(
                 for path in folder.glob(".*.partial"):
                     remove(path)
             _open_state(output / STATE, key, overwrite=overwrite)
+        # The other processes wait until the folder is claimed, and empty where it is to be.
         fabric.barrier()
 
         def learn(name: str, own: Sequence[Sample], held_out: Sequence[Sample] = ()) -> Fitted:
@@ -116,6 +117,7 @@ def train(
                 write_history(folder, fitted.history)
             return fitted
 
+        # Folds before the training on all: temperature and card of the bundle come from them.
         scores: dict[str, PatientScore] = {}
         for split in splits:
             scores |= _held_out(recipe, split, learn, output / STATE)
@@ -153,6 +155,7 @@ def _held_out(
             "labels": found.labels.tolist(),
             "images": [[name, matrix.tolist()] for name, matrix in found.images],
             "said": found.label_chances.round(5).tolist(),
+            # Rounded: there are up to 65,536 of them, each of all classes.
             "sampled": found.pixel_chances.round(3).tolist(),
         }
         for patient, found in scores.items()
@@ -220,6 +223,7 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
         for s, found in zip(samples, surveys, strict=True)
     ]
     table = bundle_table(replace(recipe.bundle, limits=""))
+    # Only where there are any: trainings that were begun before recipes had weights go on.
     weights = [(s.patient, s.weight) for s in samples if s.weight != 1]
     text = json.dumps([table, settings, data, *filter(None, [weights])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -250,5 +254,6 @@ def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
 
 def _folder_name(name: str) -> str:
     """Return a name of letters that no other split has."""
+    # Two names may come to the same letters; the digest tells them apart.
     kept = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
     return f"{kept[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -114,6 +114,7 @@ def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patie
     bundle = predictor.bundle
     grid = PatchGrid.cover(sample.shape, bundle.input.patch_size, bundle.input.overlap)
     side = REGION[len(sample.shape)]
+    # At one go where it fits: patches over a cut are predicted for both of its sides.
     whole = all(n <= 2 * side for n in sample.shape)
     blocks = list(iter_blocks(sample.shape, sample.shape if whole else (side,) * len(sample.shape)))
     for block in blocks:
@@ -147,6 +148,7 @@ def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patie
                 score.labels[true, int(of_labels.argmax())] += 1
                 rows.append([true, *of_labels.tolist()])
         # pixels drawn at random: the true class, the logarithm of the probability of each
+        # They are kept until temperatures are fitted: all of a slide would be too many.
         places = np.flatnonzero((known != IGNORE).numpy())
         drawn = np.random.default_rng(block.start).permutation(places)[: -(-count // len(blocks))]
         values = certain.flatten(1)[:, drawn].double()

@@ -136,6 +136,7 @@ def open_series(path: Path, time_points: Sequence[int] | None) -> Volume:
     stacks = [times[number] for number in chosen]
     (spacing, affine, unsure), *others = map(_geometry, stacks)
     for number, stack, (_, other, _) in zip(chosen[1:], stacks[1:], others, strict=True):
+        # Time points become channels of one voxel: they must lie over each other.
         if len(stack) != len(stacks[0]) or not np.allclose(other, affine, atol=0.01):
             raise SourceError(f"time point {number} does not lie where the first does; resample it")
     digest = hashlib.sha256()

@@ -67,6 +67,7 @@ def find_volumes(inputs: Inputs, output: str | Path) -> list[Path]:
     """
     paths = find_images(inputs, output)
     folders = dict.fromkeys(path.parent for path in paths if is_dicom(path))
+    # Of whole folders, whatever was named: a slice that lies beside belongs to its series.
     every = _group(path for folder in folders for path in folder.iterdir())
     series_in_folder = Counter(folder for series in every for folder in series.folders)
     names: dict[Path, Path | None] = {}

@@ -161,6 +161,7 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
         # Volumes always say their spacing.
         assert scan.spacing_mm is not None
         step = tuple(
+            # Spacings are rounded in files: nearly the same is not resampled, which would blur it.
             1.0 if abs(wanted / own - 1) < MPP_TOLERANCE else wanted / own
             for wanted, own in zip(spec.spacing_mm, scan.spacing_mm, strict=True)
         )

@@ -65,6 +65,7 @@ class Voxels:
         """
         (z, y, x), (depth, height, width) = start, shape
         stored = np.empty(shape, self.dtype)
+        # Whole rows, so that a slice takes one read of the file.
         rows = np.empty((height, self.shape[2]), self.dtype)
         try:
             with self._lock:
@@ -278,6 +279,7 @@ def volume_of_file(
         raise SourceError(
             f"is cut off: {size:,} bytes, of {offset + wanted:,} that its header says"
         )
+    # Before anything is unpacked: a header may promise what would fill the disk.
     if unpack is not None and wanted > DENSEST * size:
         raise SourceError(f"its header says {wanted:,} bytes, which {size:,} cannot hold")
     lengths = voxel_size(affine)
