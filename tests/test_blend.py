@@ -149,7 +149,9 @@ def test_sampling_does_not_depend_on_the_cut(ratio_y, ratio_x, height, width, ro
     whole = torch.cat(
         [
             s
-            for _, s in iter_sampled_rows([(0, field)], 0, start=(0, 0), stop=mask_shape, **options)
+            for _, s in iter_sampled_rows(
+                [(0, field)], (0,), start=(0, 0), stop=mask_shape, **options
+            )
         ],
         dim=1,
     )
@@ -159,7 +161,7 @@ def test_sampling_does_not_depend_on_the_cut(ratio_y, ratio_x, height, width, ro
         [
             s
             for _, s in iter_sampled_rows(
-                cut(field, data), 0, start=start, stop=stop, rows=rows, **options
+                cut(field, data), (0,), start=start, stop=stop, rows=rows, **options
             )
         ],
         dim=1,
@@ -173,7 +175,7 @@ def test_sampling_equals_torch_upsampling_at_whole_factors(factor):
     field = torch.rand(1, 9, 7)
     rows = iter_sampled_rows(
         [(0, field)],
-        0,
+        (0,),
         start=(0, 0),
         stop=(9 * factor, 7 * factor),
         ratio=(1 / factor, 1 / factor),

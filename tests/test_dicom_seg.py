@@ -58,7 +58,7 @@ def test_patient_and_sources_are_carried(tmp_path):
     folder = write_series(tmp_path / "a", VOXELS)
     volume = open_volume(folder)
     found = segment(tmp_path, volume, MASK)
-    sources = [dcmread(path) for path in volume.dicom]
+    sources = [dcmread(path) for path, _ in volume.slices]
     for name in (*PATIENT, "StudyInstanceUID", "FrameOfReferenceUID"):
         assert found[name].value == sources[0][name].value
     assert found.SeriesInstanceUID != sources[0].SeriesInstanceUID

@@ -288,7 +288,7 @@ def test_a_shuffled_series_is_as_simpleitk_has_it(tmp_path, directions):
     with open_volume(folder) as volume:
         np.testing.assert_allclose(volume.affine, itk_affine(other), atol=1e-4)
         assert volume.spacing_mm == pytest.approx((2.5, 0.7, 0.6))
-        assert [path.name for path in volume.dicom] == [
+        assert [path.name for path, _ in volume.slices] == [
             f"slice{order.index(z):03d}" for z in range(7)
         ]
         corner = volume.affine @ [0, 0, 0, 1]
@@ -334,7 +334,7 @@ def test_an_enhanced_image_is_as_highdicom_has_it(tmp_path):
         swap = np.eye(4)[[2, 1, 0, 3]]  # highdicom's voxel indices are (z, y, x)
         np.testing.assert_allclose(volume.affine, FLIP @ other.affine @ swap, atol=1e-6)
         assert [frame for _, frame in volume.slices] == [1, 5, 3, 0, 6, 4, 2]
-        assert volume.dicom == (path,)
+        assert {file for file, _ in volume.slices} == {path}
 
 
 def test_series_of_one_folder_are_told_apart(tmp_path):

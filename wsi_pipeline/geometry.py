@@ -65,11 +65,7 @@ class PatchGrid:
     origins: npt.NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        """Check that rows ascend, which `touching` counts on.
-
-        Raises:
-            ValueError: they do not.
-        """
+        """Refuse rows that do not ascend, which `touching` counts on."""
         if np.any(np.diff(self.origins[:, 0]) < 0):
             raise ValueError("the patches are not in row-major order")
 

@@ -232,7 +232,7 @@ def sample_positions(
 
 def iter_sampled_rows(
     bands: Iterable[tuple[int, torch.Tensor]],
-    left: int | Shape,
+    corner: Shape,
     *,
     start: Shape,
     stop: Shape,
@@ -247,7 +247,7 @@ def iter_sampled_rows(
     Args:
         bands: first grid row, and (C, rows, *rest) of that and the following rows, from the top
             down and without gaps, as `iter_blended_rows` yields them.
-        left: first grid pixel of the bands along the other axes; a number where there is but one.
+        corner: First grid pixel of the bands along the other axes.
         start: first mask pixel wanted.
         stop: one past the last.
         ratio: grid pixels per mask pixel along each axis.
@@ -256,7 +256,6 @@ def iter_sampled_rows(
     Yields:
         First row of the strip relative to `start`, and (C, rows, *rest).
     """
-    corner = (left,) if isinstance(left, int) else left
     if all(r == 1.0 for r in ratio):
         axes = zip(start[1:], stop[1:], corner, strict=True)
         rest = tuple(slice(a - first, b - first) for a, b, first in axes)

@@ -302,11 +302,7 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
 
 
 def _ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Return the answers of all workers.
-
-    Raises:
-        ClusterError: one cannot answer.
-    """
+    """Return the answers of all workers; raise ClusterError where one has none."""
     with reaching(client):
         answers = client.run(question, *args, on_error="return")
     for worker, answer in answers.items():

@@ -183,11 +183,7 @@ def versions() -> dict[str, str]:
 
 
 def check_same_versions(worker: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
-    """Refuse a worker whose programs differ.
-
-    Raises:
-        ClusterError: they do.
-    """
+    """Refuse, by a ClusterError, a worker whose programs differ."""
     different = [
         f"{name} {theirs[name]} (here {ours[name]})" for name in ours if theirs[name] != ours[name]
     ]

@@ -151,11 +151,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_size(size: tuple[int, int]) -> None:
-    """Refuse a header's (width, height) without pixels, or with more than any slide has.
-
-    Raises:
-        SourceError: either of them.
-    """
+    """Refuse, by a SourceError, a (width, height) without pixels, or with more than any slide."""
     if min(size) < 1:
         raise SourceError(f"{size[0]} × {size[1]} px: nothing to see")
     if max(size) > MAX_SIDE or math.prod(size) > MAX_PIXELS:

@@ -25,11 +25,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 def check_tiff(path: Path) -> None:
-    """Refuse a TIFF that goes on beyond the end of the file, or whose sizes are impossible.
-
-    Raises:
-        SourceError: what was found, and what to do.
-    """
+    """Refuse, by a SourceError, a TIFF that is cut off, or whose sizes are impossible."""
     found = path.stat().st_size
     wrong = "" if is_remote(path) else _what_is_wrong_with_directories(path, found)
     if wrong:

@@ -149,11 +149,7 @@ class SlideView:
         return pixels
 
     def _with_gaps_filled(self, y: int, x: int, pixels: Pixels) -> Pixels:
-        """Return pixels read at (y, x) of the level, tiles that it lacks computed from finer ones.
-
-        Raises:
-            SourceError: a finer level has them, and cannot be read there.
-        """
+        """Return pixels read at (y, x) of the level, with what it lacks taken from finer ones."""
         for left, top in self.backend.gaps(self.level, x, y, pixels):
             if not pixels.flags["W"]:
                 pixels = pixels.copy()

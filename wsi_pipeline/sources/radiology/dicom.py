@@ -163,9 +163,6 @@ def _inflated(path: Path) -> Path | BytesIO:
     """Return a file whose attributes are stored as they are: unpacked where they are deflated.
 
     pydicom unpacks deflated files whole, whatever they come to, and decodes no pixels of them.
-
-    Raises:
-        SourceError: it unpacks to more than is held.
     """
     with path.open("rb") as file:
         head = file.read(1024)
@@ -181,11 +178,7 @@ def _inflated(path: Path) -> Path | BytesIO:
 
 
 def check_header(header: Dataset) -> None:
-    """Refuse what has no pixels that are read here.
-
-    Raises:
-        SourceError: the message says what it is.
-    """
+    """Refuse, by a SourceError, what has no pixels that are read here."""
     sop_class = _uid(header.get("SOPClassUID", ""))
     if sop_class == VLWholeSlideMicroscopyImageStorage:
         raise SourceError("a DICOM whole-slide image; segment it with a bundle for slides")

@@ -143,11 +143,6 @@ class Volume(Opened):
         """Return how many time points are read."""
         return len(self.voxels)
 
-    @property
-    def dicom(self) -> tuple[Path, ...]:
-        """Return the files of a DICOM series in the order of its slices, each once."""
-        return tuple(dict.fromkeys(path for path, _ in self.slices))
-
     @cached_property
     def value_range(self) -> tuple[float, float]:
         """Return the values of black and white: of the file's window, else least and largest.
