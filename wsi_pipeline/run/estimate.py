@@ -139,49 +139,6 @@ def estimate(
     )
 
 
-def estimate_memory(
-    bundle: Bundle,
-    predict: PredictOptions,
-    *,
-    model: ModelBytes,
-    block_shape: Shape,
-    ratio: tuple[float, ...],
-    patches: int,
-    blocks_in_hand: int,
-    workers: int,
-    threads: int,
-    tissue_px: float,
-) -> int:
-    """Return the bytes that the process takes at its peak, about.
-
-    Args:
-        block_shape: of a block in mask pixels.
-        ratio: grid pixels per mask pixel along each axis.
-        workers: each with a model of its own.
-        tissue_px: mask pixels that patches cover.
-    """
-    device = choose_device(predict.device)
-    patch, channels = bundle.input.patch_size, len(bundle.classes)
-    patch_px = math.prod(patch)
-    grid_px, reach = GRID_PX_BYTES[bundle.modality]
-    sides = [b * r + reach * p for b, r, p in zip(block_shape, ratio, patch, strict=True)]
-    bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
-    block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
-    total = PROCESS_BYTES + OUTPUT_BYTES + blocks_in_hand * block
-    total += tissue_px / PX_PER_VERTEX * VERTEX_BYTES
-    if device.type == "cpu":
-        batch, each = predict.batch_size or 1, model.activations
-        if choose_dtype(predict.precision, device) is not torch.float32:
-            each /= 2
-        # finished predictions wait for their turn beside those that are made
-        made = (2 * threads + 1) * batch * channels * patch_px * 4
-        straddling = min(CACHE_BYTES, patches * channels * patch_px * 4)
-        total += workers * (2 * model.weights + threads * batch * each + made + bands + straddling)
-    else:
-        total += GPU_BYTES + workers * model.weights
-    return int(total)
-
-
 def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
     """Return how many passes at once, each on one core, fit into the memory; 1 at least.
 
@@ -274,18 +231,29 @@ def _tissue_px(plan: Plan) -> float:
 def _peak_memory(
     plan: Plan, bundle: Bundle, model: ModelBytes, *, workers: int, blocks_in_hand: int
 ) -> int:
-    return estimate_memory(
-        bundle,
-        plan.predict,
-        model=model,
-        block_shape=tuple(min(b, max(plan.mask_shape)) for b in plan.block_shape),
-        ratio=plan.ratio,
-        patches=len(plan.grid),
-        blocks_in_hand=workers * blocks_in_hand,
-        workers=workers,
-        threads=plan.threads,
-        tissue_px=_tissue_px(plan),
-    )
+    """Return the bytes that the process takes at its peak, about; each worker has a model."""
+    predict, threads = plan.predict, plan.threads
+    device = choose_device(predict.device)
+    patch, channels = bundle.input.patch_size, len(bundle.classes)
+    patch_bytes = channels * math.prod(patch) * 4
+    grid_px, reach = GRID_PX_BYTES[bundle.modality]
+    block_shape = tuple(min(b, max(plan.mask_shape)) for b in plan.block_shape)
+    sides = [b * r + reach * p for b, r, p in zip(block_shape, plan.ratio, patch, strict=True)]
+    bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
+    block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
+    total = PROCESS_BYTES + OUTPUT_BYTES + workers * blocks_in_hand * block
+    total += _tissue_px(plan) / PX_PER_VERTEX * VERTEX_BYTES
+    if device.type == "cpu":
+        batch, each = predict.batch_size or 1, model.activations
+        if choose_dtype(predict.precision, device) is not torch.float32:
+            each /= 2
+        # Finished predictions wait for their turn beside those that are made.
+        made = (2 * threads + 1) * batch * patch_bytes
+        straddling = min(CACHE_BYTES, len(plan.grid) * patch_bytes)
+        total += workers * (2 * model.weights + threads * batch * each + made + bands + straddling)
+    else:
+        total += GPU_BYTES + workers * model.weights
+    return int(total)
 
 
 def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:

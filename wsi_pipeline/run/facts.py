@@ -56,13 +56,5 @@ def options_of(run: Run) -> ExportOptions:
 
 def versions() -> dict[str, str]:
     """Return the versions of what a mask may depend on."""
-    packages = (
-        "wsi-pipeline",
-        "torch",
-        "numpy",
-        "zarr",
-        "openslide-python",
-        "tiffslide",
-        "shapely",
-    )
-    return {name: version(name) for name in packages}
+    packages = ("wsi-pipeline", "torch", "numpy", "zarr", "openslide-python", "tiffslide")
+    return {name: version(name) for name in (*packages, "shapely")}

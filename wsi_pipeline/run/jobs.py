@@ -30,21 +30,9 @@ from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.patch_grid import is_patch_grid
 
 SLIDE_SUFFIXES = frozenset(
-    [
-        ".svs",
-        ".tif",
-        ".tiff",
-        ".ndpi",
-        ".vms",
-        ".vmu",
-        ".scn",
-        ".mrxs",
-        ".svslide",
-        ".bif",
-        ".dcm",
-        ".czi",
-    ]
-)
+    [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm",
+     ".czi"]
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

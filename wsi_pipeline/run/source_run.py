@@ -86,7 +86,6 @@ class SourceRun(ABC):
         """Return the largest number of files that the mask can have."""
 
     @abstractmethod
-    @abstractmethod
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> Result:
         """Finish the mask; return it with what its files tell of it.
 
