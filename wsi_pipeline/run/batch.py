@@ -97,12 +97,8 @@ class BatchRunner:
         blocks     slide 2   on all workers
         finish     slide 1
 
-    Workers elsewhere have the blocks of several, those of the first source first.
-
-    Args:
-        threads: of the CPU for one worker's forward passes; None = all.
-        max_ram: bytes that this process may take; None = no limit.
-        stopped: once it is set, no block is begun.
+    Workers elsewhere have the blocks of several, those of the first source first. Arguments are
+    those of `segment_jobs`.
     """
 
     def __init__(
@@ -225,9 +221,5 @@ class BatchRunner:
 
 
 def open_elsewhere(plan: Plan, threads: int | None, keep: WorkerCache) -> BlockWorker:
-    """Open a source on a worker of another process; return what does its blocks.
-
-    Args:
-        threads: of the CPU for its forward passes; None = as many as dask gives the worker.
-    """
+    """Open a source on a worker of another process; return what does its blocks."""
     return BlockWorker(replace(plan, threads=threads or worker_threads()), keep)

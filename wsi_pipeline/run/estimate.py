@@ -20,7 +20,7 @@ from wsi_pipeline.geometry import Shape
 from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.cost import peak_memory
-from wsi_pipeline.options import ExportOptions, PredictOptions, Settings
+from wsi_pipeline.options import PredictOptions, Settings
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
@@ -123,18 +123,20 @@ def estimate(
             refuse_others(job, run.source.fingerprint, bundle)
         passes = passes_that_fit(model, threads or cpu_count(), free=free_memory())
         plan = run.lay_out(RunStore(folder=job.folder.absolute()), passes, keep=False)
-        disk, files = estimate_files(
-            run.settings.export,
-            mask_files=run.most_mask_files(plan),
-            blocks=len(plan.blocks()),
-            tissue_px=_tissue_px(plan),
-        )
+        export, blocks, tissue_px = run.settings.export, len(plan.blocks()), _tissue_px(plan)
+        mask_files = run.most_mask_files(plan)
+    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
+    disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
+    disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
+    # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
+    store = 90 + blocks
+    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
     return Estimate(
         patches=len(plan.grid),
         seconds=len(plan.grid) / rate,
         memory=_peak_memory(plan, bundle, model, workers=workers, blocks_in_hand=blocks_in_hand),
-        disk=disk,
-        files=files,
+        disk=int(disk),
+        files=mask_files + store + single,
         mask_shape=plan.mask_shape,
     )
 
@@ -170,25 +172,6 @@ def model_bytes(bundle: Bundle) -> ModelBytes:
 
 def _plane_bytes(bundle: Bundle) -> int:
     return math.prod(bundle.input.patch_size) * 4
-
-
-def estimate_files(
-    export: ExportOptions, *, mask_files: int, blocks: int, tissue_px: float
-) -> tuple[int, int]:
-    """Return the bytes of a run's files, about, and the largest number of them.
-
-    Args:
-        mask_files: at most, of the mask itself.
-        tissue_px: mask pixels that patches cover.
-    """
-    vertices = tissue_px / PX_PER_VERTEX
-    masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
-    disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
-    disk += vertices * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
-    # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
-    store = 90 + blocks
-    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
-    return int(disk), mask_files + store + single
 
 
 def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int) -> float:

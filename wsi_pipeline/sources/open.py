@@ -40,14 +40,11 @@ NO_SERIES = "has no series; --series is for OME-TIFF and OME-Zarr"
 log = logging.getLogger(__name__)
 
 
-def open_slide_file(path: Path, series: int | None = None) -> Backend:
+def open_slide_file(path: Path, series: int | None) -> Backend:
     """Open a slide with whichever library reads it right and fastest; return the backend.
 
     Two libraries open a TIFF where they can, and read the same tile: tiffslide is used where they
     agree, being several times faster, and OpenSlide where they do not.
-
-    Args:
-        series: Which image of an OME-TIFF or OME-Zarr with several; None = the largest of RGB.
 
     Raises:
         SourceError: no library opens the file; the message says what was found.
