@@ -39,6 +39,7 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Confusion
 from wsi_pipeline.files.atomic import sha256_of
+from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.encoders import mobilenet_v2_features
 from wsi_pipeline.sources import open_source
@@ -76,6 +77,7 @@ from wsi_pipeline.training.validate import (
     accuracy,
     chances,
     decided,
+    familiar_of,
     mean_dice,
     measure,
     open_predictor,
@@ -1604,6 +1606,52 @@ def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Rec
     assert fit_temperature([nothing]) == 1
 
 
+def test_what_is_familiar_is_what_patients_who_show_a_class_look_like(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    network = fit(recipe, training_set(samples)).network
+    plain = familiar_of(network, recipe.bundle, samples)
+    assert plain is not None
+    # dark throughout, and nothing in it: learnt from, and not what the network is for
+    dark = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    empty = make_sample("C", dark, torch.zeros(64, 64, dtype=torch.uint8))
+    found = familiar_of(network, recipe.bundle, [*samples, empty])
+    assert found is not None
+    np.testing.assert_array_equal(found.mean, plain.mean)
+    (judged,) = measure(network, recipe.bundle, [empty]).values()
+    assert found.distances(np.concatenate(judged.features)) > 1
+    assert familiar_of(network, recipe.bundle, [samples[-1], empty]) is None
+
+
+def test_a_card_tells_false_alarms_and_what_is_unlike(
+    recipe: Recipe, samples: list[Sample]
+) -> None:
+    nothing = PatientScore.empty(recipe.bundle)
+    told = {
+        "A": ([[50, 0], [5, 45]], [0.5, 0.8, 1.2, 0.4]),
+        "B": ([[50, 0], [5, 45]], [0.3, 0.6]),
+        "C": ([[90, 10], [0, 0]], [0.7, 1.5, 2.0, 3.0, 1.1]),
+        "D": ([[50, 0], [5, 45]], []),
+    }
+    judged = {
+        patient: dataclasses.replace(
+            nothing,
+            pixels=Confusion(matrix=np.array(counts), borders=np.zeros((2, 4), np.int64)),
+            distances=np.array(distances, float),
+        )
+        for patient, (counts, distances) in told.items()
+    }
+    known = training_set(samples)
+    trained = Trained(samples=samples, surveys=known.surveys, held_out=judged)
+    card = model_card(recipe, trained)
+    # of A a quarter, of B none; drawn anew both, or either
+    assert "a share of 0.125 (0.000 to 0.250) of the patches of held-out patients who" in card
+    assert "of those who show none it is 0.800; area under the curve 0.900." in card  # 27 of 30
+    for left in ("A", "B"):
+        del judged[left]
+    assert "unlike_percent" not in model_card(recipe, trained)
+
+
 def test_a_temperature_softens_probabilities_and_no_mask(recipe: Recipe) -> None:
     image = torch.randint(0, 256, (3, 64, 64), generator=seeded()).to(torch.uint8)
     soft = dataclasses.replace(recipe.bundle, temperature=20.0)
@@ -1905,11 +1953,16 @@ def test_a_written_bundle_loads_and_predicts_the_same(
     network = fit(recipe, known).network
     judged = measure(network, recipe.bundle, samples)
     trained = Trained(
-        samples=samples, surveys=known.surveys, held_out=judged, fingerprint="0123456789abcdef01"
+        samples=samples,
+        surveys=known.surveys,
+        held_out=judged,
+        familiar=familiar_of(network, recipe.bundle, samples),
+        fingerprint="0123456789abcdef01",
     )
     write_bundle(network, recipe, trained, folder / "bundle")
     assert sorted(p.name for p in (folder / "bundle").iterdir()) == [
         "README.md",
+        "features.safetensors",
         "model.safetensors",
         "model.toml",
     ]
@@ -1917,6 +1970,14 @@ def test_a_written_bundle_loads_and_predicts_the_same(
     assert bundle.limits == "Discs only."
     assert bundle.temperature == pytest.approx(fit_temperature([*judged.values()]), abs=1e-3)
     told = {"path": recipe.bundle.path, "weights_path": None, "temperature": 1.0}
+    told |= {"features_path": None}
+    familiar = load_familiar(bundle)
+    assert familiar is not None
+    # the patches of each patient as `segment` sees them, by the stored weights
+    own = {"A": judged["A"].features, "B": judged["B"].features}
+    assert [len(np.concatenate(features)) for features in own.values()] == [8, 4]
+    mean = np.mean([np.concatenate(features).mean(0) for features in own.values()], axis=0)
+    np.testing.assert_allclose(familiar.mean, mean, rtol=1e-5)
     assert dataclasses.replace(bundle, **told) == recipe.bundle
     stored = load_file(bundle.weights_path)
     assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.float16}

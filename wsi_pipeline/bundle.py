@@ -141,6 +141,7 @@ class ModelToml(Record, frozen=True, kw_only=True, omit_defaults=True):
     weights: Annotated[
         str | RemoteFile | None, Meta(description="a file's name, or { url = …, sha256 = … }")
     ] = None
+    features: Annotated[str | None, Meta(description="a file's name")] = None
     network_options: dict[str, Any] = msgspec.field(default_factory=dict)
     input: InputSpec
     output: OutputSpec
@@ -155,6 +156,7 @@ class Bundle:
         network: A name in `wsi_pipeline.networks.NETWORKS`, "exported" or "torchscript".
         weights_path: The file with weights, or the foreign program; None where there are none.
         weights_origin: Where weights are fetched from; None where they lie in the folder.
+        features_path: The file that says what training patches look like to the network, or None.
         activation: "sigmoid" or "softmax", which turns logits into probabilities.
         classes: Classes in the mask's order; 0 is the background.
         labels: What the network says of a whole patch, in its order; empty where nothing.
@@ -169,6 +171,7 @@ class Bundle:
     network: str
     weights_path: Path | None
     weights_origin: RemoteFile | None = None
+    features_path: Path | None = None
     network_options: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec
     activation: Activation
@@ -217,10 +220,11 @@ class Bundle:
 
     @property
     def digest(self) -> str:
-        """Return a digest of all that masks depend on."""
+        """Return a digest of all that masks, and what is told of them, depend on."""
         # Words that are added to the limits must not have finished slides done anew.
         table = bundle_table(replace(self, limits=""))
-        text = json.dumps([table, self.weights_sha256], sort_keys=True)
+        features = [sha256_of(self.features_path)] if self.features_path else []
+        text = json.dumps([table, self.weights_sha256, *features], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -261,9 +265,12 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         found = converted(table, ModelToml)
         _check_input(found.input, found.modality, table["input"])
         classes = _classes(found.output)
+        if found.features and found.network in FOREIGN:
+            raise ValueError("features are those of a network of the package, not of a program")
     except ValueError as error:
         raise BundleError(f"{path}: {error}") from error
     weights_path, origin = _weights(found.weights, path.parent, fetch=fetch)
+    features_path = found.features and _in_folder(found.features, "features", path.parent)
     return Bundle(
         path=path.parent,
         name=found.name,
@@ -271,6 +278,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         network=found.network,
         weights_path=weights_path,
         weights_origin=origin,
+        features_path=features_path or None,
         network_options=found.network_options,
         input=found.input,
         activation=found.output.activation,
@@ -281,20 +289,22 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     )
 
 
-def bundle_toml(bundle: Bundle, *, weights: str | None) -> str:
+def bundle_toml(bundle: Bundle, *, weights: str | None, features: str | None = None) -> str:
     """Return the `model.toml` of a bundle.
 
     Args:
         weights: Name of the file with its weights, in its folder; None = it has none.
+        features: Name of the file that says what training patches look like, likewise.
     """
-    table = bundle_table(bundle) | ({"weights": weights} if weights else {})
+    files = {"weights": weights, "features": features}
+    table = bundle_table(bundle) | {key: name for key, name in files.items() if name}
     head = {key: value for key, value in table.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}
     return "\n".join([_lines(head), *(f"[{key}]\n{_lines(tables[key])}" for key in tables)])
 
 
 def bundle_table(bundle: Bundle) -> dict[str, Any]:
-    """Return what the `model.toml` of a bundle holds, but for the weights."""
+    """Return what the `model.toml` of a bundle holds, but for the names of its files."""
     found = ModelToml(
         name=bundle.name,
         modality=bundle.modality,
@@ -403,13 +413,18 @@ def _weights(
         return download(entry.url, entry.sha256) if is_here else None, entry
     if "://" in entry:
         raise BundleError(f"weights {entry!r} is a URL; expected {{ url = …, sha256 = … }}")
-    path = folder / entry
+    return _in_folder(entry, "weights", folder), None
+
+
+def _in_folder(name: str, what: str, folder: Path) -> Path:
+    """Return a file of a bundle, which is there and in its folder."""
+    path = folder / name
     # A bundle from elsewhere has no business with other files, by links or by names.
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"weights {entry!r} lie outside the bundle {folder}")
+        raise BundleError(f"{what} {name!r} lie outside the bundle {folder}")
     if not path.is_file():
-        raise BundleError(f"the bundle {folder} names weights {entry!r}, which are not there")
-    return path, None
+        raise BundleError(f"the bundle {folder} names {what} {name!r}, which are not there")
+    return path
 
 
 def _local_toml(location: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
-Answer = tuple[torch.Tensor, torch.Tensor | None]
-"""Probabilities (N, K, *patch), and (N, L) of what is said of whole patches."""
+Answer = tuple[torch.Tensor, ...]
+"""Probabilities (N, K, *patch), (N, L) of what is said of whole patches, their features (N, C)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -116,6 +117,11 @@ class Predictor:
             if isinstance(built.module, SegmentationNetwork)
             else built.module.to(self.device)
         )
+        # of the pass that a thread is in
+        self._seen = threading.local()
+        if isinstance(built.module, SegmentationNetwork):
+            stage = self._module.get_submodule(built.module.looks_at)
+            stage.register_forward_hook(self._see)
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
         # does not depend on the number of threads then. Passes share nothing but the weights.
@@ -153,6 +159,7 @@ class Predictor:
         *,
         begun: Callable[[], None] | None = None,
         labels: list[torch.Tensor] | None = None,
+        features: list[torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Predict patches of a region; yield the probabilities of each in turn.
 
@@ -162,6 +169,7 @@ class Predictor:
             begun: called when all passes are queued: those of another region may follow.
             labels: gets (L,) probabilities of what the network says of each patch as a whole, in
                 turn, where it classifies.
+            features: gets (C,) of what each patch looks like to a network of the package.
 
         Yields:
             float32 (K, *patch) on the device; K = 1 for sigmoid, else the number of classes.
@@ -172,9 +180,10 @@ class Predictor:
         ahead: deque[Future[Answer]] = deque()
 
         def taken() -> torch.Tensor:
-            mask, said = ahead.popleft().result()
-            if labels is not None and said is not None:
-                labels.extend(said)
+            mask, *told = ahead.popleft().result()
+            for kept, found in zip((labels, features), told, strict=True):
+                if kept is not None and found.shape[1]:
+                    kept.extend(found)
             return mask
 
         try:
@@ -208,14 +217,12 @@ class Predictor:
             answers = [
                 self._forward(region, origins[i : i + batch]) for i in range(0, count, batch)
             ]
-            said = [labels for _, labels in answers if labels is not None]
-            return torch.cat([mask for mask, _ in answers]), torch.cat(said) if said else None
+            return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
         patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
         # always full batches: on the way a patch is rounded differently in one of another size
         patches += [torch.zeros_like(patches[0])] * (batch - count)
         try:
-            mask, labels = self._run(torch.stack(patches))
-            return mask[:count], None if labels is None else labels[:count]
+            return tuple(part[:count] for part in self._run(torch.stack(patches)))
         except torch.OutOfMemoryError:
             if self._static_batch or batch == 1:
                 raise BundleError(
@@ -253,15 +260,22 @@ class Predictor:
         if self.bundle.temperature != 1:
             logits = logits / self.bundle.temperature
         mask = logits.sigmoid() if self.bundle.activation == "sigmoid" else logits.softmax(1)
+        nothing = mask.new_empty(len(mask), 0)
+        features = self._seen.__dict__.pop("features", nothing)
         if not self.bundle.labels:
-            return mask, None
+            return mask, nothing, features
         if "label" not in answer:
             raise BundleError(
                 f"{self.bundle.name} answered without label; its model.toml has "
                 f"{len(self.bundle.labels)} labels"
             )
         shape = (len(inputs), len(self.bundle.labels))
-        return mask, self._checked(answer["label"], shape).softmax(1)
+        return mask, self._checked(answer["label"], shape).softmax(1), features
+
+    def _see(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        """Keep what the patches of a pass look like: the means over their places."""
+        axes = tuple(range(2, output.ndim))
+        self._seen.features = output.mean(axes, dtype=torch.float32)
 
     def _checked(self, logits: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
         if tuple(logits.shape) != expected:

@@ -21,6 +21,9 @@ class SegmentationNetwork(nn.Module):
     """Prefixes of tensors that prediction never calls; weight files may lack or have them."""
     size_multiple: int
     """Every side of a patch is a multiple of this; ask the instance, it may depend on options."""
+    looks_at: str
+    """Module whose output tells what a patch looks like: the encoder's at 1/16 of the input, or its
+    last. Below, where only the answer is left, tissue that it was not made for looks the same."""
 
     def __init__(self, *, channels: int, classes: int, labels: int = 1) -> None:
         super().__init__()

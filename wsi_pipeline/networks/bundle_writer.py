@@ -14,7 +14,7 @@ from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed
 
 MODEL_TOML, CARD, WEIGHTS = "model.toml", "README.md", "model.safetensors"
-PROGRAM, ENCODER = "program.pt2", "encoder.safetensors"
+PROGRAM, ENCODER, FEATURES = "program.pt2", "encoder.safetensors", "features.safetensors"
 OLD_CARD = re.compile(r"README\.old(-\d+)?\.md")
 
 
@@ -68,5 +68,5 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{folder} is there already; name another folder, or add --overwrite")
     found = {name for name in found if not OLD_CARD.fullmatch(name)}
     # --overwrite is for bundles: a folder with anything else in it was not meant.
-    if others := sorted(found - {MODEL_TOML, CARD, WEIGHTS, PROGRAM, ENCODER}):
+    if others := sorted(found - {MODEL_TOML, CARD, WEIGHTS, PROGRAM, ENCODER, FEATURES}):
         raise BundleError(f"{folder} holds {others[0]}, which no bundle has; name another folder")

@@ -104,6 +104,7 @@ class HighResUNet(SegmentationNetwork):
         if len(convs) != 3 or min(convs) < 1:
             raise ValueError(f"convs {list(convs)} must be three counts of 1 or more")
         self.size_multiple = 2 ** (levels - 1)
+        self.looks_at = f"down.{min(levels - 1, 4)}"
         widths = [width << level for level in range(levels)]
         encoder, bottom, decoder = convs
         counts = [encoder] * (levels - 1) + [bottom]

@@ -143,6 +143,7 @@ class LightMuSeg(SegmentationNetwork):
     """
 
     size_multiple = 32
+    looks_at = "encoder.13"
     unused: ClassVar[tuple[str, ...]] = ("encoder.18.", "sideout")
 
     def __init__(

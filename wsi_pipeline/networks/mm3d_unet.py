@@ -51,6 +51,7 @@ class MM3DUNet(SegmentationNetwork):
 
     ndim: ClassVar[int] = 3
     size_multiple = 8
+    looks_at = "down.3"
 
     def __init__(
         self,

@@ -80,6 +80,7 @@ class NMTNet(SegmentationNetwork):
     """
 
     size_multiple = 32
+    looks_at = "encoder.layer3"
 
     def __init__(
         self, *, classes: int = 1, labels: int = 2, channels: int = 3, grey: Grey = "replicate"

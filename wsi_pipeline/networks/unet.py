@@ -101,6 +101,7 @@ class _PlanarUNet(SegmentationNetwork):
 
         self.depth = len(widths) - 1
         self.size_multiple = 2**self.depth
+        self.looks_at = f"down{min(self.depth, 4)}"
         self.inc = conv(channels, widths[0])
         for level, (above, width) in enumerate(pairwise(widths), start=1):
             self.add_module(f"down{level}", Down(conv(above, width)))
@@ -184,6 +185,7 @@ class UNet3D(SegmentationNetwork):
 
     ndim: ClassVar[int] = 3
     size_multiple = 8
+    looks_at = "down.3"
 
     def __init__(self, *, classes: int = 2, channels: int = 1) -> None:
         super().__init__(channels=channels, classes=classes)

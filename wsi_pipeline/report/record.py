@@ -24,7 +24,7 @@ from wsi_pipeline.options import Output
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-NOT_OF_SLIDES = ("area_px", "volume_ml", "lesions", "labels")
+NOT_OF_ALL = ("area_px", "volume_ml", "lesions", "labels", "unlike_percent")
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
@@ -116,6 +116,8 @@ class Run:
         volume_ml: per class, of a volume, likewise.
         lesions: of images and volumes, per class: how many, and the size of each.
         labels: probability of each, where the network classifies.
+        unlike_percent: of the patches, those unlike the tissue that the model was trained for; None
+            where the model says nothing of it.
     """
 
     version: Annotated[int, Meta(ge=1, le=RUN_VERSION)] = RUN_VERSION
@@ -141,6 +143,7 @@ class Run:
     volume_ml: dict[str, Finite] = field(default_factory=dict)
     lesions: dict[str, LesionFacts] = field(default_factory=dict)
     labels: dict[str, Finite] = field(default_factory=dict)
+    unlike_percent: Finite | None = None
 
     def __post_init__(self) -> None:
         """Check what types do not tell.
@@ -164,7 +167,7 @@ class Run:
 
 def write_run_json(path: Path, run: Run) -> None:
     """Write a run as strict JSON; the file appears when it is complete."""
-    facts = {k: v for k, v in asdict(run).items() if v or k not in NOT_OF_SLIDES}
+    facts = {k: v for k, v in asdict(run).items() if v not in ({}, None) or k not in NOT_OF_ALL}
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
     _write_text(path, text + "\n")
 

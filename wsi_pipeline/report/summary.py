@@ -64,6 +64,8 @@ def _more_columns(run: Run) -> dict[str, str | float]:
             for name, area in run.area_mm2.items()
         }
     found |= {f"regions_{name}": count for name, count in run.regions.items()}
+    if run.unlike_percent is not None:
+        found["unlike_percent"] = round(run.unlike_percent, 2)
     spacing = run.slide.get("spacing_mm") or ()
     found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
     if run.kind == "volume" and (size := run.slide.get("size")):

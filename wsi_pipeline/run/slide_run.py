@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import SourceError, StoreError
@@ -32,6 +33,7 @@ from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.sources.pixels import SlidePixels
 from wsi_pipeline.sources.slide import frame_offset
+from wsi_pipeline.tissue.detect import select_patches
 from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
 
 logger = logging.getLogger(__name__)
@@ -238,6 +240,13 @@ class SlideRun(SourceRun):
             stored=self.stored,
         )
         return self.result
+
+    def _judged(self) -> npt.NDArray[np.bool_]:
+        """See `SourceRun`: not those that are glass for the most part, whatever the tissue."""
+        found, grid = self.stored, self.plan.grid
+        return select_patches(
+            found.tissue, found.tissue_downsample, grid, found.info.downsample, least=0.5
+        )
 
     def _bad_regions(self, ledger: Ledger) -> tuple[Region, ...]:
         """Return what could not be read, in reading order, if it is little enough.

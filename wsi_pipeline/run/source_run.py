@@ -16,6 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.clock import Clock
@@ -30,6 +33,10 @@ from wsi_pipeline.run.worker import STAGES
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.radiology.preprocess import Scan
+
+UNLIKE_PERCENT = 50
+"""Of the patches, above which a run warns."""
+UNLIKE = "{:.0f} % of the patches are unlike the tissue that the model was trained for"
 
 
 class SourceRun(ABC):
@@ -152,7 +159,7 @@ class SourceRun(ABC):
         result = self._finish(ledger, files, clock)
         wanted = settings.export.outputs
         failures, written = result.write(wanted, plan.store.folder, files, clock)
-        own = self._facts(ledger)
+        own, unlike = self._facts(ledger), self._unlike(ledger)
         seconds = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
         run = Run(
             kind=self.bundle.modality,
@@ -172,8 +179,10 @@ class SourceRun(ABC):
             colors={c.name: list(c.color or ()) for c in result.classes[1:]},
             background=result.classes[0].name,
             regions=written.regions,
+            unlike_percent=unlike,
             warnings=[
                 *warnings_of(self.bundle),
+                *([UNLIKE.format(unlike)] if (unlike or 0) > UNLIKE_PERCENT else []),
                 *self.source.doubts,
                 *written.dropped,
                 *own.pop("warnings"),
@@ -181,3 +190,16 @@ class SourceRun(ABC):
             **own,
         )
         return files.noted(run)
+
+    def _unlike(self, ledger: Ledger) -> float | None:
+        """Return the percentage of patches that are unlike the training tissue, None = unknown."""
+        judged = self._judged()
+        unlike, like = (
+            int(sum(judged[a[name]].sum() for a in ledger.values() if name in a))
+            for name in ("unlike", "like")
+        )
+        return 100 * unlike / (unlike + like) if unlike + like else None
+
+    def _judged(self) -> npt.NDArray[np.bool_]:
+        """Return (n,) which patches are compared with the training tissue."""
+        return np.ones(len(self.plan.grid), bool)

@@ -27,6 +27,7 @@ from wsi_pipeline.geometry import Block, Region, Shape, box_slices
 from wsi_pipeline.inference.blend import Windows, iter_blended_rows, iter_owned, iter_sampled_rows
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.predictor import Predictor, use_one_core
+from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.store import settle
 from wsi_pipeline.schedule.memory import map_large_arrays
@@ -59,6 +60,7 @@ class BlockWorker:
         self._plan = plan
         self._stamp = _stamp(plan.pixels.path)
         self._classes = len(bundle.classes)
+        self._familiar = load_familiar(bundle)
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         uses = plan.uses(plan.store.pending(plan.blocks()))
@@ -75,8 +77,9 @@ class BlockWorker:
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
         use_one_core()
-        plan, clock, labels = self._plan, Clock(), list[torch.Tensor]()
-        mask, probability, patches = self._predict(block, clock, labels)
+        plan, clock = self._plan, Clock()
+        labels, features = list[torch.Tensor](), list[torch.Tensor]()
+        mask, probability, patches = self._predict(block, clock, labels, features)
         if plan.is_mirrored:
             mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
@@ -99,6 +102,9 @@ class BlockWorker:
         }
         if labels:
             arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
+        if self._familiar and features:
+            far = self._familiar.distances(torch.stack(features).cpu().numpy())
+            arrays |= {"unlike": patches[far > 1], "like": patches[far <= 1]}
         if probability is not None:
             pieces = find_components(mask, probability, (block.start[0], block.start[1]))
             arrays |= pieces.as_arrays()
@@ -123,7 +129,7 @@ class BlockWorker:
             self._stamp = stamp
 
     def _predict(
-        self, block: Block, clock: Clock, labels: list[torch.Tensor]
+        self, block: Block, clock: Clock, labels: list[torch.Tensor], features: list[torch.Tensor]
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, npt.NDArray[np.int64]]:
         """Return class and probability of a block's mask pixels, and the patches it took."""
         wanted = self._plan.patches(block)
@@ -138,6 +144,7 @@ class BlockWorker:
                 self._plan.grid.origins[claim.mine] - corner,
                 begun=partial(self._cache.end_turn, claim),
                 labels=labels,
+                features=features,
             )
             placed = self._placed(wanted, claim, fresh)
             mask, probability = self._classify(self._pieces(placed, block), block)

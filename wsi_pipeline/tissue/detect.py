@@ -143,9 +143,10 @@ def read_tissue(
             start, stop = int(y0[part][0]), int(y1[part][-1])
             rows = np.concatenate([rows[start - top :], _inside(mask, top + len(rows), stop)])
             top = start
-            found[part] = _any_within(
+            counts = _count_within(
                 rows, y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
             )
+            found[part] = counts > 0
     return found
 
 
@@ -171,6 +172,8 @@ def select_patches(
     tissue_downsample: tuple[float, float],
     grid: PatchGrid,
     grid_downsample: tuple[float, float],
+    *,
+    least: float = 0.0,
 ) -> Mask:
     """Find the patches that hold tissue; return (n,) bool.
 
@@ -178,13 +181,15 @@ def select_patches(
         tissue: bool (h, w) at thumbnail scale.
         tissue_downsample: (y, x) level-0 pixels per pixel of `tissue`.
         grid_downsample: (y, x) level-0 pixels per grid pixel.
+        least: Share of a patch that its tissue exceeds.
     """
     scale = np.array(grid_downsample) / np.array(tissue_downsample)
     starts = grid.origins * scale
     stops = (grid.origins + np.array(grid.patch_size)) * scale
     y0, y1 = _outward(starts[:, 0], stops[:, 0], tissue.shape[0])
     x0, x1 = _outward(starts[:, 1], stops[:, 1], tissue.shape[1])
-    return _any_within(tissue, y0, x0, y1, x1)
+    counts = _count_within(tissue, y0, x0, y1, x1)
+    return np.asarray(counts > least * (y1 - y0) * (x1 - x0))
 
 
 def _outward(
@@ -196,13 +201,12 @@ def _outward(
     return first, last
 
 
-def _any_within(mask: Mask, y0: Edges, x0: Edges, y1: Edges, x1: Edges) -> Mask:
-    """Return whether each rectangle [y0, y1) × [x0, x1) holds a pixel of the mask."""
+def _count_within(mask: Mask, y0: Edges, x0: Edges, y1: Edges, x1: Edges) -> Edges:
+    """Return how many pixels of the mask each rectangle [y0, y1) × [x0, x1) holds."""
     sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), dtype=np.int64)
     np.cumsum(mask, axis=0, out=sums[1:, 1:])
     np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
-    counts = sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0]
-    return np.asarray(counts > 0)
+    return np.asarray(sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0])
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,8 @@ from wsi_pipeline.evaluation.confusion import (
 )
 from wsi_pipeline.files.atomic import make_folders, sync, written_beside
 from wsi_pipeline.files.locks import writing
+from wsi_pipeline.inference.unlike import Familiar
+from wsi_pipeline.networks.bundle_writer import FEATURES, WEIGHTS
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.training.calibrate import (
     BINS,
@@ -36,7 +38,6 @@ from wsi_pipeline.training.recipe import TRAITS, Recipe
 from wsi_pipeline.training.samples import Sample
 from wsi_pipeline.training.validate import PatientScore, accuracy, scores_of
 
-WEIGHTS = "model.safetensors"
 MANY = 60
 """Patients above which the card does not list them."""
 HISTORY, CURVES = "history.csv", "curves.png"
@@ -50,12 +51,14 @@ class Trained:
 
     Attributes:
         held_out: What was right of each held-out patient.
+        familiar: What the tissue of those who show a class looks like.
         fingerprint: Hash of the recipe and the data.
     """
 
     samples: Sequence[Sample]
     surveys: Sequence[Survey]
     held_out: Mapping[str, PatientScore] = field(default_factory=dict)
+    familiar: Familiar | None = None
     fingerprint: str = ""
 
 
@@ -69,9 +72,12 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
     state = {name: tensor.half() for name, tensor in kept_state(network).items()}
     files = {
         WEIGHTS: save(state),
+        **({FEATURES: trained.familiar.to_bytes()} if trained.familiar else {}),
         "README.md": model_card(recipe, trained).encode(),
         # last, and away until then: killed on the way, this is no bundle of old and new parts
-        "model.toml": bundle_toml(bundle, weights=WEIGHTS).encode(),
+        "model.toml": bundle_toml(
+            bundle, weights=WEIGHTS, features=FEATURES if trained.familiar else None
+        ).encode(),
     }
     (folder / "model.toml").unlink(missing_ok=True)
     sync(folder)
@@ -142,6 +148,7 @@ def model_card(recipe: Recipe, trained: Trained) -> str:
         _image_lines(recipe, trained.held_out),
         _label_table(recipe, trained.held_out),
         _certainty(list(trained.held_out.values())),
+        _unlike(trained.held_out.values()),
         *(("## Limits", recipe.limits) if recipe.limits else ()),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
@@ -347,3 +354,24 @@ def _certainty(found: Sequence[PatientScore]) -> str:
         f"{after:.3f} at a temperature that fits other held-out patients, {own:.3f} at that of "
         f"`model.toml`, which fits them all ({BINS} bins; every patient counts alike)."
     )
+
+
+def _unlike(found: Iterable[PatientScore]) -> str:
+    """Return how often patches of held-out patients are unlike the others', "" where unknown."""
+    told = [f for f in found if len(f.distances)]
+    groups = [[f.distances for f in told if f.pixels.matrix[1:].any() == shows] for shows in (1, 0)]
+    if not groups[0]:
+        return ""
+    shares = [
+        _mean_with_interval(np.array([[(own > 1).mean(), 1] for own in group])) if group else ""
+        for group in groups
+    ]
+    lines = [
+        f"Unlike the training tissue (`unlike_percent`) is a share of {shares[0]} of the patches "
+        "of held-out patients who show a class, by networks that have not seen them: false alarms"
+    ]
+    if shares[1]:
+        like, unlike = (np.concatenate([np.array(own) for own in group]) for group in groups)
+        area = (np.sign(unlike[:, None] - like) / 2 + 0.5).mean()
+        lines.append(f"of those who show none it is {shares[1]}; area under the curve {area:.3f}")
+    return "; ".join(lines) + ". Every patient counts alike in the shares."

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from msgspec import structs
@@ -31,7 +31,14 @@ from wsi_pipeline.training.fit import Fitted, TrainingSet, fit, open_fabric
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
 from wsi_pipeline.training.splits import Split, leave_out_validation, plan_splits
-from wsi_pipeline.training.validate import PatientScore, Score, accuracy, measure, scores_of
+from wsi_pipeline.training.validate import (
+    PatientScore,
+    Score,
+    accuracy,
+    familiar_of,
+    measure,
+    scores_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +130,13 @@ def train(
             scores |= _held_out(recipe, split, learn, output / STATE)
         fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
-            trained = Trained(samples=samples, surveys=looked, held_out=scores, fingerprint=key)
+            trained = Trained(
+                samples=samples,
+                surveys=looked,
+                held_out=scores,
+                familiar=familiar_of(fitted.network, recipe.bundle, samples),
+                fingerprint=key,
+            )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
             states = [output / STATE / fold_folder(split) for split in splits]
@@ -141,6 +154,11 @@ def _held_out(
         return load_held_out(path)
     fitted = learn(_without(split), split.train, split.test)
     scores = measure(fitted.network, recipe.bundle, split.test)
+    if familiar := familiar_of(fitted.network, recipe.bundle, split.train):
+        scores = {
+            patient: replace(found, distances=familiar.distances(np.concatenate(found.features)))
+            for patient, found in scores.items()
+        }
     draw_cases(fitted.network, recipe.bundle, split.test, scores, path.with_name(CASES))
     for patient, found in scores.items():
         for class_name, score in scores_of(found.pixels, recipe.bundle).items():
@@ -157,6 +175,7 @@ def _held_out(
             "said": found.label_chances.round(5).tolist(),
             # Rounded: there are up to 65,536 of them, each of all classes.
             "sampled": found.pixel_chances.round(3).tolist(),
+            "distances": found.distances.astype(float).round(4).tolist(),
         }
         for patient, found in scores.items()
     }
@@ -182,6 +201,7 @@ class _HeldOut(TypedDict):
     images: list[tuple[str, list[Any]]]
     said: list[Any]
     sampled: list[Any]
+    distances: NotRequired[list[float]]
 
 
 def load_held_out(path: Path) -> dict[str, PatientScore]:
@@ -200,6 +220,7 @@ def load_held_out(path: Path) -> dict[str, PatientScore]:
             images=tuple((name, np.array(counts)) for name, counts in held["images"]),
             label_chances=np.array(held["said"], float).reshape(-1, 1 + len(labels)),
             pixel_chances=np.array(held["sampled"], float).reshape(-1, 1 + len(matrix)),
+            distances=np.array(held.get("distances", ()), float),
         )
     return scores
 

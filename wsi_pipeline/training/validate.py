@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from wsi_pipeline.evaluation.confusion import IGNORE, Confusion, class_figures, 
 from wsi_pipeline.geometry import PatchGrid, Shape, box_slices, iter_blocks
 from wsi_pipeline.inference.blend import Windows, iter_blended_rows
 from wsi_pipeline.inference.predictor import Predictor
+from wsi_pipeline.inference.unlike import Familiar
 from wsi_pipeline.training.samples import UNLABELLED, Sample
 
 REGION = {2: 1024, 3: 256}
@@ -57,6 +58,8 @@ class PatientScore:
         label_chances: (n, 1 + L) of each patch, its true label and the probability of each.
         pixel_chances: (n, 1 + K) of pixels drawn at random, the true class and the logarithm of the
             probability of each.
+        features: (n, C) of what patches look like to the network, of each region.
+        distances: (n,) of patches from the tissue that others show, see `Familiar`.
     """
 
     pixels: Confusion
@@ -64,6 +67,8 @@ class PatientScore:
     images: tuple[tuple[str, npt.NDArray[np.int64]], ...]
     label_chances: npt.NDArray[np.float64]
     pixel_chances: npt.NDArray[np.float64]
+    features: tuple[npt.NDArray[np.float32], ...] = ()
+    distances: npt.NDArray[np.floating] = field(default_factory=lambda: np.zeros(0))
 
     @classmethod
     def empty(cls, bundle: Bundle) -> PatientScore:
@@ -84,6 +89,8 @@ class PatientScore:
             images=self.images + other.images,
             label_chances=np.concatenate([self.label_chances, other.label_chances]),
             pixel_chances=np.concatenate([self.pixel_chances, other.pixel_chances]),
+            features=self.features + other.features,
+            distances=np.concatenate([self.distances, other.distances]),
         )
 
 
@@ -127,7 +134,7 @@ def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patie
         image, truth = sample.read(tuple(low.tolist()), tuple(size.tolist()))
         if not bool((truth != IGNORE).any()):
             continue
-        of_patches: list[Tensor] = []
+        of_patches, features = list[Tensor](), list[Tensor]()
         certain = chances(
             predictor,
             image,
@@ -135,14 +142,16 @@ def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patie
             box=(block.start, block.stop),
             outside=sample.outside,
             labels=of_patches,
+            features=features,
         )
         known = truth[box_slices(block.start - low, block.shape)]
         score, rows = PatientScore.empty(bundle), []
+        # around a region others are looked at, too; they count where they begin
+        begun = (patches.origins >= block.start) & (patches.origins < block.stop)
+        own = np.all(begun, axis=1)
         # there are none of networks without labels
-        for origin, of_labels in zip(patches.origins, of_patches, strict=False):
+        for is_own, origin, of_labels in zip(own, patches.origins, of_patches, strict=False):
             part = truth[box_slices(origin - low, grid.patch_size)]
-            # around a region others are looked at, too; they count where they begin
-            is_own = bool(((origin >= block.start) & (origin < block.stop)).all())
             true = sample.label_of(part)
             if is_own and true != UNLABELLED and bool((part != IGNORE).any()):
                 score.labels[true, int(of_labels.argmax())] += 1
@@ -161,7 +170,18 @@ def _regions(predictor: Predictor, sample: Sample, count: int) -> Iterator[Patie
             ),
             label_chances=np.array(rows).reshape(-1, 1 + len(bundle.labels)),
             pixel_chances=kept.T.numpy(),
+            features=(torch.stack(features).cpu().numpy()[own],) if features else (),
         )
+
+
+def familiar_of(network: nn.Module, bundle: Bundle, samples: Sequence[Sample]) -> Familiar | None:
+    """Return what the tissue of patients who show a class looks like, None where too few do.
+
+    With the others', who are there to show what is none, nearly all would be familiar.
+    """
+    found = measure(network, bundle, samples).values()
+    showing = [s.features for s in found if s.pixels.matrix[1:].any() and s.features]
+    return Familiar.of([np.concatenate(features) for features in showing])
 
 
 def scores_of(confusion: Confusion, bundle: Bundle) -> dict[str, Score]:
@@ -232,6 +252,7 @@ def chances(
     box: tuple[Shape, Shape] | None = None,
     outside: float | None = None,
     labels: list[Tensor] | None = None,
+    features: list[Tensor] | None = None,
 ) -> Tensor:
     """Predict an image of any size, or a box of one, by overlapping patches; return probabilities.
 
@@ -243,6 +264,7 @@ def chances(
         box: First pixel and one past the last in the whole image; None = all of this one.
         outside: Value of what lies beyond an image smaller than a patch; None = it is mirrored.
         labels: Gets (L,) probabilities of the labels of each patch in turn, where there are any.
+        features: Gets (C,) of what each patch looks like, likewise.
     """
     spec, shape = predictor.bundle.input, tuple(image.shape[1:])
     grid = grid or PatchGrid.cover(shape, spec.patch_size, spec.overlap)
@@ -254,7 +276,9 @@ def chances(
     else:
         pixels = np.pad(pixels, beyond, constant_values=outside)
     region = predictor.upload(np.ascontiguousarray(pixels))
-    patches = predictor.predict(region, grid.origins - grid.origins.min(0), labels=labels)
+    patches = predictor.predict(
+        region, grid.origins - grid.origins.min(0), labels=labels, features=features
+    )
     bands = iter_blended_rows(
         zip(map(tuple, grid.origins.tolist()), patches, strict=True),
         start,
