@@ -97,6 +97,8 @@ def use() -> None:
     import tifffile
     from bundles import classify, pointwise_bundle
 
+    from wsi_pipeline import open_run
+
     pixels = np.full((1500, 2300, 3), 245, np.uint8)  # several chunks, less than a shard
     pixels[200:1400, 300:2100] = (190, 90, 150)
     pixels[250:1200, 350:1450] = (190, 190, 150)
@@ -113,6 +115,9 @@ def use() -> None:
     say("segment", "grids/slide.zarr", "--model", "model", "--output", "tiled", "--ngff", "0.5")
     assert (tifffile.imread("tiled/slide/mask.ome.tif") == truth).all()
     say("export", "out/slide", "--simplify", 0)
+    with open_run("out/slide") as opened:
+        assert (np.asarray(opened.mask) == truth).all()
+        assert len(opened.polygons()) == sum(opened.record.regions.values())
     say("check-geojson", "out/slide/annotations.geojson")
     values = ("--truth-values", "Tumor=1", "--truth-values", "Stroma=2")
     say("evaluate", "out/slide", "truth.tif", *values, "--output", "judged")

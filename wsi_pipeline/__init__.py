@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from wsi_pipeline.run.batch import segment_jobs
     from wsi_pipeline.run.jobs import Job, find_slides, plan_jobs
     from wsi_pipeline.run.main import segment
+    from wsi_pipeline.run.opened import FinishedRun, Layer, open_run, open_runs
     from wsi_pipeline.run.tile import tile
     from wsi_pipeline.schedule.cluster import open_cluster
     from wsi_pipeline.sources import Slide, SlideView, open_source
@@ -46,7 +47,9 @@ __all__ = [
     "Bundle",
     "BundleError",
     "ExportOptions",
+    "FinishedRun",
     "Job",
+    "Layer",
     "MissingMppError",
     "PatchGrid",
     "PredictOptions",
@@ -69,6 +72,8 @@ __all__ = [
     "load_run",
     "open_cluster",
     "open_patch_grid",
+    "open_run",
+    "open_runs",
     "open_source",
     "plan_jobs",
     "segment",
@@ -92,6 +97,7 @@ if not TYPE_CHECKING:  # type checkers would take any name for one of ours
         ),
         "run.batch": ("segment_jobs",),
         "run.main": ("segment",),
+        "run.opened": ("FinishedRun", "Layer", "open_run", "open_runs"),
         "run.tile": ("tile",),
         "run.again": ("export_again",),
         "report.record": ("Run", "load_run"),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import orjson
 import shapely
 from shapely import Polygon
 from shapely.affinity import translate
@@ -27,6 +33,12 @@ from wsi_pipeline.errors import AnnotationError
 logger = logging.getLogger(__name__)
 
 NO_GEOMETRY = "feature without geometry"
+BATCH = 200
+"""Features that are built together; Python's collector slows down with what larger ones hold."""
+OWN_HEAD = b'{"type":"FeatureCollection","features":['
+"""First line of the files that this package writes; each feature then has a line."""
+
+Shapes = npt.NDArray[np.object_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +113,20 @@ def read_polygons(
     return found
 
 
+def iter_polygons(path: Path) -> Iterator[tuple[Shapes, list[Mapping[str, Any]], int]]:
+    """Yield polygons as the file has them, the feature of each, and how many features were damaged.
+
+    A MultiPolygon gives several polygons; what has no area gives none.
+
+    Raises:
+        AnnotationError: the file cannot be read, or is no GeoJSON.
+    """
+    features = _iter_features(path)
+    while batch := list(itertools.islice(features, BATCH)):
+        shapes, owner, n_damaged = _build([feature.get("geometry") for feature in batch])
+        yield shapes, [batch[i] for i in owner], n_damaged
+
+
 def read_region(
     path: str | Path,
     *,
@@ -172,3 +198,60 @@ def class_name_of(properties: Mapping[str, object]) -> str | None:
         candidates = [classification, label, properties.get("group")]
     names_given = (name.strip() for name in candidates if isinstance(name, str))
     return next((name for name in names_given if name), None)
+
+
+def _build(geometries: list[Any]) -> tuple[Shapes, list[int], int]:
+    """Return polygons, the index of the geometry that each is of, and how many of these fail."""
+    with suppress(AttributeError, KeyError, TypeError, ValueError, shapely.GEOSException):
+        return _build_alike(geometries), list(range(len(geometries))), 0
+    shapes, owner, n_damaged = list[shapely.Polygon](), list[int](), 0
+    for i, geometry in enumerate(geometries):
+        try:
+            parts = build_polygons(geometry)
+        except AnnotationError:
+            n_damaged += 1
+            continue
+        shapes += parts
+        owner += [i] * len(parts)
+    return np.array([*shapes, None], object)[:-1], owner, n_damaged
+
+
+def _build_alike(geometries: list[Any]) -> Shapes:
+    """Return polygons, all in one go, in a fraction of the time.
+
+    Raises:
+        Exception: of several kinds, unless all are polygons as RFC 7946 wants them.
+    """
+    if any(geometry["type"] != "Polygon" for geometry in geometries):
+        raise ValueError("not all of them are polygons")
+    polygons = [geometry["coordinates"] for geometry in geometries]
+    rings = [ring for polygon in polygons for ring in polygon]
+    xy = np.array([place for ring in rings for place in ring], np.float64)
+    if xy.shape[1:] != (2,) or not np.isfinite(xy).all() or not all(polygons):
+        raise ValueError("places are no pairs of numbers")
+    ends = (np.cumsum([0, *map(len, rings)]), np.cumsum([0, *map(len, polygons)]))
+    return np.asarray(shapely.from_ragged_array(shapely.GeometryType.POLYGON, xy, ends))
+
+
+def _iter_features(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the features of a file; of those that this package writes, one at a time in memory."""
+    try:
+        with path.open("rb") as file:
+            if file.readline().rstrip() == OWN_HEAD:
+                for line in file:
+                    if line.startswith(b"{"):
+                        yield orjson.loads(line.rstrip(b",\r\n"))
+                return
+    except OSError as error:
+        raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
+    except orjson.JSONDecodeError as error:
+        raise AnnotationError(
+            f"{path} is damaged: {error}; write it again with `export`"
+        ) from error
+    try:
+        features = parse_document(read_bytes(path)).features
+    except AnnotationError as error:
+        raise AnnotationError(f"{path}: {error}") from error
+    for _, feature in iter_nested(features):
+        if isinstance(feature, Mapping):
+            yield feature

@@ -259,13 +259,11 @@ def classes_of(run: Run) -> LabelMap:
 def _open_run(folder: Path, closing: ExitStack) -> tuple[MaskFile, SlideFrame]:
     run = finished_run(folder)
     if run.kind == "slide":
-        store = RunStore(folder=folder)
-        # Where no OME-Zarr was asked for the mask is in the store alone.
-        paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
-        if not paths:
+        path = RunStore(folder=folder).kept_mask_path
+        if not path.is_dir():
             raise EvaluationError(f"{folder} holds no finished mask; run `segment` again")
         bounds = run.slide.get("bounds")
-        return open_ome_zarr(paths[0]), SlideFrame(
+        return open_ome_zarr(path), SlideFrame(
             size=(run.slide["size"][0], run.slide["size"][1]),
             mpp=run.slide["mpp"],
             bounds=Region(**bounds) if bounds else None,

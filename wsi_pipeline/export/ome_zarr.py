@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -93,13 +93,13 @@ def create_mask(
     return _create_level(group, 0, shape)
 
 
-def open_mask(path: Path, *, level: int = 0) -> MaskArray:
-    """Open one level of an OME-Zarr mask for reading and writing; return it, uint8 (y, x).
+def open_mask(path: Path, *, level: int = 0, mode: Literal["r", "r+"] = "r+") -> MaskArray:
+    """Open one level of an OME-Zarr mask, also to write; return it, uint8 (y, x).
 
     Raises:
         ValueError: it is no such array; the folder may be anybody's.
     """
-    return trusted(zarr.open_array(path / str(level), mode="r+", config=CONFIG))
+    return trusted(zarr.open_array(path / str(level), mode=mode, config=CONFIG))
 
 
 def open_begun(path: Path) -> MaskArray | None:
@@ -139,13 +139,13 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
 
 
 def open_levels(path: Path) -> list[MaskArray]:
-    """Open all levels of a finished OME-Zarr mask; return them, the whole one first.
+    """Open all levels of a finished OME-Zarr mask to read; return them, the whole one first.
 
     Raises:
         ValueError: they are no such arrays.
     """
-    shapes = level_shapes(open_mask(path).shape)
-    levels = [open_mask(path, level=i) for i in range(len(shapes))]
+    shapes = level_shapes(open_mask(path, mode="r").shape)
+    levels = [open_mask(path, level=i, mode="r") for i in range(len(shapes))]
     if (found := [level.shape for level in levels]) != shapes:
         raise ValueError(f"levels of {found}; expected {shapes}")
     return levels

@@ -155,6 +155,15 @@ class Run:
             raise ValueError(f"the colour of {odd[0]} is {self.colors[odd[0]]}; expected 3 numbers")
 
     @property
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Return the classes in the mask's order, the background first."""
+        named = self.colors.items()
+        return (
+            ClassInfo(name=self.background),
+            *(ClassInfo(name=n, color=(c[0], c[1], c[2]) if c else None) for n, c in named),
+        )
+
+    @property
     def amounts(self) -> Mapping[str, float]:
         """Return how much there is of each class, in `unit`."""
         return self.area_mm2 or self.volume_ml or self.area_px

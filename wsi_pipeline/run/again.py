@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import geojson, ome_zarr
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
@@ -17,7 +16,7 @@ from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
-from wsi_pipeline.run.finished import MASK_FILES, open_mask_of, open_scan_of
+from wsi_pipeline.run.finished import MASK_FILES, of_this_version, open_mask_of, open_scan_of
 from wsi_pipeline.run.result import (
     BLOCK_SIDE,
     ImageResult,
@@ -93,7 +92,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         # Nobody else writes it from here on.
         run = load_run(path)
         files, clock = WrittenFiles(store), Clock()
-        try:
+        with of_this_version(folder):
             before = options_of(run)
             wanted = tuple(dict.fromkeys([*before.outputs, *changes.get("outputs", ())]))
             options = replace(before, **{**changes, "outputs": wanted})
@@ -102,12 +101,6 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
                 return run
             result = again.open(closing)
             changed = again.changes(result)
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, WsiPipelineError):
-                raise
-            raise StoreError(
-                f"{path} is not a run of this version ({error!r}); segment again"
-            ) from error
         run = replace(run, settings={**run.settings, "export": as_plain(options)}, **changed)
         # From here on old files may stand beside it.
         write_run_json(path, replace(run, status="failed", reason=STOPPED))
@@ -230,15 +223,11 @@ KINDS = {"slide": _slide, "image": _scan, "volume": _scan}
 
 def _common(run: Run, ledger: Ledger) -> dict[str, Any]:
     """Return the fields of `Result` that `run.json` tells."""
-    classes = [
-        ClassInfo(name=name, color=(c[0], c[1], c[2]) if c else None)
-        for name, c in run.colors.items()
-    ]
     return {
         "facts": run.slide,
         "model": run.model,
         "key": run.settings["key"],
-        "classes": (ClassInfo(name=run.background), *classes),
+        "classes": run.classes,
         "ledger": ledger,
     }
 

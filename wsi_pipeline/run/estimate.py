@@ -24,7 +24,7 @@ from wsi_pipeline.options import PredictOptions, Settings
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
-from wsi_pipeline.run.segment import fitting, open_run
+from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.worker import CACHE_BYTES
 from wsi_pipeline.schedule.cluster import is_in_process
@@ -118,7 +118,7 @@ def estimate(
         WsiPipelineError: the source, the model or the folder cannot be used.
     """
     settings = fitting(replace(settings, select=job.select(settings.select)), bundle)
-    with open_run(job.path, bundle, settings) as run:
+    with open_source_run(job.path, bundle, settings) as run:
         if not overwrite:
             refuse_others(job, run.source.fingerprint, bundle)
         passes = passes_that_fit(model, threads or cpu_count(), free=free_memory())

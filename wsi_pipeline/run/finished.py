@@ -1,9 +1,9 @@
-"""A finished run of an image or volume opened again: what was segmented, and its mask."""
+"""A finished run opened again: what was segmented, and what came out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,36 @@ import numpy.typing as npt
 import zarr
 from PIL.PngImagePlugin import PngImageFile
 
-from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import MaskLike
+from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.export import MaskLike, level_shapes, ome_zarr
 from wsi_pipeline.files.arrays import trusted
 from wsi_pipeline.files.paths import as_path, is_remote
-from wsi_pipeline.report.record import Run
+from wsi_pipeline.report.record import RUN_FILE, Run
 from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.radiology.alignment import turned_onto
 from wsi_pipeline.sources.radiology.preprocess import Scan, open_scan
 from wsi_pipeline.sources.radiology.volume import Volume, open_volume
 
 MASK_FILES = {"image": "mask.png", "volume": "mask.nii.gz"}
 """Of a run, by its kind: where people look, and correct."""
+
+
+@contextmanager
+def of_this_version(folder: Path) -> Iterator[None]:
+    """Say of a record that the body finds incomplete or odd that it is of another version.
+
+    Raises:
+        StoreError: it is.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        if isinstance(error, WsiPipelineError):
+            raise
+        raise StoreError(
+            f"{folder / RUN_FILE} is not a run of this version ({error!r}); segment again"
+        ) from error
 
 
 def source_path(folder: Path, told: str) -> Path:
@@ -38,6 +56,27 @@ def source_path(folder: Path, told: str) -> Path:
     # The command may have been called where the output folder was made.
     beside = folder.absolute().parent.parent / path
     return beside if beside.exists() else path
+
+
+def open_slide_of(folder: Path, run: Run, path: Path | None = None) -> Slide:
+    """Open the slide of a run again; return it.
+
+    Args:
+        run: what its `run.json` says.
+        path: where the slide is now; None = where it was.
+
+    Raises:
+        SourceError: it is not there, or another one is.
+    """
+    path = path or source_path(folder, run.slide["path"])
+    if not is_remote(path) and not path.exists():
+        raise SourceError(f"the slide was not found at {path.absolute()}")
+    select = run.settings["select"]
+    slide = open_source(path, mpp=select["mpp"], series=select["series"])
+    if slide.fingerprint != run.slide["fingerprint"]:
+        slide.close()
+        raise SourceError(f"{path} is not the slide that was segmented: its content differs")
+    return slide
 
 
 def open_scan_of(folder: Path, run: Run, path: Path | None = None) -> Scan:
@@ -65,6 +104,35 @@ def open_scan_of(folder: Path, run: Run, path: Path | None = None) -> Scan:
         scan.close()
         raise SourceError(f"{path} is not the {run.kind} that was segmented: its content differs")
     return scan
+
+
+def open_levels_of(
+    folder: Path, run: Run, scan: Scan | None = None
+) -> tuple[Sequence[MaskLike], tuple[float, ...] | None]:
+    """Open the mask of a run; return its levels, the whole one first, and µm per pixel of that.
+
+    Each level halves the one before; a volume has one. µm are (y, x) or (z, y, x), None where
+    nobody knows.
+
+    Args:
+        run: what its `run.json` says.
+        scan: the image or volume, on which the mask must lie; None = it is not known.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
+    if run.kind == "slide":
+        path = RunStore(folder=folder).kept_mask_path
+        if not path.is_dir():
+            raise StoreError(f"{folder} has no {path.name}; segment the slide again")
+        return ome_zarr.open_finished(path)
+    with ExitStack() as closing:
+        whole = np.asarray(open_mask_of(folder, run, closing, scan)[:])
+    levels = range(len(level_shapes(whole.shape)) if whole.ndim == 2 else 1)
+    spacing = run.slide["spacing_mm"]
+    return [whole[:: 2**n, :: 2**n] for n in levels], tuple(
+        1000 * mm for mm in reversed(spacing)
+    ) if spacing else None
 
 
 class FileMask:

@@ -52,7 +52,7 @@ KINDS: Mapping[str, type[SlideRun] | type[ImageRun] | type[VolumeRun]] = {
 """How a source is done, by the modality of the model."""
 
 
-def open_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun:
+def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun:
     """Open a source for a model; return its run, to be closed.
 
     Raises:
@@ -124,7 +124,7 @@ def prepare(
     """
     start = time.perf_counter()
     settings = replace(settings, select=job.select(settings.select))
-    with open_run(job.path, bundle, settings) as run, ExitStack() as claim:
+    with open_source_run(job.path, bundle, settings) as run, ExitStack() as claim:
         key, fingerprint = run.key, run.source.fingerprint
         if not overwrite:
             refuse_others(job, fingerprint, bundle)

@@ -91,6 +91,12 @@ class RunStore:
         return self.folder / "mask.ome.zarr"
 
     @property
+    def kept_mask_path(self) -> Path:
+        """Return where a run left its mask: without zarr among the outputs where it grew."""
+        paths = (self.finished_mask_path, self.mask_path)
+        return next((path for path in paths if path.is_dir()), paths[0])
+
+    @property
     def stage_path(self) -> Path:
         """Return the folder in which outputs are written before they get their places."""
         return self.path / "new"

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import shapely
 
 from wsi_pipeline.annotations.classes import is_number
-from wsi_pipeline.annotations.document import iter_nested, parse_document, properties_of, read_bytes
-from wsi_pipeline.annotations.read import class_name_of
-from wsi_pipeline.annotations.shapes import build_polygons
-from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.annotations.document import properties_of
+from wsi_pipeline.annotations.read import Shapes, class_name_of, iter_polygons
 
 MOST_SHAPES = 3000
 """Polygons in an answer: more are no longer told apart on a screen."""
 MOST_VERTICES = 200_000
 """Vertices in an answer: a browser draws them within a frame."""
-BATCH = 200
-"""Features that are built together; Python's collector slows down with what larger ones hold."""
 NO_CLASS = "No class"
-OWN_HEAD = b'{"type":"FeatureCollection","features":['
-"""First line of the files that this package writes; each feature then has a line."""
-
-Shapes = npt.NDArray[np.object_]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,12 +113,10 @@ def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]
     values, names, measured = list[int](), list[str](), list[list[float]]()
     numbers = {name: i for i, name in enumerate(classes)}
     left_out = 0
-    features = _iter_features(path)
-    while batch := list(itertools.islice(features, BATCH)):
-        shapes, owner, n_damaged = _build([feature.get("geometry") for feature in batch])
+    for shapes, owners, n_damaged in iter_polygons(path):
         found.append(shapes)
         left_out += n_damaged
-        for properties in (properties_of(batch[i]) for i in owner):
+        for properties in map(properties_of, owners):
             name = class_name_of(properties) or NO_CLASS
             values.append(numbers.setdefault(name, len(numbers)))
             names.append(str(properties.get("name") or ""))
@@ -153,60 +140,3 @@ def load_polygons(path: Path, *, offset: Sequence[float], classes: Iterable[str]
         left_out=left_out,
         tree=shapely.STRtree(array),
     )
-
-
-def _build(geometries: list[Any]) -> tuple[Shapes, list[int], int]:
-    """Return polygons, the index of the geometry that each is of, and how many of these fail."""
-    with suppress(AttributeError, KeyError, TypeError, ValueError, shapely.GEOSException):
-        return _build_alike(geometries), list(range(len(geometries))), 0
-    shapes, owner, n_damaged = list[shapely.Polygon](), list[int](), 0
-    for i, geometry in enumerate(geometries):
-        try:
-            parts = build_polygons(geometry)
-        except AnnotationError:
-            n_damaged += 1
-            continue
-        shapes += parts
-        owner += [i] * len(parts)
-    return np.array([*shapes, None], object)[:-1], owner, n_damaged
-
-
-def _build_alike(geometries: list[Any]) -> Shapes:
-    """Return polygons, all in one go, in a fraction of the time.
-
-    Raises:
-        Exception: of several kinds, unless all are polygons as RFC 7946 wants them.
-    """
-    if any(geometry["type"] != "Polygon" for geometry in geometries):
-        raise ValueError("not all of them are polygons")
-    polygons = [geometry["coordinates"] for geometry in geometries]
-    rings = [ring for polygon in polygons for ring in polygon]
-    xy = np.array([place for ring in rings for place in ring], np.float64)
-    if xy.shape[1:] != (2,) or not np.isfinite(xy).all() or not all(polygons):
-        raise ValueError("places are no pairs of numbers")
-    ends = (np.cumsum([0, *map(len, rings)]), np.cumsum([0, *map(len, polygons)]))
-    return np.asarray(shapely.from_ragged_array(shapely.GeometryType.POLYGON, xy, ends))
-
-
-def _iter_features(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the features of a file; of those that this package writes, one at a time in memory."""
-    try:
-        with path.open("rb") as file:
-            if file.readline().rstrip() == OWN_HEAD:
-                for line in file:
-                    if line.startswith(b"{"):
-                        yield orjson.loads(line.rstrip(b",\r\n"))
-                return
-    except OSError as error:
-        raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
-    except orjson.JSONDecodeError as error:
-        raise AnnotationError(
-            f"{path} is damaged: {error}; write it again with `export`"
-        ) from error
-    try:
-        features = parse_document(read_bytes(path)).features
-    except AnnotationError as error:
-        raise AnnotationError(f"{path}: {error}") from error
-    for _, feature in iter_nested(features):
-        if isinstance(feature, Mapping):
-            yield feature

@@ -16,15 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
-from wsi_pipeline.export import MaskLike, level_shapes, ome_zarr
-from wsi_pipeline.files.paths import is_remote
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export import MaskLike
 from wsi_pipeline.geometry import Region, box_slices
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
-from wsi_pipeline.run.finished import open_mask_of, open_scan_of, source_path
+from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.sources import Slide, SlideView, open_source
+from wsi_pipeline.sources import Slide, SlideView
 from wsi_pipeline.sources.radiology.image import Image as PlanarImage
 from wsi_pipeline.viewer.base import ShownRun, told_in
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
@@ -203,14 +202,8 @@ def open_shown(folder: Path, path: Path | None = None) -> Shown:
         "image": _open_image_run,
         "volume": open_shown_volume,
     }
-    try:
+    with of_this_version(folder):
         return openers[run.kind](folder, run, path)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, WsiPipelineError):
-            raise
-        raise StoreError(
-            f"{folder / RUN_FILE} is not a run of this version ({error!r}); segment again"
-        ) from error
 
 
 def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
@@ -220,17 +213,12 @@ def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
         # without a fingerprint it could not be opened when it was to be segmented
         if "fingerprint" in run.slide:
             with told_in(problems, path):
-                slide = closing.enter_context(_open_slide(folder, run, path))
+                slide = closing.enter_context(open_slide_of(folder, run, path))
                 found |= {"slide": slide, "views": _views(slide)}
             with told_in(problems):
-                # without zarr among the outputs the whole mask stays where it grew
-                paths = [p for p in (store.finished_mask_path, store.mask_path) if p.is_dir()]
-                if not paths:
-                    name = store.finished_mask_path.name
-                    raise StoreError(f"{folder} has no {name}; segment the slide again")
-                levels, (mask_y, mask_x) = ome_zarr.open_finished(paths[0])
-                x, y = run.slide["mpp"]
-                found |= {"mask": tuple(levels), "mask_downsample": (mask_y / y, mask_x / x)}
+                levels, mpp = open_levels_of(folder, run)
+                downsample = np.asarray(mpp) / run.slide["mpp"][::-1]
+                found |= {"mask": levels, "mask_downsample": tuple(downsample.tolist())}
             # a run may have lost its working folder
             with suppress(StoreError):
                 stored = open_patch_grid(store.grid_path)
@@ -244,7 +232,7 @@ def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
 def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
     problems: list[str] = []
     views: list[PictureView] = []
-    mask: list[MaskLike] = []
+    mask: Sequence[MaskLike] = ()
     with ExitStack() as closing:
         with told_in(problems, path), open_scan_of(folder, run, path) as scan:
             assert isinstance(scan, PlanarImage)
@@ -253,8 +241,7 @@ def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
             half = np.asarray(Image.fromarray(views[-1].pixels).reduce(2))
             views.append(PictureView(pixels=half, downsample=(2.0 ** len(views),) * 2))
         with told_in(problems):
-            whole = open_mask_of(folder, run, closing)[:, :]
-            mask = [whole[:: 2**n, :: 2**n] for n in range(len(level_shapes(whole.shape)))]
+            mask, _ = open_levels_of(folder, run)
     return ShownPicture(
         folder=folder,
         run=run,
@@ -263,23 +250,6 @@ def _open_image_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
         views=tuple(views),
         mask=mask,
     )
-
-
-def _open_slide(folder: Path, run: Run, path: Path | None) -> Slide:
-    """Open the slide of a run; return it.
-
-    Raises:
-        SourceError: it is not there, or another one is.
-    """
-    path = path or source_path(folder, run.slide["path"])
-    if not is_remote(path) and not path.exists():
-        raise SourceError(f"the slide was not found at {path.absolute()}")
-    select = run.settings["select"]
-    slide = open_source(path, mpp=select["mpp"], series=select["series"])
-    if slide.fingerprint != run.slide["fingerprint"]:
-        slide.close()
-        raise SourceError(f"{path} is not the slide that was segmented: its content differs")
-    return slide
 
 
 def _views(slide: Slide) -> tuple[SlideView, ...]:
