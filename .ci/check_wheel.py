@@ -59,8 +59,8 @@ def main() -> None:
         info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
         if top != {"wsi_pipeline", info}:
             sys.exit(f"the wheel holds {sorted(top)}; expected wsi_pipeline and {info} only")
-        for file in ("wsi_pipeline/py.typed", "wsi_pipeline/viewer/static/index.html"):
-            if file not in files:
+        for file in ("py.typed", "__init__.pyi", "viewer/static/index.html"):
+            if f"wsi_pipeline/{file}" not in files:
                 sys.exit(f"the wheel lacks {file}")
         venv.create(place / "env", with_pip=True)
         python = place / "env" / "bin" / "python"

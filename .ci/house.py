@@ -49,7 +49,8 @@ AT_LEAST = "own-line comments, % of lines"
 
 def figures() -> dict[str, tuple[float, list[str]]]:
     """Return each figure by its name, and where it comes from."""
-    sources = {path: path.read_text("utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    files = sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")])
+    sources = {path: path.read_text("utf-8") for path in files}
     trees = {path: ast.parse(text) for path, text in sources.items()}
     shown = {path: str(path.relative_to(PACKAGE)) for path in sources}
     lines = sum(len(text.splitlines()) for text in sources.values())
