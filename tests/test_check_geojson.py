@@ -13,15 +13,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from wsi_pipeline.annotations import (
-    QUPATH_COLORS,
-    Report,
-    check_feature,
-    check_geojson,
-    color_of,
-    mend_geojson,
-)
+from wsi_pipeline.annotations import Report, check_feature, check_geojson, color_of, mend_geojson
 from wsi_pipeline.cli import group
+from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import AnnotationError
 
 ID = "7e2c6a10-52a4-5d1e-9d7b-0c1b6c3a9f12"
