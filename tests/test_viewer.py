@@ -40,7 +40,8 @@ from tornado.websocket import websocket_connect
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.export.overlay import read_preview
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -94,7 +95,7 @@ def write_stars(path):
         properties = {
             "classification": {"name": ("Tumor", "Stroma")[n % 2]},
             "name": f"star {n}",
-            "measurements": {},
+            "measurements": {"Mean probability": (n * 37 % 150) / 150} if n % 5 else {},
         }
         geometry = {"type": "Polygon", "coordinates": closed}
         features.append({"type": "Feature", "geometry": geometry, "properties": properties})
@@ -143,7 +144,7 @@ def sentence(viewer, path):
 def mosaic(viewer, run, layer, level, *, query=""):
     """Return a level of a layer, put together from all of its tiles, as RGBA."""
     facts = get_json(viewer, f"runs/{run}")
-    width, height = facts[layer][level]["size"]
+    width, height = facts[layer if layer in facts else "mask"][level]["size"]
     whole = np.zeros((height, width, 4), np.uint8)
     for row in range(-(-height // TILE)):
         for column in range(-(-width // TILE)):
@@ -202,6 +203,78 @@ def test_tiles_of_the_mask_are_its_pixels_in_the_colours_of_the_classes(output, 
         assert np.array_equal(mosaic(viewer, run, "mask", n), expected)
     without = mosaic(viewer, run, "mask", 0, query="?hide=2")
     assert np.array_equal(without[..., 3] > 0, whole == 1)
+
+
+def as_kinds(rgba):
+    """Return which pixels of a tile are of this run only, of the other only, another class."""
+    colors = ((215, 48, 39), (69, 117, 180), (240, 170, 40))
+    return [(rgba[..., :3] == color).all(axis=2) & (rgba[..., 3] > 0) for color in colors]
+
+
+def test_a_run_is_held_against_another_of_its_slide(output, folder):
+    """The other lacks one part, has one more, and calls one by another name."""
+    other = Path(shutil.copytree(folder, folder.parent / "other"))
+    level0 = zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
+    changed = level0.copy()
+    changed[500:600, 300:500], changed[0:90, 0:333] = 0, 2
+    changed[610:700, 400:470] = 3 - level0[610:700, 400:470].clip(1, 2)
+    for n, level in ((0, changed), (1, changed[::2, ::2])):
+        zarr.open_array(other / "mask.ome.zarr" / str(n), mode="r+")[:] = level
+    with serve(folder.parent) as viewer:
+        runs = get_json(viewer, "runs")
+        assert len({run["fingerprint"] for run in runs}) == 1
+        for n in (0, 1):
+            own, its = (whole[:: 2**n, :: 2**n] for whole in (level0, changed))
+            expected = (
+                (own > 0) & (its == 0),
+                (own == 0) & (its > 0),
+                (own != its) & (own * its > 0),
+            )
+            found = mosaic(viewer, PLAIN, "against/other/differences", n)
+            for kind, wanted in zip(as_kinds(found), expected, strict=True):
+                assert wanted.any()
+                assert np.array_equal(kind, wanted)
+            assert np.array_equal(found[..., 3] > 0, own != its)
+            shown = mosaic(viewer, PLAIN, "against/other/other", n)
+            colors = np.array([(*color, 255 * bool(i)) for i, color in enumerate(COLORS)], np.uint8)
+            assert np.array_equal(shown, colors[its])
+            itself = mosaic(viewer, PLAIN, f"against/{PLAIN}/differences", n)
+            assert not itself[..., 3].any()
+
+
+def test_a_truth_lies_over_the_run_of_bounds(output, tmp_path):
+    """GeoJSON as QuPath writes it, from the corner of the bounds, with a class of its own."""
+    square = [[[0, 0], [200, 0], [200, 100], [0, 100], [0, 0]]]
+    feature = {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": square},
+        "properties": {"classification": {"name": "Fat", "color": [1, 2, 3]}},
+    }
+    truth = tmp_path / "truth.geojson"
+    truth.write_text(json.dumps({"type": "FeatureCollection", "features": [feature]}), "utf-8")
+    with serve(output / "bounded", against=truth) as viewer:
+        facts = get_json(viewer, f"runs/{BOUNDED}")
+        assert facts["against"] == "truth.geojson"
+        shown = mosaic(viewer, BOUNDED, "against//other", 0)[..., 3] > 0
+        rows, columns = (np.flatnonzero(shown.any(axis=axis)) for axis in (1, 0))
+        # the mask has half of the slide's pixels each way
+        box = [columns[0] * 2, columns[-1] * 2 + 2, rows[0] * 2, rows[-1] * 2 + 2]
+        assert box == pytest.approx([301, 501, 257, 357], abs=2)
+        own = zarr.open_array(output / "bounded" / "mask.ome.zarr" / "0", mode="r")[:] > 0
+        only, missed, renamed = as_kinds(mosaic(viewer, BOUNDED, "against//differences", 0))
+        for kind, wanted in ((only, own & ~shown), (missed, ~own & shown), (renamed, own & shown)):
+            assert np.array_equal(kind, wanted)
+    with pytest.raises(StoreError, match="for one run only"):
+        serve(output, against=truth)
+    truth.write_text("{", "utf-8")
+    with pytest.raises(WsiPipelineError, match="This is not JSON"):
+        serve(output / "bounded", against=truth)
+    other = Path(shutil.copytree(output / "bounded", tmp_path / "other"))
+    facts = json.loads((other / RUN_FILE).read_text("utf-8"))
+    facts["slide"]["fingerprint"] = "that of another"
+    (other / RUN_FILE).write_text(json.dumps(facts), "utf-8")
+    with pytest.raises(StoreError, match="is a run of another slide"):
+        serve(output / "bounded", against=other)
 
 
 @pytest.mark.parametrize("mask_mpp", [None, 2.0])
@@ -333,6 +406,32 @@ def test_only_the_largest_are_shown_where_there_are_too_many(output, monkeypatch
     assert polygons.within((5000, 5000, 10, 10), 1) == {"shapes": [], "more": 0}
 
 
+def test_regions_are_listed_in_every_order(output, viewer):
+    held = polygons_of(output / "many")
+    everywhere = {"area": lambda i: -held[i][3].area, "class": lambda i: held[i][0] == "Tumor"}
+    for by, key in everywhere.items():
+        found, rest = (get_json(viewer, f"runs/many/regions?by={by}&first={n}") for n in (0, 100))
+        assert (found["count"], len(found["regions"]), len(rest["regions"])) == (150, 100, 50)
+        told = found["regions"] + rest["regions"]
+        assert [region["id"] for region in told] == sorted(range(150), key=key)
+        for region in told:
+            assert region["box"] == pytest.approx(held[region["id"]][3].bounds)
+            assert region["area_px"] == pytest.approx(held[region["id"]][3].area)
+    up = get_json(viewer, "runs/many/regions?by=area&up=1&first=0&hide=1")
+    assert (up["count"], {region["class"] for region in up["regions"]}) == (75, {2})
+    areas = [region["area_px"] for region in up["regions"]]
+    assert areas == sorted(areas)
+    for up in ("", "&up=1"):
+        told = []
+        for first in (0, 100):
+            found = get_json(viewer, f"runs/many/regions?by=probability{up}&first={first}")
+            told += [region["probability"] for region in found["regions"]]
+        # those without come last
+        assert told[120:] == [None] * 30
+        assert told[:120] == sorted(told[:120], reverse=not up)
+        assert set(told[:120]) == {m["Mean probability"] for *_, m, _ in held if m}
+
+
 def test_polygons_edited_elsewhere_are_shown_as_well(tmp_path, folder):
     def square(x, side):
         return [[[x, 0], [x + side, 0], [x + side, side], [x, side], [x, 0]]]
@@ -445,6 +544,19 @@ def test_damaged_requests_are_refused(viewer, line):
         ("runs/bounded/at?x=1", 400),
         ("runs/bounded/at?x=1&y=nan", 400),
         ("runs/bounded/at?x=1&y=1&y=2", 400),
+        ("runs/bounded/regions?by=name&first=0", 400),
+        ("runs/bounded/regions?by=area&first=-1", 400),
+        ("runs/bounded/regions?by=area", 400),
+        ("runs/nothing/preview", 404),
+        ("runs/bounded/preview", 404),  # it has no overlay
+        ("runs/bounded/preview/x", 404),
+        ("runs/bounded/against//other/0/0/0", 404),
+        ("runs/bounded/against/nothing/other/0/0/0", 404),
+        ("runs/bounded/against/%2e%2e/other/0/0/0", 404),
+        ("runs/bounded/against/bounded/mask/0/0/0", 404),
+        ("runs/bounded/against/bounded/other/9/0/0", 404),
+        ("runs/bounded/against/bounded/other/0/9/0", 404),
+        ("runs/bounded/against/bounded/other/0/0", 400),
         ("runs/bounded/polygons?x=0&y=0&w=0&h=5&downsample=1", 400),
         ("runs/bounded/polygons?x=0&y=0&w=5&h=5&downsample=0", 400),
         ("runs/bounded/polygons?x=0&y=0&w=5&h=5&downsample=inf", 400),
@@ -729,6 +841,11 @@ class Page:
         with Image.open(io.BytesIO(base64.b64decode(found["data"]))) as picture:
             return np.asarray(picture.convert("RGB")).astype(float)
 
+    async def key(self, key):
+        for kind in ("keyDown", "keyUp"):
+            text = key if kind == "keyDown" and len(key) == 1 else ""
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, text=text)
+
     async def mouse(self, kind, x, y, **more):
         await self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **more)
 
@@ -805,16 +922,89 @@ def test_the_page_shows_slide_mask_and_polygons_in_their_place(viewer, tmp_path,
     browse(f"{viewer.url}#run={PLAIN}&x=700&y=610&d=1", tmp_path / "browser", visit)
 
 
+@pytest.mark.slow
+def test_the_page_leads_by_keys_through_runs_and_regions(output, tmp_path):
+    out = Path(shutil.copytree(output, tmp_path / "out"))
+    shutil.copytree(out / "plain slide", out / "second")
+    mask = zarr.open_array(out / "second" / "mask.ome.zarr" / "0", mode="r+")
+    mask[450:500, 450:650] = 0
+    held = polygons_of(out / "plain slide")
+
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        said = "document.querySelector('{}').textContent"
+
+        async def look():
+            x, y, d = re.findall(r"[xyd]=([\d.-]+)", await page.ask("location.hash"))
+            return float(x), float(y), float(d)
+
+        await page.until(still)
+        assert await page.ask(said.format("#zoom")) == "40×"  # 0.25 µm a pixel
+        await page.key("?")
+        assert await page.ask("document.querySelector('#keys').open")
+        await page.ask("document.querySelector('#keys button').click()")
+        # the ruler, from the middle: 100 px to the right, in a view that moves along
+        await page.key("r")
+        await page.mouse("mousePressed", 300, 300, button="left", clickCount=1)
+        await page.mouse("mouseMoved", 330, 340, button="left", buttons=1)
+        await page.mouse("mouseReleased", 330, 340, button="left", clickCount=1)
+        await page.until("document.querySelector('#ruler').ariaLabel == '12.5 µm'")
+        assert (await look())[:2] == (700, 610)  # nothing has moved
+        await page.key("r")
+        # what this run only has is red over the slide
+        await page.until("!document.querySelector('#compare').hidden")
+        choose = "s.value = 'second'; s.dispatchEvent(new Event('change'))"
+        await page.ask(f"{{const s = document.querySelector('#compare select'); {choose}}}")
+        await page.until(still)
+        # (700, 610) lies at (495, 400)
+        blue = (await page.picture())[..., 2]
+        # under the mask the slide is (170, 55, 96), and that under the difference (202, 50, 56)
+        assert np.median(blue[245:285, 250:440]) < 75 < np.median(blue[300:340, 440:480])
+        await page.key("n")
+        await page.until(said.format("#found") + f".includes('{held[0][1]}')")
+        await page.key("n")
+        await page.until(said.format("#found") + f".includes('{held[1][1]}')")
+        x0, y0, x1, y1 = held[1][3].bounds
+        await page.until("!location.hash.includes('x=700&')")
+        await page.until(still)
+        await asyncio.sleep(0.5)
+        assert (await look())[:2] == pytest.approx(((x0 + x1) / 2, (y0 + y1) / 2), abs=1)
+        await page.key("p")
+        await page.until(said.format("#found") + f".includes('{held[0][1]}')")
+        await page.until(still)
+        await page.key("h")
+        bare = await page.picture()
+        await page.key("h")
+        assert (abs(bare - await page.picture())[100:700, :800] > 20).any()
+        # a click in the middle of the overview leads to the middle of the slide
+        at = await page.ask(
+            "JSON.stringify(document.querySelector('#map').getBoundingClientRect())"
+        )
+        at = json.loads(at)
+        x, y = at["x"] + at["width"] / 2, at["y"] + at["height"] / 2
+        await page.mouse("mousePressed", x, y, button="left", buttons=1, clickCount=1)
+        await page.mouse("mouseReleased", x, y, button="left", clickCount=1)
+        await page.until("/x=9(5|6|7)\\d&y=7(3|4|5)\\d/.test(location.hash)")
+        await page.key("]")
+        await page.until("location.hash.startsWith('#run=second')")
+        await page.key("g")
+        await page.until("document.querySelector('#gallery').open")
+        assert await page.ask("document.querySelectorAll('#gallery div button').length") == 4
+
+    with serve(out) as viewer:
+        browse(f"{viewer.url}#run={PLAIN}&x=700&y=610&d=1", tmp_path / "browser", visit)
+
+
 def looks_right(shown, corner, pixels, *, opacity):
     """Hold the page's picture of the slide against its pixels from a corner on, (x, y)."""
     x, y = corner
-    shown = shown[60:740, :990]  # without what lies over the slide
-    pixels = pixels[y + 60 : y + 740, x : x + 990].astype(float)
+    shown = shown[60:740, :800]  # without what lies over the slide
+    pixels = pixels[y + 60 : y + 740, x : x + 800].astype(float)
     mask = np.digitize(-pixels[..., 1], [-214.5, -149.5])
     colors = np.array([(0, 0, 0), COLORS[2], COLORS[1]], float)[mask]
     alpha = opacity * (mask > 0)[..., None]
     is_near = abs(shown - (1 - alpha) * pixels - alpha * colors).max(axis=2) < 30
-    assert is_near.mean() > 0.97  # but for outlines
+    assert is_near.mean() > 0.96  # but for outlines
     assert all(is_near[mask == value].mean() > 0.9 for value in np.unique(mask))
     if opacity:
         assert len(np.unique(mask)) == 3
@@ -877,6 +1067,9 @@ def test_an_image_is_shown_with_its_mask_and_polygons(images, name):
     assert np.bincount(classes.ravel(), minlength=3).min() > 1000
     with serve(images) as viewer:
         assert [run["status"] for run in get_json(viewer, "runs")] == ["done", "done"]
+        status, headers, small = get(viewer, f"runs/{name}/preview")
+        assert (status, headers["Content-Type"]) == (200, "image/jpeg")
+        assert small == read_preview(images / name / "overlay.png", 320)
         facts = get_json(viewer, f"runs/{name}")
         assert (facts["kind"], facts["problems"], facts["mpp"]) == ("image", [], None)
         assert (facts["size"], facts["unit"]) == ([*classes.shape[::-1]], "px")
@@ -1172,6 +1365,8 @@ def test_the_page_goes_from_image_to_image(images, tmp_path):
             await page.until(f"document.title == '{name}.png'")
             await page.until(still)
             await page.until(f"location.hash.startsWith('#run={name}&')")
+            if name == "grey":  # outlines of so many would hide the rest
+                await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[2].click()")
             assert await page.ask("document.querySelectorAll('#said li').length") == 0
             hash = await page.ask("location.hash")
             x, y, d = map(float, re.findall(r"[xyd]=([\d.-]+)", hash))

@@ -28,6 +28,16 @@ FILL = 0.6
 """Opacity over the slide, whose tissue stays visible."""
 
 
+def kinds_of(prediction: Mask, truth: Mask) -> Mask:
+    """Return the index in `KINDS` of what each pixel of two masks of one shape is."""
+    kind = np.where(prediction == truth, np.uint8(1), np.uint8(4))
+    kind[(truth == 0) & (prediction > 0)] = 2
+    kind[(prediction == 0) & (truth > 0)] = 3
+    kind[(prediction == 0) & (truth == 0)] = 0
+    kind[(prediction == IGNORE) | (truth == IGNORE)] = 5
+    return kind
+
+
 class Disagreement:
     """A picture whose pixels mix the colours of what they cover, so that nothing thin is lost."""
 
@@ -43,11 +53,7 @@ class Disagreement:
 
     def add(self, start: Shape, prediction: Mask, truth: Mask) -> None:
         """Enter a block that begins at a cell, of whole cells but for the ragged edge."""
-        kind = np.where(prediction == truth, np.uint8(1), np.uint8(4))
-        kind[(truth == 0) & (prediction > 0)] = 2
-        kind[(prediction == 0) & (truth > 0)] = 3
-        kind[(prediction == 0) & (truth == 0)] = 0
-        kind[(prediction == IGNORE) | (truth == IGNORE)] = 5
+        kind = kinds_of(prediction, truth)
         rows, columns = (np.arange(n) // self._cell for n in kind.shape)
         height, width = int(rows[-1]) + 1, int(columns[-1]) + 1
         cells = (rows[:, None] * width + columns) * len(COLORS) + kind

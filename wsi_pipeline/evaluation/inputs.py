@@ -84,7 +84,7 @@ class MaskReader:
 
     def __init__(self, mask: MaskFile, placement: Placement, indices: Mapping[str, int]) -> None:
         self._mask = mask
-        self._origin = placement.origin
+        self.origin = placement.origin
         self.downsample = placement.downsample
         self._lookup = Lookup(mask.path, mask.values, indices)
 
@@ -99,7 +99,7 @@ class MaskReader:
             EvaluationError: the mask is damaged, or has values without a meaning.
         """
         length = self._mask.pixels.shape
-        axes = zip(origin, shape, downsample, self._origin, self.downsample, length, strict=True)
+        axes = zip(origin, shape, downsample, self.origin, self.downsample, length, strict=True)
         (rows, is_row), (columns, is_column) = (_nearest(*axis) for axis in axes)
         result = np.zeros(shape, np.uint8)
         if not (len(rows) and len(columns)):

@@ -84,9 +84,26 @@ class Polygons:
         found = np.sort(self.tree.query(shapely.Point(x + 0.5, y + 0.5)))
         found = found[~np.isin(self.values[found], list(hidden))]
         around = found[shapely.contains_xy(self.shapes[found], x + 0.5, y + 0.5)]
-        if len(around) == 0:
-            return None
-        n = int(around[-1])
+        return self._told(int(around[-1])) if len(around) else None
+
+    def listed(
+        self, by: str, is_up: bool, first: int, count: int, hidden: Collection[int] = ()
+    ) -> dict[str, Any]:
+        """Return `count` polygons from the `first` on, and how many there are, in an order.
+
+        Args:
+            by: "area", "class" or "probability", of which those that have none come last.
+            is_up: the smallest first, or the largest.
+        """
+        keys = {"area": self.areas, "class": self.values, "probability": self.measured[:, 1]}
+        order = np.argsort(keys[by] * (1.0 if is_up else -1.0), kind="stable")
+        order = order[~np.isin(self.values[order], list(hidden))]
+        return {
+            "regions": [self._told(n) for n in order[first : first + count].tolist()],
+            "count": len(order),
+        }
+
+    def _told(self, n: int) -> dict[str, Any]:
         # JSON has null for NaN
         mm2, probability = self.measured[n].tolist()
         return {
@@ -96,6 +113,7 @@ class Polygons:
             "area_px": float(self.areas[n]),
             "area_mm2": mm2,
             "probability": probability,
+            "box": shapely.bounds(self.shapes[n]).tolist(),
         }
 
 

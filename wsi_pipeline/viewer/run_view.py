@@ -121,7 +121,7 @@ class ShownPicture(ShownRun):
         if not 0 <= level < len(self.views):
             raise SourceError(f"the slide is shown at {len(self.views)} levels, not at {level}")
         view = self.views[level]
-        (y, x), shape = _place(view.shape, column, row)
+        (y, x), shape = place_of(view.shape, column, row)
         bad: list[Region] = []
         pixels = view.read((y, x), shape, bad=bad)
         for region in bad:
@@ -141,16 +141,21 @@ class ShownPicture(ShownRun):
         if not 0 <= level < len(self.mask):
             raise SourceError(f"the mask has {len(self.mask)} levels, not {level}")
         mask = self.mask[level]
-        (y, x), (height, width) = _place((mask.shape[0], mask.shape[1]), column, row)
+        origin, shape = place_of((mask.shape[0], mask.shape[1]), column, row)
+        pixels = self.mask_pixels(level, origin, shape)
+        return indexed_png(pixels, list(self.classes.values()), hidden | {0})
+
+    def mask_pixels(self, level: int, origin: Pair, shape: Pair) -> Pixels:
+        """Return class indices of a rectangle, (y, x), of a level.
+
+        Raises:
+            StoreError: the mask is damaged there.
+        """
         try:
-            picture = Image.fromarray(np.asarray(mask[y : y + height, x : x + width], np.uint8))
+            return np.array(self.mask[level][box_slices(origin, shape)], np.uint8)
         except Exception as error:
             # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
-        colors = list(self.classes.values())
-        picture.putpalette([value for color in colors for value in color])
-        alpha = bytes(0 if n in hidden else 255 for n in range(len(colors)))
-        return _encoded(picture, "PNG", transparency=b"\0" + alpha[1:], compress_level=1)
 
     def polygons(self) -> Polygons:
         """Return the polygons, read when they are first asked for.
@@ -269,7 +274,7 @@ def _level(shape: tuple[int, ...], downsample: Sequence[float]) -> dict[str, Any
     return {"size": [shape[1], shape[0]], "downsample": list(reversed(downsample))}
 
 
-def _place(shape: Pair, column: int, row: int) -> tuple[Pair, Pair]:
+def place_of(shape: Pair, column: int, row: int) -> tuple[Pair, Pair]:
     """Return origin and shape of a tile, (y, x), cut off at the edges.
 
     Raises:
@@ -293,6 +298,16 @@ def _hatch(pixels: Pixels, region: Region, origin: Pair, downsample: Sequence[fl
     y, x = np.ogrid[: pixels.shape[0], : pixels.shape[1]]
     is_line = (y + origin[0] + x + origin[1]) % HATCH < 2
     pixels[rows, columns][is_line[rows, columns]] = GREY
+
+
+def indexed_png(
+    indices: Pixels, colors: Sequence[tuple[int, ...]], hidden: frozenset[int]
+) -> bytes:
+    """Return a PNG of indices of colours, of which some are clear."""
+    picture = Image.fromarray(indices)
+    picture.putpalette([value for color in colors for value in color])
+    alpha = bytes(0 if n in hidden else 255 for n in range(len(colors)))
+    return _encoded(picture, "PNG", transparency=alpha, compress_level=1)
 
 
 def _jpeg(pixels: Pixels) -> bytes:

@@ -6,33 +6,32 @@ Whatever a request names is looked up in a dict; no part of a URL ever becomes a
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
-import re
 import secrets
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, quote_from_bytes, unquote_to_bytes
 
-import orjson
 from tornado.httpserver import HTTPServer
 from tornado.httputil import split_host_and_port
 from tornado.iostream import IOStream
 from tornado.netutil import is_valid_ip
-from tornado.web import Application, HTTPError, RequestHandler
+from tornado.web import Application, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
+from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
 from wsi_pipeline.report.record import RUN_FILE
-from wsi_pipeline.viewer.run_view import Shown, load_shown, open_shown
-from wsi_pipeline.viewer.volume import ShownVolume
+from wsi_pipeline.viewer.against import Against, against_facts, open_against
+from wsi_pipeline.viewer.answers import Answer, RequestError, answer_of, as_json, whole_numbers
+from wsi_pipeline.viewer.run_view import Shown, ShownPicture, load_shown, open_shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +44,6 @@ THREADS = 8
 """That read files: the loop itself never waits for a disk."""
 LONGEST_BODY = 1 << 16
 """Bytes of a request's body, which nobody reads."""
-WHOLE, SIZE, NUMBER = r"-?[0-9]{1,9}", r"[1-9][0-9]{0,8}", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
-LIST = r"[0-9]{1,4}(,[0-9]{1,4}){0,999}"
-"""Patterns of what a query may say."""
 IDLE_SECONDS = 60
 """After which a connection that is not used is closed."""
 TYPES = {
@@ -69,19 +65,6 @@ HEADERS = {
 }
 
 
-class RequestError(HTTPError):
-    """A request that names what is not there, or says it wrongly."""
-
-    def __init__(self, status: HTTPStatus, sentence: str) -> None:
-        super().__init__(status)
-        self.sentence = sentence
-
-
-Answer = tuple[str, bytes]
-"""Media type and content."""
-Query = Mapping[str, list[str]]
-
-
 class Viewer:
     """A server of finished runs in a thread of its own; close it, or use it in a `with`.
 
@@ -95,12 +78,17 @@ class Viewer:
         pool: threads that answer.
     """
 
-    def __init__(self, folder: Path, *, host: str, port: int, slide: Path | None) -> None:
+    def __init__(
+        self, folder: Path, *, host: str, port: int, slide: Path | None, against: Path | None
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=64)
         listening.setblocking(False)
         self.server_port: int = listening.getsockname()[1]
-        self.folder, self.slide_path = folder, slide
+        self.folder, self.slide_path, self._against_path = folder, slide, against
+        self.against_facts = against_facts(against.name if against else "")
+        # the latest alone, with what it is of
+        self._against: tuple[object, Against] | None = None
         self.root = f"/{secrets.token_urlsafe(16)}/"
         self.pages: dict[str, Answer] = {}
         for file in (resources.files("wsi_pipeline.viewer") / "static").iterdir():
@@ -157,6 +145,7 @@ class Viewer:
         self._thread.join()
         self.pool.shutdown()
         self._open.clear()
+        self._against = None
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +160,8 @@ class Viewer:
             try:
                 run = load_shown(folder)
                 facts = {"name": run.slide["name"], "status": run.status, "reason": run.reason}
+                facts["fingerprint"] = run.slide.get("fingerprint", "")
+                facts["picture"] = "overlay.png" if (folder / "overlay.png").is_file() else ""
             except StoreError as error:
                 facts = {"name": folder.name, "status": "", "reason": str(error)}
             found.append({"id": name, "folder": folder.name, **facts})
@@ -183,6 +174,42 @@ class Viewer:
         self._folders = {_id(folder.absolute().name): folder for folder in folders}
         return self._folders
 
+    def _folder_of(self, name: str) -> Path:
+        folder = self._folders.get(name) or self._find().get(name)
+        if folder is None:
+            raise RequestError(HTTPStatus.NOT_FOUND, "there is no such run here")
+        return folder
+
+    def preview(self, name: str) -> bytes:
+        """Return a small JPEG of a run, from its overlay, without opening it.
+
+        Raises:
+            RequestError: no run of that name, or none with a picture.
+        """
+        try:
+            return read_preview(self._folder_of(name) / "overlay.png", PREVIEW_SIDE // 2)
+        except (OSError, KeyError, ValueError) as error:
+            raise RequestError(HTTPStatus.NOT_FOUND, "this run has no overlay.png") from error
+
+    def against(self, shown: ShownPicture, other: str) -> Against:
+        """Open what a run is held against, or take it if it was the last; return it.
+
+        Args:
+            other: name of a run; "" = what was named at the start.
+
+        Raises:
+            RequestError: no run of that name, or nothing was named.
+            WsiPipelineError: it cannot be compared with.
+        """
+        with self._lock:
+            key = (id(shown), other)
+            if self._against is None or self._against[0] != key:
+                path = self._folder_of(other) if other else self._against_path
+                if path is None:
+                    raise RequestError(HTTPStatus.NOT_FOUND, "nothing was named to compare with")
+                self._against = key, open_against(shown, _run_in(path, shown.folder.name))
+            return self._against[1]
+
     def shown(self, name: str) -> Shown:
         """Open a run, or take it from those that are open; return it, closed when nobody holds it.
 
@@ -191,9 +218,7 @@ class Viewer:
             StoreError: it cannot be shown.
         """
         with self._lock:
-            folder = self._folders.get(name) or self._find().get(name)
-            if folder is None:
-                raise RequestError(HTTPStatus.NOT_FOUND, "there is no such run here")
+            folder = self._folder_of(name)
             shown = self._open.pop(name, None)
             if shown is None or not shown.is_current():
                 shown = open_shown(folder, self.slide_path)
@@ -204,7 +229,12 @@ class Viewer:
 
 
 def serve(
-    folder: str | Path, *, host: str = LOOPBACK, port: int = 0, slide: str | Path | None = None
+    folder: str | Path,
+    *,
+    host: str = LOOPBACK,
+    port: int = 0,
+    slide: str | Path | None = None,
+    against: str | Path | None = None,
 ) -> Viewer:
     """Show finished runs in the browser; return the server, which runs until it is closed.
 
@@ -213,26 +243,39 @@ def serve(
         host: address to listen on; nothing is encrypted on the way.
         port: to listen on; 0 = a free one.
         slide: where the slide, image or volume of a single run is now.
+        against: second run, mask or GeoJSON to be held against; of several runs a folder of runs
+            of the same names.
 
     Raises:
         StoreError: there is no run, or none that can be shown; the port is taken.
+        WsiPipelineError: `against` is nothing to compare a single run with.
         SourceError: `slide` is no slide, or another one.
     """
     folder, slide = Path(folder), None if slide is None else Path(slide)
+    against = None if against is None else Path(against)
     if (folder / RUN_FILE).is_file():
         # says now what would be said on the page
-        open_shown(folder, slide).close()
-    elif slide is not None:
-        raise StoreError(f"a slide can be named for one run only, and {folder} is none")
+        with closing(open_shown(folder, slide)) as shown:
+            if against and isinstance(shown, ShownPicture):
+                open_against(shown, _run_in(against, folder.absolute().name))
+    elif slide is not None or (against and not against.is_dir()):
+        what = "a file to compare with" if slide is None else "a slide"
+        raise StoreError(f"{what} can be named for one run only, and {folder} is none")
     elif not any(folder.glob(f"*/{RUN_FILE}")):
         raise StoreError(f"no finished run in {folder}; expected an output folder of `segment`")
     try:
-        return Viewer(folder, host=host, port=port, slide=slide)
+        return Viewer(folder, host=host, port=port, slide=slide, against=against)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StoreError(
             f"cannot listen on {host}, port {port} ({reason}); give another --port or --host"
         ) from error
+
+
+def _run_in(path: Path, name: str) -> Path:
+    """Return the run of a name in an output folder; whatever else, as it is."""
+    inside = path / name
+    return inside if (inside / RUN_FILE).is_file() and not (path / RUN_FILE).is_file() else path
 
 
 class _BoundedServer(HTTPServer):
@@ -322,77 +365,20 @@ class _Page(RequestHandler):
             return viewer.pages[path]
         parts = path.split("/")
         if parts == ["runs"]:
-            return _json(viewer.list_runs())
+            return as_json(viewer.list_runs())
         if parts[0] == "runs" and len(parts) > 1:
-            shown = viewer.shown(_id(unquote_to_bytes(parts[1])))
-            return _answer_of(shown, parts[2:], parse_qs(self.request.query))
+            name, asked = _id(unquote_to_bytes(parts[1])), parts[2:]
+            if asked == ["preview"]:
+                return "image/jpeg", viewer.preview(name)
+            query, shown = parse_qs(self.request.query), viewer.shown(name)
+            match asked:
+                case []:
+                    return as_json({**shown.facts(), **viewer.against_facts})
+                case ["against", other, layer, *place] if isinstance(shown, ShownPicture):
+                    against = viewer.against(shown, _id(unquote_to_bytes(other)))
+                    return "image/png", against.tile(layer, *whole_numbers(place, 3))
+            return answer_of(shown, asked, query)
         raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
-
-
-NO_PART = (HTTPStatus.NOT_FOUND, "there is no such part of a run")
-
-
-def _answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
-    """Return the answer to what is asked of a run."""
-    if not parts:
-        return _json(shown.facts())
-    if isinstance(shown, ShownVolume):
-        if len(parts) != 3:
-            raise RequestError(*NO_PART)
-        (index,) = _whole(parts[2:], 1)
-        return "application/octet-stream", shown.slice_of(parts[0], parts[1], index).tobytes()
-    match parts:
-        case ["thumbnail"]:
-            return "image/jpeg", shown.thumbnail_jpeg()
-        case ["slide", *place]:
-            return "image/jpeg", shown.slide_tile(*_whole(place, 3))
-        case ["mask", *place]:
-            return "image/png", shown.mask_tile(*_whole(place, 3), hidden=_hidden(query))
-        case ["polygons"]:
-            x, y = (int(_asked(query, name)) for name in "xy")
-            width, height = (int(_asked(query, name, SIZE, "1 or more")) for name in "wh")
-            downsample = float(_asked(query, "downsample", NUMBER, "a number above 0"))
-            polygons = shown.polygons()
-            found = polygons.within((x, y, width, height), downsample, _hidden(query))
-            return _json(
-                {**found, "left_out": polygons.left_out, "classes": shown.legend(polygons.classes)}
-            )
-        case ["at"]:
-            x, y = (int(_asked(query, name)) for name in "xy")
-            return _json(shown.polygons().at(x, y, _hidden(query)))
-    raise RequestError(*NO_PART)
-
-
-def _whole(parts: list[str], count: int) -> list[int]:
-    """Return what names a tile (level, column and row) or a slice."""
-    if len(parts) != count or not all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
-        raise RequestError(
-            HTTPStatus.BAD_REQUEST,
-            "a tile is named by level, column and row, a slice by layer, plane and its number",
-        )
-    return list(map(int, parts))
-
-
-def _asked(query: Query, name: str, pattern: str = WHOLE, what: str = "a whole number") -> str:
-    values = query.get(name, [])
-    if len(values) != 1 or not re.fullmatch(pattern, values[0]):
-        raise RequestError(HTTPStatus.BAD_REQUEST, f"{name} is {what}, given once")
-    return values[0]
-
-
-def _hidden(query: Query) -> frozenset[int]:
-    """Return the classes that are not to be shown."""
-    if "hide" not in query:
-        return frozenset()
-    return frozenset(map(int, _asked(query, "hide", LIST, "whole numbers with commas").split(",")))
-
-
-def _json(value: object) -> Answer:
-    try:
-        body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
-    except orjson.JSONEncodeError:  # names of folders that are no UTF-8
-        body = json.dumps(value).encode()
-    return "application/json", body
 
 
 def _id(name: str | bytes) -> str:

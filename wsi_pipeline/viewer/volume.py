@@ -58,6 +58,18 @@ class ShownVolume(ShownRun):
                 for axis, is_forward in zip(body.axes, body.is_forward, strict=True)
             ],
             "start": middle,
+            "lesions": [
+                {
+                    "class": 1 + n,
+                    "size": entry.get("volume_ml"),
+                    "middle": [
+                        (a + b - 1) // 2 for a, b in zip(entry["start"], entry["stop"], strict=True)
+                    ],
+                }
+                for n, name in enumerate(self.run.colors)
+                if name in self.run.lesions
+                for entry in self.run.lesions[name].get("listed", ())
+            ],
             "window": self.source and self.source.window,
             "layers": [layer for layer in LAYERS if self._reader(layer) is not None],
         }

@@ -1,17 +1,27 @@
-// The page: which run, its facts, layers and classes; what is drawn when. Texts from files are put
+// The page: which run, its facts, layers, classes and regions; what is drawn when. Texts from files are put
 // in as text only, never as HTML.
 
 import { Outlines } from "./outlines.js";
+import { Regions, polygonRows } from "./regions.js";
+import { Overview, drawRuler } from "./ruler.js";
 import { Tiles, ask, make, picture } from "./tiles.js";
 import { View } from "./view.js";
 import { Volume } from "./volume.js";
 
 const element = (id) => document.getElementById(id);
-const canvases = { slide: element("slide"), mask: element("mask"), lines: element("lines") };
-const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1]];
+const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1], ["other", "Other", 0], ["differences", "Differences", 0.7]];
+const AGAINST = ["other", "differences"];
+const canvases = Object.fromEntries(LAYERS.map(([id]) => [id, element(id)]));
 const view = new View(element("stage"), redraw, clicked);
+const overview = new Overview(element("map"), view);
+const KEYS = {
+  h: () => document.body.classList.toggle("bare"), n: () => shown?.regions?.step(1), p: () => shown?.regions?.step(-1), r: toggleRuler,
+  "[": () => step(-1), "]": () => step(1), g: () => element("choice").hidden || gallery(), "?": () => element("keys").showModal(),
+};
 const hidden = new Set(); // classes, by their number
 let shown = null; // what the page knows of the slide it shows
+let runs = []; // all that there are
+let ruler = null; // { from, to }, level-0 places, while it is on
 let pointer = null; // where it is over the slide
 let frame = 0, saving = 0;
 
@@ -28,8 +38,15 @@ async function start() {
       tellWhere();
     });
   }
-  const runs = await attempt(async () => (await ask("runs")).json());
-  if (!runs) return;
+  document.addEventListener("keydown", (event) => {
+    const isTaken = event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select") || document.querySelector("dialog[open]");
+    if (isTaken || !KEYS[event.key]) return;
+    event.preventDefault();
+    KEYS[event.key]();
+  });
+  for (const [id, key] of [["before", "["], ["after", "]"], ["all", "g"], ["help", "?"], ["rule", "r"]]) element(id).addEventListener("click", KEYS[key]);
+  element("compare").querySelector("select").addEventListener("change", compare);
+  runs = await attempt(async () => (await ask("runs")).json()) ?? [];
   element("choice").hidden = runs.length < 2;
   for (const { id, folder, status, reason } of runs) {
     const option = new Option(status === "done" ? folder : `${folder} – ${status || "not shown"}`, id);
@@ -66,7 +83,13 @@ async function open({ run, x, y, d, at }) {
   if (shown !== mine) return;
   mine.slide = tiles("slide", { base: base && { ...facts.thumbnail, picture: base } });
   mine.mask = tiles("mask", { smooth: false });
+  const last = facts.slide.at(-1), isOne = last && Math.max(...last.size) <= facts.tile;
+  const whole = base || (isOne && await attempt(() => picture(`${mine.url}/slide/${facts.slide.length - 1}/0/0`)));
+  if (shown !== mine) return;
+  overview.show(whole || null, facts.size);
+  offerOthers();
   if (facts.polygons) {
+    mine.regions = listOf(polygonRows(mine.url, hidden));
     mine.lines = new Outlines(canvases.lines, mine.url, { changed: redraw, came: polygonsCame });
     element("notice").textContent = "Polygons are being read …";
   }
@@ -77,22 +100,25 @@ async function open({ run, x, y, d, at }) {
 }
 
 function close() {
-  ["slide", "mask", "lines", "volume"].forEach((layer) => shown?.[layer]?.close());
+  [...LAYERS.map(([id]) => id), "volume"].forEach((layer) => shown?.[layer]?.close());
+  if (ruler) toggleRuler();
+  overview.show(null);
   shown = view.home = null;
   hidden.clear();
   Object.values(canvases).forEach((canvas) => { canvas.width = 0; });
   element("said").replaceChildren();
-  ["name", "facts", "notice"].forEach((id) => { element(id).textContent = ""; });
+  ["name", "facts", "notice", "zoom"].forEach((id) => { element(id).textContent = ""; });
   tellWhere();
-  ["bar", "layers", "found", "window"].forEach((id) => { element(id).hidden = true; });
+  ["bar", "layers", "found", "window", "regions", "compare", "kinds"].forEach((id) => { element(id).hidden = true; });
 }
 
-// layer: "slide" or "mask", of which classes may be hidden.
+// layer: "slide", "mask", of which classes may be hidden, or one of AGAINST, which lie as the mask does.
 function tiles(layer, options) {
   const { url, facts } = shown, hide = layer === "mask" && hidden.size ? `?hide=${[...hidden].sort().join()}` : "";
-  const of = (level, column, row) => `${url}/${layer}/${level}/${column}/${row}${hide}`;
+  const place = AGAINST.includes(layer) ? `against/${shown.against}/${layer}` : layer;
+  const of = (level, column, row) => `${url}/${place}/${level}/${column}/${row}${hide}`;
   const failed = (sentence) => say(sentence, "bad");
-  return new Tiles(canvases[layer], facts[layer], facts.tile, of, { changed: redraw, failed, ...options });
+  return new Tiles(canvases[layer], facts[layer] ?? facts.mask, facts.tile, of, { changed: redraw, failed, ...options });
 }
 
 // Draws once a frame, whatever has changed since.
@@ -102,10 +128,13 @@ function redraw() {
     if (!shown?.slide) return;
     const ratio = window.devicePixelRatio || 1, { facts } = shown;
     const colors = facts.classes.map(({ color }) => `rgb(${color.join()})`);
-    const came = [shown.slide.draw(view, ratio), shown.mask.draw(view, ratio)];
+    const came = ["slide", "mask", ...AGAINST].filter((id) => shown[id]).map((id) => shown[id].draw(view, ratio));
     if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
     document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
+    overview.draw(ratio);
+    drawRuler(element("ruler"), view, ratio, ruler, facts.mpp);
     if (facts.mpp) tellScale(facts.mpp[0]);
+    element("zoom").textContent = facts.kind === "slide" ? `${number(10 * view.scale / facts.mpp[0])}×` : `${number(100 * view.scale)} %`;
     tellWhere(); // keys and wheel move the slide under a pointer at rest
     clearTimeout(saving);
     saving = setTimeout(saveHash, 200);
@@ -132,6 +161,84 @@ async function clicked([x, y]) {
   element("found").hidden = !found;
   if (found) tellFound(found);
   redraw();
+}
+
+function listOf(rows) {
+  const told = ({ class: value, area_px, area_mm2, size, probability }) => {
+    const { name, color } = shown.facts.classes[value], [mx, my] = shown.facts.mpp ?? [];
+    const mm2 = area_mm2 ?? area_px * mx * my * 1e-6;
+    const amount = size != null ? `${number(size)} ml` : mx ? `${number(mm2)} mm²` : `${number(area_px)} px`;
+    return { color, texts: [name, amount, probability == null ? "" : probability.toFixed(2)] };
+  };
+  const go = (region) => {
+    if (region.middle) return shown.volume.goTo(region.middle);
+    const [x0, y0, x1, y1] = region.box, room = 2.5; // times its box
+    view.go((x0 + x1) / 2, (y0 + y1) / 2, Math.min(view.width / (x1 - x0) / room, view.height / (y1 - y0) / room, 4 / (shown.facts.mpp?.[0] ?? 1)));
+    shown.selected = region.id;
+    element("found").hidden = false;
+    tellFound(region);
+    redraw();
+  };
+  return new Regions(element("regions"), { rows: (by, first) => attempt(() => rows(by, first)), told, go });
+}
+
+// Lesions of a volume are few, and known already.
+function lesionRows(lesions) {
+  return async (by) => {
+    const key = by.startsWith("class") ? "class" : "size", sign = by.endsWith("up") ? 1 : -1;
+    return { regions: [...lesions].sort((a, b) => sign * (a[key] - b[key])), count: lesions.length };
+  };
+}
+
+// Runs of the same slide, and what the command named.
+function offerOthers() {
+  const { facts, run } = shown, own = runs.find(({ id }) => id === run)?.fingerprint, select = element("compare").querySelector("select");
+  const others = runs.filter(({ id, fingerprint }) => id !== run && own && fingerprint === own);
+  select.replaceChildren(new Option("nothing", "-"), ...others.map(({ id, folder }) => new Option(folder, id)));
+  if (facts.against) select.append(new Option(facts.against, "", true, true));
+  element("compare").hidden = select.length < 2 || !facts.mask.length;
+  compare();
+}
+
+function compare() {
+  const { value } = element("compare").querySelector("select"), is = value !== "-" && !element("compare").hidden;
+  document.body.dataset.state = "loading";
+  AGAINST.forEach((layer) => { shown[layer]?.close(); shown[layer] = null; canvases[layer].width = 0; });
+  shown.against = value;
+  if (is) AGAINST.forEach((layer) => { shown[layer] = tiles(layer, { smooth: false }); });
+  LAYERS.forEach(([id], i) => { if (AGAINST.includes(id)) element("sliders").children[i].hidden = !is; });
+  element("kinds").hidden = !is;
+  element("kinds").replaceChildren(...shown.facts.kinds.map(({ name, color }) => {
+    const swatch = make("i"), item = make("li");
+    swatch.style.background = `rgb(${color.join()})`;
+    item.append(swatch, ` ${name}`);
+    return item;
+  }));
+  redraw();
+}
+
+function toggleRuler() {
+  ruler = ruler || !shown || shown.volume ? null : { from: [view.x, view.y], to: null };
+  view.rule = ruler && ((from, to) => { ruler = { from, to }; redraw(); });
+  element("rule").setAttribute("aria-pressed", Boolean(ruler));
+  element("stage").classList.toggle("ruling", Boolean(ruler));
+  redraw();
+}
+
+function step(by) {
+  const next = runs[runs.findIndex(({ id }) => id === shown?.run) + by];
+  if (next) open({ run: next.id });
+}
+
+function gallery() {
+  element("gallery").querySelector("div").replaceChildren(...runs.map(({ id, folder, picture }) => {
+    const button = make("button"), image = Object.assign(make("img"), { loading: "lazy", alt: "", src: picture ? `runs/${id}/preview` : "icon.svg" });
+    button.setAttribute("aria-current", id === shown?.run);
+    button.append(image, make("span", folder));
+    button.onclick = () => { element("gallery").close(); open({ run: id }); };
+    return button;
+  }));
+  element("gallery").showModal();
 }
 
 function tellFound(found) {
@@ -161,9 +268,12 @@ function tellFacts(facts) {
   element("layers").hidden = !facts.size;
   element("stage").hidden = Boolean(facts.body);
   element("planes").hidden = !facts.body;
-  const [picture, , polygons] = element("sliders").children;
+  const [picture, , polygons, ...against] = element("sliders").children;
   picture.children[1].textContent = { slide: "Slide", image: "Image", volume: "Volume" }[facts.kind];
   polygons.hidden = Boolean(facts.body);
+  against.forEach((slider) => { slider.hidden = true; });
+  element("rule").hidden = Boolean(facts.body);
+  if (facts.lesions?.length) shown.regions = listOf(lesionRows(facts.lesions));
 }
 
 function tellClasses(classes) {
@@ -185,6 +295,7 @@ function toggle(value, on) {
   if (on) hidden.delete(value);
   else hidden.add(value);
   if (shown.volume) return shown.volume.panes.forEach((pane) => shown.volume.paint(pane));
+  shown.regions?.clear();
   shown.mask.close();
   shown.mask = tiles("mask", { smooth: false });
   redraw();

@@ -3,6 +3,7 @@
 import { ask, fit } from "./tiles.js";
 
 const MARGIN = 0.5; // of the view on all sides, fetched with it
+const CROWDED = 300; // polygons in view from which on lines are thin, or they hide the rest
 const WAIT = 120; // ms without a move before they are fetched anew
 
 export class Outlines {
@@ -25,15 +26,16 @@ export class Outlines {
     }
     if (!held) return !this.waiting;
     around(held.x, held.y); // paths count from there: far from the origin a float is too coarse
-    for (const [value, path] of this.paths) {
-      if (!hidden.has(value)) stroke(context, colors[value], 1.5 / scale, [], (c) => c.stroke(path));
-    }
+    const seen = [...this.paths].filter(([value]) => !hidden.has(value));
+    const width = (held.shapes.length > CROWDED ? 1 : 2) / scale;
+    for (const [value, path] of seen) stroke(context, rimOf(colors[value]), 2 * width, [], (c) => c.stroke(path));
+    for (const [value, path] of seen) stroke(context, colors[value], width, [], (c) => c.stroke(path));
     const chosen = held.shapes.find((shape) => shape.id === selected);
     if (chosen) {
       const path = new Path2D();
       trace(path, chosen, held);
-      stroke(context, "#fff", 6 / scale, [], (c) => c.stroke(path));
-      stroke(context, colors[chosen.class], 3 / scale, [], (c) => c.stroke(path));
+      stroke(context, rimOf(colors[chosen.class]), 8 / scale, [], (c) => c.stroke(path));
+      stroke(context, colors[chosen.class], 4 / scale, [], (c) => c.stroke(path));
     }
     return !this.waiting;
   }
@@ -86,6 +88,12 @@ function trace(path, { lines }, { x, y }) {
     path.moveTo(line[0] - x, line[1] - y);
     for (let i = 2; i < line.length; i += 2) path.lineTo(line[i] - x, line[i + 1] - y);
   }
+}
+
+// White, or black around a bright colour: a line must stand out from tissue of its own colour.
+function rimOf(color) {
+  const [r, g, b] = color.match(/\d+/g).map(Number);
+  return 0.299 * r + 0.587 * g + 0.114 * b > 150 ? "#000" : "#fff";
 }
 
 function stroke(context, color, width, dash, draw) {

@@ -6,7 +6,8 @@ const STEP = 1.25; // of the keys
 
 export class View {
   constructor(stage, changed, clicked) {
-    Object.assign(this, { stage, changed, clicked, x: 0, y: 0, scale: 1, home: null });
+    // rule(from, to): called in place of a move while it is set
+    Object.assign(this, { stage, changed, clicked, rule: null, x: 0, y: 0, scale: 1, home: null });
     this.pointers = new Map(); // by id, where each was last
     const on = (name, what) => stage.addEventListener(name, what);
     on("pointerdown", (event) => this.press(event));
@@ -65,6 +66,7 @@ export class View {
     if (event.button) return;
     this.stage.setPointerCapture(event.pointerId);
     this.pointers.set(event.pointerId, this.place(event));
+    this.pressed = this.toLevel0(this.place(event));
     this.moved = this.pointers.size > 1 ? Infinity : 0;
   }
 
@@ -76,6 +78,7 @@ export class View {
     this.pointers.set(event.pointerId, to);
     this.moved += Math.hypot(to[0] - from[0], to[1] - from[1]);
     if (this.moved < 4) return; // a click with a trembling hand
+    if (this.rule && !other) return this.rule(this.pressed, this.toLevel0(to));
     this.stage.classList.add("moving");
     const share = other ? 2 : 1; // two fingers each move the middle between them by half
     this.go(this.x - (to[0] - from[0]) / this.scale / share, this.y - (to[1] - from[1]) / this.scale / share, this.scale);

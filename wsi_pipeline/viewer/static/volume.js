@@ -80,6 +80,12 @@ export class Volume {
     this.show();
   }
 
+  // at: (x, y, z) of the file.
+  goTo(at) {
+    this.at = [...at];
+    this.show();
+  }
+
   // Fetches what is wanted: of a slider that moves on meanwhile, the latest slice only.
   show() {
     document.body.dataset.state = "loading";
