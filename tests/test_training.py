@@ -88,6 +88,7 @@ ROOT = Path(__file__).parents[1]
 RECIPE = """
 notes = "Two made-up patients."
 limits = "Discs only."
+notices = "CC0 1.0, drawn here."
 
 [bundle]
 name = "made-up"
@@ -1523,7 +1524,10 @@ def test_a_card_tells_images_and_false_findings(saying: Recipe, samples: list[Sa
     trained = Trained(samples=samples, surveys=training_set(samples).surveys, held_out=judged)
     card = model_card(dataclasses.replace(saying, bundle=bundle), trained)
     # 2 · 20 / (30 + 30) and 2 · 10 / (10 + 20); B shows none, so every draw with A has the same
-    assert "- Tumor: Dice 0.667 (0.667 to 0.667), IoU 0.500 (0.500 to 0.500)" in card
+    # of A's images 30 of 100 and 20 of 100 px are tumour: 60 / 130, 40 / 120
+    assert (
+        "- Tumor: Dice 0.667 (0.667 to 0.667), IoU 0.500 (0.500 to 0.500); “everywhere”: Dice 0.397"
+    ) in card
     assert "- 2 images show no Tumor; in a share of 0.500 (0.000 to 1.000) some is found" in card
     # 0.7 is above 0.4, not above 0.8
     assert "Area under the curve of Malignant: 0.500 (" in card
@@ -1995,6 +1999,9 @@ def test_a_written_bundle_loads_and_predicts_the_same(
         "| A | 2 |",
         "| Tumor | 2 |",
         "95 % intervals",
+        "“everywhere”: Dice 0.",
+        "GMAC a patch of 3 × 64 × 64",
+        "## Licences and notices\n\nCC0 1.0, drawn here.",
     ):
         assert words in card
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from safetensors.torch import save
 from torch import nn
 
@@ -25,7 +26,9 @@ from wsi_pipeline.evaluation.confusion import (
 from wsi_pipeline.files.atomic import make_folders, sync, written_beside
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.inference.unlike import Familiar
+from wsi_pipeline.networks import create
 from wsi_pipeline.networks.bundle_writer import FEATURES, WEIGHTS
+from wsi_pipeline.networks.cost import count_macs, count_parameters
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.training.calibrate import (
     BINS,
@@ -149,7 +152,10 @@ def model_card(recipe: Recipe, trained: Trained) -> str:
         _label_table(recipe, trained.held_out),
         _certainty(list(trained.held_out.values())),
         _unlike(trained.held_out.values()),
+        "## Speed",
+        _cost(recipe),
         *(("## Limits", recipe.limits) if recipe.limits else ()),
+        *(("## Licences and notices", recipe.notices) if recipe.notices else ()),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
@@ -172,6 +178,16 @@ def _training(recipe: Recipe) -> str:
         f"learning rate up to {spec.learning_rate:g}, {spec.schedule}; {spec.precision}; moving "
         f"average of the weights; seed {spec.seed}. Colours, geometry and focus are varied at "
         f"random; {spec.balance:.0%} of the crops are drawn evenly over the classes.{chosen}"
+    )
+
+
+def _cost(recipe: Recipe) -> str:
+    size = (recipe.bundle.input.channels, *recipe.bundle.input.patch_size)
+    with torch.device("meta"):
+        network = create(recipe.bundle)
+    return (
+        f"{count_parameters(network):,} parameters; {count_macs(network, size) / 1e9:.3f} GMAC a "
+        f"patch of {' × '.join(map(str, size))}. `wsi-pipeline models check` times a patch."
     )
 
 
@@ -258,9 +274,9 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
         for i, (name, score) in enumerate(scores_of(whole, recipe.bundle).items(), 1):
             if score.share:
                 dice = _ranged(score.dice, by_class["dice"][:, i])
-                lines.append(
-                    f"- {name}: Dice {dice}, IoU {_ranged(score.iou, by_class['iou'][:, i])}"
-                )
+                iou = _ranged(score.iou, by_class["iou"][:, i])
+                everywhere = f"“everywhere”: Dice {score.everywhere_dice:.3f}"
+                lines.append(f"- {name}: Dice {dice}, IoU {iou}; {everywhere}")
     return "\n".join(lines)
 
 
@@ -276,17 +292,19 @@ def _image_lines(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
             figures, shown = class_figures(Confusion.of(matrices)), matrices[:, i].any(1)
             found = matrices[~shown].sum(1)[:, i] > 0
             of_shown = [figures[name][shown, i].sum() for name in ("dice", "iou")]
+            true, pixels = matrices[shown, i].sum(1), matrices[shown].sum((1, 2))
+            of_shown.append((2 * true / (pixels + true)).sum())
             rows.append([*of_shown, shown.sum(), found.sum(), len(found)])
-        # of each patient: sums of Dice and IoU of the images that show the class, how many do,
-        # in how many of the others some is found, and how many others there are
+        # of each patient: sums of Dice, IoU and Dice of "everywhere" of the images that show the
+        # class, how many do, in how many of the others some is found, how many others there are
         sums = np.array(rows, float)
-        if sums[:, 2].any():
-            dice, iou = (_mean_with_interval(sums[:, [k, 2]]) for k in (0, 1))
-            lines.append(f"- {info.name}: Dice {dice}, IoU {iou}")
-        if sums[:, 4].any():
+        if sums[:, 3].any():
+            dice, iou, all_over = (_mean_with_interval(sums[:, [k, 3]]) for k in range(3))
+            lines.append(f"- {info.name}: Dice {dice}, IoU {iou}; “everywhere”: Dice {all_over}")
+        if sums[:, 5].any():
             lines.append(
-                f"- {sums[:, 4].sum():.0f} images show no {info.name}; in a share of "
-                f"{_mean_with_interval(sums[:, 3:])} some is found all the same"
+                f"- {sums[:, 5].sum():.0f} images show no {info.name}; in a share of "
+                f"{_mean_with_interval(sums[:, 4:])} some is found all the same"
             )
     return "\n".join(lines)
 

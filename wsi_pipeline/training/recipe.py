@@ -313,6 +313,7 @@ class Recipe:
         bundle: What is trained, without weights.
         notes: Where the data come from, for the model card, Markdown.
         limits: What the network is not to be trusted with, for the model card, Markdown.
+        notices: Licences of data and of weights begun with, and what they ask to be said, likewise.
     """
 
     bundle: Bundle
@@ -322,6 +323,7 @@ class Recipe:
     data: tuple[DataSpec, ...]
     notes: str = ""
     limits: str = ""
+    notices: str = ""
 
 
 class RecipeToml(Record, frozen=True, kw_only=True):
@@ -334,6 +336,7 @@ class RecipeToml(Record, frozen=True, kw_only=True):
     data: tuple[DataSpec, ...]
     notes: str = ""
     limits: str = ""
+    notices: str = ""
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -369,6 +372,7 @@ def load_recipe(path: str | Path) -> Recipe:
         data=found.data,
         notes=found.notes.strip(),
         limits=limits,
+        notices=found.notices.strip(),
     )
 
 
