@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from wsi_pipeline.colors import QUPATH_COLORS
-from wsi_pipeline.errors import BundleError
+from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.files.download import cache_path, download, fetch_file
 from wsi_pipeline.files.paths import cache_dir
@@ -261,14 +261,12 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     Raises:
         BundleError: something is missing, unknown or contradicts something else.
     """
-    try:
+    with raised_as(BundleError, ValueError, path):
         found = converted(table, ModelToml)
         _check_input(found.input, found.modality, table["input"])
         classes = _classes(found.output)
         if found.features and found.network in FOREIGN:
             raise ValueError("features are those of a network of the package, not of a program")
-    except ValueError as error:
-        raise BundleError(f"{path}: {error}") from error
     weights_path, origin = _weights(found.weights, path.parent, fetch=fetch)
     features_path = found.features and _in_folder(found.features, "features", path.parent)
     return Bundle(

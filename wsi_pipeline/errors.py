@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def without_secrets(text: str) -> str:
@@ -61,3 +63,16 @@ class RecipeError(WsiPipelineError, ValueError):
 
 class EvaluationError(WsiPipelineError, ValueError):
     """Two sides that cannot be compared."""
+
+
+@contextmanager
+def raised_as(
+    kind: type[WsiPipelineError],
+    caught: type[Exception] | tuple[type[Exception], ...],
+    at: object = "",
+) -> Iterator[None]:
+    """Raise what the body raises of some kinds as another, `at` before its sentence."""
+    try:
+        yield
+    except caught as error:
+        raise kind(f"{at}: {error}" if at else str(error)) from error

@@ -28,7 +28,7 @@ from wsi_pipeline.annotations.document import (
 )
 from wsi_pipeline.annotations.geometry import mend_polygon
 from wsi_pipeline.annotations.shapes import AREAL_TYPES, build_polygons
-from wsi_pipeline.errors import AnnotationError
+from wsi_pipeline.errors import AnnotationError, raised_as
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,8 @@ def read_polygons(
         AnnotationError: the file cannot be read, holds no GeoJSON, or areas of other planes only.
     """
     path = Path(path)
-    try:
+    with raised_as(AnnotationError, AnnotationError, path):
         document = parse_document(read_bytes(path))
-    except AnnotationError as error:
-        raise AnnotationError(f"{path}: {error}") from error
     if document.losses and not document.features:
         raise AnnotationError(
             f"{path}: expected a GeoJSON FeatureCollection, Feature or geometry. "
@@ -88,14 +86,12 @@ def read_polygons(
             # a strange word as Python shows it: it may hold what no line of a log can
             without_area[kind if kind in (*GEOMETRY_TYPES, NO_GEOMETRY) else repr(kind)] += 1
         where, class_name = f"{path}, feature {index}", class_name_of(properties_of(feature))
-        try:
+        with raised_as(AnnotationError, AnnotationError, where):
             areas = []
             for polygon in build_polygons(geometry):
                 areas += [polygon] if polygon.is_valid else mend_polygon(polygon)
                 if not polygon.is_valid:
                     logger.warning("%s: mended an outline that crosses or touches itself", where)
-        except AnnotationError as error:
-            raise AnnotationError(f"{where}: {error}") from error
         if plane := _plane_of(geometry):
             elsewhere[plane] += len(areas)
         else:

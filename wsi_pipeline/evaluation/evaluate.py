@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.annotations import read_region
-from wsi_pipeline.errors import AnnotationError, UsageError
+from wsi_pipeline.errors import AnnotationError, UsageError, raised_as
 from wsi_pipeline.evaluation.compare import CompareOptions, compare_all
 from wsi_pipeline.evaluation.meaning import LabelMap
 from wsi_pipeline.evaluation.pairs import pair_up
@@ -45,11 +45,9 @@ def evaluate(
     """
     if (roi := options.get("roi")) is not None:
         options["roi"] = Path(roi)
-        try:
+        with raised_as(UsageError, AnnotationError):
             # A bad file is told of before the first slide is read, which may take hours.
             read_region(options["roi"])
-        except AnnotationError as error:
-            raise UsageError(str(error)) from error
     for name in ("prediction_values", "truth_values"):
         if (given := options.get(name)) is not None and not isinstance(given, LabelMap):
             options[name] = LabelMap(classes=given)

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.errors import EvaluationError, StoreError
+from wsi_pipeline.errors import EvaluationError, StoreError, raised_as
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.confusion import Mask
 from wsi_pipeline.evaluation.masks import MaskFile, Pair, open_ome_zarr, open_picture
@@ -242,10 +242,8 @@ def finished_run(folder: Path) -> Run:
     Raises:
         EvaluationError: none that is done.
     """
-    try:
+    with raised_as(EvaluationError, StoreError):
         run = load_run(folder / RUN_FILE)
-    except StoreError as error:
-        raise EvaluationError(str(error)) from error
     if run.status != "done":
         raise EvaluationError(f"{folder} holds no finished mask ({run.reason or run.status})")
     return run

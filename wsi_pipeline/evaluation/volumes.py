@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.errors import EvaluationError, SourceError
+from wsi_pipeline.errors import EvaluationError, SourceError, raised_as
 from wsi_pipeline.evaluation.confusion import Mask
 from wsi_pipeline.evaluation.meaning import ADVICE, LabelMap, Lookup
 from wsi_pipeline.files.formats import kind_of
@@ -98,14 +98,12 @@ def open_labels(path: Path) -> LabelVolume:
     Raises:
         EvaluationError: no mask, or one that cannot be read.
     """
-    try:
+    with raised_as(EvaluationError, SourceError):
         if kind_of(path) == "DICOM":
             return _open_segmentation(path)
         with open_volume(path) as volume:
             codes = volume.read((0, 0, 0), volume.shape)[..., 0]
             affine = volume.affine
-    except SourceError as error:
-        raise EvaluationError(str(error)) from error
     return LabelVolume(path=path, codes=codes, affine=affine, values=LabelMap())
 
 

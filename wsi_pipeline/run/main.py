@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.errors import BundleError, UsageError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, UsageError, WsiPipelineError, raised_as
 from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.files.locks import GOES_ON, make_folder
 from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
@@ -175,12 +175,12 @@ def plan_batch(
     """
     home = as_path(output, use_listings_cache=False)
     target = home if is_remote(home) else None
-    with _wrong_usage():
+    with raised_as(UsageError, WsiPipelineError):
         schedule, device = _with_gpus(schedule, settings.predict.device)
         settings = replace(settings, predict=replace(settings.predict, device=device))
     bundle = load_bundle(model)
     find, suffixes = FINDERS[bundle.modality]
-    with _wrong_usage():
+    with raised_as(UsageError, WsiPipelineError):
         if mpp_table and not suffixes:
             raise BundleError(f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s")
         check_settings(settings, bundle)
@@ -200,15 +200,6 @@ def plan_batch(
         schedule=schedule,
         overwrite=overwrite,
     )
-
-
-@contextmanager
-def _wrong_usage() -> Iterator[None]:
-    """Make what the body refuses wrong usage: no input could be done."""
-    try:
-        yield
-    except WsiPipelineError as error:
-        raise UsageError(str(error)) from error
 
 
 def _with_gpus(schedule: ScheduleOptions, device: str) -> tuple[ScheduleOptions, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from wsi_pipeline.bundle import AXES, Bundle
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import StoreError, raised_as
 from wsi_pipeline.export import ome_zarr
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.paths import name_of, without_secrets
@@ -94,14 +94,12 @@ class ScanRun(SourceRun):
         scan, spec, axes = self.source, self.bundle.input, len(self.source.shape)
         self.prepared = prepared = prepare(scan, spec)
         size, overlap = self.settings.predict.block_size, self.settings.predict.overlap
-        try:
+        with raised_as(StoreError, ValueError):
             grid = PatchGrid.cover(
                 prepared.shape,
                 spec.patch_size,
                 spec.overlap if overlap is None else (overlap,) * axes,
             )
-        except ValueError as error:
-            raise StoreError(str(error)) from error
         side, unit = size or BLOCK_SIDE[axes], CHUNK[axes]
         block_shape: Shape = (side,) * axes
         # Tracing wants squares; a volume has fewer voxels along an axis where they are thick.

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from wsi_pipeline.errors import MissingMppError, SourceError, StoreError
+from wsi_pipeline.errors import MissingMppError, SourceError, StoreError, raised_as
 from wsi_pipeline.files.paths import as_path, is_remote
 from wsi_pipeline.patch_grid import is_patch_grid
 from wsi_pipeline.sources.base import Backend, sampled_digest, turned_doubts
@@ -37,10 +37,8 @@ def open_source(path: str | Path, *, mpp: float | None = None, series: int | Non
         raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
     path = as_path(path)
     is_grid = not is_remote(path) and is_patch_grid(path)
-    try:
+    with raised_as(SourceError, StoreError):
         pixels = StoredBackend(path) if is_grid else open_slide_file(path, series)
-    except StoreError as error:
-        raise SourceError(str(error)) from error
     # A stored grid goes by the fingerprint of the slide whose pixels it holds.
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
     try:

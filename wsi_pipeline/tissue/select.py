@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.annotations import rasterise, read_region
-from wsi_pipeline.errors import StoreError
+from wsi_pipeline.errors import StoreError, raised_as
 from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.options import MPP_TOLERANCE, SelectOptions
@@ -78,10 +78,8 @@ def plan_grid(
         StoreError: an overlap that is not below the patch size.
     """
     view = slide.at(mpp, tolerance=MPP_TOLERANCE)
-    try:
+    with raised_as(StoreError, ValueError):
         grid = PatchGrid.cover(view.shape, patch_size, overlap)
-    except ValueError as error:
-        raise StoreError(str(error)) from error
     # about 8 µm/px, and enough to look at
     extent_um = max(side * mpp for side, mpp in zip(slide.size, slide.mpp, strict=True))
     side = max(THUMBNAIL_MIN, min(int(extent_um / THUMBNAIL_UM), THUMBNAIL_MAX))

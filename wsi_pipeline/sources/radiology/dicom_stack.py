@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import Dataset
 
-from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import SourceError, raised_as
 from wsi_pipeline.sources.base import sampled_digest
 from wsi_pipeline.sources.radiology.dicom import (
     Values,
@@ -186,10 +186,8 @@ def _stack_voxels(path: Path, stack: Sequence[_Slice], shape: tuple[int, int, in
 
     def decode(spool: BinaryIO) -> None:
         for file, header in headers.items():
-            try:
+            with raised_as(SourceError, SourceError, file):
                 decode_frames(file, header, partial(take, spool, file))
-            except SourceError as error:
-                raise SourceError(f"{file}: {error}") from error
 
     slopes, intercepts = (
         np.array([getattr(one.values, name) for one in stack]).reshape(-1, 1, 1)
