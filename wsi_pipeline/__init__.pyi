@@ -30,6 +30,7 @@ from .run.opened import Layer as Layer
 from .run.opened import open_run as open_run
 from .run.opened import open_runs as open_runs
 from .run.tile import tile as tile
+from .run.verify import verify as verify
 from .schedule.cluster import open_cluster as open_cluster
 from .sources import Slide as Slide
 from .sources import SlideView as SlideView

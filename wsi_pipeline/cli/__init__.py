@@ -22,6 +22,7 @@ COMMANDS = {
     "tile": "Write slides as zarr patch grids.",
     "info": "Show what a slide file says about itself.",
     "check-geojson": "Would QuPath import this GeoJSON? Say why not, and mend it.",
+    "verify": "Is a mask the one that was computed? Compute a part of it again.",
     "evaluate": "Compare masks, runs or annotations with the truth.",
     "train": "Train a network by a recipe and write a bundle.",
     "models": "Show and check model bundles; import checkpoints, export programs.",

@@ -141,6 +141,17 @@ class Predictor:
         """Return how many patches keep the device busy."""
         return self._batch * self._passes
 
+    @property
+    def how(self) -> str:
+        """Return the number format, then all else that probabilities' last digits depend on."""
+        is_gpu = self.device.type == "cuda"
+        # cuDNN rounds the factors of its fp32 products where it may
+        is_tf32 = is_gpu and torch.backends.cudnn.allow_tf32 and self.dtype is torch.float32
+        number = "tf32" if is_tf32 else next(n for n, kind in DTYPES.items() if kind is self.dtype)
+        unit = torch.backends.cpu.get_cpu_capability()
+        where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
+        return f"{number} on {where}, {self._batch} patches a pass, torch {torch.__version__}"
+
     def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
         """Bring the pixels of a region to the device; return them there.
 

@@ -24,7 +24,7 @@ from wsi_pipeline.options import Output
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-NOT_OF_ALL = ("area_px", "volume_ml", "lesions", "labels", "unlike_percent")
+NOT_OF_ALL = ("area_px", "volume_ml", "lesions", "labels", "unlike_percent", "certificate")
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
@@ -82,6 +82,21 @@ class ModelFacts(TypedDict, total=False):
     limits: str
 
 
+class Certificate(TypedDict):
+    """What `verify` holds a mask against.
+
+    `sha256` is of the hashes of all blocks, which have this `block_shape`; `bundle` is the path of
+    the model, `model` the digest of all in it that masks depend on; `computed` says in which number
+    format blocks were, on what, with what.
+    """
+
+    sha256: str
+    block_shape: Sizes
+    bundle: str
+    model: str
+    computed: list[str]
+
+
 class LesionFacts(TypedDict):
     """What is told of the lesions of a class; the largest are listed."""
 
@@ -118,6 +133,7 @@ class Run:
         labels: probability of each, where the network classifies.
         unlike_percent: of the patches, those unlike the tissue that the model was trained for; None
             where the model says nothing of it.
+        certificate: of the mask; older versions gave none.
     """
 
     version: Annotated[int, Meta(ge=1, le=RUN_VERSION)] = RUN_VERSION
@@ -144,6 +160,7 @@ class Run:
     lesions: dict[str, LesionFacts] = field(default_factory=dict)
     labels: dict[str, Finite] = field(default_factory=dict)
     unlike_percent: Finite | None = None
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         """Check what types do not tell.

@@ -146,7 +146,7 @@ def _slide(
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
     def open_result(closing: ExitStack) -> Result:
-        held = _held(store, run, every)
+        held = held_blocks(store, run, every)
         if lost := store.damaged(held, mask):
             reason = (
                 f"{len(lost)} blocks of {FILES['zarr']} are damaged on the disk; segment the slide "
@@ -201,7 +201,7 @@ def _scan(
         shape: Shape = tuple(mask.shape)
         side = run.settings["predict"]["block_size"] or BLOCK_SIDE[2]
         blocks = list(iter_blocks(shape, (side, side))) if len(shape) == 2 else []
-        ledger = {b.index: store.load_block(b) for b in _held(store, run, blocks) if is_ours}
+        ledger = {b.index: store.load_block(b) for b in held_blocks(store, run, blocks) if is_ours}
         kind = {"image": ImageResult, "volume": VolumeResult}[run.kind]
         result: Result = kind(
             **_common(run, ledger), mask=mask, blocks=blocks, side=side, scan=scan
@@ -232,8 +232,8 @@ def _common(run: Run, ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def _held(store: RunStore, run: Run, blocks: list[Block]) -> list[Block]:
-    """Return which blocks are in the ledger, if that is the run's."""
+def held_blocks(store: RunStore, run: Run, blocks: list[Block]) -> list[Block]:
+    """Return which blocks are in the ledger, if that is the run's, in their order."""
     if store.key().get("key") != run.settings["key"]:
         # The ledger is lost, or is that of a run with other settings that was begun since.
         return []

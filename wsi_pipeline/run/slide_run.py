@@ -85,8 +85,9 @@ class SlideRun(SourceRun):
         }
         # The frame of what is read matters only where something is read.
         where = asdict(select if files else replace(select, frame="qupath"))
-        # Slides that are taken either way have one mask.
-        del where["any_resolution"]
+        # Slides that are taken either way have one mask, and files are told by their content.
+        for name in ("any_resolution", *files):
+            del where[name]
         return {
             "slide": self.source.fingerprint,
             "mpp": self.source.mpp,

@@ -24,11 +24,11 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.options import Settings
-from wsi_pipeline.report.record import Run
+from wsi_pipeline.report.record import Certificate, Run
 from wsi_pipeline.run.facts import versions, warnings_of
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.result import Ledger, Result
-from wsi_pipeline.run.store import RunStore, run_key
+from wsi_pipeline.run.store import RunStore, hash_block, root_of, run_key
 from wsi_pipeline.run.worker import STAGES
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide
@@ -107,13 +107,13 @@ class SourceRun(ABC):
     @cached_property
     def key(self) -> str:
         """Return the digest of everything that the mask depends on."""
+        return self.key_by(version("wsi-pipeline"))
+
+    def key_by(self, release: str) -> str:
+        """Return the key that a release of this package gives the run."""
         left_out = ("device", "batch_size")
         predict = {k: v for k, v in asdict(self.settings.predict).items() if k not in left_out}
-        whole = {
-            "model": self.bundle.digest,
-            "predict": predict,
-            "version": version("wsi-pipeline"),
-        }
+        whole = {"model": self.bundle.digest, "predict": predict, "version": release}
         return run_key(self._identity() | whole)
 
     def __enter__(self) -> Self:
@@ -180,6 +180,7 @@ class SourceRun(ABC):
             background=result.classes[0].name,
             regions=written.regions,
             unlike_percent=unlike,
+            certificate=self._certificate(ledger, result),
             warnings=[
                 *warnings_of(self.bundle),
                 *([UNLIKE.format(unlike)] if (unlike or 0) > UNLIKE_PERCENT else []),
@@ -203,3 +204,20 @@ class SourceRun(ABC):
     def _judged(self) -> npt.NDArray[np.bool_]:
         """Return (n,) which patches are compared with the training tissue."""
         return np.ones(len(self.plan.grid), bool)
+
+    def _certificate(self, ledger: Ledger, result: Result) -> Certificate:
+        """Return what the mask is later held against."""
+        hashes = {}
+        for block in self.blocks:
+            arrays = ledger[block.index]
+            if arrays["counts"][1:].any():
+                # blocks that an older version did have none
+                own = arrays.get("sha256")
+                hashes[block] = str(own) if own else hash_block(result.mask[block.slices])
+        return {
+            "sha256": root_of(hashes),
+            "block_shape": list(self.plan.block_shape),
+            "bundle": str(self.plan.bundle_path),
+            "model": self.plan.model,
+            "computed": sorted({str(a["computed"]) for a in ledger.values() if "computed" in a}),
+        }

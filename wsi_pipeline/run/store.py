@@ -228,6 +228,17 @@ class RunStore:
             ) from error
 
 
+def hash_block(pixels: npt.NDArray[np.uint8]) -> str:
+    """Return the SHA-256 of a block's pixels, in C order, however they are compressed."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()
+
+
+def root_of(hashes: Mapping[Block, str]) -> str:
+    """Return the SHA-256 of a line for each block that holds a class: its name and its hash."""
+    lines = sorted(f"{block.name} {found}\n" for block, found in hashes.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def run_key(parts: Mapping[str, Any]) -> str:
     """Return a digest of everything that the mask depends on.
 

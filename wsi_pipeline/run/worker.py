@@ -29,7 +29,7 @@ from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.predictor import Predictor, use_one_core
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.store import settle
+from wsi_pipeline.run.store import hash_block, settle
 from wsi_pipeline.schedule.memory import map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
 from wsi_pipeline.sources.pixels import Pixels
@@ -99,6 +99,8 @@ class BlockWorker:
             "predicted": np.array(len(patches)),
             "bad": np.array([astuple(region) for region in bad], np.int64).reshape(-1, 4),
             "counts": counts.numpy(),
+            "sha256": np.array(hash_block(mask)),
+            "computed": np.array(self._predictor.how),
         }
         if labels:
             arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
