@@ -172,7 +172,7 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
         min_pixels=features.min_pixels,
     )
     laps("join, simplify")
-    written = write_geojson(folder / "polygons.geojson", outlines, features)
+    written = write_geojson(folder / "polygons.geojson", folder / "regions.csv", outlines, features)
     laps("polygons, GeoJSON")
     return {"seconds": laps.seconds, "regions": len(outlines.regions), "vertices": written.vertices}
 

@@ -45,7 +45,7 @@ from wsi_pipeline.viewer.run_view import open_shown
 
 EVERYWHERE = SelectOptions(tissue="none")
 FIRST = ExportOptions(simplify_um=1, min_area_um2=100)
-NAMES = ("annotations.geojson", "mask.ome.tif", "mask.asap.tif", "overlay.png")
+NAMES = ("annotations.geojson", "regions.csv", "mask.ome.tif", "mask.asap.tif", "overlay.png")
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_pixels_that_are_no_squares_lie_on_the_slide_in_every_file(tmp_path, mod
     ome = ome_types.from_tiff(job.folder / "mask.ome.tif").images[0].pixels
     assert [ome.physical_size_y, ome.physical_size_x] == pytest.approx(um, rel=1e-4)
     before = contents(job.folder)
-    for name in ("annotations.geojson", "mask.ome.tif"):
+    for name in ("annotations.geojson", "regions.csv", "mask.ome.tif"):
         (job.folder / name).unlink()
     export_again(job.folder, {})
     assert contents(job.folder) == before
@@ -150,8 +150,17 @@ def test_only_what_depends_on_a_change_is_written(folder):
     export_again(folder, {})
     now = {name: (folder / name).stat().st_mtime_ns for name in times}
     assert {name for name in now if now[name] != times[name]} == {
-        "annotations.geojson", "overlay.png",
+        "annotations.geojson", "regions.csv", "overlay.png",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", ["regions.csv", "mask.asap.tif"])
+def test_what_lies_beside_an_output_comes_back_too(folder, lost):
+    export_again(folder, {"tiff": "asap"})
+    before = contents(folder)
+    (folder / lost).unlink()
+    export_again(folder, {})
+    assert contents(folder) == before
 
 
 def test_without_its_working_folder_a_run_loses_probabilities_only(folder, made):
@@ -162,7 +171,8 @@ def test_without_its_working_folder_a_run_loses_probabilities_only(folder, made)
     def features(path):
         found = json.loads((path / "annotations.geojson").read_text("utf-8"))["features"]
         for feature in found:
-            feature["properties"]["measurements"].pop("Mean probability", None)
+            for name in ("Mean probability", "Min probability"):
+                feature["properties"]["measurements"].pop(name, None)
         return found
 
     expected = made(replace(FIRST, **changes))
@@ -172,7 +182,7 @@ def test_without_its_working_folder_a_run_loses_probabilities_only(folder, made)
     run = export_again(folder, {})  # its thumbnail lay there
     assert run.status == "failed"
     assert "overlay.png could not be written: the slide's thumbnail is not kept" in run.reason
-    assert contents(folder).keys() == {"annotations.geojson", "mask.ome.tif"}
+    assert contents(folder).keys() == {"annotations.geojson", "regions.csv", "mask.ome.tif"}
 
 
 def test_segment_takes_what_was_written_again_for_its_own(folder, bounded, model, made):
@@ -357,7 +367,7 @@ def test_corrected_polygons_survive_the_three_lines_in_any_order(output, bounded
     assert new not in (first, edited)
     assert run.files == {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("annotations.new.geojson", "mask.ome.tif", "overlay.png")
+        for name in ("annotations.new.geojson", "mask.ome.tif", "overlay.png", "regions.csv")
     }
     assert {p.name for p in folder.iterdir()} == {
         *run.files, "annotations.geojson", "mask.ome.zarr", "run.json", ".store",
@@ -429,11 +439,12 @@ def test_the_plain_line_leaves_what_export_wrote(output, bounded, model):
     before = contents(folder) | {"run.json": (folder / "run.json").read_bytes()}
     call(*line(bounded, model, output))
     assert contents(folder) | {"run.json": (folder / "run.json").read_bytes()} == before
-    (folder / "annotations.geojson").unlink()
-    call(*line(bounded, model, output))  # what is lost comes back as it was
-    assert contents(folder) == contents(folder) | {
-        name: content for name, content in before.items() if name != "run.json"
-    }
+    for lost in ("annotations.geojson", "regions.csv"):
+        (folder / lost).unlink()
+        call(*line(bounded, model, output))  # what is lost comes back as it was
+        assert contents(folder) == contents(folder) | {
+            name: content for name, content in before.items() if name != "run.json"
+        }
     call(*line(bounded, model, output, "--simplify", 1))  # the default, but asked for
     assert load_run(folder / "run.json").settings["export"]["simplify_um"] == 1.0
     assert contents(folder)["annotations.geojson"] != before["annotations.geojson"]
@@ -538,7 +549,7 @@ def segments(path):
 
 def test_of_images_and_volumes_the_files_are_those_that_segment_wrote(runs, scans):
     again = {
-        "image": ("mask.png", "annotations.geojson", "overlay.png"),
+        "image": ("mask.png", "annotations.geojson", "regions.csv", "overlay.png"),
         "ct": ("mask.nii.gz", "overlay.png"),
     }
     before = {name: load_run(scans / "out" / name) for name in again}

@@ -345,7 +345,7 @@ group(sys.argv[1:])
     assert killed.returncode == 9
     assert run(place, output, "--outputs", "zarr,geojson").returncode == 0
     assert {p.name for p in folder.iterdir()} == {
-        "mask.ome.zarr", "annotations.geojson", "run.json", ".store",
+        "mask.ome.zarr", "annotations.geojson", "regions.csv", "run.json", ".store",
     }  # fmt: skip
     assert_mask(folder, big_pixels)
     assert run(place, output).returncode == 0

@@ -1,5 +1,6 @@
 """The GeoJSON we write: checklist D1 to D3 of what QuPath takes, with independent readers."""
 
+import csv
 import json
 import math
 import uuid
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from rasterio.features import rasterize
 from scipy import ndimage
+from skimage.measure import label, regionprops
 from traced import outlines_of
 
 from wsi_pipeline.annotations import check_geojson
@@ -47,7 +49,13 @@ def write(path, mask, chosen, block_size=64, **options):
     outlines = outlines_of(
         mask, block_size, tolerance=chosen.tolerance, min_pixels=chosen.min_pixels, **options
     )
-    return write_geojson(path, outlines, chosen)
+    return write_geojson(path, path.with_name("regions.csv"), outlines, chosen)
+
+
+def table(path):
+    """Return the rows of the table beside a GeoJSON file."""
+    with path.with_name("regions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def refuse(token):
@@ -113,7 +121,13 @@ def test_the_file_is_what_qupath_wants(written):
         name, color = properties["classification"]["name"], properties["classification"]["color"]
         assert color == list(next(c.color for c in CLASSES if c.name == name))
         measured = properties["measurements"]
-        assert set(measured) == {"Area mm^2", "Mean probability"}
+        others = [c.name for c in CLASSES[1:] if c.name != name]
+        assert set(measured) == {
+            *("Area mm^2", "Length µm", "Holes", "Circularity"),
+            *("Mean probability", "Min probability"),
+            *(f"Distance to {other} µm" for other in others),
+            *(f"Border shared with {other}" for other in others),
+        }
         assert all(math.isfinite(v) and abs(v) <= 16_777_216 for v in measured.values())
         assert measured["Mean probability"] == pytest.approx(40000 / 65535, abs=1e-4)
         assert all(isinstance(v, str) for v in properties["metadata"].values())
@@ -254,6 +268,115 @@ def test_pixels_that_are_no_squares_lie_and_count_as_they_are(tmp_path):
         assert measured["Area mm^2"] == pytest.approx(mm2, rel=1e-6)
 
 
+@pytest.mark.parametrize("simplify", [0.0, 1.5])
+def test_a_row_of_the_table_is_what_shapely_and_scikit_image_measure(tmp_path, simplify):
+    mask, path = blobs(5, 211)[:197], tmp_path / "a.geojson"
+    mask[3:8, 170:190], mask[5, 175:180] = 2, 0
+    # (y, x)
+    scale, um = (1.5, 2.25), (0.5, 0.2)
+    probability = np.random.default_rng(0).integers(20_000, 65_536, mask.shape, np.uint16)
+    chosen = feature_options(mpp=um, downsample=scale, simplify_um=simplify)
+    write(path, mask, chosen, probability=probability)
+    features, rows = strict(path)["features"], table(path)
+    assert list(rows[0])[:10] == [
+        *("id", "class", "area_um2", "perimeter_um", "centroid_x", "centroid_y", "holes"),
+        *("circularity", "probability_mean", "probability_min"),
+    ]
+    assert [(r["id"], r["class"]) for r in rows] == [
+        (f["id"], f["properties"]["classification"]["name"]) for f in features
+    ]
+    drawn = np.array([shapely.geometry.shape(f["geometry"]) for f in features])
+    sized = shapely.transform(drawn, lambda xy: xy * um[::-1])
+    names = np.array([r["class"] for r in rows])
+    expected = {
+        "perimeter_um": shapely.length(sized),
+        "centroid_x": shapely.get_x(shapely.centroid(drawn)),
+        "centroid_y": shapely.get_y(shapely.centroid(drawn)),
+        "holes": [len(p.interiors) for p in drawn],
+        "circularity": [
+            4 * math.pi * shapely.Polygon(p.exterior).area / p.exterior.length**2 for p in sized
+        ],
+    }
+    for other in (c.name for c in CLASSES[1:]):
+        theirs = sized[names == other]
+        near = [shapely.distance(p, theirs).min() for p in sized]
+        border = shapely.union_all(shapely.boundary(theirs))
+        shared = [p.boundary.intersection(border).length / p.length for p in sized]
+        own = names == other
+        expected[f"distance_um_{other}"] = np.where(own, np.nan, near)
+        expected[f"border_share_{other}"] = np.where(own, np.nan, shared)
+    for column, values in expected.items():
+        found = [float(r[column] or "nan") for r in rows]
+        assert found == pytest.approx(list(values), rel=1e-3, abs=5e-3, nan_ok=True), column
+    assert {r["holes"] for r in rows} >= {"0", "1"}
+    # of the mask itself, region by region in the order of their first pixels
+    props = [
+        (int(p.coords[0][0]), int(p.coords[0][1]), p)
+        for value in (1, 2, 3)
+        for p in regionprops(label(mask == value, connectivity=1), probability / 65535)
+    ]
+    props = [p for *_, p in sorted(props, key=lambda each: each[:2])]
+    assert len(props) == len(rows) > 100
+    pixel = um[0] * um[1] * scale[0] * scale[1]
+    for row, p in zip(rows, props, strict=True):
+        assert float(row["area_um2"]) == pytest.approx(p.area * pixel, abs=1e-4)
+        assert float(row["probability_mean"]) == pytest.approx(p.intensity_mean, abs=1e-4)
+        assert float(row["probability_min"]) == pytest.approx(p.intensity_min, abs=1e-4)
+    # and QuPath shows the same under its own names
+    names_there = {
+        "perimeter_um": "Length µm", "holes": "Holes", "circularity": "Circularity",
+        "probability_mean": "Mean probability", "probability_min": "Min probability",
+        "distance_um_Stroma": "Distance to Stroma µm",
+        "border_share_Tumor": "Border shared with Tumor",
+    }  # fmt: skip
+    for row, feature in zip(rows, features, strict=True):
+        measured = feature["properties"]["measurements"]
+        for column, name in names_there.items():
+            assert (float(row[column]) if row[column] else None) == measured.get(name)
+
+
+def test_a_region_far_from_the_next_class_finds_it(tmp_path):
+    mask, path = np.zeros((300, 500), np.uint8), tmp_path / "a.geojson"
+    # a ring with something of another class within, and a third class far to the right
+    mask[50:250, 50:250], mask[60:240, 60:240] = 1, 0
+    mask[100:110, 100:110], mask[290, 499] = 2, 3
+    write(path, mask, feature_options(mpp=(0.5, 0.25), **EXACT), probability=None)
+    found = {
+        (row["class"], other): row[f"distance_um_{other}"]
+        for row in table(path)
+        for other in (c.name for c in CLASSES[1:])
+    }
+    far = {
+        ("Tumor", "Nécrose µ"): 40 * 0.25,
+        ("Tumor", "Stroma"): math.hypot(249 * 0.25, 40 * 0.5),
+        ("Nécrose µ", "Stroma"): math.hypot(389 * 0.25, 180 * 0.5),
+    }
+    for (one, other), um in far.items():
+        assert float(found[one, other]) == float(found[other, one]) == pytest.approx(um, abs=1e-3)
+    assert {found[c.name, c.name] for c in CLASSES[1:]} == {""}
+
+
+def test_without_a_pixels_size_the_table_counts_pixels(tmp_path):
+    mask, path = np.zeros((20, 30), np.uint8), tmp_path / "a.geojson"
+    mask[2:6, 3:13], mask[10:12, 3:13] = 1, 2
+    chosen = feature_options(mpp=(1000.0, 1000.0), unit="px^2", **EXACT)
+    write(path, mask, chosen)
+    first, _ = table(path)
+    assert (first["area_px2"], first["perimeter_px"]) == ("40.0", "28.0")
+    assert (first["distance_px_Nécrose µ"], first["distance_px_Stroma"]) == ("4.0", "")
+    assert strict(path)["features"][0]["properties"]["measurements"]["Length px"] == 28
+
+
+def test_of_one_class_there_are_no_distances(tmp_path):
+    path = tmp_path / "a.geojson"
+    classes = (CLASSES[0], ClassInfo(name="=Tumor", color=(200, 0, 0)))
+    write(path, np.ones((4, 5), np.uint8), feature_options(classes=classes, **EXACT))
+    (row,) = table(path)
+    assert len(row) == 10
+    # a spreadsheet takes it for no formula
+    assert row["class"] == "'=Tumor"
+
+
 def test_the_crop_moves_and_clips(tmp_path):
     mask = np.zeros((40, 40), np.uint8)
     mask[5:35, 5:35] = 1
@@ -312,7 +435,7 @@ def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
     write(exact, mask, feature_options(**EXACT))
     write(simple, mask, feature_options(simplify_um=3 * 0.25))
     same = [
-        [f["properties"]["measurements"] for f in strict(path)["features"]]
+        [f["properties"]["measurements"]["Area mm^2"] for f in strict(path)["features"]]
         for path in (exact, simple)
     ]
     assert same[0] == same[1]
@@ -322,9 +445,10 @@ def test_the_area_of_a_whole_region_is_that_of_the_mask(tmp_path):
 def test_without_probabilities_that_measurement_is_left_out(tmp_path):
     path = tmp_path / "a.geojson"
     write(path, blobs(3), feature_options(), probability=None)
-    assert {tuple(f["properties"]["measurements"]) for f in strict(path)["features"]} == {
-        ("Area mm^2",)
-    }
+    for feature in strict(path)["features"]:
+        assert not any("probability" in name for name in feature["properties"]["measurements"])
+    for row in table(path):
+        assert row["probability_mean"] == row["probability_min"] == ""
 
 
 def test_threads_and_batches_leave_no_trace(tmp_path, monkeypatch):
@@ -333,7 +457,7 @@ def test_threads_and_batches_leave_no_trace(tmp_path, monkeypatch):
     for threads, batch in ((1, 10**6), (4, 50)):
         monkeypatch.setattr("wsi_pipeline.export.polygons.build.BATCH", batch)
         path = tmp_path / f"{threads}.geojson"
-        write_geojson(path, outlines, chosen, threads=threads)
+        write_geojson(path, path.with_suffix(".csv"), outlines, chosen, threads=threads)
         files.append(path.read_bytes())
     assert files[0] == files[1]
 

@@ -190,7 +190,7 @@ def test_the_whole_tree_is_written(whole_run, slide_path):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "mask.ome.zarr", "mask.ome.tif", "annotations.geojson",
-        "overlay.png", "run.json", ".store",
+        "regions.csv", "overlay.png", "run.json", ".store",
     }  # fmt: skip
     assert folder.name == slide_path.stem
     facts = json.loads((folder / "run.json").read_text("utf-8"))
@@ -250,7 +250,7 @@ def test_other_settings_leave_no_file_of_the_first(tmp_path, slide_path):
     few = ExportOptions(outputs=("zarr", "geojson"))
     run(slide_path, bundle, output, export=few, mask_mpp=1.0)
     assert {p.name for p in folder.iterdir()} == {
-        "mask.ome.zarr", "annotations.geojson", "run.json", ".store",
+        "mask.ome.zarr", "annotations.geojson", "regions.csv", "run.json", ".store",
     }  # fmt: skip
 
 

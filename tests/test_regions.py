@@ -12,14 +12,15 @@ from wsi_pipeline.export.polygons.components import BlockComponents, join
 
 
 def regions_of(mask, probability):
-    """Return class, pixels, mean probability and first pixel of each region, by scipy."""
+    """Return class, pixels, mean and least probability and first pixel of each, by scipy."""
     found = []
     for value in np.unique(mask[mask > 0]):
         labels, count = ndimage.label(mask == value)
         for i in range(1, count + 1):
             inside = labels == i
             y, x = np.argwhere(inside)[0].tolist()
-            found.append((y, x, int(value), int(inside.sum()), probability[inside].mean() / 65535))
+            of = probability[inside] / 65535
+            found.append((y, x, int(value), int(inside.sum()), of.mean(), of.min()))
     return sorted(found)
 
 
@@ -33,6 +34,7 @@ def test_regions_are_those_of_scipy(mask, block_size, noise):
     assert first == [region[:3] for region in expected]
     assert regions.pixels.tolist() == [region[3] for region in expected]
     assert regions.probability == pytest.approx([region[4] for region in expected], abs=1e-12)
+    assert regions.least == pytest.approx([region[5] for region in expected], abs=1e-12)
 
 
 def test_pieces_come_back_from_the_ledger_as_they_were():

@@ -9,6 +9,8 @@ from .errors import StoreError as StoreError
 from .errors import UsageError as UsageError
 from .errors import WsiPipelineError as WsiPipelineError
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.within import Measured as Measured
+from .evaluation.within import measure as measure
 from .geometry import PatchGrid as PatchGrid
 from .options import ExportOptions as ExportOptions
 from .options import PredictOptions as PredictOptions

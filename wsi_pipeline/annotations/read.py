@@ -47,10 +47,14 @@ class Annotation:
 
     Attributes:
         polygon: valid, with an area, in level-0 pixels, (x, y).
+        name: that the object has, "" for none.
+        feature: which of the file's features it is of, nested ones counted, from 0.
     """
 
     polygon: Polygon
     class_name: str | None
+    name: str = ""
+    feature: int = 0
 
 
 def read_polygons(
@@ -79,13 +83,14 @@ def read_polygons(
         )
     found: list[Annotation] = []
     elsewhere, without_area = Counter[str](), Counter[str]()
-    for index, feature in iter_nested(document.features):
+    for number, (index, feature) in enumerate(iter_nested(document.features)):
         geometry = feature.get("geometry") if isinstance(feature, Mapping) else None
         kind = geometry.get("type") if isinstance(geometry, Mapping) else NO_GEOMETRY
         if kind not in (*AREAL_TYPES, "GeometryCollection"):
             # a strange word as Python shows it: it may hold what no line of a log can
             without_area[kind if kind in (*GEOMETRY_TYPES, NO_GEOMETRY) else repr(kind)] += 1
-        where, class_name = f"{path}, feature {index}", class_name_of(properties_of(feature))
+        where, told = f"{path}, feature {index}", properties_of(feature)
+        name = told.get("name")
         with raised_as(AnnotationError, AnnotationError, where):
             areas = []
             for polygon in build_polygons(geometry):
@@ -96,10 +101,18 @@ def read_polygons(
             elsewhere[plane] += len(areas)
         else:
             moved = areas if offset == (0.0, 0.0) else [translate(a, *offset) for a in areas]
-            found += [Annotation(polygon=polygon, class_name=class_name) for polygon in moved]
+            found += [
+                Annotation(
+                    polygon=polygon,
+                    class_name=class_name_of(told),
+                    name=name.strip() if isinstance(name, str) else "",
+                    feature=number,
+                )
+                for polygon in moved
+            ]
     if planes := +elsewhere:
-        told = ", ".join(f"{count} on {plane}" for plane, count in sorted(planes.items()))
-        reason = f"left out areas on other planes than the first, z 0 and t 0: {told}"
+        counts = ", ".join(f"{count} on {plane}" for plane, count in sorted(planes.items()))
+        reason = f"left out areas on other planes than the first, z 0 and t 0: {counts}"
         if not found:
             raise AnnotationError(f"{path}: {reason}; none is left")
         logger.warning("%s: %s", path, reason)

@@ -24,6 +24,7 @@ COMMANDS = {
     "check-geojson": "Would QuPath import this GeoJSON? Say why not, and mend it.",
     "verify": "Is a mask the one that was computed? Compute a part of it again.",
     "evaluate": "Compare masks, runs or annotations with the truth.",
+    "measure": "How much of each class lies in annotated areas of a run.",
     "train": "Train a network by a recipe and write a bundle.",
     "models": "Show and check model bundles; import checkpoints, export programs.",
     "view": "Look at slides, images and volumes with their masks and polygons.",

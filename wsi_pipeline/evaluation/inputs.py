@@ -219,7 +219,7 @@ def open_side(
         return Side(path=path, content=load_areas(path, offset=offset, renamed=renamed))
     own = None
     if (path / RUN_FILE).is_file():
-        mask, own = _open_run(path, closing)
+        mask, own = open_run_mask(path, closing)
     elif path.is_dir():
         mask = open_ome_zarr(path)
     elif path.suffix.lower() in MASK_SUFFIXES:
@@ -254,7 +254,12 @@ def classes_of(run: Run) -> LabelMap:
     return named(dict(enumerate(run.colors, start=1)))
 
 
-def _open_run(folder: Path, closing: ExitStack) -> tuple[MaskFile, SlideFrame]:
+def open_run_mask(folder: Path, closing: ExitStack) -> tuple[MaskFile, SlideFrame]:
+    """Open the mask of the run of a slide or image; return it, and what it lies on.
+
+    Raises:
+        EvaluationError: none that is done, or its mask is not there.
+    """
     run = finished_run(folder)
     if run.kind == "slide":
         path = RunStore(folder=folder).kept_mask_path

@@ -1,9 +1,10 @@
-"""Write the regions of a mask as QuPath polygons, each checked by QuPath's own rules first."""
+"""Write a mask's regions as QuPath polygons, each checked by QuPath's rules, and as a table."""
 
 from __future__ import annotations
 
 import itertools
 import logging
+import math
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from wsi_pipeline.annotations import mend_polygon, survive_float32
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.polygons.build import Polygons, map_polygons
 from wsi_pipeline.export.polygons.components import Regions
+from wsi_pipeline.export.polygons.neighbours import Neighbours, find_neighbours
 from wsi_pipeline.export.polygons.trace import Outlines
 from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.tables import as_csv
 from wsi_pipeline.geometry import Region
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,8 @@ MANY_REGIONS = 10_000
 """From here on regions are detections, which QuPath paints and edits faster than annotations."""
 MANY_VERTICES = 1_000_000
 """Above this QuPath takes more than some seconds to import a file."""
+EXACT_IN_FLOAT32 = 2**24
+"""Up to here float32, which QuPath keeps, holds all whole numbers."""
 LEFT_OUT = "left out: invalid"
 """How the sentence of a polygon ends that could not be written."""
 
@@ -67,6 +72,34 @@ class FeatureOptions:
         return self.downsample[0] * self.mpp[0], self.downsample[1] * self.mpp[1]
 
     @property
+    def length_unit(self) -> tuple[str, float]:
+        """Return the unit of lengths, and how many of it are as long as a µm of `mpp`."""
+        return ("µm", 1.0) if self.unit == "mm^2" else ("px", 1e-3)
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """Return the measures of each feature: names in QuPath by columns of the table.
+
+        A name is "" where QuPath shows the same by itself.
+        """
+        unit = self.length_unit[0]
+        um = unit.replace("µ", "u")
+        found = {
+            f"area_{um}2": "",
+            f"perimeter_{um}": f"Length {unit}",
+            "centroid_x": "",
+            "centroid_y": "",
+            "holes": "Holes",
+            "circularity": "Circularity",
+            "probability_mean": "Mean probability",
+            "probability_min": "Min probability",
+        }
+        for info in self.classes[1:] if len(self.classes) > 2 else ():
+            found[f"distance_{um}_{info.name}"] = f"Distance to {info.name} {unit}"
+            found[f"border_share_{info.name}"] = f"Border shared with {info.name}"
+        return found
+
+    @property
     def min_pixels(self) -> float:
         """Return the smallest area that gets a polygon, in mask pixels."""
         return self.min_area_um2 / (self.pixel_mm2 * 1e6)
@@ -88,22 +121,30 @@ class Written:
     """What a GeoJSON file holds.
 
     Attributes:
+        largest: per class, area of the largest feature, in the unit of the options.
         dropped: one sentence for each polygon that could not be written.
     """
 
     regions: dict[str, int]
+    largest: dict[str, float]
     vertices: int
     dropped: list[str]
 
 
 def write_geojson(
-    path: Path, outlines: Outlines, options: FeatureOptions, *, threads: int | None = None
+    path: Path,
+    table: Path,
+    outlines: Outlines,
+    options: FeatureOptions,
+    *,
+    threads: int | None = None,
 ) -> Written:
     """Write one feature a region, in the order of their first pixels; return what was written.
 
     A region that is cut by the crop, or mended into several polygons, has a feature for each.
 
     Args:
+        table: CSV to be written with a row for each feature, and what is measured of it.
         outlines: Outlines made with the options' `tolerance` and `min_pixels`.
     """
     value = outlines.regions.value
@@ -111,45 +152,78 @@ def write_geojson(
     numbers = np.empty(len(value), np.int64)
     for of_class in (np.flatnonzero(value == v) for v in np.unique(value)):
         numbers[of_class] = np.arange(1, len(of_class) + 1)
-    make = partial(_make_batch, outlines.regions, numbers, options)
-    counts, vertices, dropped = np.zeros(len(options.classes), np.int64), 0, list[str]()
-    with written_beside(path) as beside, beside.open("wb") as file:
+    y, x = (mpp * options.length_unit[1] for mpp in options.mask_mpp)
+    neighbours = find_neighbours(outlines, len(options.classes), (y, x))
+    make = partial(_make_batch, outlines.regions, neighbours, numbers, options)
+    counts, largest = np.zeros(len(options.classes), np.int64), np.zeros(len(options.classes))
+    vertices, dropped = 0, list[str]()
+    with (
+        written_beside(path) as beside,
+        written_beside(table) as table_beside,
+        beside.open("wb") as file,
+        table_beside.open("w", encoding="utf-8", newline="") as rows,
+    ):
         file.write(b'{"type":"FeatureCollection","features":[')
+        rows.write(as_csv([("id", "class", *options.measures)]))
         separator = b"\n"
-        for features, n_features, n_vertices, sentences in map_polygons(
-            outlines, make, threads=threads
-        ):
-            for feature in features:
+        for batch in map_polygons(outlines, make, threads=threads):
+            for feature in batch.features:
                 file.write(separator + feature)
                 separator = b",\n"
-            counts += n_features
-            vertices += n_vertices
-            dropped += sentences
+            rows.write(batch.rows)
+            np.add.at(counts, batch.value, 1)
+            np.maximum.at(largest, batch.value, batch.area)
+            vertices += batch.vertices
+            dropped += batch.dropped
         file.write(b"\n]}\n")
     if vertices > MANY_VERTICES:
         logger.warning(
             "%s has %d vertices; QuPath imports it slowly: raise --simplify or --min-area",
             path, vertices,
         )  # fmt: skip
-    names = (c.name for c in options.classes[1:])
+    names = [c.name for c in options.classes[1:]]
     return Written(
         regions=dict(zip(names, counts[1:].tolist(), strict=True)),
+        largest=dict(zip(names, largest[1:].tolist(), strict=True)),
         vertices=vertices,
         dropped=dropped,
     )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Batch:
+    """Features that are written at one go.
+
+    Attributes:
+        features: as JSON.
+        rows: of the table, as CSV.
+        value: (features,) class.
+        area: (features,) in the unit of the options.
+        vertices: of all.
+        dropped: one sentence for each polygon that could not be written.
+    """
+
+    features: list[bytes]
+    rows: str
+    value: npt.NDArray[np.uint8]
+    area: npt.NDArray[np.float64]
+    vertices: int
+    dropped: list[str]
+
+
 def _make_batch(
     regions: Regions,
+    neighbours: Neighbours,
     numbers: npt.NDArray[np.int64],
     options: FeatureOptions,
     part: slice,
     shapes: Polygons,
-) -> tuple[list[bytes], npt.NDArray[np.int64], int, list[str]]:
-    """Return features as JSON, how many each class has, their vertices, and what was dropped.
+) -> _Batch:
+    """Return the features of some regions.
 
     Args:
         regions: All regions of the mask.
+        neighbours: Of all.
         numbers: Number of each region within its class.
         options: How they become features.
         part: Regions that these are.
@@ -164,18 +238,87 @@ def _make_batch(
     )
     nth, is_part = np.arange(len(owner)) - first[index], is_cut | (count[index] > 1)
     region = owner + part.start
-    area_mm2 = np.where(
+    area = np.where(
         is_part,
         shapely.area(shapes) * options.mpp[1] * options.mpp[0] * 1e-6,
         regions.pixels[region] * options.pixel_mm2,
     )
-    columns = (region.tolist(), numbers[region].tolist(), nth.tolist(), area_mm2.tolist())
-    features = [
-        orjson.dumps(_feature(regions, options, *of), option=orjson.OPT_SERIALIZE_NUMPY)
-        for of in zip(*columns, _iter_coordinates(shapes), strict=True)
+    measures = _measure(shapes, area, region, regions, neighbours, options)
+    places = regions.value[region], numbers[region], nth, area, regions.first[region]
+    names = list(options.measures.values())
+    rows, features = list[tuple[object, ...]](), list[bytes]()
+    for value, number, n, size, (y, x), measured, coordinates in zip(
+        *(column.tolist() for column in places),
+        zip(*(values.tolist() for values in measures), strict=True),
+        _iter_coordinates(shapes),
+        strict=True,
+    ):
+        info = options.classes[value]
+        identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{options.namespace}/{info.name}/{y},{x}/{n}")
+        feature = {
+            "type": "Feature",
+            "id": str(identity),
+            "geometry": {"type": "Polygon", "coordinates": coordinates},
+            "properties": {
+                "objectType": "detection" if len(regions) > MANY_REGIONS else "annotation",
+                "name": f"{info.name} {number}" + (f", part {n + 1}" if n else ""),
+                "isLocked": True,
+                "classification": {"name": info.name, "color": list(info.color or (128, 128, 128))},
+                "measurements": {
+                    # QuPath keeps float32
+                    f"Area {options.unit}": float(f"{size:.7g}"),
+                    **{
+                        name: m
+                        for name, m in zip(names, measured, strict=True)
+                        if name and not math.isnan(m)
+                    },
+                },
+                "metadata": dict(options.metadata),
+            },
+        }
+        features.append(orjson.dumps(feature, option=orjson.OPT_SERIALIZE_NUMPY))
+        rows.append((identity, info.name, *(None if math.isnan(m) else m for m in measured)))
+    return _Batch(
+        features=features,
+        rows=as_csv(rows),
+        value=regions.value[region],
+        area=area,
+        vertices=int(shapely.get_num_coordinates(shapes).sum()),
+        dropped=dropped,
+    )
+
+
+def _measure(
+    shapes: Polygons,
+    area: npt.NDArray[np.float64],
+    region: npt.NDArray[np.int64],
+    regions: Regions,
+    neighbours: Neighbours,
+    options: FeatureOptions,
+) -> list[npt.NDArray[Any]]:
+    """Return the options' measures of features, each (features,); NaN is what is not known."""
+    scale = np.array(options.mpp[::-1]) * options.length_unit[1]
+    sized = shapely.transform(shapes, lambda xy: xy * scale)
+    rings, length = shapely.get_exterior_ring(sized), shapely.length(sized)
+    x, y = shapely.get_coordinates(shapely.centroid(shapes)).reshape(-1, 2).T
+    found = [
+        (area * (1e6 if options.unit == "mm^2" else 1)).round(4),
+        np.where(length < EXACT_IN_FLOAT32, length.round(3), length.astype(np.float32)),
+        x.round(2) + 0.0,
+        y.round(2) + 0.0,
+        shapely.get_num_interior_rings(shapes),
+        # As QuPath has it, without holes.
+        (4 * np.pi * shapely.area(shapely.polygons(rings)) / shapely.length(rings) ** 2).round(4),
     ]
-    counts = np.bincount(regions.value[region], minlength=len(options.classes))
-    return features, counts, int(shapely.get_num_coordinates(shapes).sum()), dropped
+    found += [
+        np.full(len(region), np.nan) if known is None else known[region].round(4)
+        for known in (regions.probability, regions.least)
+    ]
+    for other in range(1, len(options.classes)) if len(options.classes) > 2 else ():
+        own = regions.value[region] == other
+        found.append(neighbours.distance[region, other].round(3))
+        found.append(np.where(own, np.nan, neighbours.shared[region, other].round(4)))
+    return found
 
 
 def _place(
@@ -224,38 +367,6 @@ def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[n
         logger.warning("%s", dropped[-1])
     mended = np.array([part for of_shape in parts for part in of_shape], object)
     return mended, np.repeat(np.arange(len(parts)), [len(of_shape) for of_shape in parts])
-
-
-def _feature(
-    regions: Regions,
-    options: FeatureOptions,
-    region: int,
-    number: int,
-    nth: int,
-    area_mm2: float,
-    coordinates: list[npt.NDArray[Any]],
-) -> dict[str, Any]:
-    """Return the feature of the nth polygon of a region, which is that number in its class."""
-    info = options.classes[int(regions.value[region])]
-    y, x = regions.first[region].tolist()
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{options.namespace}/{info.name}/{y},{x}/{nth}")
-    # QuPath keeps float32
-    measurements = {f"Area {options.unit}": float(f"{area_mm2:.7g}")}
-    if regions.probability is not None:
-        measurements["Mean probability"] = round(float(regions.probability[region]), 4)
-    return {
-        "type": "Feature",
-        "id": str(identity),
-        "geometry": {"type": "Polygon", "coordinates": coordinates},
-        "properties": {
-            "objectType": "detection" if len(regions) > MANY_REGIONS else "annotation",
-            "name": f"{info.name} {number}" + (f", part {nth + 1}" if nth else ""),
-            "isLocked": True,
-            "classification": {"name": info.name, "color": list(info.color or (128, 128, 128))},
-            "measurements": measurements,
-            "metadata": dict(options.metadata),
-        },
-    }
 
 
 def _iter_coordinates(shapes: Polygons) -> Iterator[list[npt.NDArray[Any]]]:

@@ -19,7 +19,7 @@ from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.geometry import Region
-from wsi_pipeline.options import Output
+from wsi_pipeline.options import ExportOptions, Output
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,7 @@ class Run:
         background: name of class 0.
         tissue_mm2: where the model looked, from the thumbnail.
         regions: polygons per class.
+        largest: area of the largest polygon per class, in the unit of `amounts`.
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
         bad_regions: parts of the slide that could not be read.
         warnings: where the result may differ from what was asked.
@@ -151,6 +152,7 @@ class Run:
     background: str = "Background"
     tissue_mm2: Finite = 0.0
     regions: dict[str, Whole] = field(default_factory=dict)
+    largest: dict[str, Finite] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -260,7 +262,20 @@ FILES: dict[Output, str] = {
 MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")
 """Of which the others can be made again."""
 ASAP_FILE = "mask.asap.tif"
-OUTPUT_FILES = (*FILES.values(), ASAP_FILE)
+REGIONS_FILE = "regions.csv"
+OUTPUT_FILES = (*FILES.values(), ASAP_FILE, REGIONS_FILE)
 """All that a run may write beside `run.json`."""
+
+
+def files_of(options: ExportOptions) -> dict[Output, list[str]]:
+    """Return the files of each output that is asked for."""
+    found = {output: [FILES[output]] for output in options.outputs}
+    if "geojson" in found:
+        found["geojson"].append(REGIONS_FILE)
+    if "tiff" in found and options.tiff == "asap":
+        found["tiff"].append(ASAP_FILE)
+    return found
+
+
 UNREADABLE = ClassInfo(name="Unreadable", color=(255, 0, 255))
 """Class, after the bundle's own, of what patches cover and nothing can read."""

@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from wsi_pipeline.files.tables import as_csv
 from wsi_pipeline.report.record import Run, _write_text
 
 
 def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
-    """Write `summary.csv`, a row for each run.
-
-    A text that a spreadsheet would take for a formula gets an apostrophe in front; `run.json` has
-    it as it is.
-    """
-    buffer = io.StringIO(newline="")
-    rows = csv.writer(buffer)
+    """Write `summary.csv`, a row for each run."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(r.area_mm2 for r in runs.values())))
     more = list(dict.fromkeys(itertools.chain.from_iterable(map(_more_columns, runs.values()))))
-    rows.writerow(
+    rows: list[Sequence[object]] = [
         [
             *("folder", "slide", "status", "reason", "width_px", "height_px", "mpp_x", "mpp_y"),
             *("patches", "tissue_mm2"),
-            *(_no_formula(f"{name}_mm2") for name in names),
+            *(f"{name}_mm2" for name in names),
             "seconds",
-            *map(_no_formula, more),
+            *more,
         ]
-    )
+    ]
     for folder, run in runs.items():
         done, own = run.status == "done", _more_columns(run)
         # numbers that a failed run lacks are empty
-        rows.writerow(
+        rows.append(
             [
-                _no_formula(os.path.relpath(folder, output_dir)),
-                _no_formula(run.slide["name"]),
+                os.path.relpath(folder, output_dir),
+                run.slide["name"],
                 run.status,
-                _no_formula(run.reason),
+                run.reason,
                 *run.slide.get("size", ("", ""))[:2],
                 *run.slide.get("mpp", ("", "")),
                 run.patches.get("kept", ""),
@@ -49,13 +42,13 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
                 *(own.get(name, "") for name in more),
             ]
         )
-    _write_text(output_dir / "summary.csv", buffer.getvalue())
+    _write_text(output_dir / "summary.csv", as_csv(rows))
 
 
 def _more_columns(run: Run) -> dict[str, str | float]:
     """Return what a row has behind the columns that all tables have, by its column."""
     found: dict[str, str | float] = {
-        "model": _no_formula(run.model.get("name", "")),
+        "model": run.model.get("name", ""),
         "weights": run.model.get("weights_sha256", ""),
     }
     if run.kind == "slide" and run.tissue_mm2 > 0:
@@ -66,6 +59,8 @@ def _more_columns(run: Run) -> dict[str, str | float]:
     found |= {f"regions_{name}": count for name, count in run.regions.items()}
     if run.unlike_percent is not None:
         found["unlike_percent"] = round(run.unlike_percent, 2)
+    if run.unit == "mm²":
+        found |= {f"largest_mm2_{name}": round(area, 6) for name, area in run.largest.items()}
     spacing = run.slide.get("spacing_mm") or ()
     found |= {f"spacing_{axis}_mm": mm for axis, mm in zip("xyz", spacing, strict=False)}
     if run.kind == "volume" and (size := run.slide.get("size")):
@@ -77,7 +72,3 @@ def _more_columns(run: Run) -> dict[str, str | float]:
         if lesions["largest_mm"] is not None:
             found[f"{name}_largest_mm"] = round(lesions["largest_mm"], 3)
     return found | {f"probability_{label}": round(p, 6) for label, p in run.labels.items()}
-
-
-def _no_formula(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -14,7 +14,7 @@ from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
 from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
-from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
 from wsi_pipeline.run.finished import MASK_FILES, of_this_version, open_mask_of, open_scan_of
 from wsi_pipeline.run.result import (
@@ -113,6 +113,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
             status="failed" if failures else "done",
             reason="; ".join(failures),
             regions=written.regions or run.regions,
+            largest=written.largest or run.largest,
             seconds={**run.seconds, **{name: round(s, 3) for name, s in clock.seconds.items()}},
         )
         if again.mask_name:
@@ -138,10 +139,10 @@ def _slide(
     side = ome_zarr.block_side(
         run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
     )
-    every = list(iter_blocks(mask.shape, (side, side)))
+    every, names = list(iter_blocks(mask.shape, (side, side))), files_of(options)
 
     def is_due(output: Output) -> bool:
-        if run.status != "done" or not (store.folder / FILES[output]).exists():
+        if run.status != "done" or not all((store.folder / n).exists() for n in names[output]):
             return True
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
@@ -182,8 +183,12 @@ def _scan(
     is_ours = not mask_file.is_file() or mask_file.name in files.ours([mask_file.name])
     was_corrected = f"{mask_file.name} {MADE_OF}" in run.warnings
     is_stale = run.status != "done" or was_corrected or not is_ours
-    paths = {output: folder / FILES[output] for output in options.outputs}
-    due = [o for o, p in paths.items() if not p.exists() or (is_stale and p != mask_file)]
+    due = [
+        output
+        for output, names in files_of(options).items()
+        if not all((folder / name).exists() for name in names)
+        or (is_stale and mask_file.name not in names)
+    ]
 
     def open_result(closing: ExitStack) -> Result:
         scan: Scan | None = None

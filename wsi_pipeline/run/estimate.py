@@ -21,6 +21,7 @@ from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dt
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.cost import peak_memory
 from wsi_pipeline.options import PredictOptions, Settings
+from wsi_pipeline.report.record import files_of
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
@@ -130,7 +131,7 @@ def estimate(
     disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
     # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
     store = 90 + blocks
-    single = len(set(export.outputs) - {"zarr"}) + (export.tiff == "asap") + 1
+    single = sum(map(len, files_of(export).values())) - ("zarr" in export.outputs) + 1
     return Estimate(
         patches=len(plan.grid),
         seconds=len(plan.grid) / rate,

@@ -22,7 +22,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import MaskLike
 from wsi_pipeline.files.paths import as_path, is_remote
-from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
+from wsi_pipeline.report.record import FILES, REGIONS_FILE, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.radiology.preprocess import Scan
@@ -149,7 +149,7 @@ class FinishedRun:
         """Return `regions.csv`, a row for each polygon with its measures."""
         import pandas
 
-        path = self._file("regions.csv")
+        path = self._file(REGIONS_FILE)
         try:
             # A class may be called NA.
             return pandas.read_csv(path, keep_default_na=False, na_values=[""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.atomic import remove, sync
 from wsi_pipeline.files.remote import reaching
 from wsi_pipeline.options import ExportOptions, Settings, as_plain
-from wsi_pipeline.report.record import FILES, OUTPUT_FILES, RUN_FILE, Run, load_run
+from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, files_of, load_run
 from wsi_pipeline.run.facts import model_facts, options_of
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.store import RunStore, another, check_same, run_key
@@ -47,7 +48,8 @@ def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions)
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE
     with reaching(folder):
-        if not path.is_file() or not all((folder / FILES[o]).exists() for o in export.outputs):
+        names = itertools.chain.from_iterable(files_of(export).values())
+        if not path.is_file() or not all((folder / name).exists() for name in names):
             return None
         try:
             run = load_run(path)

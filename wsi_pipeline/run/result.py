@@ -30,7 +30,7 @@ from wsi_pipeline.files.locks import why_not_written
 from wsi_pipeline.geometry import Block, Region, Shape
 from wsi_pipeline.options import OUTPUTS, ExportOptions, Output, Settings
 from wsi_pipeline.patch_grid import StoredGrid
-from wsi_pipeline.report.record import ASAP_FILE, FILES, ModelFacts, SourceFacts
+from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources.radiology.image import Image
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SIDE = {2: 2048, 3: 256}
 """Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
-NOTHING = geojson.Written(regions={}, vertices=0, dropped=[])
+NOTHING = geojson.Written(regions={}, largest={}, vertices=0, dropped=[])
 PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
 """Longest side of an image's overlay, px, and what a smaller one is enlarged to, whole times."""
 Ledger = Mapping[Shape, Mapping[str, npt.NDArray[Any]]]
@@ -123,7 +123,7 @@ class Result(ABC):
             tolerance=features.tolerance,
             min_pixels=features.min_pixels,
         )
-        return geojson.write_geojson(path, outlines, features)
+        return geojson.write_geojson(path, path.with_name(REGIONS_FILE), outlines, features)
 
     def _made_by(self) -> dict[str, str]:
         return made_by(self.model, self.key)

@@ -181,6 +181,7 @@ class SourceRun(ABC):
             regions=written.regions,
             unlike_percent=unlike,
             certificate=self._certificate(ledger, result),
+            largest=written.largest,
             warnings=[
                 *warnings_of(self.bundle),
                 *([UNLIKE.format(unlike)] if (unlike or 0) > UNLIKE_PERCENT else []),

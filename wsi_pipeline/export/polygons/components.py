@@ -30,6 +30,7 @@ class BlockComponents:
         pixels: (n,) number of pixels.
         probability: (n,) sum of the probability of the class over the pixels, in 1/65535; None
             where the mask alone is known.
+        least: (n,) lowest of it, likewise; None in what versions before this kept, too.
         first: (n, 2) first pixel in row-major order, (y, x) in mask pixels.
         top: (width,) labels of the block's first row; 0 = background.
         bottom: (width,) labels of its last row.
@@ -40,6 +41,7 @@ class BlockComponents:
     value: Mask
     pixels: Ints
     probability: Ints | None
+    least: npt.NDArray[np.uint16] | None
     first: Labels
     top: Labels
     bottom: Labels
@@ -94,6 +96,10 @@ def find_components(
     # of equal indices the last is kept
     first[of[::-1]] = begin[::-1]
     first = first[1:]
+    least = None
+    if probability is not None:
+        least = np.full(count + 1, PROBABILITY_ONE, np.uint16)
+        np.minimum.at(least, of, np.minimum.reduceat(probability.ravel(), begin))
     y, x = np.divmod(first, mask.shape[1])
     return BlockComponents(
         value=mask.ravel()[first],
@@ -101,6 +107,7 @@ def find_components(
         probability=None
         if probability is None
         else sums(np.add.reduceat(probability.ravel(), begin, dtype=np.int64)),
+        least=None if least is None else least[1:],
         first=np.stack([y + origin[0], x + origin[1]], axis=1).astype(np.int32),
         top=labels[0].copy(),
         bottom=labels[-1].copy(),
@@ -118,6 +125,7 @@ class Regions:
         pixels: (n,) number of mask pixels.
         probability: (n,) mean probability of the class over the region, in [0, 1]; None where it
             is not known.
+        least: (n,) lowest probability of the class in it, likewise.
         first: (n, 2) first pixel in row-major order, (y, x) in mask pixels.
         numbers: (labels + 1,) for each block by its row and column: number of the region, from 1,
             that a label belongs to; 0 = background, or too small.
@@ -126,6 +134,7 @@ class Regions:
     value: Mask
     pixels: Ints
     probability: npt.NDArray[np.float64] | None
+    least: npt.NDArray[np.float64] | None
     first: Labels
     numbers: Mapping[Index, Labels]
 
@@ -175,10 +184,16 @@ def join(blocks: Mapping[Index, BlockComponents], *, min_pixels: float = 0) -> R
     if all(block.probability is not None for block in blocks.values()):
         sums = np.bincount(of, column("probability", np.zeros(0, np.int64)), minlength=count)
         probability = sums[kept] / pixels[kept] / PROBABILITY_ONE
+    least = None
+    if all(block.least is not None for block in blocks.values()):
+        lowest = np.full(count, PROBABILITY_ONE, np.uint16)
+        np.minimum.at(lowest, of, column("least", np.zeros(0, np.uint16)))
+        least = lowest[kept] / PROBABILITY_ONE
     return Regions(
         value=value[heads[kept]],
         pixels=pixels[kept].astype(np.int64),
         probability=probability,
+        least=least,
         first=first[heads[kept]],
         numbers={
             index: np.append(
