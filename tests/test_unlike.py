@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from bundles import pointwise_bundle, small_unet_bundle
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.numpy import load_file, save
 from scipy.spatial.distance import mahalanobis
 
 from wsi_pipeline import open_source, segment
 from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.inference.unlike import FALSE_ALARMS, SHRINKAGE, Familiar, load_familiar
@@ -96,6 +98,22 @@ def test_a_file_that_holds_no_features_is_refused(
         path.write_bytes(save(kept))
     with pytest.raises(BundleError, match=reason):
         load_familiar(load_bundle(bundle))
+    checked = CliRunner().invoke(group, ["models", "check", str(bundle)])
+    assert checked.exit_code == 1
+    assert "leave features out of model.toml" in checked.stderr
+
+
+def test_features_of_another_network_fail_the_run_in_a_sentence(
+    tmp_path: Path, slide: Path
+) -> None:
+    familiar = Familiar.of(PATIENTS)
+    assert familiar is not None
+    bundle = small_unet_bundle(tmp_path / "model")
+    name_features(bundle)
+    (bundle / "features.safetensors").write_bytes(familiar.to_bytes())
+    (run,) = segment(slide, model=bundle, output=tmp_path / "out", device="cpu")
+    assert run.status == "failed"
+    assert "features are of 3 channels, the network has 16" in run.reason
 
 
 def name_features(folder: Path, name: str = "features.safetensors") -> None:

@@ -121,11 +121,14 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     """Try BUNDLE on random patches.
 
     Does it answer as its model.toml says? Shapes and values are checked on the CPU, and that the
-    form for prediction equals the network. A bundle without weights gets random ones.
+    form for prediction equals the network. A bundle without weights gets random ones. What it
+    says of its training tissue is read, too.
     """
+    from wsi_pipeline.inference.unlike import load_familiar
     from wsi_pipeline.networks.check import try_bundle
 
     bundle = load_bundle(location)
+    load_familiar(bundle)
     trial = try_bundle(bundle, patch_size=patch_size)
     rows = [("weights", "the bundle's" if trial.has_weights else "none; random ones tried")]
     rows += [(name, _by(shape)) for name, shape in trial.shapes.items()]

@@ -22,6 +22,7 @@ FALSE_ALARMS = 0.1
 SHRINKAGE = 0.1
 """Share of the mean variance in all directions: of few patches some directions show none."""
 TINY = 1e-12
+MEND = "take those of this network's training, or leave features out of model.toml"
 FIELDS = ("mean", "whitening", "threshold")
 
 Floats = npt.NDArray[np.float64]
@@ -87,7 +88,7 @@ class Familiar:
         if features.shape[1:] != self.mean.shape:
             raise BundleError(
                 f"the bundle's features are of {len(self.mean)} channels, the network has "
-                f"{features.shape[1]}"
+                f"{features.shape[1]}: {MEND}"
             )
         squares = ((features - self.mean) @ self.whitening.T) ** 2
         return np.asarray(squares.mean(1) / self.threshold)
@@ -117,5 +118,5 @@ def load_familiar(bundle: Bundle) -> Familiar | None:
         if not (np.isfinite(mean).all() and np.isfinite(whitening).all() and threshold[0] > 0):
             raise ValueError("its numbers mean nothing")
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise BundleError(f"cannot read features from {path}: {error!r}") from error
+        raise BundleError(f"cannot read features from {path} ({error!r}): {MEND}") from error
     return Familiar(mean=mean, whitening=whitening, threshold=threshold)
