@@ -14,6 +14,8 @@ import pytest
 import shapely
 import zarr
 from bundles import pointwise_bundle
+from ome_zarr.io import parse_url
+from ome_zarr.reader import Reader
 from PIL import Image
 from scans import blobs, scan_bundle
 
@@ -90,7 +92,7 @@ def test_polygons_lie_on_the_whole_slide(output, name, has_geopandas, monkeypatc
         table = run.polygons()
         shapes, classes, ids = table.geometry.to_list(), table["class"].to_list(), list(table["id"])
         assert [*table.columns[:3], table.columns[-1]] == ["id", "class", "name", "geometry"]
-        measured = table[list(table.columns[3:-1])].to_dict("records")
+        measured = [row.dropna().to_dict() for _, row in table.iloc[:, 3:-1].iterrows()]
         assert measured == [f["properties"]["measurements"] for f in written]
         assert table.crs is None
     else:
@@ -103,6 +105,11 @@ def test_polygons_lie_on_the_whole_slide(output, name, has_geopandas, monkeypatc
         ids = [f.id for f in features]
     assert ids == [f["id"] for f in written]
     x, y = CORNER if name == "bounded" else (0, 0)
+    regions = run.regions()
+    assert regions["id"].to_list() == ids
+    assert regions["class"].to_list() == classes
+    middles = [shape.centroid.coords[0] for shape in shapes]
+    assert np.allclose(regions[["centroid_x", "centroid_y"]], middles, atol=0.01)
     for shape, feature in zip(shapes, written, strict=True):
         ring = np.add(feature["geometry"]["coordinates"][0], (x, y))
         assert np.allclose(shape.exterior.coords, ring)
@@ -193,21 +200,48 @@ def test_what_is_not_there_is_said(folder, output, tmp_path, slide_pixels, make_
         open_run("memory://out/slide")
 
 
-def test_regions_are_a_table(folder):
+def test_regions_are_a_table_in_the_frame_and_words_of_polygons(tmp_path, output):
+    folder = Path(shutil.copytree(output / "bounded", tmp_path / "bounded"))
     path = folder / "regions.csv"
-    path.write_text("id,class,area_um2,probability_mean\r\na,NA,1.5,\r\nb,Tumor,2,0.5\r\n", "utf-8")
+    head = "id,class,area_um2,centroid_x,centroid_y,probability_mean\r\n"
+    path.write_text(head + "7,NA,1.5,10,20.5,\r\n8,'-ve,2,0,0,0.5\r\n9,'s,1,1,1,1\r\n", "utf-8")
     table = open_run(folder).regions()
-    assert table["class"].to_list() == ["NA", "Tumor"]
-    assert table["area_um2"].sum() == 3.5
-    assert table["probability_mean"].isna().to_list() == [True, False]
-    for damaged in (b"", b"\xff\xfe,\n1"):
+    assert isinstance(table, pandas.DataFrame)
+    assert table["id"].to_list() == ["7", "8", "9"]
+    assert table["class"].to_list() == ["NA", "-ve", "'s"]
+    assert table["area_um2"].sum() == 4.5
+    assert table["probability_mean"].isna().to_list() == [True, False, False]
+    assert table["centroid_x"].to_list() == [CORNER[0] + 10, CORNER[0], CORNER[0] + 1]
+    assert table["centroid_y"].to_list() == [CORNER[1] + 20.5, CORNER[1], CORNER[1] + 1]
+    path.write_text(head, "utf-8")
+    assert len(open_run(folder).regions()) == 0
+    for damaged in (b"", b"\xff\xfe,\n1", b"a,b\n1,2\n", head.encode() + b"7,NA,1.5,x,y,\n"):
         path.write_bytes(damaged)
         with pytest.raises(StoreError, match="cannot be read as a table"):
             open_run(folder).regions()
     path.unlink()
     with pytest.raises(StoreError, match=r"no regions\.csv"):
         open_run(folder).regions()
-    assert isinstance(table, pandas.DataFrame)
+
+
+@pytest.mark.parametrize("name", ["plain", "bounded"])
+def test_ome_zarr_py_sees_what_a_run_holds(output, name):
+    run = open_run(output / name)
+    location = parse_url(output / name / "mask.ome.zarr")
+    image, _, labels = Reader(location)()
+    for node in (image, labels):
+        scales = node.metadata["coordinateTransformations"]
+        assert [d.shape for d in node.data] == [level.shape for level in run.mask.levels]
+        assert [[t["scale"] for t in of] for of in scales] == [
+            [[mpp * 2**n for mpp in run.mask.mpp]] for n in range(len(run.mask.levels))
+        ]
+        assert [(a["name"], a["unit"]) for a in node.metadata["axes"]] == [
+            ("y", "micrometer"), ("x", "micrometer"),
+        ]  # fmt: skip
+        assert np.array_equal(np.asarray(node.data[0]), run.mask)
+    assert [p["class"] for p in labels.metadata["properties"].values()] == NAMES
+    colors = [np.multiply(c, 255).round().tolist() for c in labels.metadata["color"].values()]
+    assert colors == [[*(c.color or (0, 0, 0)), 255 if c.color else 0] for c in run.classes]
 
 
 def test_all_runs_below_a_folder_come_in_order(output, tmp_path, caplog):

@@ -126,8 +126,7 @@ class FinishedRun:
             left_out += n_damaged
         if left_out:
             logger.warning("%s: left out %d features that cannot be read", path, left_out)
-        offset = self.record.frame.get("offset", (0, 0))
-        placed = shapely.transform(np.concatenate(found), lambda xy: xy + offset)
+        placed = shapely.transform(np.concatenate(found), lambda xy: xy + self._offset)
         each = [(feature.get("id"), properties_of(feature)) for feature in features]
         try:
             import geopandas
@@ -146,15 +145,23 @@ class FinishedRun:
         return geopandas.GeoDataFrame(rows, columns=columns, geometry=placed)
 
     def regions(self) -> pandas.DataFrame:
-        """Return `regions.csv`, a row for each polygon with its measures."""
+        """Return `regions.csv`, a row for each polygon with its measures.
+
+        Places are those of `polygons`, and classes have their names, whatever stands in the file.
+        """
         import pandas
 
         path = self._file(REGIONS_FILE)
         try:
-            # A class may be called NA.
-            return pandas.read_csv(path, keep_default_na=False, na_values=[""])
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path} cannot be read as a table: {error}") from error
+            # A class may be called NA, or like a formula: the file has an apostrophe before that.
+            table = pandas.read_csv(
+                path, keep_default_na=False, na_values=[""], dtype={"id": str, "class": str}
+            )
+            table["class"] = table["class"].str.replace("^'(?=[-=+@\t\r])", "", regex=True)
+            table[["centroid_x", "centroid_y"]] += [*self._offset]
+            return table
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read as a table of regions: {error}") from error
 
     def overlay(self) -> Image.Image:
         """Return the picture with the mask over it."""
@@ -166,6 +173,12 @@ class FinishedRun:
         # Of a damaged PNG the latter.
         except (OSError, SyntaxError) as error:
             raise StoreError(f"{path} cannot be read as a picture: {error}") from error
+
+    @property
+    def _offset(self) -> Sequence[int]:
+        """Return (x, y) of the origin of the files' frame in level-0 pixels."""
+        offset: Sequence[int] = self.record.frame.get("offset", (0, 0))
+        return offset
 
     def _file(self, name: str) -> Path:
         path, kind = self.folder / name, self.record.kind
