@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from wsi_pipeline.errors import EvaluationError
 from wsi_pipeline.evaluation.meaning import LabelMap, named
 from wsi_pipeline.files.arrays import trusted
 from wsi_pipeline.files.ngff import LABEL, MASK, first_scale, ome_of
-from wsi_pipeline.sources.decoded import GDAL
+from wsi_pipeline.sources.decoded import GDAL, open_raster
 from wsi_pipeline.sources.mpp import ome_mpp
 
 Pair = tuple[float, float]
@@ -148,7 +147,7 @@ def open_picture(path: Path, closing: ExitStack) -> MaskFile:
         EvaluationError: no picture of whole numbers, or damaged.
     """
     import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
+    from rasterio.errors import RasterioError
 
     try:
         with path.open("rb") as file:
@@ -158,9 +157,8 @@ def open_picture(path: Path, closing: ExitStack) -> MaskFile:
             if driver == "PNG":
                 # GDAL is silent on one that is cut off; this looks at checksums, decodes nothing
                 PngImageFile(file).verify()
-        with warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
-            closing.enter_context(rasterio.Env())
-            dataset = closing.enter_context(rasterio.open(path, driver=driver))
+        closing.enter_context(rasterio.Env())
+        dataset = closing.enter_context(open_raster(path, driver))
     except (RasterioError, OSError, SyntaxError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as a mask: {error}") from error
     if dataset.count > 4 or any(np.dtype(d).kind not in "uif" for d in dataset.dtypes):

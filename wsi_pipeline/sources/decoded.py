@@ -32,6 +32,7 @@ PNG_BITS = 24
 """Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
 OPENERS: Mapping[str, Callable[..., ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile}
 """Pillow's reader of each. `Image.open` warns of large pictures, which are bounded here."""
+OPENING = threading.Lock()
 GDAL = {
     # No files beside a picture are looked at.
     "GDAL_PAM_ENABLED": "NO",
@@ -162,13 +163,23 @@ class PictureBackend:
 @contextmanager
 def opened(path: Path, driver: str, directory: int = 0) -> Iterator[Any]:
     """Yield GDAL's data set of a picture, or of one directory of a TIFF, by its offset."""
+    import rasterio
+
+    name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
+    with rasterio.Env(**GDAL), open_raster(name, driver) as dataset:
+        yield dataset
+
+
+def open_raster(path: str | Path, driver: str) -> Any:
+    """Open a picture that lies nowhere on Earth; return GDAL's data set.
+
+    Args:
+        driver: the only one that is tried, as some open what a file names.
+    """
     # It brings GDAL: half of the time to import this package.
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning
 
-    with rasterio.Env(**GDAL), warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        name = f"GTIFF_DIR:off:{directory}:{path}" if directory else str(path)
-        # Some drivers open what a file names.
-        with rasterio.open(name, driver=driver) as dataset:
-            yield dataset
+    # Filters of warnings are the process's: two threads would put each other's back.
+    with OPENING, warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
+        return rasterio.open(path, driver=driver)
