@@ -29,6 +29,7 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BusyError, SourceError, StoreError
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.options import (
+    OUTPUTS,
     ExportOptions,
     PredictOptions,
     ScheduleOptions,
@@ -193,7 +194,7 @@ def test_segment_takes_what_was_written_again_for_its_own(folder, bounded, model
     settings = Settings(
         select=EVERYWHERE,
         predict=PredictOptions(precision="fp32", device="cpu"),
-        export=replace(FIRST, simplify_um=3.0, outputs=("zarr", "tiff", "geojson", "overlay")),
+        export=replace(FIRST, simplify_um=3.0, outputs=OUTPUTS["slide"]),
     )
     with open_cluster(ScheduleOptions()) as client:
         segment_job(job, load_bundle(model), client=client, settings=settings)
@@ -370,7 +371,8 @@ def test_corrected_polygons_survive_the_three_lines_in_any_order(output, bounded
         for name in ("annotations.new.geojson", "mask.ome.tif", "overlay.png", "regions.csv")
     }
     assert {p.name for p in folder.iterdir()} == {
-        *run.files, "annotations.geojson", "mask.ome.zarr", "run.json", ".store",
+        *run.files, "annotations.geojson", "mask.ome.zarr", "probability.ome.zarr", "run.json",
+        ".store",
     }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def place(tmp_path_factory, slide_path):
         model=bundle,
         output=folder / "out",
         precision="fp32",
-        outputs=("zarr", "geojson", "overlay"),
+        outputs=("zarr", "geojson", "overlay", "probability"),
     )
     wsi_pipeline.tile(
         folder / "slide.svs",

@@ -115,7 +115,10 @@ def test_all_slides_and_files_are_told_of(tmp_path, slide_path):
         assert [job for job, run in runs if run.status == "done"] == jobs
     for job in jobs:
         files = [text.removeprefix("writing ") for text in told[job] if isinstance(text, str)]
-        assert files == ["mask.ome.zarr", "annotations.geojson", "mask.ome.tif", "overlay.png"]
+        assert files == [
+            "mask.ome.zarr", "annotations.geojson", "mask.ome.tif", "overlay.png",
+            "probability.ome.zarr",
+        ]  # fmt: skip
         patches = told[job][: -len(files)]
         assert patches[0][0] == 0
         assert patches[-1] == (6, 6)  # of 483 × 372 px
@@ -190,7 +193,7 @@ def test_the_whole_tree_is_written(whole_run, slide_path):
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "mask.ome.zarr", "mask.ome.tif", "annotations.geojson",
-        "regions.csv", "overlay.png", "run.json", ".store",
+        "regions.csv", "overlay.png", "probability.ome.zarr", "run.json", ".store",
     }  # fmt: skip
     assert folder.name == slide_path.stem
     facts = json.loads((folder / "run.json").read_text("utf-8"))

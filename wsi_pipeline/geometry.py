@@ -157,3 +157,25 @@ def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:
         start = tuple(i * b for i, b in zip(index, block_size, strict=True))
         stop = tuple(min(a + b, n) for a, b, n in zip(start, block_size, shape, strict=True))
         yield Block(index=index, start=start, stop=stop)
+
+
+def sample_positions(
+    start: int, stop: int, *, ratio: float, length: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Place mask pixels on the grid along one axis, centre on centre; return floor and fraction.
+
+    Args:
+        start: first mask pixel.
+        stop: one past the last.
+        ratio: grid pixels per mask pixel.
+        length: grid pixels along the axis; positions beyond the outermost centres are held there.
+
+    Example:
+        >>> floor, fraction = sample_positions(0, 4, ratio=0.5, length=2)
+        >>> floor.tolist(), fraction.tolist()
+        ([0, 0, 0, 1], [0.0, 0.25, 0.75, 0.0])
+    """
+    position = (np.arange(start, stop) + 0.5) * ratio - 0.5
+    position = np.clip(position, 0, length - 1)
+    floor = np.floor(position).astype(np.int64)
+    return floor, (position - floor).astype(np.float32)

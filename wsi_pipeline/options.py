@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay"]
+Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay", "probability"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
@@ -23,7 +23,7 @@ DEVICES = r"auto|cpu|cuda(:\d{1,4})?"
 MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
 OUTPUTS: Mapping[str, tuple[Output, ...]] = {
-    "slide": ("zarr", "tiff", "geojson", "overlay"),
+    "slide": ("zarr", "tiff", "geojson", "overlay", "probability"),
     "image": ("png", "dicom", "geojson", "overlay"),
     "volume": ("nifti", "dicom", "overlay"),
 }
@@ -40,6 +40,7 @@ LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("predict", "mask_mpp"): ("--mask-mpp", SLIDES),
     ("export", "ngff"): ("--ngff", SLIDES),
     ("export", "tiff"): ("--tiff", SLIDES),
+    ("export", "probability_mpp"): ("--probability-mpp", SLIDES),
     ("export", "simplify_um"): ("--simplify", SLIDES),
     ("export", "min_area_um2"): ("--min-area", SLIDES),
     ("export", "frame"): ("--for", SLIDES),
@@ -108,8 +109,10 @@ class ExportOptions:
 
     Attributes:
         outputs: which files to write; none named = all of `OUTPUTS`.
-        ngff: version of the OME-Zarr mask.
+        ngff: version of the OME-Zarr mask and probabilities.
         tiff: "ome" for QuPath; "asap" writes ASAP's kind beside it.
+        probability_mpp: µm per pixel of the probabilities, brought to a whole multiple of the
+            model's; None = the model's own.
         simplify_um: root of the largest triangle that simplification may cut off, in µm; 0 = exact.
         min_area_um2: regions and holes below this area get no polygon, in µm².
         frame: origin of polygons and TIFF where the slide has bounds.
@@ -119,6 +122,7 @@ class ExportOptions:
     outputs: tuple[Output, ...] = ()
     ngff: Ngff = "0.4"
     tiff: TiffKind = "ome"
+    probability_mpp: float | None = None
     simplify_um: float = 1.0
     min_area_um2: float = 100.0
     frame: Frame = "qupath"

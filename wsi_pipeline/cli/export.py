@@ -22,7 +22,7 @@ from wsi_pipeline.options import Output
 @options_of(
     None,
     outputs=(
-        some_of([output for output in get_args(Output) if output != "zarr"]),
+        some_of([output for output in get_args(Output) if output not in ("zarr", "probability")]),
         "To write besides those that are there.",
     ),
     **OUTLINES,

@@ -88,7 +88,8 @@ def read_memory(text: str) -> int:
         "Where to look": "mpp mpp_table series time_point tissue roi frame any_resolution",
         "Model": "model overlap blend device precision batch_size",
         "Mask": "mask_mpp block_size ngff max_unreadable",
-        "Files": "output work outputs tiff simplify_um min_area_um2 overwrite dry_run",
+        "Files": "output work outputs tiff probability_mpp simplify_um min_area_um2 overwrite "
+        "dry_run",
         "Machine": "workers gpus max_ram",
         "Cluster": "scheduler cluster shard",
     },
@@ -144,6 +145,11 @@ def read_memory(text: str) -> int:
         "What to write  [default: all that there is for the model's modality]",
     ),
     ngff=(Ngff, "OME-Zarr version."),
+    probability_mpp=(
+        MPP,
+        "µm per pixel of probability.ome.zarr, a whole multiple of the model's  [default: the "
+        "model's]",
+    ),
     **OUTLINES,
 )
 @click.option(

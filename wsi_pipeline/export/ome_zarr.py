@@ -90,7 +90,7 @@ def create_mask(
         "type": "nearest",
     }
     _describe(group, multiscale, classes)
-    return _create_level(group, 0, shape)
+    return create_level(group, 0, shape)
 
 
 def open_mask(path: Path, *, level: int = 0, mode: Literal["r", "r+"] = "r+") -> MaskArray:
@@ -216,7 +216,7 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     group = zarr.open_group(path, mode="r+")
     shapes = level_shapes(open_mask(path).shape)
     for i in range(1, len(shapes)):
-        below, level = open_mask(path, level=i - 1), _create_level(group, i, shapes[i])
+        below, level = open_mask(path, level=i - 1), create_level(group, i, shapes[i])
         # whole shards; else a few whole chunks
         side = (level.shards or (2 * CHUNK,))[0]
 
@@ -257,10 +257,12 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     sync_all([*(other for other, _ in every if other.is_dir()), path])
 
 
-def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
+def create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
+    """Create a level of an OME-Zarr, uint8 (y, x) or (c, y, x), all 0; return it."""
+    alone = (1,) * (len(shape) - 2)
     common: dict[str, Any] = {
         "shape": shape,
-        "chunks": (CHUNK, CHUNK),
+        "chunks": (*alone, CHUNK, CHUNK),
         "dtype": "uint8",
         "fill_value": 0,
         "config": CONFIG,
@@ -278,9 +280,9 @@ def _create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
         )
     return group.create_array(
         str(index),
-        shards=(SHARD, SHARD),
+        shards=(*alone, SHARD, SHARD),
         compressors=BloscCodec(shuffle="noshuffle", typesize=1, **codec),
-        dimension_names=AXES,
+        dimension_names=("c", *AXES)[-len(shape) :],
         **common,
     )
 
@@ -290,8 +292,8 @@ def _describe(group: zarr.Group, multiscale: dict[str, Any], classes: Sequence[C
     last = float(len(classes) - 1)
     window = {"min": 0.0, "max": last, "start": 0.0, "end": last}
     # hidden: it would cover the slide, and its labels show the same in colours
-    channel = _channel("class index", classes, active=False) | {"window": window}
-    attributes = _attributes(group, multiscale, omero={"channels": [channel]})
+    shown = channel("class index", classes[1], active=False) | {"window": window}
+    attributes = attributes_of(group, multiscale, omero={"channels": [shown]})
     group.attrs.put(attributes | {MASK: {"classes": [c.name for c in classes]}})
 
 
@@ -307,12 +309,12 @@ def _describe_label(
     }
     old = group.metadata.zarr_format == 2
     group.attrs.put(
-        _attributes(
+        attributes_of(
             group,
             multiscale,
             # napari-ome-zarr shows labels only if this says so; it fails on a window, which the
             # specification wants here
-            omero={"channels": [_channel("classes", classes, active=True)]},
+            omero={"channels": [channel("classes", classes[1], active=True)]},
             **{"image-label": ({"version": "0.4"} if old else {}) | label},
         )
     )
@@ -321,16 +323,16 @@ def _describe_label(
     parent.attrs.put(listed if old else {"ome": {"version": "0.5"} | listed})
 
 
-def _attributes(group: zarr.Group, multiscale: dict[str, Any], **more: Any) -> dict[str, Any]:
+def attributes_of(group: zarr.Group, multiscale: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return a group's attributes in the place of its version of NGFF."""
     if group.metadata.zarr_format == 2:
         return {"multiscales": [{"version": "0.4"} | multiscale], **more}
     return {"ome": {"version": "0.5", "multiscales": [multiscale], **more}}
 
 
-def _channel(label: str, classes: Sequence[ClassInfo], *, active: bool) -> dict[str, Any]:
-    """Return how viewers show the one channel, in the colour of the first class."""
-    color = "".join(f"{part:02X}" for part in classes[1].color or (255, 255, 255))
+def channel(label: str, shown_as: ClassInfo, *, active: bool) -> dict[str, Any]:
+    """Return how viewers show a channel, in the colour of a class."""
+    color = "".join(f"{part:02X}" for part in shown_as.color or (255, 255, 255))
     return {"label": label, "color": color, "active": active}
 
 

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from wsi_pipeline.geometry import PatchGrid, Shape, axis_origins
+from wsi_pipeline.geometry import PatchGrid, Shape, axis_origins, box_slices, sample_positions
 from wsi_pipeline.options import Blend
 
 SIGMA = 1 / 8
@@ -112,6 +113,51 @@ def _spans(
     return [(max(a, o + part.start), min(b, o + part.stop)) for a, b, o, part in axes]
 
 
+class Means:
+    """The mean probability of each class in the cells of a box of the grid, added up by parts.
+
+    Args:
+        start: first cell.
+        stop: one past the last.
+        cell: side of a cell in grid pixels.
+        shape: grid pixels of the whole grid; cells at its end are smaller.
+        classes: all but the background.
+    """
+
+    def __init__(self, start: Shape, stop: Shape, *, cell: int, shape: Shape, classes: int) -> None:
+        self._start, self._cell = start, cell
+        self._low = [a * cell for a in start]
+        self._high = tuple(min(b * cell, n) for b, n in zip(stop, shape, strict=True))
+        cells = tuple(b - a for a, b in zip(start, stop, strict=True))
+        self._sum = np.zeros((classes, *cells), np.float32)
+
+    def add(self, first: Sequence[int], part: torch.Tensor) -> None:
+        """Add the probabilities (C, *part) of grid pixels from `first` on, each of them once."""
+        inside = [slice(0, n) for n in part.shape[1:]]
+        spans = _spans(self._low, self._high, tuple(first), inside)
+        if any(a >= b for a, b in spans):
+            return
+        here = [slice(a - o, b - o) for (a, b), o in zip(spans, first, strict=True)]
+        # of several channels the first is the background's
+        sums = part[(slice(-len(self._sum), None), *here)].cpu().numpy()
+        if self._cell > 1:
+            for axis, (a, b) in enumerate(spans, start=1):
+                begins = np.unique(np.maximum(np.arange(a, b) // self._cell * self._cell, a)) - a
+                sums = np.add.reduceat(sums, begins, axis=axis)
+        corner = [a // self._cell - c for (a, _), c in zip(spans, self._start, strict=True)]
+        self._sum[(slice(None), *box_slices(corner, sums.shape[1:]))] += sums
+
+    def as_bytes(self) -> npt.NDArray[np.uint8]:
+        """Return the means (C, *cells), in 1/255."""
+        scaled = self._sum * np.float32(255)
+        if self._cell > 1:
+            for axis, (low, high) in enumerate(zip(self._low, self._high, strict=True), start=1):
+                counts = np.bincount((np.arange(low, high) - low) // self._cell)
+                scaled /= counts.reshape(-1, *[1] * (scaled.ndim - axis - 1)).astype(np.float32)
+        means: npt.NDArray[np.uint8] = np.rint(scaled).astype(np.uint8)
+        return means
+
+
 def iter_blended_rows(
     predictions: Iterable[tuple[Shape, torch.Tensor]],
     start: Shape,
@@ -206,28 +252,6 @@ class _Band:
         self._weight[first:] = 0
         if self._windows.exclusive and len(self._sum) > 1:
             self._sum[0, first:] = 1
-
-
-def sample_positions(
-    start: int, stop: int, *, ratio: float, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Place mask pixels on the grid along one axis, centre on centre; return floor and fraction.
-
-    Args:
-        start: first mask pixel.
-        stop: one past the last.
-        ratio: grid pixels per mask pixel.
-        length: grid pixels along the axis; positions beyond the outermost centres are held there.
-
-    Example:
-        >>> floor, fraction = sample_positions(0, 4, ratio=0.5, length=2)
-        >>> floor.tolist(), fraction.tolist()
-        ([0, 0, 0, 1], [0.0, 0.25, 0.75, 0.0])
-    """
-    position = (np.arange(start, stop) + 0.5) * ratio - 0.5
-    position = np.clip(position, 0, length - 1)
-    floor = np.floor(position).astype(np.int64)
-    return floor, (position - floor).astype(np.float32)
 
 
 def iter_sampled_rows(

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
 from wsi_pipeline.files.remote import write_whole
-from wsi_pipeline.report.record import FILES, GREY, OUTPUT_FILES, RUN_FILE, Run
+from wsi_pipeline.report.record import GREY, OUTPUT_FILES, RUN_FILE, Run
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ MANY_RUNS = 200
 """Above this number of runs the report's pictures are half as wide, so that it still opens."""
 SHARED = ("model", "settings", "versions")
 """What of a run is usually the same for all slides and then told once."""
-LINKED_FILES = (*(name for name in OUTPUT_FILES if name != FILES["zarr"]), RUN_FILE)
+LINKED_FILES = (*(name for name in OUTPUT_FILES if not name.endswith(".zarr")), RUN_FILE)
 
 
 class Column(NamedTuple):

@@ -127,7 +127,7 @@ class Run:
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
         bad_regions: parts of the slide that could not be read.
         warnings: where the result may differ from what was asked.
-        files: SHA-256 of each file that was written, by name; `mask.ome.zarr` has none.
+        files: SHA-256 of each file that was written, by name; those of zarrs have none.
         area_px: per class, of an image whose pixels have no known size, in place of `area_mm2`.
         volume_ml: per class, of a volume, likewise.
         lesions: of images and volumes, per class: how many, and the size of each.
@@ -257,6 +257,7 @@ FILES: dict[Output, str] = {
     "png": "mask.png",
     "nifti": "mask.nii.gz",
     "dicom": "mask.dcm",
+    "probability": "probability.ome.zarr",
 }
 """The file of each output, in the order in which people want to see them."""
 MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")

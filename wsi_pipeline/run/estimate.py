@@ -59,6 +59,8 @@ FREE_SHARE = 0.7
 """Of the free memory, which passes over images and volumes may take."""
 DISK_PX_BYTES = 0.02
 """Mask pixel on tissue, compressed, in one format with its pyramid."""
+DISK_CELL_BYTES = 0.6
+"""Probability of one class at one place on tissue, likewise."""
 DISK_VERTEX_BYTES = 25
 
 
@@ -131,7 +133,13 @@ def estimate(
     disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
     # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
     store = 90 + blocks
-    single = sum(map(len, files_of(export).values())) - ("zarr" in export.outputs) + 1
+    zarrs = len({"zarr", "probability"} & set(export.outputs))
+    single = sum(map(len, files_of(export).values())) - zarrs + 1
+    if plan.cell:
+        cells = tissue_px * math.prod(plan.ratio) / plan.cell ** len(plan.ratio)
+        # What blocks keep of them until they are put together is as large.
+        disk += 2 * cells * (len(bundle.classes) - 1) * DISK_CELL_BYTES
+        store += blocks
     return Estimate(
         patches=len(plan.grid),
         seconds=len(plan.grid) / rate,

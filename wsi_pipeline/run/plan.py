@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.geometry import Block, PatchGrid, Shape, iter_blocks
-from wsi_pipeline.inference.blend import sample_positions
+from wsi_pipeline.geometry import Block, PatchGrid, Shape, iter_blocks, sample_positions
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources.pixels import PixelSource
@@ -38,6 +38,7 @@ class Plan:
         roi_offset: (x, y) of its origin in source pixels.
         threads: of the CPU for one worker's forward passes.
         outlines: whether to trace regions for polygons.
+        cell: side, in grid pixels, of what probabilities are kept of; 0 = they are not kept.
     """
 
     pixels: PixelSource
@@ -56,6 +57,7 @@ class Plan:
     roi_offset: tuple[int, int] = (0, 0)
     threads: int
     outlines: bool
+    cell: int = 0
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -71,14 +73,40 @@ class Plan:
         return replace(block, start=start, stop=(*block.stop[:-1], width - block.start[-1]))
 
     def box(self, block: Block) -> tuple[Shape, Shape]:
-        """Return the grid pixels [start, stop) whose probabilities a block's mask needs."""
+        """Return the grid pixels [start, stop) whose probabilities a block needs."""
         low, high, block = [], [], self.seen(block)
         axes = zip(block.start, block.stop, self.ratio, self.grid.shape, strict=True)
         for start, stop, ratio, length in axes:
             floor, fraction = sample_positions(start, stop, ratio=ratio, length=length)
             low.append(int(floor[0]))
             high.append(int(floor[-1]) + (2 if fraction[-1] else 1))
+        if self.cell:
+            first, last = self.cells(block)
+            low = [min(a, b * self.cell) for a, b in zip(low, first, strict=True)]
+            ends = zip(high, last, self.grid.shape, strict=True)
+            high = [max(a, min(b * self.cell, n)) for a, b, n in ends]
         return tuple(low), tuple(high)
+
+    @property
+    def cells_shape(self) -> Shape:
+        """Return how many cells the grid has along each axis."""
+        return tuple(-(-n // self.cell) for n in self.grid.shape)
+
+    def cells(self, block: Block) -> tuple[Shape, Shape]:
+        """Return the cells [start, stop) that are a block's alone: their centre lies in its mask.
+
+        Borders of blocks are mask pixels, so that hardly one of them is a border of cells.
+        """
+        seen, ends = self.seen(block), list[Shape]()
+        for corner in (seen.start, seen.stop):
+            axes = zip(corner, self.mask_shape, self.ratio, self.cells_shape, strict=True)
+            ends.append(
+                tuple(
+                    count if at == length else min(count, math.ceil(at * r / self.cell - 0.5))
+                    for at, length, r, count in axes
+                )
+            )
+        return ends[0], ends[1]
 
     def patches(self, block: Block) -> npt.NDArray[np.int64]:
         """Return the indices, ascending, of the patches that a block's mask needs."""

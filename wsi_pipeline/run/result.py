@@ -148,12 +148,15 @@ class SlideResult(Result):
         downsample: level-0 pixels per mask pixel, (y, x).
         options: how to write.
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
+        write_probability: puts together what blocks have kept, where users look; None = they do
+            not keep anything any more.
     """
 
     mask_path: Path
     downsample: tuple[float, float]
     options: ExportOptions
     stored: StoredGrid | None
+    write_probability: Callable[[], None] | None = None
 
     @property
     def crop(self) -> Region | None:
@@ -183,7 +186,11 @@ class SlideResult(Result):
         )
 
     def _writers(self) -> Writers:
-        return {"tiff": self._write_tiffs, "overlay": self._write_overlay}
+        writers: Writers = {"tiff": self._write_tiffs, "overlay": self._write_overlay}
+        if (put_together := self.write_probability) is None:
+            return writers
+        # A folder, which takes its place by itself.
+        return {**writers, "probability": lambda path: put_together()}
 
     def _write_tiffs(self, path: Path) -> None:
         """Write the OME-TIFF, cropped as the viewer shows it, and ASAP's kind where wanted."""

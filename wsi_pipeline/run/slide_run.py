@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from wsi_pipeline.patch_grid import StoredGrid, close_patch_grid, open_patch_gri
 from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
 from wsi_pipeline.run.result import Ledger, SlideResult
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
@@ -163,6 +165,7 @@ class SlideRun(SourceRun):
             roi_offset=frame_offset(slide.bounds, select.frame),
             threads=threads,
             outlines="geojson" in settings.export.outputs,
+            cell=cell_of(stored.info.grid_mpp, settings.export),
         )
 
     def make_mask(self) -> None:
@@ -176,6 +179,7 @@ class SlideRun(SourceRun):
         mask = ome_zarr.open_begun(store.finished_mask_path if is_moved else path)
         if mask is not None:
             damaged = store.damaged(self.blocks, mask)
+            damaged += [b for b in without_planes(plan, self.blocks) if b not in damaged]
             if damaged and is_moved:
                 with writing(path):
                     os.rename(store.finished_mask_path, path)
@@ -197,7 +201,11 @@ class SlideRun(SourceRun):
 
     def most_mask_files(self, plan: Plan) -> int:
         """See `SourceRun`."""
-        return ome_zarr.count_files(plan.mask_shape, self.settings.export.ngff)
+        ngff, planes = self.settings.export.ngff, 0
+        if plan.cell:
+            planes = (len(self.bundle.classes) - 1) * ome_zarr.count_files(plan.cells_shape, ngff)
+        # Those of probabilities have no labels, which are half of a mask's.
+        return ome_zarr.count_files(plan.mask_shape, ngff) + planes // 2
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""
@@ -215,6 +223,7 @@ class SlideRun(SourceRun):
                     sync(store.path)
         clock.lap("pyramid")
         slide, (y, x) = self.source, self.plan.mask_downsample
+        mask_mpp = (y * slide.mpp[1], x * slide.mpp[0])
         is_here = store.mask_path.is_dir()
         mask_path = store.mask_path if is_here else store.finished_mask_path
         self.result = SlideResult(
@@ -239,6 +248,14 @@ class SlideRun(SourceRun):
             downsample=(y, x),
             options=options,
             stored=self.stored,
+            write_probability=partial(
+                write_probability,
+                self.plan,
+                self.blocks,
+                self.bundle.classes[1:],
+                mask_mpp=mask_mpp,
+                ngff=options.ngff,
+            ),
         )
         return self.result
 

@@ -179,7 +179,8 @@ class RunStore:
     def remove_partials(self, process: str | None = None) -> None:
         """Remove what `this_process` has left half written; None = any, which needs a claim."""
         owner = "" if process is None else f".{process}"
-        for folder in (self.folder, self.path, self.path / "blocks", self.stage_path):
+        kept = self.path.glob("probability-*")
+        for folder in (self.folder, self.path, self.path / "blocks", self.stage_path, *kept):
             for kind in ("partial", "old"):
                 for path in folder.glob(f".*{owner}.{kind}"):
                     remove(path)

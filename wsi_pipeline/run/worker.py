@@ -24,11 +24,18 @@ from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import is_remote
 from wsi_pipeline.geometry import Block, Region, Shape, box_slices
-from wsi_pipeline.inference.blend import Windows, iter_blended_rows, iter_owned, iter_sampled_rows
+from wsi_pipeline.inference.blend import (
+    Means,
+    Windows,
+    iter_blended_rows,
+    iter_owned,
+    iter_sampled_rows,
+)
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.predictor import Predictor, use_one_core
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.probability import keep_planes
 from wsi_pipeline.run.store import hash_block, settle
 from wsi_pipeline.schedule.memory import map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
@@ -77,9 +84,13 @@ class BlockWorker:
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
         use_one_core()
-        plan, clock = self._plan, Clock()
+        plan, clock, means = self._plan, Clock(), None
         labels, features = list[torch.Tensor](), list[torch.Tensor]()
-        mask, probability, patches = self._predict(block, clock, labels, features)
+        if plan.cell:
+            means = Means(
+                *plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=self._classes - 1
+            )
+        mask, probability, patches = self._predict(block, clock, labels, features, means)
         if plan.is_mirrored:
             mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
@@ -91,6 +102,8 @@ class BlockWorker:
         with writing(plan.store.mask_path):
             write_block(self._mask, block, mask)
             chunks = settle(self._mask, block)
+        if means is not None:
+            keep_planes(plan, block, self._in_roi(means.as_bytes(), block))
         clock.lap("write")
         self._check_source()
         counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
@@ -131,7 +144,12 @@ class BlockWorker:
             self._stamp = stamp
 
     def _predict(
-        self, block: Block, clock: Clock, labels: list[torch.Tensor], features: list[torch.Tensor]
+        self,
+        block: Block,
+        clock: Clock,
+        labels: list[torch.Tensor],
+        features: list[torch.Tensor],
+        means: Means | None,
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, npt.NDArray[np.int64]]:
         """Return class and probability of a block's mask pixels, and the patches it took."""
         wanted = self._plan.patches(block)
@@ -149,7 +167,7 @@ class BlockWorker:
                 features=features,
             )
             placed = self._placed(wanted, claim, fresh)
-            mask, probability = self._classify(self._pieces(placed, block), block)
+            mask, probability = self._classify(self._pieces(placed, block, means), block)
             clock.lap("predict")
         return mask, probability, claim.mine
 
@@ -171,13 +189,17 @@ class BlockWorker:
         return self._pixels.read(tuple(low.tolist()), tuple((high - low).tolist())), low
 
     def _pieces(
-        self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block
+        self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block, means: Means | None
     ) -> Iterator[tuple[Shape, torch.Tensor]]:
         """Yield the first pixel and the probabilities (C, *part) of parts of a block's mask."""
         plan, seen = self._plan, self._plan.seen(block)
         start, stop = plan.box(block)
-        if self._windows.exclusive and all(r == 1.0 for r in plan.ratio):
+        # Cells may reach beyond the block's own pixels.
+        is_own = (start, stop) == (seen.start, seen.stop)
+        if self._windows.exclusive and is_own and all(r == 1.0 for r in plan.ratio):
             for first, part in iter_owned(predictions, start, stop, windows=self._windows):
+                if means:
+                    means.add(first, part)
                 yield tuple(a - low for a, low in zip(first, start, strict=True)), part
             return
         bands = iter_blended_rows(
@@ -189,6 +211,8 @@ class BlockWorker:
             channels=self._predictor.channels,
             device=self._predictor.device,
         )
+        if means:
+            bands = _added(bands, start[1:], means)
         rows = iter_sampled_rows(
             bands,
             start[1:],
@@ -199,6 +223,17 @@ class BlockWorker:
         )
         for row, sampled in rows:
             yield (row, *(0 for _ in start[1:])), sampled
+
+    def _in_roi(self, planes: npt.NDArray[np.uint8], block: Block) -> npt.NDArray[np.uint8]:
+        """Return a block's planes, 0 where no pixel of the ROI depends on them."""
+        if self._roi is None:
+            return planes
+        step = tuple(d * self._plan.cell for d in self._plan.downsample)
+        (y, x), _ = self._plan.cells(block)
+        # A mask pixel is interpolated between the centres of four cells.
+        reach = [polygon.buffer(1.5 * max(step)) for polygon in self._roi]
+        origin, fine = (y * step[0], x * step[1]), (step[0], step[1])
+        return planes * rasterise(reach, planes.shape[1:], origin=origin, downsample=fine)
 
     @torch.inference_mode()
     def _classify(
@@ -242,6 +277,15 @@ class BlockWorker:
             if len(parts):
                 found.append(region)
         return found
+
+
+def _added(
+    bands: Iterator[tuple[int, torch.Tensor]], left: Shape, means: Means
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield bands of probabilities that are added to means on their way."""
+    for row, band in bands:
+        means.add((row, *left), band)
+        yield row, band
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -1,0 +1,341 @@
+"""The probabilities of a slide's classes as OME-Zarr: kept by blocks, put together, read again.
+
+A cell is what one value is of: a grid pixel of the model, or a square of them. Borders of blocks
+are mask pixels, and so hardly ever borders of cells or chunks: each block keeps the cells that are
+its alone in a file beside the ledger, and the OME-Zarr is written from those once all blocks are
+done. So no chunk has two writers, and a block that is done again replaces its own values alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import numpy.typing as npt
+import zarr
+
+from wsi_pipeline.bundle import ClassInfo
+from wsi_pipeline.errors import StoreError
+from wsi_pipeline.export import level_shapes, ome_zarr
+from wsi_pipeline.files.arrays import Array, trusted
+from wsi_pipeline.files.atomic import remove, written_beside
+from wsi_pipeline.files.locks import writing
+from wsi_pipeline.files.ngff import MASK, first_scale
+from wsi_pipeline.files.threads import map_in_threads
+from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks, sample_positions
+from wsi_pipeline.options import ExportOptions, Ngff
+from wsi_pipeline.report.record import FILES
+from wsi_pipeline.run.plan import Plan
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+NAME = FILES["probability"]
+STRIP = 256
+"""Mask rows that are sampled at a time."""
+
+
+def cell_of(grid_mpp: float, export: ExportOptions) -> int:
+    """Return the side of a cell in grid pixels, 0 where probabilities are not wanted.
+
+    Example:
+        >>> cell_of(0.5, ExportOptions(outputs=("probability",), probability_mpp=1.2))
+        2
+    """
+    if "probability" not in export.outputs:
+        return 0
+    return max(1, round((export.probability_mpp or grid_mpp) / grid_mpp))
+
+
+def keep_planes(plan: Plan, block: Block, planes: Bytes) -> None:
+    """Write down the probabilities of a block's cells, (c, y, x), before the ledger has it."""
+    path = _kept_path(plan, block)
+    packed = [imagecodecs.zstd_encode(plane.tobytes(), 1) for plane in planes]
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        with written_beside(path) as partial, partial.open("wb") as file:
+            np.savez(file, *(np.frombuffer(plane, np.uint8) for plane in packed))
+
+
+def _kept_path(plan: Plan, block: Block) -> Path:
+    return plan.store.path / f"probability-{plan.cell}" / f"{block.name}.npz"
+
+
+def _kept_plane(plan: Plan, block: Block, channel: int) -> Bytes:
+    """Return one of the planes that `keep_planes` was given."""
+    (start, stop), path = plan.cells(block), _kept_path(plan, block)
+    shape = (stop[0] - start[0], stop[1] - start[1])
+    try:
+        with np.load(path, allow_pickle=False) as packed:
+            found = imagecodecs.zstd_decode(packed[f"arr_{channel}"], out=shape[0] * shape[1])
+        return np.frombuffer(found, np.uint8).reshape(shape)
+    # What is damaged may raise anything.
+    except Exception as error:
+        raise StoreError(
+            f"{path} is damaged ({error}); segment the slide again, which does this block anew"
+        ) from error
+
+
+def without_planes(plan: Plan, blocks: Sequence[Block]) -> list[Block]:
+    """Return the blocks in the ledger of which the disk does not hold the probabilities."""
+    if not plan.cell or _is_whole(plan):
+        return []
+
+    def is_sound(block: Block) -> bool:
+        try:
+            with zipfile.ZipFile(_kept_path(plan, block)) as file:
+                return file.testzip() is None
+        except (OSError, zipfile.BadZipFile, zlib.error):
+            return False
+
+    pending = set(plan.store.pending(blocks))
+    held = [block for block in blocks if block not in pending]
+    sound = map_in_threads(is_sound, held)
+    return [block for block, good in zip(held, sound, strict=True) if not good]
+
+
+def _digest_path(plan: Plan) -> Path:
+    return plan.store.path / f"probability-{plan.cell}.sha256"
+
+
+def _digest(folder: Path) -> str:
+    """Return a digest of a folder with all its files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\n".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _is_whole(plan: Plan) -> bool:
+    """Return whether the finished OME-Zarr is there as it was written."""
+    noted = _digest_path(plan)
+    return noted.is_file() and noted.read_text("utf-8") == _digest(plan.store.folder / NAME)
+
+
+def write_probability(
+    plan: Plan,
+    blocks: Sequence[Block],
+    classes: Sequence[ClassInfo],
+    *,
+    mask_mpp: tuple[float, float],
+    ngff: Ngff,
+) -> None:
+    """Put together what blocks have kept, unless that was done before; return nothing.
+
+    Memory is bounded by a file of the array for each thread.
+
+    Args:
+        blocks: all that may hold anything.
+        classes: all but the background.
+        mask_mpp: size (y, x) of a mask pixel in µm.
+    """
+    target = plan.store.folder / NAME
+    if not _is_whole(plan):
+        with writing(target), written_beside(target) as folder:
+            array = _create(folder, plan, classes, mask_mpp, ngff)
+            _assemble(array, plan, blocks)
+            for level in range(1, len(level_shapes(plan.cells_shape))):
+                _reduce(folder, level)
+        with written_beside(_digest_path(plan)) as partial:
+            partial.write_text(_digest(target), "utf-8")
+    for path in plan.store.path.glob("probability-*"):
+        if path != _digest_path(plan):
+            remove(path)
+
+
+def _create(
+    folder: Path,
+    plan: Plan,
+    classes: Sequence[ClassInfo],
+    mask_mpp: tuple[float, float],
+    ngff: Ngff,
+) -> Array:
+    """Create the OME-Zarr with all its levels, nothing but 0; return level 0."""
+    group = zarr.open_group(folder, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
+    ratio = [r / plan.cell for r in plan.ratio]
+    shapes = level_shapes(plan.cells_shape)
+    datasets = []
+    for level in range(len(shapes)):
+        scale = [m / r * 2**level for m, r in zip(mask_mpp, ratio, strict=True)]
+        # Viewers take places for those of pixels' centres: what is coarser begins later.
+        shift = [(s - m) / 2 for s, m in zip(scale, mask_mpp, strict=True)]
+        transforms = [
+            {"type": "scale", "scale": [1.0, *scale]},
+            {"type": "translation", "translation": [0.0, *shift]},
+        ]
+        datasets.append({"path": str(level), "coordinateTransformations": transforms})
+    space = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in ome_zarr.AXES]
+    multiscale = {
+        "name": "probability",
+        "axes": [{"name": "c", "type": "channel"}, *space],
+        "datasets": datasets,
+        "type": "mean",
+    }
+    window = {"min": 0.0, "max": 255.0, "start": 0.0, "end": 255.0}
+    channels = [ome_zarr.channel(c.name, c, active=True) | {"window": window} for c in classes]
+    attributes = ome_zarr.attributes_of(group, multiscale, omero={"channels": channels})
+    told = {"probabilities": [c.name for c in classes], "ratio": ratio}
+    group.attrs.put(attributes | {MASK: told})
+    levels = [
+        ome_zarr.create_level(group, i, (len(classes), *shape)) for i, shape in enumerate(shapes)
+    ]
+    return levels[0]
+
+
+def _assemble(array: Array, plan: Plan, blocks: Sequence[Block]) -> None:
+    """Write level 0, whole files of it in threads."""
+    unit = array.shards or array.chunks
+    touching: dict[Shape, list[tuple[Block, Shape, Shape]]] = {}
+    for block in blocks:
+        start, stop = plan.cells(block)
+        spans = [range(a // n, -(-b // n)) for a, b, n in zip(start, stop, unit[1:], strict=True)]
+        for index in ((y, x) for y in spans[0] for x in spans[1]):
+            touching.setdefault(index, []).append((block, start, stop))
+
+    def assemble(part: Block) -> None:
+        pixels = np.zeros(part.shape, np.uint8)
+        for block, start, stop in touching.get(part.index[1:], ()):
+            low = [max(a, b) for a, b in zip(start, part.start[1:], strict=True)]
+            size = [min(a, b) - c for a, b, c in zip(stop, part.stop[1:], low, strict=True)]
+            here, there = (
+                box_slices([a - b for a, b in zip(low, corner, strict=True)], size)
+                for corner in (start, part.start[1:])
+            )
+            pixels[0][there] = _kept_plane(plan, block, part.start[0])[here]
+        ome_zarr.write_block(array, part, pixels)
+
+    for _ in map_in_threads(assemble, iter_blocks(array.shape, unit)):
+        pass
+
+
+def _reduce(folder: Path, level: int) -> None:
+    """Write a reduced level: the mean of four pixels, of fewer at the edge."""
+    below, array = (ome_zarr.open_mask(folder, level=i) for i in (level - 1, level))
+
+    def reduce(part: Block) -> None:
+        start, stop = ((at[0], *(2 * n for n in at[1:])) for at in (part.start, part.stop))
+        stop = tuple(map(min, stop, below.shape))
+        source = Block(index=part.index, start=start, stop=stop)
+        if ome_zarr.is_empty(below, source):
+            return
+        pixels: Bytes = np.asarray(below[source.slices])
+        odd = [(0, 0), *((0, n % 2) for n in pixels.shape[1:])]
+        pixels = np.pad(pixels, odd, mode="edge")
+        top, bottom = (
+            pixels[:, y::2, ::2].astype(np.uint16) + pixels[:, y::2, 1::2] for y in (0, 1)
+        )
+        ome_zarr.write_block(array, part, ((top + bottom + 2) // 4).astype(np.uint8))
+
+    # Of shards each takes a hundred megabytes.
+    threads = 2 if array.shards else None
+    for _ in map_in_threads(
+        reduce, iter_blocks(array.shape, array.shards or array.chunks), threads=threads
+    ):
+        pass
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Probability:
+    """The probabilities of a run's classes.
+
+    Attributes:
+        levels: zarr arrays, uint8 (c, y, x), in 1/255; each half as fine as the one before.
+        classes: names of the channels: all classes but the background.
+        ratio: pixels of level 0 per mask pixel, (y, x).
+        mpp: µm per pixel of level 0, (y, x).
+    """
+
+    levels: list[Array]
+    classes: list[str]
+    ratio: tuple[float, float]
+    mpp: tuple[float, float]
+
+    def box(self, start: Shape, stop: Shape) -> tuple[Shape, Shape]:
+        """Return which pixels [start, stop) of level 0 tell of a box of mask pixels."""
+        low, high = [], []
+        axes = zip(start, stop, self.ratio, self.levels[0].shape[1:], strict=True)
+        for a, b, ratio, length in axes:
+            floor, fraction = sample_positions(a, b, ratio=ratio, length=length)
+            low.append(int(floor[0]))
+            high.append(int((floor + (fraction > 0))[-1]) + 1)
+        return tuple(low), tuple(high)
+
+    def iter_rows(self, start: Shape, stop: Shape) -> Iterator[tuple[int, Floats]]:
+        """Interpolate at mask pixels as `segment` does; yield row and (c, rows, x), from the top.
+
+        Rows count from `start`. Values are in [0, 1].
+        """
+        low, high = self.box(start, stop)
+        planes = np.asarray(self.levels[0][:, low[0] : high[0], low[1] : high[1]])
+        (y, fy), (x, fx) = (
+            sample_positions(a, b, ratio=r, length=n)
+            for a, b, r, n in zip(start, stop, self.ratio, self.levels[0].shape[1:], strict=True)
+        )
+        y, x = y - low[0], x - low[1]
+        for row in range(0, len(y), STRIP):
+            own, share = y[row : row + STRIP], fy[row : row + STRIP, None]
+            below = own + (share[:, 0] > 0)
+            top, bottom = own[0], below[-1] + 1
+            held = planes[:, top:bottom].astype(np.float32) / np.float32(255)
+            lines = _between(held, 1, own - top, below - top, share)
+            yield row, _between(lines, 2, x, x + (fx > 0), fx)
+
+    def read(self, start: Shape, stop: Shape) -> Floats:
+        """Return the probabilities (c, y, x), in [0, 1], at a box of mask pixels.
+
+        Args:
+            start: first mask pixel, (y, x).
+            stop: one past the last.
+        """
+        return np.concatenate([rows for _, rows in self.iter_rows(start, stop)], axis=1)
+
+
+def _between(
+    field: Floats, axis: int, low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], share: Floats
+) -> Floats:
+    """Interpolate between neighbours along an axis, step by step as `iter_sampled_rows` does."""
+    lower = field.take(low, axis)
+    between: Floats = field.take(high, axis)
+    between -= lower
+    between *= share
+    between += lower
+    return between
+
+
+def open_probability(folder: Path) -> Probability:
+    """Open the probabilities in a run's folder; return them.
+
+    Raises:
+        StoreError: it has none, or they are damaged.
+    """
+    path = folder / NAME
+    if not path.is_dir():
+        raise StoreError(
+            f"{folder} has no {NAME}; segment the slide again, with probability as an output"
+        )
+    try:
+        attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
+        told = attributes[MASK]
+        classes, (ratio_y, ratio_x) = list(map(str, told["probabilities"])), told["ratio"]
+        first = trusted(zarr.open_array(path / "0", mode="r"))
+        count, *shape = first.shape
+        shapes = level_shapes(tuple(shape))
+        rest = [trusted(zarr.open_array(path / str(i), mode="r")) for i in range(1, len(shapes))]
+        if [level.shape for level in (first, *rest)] != [(len(classes), *s) for s in shapes]:
+            raise ValueError(f"levels of other shapes than {count} classes have")
+        _, y, x = first_scale(attributes)
+        return Probability(
+            levels=[first, *rest],
+            classes=classes,
+            ratio=(float(ratio_y), float(ratio_x)),
+            mpp=(float(y), float(x)),
+        )
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise StoreError(f"{path} is damaged ({error}); segment the slide again") from error
