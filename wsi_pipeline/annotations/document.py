@@ -64,6 +64,7 @@ def parse_document(raw: bytes) -> Document:
         raise AnnotationError(
             "A zip archive must be unpacked first: QuPath loses its bad entries without a word."
         )
+    # What a bomb holds is known only once it is unpacked: room is given by its own size.
     data, room = raw, LEAST_ROOM + MOST_PACKED * len(raw)
     if raw.startswith(GZIP_MAGIC):
         try:

@@ -70,6 +70,7 @@ def build_polygons(geometry: object) -> list[Polygon]:
     polygons = []
     for part in parts:
         rings = [positions(ring) for ring in _list(part, "Polygon")]
+        # Fewer positions have no area, whatever else is there.
         if rings and len(rings[0]) >= 3:
             polygons.append(Polygon(rings[0], [hole for hole in rings[1:] if len(hole) >= 3]))
     return [polygon for polygon in polygons if not polygon.is_empty]

@@ -128,6 +128,7 @@ class AreaReader:
         mask = np.full((height, width), self._outside, np.uint8)
         if seen:
             transform = rasterio.Affine(fx, 0.0, x, 0.0, fy, y)
+            # What comes later in the list lies on top.
             rasterio.features.rasterize(seen, out=mask, transform=transform)
         for polygons, is_judged in ((self._areas.regions, True), (self._areas.ignored, False)):
             if polygons:

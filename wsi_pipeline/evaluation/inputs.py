@@ -144,6 +144,7 @@ def place(mask: MaskFile, slide: SlideFrame, frame: Frame) -> Placement:
             (full / (length + 1), full / (length - 1) if length > 1 else math.inf)
             for full, length in ((full_height, height), (full_width, width))
         ]
+        # µm first: they tell of a mask that was reduced differently along both axes.
         if mask.mpp and slide.mpp:
             told = mask.mpp[1] / slide.mpp[1], mask.mpp[0] / slide.mpp[0]
             if all(low < f < high for f, (low, high) in zip(told, spans, strict=True)):
@@ -225,6 +226,7 @@ def open_side(
     elif path.suffix.lower() in MASK_SUFFIXES:
         mask = open_picture(path, closing)
     elif is_dicom(path):
+        # Of a planar image: those of volumes are known before they come here.
         labels = open_labels(path)
         mask = MaskFile(path=path, pixels=labels.codes[0], values=labels.values)
     else:
@@ -304,6 +306,7 @@ def settle_slide(
         return SlideFrame(size=size)
     masks = [side.content for side in sides if isinstance(side.content, MaskFile)]
     if len(masks) == 2:
+        # Nothing else being known, the finer one stands for the slide.
         finest = max(masks, key=lambda mask: mask.pixels.shape)
         return SlideFrame(size=finest.pixels.shape[::-1], mpp=finest.mpp)
     if masks:

@@ -40,6 +40,7 @@ def pair_up(
     prediction, truth = Path(prediction), Path(truth)
     slides: dict[str, Path] = {}
     if slide:
+        # No folder of runs is to be left out of the search.
         output = Path(slide) / "none"
         slides = {
             _stem(path): path for path in find_slides(Path(slide), output=output, linked=True)

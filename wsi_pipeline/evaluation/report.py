@@ -91,6 +91,7 @@ def _scores(found: Sequence[Comparison]) -> dict[str, Any]:
             row |= {} if "ml" in sizes else {f"{side}_mm2": None}
             row |= {f"{side}_{u}": float(n.sum(axis)[i]) for u, n in sizes.items() if u != "px"}
         distances = np.array([c.surfaces[name] for c in found if c.surfaces], float).reshape(-1, 2)
+        # Where a side is empty there is no distance, and none is made up for the mean.
         known = distances[~np.isnan(distances).any(1)]
         means = known.mean(0) if len(known) else (math.nan, math.nan)
         for key, value in zip(("hd95", "average_distance"), means, strict=True):
@@ -129,6 +130,7 @@ def write_evaluation(
     folder = Path(folder)
     make_folder(folder)
     buffer = io.StringIO(newline="")
+    # Rows hold more than the table has columns for, as intervals.
     table = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", restval="")
     table.writeheader()
     table.writerows(as_rows(described))

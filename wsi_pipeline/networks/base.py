@@ -42,6 +42,7 @@ class SegmentationNetwork(nn.Module):
         Raises:
             ValueError: other axes, channels, or a side that is no multiple of `size_multiple`.
         """
+        # PyTorch would fail somewhere inside, where the first skip does not fit.
         name, multiple = type(self).__name__, self.size_multiple
         if x.ndim != self.ndim + 2 or x.shape[1] != self.channels:
             axes = "N, C, D, H, W" if self.ndim == 3 else "N, C, H, W"
@@ -67,6 +68,7 @@ def conv_norm(
     activation: type[nn.ReLU | nn.ReLU6] = nn.ReLU,
 ) -> list[nn.Module]:
     """Return a convolution that keeps the size at stride 1, its batch norm and its activation."""
+    # Usually without a bias, which the norm behind would take away again.
     conv, norm = ((nn.Conv2d, nn.BatchNorm2d), (nn.Conv3d, nn.BatchNorm3d))[ndim - 2]
     padding = dilation * (kernel // 2)
     return [

@@ -63,6 +63,7 @@ def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Tr
     if isinstance(module, SegmentationNetwork):
         seconds_folded, folded = _timed(for_inference(module), patches, bundle)
         difference = largest_difference(answer, folded)
+        # Not by >, which NaN would pass.
         if not difference <= TOLERANCE:
             raise BundleError(
                 f"{bundle.name}: the inference form differs from the network by {difference:.1e} "
@@ -90,6 +91,7 @@ def with_patch_size(bundle: Bundle, patch_size: Sequence[int]) -> Bundle:
     sizes = tuple(patch_size) * (axes if len(patch_size) == 1 else 1)
     if len(sizes) != axes:
         raise BundleError(f"{bundle.name}: {len(sizes)} sizes for patches of {axes} axes")
+    # The bundle's overlap may be no longer below the patch, and one patch has none.
     return replace(
         bundle, input=structs.replace(bundle.input, patch_size=sizes, overlap=(0,) * axes)
     )
@@ -98,6 +100,7 @@ def with_patch_size(bundle: Bundle, patch_size: Sequence[int]) -> Bundle:
 def random_patches(bundle: Bundle, count: int) -> Tensor:
     """Return patches of noise, normalised as the bundle says, (N, channels, *patch) float32."""
     spec = bundle.input
+    # The same noise each time, so that what fails can be looked at again.
     pixels = torch.rand(
         count, spec.channels, *spec.patch_size, generator=torch.Generator().manual_seed(0)
     )

@@ -225,6 +225,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ['weight']
     """
     state = dict(state)
+    # Wrappers stand in each other, as data parallelism around what is compiled.
     while all("." in n for n in state) and len({n.partition(".")[0] for n in state}) == 1:
         state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     return state
@@ -274,6 +275,7 @@ def _encoder_of(state: Mapping[str, Tensor]) -> EncoderKind | None:
     """Return the encoder that the tensors are, and nothing else; None where they are not."""
     for kind in ENCODERS:
         with torch.device("meta"):
+            # Shapes are all that is asked for: on meta they take neither time nor memory.
             expected = _shapes(kind.make().state_dict())
         if _shapes(_encoder_state(state, kind)) == expected:
             return kind

@@ -65,5 +65,6 @@ def _static_batch(program: ExportedProgram) -> int | None:
     ]
     if len(inputs) != 1:
         raise BundleError(f"an exported program takes one input, this one takes {len(inputs)}")
+    # It is a symbol where the batch may be of any size.
     first = inputs[0].shape[0]
     return first if isinstance(first, int) else None

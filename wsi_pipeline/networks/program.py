@@ -76,6 +76,7 @@ def export_onnx(
     program.model.metadata_props[MODEL_TOML] = bundle_toml(bundle, weights=None)
     try:
         with claimed(path), written_beside(path) as partial:
+            # One file whatever its size: weights that lie beside get lost on the way.
             program.save(partial, external_data=False)
             return _checked(bundle, network, _onnx_runner(partial, names), batch_size)
     except OSError as error:
@@ -110,6 +111,7 @@ def export_torch(
             loaded = torch.export.load(partial / PROGRAM).module()
         (partial / MODEL_TOML).write_text(bundle_toml(exported, weights=PROGRAM), "utf-8")
         (partial / CARD).write_text(f"{told}{note}`{bundle.weights_sha256}`.\n", "utf-8")
+        # What was saved is checked, before the folder appears.
         return _checked(bundle, network, lambda patches: run(loaded, patches), batch_size)
 
 

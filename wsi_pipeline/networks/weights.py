@@ -133,6 +133,7 @@ def _check_archive(path: Path, data: bytes) -> None:
             f"cannot read weights from {path}: it is a program; a model.toml names it with "
             'network = "torchscript" or "exported"'
         )
+    # torch.save packs nothing: what grows on reading is not its own.
     if sum(entry.file_size for entry in entries) > len(data):
         raise BundleError(f"cannot read weights from {path}: it would unpack to more than it is")
 
@@ -146,6 +147,7 @@ def _states(value: object, name: str = "", *, depth: int = 3) -> dict[str, Mappi
     if all(isinstance(inner, Tensor) for inner in value.values()):
         return {name: value}
     found: dict[str, Mapping[str, Tensor]] = {}
+    # People save weights in dicts of dicts, beside optimisers and settings.
     for key, inner in value.items():
         found |= _states(inner, f"{name}.{key}" if name else key, depth=depth - 1)
     return found
@@ -157,6 +159,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _is_optional(name: str, unused: Collection[str]) -> bool:
+    # Prediction has no use for counts of batches, and old checkpoints have none.
     return name.endswith("num_batches_tracked") or name.startswith(tuple(unused))
 
 

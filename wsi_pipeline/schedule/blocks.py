@@ -45,6 +45,7 @@ def _room(in_flight: int, most: int, max_ram: int | None) -> int:
         return most - in_flight
     if in_flight:
         return 0
+    # One at a time may still fit, and more room will not come by waiting.
     if used < max_ram:
         return 1
     raise WsiPipelineError(

@@ -129,6 +129,7 @@ def _start_threads(options: ScheduleOptions) -> LocalCluster:
     return LocalCluster(
         n_workers=options.workers,
         threads_per_worker=options.blocks_in_hand,
+        # Most of the work lets go of Python's lock, and threads share what a worker keeps.
         processes=False,
         # or dask listens on all addresses, at a fixed port
         dashboard_address="127.0.0.1:0",
@@ -158,6 +159,7 @@ def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
                 "options": {
                     "host": "127.0.0.1",
                     "nthreads": options.blocks_in_hand,
+                    # Dask would pause or end workers by a reckoning of its own.
                     "memory_limit": 0,
                     "dashboard_address": "127.0.0.1:0",
                     "env": {"CUDA_VISIBLE_DEVICES": name},

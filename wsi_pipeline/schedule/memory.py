@@ -54,6 +54,7 @@ def used_memory() -> int:
 def free_memory() -> int:
     """Return the bytes that this process can have besides, in its container or job if in one."""
     limit = min(MEMORY_LIMIT, memory_limit_of_job())
+    # What a job's control group allows is less than what the machine has.
     return min(int(psutil.virtual_memory().available), limit - used_memory())
 
 
