@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import itertools
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 MANY_RUNS = 200
 """Above this number of runs the report's pictures are half as wide, so that it still opens."""
+BARS = 20
+"""Of a histogram."""
 SHARED = ("model", "settings", "versions")
 """What of a run is usually the same for all slides and then told once."""
 LINKED_FILES = (*(name for name in OUTPUT_FILES if not name.endswith(".zarr")), RUN_FILE)
@@ -41,6 +45,33 @@ class Column(NamedTuple):
     unit: str
     total: float
     largest: float
+
+
+class Bar(NamedTuple):
+    """Part of a histogram; its height is a share of the highest."""
+
+    height: float
+    title: str
+
+
+class Histogram(NamedTuple):
+    """How much there is of a class, over all runs.
+
+    Attributes:
+        unit: Of all figures.
+        most: Where the last bar ends.
+        low: Of which 5 % of the runs have less.
+        high: Of which 5 % have more.
+    """
+
+    name: str
+    unit: str
+    runs: int
+    most: float
+    low: float
+    median: float
+    high: float
+    bars: list[Bar]
 
 
 class Card(NamedTuple):
@@ -108,12 +139,16 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         "duration": _duration,
         "share": lambda part, whole: f"{100 * part / whole:.1f} %" if whole > 0 else "–",
     }
+    script = environment.get_template("sort.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    tables = {"summary.csv": "the figures as a table", "cohort.csv": "how they are spread"}
+    columns = _columns(runs.values())
     # what could not be opened may be anything
     kinds = {run.kind for run in runs.values() if "size" in run.slide}
     slides = any(run.kind == "slide" for folder, run in runs.items() if folder in shown)
     page = environment.get_template("page.html.j2").render(
         written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        summary="summary.csv" if (output_dir / "summary.csv").exists() else "",
+        tables={name: text for name, text in tables.items() if (output_dir / name).exists()},
         kind=kinds.pop() if len(kinds) == 1 else "file",
         done=sum(run.status == "done" for run in runs.values()),
         runs=len(runs),
@@ -123,7 +158,10 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
             if "limits" in run.model
         ),
         tissue=math.fsum(run.tissue_mm2 for run in runs.values()) if slides else None,
-        columns=_columns(runs.values()),
+        columns=columns,
+        spreads=_histograms(columns, [run for run in runs.values() if run.status == "done"]),
+        script=script,
+        script_hash=f"sha256-{digest}",
         colors=colors,
         labels=list(dict.fromkeys(label for run in runs.values() for label in run.labels)),
         failed=[card for card in cards if card.run.status == "failed"],
@@ -149,6 +187,26 @@ def _columns(runs: Iterable[Run]) -> list[Column]:
         for unit, found in amounts.items()
         for name in dict.fromkeys(name for name, _ in found)
     ]
+
+
+def _histograms(columns: Iterable[Column], runs: Sequence[Run]) -> list[Histogram]:
+    """Return a histogram of each class that several runs have, of slides in % of the tissue."""
+    found = []
+    for name, unit, *_ in columns:
+        known = [run for run in runs if run.unit == unit and name in run.amounts]
+        values, shown = np.array([run.amounts[name] for run in known]), unit
+        if all(run.kind == "slide" and run.tissue_mm2 > 0 for run in known):
+            values, shown = 100 * values / [run.tissue_mm2 for run in known], "% of tissue"
+        if len(known) > 1 and values.max() > 0:
+            counts, edges = np.histogram(values, BARS, (0, values.max()))
+            bars = [
+                Bar(n / counts.max(), f"{_amount(a)} to {_amount(b)} {shown}: {n}")
+                for n, a, b in zip(counts.tolist(), edges, edges[1:], strict=False)
+            ]
+            low, median, high = np.percentile(values, (5, 50, 95)).tolist()
+            most = float(values.max())
+            found.append(Histogram(name, shown, len(known), most, low, median, high, bars))
+    return found
 
 
 def _facts(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -197,7 +197,7 @@ def write_run_json(path: Path, run: Run) -> None:
     """Write a run as strict JSON; the file appears when it is complete."""
     facts = {k: v for k, v in asdict(run).items() if v not in ({}, None) or k not in NOT_OF_ALL}
     text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-    _write_text(path, text + "\n")
+    write_text(path, text + "\n")
 
 
 def load_run(path: str | Path) -> Run:
@@ -244,7 +244,8 @@ def find_runs(output_dir: Path) -> dict[Path, Run]:
     return runs
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a text; the file appears when it is complete."""
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
     write_whole(path, text.encode("utf-8", "backslashreplace"))
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wsi_pipeline.files.tables import as_csv
-from wsi_pipeline.report.record import Run, _write_text
+from wsi_pipeline.report.record import Run, write_text
 
 
 def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
     """Write `summary.csv`, a row for each run."""
     names = list(dict.fromkeys(itertools.chain.from_iterable(r.area_mm2 for r in runs.values())))
-    more = list(dict.fromkeys(itertools.chain.from_iterable(map(_more_columns, runs.values()))))
+    more = list(dict.fromkeys(itertools.chain.from_iterable(map(more_columns, runs.values()))))
     rows: list[Sequence[object]] = [
         [
             *("folder", "slide", "status", "reason", "width_px", "height_px", "mpp_x", "mpp_y"),
@@ -25,7 +25,7 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         ]
     ]
     for folder, run in runs.items():
-        done, own = run.status == "done", _more_columns(run)
+        done, own = run.status == "done", more_columns(run)
         # numbers that a failed run lacks are empty
         rows.append(
             [
@@ -42,10 +42,10 @@ def write_summary(output_dir: Path, runs: Mapping[Path, Run]) -> None:
                 *(own.get(name, "") for name in more),
             ]
         )
-    _write_text(output_dir / "summary.csv", as_csv(rows))
+    write_text(output_dir / "summary.csv", as_csv(rows))
 
 
-def _more_columns(run: Run) -> dict[str, str | float]:
+def more_columns(run: Run) -> dict[str, str | float]:
     """Return what a row has behind the columns that all tables have, by its column."""
     found: dict[str, str | float] = {
         "model": run.model.get("name", ""),

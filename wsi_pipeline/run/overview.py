@@ -1,4 +1,4 @@
-"""`summary.csv` and `report.html` of an output folder, written again and again as runs end."""
+"""Summary, cohort and report of an output folder, written again and again as runs end."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.files.atomic import sweep
 from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.remote import fetch, write_whole
+from wsi_pipeline.report.cohort import write_cohort
 from wsi_pipeline.report.page import LINKED_FILES, write_report
 from wsi_pipeline.report.record import RUN_FILE, Run, find_runs
 from wsi_pipeline.report.summary import write_summary
 
 logger = logging.getLogger(__name__)
 
+FILES_OF_ALL = ("summary.csv", "cohort.csv", "report.html")
+"""What is written of all runs together."""
 COPIES = ".report"
 """In the work folder of a URL: copies of what summary and report are written from."""
 TIME_SHARE = 0.02
@@ -89,17 +92,18 @@ class Overview:
         changed = True
         while changed:
             self._write(copies)
-            for name in ("summary.csv", "report.html"):
+            for name in FILES_OF_ALL:
                 write_whole(target / name, (copies / name).read_bytes())
             # Other machines are not locked out: the last to write has seen the runs of all.
             changed = look()
 
     def _write(self, folder: Path) -> None:
-        for name in ("summary.csv", "report.html"):
+        for name in FILES_OF_ALL:
             # Processes that were killed may have left halves of it.
             sweep(folder / name)
         failed = {folder / path.name: run for path, run in self._failed.items()}
         # Slides that earlier calls or other shards have done belong to the picture, too.
         every = find_runs(folder) | failed
         write_summary(folder, every)
+        write_cohort(folder, every.values())
         write_report(folder, every)
