@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,10 @@ from msgspec import structs
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Confusion
-from wsi_pipeline.files.atomic import remove, written_beside
-from wsi_pipeline.files.locks import claim_folder, writing
+from wsi_pipeline.files.atomic import remove
+from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.records import read_json
+from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
@@ -179,8 +180,7 @@ def _held_out(
         }
         for patient, found in scores.items()
     }
-    with writing(path), written_beside(path) as partial:
-        partial.write_text(json.dumps(held), "utf-8")
+    write_whole(path, json.dumps(held).encode())
     return scores
 
 
@@ -253,24 +253,21 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
 def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
     """Make the folder ready for the training of a key, emptied if that is asked for."""
     path = folder / "key.json"
-    found: Mapping[str, str] = {}
-    if path.exists():
-        try:
-            found = converted(read_json(path), dict[str, str])
-        except (OSError, ValueError) as error:
-            if not overwrite:
-                raise RecipeError(f"{path} is damaged ({error}); use --overwrite") from error
     if overwrite:
         for part in folder.iterdir():
             if part.is_dir():
                 shutil.rmtree(part)
-    elif found and found.get("key") != key:
-        raise RecipeError(
-            f"{folder.parent} holds a training by another recipe, or on other data; "
-            "choose another --output, or --overwrite"
-        )
-    with writing(path), written_beside(path) as partial:
-        partial.write_text(json.dumps({"key": key}), "utf-8")
+    elif path.exists():
+        try:
+            found = converted(read_json(path), dict[str, str])
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path} is damaged ({error}); use --overwrite") from error
+        if found and found.get("key") != key:
+            raise RecipeError(
+                f"{folder.parent} holds a training by another recipe, or on other data; "
+                "choose another --output, or --overwrite"
+            )
+    write_whole(path, json.dumps({"key": key}).encode())
 
 
 def _folder_name(name: str) -> str:
