@@ -160,7 +160,7 @@ def test_an_image_has_halves_and_a_volume_the_axes_of_its_scan(output, tmp_path)
         assert np.array_equal(run.mask, voxels)
         assert np.array_equal(run.mask[7], voxels[7])
         assert run.slide.shape == voxels.shape
-        with pytest.raises(StoreError, match=r"no annotations\.geojson; if a volume can have it"):
+        with pytest.raises(StoreError, match=r"no annotations\.geojson; if the volume can have it"):
             run.polygons()
     # corrected elsewhere, its axes in another order
     corrected = Path(shutil.copytree(output / "volume", tmp_path / "volume"))
@@ -188,10 +188,10 @@ def test_what_is_not_there_is_said(folder, output, tmp_path, slide_pixels, make_
     with pytest.raises(StoreError, match=r"no mask\.ome\.zarr"):
         _ = run.mask
     with pytest.raises(
-        StoreError, match=r"no annotations\.geojson; if a slide can have it, name it"
+        StoreError, match=r"no annotations\.geojson; if the slide can have it, name it"
     ):
         run.polygons()
-    with pytest.raises(StoreError, match=r"no overlay\.png; if a slide can have it"):
+    with pytest.raises(StoreError, match=r"no overlay\.png; if the slide can have it"):
         run.overlay()
     (folder / "overlay.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(StoreError, match="cannot be read as a picture"):
@@ -225,23 +225,42 @@ def test_regions_are_a_table_in_the_frame_and_words_of_polygons(tmp_path, output
 
 
 @pytest.mark.parametrize("name", ["plain", "bounded"])
+def test_probabilities_tell_the_mask(output, name):
+    run = open_run(output / name)
+    stored = zarr.open_group(output / name / "probability.ome.zarr", mode="r")["0"]
+    assert np.array_equal(run.probability, stored[:])
+    assert run.probability.shape == (2, 1487, 1931)
+    assert run.probability.mpp == pytest.approx((0.25, 0.25))
+    assert run.probability.classes == NAMES[1:]
+    of_classes = run.probability.read((100, 200), (700, 900))
+    every = np.concatenate([1 - of_classes.sum(0, keepdims=True), of_classes])
+    margin = np.diff(np.sort(every, axis=0)[-2:], axis=0)[0]
+    differs = every.argmax(0) != run.mask[100:700, 200:900]
+    assert (margin > 0.02).mean() > 0.9
+    assert margin[differs].max(initial=0) < 0.02
+    with pytest.raises(StoreError, match=r"no probability\.ome\.zarr; if the image can"):
+        _ = open_run(output / "image").probability
+
+
+@pytest.mark.parametrize("name", ["plain", "bounded"])
 def test_ome_zarr_py_sees_what_a_run_holds(output, name):
     run = open_run(output / name)
-    location = parse_url(output / name / "mask.ome.zarr")
-    image, _, labels = Reader(location)()
-    for node in (image, labels):
-        scales = node.metadata["coordinateTransformations"]
-        assert [d.shape for d in node.data] == [level.shape for level in run.mask.levels]
-        assert [[t["scale"] for t in of] for of in scales] == [
-            [[mpp * 2**n for mpp in run.mask.mpp]] for n in range(len(run.mask.levels))
-        ]
-        assert [(a["name"], a["unit"]) for a in node.metadata["axes"]] == [
+    image, _, labels = Reader(parse_url(output / name / "mask.ome.zarr"))()
+    (probability,) = Reader(parse_url(output / name / "probability.ome.zarr"))()
+    for node, layer in ((image, run.mask), (labels, run.mask), (probability, run.probability)):
+        scales = [of[0]["scale"][-2:] for of in node.metadata["coordinateTransformations"]]
+        assert scales == [[mpp * 2**n for mpp in layer.mpp] for n in range(len(layer.levels))]
+        assert [d.shape for d in node.data] == [level.shape for level in layer.levels]
+        assert [(a["name"], a["unit"]) for a in node.metadata["axes"][-2:]] == [
             ("y", "micrometer"), ("x", "micrometer"),
         ]  # fmt: skip
-        assert np.array_equal(np.asarray(node.data[0]), run.mask)
+        assert np.array_equal(np.asarray(node.data[0]), layer)
     assert [p["class"] for p in labels.metadata["properties"].values()] == NAMES
     colors = [np.multiply(c, 255).round().tolist() for c in labels.metadata["color"].values()]
     assert colors == [[*(c.color or (0, 0, 0)), 255 if c.color else 0] for c in run.classes]
+    assert probability.metadata["channel_names"] == NAMES[1:]
+    brightest = [np.multiply(c[1], 255).round().tolist() for c in probability.metadata["colormap"]]
+    assert brightest == [[*c.color] for c in run.classes[1:]]
 
 
 def test_all_runs_below_a_folder_come_in_order(output, tmp_path, caplog):

@@ -11,6 +11,7 @@ from .errors import WsiPipelineError as WsiPipelineError
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.within import Measured as Measured
 from .evaluation.within import measure as measure
+from .export import Layer as Layer
 from .geometry import PatchGrid as PatchGrid
 from .options import ExportOptions as ExportOptions
 from .options import PredictOptions as PredictOptions
@@ -28,9 +29,9 @@ from .run.jobs import find_slides as find_slides
 from .run.jobs import plan_jobs as plan_jobs
 from .run.main import segment as segment
 from .run.opened import FinishedRun as FinishedRun
-from .run.opened import Layer as Layer
 from .run.opened import open_run as open_run
 from .run.opened import open_runs as open_runs
+from .run.probability import Probability as Probability
 from .run.tile import tile as tile
 from .run.verify import verify as verify
 from .schedule.cluster import open_cluster as open_cluster

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from wsi_pipeline.geometry import Shape
 
@@ -19,6 +24,31 @@ class MaskLike(Protocol):
 
     def __getitem__(self, key: Any, /) -> Any:
         """Return the pixels of two slices with steps."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """Pixels of a run that know how large they are; slice it like an array.
+
+    Attributes:
+        levels: zarr or numpy arrays, the whole one first, each of which halves the one before.
+        mpp: µm per pixel of the first along its last axes, (y, x) or (z, y, x); None = it is not
+            known.
+    """
+
+    levels: Sequence[MaskLike]
+    mpp: tuple[float, ...] | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the whole."""
+        return self.levels[0].shape
+
+    def __getitem__(self, key: Any, /) -> Any:
+        return self.levels[0][key]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.asarray(self.levels[0][...], dtype)
 
 
 def level_shapes(shape: Shape) -> list[Shape]:

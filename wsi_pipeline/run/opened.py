@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import shapely
 from PIL import Image
 
@@ -20,10 +19,11 @@ from wsi_pipeline.annotations.document import properties_of
 from wsi_pipeline.annotations.read import class_name_of, iter_polygons
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import MaskLike
+from wsi_pipeline.export import Layer
 from wsi_pipeline.files.paths import as_path, is_remote
 from wsi_pipeline.report.record import FILES, REGIONS_FILE, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
+from wsi_pipeline.run.probability import Probability, open_probability
 from wsi_pipeline.sources import Slide
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
@@ -33,31 +33,6 @@ if TYPE_CHECKING:
     import pandas
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Layer:
-    """Pixels of a run that know how large they are; slice it like an array.
-
-    Attributes:
-        levels: zarr or numpy arrays, the whole one first, each of which halves the one before.
-        mpp: µm per pixel of the first along its last axes, (y, x) or (z, y, x); None = it is not
-            known.
-    """
-
-    levels: Sequence[MaskLike]
-    mpp: tuple[float, ...] | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Return the shape of the whole."""
-        return self.levels[0].shape
-
-    def __getitem__(self, key: Any, /) -> Any:
-        return self.levels[0][key]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return np.asarray(self.levels[0][...], dtype)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,6 +86,11 @@ class FinishedRun:
         with of_this_version(self.folder):
             levels, mpp = open_levels_of(self.folder, self.record, scan)
         return Layer(levels=levels, mpp=mpp)
+
+    @cached_property
+    def probability(self) -> Probability:
+        """Return the probability of each class but the background, (c, y, x), in 1/255."""
+        return open_probability(self._file(FILES["probability"]).parent)
 
     def polygons(self) -> geopandas.GeoDataFrame | list[geojson.Feature]:
         """Return the polygons in level-0 pixels of the whole slide, whatever frame the file has.
@@ -182,10 +162,10 @@ class FinishedRun:
 
     def _file(self, name: str) -> Path:
         path, kind = self.folder / name, self.record.kind
-        if not path.is_file():
+        if not path.exists():
             raise StoreError(
-                f"{self.folder} has no {name}; if a {kind} can have it, name it among the "
-                "--outputs of `wsi-pipeline export`"
+                f"{self.folder} has no {name}; if the {kind} can have it, name it among the "
+                "--outputs of `segment` or `export`"
             )
         return path
 

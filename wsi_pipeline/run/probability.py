@@ -23,7 +23,7 @@ import zarr
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.export import level_shapes, ome_zarr
+from wsi_pipeline.export import Layer, level_shapes, ome_zarr
 from wsi_pipeline.files.arrays import Array, trusted
 from wsi_pipeline.files.atomic import remove, written_beside
 from wsi_pipeline.files.locks import writing
@@ -242,20 +242,16 @@ def _reduce(folder: Path, level: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Probability:
-    """The probabilities of a run's classes.
+class Probability(Layer):
+    """The probabilities of a run's classes, uint8 (c, y, x), in 1/255.
 
     Attributes:
-        levels: zarr arrays, uint8 (c, y, x), in 1/255; each half as fine as the one before.
         classes: names of the channels: all classes but the background.
         ratio: pixels of level 0 per mask pixel, (y, x).
-        mpp: µm per pixel of level 0, (y, x).
     """
 
-    levels: list[Array]
     classes: list[str]
     ratio: tuple[float, float]
-    mpp: tuple[float, float]
 
     def box(self, start: Shape, stop: Shape) -> tuple[Shape, Shape]:
         """Return which pixels [start, stop) of level 0 tell of a box of mask pixels."""
