@@ -40,7 +40,7 @@ def made(tmp_path_factory, slide_path):
         roi=home / "roi.geojson",
         precision="fp32",
         block_size=SIDE,
-        outputs=("zarr",),
+        outputs=("zarr", "probability"),
     )
     assert run.status == "done"
     return home

@@ -8,6 +8,8 @@ from .errors import SourceError as SourceError
 from .errors import StoreError as StoreError
 from .errors import UsageError as UsageError
 from .errors import WsiPipelineError as WsiPipelineError
+from .evaluation.diff import Difference as Difference
+from .evaluation.diff import diff as diff
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.within import Measured as Measured
 from .evaluation.within import measure as measure

@@ -25,6 +25,7 @@ COMMANDS = {
     "verify": "Is a mask the one that was computed? Compute a part of it again.",
     "evaluate": "Compare masks, runs or annotations with the truth.",
     "measure": "How much of each class lies in annotated areas of a run.",
+    "diff": "Show where two runs of the same slides differ; no truth is needed.",
     "train": "Train a network by a recipe and write a bundle.",
     "models": "Show and check model bundles; import checkpoints, export programs.",
     "view": "Look at slides, images and volumes with their masks and polygons.",
