@@ -15,6 +15,7 @@ import click
 
 from wsi_pipeline.errors import WsiPipelineError, without_secrets
 
+# Their sentences stand here as well: --help must not import what they are told by.
 COMMANDS = {
     "segment": "Segment slides: masks, QuPath polygons, reports.",
     "status": "Show how far the slides of an output folder are.",
@@ -38,6 +39,7 @@ class OneLine(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record's first line."""
+        # A copy, since other handlers, as that of the log file, want the traceback.
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
         return without_secrets(super().format(record))
@@ -100,6 +102,7 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
 def main() -> None:
     """Run the command line."""
     sys.excepthook = _tell
+    # Libraries warn whoever programs with them; PYTHONWARNINGS shows what they say.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     group()

@@ -36,6 +36,7 @@ def command(ctx: click.Context, file: Path, fixed: Path | None, as_json: bool) -
     """
     from wsi_pipeline.annotations import check_geojson, mend_geojson
 
+    # It may be what somebody has drawn.
     if fixed and fixed.exists():
         raise click.UsageError(f"{fixed} is there already; name another file, or remove it")
     report = check_geojson(file)

@@ -42,6 +42,7 @@ def command(ctx: click.Context, output: Path, model: str) -> None:
     try:
         ctx.invoke(segment, **segment.make_context("segment", line).params)
     finally:
+        # After a failure as well: what there is may show why.
         shown = sorted(path for path in (output / slide.stem).glob("*") if path.name[0] != ".")
         for path in [*shown, output / "summary.csv", output / "report.html"]:
             click.echo(str(path))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LARGEST_SIDE = 1 << 20
 """px of a slide's level 0, as for files."""
+# As in `evaluation.meaning`, which --help need not import.
 LARGEST_VALUE = 65_535
 """Of a mask."""
 Facts = dict[str, Any]

@@ -73,6 +73,7 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
             regions = [f"{name} {n} regions" for name, n in run.regions.items()]
             found = ", ".join(lesions or regions)
             click.echo(f"done: {folder} ({found})", err=True)
+    # Summary and report tell of all runs in a folder, of those that were left alone, too.
     for output in dict.fromkeys(folder.parent for folder in runs):
         if (output / "summary.csv").is_file():
             Overview(output).write()

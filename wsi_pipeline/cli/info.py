@@ -148,6 +148,7 @@ def _slide_facts(path: Path, mpp: float | None, series: int | None) -> Facts:
         opened, has_mpp = open_source(path, mpp=1.0, series=series), False
     with opened as slide:
         readings = read_mpp(slide.properties)
+        # Levels are looked at when they are first used; here what is found is to be told.
         for level in slide.levels.usable():
             slide.levels.check(level)
         return {

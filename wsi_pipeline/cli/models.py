@@ -68,6 +68,7 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     places = folders
     if not places:
         usual = (Path("models"), CHECKOUT / "models")
+        # In the checkout both are one folder, which goes by its shorter name.
         there = {place.resolve(): place for place in reversed(usual) if place.is_dir()}
         places = tuple(reversed(there.values()))
     files = [
@@ -82,6 +83,7 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
         try:
             bundle = load_bundle(path, fetch=False)
         except BundleError as error:
+            # One that is damaged must not hide the others.
             click.echo(f"Error: {error}", err=True)
             failed = True
             continue

@@ -52,6 +52,7 @@ def once(*flags: str, **attributes: Unpack[Attributes]) -> Callable[[F], F]:
         return values[0] if values else None
 
     if "default" in attributes:
+        # click wants a list of defaults where an option may come more than once.
         attributes["default"] = (attributes["default"],)
     return click.option(*flags, multiple=True, callback=only, **attributes)
 
@@ -60,6 +61,7 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     """Return a decorator that adds several options in this order."""
 
     def decorate(command: F) -> F:
+        # Decorators go on from the last to the first.
         for option in reversed(options):
             command = option(command)
         return command
@@ -121,6 +123,7 @@ class Parsed(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 def read_device(text: str) -> str:
     """Return the device's name."""
+    # Whether the machine has it is for torch to say, which is not imported for a misspelt word.
     if not re.fullmatch(DEVICES, text):
         raise ValueError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
     return text

@@ -26,6 +26,7 @@ def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> t
         unit=f" {unit}",
         disable=quiet,
         mininterval=seconds,
+        # tqdm has a watch that draws after this time, whatever the other one is.
         maxinterval=max(10.0, seconds),
     )
 
@@ -42,6 +43,7 @@ class Bars:
         self._quiet, self._unit, self._of = quiet, unit, of
         self._name = ""
         self._bar: tqdm[NoReturn] | None = None
+        # One that may be taken twice: a new bar closes the last under the same lock.
         self._drawing = threading.RLock()
 
     def __call__(self, name: str, done: int, total: int, *, number: int = 1) -> None:

@@ -199,6 +199,7 @@ def command(
     from wsi_pipeline.run.main import plan_batch
 
     options |= {"outputs": options["outputs"] or (), "gpus": options["gpus"] or ()}
+    # What was not asked for by name stays, in a finished run, as `export` has left it.
     given = {f.name for f in fields(ExportOptions) if ctx.get_parameter_source(f.name) in LINE}
     export = chosen(ExportOptions, options)
     with wrong_usage(UsageError):
@@ -233,6 +234,7 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
     numbers = {job.folder: number for number, job in enumerate(batch.jobs, start=1)}
 
     def tell(job: Job, run: Run) -> None:
+        # The next line would be written into it.
         bars.close()
         if run.status != "done":
             path = without_secrets(str(job.path))
@@ -271,6 +273,7 @@ def _dry_run(batch: Batch) -> bool:
     from wsi_pipeline.run.estimate import estimate, model_bytes, patches_per_second
     from wsi_pipeline.schedule.memory import cpu_count
 
+    # Once for all slides: it is the model's and the machine's.
     rate = patches_per_second(batch.bundle, batch.settings.predict, threads=cpu_count())
     model, found = model_bytes(batch.bundle), []
     for job in batch.jobs:
@@ -298,6 +301,7 @@ def _dry_run(batch: Batch) -> bool:
             found[0],
             patches=sum(e.patches for e in found),
             seconds=sum(e.seconds for e in found),
+            # Given back after each slide, so that the largest tells of all.
             memory=max(e.memory for e in found),
             disk=sum(e.disk for e in found),
             files=sum(e.files for e in found),

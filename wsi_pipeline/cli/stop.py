@@ -13,6 +13,7 @@ from typing import NoReturn
 @contextmanager
 def stopping(tidy: Callable[[], None], sentence: str) -> Iterator[None]:
     """End the process when it is asked to during the body, with exit code 128 + the signal."""
+    # Python lets the main thread alone hear signals.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -194,6 +194,7 @@ class BatchRunner:
             pending,
             partial(BlockWorker, plan) if alone else partial(open_elsewhere, plan, self._threads),
             max_ram=self._max_ram,
+            # dask does first what has the highest: sources end in their order, and can be written.
             priority=-number,
             resources=self._resources,
         ):

@@ -238,6 +238,7 @@ def _peak_memory(
     if device.type == "cpu":
         batch, each = predict.batch_size or 1, model.activations
         if choose_dtype(predict.precision, device) is not torch.float32:
+            # They are counted in fp32; the other formats take half.
             each /= 2
         # Finished predictions wait for their turn beside those that are made.
         made = (2 * threads + 1) * batch * patch_bytes

@@ -83,6 +83,7 @@ def find_slides(inputs: Inputs, *, output: str | Path, linked: bool = False) -> 
     output, seen = as_path(output).absolute(), set[str]()
     paths = (path for text in as_inputs(inputs) for path in named_paths(text))
     found = [slide for path in paths for slide in _iter_slides(path, output, seen)]
+    # Links have names of their own, by which truths and predictions may go.
     return list(dict.fromkeys(found)) if linked else each_once(found)
 
 
@@ -114,6 +115,7 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
         if path.absolute() == output:
             continue
         if os.path.isdir(path):
+            # A zarr that is no slide holds chunks by the thousand, and no slides.
             if suffix != ".zarr":
                 yield from _iter_slides(path, output, seen)
             elif _is_folder_slide(path):
@@ -157,6 +159,7 @@ def why_none(inputs: Inputs, what: str, suffixes: Collection[str] = ()) -> str:
     inputs, seen = as_inputs(inputs), set[str]()
     kinds: Counter[str] = Counter()
     waiting = [path for text in inputs for path in named_paths(text) if not is_remote(path)]
+    # Enough to tell what lies there, should it be a whole disk.
     while waiting and kinds.total() < 10_000:
         path = waiting.pop()
         if os.path.isdir(path):
@@ -231,6 +234,7 @@ def plan_jobs(
     """
     paths, output = [as_path(slide) for slide in slides], as_path(output)
     for naming in (_stem, _file_name, _long_name):
+        # Some file systems take names for one that differ in capitals alone.
         names = Counter(naming(path).casefold() for path in paths)
         folders = {p: naming(p) for p in paths if names[naming(p).casefold()] == 1}
         if naming is _stem:

@@ -173,6 +173,7 @@ def plan_batch(
         UsageError: nothing was found, or options that do not fit the model or each other.
         WsiPipelineError: the model or an input cannot be read.
     """
+    # Other machines write there, too.
     home = as_path(output, use_listings_cache=False)
     target = home if is_remote(home) else None
     with raised_as(UsageError, WsiPipelineError):
@@ -288,6 +289,7 @@ def run_batch(
                 if ended:
                     ended(job, run)
     except BaseException as error:
+        # What stopped the runs is the reason, not the error with which they ended.
         if told:
             raise WsiPipelineError(told[0]) from error
         raise
@@ -309,6 +311,7 @@ class _LogFile(logging.FileHandler):
 def _log_file(output: Path) -> Iterator[None]:
     """Write warnings and errors, with tracebacks, to a file in the output folder."""
     path = output / LOG_FILE
+    # The file comes with the first line: most runs have nothing to log.
     handler = _LogFile(path, encoding="utf-8", errors="backslashreplace", delay=True)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

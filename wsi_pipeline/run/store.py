@@ -57,6 +57,7 @@ def settle(array: zarr.Array[Any], block: Block) -> npt.NDArray[np.int64]:
 
 def _checksums(files: Iterable[Path]) -> npt.NDArray[np.int64]:
     """Return a checksum of each file, -1 where there is none."""
+    # A CRC is enough for what disks lose, and costs little beside the write.
     return np.array([zlib.crc32(p.read_bytes()) if p.is_file() else -1 for p in files], np.int64)
 
 
@@ -247,6 +248,7 @@ def run_key(parts: Mapping[str, Any]) -> str:
         >>> run_key({"a": 1, "b": 2}) == run_key({"b": 2, "a": 1})
         True
     """
+    # Among the options are paths.
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -92,12 +92,14 @@ class BlockWorker:
             )
         mask, probability, patches = self._predict(block, clock, labels, features, means)
         if plan.is_mirrored:
+            # Predicted as the model wants to see it, written as the image lies.
             mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
                 probability = np.ascontiguousarray(probability[..., ::-1])
         bad = self._mark_unreadable(mask, probability, block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, plan.mask_downsample
+            # By the mask's own pixels: patches reach beyond the ROI.
             mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
         with writing(plan.store.mask_path):
             write_block(self._mask, block, mask)
@@ -105,6 +107,7 @@ class BlockWorker:
         if means is not None:
             keep_planes(plan, block, self._in_roi(means.as_bytes(), block))
         clock.lap("write")
+        # Before the ledger knows of the block: no mask is to be made of two files.
         self._check_source()
         counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
         arrays: dict[str, npt.NDArray[Any]] = {

@@ -60,10 +60,12 @@ class Polygons:
         """
         x, y, width, height = box
         bounds = (x, y, x + width, y + height)
+        # Their numbers go by size, the largest first.
         found = np.sort(self.tree.query(shapely.box(*bounds)))
         found = found[self.areas[found] >= downsample**2]
         found = found[~np.isin(self.values[found], list(hidden))]
         outlines = shapely.boundary(self.shapes[found[:MOST_SHAPES]])
+        # Cut off before it is simplified: of a region as large as the slide little is seen.
         clipped = shapely.clip_by_rect(outlines, *bounds)
         lines = shapely.simplify(clipped, downsample / 2, preserve_topology=False)
         n_vertices = np.cumsum(shapely.get_num_coordinates(lines))

@@ -175,6 +175,7 @@ class Viewer:
         return self._folders
 
     def _folder_of(self, name: str) -> Path:
+        # With the lock until it is open: the first tiles of a page come all at once.
         folder = self._folders.get(name) or self._find().get(name)
         if folder is None:
             raise RequestError(HTTPStatus.NOT_FOUND, "there is no such run here")
@@ -356,6 +357,7 @@ class _Page(RequestHandler):
     def _answer(self) -> Answer:
         viewer, given = self._viewer, self.request.path
         root, path = given[: len(viewer.root)], given[len(viewer.root) :]
+        # In the same time whatever is wrong with it: so it cannot be found letter by letter.
         if not secrets.compare_digest(root.encode(), viewer.root.encode()):
             raise RequestError(
                 HTTPStatus.FORBIDDEN, "open the address that `view` told, with all its letters"
