@@ -778,3 +778,11 @@ def test_a_slide_tells_resolution_and_size(tmp_path: Path, slide_path: Path) -> 
     assert described["slides"][0]["size_px"] == [483, 372]
     assert described["pooled"]["classes"]["Tumor"]["dice"] == 1
     assert described["pooled"]["classes"]["Tumor"]["truth_mm2"] == pytest.approx(0.7 * 0.6 / 16)
+
+
+def test_a_class_is_no_formula_in_the_table(tmp_path: Path) -> None:
+    path = write_png(tmp_path / "a.png", random_mask(0, classes=2))
+    values = ("--prediction-values", "Tumor=1", "--truth-values", "Tumor=1")
+    run_evaluate(path, path, *values, "--rename", "Tumor=+x", "-o", tmp_path / "result")
+    with (tmp_path / "result" / "evaluation.csv").open(encoding="utf-8", newline="") as file:
+        assert "'+x" in {row["class"] for row in csv.DictReader(file)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,6 +16,7 @@ from wsi_pipeline.evaluation.confusion import Confusion, bootstrap, class_figure
 from wsi_pipeline.evaluation.disagreement import with_legend
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed, make_folder, writing
+from wsi_pipeline.files.tables import as_csv
 
 FIGURES = ("dice", "iou", "precision", "recall", "boundary_f1")
 SURFACES = ("hd95_mm", "average_distance_mm", "hd95_px", "average_distance_px")
@@ -129,15 +128,12 @@ def write_evaluation(
     """Write `evaluation.json`, `evaluation.csv` and a picture of each slide; return nothing."""
     folder = Path(folder)
     make_folder(folder)
-    buffer = io.StringIO(newline="")
     # Rows hold more than the table has columns for, as intervals.
-    table = csv.DictWriter(buffer, COLUMNS, extrasaction="ignore", restval="")
-    table.writeheader()
-    table.writerows(as_rows(described))
+    rows = [[row.get(column) for column in COLUMNS] for row in as_rows(described)]
     texts = {
         # NaN, which Python would write, is no JSON to others.
         "evaluation.json": json.dumps(described, indent=2, allow_nan=False) + "\n",
-        "evaluation.csv": buffer.getvalue(),
+        "evaluation.csv": as_csv([COLUMNS, *rows]),
     }
     with writing(folder):
         for name, text in texts.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,22 +16,8 @@ ABOUT_SOURCE = ("model", "weights", "spacing_x_mm", "spacing_y_mm", "spacing_z_m
 """Columns of the summary that tell nothing of what was found."""
 
 
-class Spread(NamedTuple):
-    """One figure of the runs of one model.
-
-    Attributes:
-        model: its name.
-        figure: column of `summary.csv`.
-        values: of all runs that have it, at least one.
-    """
-
-    model: str
-    figure: str
-    values: list[float]
-
-
-def spreads(runs: Iterable[Run]) -> list[Spread]:
-    """Return the figures of runs that are done, by model."""
+def write_cohort(output_dir: Path, runs: Iterable[Run]) -> None:
+    """Write `cohort.csv`, a row for each figure of each model, over the runs that are done."""
     found: dict[tuple[str, str], list[float]] = {}
     for run in runs:
         if run.status != "done":
@@ -42,16 +27,11 @@ def spreads(runs: Iterable[Run]) -> list[Spread]:
         areas = {f"{name}_mm2": area for name, area in run.area_mm2.items()}
         for figure, value in (tissue | areas | more).items():
             found.setdefault((run.model.get("name", ""), figure), []).append(value)
-    return [Spread(model, figure, values) for (model, figure), values in found.items()]
-
-
-def write_cohort(output_dir: Path, runs: Iterable[Run]) -> None:
-    """Write `cohort.csv`, a row for each figure of each model."""
     rows: list[Sequence[object]] = [
         ("model", "figure", "runs", "sum", "mean", "min", *(f"p{p}" for p in PERCENTILES), "max")
     ]
-    for model, figure, values in spreads(runs):
-        middle = [np.sum(values), np.mean(values), min(values)]
-        ends = [*np.percentile(values, PERCENTILES), max(values)]
-        rows.append((model, figure, len(values), *(round(float(n), 6) for n in (*middle, *ends))))
+    for (model, figure), values in found.items():
+        spread = [sum(values), np.mean(values), min(values)]
+        spread += [*np.percentile(values, PERCENTILES), max(values)]
+        rows.append((model, figure, len(values), *(round(float(n), 6) for n in spread)))
     write_text(output_dir / "cohort.csv", as_csv(rows))

@@ -47,31 +47,20 @@ class Column(NamedTuple):
     largest: float
 
 
-class Bar(NamedTuple):
-    """Part of a histogram; its height is a share of the highest."""
-
-    height: float
-    title: str
-
-
 class Histogram(NamedTuple):
     """How much there is of a class, over all runs.
 
     Attributes:
-        unit: Of all figures.
-        most: Where the last bar ends.
-        low: Of which 5 % of the runs have less.
-        high: Of which 5 % have more.
+        runs: How many there are.
+        spread: Of the runs the 5th percentile, the median, the 95th and the largest, in `unit`.
+        bars: Height of each, as a share of the highest, and what it stands for.
     """
 
     name: str
     unit: str
     runs: int
-    most: float
-    low: float
-    median: float
-    high: float
-    bars: list[Bar]
+    spread: list[float]
+    bars: list[tuple[float, str]]
 
 
 class Card(NamedTuple):
@@ -200,12 +189,11 @@ def _histograms(columns: Iterable[Column], runs: Sequence[Run]) -> list[Histogra
         if len(known) > 1 and values.max() > 0:
             counts, edges = np.histogram(values, BARS, (0, values.max()))
             bars = [
-                Bar(n / counts.max(), f"{_amount(a)} to {_amount(b)} {shown}: {n}")
+                (n / counts.max(), f"{_amount(a)} to {_amount(b)} {shown}: {n}")
                 for n, a, b in zip(counts.tolist(), edges, edges[1:], strict=False)
             ]
-            low, median, high = np.percentile(values, (5, 50, 95)).tolist()
-            most = float(values.max())
-            found.append(Histogram(name, shown, len(known), most, low, median, high, bars))
+            spread = np.percentile(values, (5, 50, 95, 100)).tolist()
+            found.append(Histogram(name, shown, len(known), spread, bars))
     return found
 
 

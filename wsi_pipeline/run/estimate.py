@@ -61,7 +61,7 @@ DISK_PX_BYTES = 0.02
 """Mask pixel on tissue, compressed, in one format with its pyramid."""
 DISK_CELL_BYTES = 0.6
 """Probability of one class at one place on tissue, likewise."""
-DISK_VERTEX_BYTES = 25
+DISK_VERTEX_BYTES = 32
 
 
 @dataclass(frozen=True, kw_only=True)

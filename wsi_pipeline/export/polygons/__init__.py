@@ -2,6 +2,7 @@
 
 `components` numbers the 4-connected regions, `arcs` follows the borders between them, `simplify`
 takes vertices away, `build` puts the arcs around each region together; `trace` does it in threads.
+`neighbours` measures along arcs what lies around each region.
 
     x 0   1   2   3
   y 0 +-------+          The mask [[1, 1, 0], [1, 2, 0]]: region 1 (class 1), region 2 (class 2)
