@@ -33,6 +33,8 @@ from .run.main import segment as segment
 from .run.opened import FinishedRun as FinishedRun
 from .run.opened import open_run as open_run
 from .run.opened import open_runs as open_runs
+from .run.preview import Preview as Preview
+from .run.preview import preview as preview
 from .run.probability import Probability as Probability
 from .run.tile import tile as tile
 from .run.verify import verify as verify

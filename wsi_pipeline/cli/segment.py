@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from wsi_pipeline.run.estimate import Estimate
     from wsi_pipeline.run.jobs import Job
     from wsi_pipeline.run.main import Batch
+    from wsi_pipeline.run.preview import Preview
 
 LINE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 """Where options come from that somebody has chosen."""
@@ -89,7 +90,7 @@ def read_memory(text: str) -> int:
         "Model": "model overlap blend device precision batch_size",
         "Mask": "mask_mpp block_size ngff max_unreadable",
         "Files": "output work outputs tiff probability_mpp simplify_um min_area_um2 overwrite "
-        "dry_run",
+        "preview dry_run",
         "Machine": "workers gpus max_ram",
         "Cluster": "scheduler cluster shard",
     },
@@ -174,6 +175,11 @@ def read_memory(text: str) -> int:
     "--shard", type=Parsed("I/N", read_shard), help="Do only the I-th of N shares of the slides."
 )
 @overwrite_option
+@click.option(
+    "--preview",
+    is_flag=True,
+    help="Estimate each class's area from one patch in a hundred; segment nothing.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context
 def command(
@@ -186,6 +192,7 @@ def command(
     mpp_table: Path | None,
     shard: tuple[int, int] | None,
     overwrite: bool,
+    preview: bool,
     dry_run: bool,
     **options: object,
 ) -> None:
@@ -198,6 +205,8 @@ def command(
     """
     from wsi_pipeline.run.main import plan_batch
 
+    if preview and dry_run:
+        raise click.UsageError("--preview and --dry-run exclude each other")
     options |= {"outputs": options["outputs"] or (), "gpus": options["gpus"] or ()}
     # What was not asked for by name stays, in a finished run, as `export` has left it.
     given = {f.name for f in fields(ExportOptions) if ctx.get_parameter_source(f.name) in LINE}
@@ -219,7 +228,11 @@ def command(
             ),
             schedule=chosen(ScheduleOptions, options),
         )
-    done = _dry_run(batch) if dry_run else _run(batch, quiet=ctx.obj["quiet"])
+    quiet = ctx.obj["quiet"]
+    if dry_run:
+        done = _dry_run(batch)
+    else:
+        done = _preview(batch, quiet=quiet) if preview else _run(batch, quiet=quiet)
     if not done:
         ctx.exit(1)
 
@@ -264,6 +277,35 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
             too_large=lambda sentence: end(batch.tidy, f"Error: {sentence}", 1),
         )
     return all(run.status == "done" and not run.bad_regions for run in runs)
+
+
+def _preview(batch: Batch, *, quiet: bool) -> bool:
+    """Say what a few patches tell of each slide, a line a class; return whether all could be."""
+    from wsi_pipeline.cli.progress import Bars
+    from wsi_pipeline.files.paths import name_of, without_secrets
+    from wsi_pipeline.run.preview import preview_batch
+
+    def tell(job: Job, found: Preview) -> None:
+        bars.close()
+        if found.reason:
+            path = without_secrets(str(job.path))
+            click.echo(f"failed: {path}: {found.reason}", err=True)
+        slide = f"{name_of(job.path)}: " if len(batch.jobs) > 1 else ""
+        for name, (mm2, low, high) in found.areas.items():
+            click.echo(
+                f"{slide}{name} {mm2:.3g} mm² (95 %: {low:.3g}–{high:.3g}) from {found.patches:,} "
+                f"of {found.of:,} patches, {found.seconds:.0f} s"
+            )
+
+    with (
+        stopping(batch.tidy, "stopped"),
+        Bars(quiet=quiet, unit="patches") as bars,
+        wrong_usage(UsageError),
+    ):
+        found = preview_batch(
+            batch, progress=lambda job, done, of: bars(name_of(job.path), done, of), ended=tell
+        )
+    return not any(one.reason for one in found)
 
 
 def _dry_run(batch: Batch) -> bool:

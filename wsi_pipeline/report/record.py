@@ -265,7 +265,8 @@ MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")
 """Of which the others can be made again."""
 ASAP_FILE = "mask.asap.tif"
 REGIONS_FILE = "regions.csv"
-OUTPUT_FILES = (*FILES.values(), ASAP_FILE, REGIONS_FILE)
+PREVIEW_FILE = "preview.json"
+OUTPUT_FILES = (*FILES.values(), ASAP_FILE, REGIONS_FILE, PREVIEW_FILE)
 """All that a run may write beside `run.json`."""
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.errors import BundleError, UsageError, WsiPipelineError, raised_as
@@ -131,10 +131,6 @@ def segment(
             cannot be written, or the cluster is lost.
         TypeError: an option that there is not.
     """
-    groups = (SelectOptions, PredictOptions, ExportOptions, ScheduleOptions)
-    known = {f.name for kind in groups for f in fields(kind)}
-    if unknown := sorted(options.keys() - known):
-        raise TypeError(f"{unknown[0]} is no option; expected one of {', '.join(sorted(known))}")
     batch = plan_batch(
         inputs,
         model=model,
@@ -143,14 +139,36 @@ def segment(
         mpp_table=mpp_table,
         shard=shard,
         overwrite=overwrite,
-        settings=Settings(
+        **grouped(options),
+    )
+    return run_batch(batch, progress=progress, stage=stage, ended=ended)
+
+
+class Groups(TypedDict):
+    """Options of a run as `plan_batch` takes them."""
+
+    settings: Settings
+    schedule: ScheduleOptions
+
+
+def grouped(options: Mapping[str, Any]) -> Groups:
+    """Return options in their groups.
+
+    Raises:
+        TypeError: an option that there is not.
+    """
+    groups = (SelectOptions, PredictOptions, ExportOptions, ScheduleOptions)
+    known = {f.name for kind in groups for f in fields(kind)}
+    if unknown := sorted(options.keys() - known):
+        raise TypeError(f"{unknown[0]} is no option; expected one of {', '.join(sorted(known))}")
+    return {
+        "settings": Settings(
             select=chosen(SelectOptions, options),
             predict=chosen(PredictOptions, options),
             export=chosen(ExportOptions, options),
         ),
-        schedule=chosen(ScheduleOptions, options),
-    )
-    return run_batch(batch, progress=progress, stage=stage, ended=ended)
+        "schedule": chosen(ScheduleOptions, options),
+    }
 
 
 def plan_batch(

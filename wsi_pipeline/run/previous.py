@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.files.atomic import remove, sync
+from wsi_pipeline.files.atomic import remove, sha256_of, sync
+from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import reaching
+from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions, Settings, as_plain
-from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, files_of, load_run
+from wsi_pipeline.report.record import OUTPUT_FILES, PREVIEW_FILE, RUN_FILE, Run, files_of, load_run
 from wsi_pipeline.run.facts import model_facts, options_of
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.store import RunStore, another, check_same, run_key
@@ -95,7 +98,20 @@ def drop_what_is_old(store: RunStore, key: str, files: WrittenFiles) -> None:
     moved = not store.mask_path.is_dir()
     # run.json first: without it nobody takes what comes next for another run's.
     path.unlink(missing_ok=True)
+    for name in files.ours([PREVIEW_FILE]):
+        # Of the same slide, model and options: from now on it belongs to this run.
+        if _run_of_preview(folder / name) == key:
+            files.placed[name] = sha256_of(folder / name)
     if not same and not moved:
-        for name in files.ours(OUTPUT_FILES):
+        for name in set(files.ours(OUTPUT_FILES)) - files.placed.keys():
             remove(folder / name)
     sync(folder)
+
+
+def _run_of_preview(path: Path) -> str:
+    """Return the key of the run that a preview is of, "" where it says none."""
+    try:
+        found = converted(read_json(path), list[dict[str, Any]])
+    except (OSError, ValueError):
+        return ""
+    return str(found[0].get("run", "")) if found else ""

@@ -211,19 +211,21 @@ def move_home(job: Job, run: Run) -> Run:
     return run
 
 
-def failed_run(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> Run:
-    """Return the run of a source that failed, written down unless its folder holds a good run."""
+def reason_of(job: Job, error: Exception) -> str:
+    """Return a sentence on why a source failed, to be said beside its name."""
     reason = " ".join(str(error).split()) or type(error).__name__
     for path in (job.path, job.path.absolute()):
-        # It is said beside the slide's name.
         reason = reason.removeprefix(f"{without_secrets(str(path))}: ")
     reason = without_secrets(reason)
-    if not isinstance(error, WsiPipelineError):
-        reason = f"{type(error).__name__}: {reason}"
+    return reason if isinstance(error, WsiPipelineError) else f"{type(error).__name__}: {reason}"
+
+
+def failed_run(job: Job, bundle: Bundle, settings: Settings, error: Exception) -> Run:
+    """Return the run of a source that failed, written down unless its folder holds a good run."""
     run = Run(
         kind=bundle.modality,
         status="busy" if isinstance(error, BusyError) else "failed",
-        reason=reason,
+        reason=reason_of(job, error),
         slide={"name": name_of(job.path), "path": without_secrets(str(job.path))},
         model=model_facts(bundle),
         settings=settings.as_plain(),

@@ -23,6 +23,7 @@ from wsi_pipeline.sources.decoded import opened
 Mask = npt.NDArray[np.bool_]
 Plane = npt.NDArray[np.float32]
 Edges = npt.NDArray[np.int64]
+Boxes = tuple[Edges, Edges, Edges, Edges]
 
 MIN_HUE = 0.12
 """Colourfulness over density: below it a pixel is grey, however dark."""
@@ -143,10 +144,8 @@ def read_tissue(
             start, stop = int(y0[part][0]), int(y1[part][-1])
             rows = np.concatenate([rows[start - top :], _inside(mask, top + len(rows), stop)])
             top = start
-            counts = _count_within(
-                rows, y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
-            )
-            found[part] = counts > 0
+            boxes = y0[part, None] - top, x0[None], y1[part, None] - top, x1[None]
+            found[part] = box_sums(rows, boxes) > 0
     return found
 
 
@@ -183,13 +182,30 @@ def select_patches(
         grid_downsample: (y, x) level-0 pixels per grid pixel.
         least: Share of a patch that its tissue exceeds.
     """
-    scale = np.array(grid_downsample) / np.array(tissue_downsample)
+    boxes = patch_boxes(grid, grid_downsample, tissue.shape, tissue_downsample)
+    y0, x0, y1, x1 = boxes
+    return np.asarray(box_sums(tissue, boxes) > least * (y1 - y0) * (x1 - x0))
+
+
+def patch_boxes(
+    grid: PatchGrid,
+    grid_downsample: tuple[float, float],
+    shape: tuple[int, ...],
+    downsample: tuple[float, float],
+) -> Boxes:
+    """Return y0, x0, y1 and x1 of the thumbnail's pixels that each patch touches.
+
+    Args:
+        grid_downsample: (y, x) level-0 pixels per grid pixel.
+        shape: (h, w) of the thumbnail.
+        downsample: (y, x) level-0 pixels per pixel of it.
+    """
+    scale = np.array(grid_downsample) / np.array(downsample)
     starts = grid.origins * scale
     stops = (grid.origins + np.array(grid.patch_size)) * scale
-    y0, y1 = _outward(starts[:, 0], stops[:, 0], tissue.shape[0])
-    x0, x1 = _outward(starts[:, 1], stops[:, 1], tissue.shape[1])
-    counts = _count_within(tissue, y0, x0, y1, x1)
-    return np.asarray(counts > least * (y1 - y0) * (x1 - x0))
+    y0, y1 = _outward(starts[:, 0], stops[:, 0], shape[0])
+    x0, x1 = _outward(starts[:, 1], stops[:, 1], shape[1])
+    return y0, x0, y1, x1
 
 
 def _outward(
@@ -201,11 +217,12 @@ def _outward(
     return first, last
 
 
-def _count_within(mask: Mask, y0: Edges, x0: Edges, y1: Edges, x1: Edges) -> Edges:
-    """Return how many pixels of the mask each rectangle [y0, y1) × [x0, x1) holds."""
-    sums = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), dtype=np.int64)
-    np.cumsum(mask, axis=0, out=sums[1:, 1:])
+def box_sums(plane: Mask | npt.NDArray[np.float64], boxes: Boxes) -> npt.NDArray[np.float64]:
+    """Return the sum of a plane over each rectangle [y0, y1) × [x0, x1), whole ones exactly."""
+    sums = np.zeros((plane.shape[0] + 1, plane.shape[1] + 1))
+    np.cumsum(plane, axis=0, out=sums[1:, 1:])
     np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
+    y0, x0, y1, x1 = boxes
     return np.asarray(sums[y1, x1] - sums[y0, x1] - sums[y1, x0] + sums[y0, x0])
 
 
