@@ -50,12 +50,14 @@ def command(
     for difference in found:
         if difference.reason:
             click.echo(f"cannot be compared: {difference.slide}: {difference.reason}", err=True)
+        if ctx.obj["quiet"]:
             continue
         size, unit = (difference.pixel_mm2, "mm²") if difference.pixel_mm2 else (1, "px")
         told = ", ".join(
             f"{row['class']} {row['difference_px'] * size:+.6g} {unit}" for row in difference.rows()
         )
-        verdict = "equal" if difference.is_equal else f"{difference.regions} regions differ"
+        odd = int(difference.pixels.sum() - difference.pixels.trace())
+        verdict = f"{odd:,} pixels differ, regions: {difference.regions}" if odd else "equal"
         click.echo(f"{difference.slide}: {verdict}; {told}", err=True)
     is_different = any(not (other.is_equal or other.reason) for other in found)
     ctx.exit(1 if is_different else 3 if any(other.reason for other in found) else 0)

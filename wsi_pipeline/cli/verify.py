@@ -88,10 +88,8 @@ def command(
                 f"identical within rounding: {pixels} pixels differ, of margins up to "
                 f"{largest:.3g}, below {found.epsilon:.3g}"
             )
-        click.echo(
-            f"{path}: {verdict}; {len(found.again)} of {found.blocks} blocks computed again, "
-            f"--seed {found.seed}",
-            err=True,
-        )
+        told_again = f"{len(found.again)} of {found.blocks} blocks computed again"
+        if not ctx.obj["quiet"]:
+            click.echo(f"{path}: {verdict}; {told_again}, --seed {found.seed}", err=True)
         codes.add(int(bool(found.different)))
     ctx.exit(1 if 1 in codes else max(codes))
