@@ -99,15 +99,15 @@ class FinishedRun:
         without it a feature for each. Of a MultiPolygon each part is one.
         """
         path, left_out = self._file(FILES["geojson"]), 0
-        found, features = [np.zeros(0, object)], list[Any]()
+        found, each = [np.zeros(0, object)], list[Any]()
         for shapes, owners, n_damaged in iter_polygons(path):
             found.append(shapes)
-            features += owners
+            # Without their coordinates, which hold ten times as much.
+            each += [(feature.get("id"), properties_of(feature)) for feature in owners]
             left_out += n_damaged
         if left_out:
             logger.warning("%s: left out %d features that cannot be read", path, left_out)
         placed = shapely.transform(np.concatenate(found), lambda xy: xy + self._offset)
-        each = [(feature.get("id"), properties_of(feature)) for feature in features]
         try:
             import geopandas
         except ImportError:
