@@ -50,7 +50,7 @@ def command(
     for difference in found:
         if difference.reason:
             click.echo(f"cannot be compared: {difference.slide}: {difference.reason}", err=True)
-        if ctx.obj["quiet"]:
+        if difference.reason or ctx.obj["quiet"]:
             continue
         size, unit = (difference.pixel_mm2, "mm²") if difference.pixel_mm2 else (1, "px")
         told = ", ".join(
