@@ -239,7 +239,7 @@ def test_what_people_changed_at_the_url_stays_there(place, url):
     told = json.loads(first[f"{SLIDE}/run.json"])["files"]
     assert told == {
         name: hashlib.sha256(first[f"{SLIDE}/{name}"]).hexdigest()
-        for name in ("annotations.new.geojson", "overlay.new.png")
+        for name in ("annotations.new.geojson", "overlay.new.png", "regions.csv")
     }
     assert segment(place, url, *polygons, "--simplify", 3, "--overwrite").exit_code == 0
     second = objects(url)
