@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from wsi_pipeline.errors import UsageError
 
 T = TypeVar("T")
 
@@ -80,6 +82,47 @@ class SelectOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rule:
+    """By what a pixel gets its class, in place of the largest probability.
+
+    Attributes:
+        thresholds: probability by class, above 0 and at most 1; see `PredictOptions`.
+        min_margin: see there.
+    """
+
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    min_margin: float = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self.thresholds or self.min_margin)
+
+    def __str__(self) -> str:
+        """Return the rule as the command line has it.
+
+        Example:
+            >>> str(Rule(thresholds={"Tumor": 0.7}))
+            '--threshold Tumor=0.7'
+        """
+        told = [f"--threshold {name}={p:g}" for name, p in self.thresholds.items()]
+        return " ".join(told + [f"--min-margin {self.min_margin:g}"] * (self.min_margin > 0))
+
+    def of(self, classes: Sequence[str]) -> list[float | None]:
+        """Return the threshold of each class but the background; None = it has none.
+
+        Raises:
+            UsageError: a class that is not among them, or a number that is no such probability.
+        """
+        if unknown := [name for name in self.thresholds if name not in classes]:
+            raise UsageError(f"--threshold {unknown[0]}: the classes are {', '.join(classes)}")
+        if wrong := [(n, p) for n, p in self.thresholds.items() if not 0 < p <= 1]:
+            name, p = wrong[0]
+            raise UsageError(f"--threshold {name}={p:g}: expected above 0, and at most 1")
+        if not 0 <= self.min_margin <= 1:
+            raise UsageError(f"--min-margin {self.min_margin:g}: expected a number from 0 to 1")
+        return [self.thresholds.get(name) for name in classes]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PredictOptions:
     """How patches are predicted and blended; what changes the mask.
 
@@ -92,6 +135,9 @@ class PredictOptions:
         block_size: side of a block in mask pixels, a multiple of the mask's chunk; None = 2,048,
             or 4,096, the side of a shard, with OME-Zarr 0.5; 256 in volumes.
         mask_mpp: µm per pixel of the mask; None = the slide's level 0.
+        thresholds: probability by class from which on a pixel may get it; a class without one must
+            be the likeliest of all, the background among them.
+        min_margin: by how much the likeliest must lead; pixels below are background.
     """
 
     overlap: int | None = None
@@ -101,6 +147,13 @@ class PredictOptions:
     batch_size: int | None = None
     block_size: int | None = None
     mask_mpp: float | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    min_margin: float = 0.0
+
+    @property
+    def rule(self) -> Rule:
+        """Return by what pixels get their class."""
+        return Rule(thresholds=self.thresholds, min_margin=self.min_margin)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,15 @@ from typing import get_args
 
 import click
 
-from wsi_pipeline.cli.options import OUTLINES, frame_option, options_of, some_of
-from wsi_pipeline.options import Output
+from wsi_pipeline.cli.options import (
+    OUTLINES,
+    OutputChoice,
+    frame_option,
+    options_of,
+    rule_options,
+    some_of,
+)
+from wsi_pipeline.options import Output, Rule
 
 
 @click.command()
@@ -27,9 +34,28 @@ from wsi_pipeline.options import Output
     ),
     **OUTLINES,
 )
+@rule_options
+@click.option(
+    "--as-mask", is_flag=True, help="Make slides' polygons and overview of the mask itself again."
+)
+@click.option(
+    "--output",
+    "-o",
+    type=OutputChoice(url=False),
+    help="Folder for whole new runs of slides, with masks by these thresholds.",
+)
 @frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context
-def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object) -> None:
+def command(
+    ctx: click.Context,
+    /,
+    folders: tuple[Path, ...],
+    thresholds: dict[str, float],
+    min_margin: float,
+    as_mask: bool,
+    output: Path | None,
+    **options: object,
+) -> None:
     """Write what is made of finished masks again, with other settings.
 
     RUN_DIR: the folder of one slide, image or volume, or the --output of `segment` for all of them
@@ -40,7 +66,11 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
     from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, find_runs
     from wsi_pipeline.run.again import export_again
     from wsi_pipeline.run.overview import Overview
+    from wsi_pipeline.run.thresholds import copy_ruled
 
+    rule = Rule(thresholds=thresholds, min_margin=min_margin)
+    if as_mask and (rule or output):
+        raise click.UsageError("--as-mask excludes --threshold, --min-margin and --output")
     changes = {name: value for name, value in options.items() if value is not None}
     runs: list[Path] = []
     for folder in folders:
@@ -58,7 +88,9 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
     is_whole = True
     for folder in runs:
         try:
-            run = export_again(folder, changes)
+            if output:
+                folder = copy_ruled(folder, output, rule)
+            run = export_again(folder, changes, rule if as_mask or (rule and not output) else None)
         except WsiPipelineError as error:
             click.echo(f"failed: {folder}: {error}", err=True)
             is_whole = False
@@ -74,7 +106,9 @@ def command(ctx: click.Context, /, folders: tuple[Path, ...], **options: object)
             found = ", ".join(lesions or regions)
             click.echo(f"done: {folder} ({found})", err=True)
     # Summary and report tell of all runs in a folder, of those that were left alone, too.
-    for output in dict.fromkeys(folder.parent for folder in runs):
-        if (output / "summary.csv").is_file():
-            Overview(output).write()
+    if output and output.is_dir():
+        Overview(output).write()
+    for parent in dict.fromkeys(folder.parent for folder in runs):
+        if not output and (parent / "summary.csv").is_file():
+            Overview(parent).write()
     ctx.exit(int(not is_whole))

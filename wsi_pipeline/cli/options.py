@@ -176,6 +176,33 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         return as_path(value, use_listings_cache=False)
 
 
+def read_threshold(text: str) -> tuple[str, float]:
+    """Return the name and the probability of `NAME=P`."""
+    name, _, number = text.rpartition("=")
+    try:
+        return name, float(number)
+    except ValueError:
+        raise ValueError(f"{text!r} is not of the form NAME=P, such as Tumor=0.7") from None
+
+
+rule_options = together(
+    click.option(
+        "--threshold",
+        "thresholds",
+        type=Parsed("NAME=P", read_threshold),
+        multiple=True,
+        callback=lambda ctx, param, pairs: dict(pairs),
+        help="Probability from which on a pixel may get a class, once for each class.",
+    ),
+    click.option(
+        "--min-margin",
+        type=Figure(min=0, max=1),
+        default=0.0,
+        help="By how much the likeliest class must lead; pixels below are background.",
+    ),
+)
+
+
 def frame_option(help: str, default: Frame | None = SELECT.frame) -> Callable[[F], F]:
     """Return the option that says whose origin GeoJSON has."""
     return click.option(

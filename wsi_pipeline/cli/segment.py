@@ -21,6 +21,7 @@ from wsi_pipeline.cli.options import (
     once,
     options_of,
     overwrite_option,
+    rule_options,
     select_options,
     some_of,
     work_option,
@@ -88,7 +89,7 @@ def read_memory(text: str) -> int:
     sections={
         "Where to look": "mpp mpp_table series time_point tissue roi frame any_resolution",
         "Model": "model overlap blend device precision batch_size",
-        "Mask": "mask_mpp block_size ngff max_unreadable",
+        "Mask": "mask_mpp thresholds min_margin block_size ngff max_unreadable",
         "Files": "output work outputs tiff probability_mpp simplify_um min_area_um2 overwrite "
         "preview dry_run",
         "Machine": "workers gpus max_ram",
@@ -139,6 +140,7 @@ def read_memory(text: str) -> int:
         "µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
     ),
 )
+@rule_options
 @options_of(
     EXPORT,
     outputs=(

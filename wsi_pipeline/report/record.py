@@ -24,7 +24,7 @@ from wsi_pipeline.options import ExportOptions, Output
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-NOT_OF_ALL = ("area_px", "volume_ml", "lesions", "labels", "unlike_percent", "certificate")
+NOT_OF_ALL = ("rule", "area_px", "volume_ml", "lesions", "labels", "unlike_percent", "certificate")
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
@@ -125,6 +125,8 @@ class Run:
         regions: polygons per class.
         largest: area of the largest polygon per class, in the unit of `amounts`.
         frame: `for` which viewer polygons and TIFF are, and their `offset` (x, y) in level-0 px.
+        rule: thresholds and least margin by which `export` has made polygons, areas and overlay,
+            where they are not the mask's.
         bad_regions: parts of the slide that could not be read.
         warnings: where the result may differ from what was asked.
         files: SHA-256 of each file that was written, by name; those of zarrs have none.
@@ -154,6 +156,7 @@ class Run:
     regions: dict[str, Whole] = field(default_factory=dict)
     largest: dict[str, Finite] = field(default_factory=dict)
     frame: dict[str, Any] = field(default_factory=dict)
+    rule: dict[str, Any] = field(default_factory=dict)
     bad_regions: list[Any] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)

@@ -10,9 +10,10 @@ from typing import Any
 
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import geojson, ome_zarr
+from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
-from wsi_pipeline.options import ExportOptions, Output, Settings, as_plain
+from wsi_pipeline.options import ExportOptions, Output, Rule, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
@@ -27,6 +28,7 @@ from wsi_pipeline.run.result import (
     without_dicom,
 )
 from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.thresholds import BY_OTHERS, ONLY_SLIDES, areas_of, write_ruled_mask
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
@@ -64,7 +66,7 @@ class _Again:
     is_corrected: bool = False
 
 
-def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
+def export_again(folder: str | Path, changes: Mapping[str, Any], rule: Rule | None = None) -> Run:
     """Write what is made of a run's mask again; return the run as it is now.
 
     Only what is missing or depends on a changed option is written. What is not changed stays as it
@@ -74,6 +76,8 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     Args:
         folder: of one run, with `run.json` and its mask; or that `run.json`.
         changes: values of `ExportOptions` by name. `outputs` are added to those that are there.
+        rule: by which polygons, areas and overlay are made of a slide's probabilities, while the
+            mask stays; an empty one = of the mask again; None = as it was.
 
     Raises:
         StoreError: no run, no mask, or options that it cannot have; the folder cannot be written.
@@ -87,6 +91,8 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
     asked = Settings(export=replace(ExportOptions(), **changes), named=changes)
     if why := asked.why_not(run.kind):
         raise StoreError(f"{folder}: {why}")
+    if rule is not None and run.kind != "slide":
+        raise StoreError(f"{folder}: {ONLY_SLIDES}")
     with store.claim(), ExitStack() as closing:
         store.remove_partials()
         # Nobody else writes it from here on.
@@ -96,8 +102,9 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
             before = options_of(run)
             wanted = tuple(dict.fromkeys([*before.outputs, *changes.get("outputs", ())]))
             options = replace(before, **{**changes, "outputs": wanted})
-            again = KINDS[run.kind](store, run, files, before, options)
-            if not again.due:
+            ruled = run.rule if rule is None else as_plain(rule) if rule else {}
+            again = KINDS[run.kind](store, run, files, before, options, ruled)
+            if not again.due and ruled == run.rule:
                 return run
             result = again.open(closing)
             changed = again.changes(result)
@@ -105,7 +112,9 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
         # From here on old files may stand beside it.
         write_run_json(path, replace(run, status="failed", reason=STOPPED))
         failures, written = result.write(again.due, folder, files, clock)
-        warnings = run.warnings
+        warnings = [text for text in run.warnings if not text.startswith(BY_OTHERS)]
+        if ruled:
+            warnings.append(f"{BY_OTHERS}{Rule(**ruled)}")
         if "geojson" in again.due:
             warnings = [w for w in warnings if geojson.LEFT_OUT not in w] + written.dropped
         run = replace(
@@ -126,7 +135,12 @@ def export_again(folder: str | Path, changes: Mapping[str, Any]) -> Run:
 
 
 def _slide(
-    store: RunStore, run: Run, files: WrittenFiles, before: ExportOptions, options: ExportOptions
+    store: RunStore,
+    run: Run,
+    files: WrittenFiles,
+    before: ExportOptions,
+    options: ExportOptions,
+    ruled: Mapping[str, Any],
 ) -> _Again:
     mask_path = store.finished_mask_path
     if not mask_path.is_dir():
@@ -144,6 +158,8 @@ def _slide(
     def is_due(output: Output) -> bool:
         if run.status != "done" or not all((store.folder / n).exists() for n in names[output]):
             return True
+        if ruled != run.rule and output != "tiff":
+            return True
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
     def open_result(closing: ExitStack) -> Result:
@@ -157,10 +173,21 @@ def _slide(
             raise StoreError(f"{store.folder}: {reason}")
         # The ledger tells probabilities, if it is kept.
         ledger = {block.index: store.load_block(block) for block in held}
+        shown, ruled_path = mask, None
+        if ruled:
+            ruled_path = store.path / "ruled.ome.zarr"
+            remove(ruled_path)
+            closing.callback(remove, ruled_path)
+            found = write_ruled_mask(store.folder, run, Rule(**ruled), ruled_path)
+            ledger, blocks = {b.index: arrays for b, arrays in found.items()}, list(found)
+            shown = ome_zarr.open_mask(ruled_path)
+        else:
+            blocks = [b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)]
         return SlideResult(
             **_common(run, ledger),
-            mask=mask,
-            blocks=[b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)],
+            mask=shown,
+            blocks=blocks,
+            ruled_path=ruled_path,
             side=side,
             mask_path=mask_path,
             downsample=(mask_y / y, mask_x / x),
@@ -168,15 +195,27 @@ def _slide(
             stored=open_patch_grid(store.grid_path) if store.grid_path.is_dir() else None,
         )
 
+    def changes_of(result: SlideResult) -> Mapping[str, Any]:
+        changed = {"frame": result.frame, "rule": ruled}
+        if ruled == run.rule:
+            return changed
+        mm2 = result.features.pixel_mm2
+        return {**changed, "area_mm2": areas_of(run, result.mask, result.blocks, mm2)}
+
     return _Again(
         due=[output for output in AGAIN if output in options.outputs and is_due(output)],
         open=open_result,
-        changes=lambda result: {"frame": result.frame},
+        changes=changes_of,
     )
 
 
 def _scan(
-    store: RunStore, run: Run, files: WrittenFiles, before: ExportOptions, options: ExportOptions
+    store: RunStore,
+    run: Run,
+    files: WrittenFiles,
+    before: ExportOptions,
+    options: ExportOptions,
+    ruled: Mapping[str, Any],
 ) -> _Again:
     folder = store.folder
     mask_file = folder / MASK_FILES[run.kind]

@@ -241,6 +241,38 @@ def _reduce(folder: Path, level: int) -> None:
         pass
 
 
+def choose(
+    planes: Floats, thresholds: Sequence[float | None], min_margin: float
+) -> tuple[Floats, npt.NDArray[np.uint8]]:
+    """Return probability and class of each pixel; the first of equals.
+
+    A class with a threshold has the score p - threshold, one without p - the largest of the others:
+    what is not negative only where it is the likeliest. The largest score that is not negative
+    wins, else the background; so it does where the likeliest leads by less than `min_margin`.
+
+    Args:
+        planes: (C, y, x) probabilities, the background's first.
+        thresholds: of each class but the background; None = it has none.
+    """
+    first, top, second = np.zeros(planes.shape[1:], np.uint8), planes[0].copy(), None
+    for index, plane in enumerate(planes[1:], start=1):
+        lower = np.minimum(top, plane)
+        second = lower if second is None else np.maximum(second, lower)
+        first[plane > top] = index
+        np.maximum(top, plane, out=top)
+    margin = top - second
+    score, chosen = np.full_like(top, -1), np.zeros_like(first)
+    for index, threshold in enumerate(thresholds, start=1):
+        if threshold is None:
+            own = np.where(first == index, margin, np.float32(-1))
+        else:
+            own = planes[index] - np.float32(threshold)
+        better = (own >= 0) & (own > score)
+        score[better], chosen[better] = own[better], index
+    chosen[margin < np.float32(min_margin)] = 0
+    return np.take_along_axis(planes, chosen[None].astype(np.intp), 0)[0], chosen
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probability(Layer):
     """The probabilities of a run's classes, uint8 (c, y, x), in 1/255.

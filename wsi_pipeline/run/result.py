@@ -148,6 +148,8 @@ class SlideResult(Result):
         downsample: level-0 pixels per mask pixel, (y, x).
         options: how to write.
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
+        ruled_path: OME-Zarr by other thresholds, of which polygons and overlay are made; None =
+            they are made of the mask.
         write_probability: puts together what blocks have kept, where users look; None = they do
             not keep anything any more.
     """
@@ -156,6 +158,7 @@ class SlideResult(Result):
     downsample: tuple[float, float]
     options: ExportOptions
     stored: StoredGrid | None
+    ruled_path: Path | None = None
     write_probability: Callable[[], None] | None = None
 
     @property
@@ -222,7 +225,7 @@ class SlideResult(Result):
         overlay.write_overlay(
             path,
             self.stored.thumbnail,
-            ome_zarr.read_mask(self.mask_path, tissue.shape),
+            ome_zarr.read_mask(self.ruled_path or self.mask_path, tissue.shape),
             classes=self.classes,
             tissue=tissue,
             notes=self._notes,

@@ -69,6 +69,7 @@ def fitting(settings: Settings, bundle: Bundle) -> Settings:
     """
     if reason := settings.why_not(bundle.modality):
         raise BundleError(f"{reason}; {bundle.name} is for {bundle.modality}s")
+    settings.predict.rule.of([c.name for c in bundle.classes[1:]])
     outputs = settings.export.outputs or OUTPUTS[bundle.modality]
     export = replace(settings.export, outputs=outputs)
     return replace(settings, export=export, named=settings.as_plain()["named"])

@@ -131,6 +131,9 @@ class SlideRun(SourceRun):
                 close_patch_grid(partial)
             stored = open_patch_grid(store.grid_path)
         self.stored = stored
+        if keep and (roi := self.settings.select.roi) is not None:
+            with writing(store.roi_path), written_beside(store.roi_path) as partial_path:
+                shutil.copyfile(roi, partial_path)
         slide, settings = self.source, self.settings
         width, height = slide.size
         downsample, shape = (1.0, 1.0), (height, width)

@@ -82,6 +82,11 @@ class RunStore:
         return self.path / "grid.zarr"
 
     @property
+    def roi_path(self) -> Path:
+        """Return the copy of the ROI, by which masks are made of probabilities later."""
+        return self.path / "roi.geojson"
+
+    @property
     def mask_path(self) -> Path:
         """Return where the mask grows until it is whole."""
         return self.path / "mask.ome.zarr"

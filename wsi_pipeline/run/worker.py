@@ -35,7 +35,7 @@ from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.predictor import Predictor, use_one_core
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.probability import keep_planes
+from wsi_pipeline.run.probability import choose, keep_planes
 from wsi_pipeline.run.store import hash_block, settle
 from wsi_pipeline.schedule.memory import map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
@@ -67,6 +67,7 @@ class BlockWorker:
         self._plan = plan
         self._stamp = _stamp(plan.pixels.path)
         self._classes = len(bundle.classes)
+        self._thresholds = plan.predict.rule.of([c.name for c in bundle.classes[1:]])
         self._familiar = load_familiar(bundle)
         self._predictor = _kept_predictor(bundle, plan, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
@@ -243,10 +244,15 @@ class BlockWorker:
         self, pieces: Iterator[tuple[Shape, torch.Tensor]], block: Block
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None]:
         """Return class and probability (in 1/65535) at each mask pixel of a block."""
-        mask = np.zeros(block.shape, np.uint8)
+        mask, rule = np.zeros(block.shape, np.uint8), self._plan.predict.rule
         probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
         for first, probabilities in pieces:
-            best, chosen = _best(probabilities)
+            if rule:
+                alone = len(probabilities) == 1
+                every = torch.cat([1 - probabilities, probabilities]) if alone else probabilities
+                best, chosen = choose(every.cpu().numpy(), self._thresholds, rule.min_margin)
+            else:
+                best, chosen = _best(probabilities)
             part = box_slices(first, best.shape)
             mask[part] = chosen
             if probability is not None:
