@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import shapely
 import tifffile
+import torch
 import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
@@ -602,6 +603,147 @@ def test_a_browser_that_goes_away_is_not_talked_about(viewer, capfd):
             connection.sendall(f"{line}{host}\r\n\r\n{line}{host}\r\n\r\n".encode())
     assert get(viewer, "runs")[0] == 200
     assert capfd.readouterr() == ("", "")
+
+
+class Soft(torch.nn.Module):
+    """Probabilities of all sizes: of the first class where it is dark, of the second in between."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        green = x[:, 1:2] * 255
+        return torch.cat([torch.zeros_like(green), (150 - green) / 20, (190 - green) / 60], dim=1)
+
+
+@pytest.fixture(scope="module")
+def soft(tmp_path_factory, slide_path):
+    """Return the folder of a run that keeps probabilities, at the mask's resolution."""
+    place = tmp_path_factory.mktemp("soft")
+    model = load_bundle(pointwise_bundle(place / "model", mpp=0.25, program=Soft))
+    predict = PredictOptions(precision="fp32", device="cpu")
+    outputs = ("zarr", "geojson", "probability")
+    settings = Settings(select=EVERYWHERE, predict=predict, export=replace(EXACT, outputs=outputs))
+    (job,) = plan_jobs([slide_path], place / "out")
+    with open_cluster(ScheduleOptions()) as client:
+        assert segment_job(job, model, client=client, settings=settings).status == "done"
+    return job.folder
+
+
+def cut_at(folder, first, second):
+    """Return what thresholds of both classes make of a run's probabilities, class indices."""
+    shares = zarr.open_array(folder / "probability.ome.zarr" / "0", mode="r")[:] / 255
+    over = shares - np.array([first, second])[:, None, None]
+    return np.where(over.max(axis=0) >= 0, over.argmax(axis=0) + 1, 0)
+
+
+THRESHOLDS = [(0.3, 1), (0.7, 0.25), (0.1, 0.1), (1, 1), (0.45, 0.9)]
+
+
+@pytest.mark.parametrize(("first", "second"), THRESHOLDS)
+def test_thresholds_cut_the_mask_anew(soft, first, second):
+    expected, run = cut_at(soft, first, second), quote(soft.name)
+    asked = f"t={first},{second}"
+    with serve(soft) as viewer:
+        facts = get_json(viewer, f"runs/{run}")["probability"]
+        assert facts["classes"] == [1, 2]
+        assert facts["levels"][0] == {"size": list(expected.shape[::-1]), "downsample": [1, 1]}
+        colors = np.array([(*color, 255 * bool(i)) for i, color in enumerate(COLORS)], np.uint8)
+        for query, wanted in ((asked, expected), (asked + "&hide=2", expected * (expected == 1))):
+            tile = get(viewer, f"runs/{run}/cut/0/1/1?{query}")[2]
+            shown = np.asarray(Image.open(io.BytesIO(tile)).convert("RGBA"))
+            part = colors[wanted[512:1024, 512:1024]]
+            assert np.array_equal(shown[..., 3], part[..., 3])
+            assert np.array_equal(shown[shown[..., 3] > 0], part[part[..., 3] > 0])
+        found = get_json(viewer, f"runs/{run}/areas?{asked}&exact=1")
+        assert found["is_exact"]
+        for value in (1, 2):
+            mm2 = (expected == value).sum() * 0.25**2 * 1e-6
+            assert found["mm2"][str(value)] == pytest.approx(mm2)
+        # outlines go along all edges of the pixels of a class, and nowhere else
+        x, y, w, h = 305, 299, 700, 600
+        box = f"x={x}&y={y}&w={w}&h={h}&downsample=0.01&hide=2&exact=1&{asked}"
+        found = get_json(viewer, f"runs/{run}/polygons?{box}")
+        assert (found["is_exact"], found["more"]) == (True, 0)
+        inside = np.pad(expected == 1, 1)[y + 1 : y + h + 1, x + 1 : x + w + 1]
+        edges = sum(np.diff(inside.astype(int), axis=axis).__abs__().sum() for axis in (0, 1))
+        assert sum(lines_of(own).length for own in found["shapes"]) == pytest.approx(edges)
+
+
+def test_a_first_answer_is_coarse_and_says_so(soft, monkeypatch):
+    monkeypatch.setattr("wsi_pipeline.viewer.cut.QUICK", 1 << 14)
+    # as large as the slide: what a page asks for beyond it does not count
+    monkeypatch.setattr("wsi_pipeline.viewer.cut.MOST", 1931 * 1487)
+    monkeypatch.setattr("wsi_pipeline.viewer.cut.FINE", 0)
+    run, expected = quote(soft.name), (cut_at(soft, 0.3, 1) == 1).sum()
+    box = "x=-9&y=-9&w=2500&h=2000&downsample=2"
+    with serve(soft) as viewer:
+        about = get_json(viewer, f"runs/{run}/areas?t=0.3,1")
+        assert not about["is_exact"]
+        assert about["mm2"]["1"] == pytest.approx(expected * 0.25**2 * 1e-6, rel=0.1)
+        exact = get_json(viewer, f"runs/{run}/areas?t=0.3,1&exact=1")
+        # once all is counted, so is every other cut
+        assert get_json(viewer, f"runs/{run}/areas?t=0.3,1") == exact
+        coarse, fine = (
+            get_json(viewer, f"runs/{run}/polygons?{box}&t=0.3,1{how}") for how in ("", "&exact=1")
+        )
+        assert (coarse["is_exact"], fine["is_exact"]) == (False, True)
+        sizes = [sum(map(len, s["lines"])) for s in coarse["shapes"]]
+        assert 0 < sum(sizes) < sum(sum(map(len, s["lines"])) for s in fine["shapes"])
+
+
+def test_probabilities_are_a_layer_with_a_colour_map(soft):
+    planes = zarr.open_array(soft / "probability.ome.zarr" / "0", mode="r")
+    run = quote(soft.name)
+    with serve(soft) as viewer:
+        for channel in (0, 1):
+            tile = get(viewer, f"runs/{run}/probability/{channel}/0/1/0")[2]
+            shown = np.asarray(Image.open(io.BytesIO(tile)))
+            assert np.array_equal(shown, planes[channel, :512, 512:1024])
+        ends = np.asarray(Image.open(io.BytesIO(tile)).convert("RGBA"))
+        assert (ends[shown == 0][:, 3] == 0).all()
+        for path, status in (
+            ("probability/2/0/0/0", 404), ("probability/0/9/0/0", 404),
+            ("probability/0/0/9/9", 404),
+            ("probability/x/0/0/0", 400), ("cut/0/0/0", 400), ("cut/0/0/0?t=0.5", 404),
+            ("cut/0/0/0?t=2,1", 400), ("cut/0/0/0?t=nan,1", 400), ("areas?t=0.1,0.1,0.1", 404),
+        ):  # fmt: skip
+            assert sentence(viewer, f"runs/{run}/{path}")[0] == status, path
+
+
+def test_a_run_without_probabilities_says_so(viewer):
+    assert get_json(viewer, f"runs/{PLAIN}")["probability"] is None
+    assert sentence(viewer, f"runs/{PLAIN}/areas?t=0.5,0.5")[0] == 404
+    assert sentence(viewer, f"runs/{PLAIN}/cut/0/0/0?t=0.5,0.5")[0] == 404
+
+
+@pytest.mark.slow
+def test_the_page_cuts_anew_while_a_slider_moves(soft, tmp_path):
+    """The slider of the first class: its amount, its colour on the slide, and back again."""
+
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        amounts = "[...document.querySelectorAll('#classes span')].map((s) => s.textContent).join()"
+        move = "r.value = {}; r.dispatchEvent(new Event('input'))"
+        slider = "const r = document.querySelectorAll('.threshold input')[{}]; "
+        await page.until(still)
+        before = await page.ask(amounts)
+        await page.ask("{" + slider.format(1) + move.format(1) + "}")
+        red = []
+        for share in (0.1, 0.9):
+            await page.ask("{" + slider.format(0) + move.format(share) + "}")
+            mm2 = (cut_at(soft, share, 1) == 1).sum() * 0.25**2 * 1e-6
+            await page.until(f"{amounts}.startsWith('{float(f'{mm2:.3g}'):g} mm²')")
+            await page.until("document.querySelector('#notice').textContent == 'outlines cut anew'")
+            await page.until(still)
+            picture = await page.picture()
+            red.append((picture[..., 0] - picture[..., 1:].max(axis=2) > 40)[:, :800].sum())
+            told = await page.ask("document.querySelector('#cut').textContent")
+            assert f"--threshold 'Tumor={share:.2f}' --threshold 'Stroma=1.00'" in told
+        assert red[0] > 1.5 * red[1] > 0
+        await page.ask("document.querySelector('#cut button').click()")
+        await page.until(f"{amounts} == '{before}'")
+        await page.until(still)
+
+    with serve(soft) as viewer:
+        browse(viewer.url, tmp_path / "browser", visit)
 
 
 def move_slide(folder, path):

@@ -10,11 +10,13 @@ from http import HTTPStatus
 import orjson
 from tornado.web import HTTPError
 
-from wsi_pipeline.viewer.run_view import Shown
+from wsi_pipeline.viewer.cut import Thresholds
+from wsi_pipeline.viewer.run_view import Shown, ShownPicture
 from wsi_pipeline.viewer.volume import ShownVolume
 
 WHOLE, SIZE, NUMBER = r"-?[0-9]{1,9}", r"[1-9][0-9]{0,8}", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
 COUNT = r"[0-9]{1,9}"
+SHARES = r"((0(\.[0-9]{1,9})?|1(\.0{1,9})?)?,)*(0(\.[0-9]{1,9})?|1(\.0{1,9})?)?"
 LIST = r"[0-9]{1,4}(,[0-9]{1,4}){0,999}"
 """Patterns of what a query may say."""
 MOST_LISTED = 100
@@ -50,12 +52,31 @@ def answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
             return "image/jpeg", shown.slide_tile(*whole_numbers(place, 3))
         case ["mask", *place]:
             return "image/png", shown.mask_tile(*whole_numbers(place, 3), hidden=_hidden(query))
+        case ["probability", channel, *place]:
+            which, level, column, row = whole_numbers([channel, *place], 4)
+            return "image/png", shown.cut_tile(level, column, row, what=which, hidden=frozenset())
+        case ["cut", *place]:
+            thresholds, hidden = _thresholds(shown, query), _hidden(query)
+            tile = shown.cut_tile(*whole_numbers(place, 3), what=thresholds, hidden=hidden)
+            return "image/png", tile
+        case ["areas"]:
+            thresholds = _thresholds(shown, query)
+            assert shown.cut is not None
+            return as_json(shown.cut.areas(thresholds, is_exact="exact" in query))
         case ["polygons"]:
             x, y = (int(_asked(query, name)) for name in "xy")
             width, height = (int(_asked(query, name, SIZE, "1 or more")) for name in "wh")
             downsample = float(_asked(query, "downsample", NUMBER, "a number above 0"))
+            box, hidden = (x, y, width, height), _hidden(query)
+            if "t" in query:
+                thresholds = _thresholds(shown, query)
+                assert shown.cut is not None
+                is_exact = "exact" in query
+                return as_json(
+                    shown.cut.within(box, downsample, hidden, thresholds, is_exact=is_exact)
+                )
             polygons = shown.polygons()
-            found = polygons.within((x, y, width, height), downsample, _hidden(query))
+            found = polygons.within(box, downsample, hidden)
             return as_json(
                 {**found, "left_out": polygons.left_out, "classes": shown.legend(polygons.classes)}
             )
@@ -92,6 +113,15 @@ def _hidden(query: Query) -> frozenset[int]:
     if "hide" not in query:
         return frozenset()
     return frozenset(map(int, _asked(query, "hide", LIST, "whole numbers with commas").split(",")))
+
+
+def _thresholds(shown: ShownPicture, query: Query) -> Thresholds:
+    """Return the threshold of each class that has probabilities, None where it is not cut."""
+    told = _asked(query, "t", SHARES, "numbers from 0 to 1 with commas, or nothing")
+    thresholds = [float(share) if share else None for share in told.split(",")]
+    if shown.cut is None or len(thresholds) != len(shown.cut.values):
+        raise RequestError(HTTPStatus.NOT_FOUND, "there are no probabilities of so many classes")
+    return thresholds
 
 
 def as_json(value: object) -> Answer:

@@ -22,10 +22,12 @@ from wsi_pipeline.geometry import Region, box_slices
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
+from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView
 from wsi_pipeline.sources.radiology.image import Image as PlanarImage
 from wsi_pipeline.viewer.base import ShownRun, told_in
+from wsi_pipeline.viewer.cut import COLORS, PALETTE, Cut, Thresholds
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
 from wsi_pipeline.viewer.volume import ShownVolume, open_shown_volume
 
@@ -100,6 +102,7 @@ class ShownPicture(ShownRun):
                 for n, level in enumerate(self.mask)
             ],
             "polygons": (self.folder / POLYGONS).is_file(),
+            "probability": self.cut and self._probability_facts(self.cut),
         }
 
     def thumbnail_jpeg(self) -> bytes:
@@ -156,6 +159,54 @@ class ShownPicture(ShownRun):
         except Exception as error:
             # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Return what cuts the mask anew, where the run keeps probabilities and has a mask."""
+        try:
+            probability = open_probability(self.folder)
+        except StoreError:
+            return None
+        names = list(self.classes)
+        (y, x), (ratio_y, ratio_x) = self.mask_downsample, probability.ratio
+        if not self.mask or not set(probability.classes) <= set(names):
+            return None
+        downsample = (y / ratio_y, x / ratio_x)
+        return Cut(
+            probability=probability,
+            mm2=math.prod(self.run.slide["mpp"]) * math.prod(downsample) * 1e-6,
+            values=[names.index(name) for name in probability.classes],
+            downsample=downsample,
+            mask_downsample=self.mask_downsample,
+            mask_shape=(self.mask[0].shape[0], self.mask[0].shape[1]),
+        )
+
+    def _probability_facts(self, cut: Cut) -> dict[str, Any]:
+        levels = [
+            _level(level.shape[1:], [d * 2**n for d in cut.downsample])
+            for n, level in enumerate(cut.probability.levels)
+        ]
+        return {"levels": levels, "classes": cut.values, "colors": COLORS}
+
+    def cut_tile(
+        self, level: int, column: int, row: int, *, what: int | Thresholds, hidden: frozenset[int]
+    ) -> bytes:
+        """Return a tile of the probabilities of a class, or of the mask cut anew, as a PNG.
+
+        Args:
+            what: channel of the probabilities, or thresholds of all.
+
+        Raises:
+            SourceError: there is no such tile or class, or there are no probabilities.
+        """
+        if (cut := self.cut) is None or not 0 <= level < len(cut.probability.levels):
+            raise SourceError(f"there are no probabilities at level {level}")
+        start, shape = place_of(cut.shape(level), column, row)
+        if isinstance(what, int):
+            return indexed_png(cut.plane(what, level, start, shape), PALETTE, frozenset([0]))
+        stop = (start[0] + shape[0], start[1] + shape[1])
+        pixels = cut.mask(level, start, stop, what)
+        return indexed_png(pixels, list(self.classes.values()), hidden | {0})
 
     def polygons(self) -> Polygons:
         """Return the polygons, read when they are first asked for.

@@ -9,18 +9,19 @@ import { View } from "./view.js";
 import { Volume } from "./volume.js";
 
 const element = (id) => document.getElementById(id);
-const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1], ["other", "Other", 0], ["differences", "Differences", 0.7]];
+const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1], ["probability", "Probability", 0], ["other", "Other", 0], ["differences", "Differences", 0.7]];
 const AGAINST = ["other", "differences"];
 const canvases = Object.fromEntries(LAYERS.map(([id]) => [id, element(id)]));
 const view = new View(element("stage"), redraw, clicked);
 const overview = new Overview(element("map"), view);
 const KEYS = {
-  h: () => document.body.classList.toggle("bare"), n: () => shown?.regions?.step(1), p: () => shown?.regions?.step(-1), r: toggleRuler,
+  h: () => document.body.classList.toggle("bare"), n: () => shown?.cut || shown?.regions?.step(1), p: () => shown?.cut || shown?.regions?.step(-1), r: toggleRuler,
   "[": () => step(-1), "]": () => step(1), g: () => element("choice").hidden || gallery(), "?": () => element("keys").showModal(),
 };
 const hidden = new Set(); // classes, by their number
 let shown = null; // what the page knows of the slide it shows
 let runs = []; // all that there are
+let cutting = 0; // the timer of an exact answer
 let ruler = null; // { from, to }, level-0 places, while it is on
 let pointer = null; // where it is over the slide
 let frame = 0, saving = 0;
@@ -46,6 +47,8 @@ async function start() {
   });
   for (const [id, key] of [["before", "["], ["after", "]"], ["all", "g"], ["help", "?"], ["rule", "r"]]) element(id).addEventListener("click", KEYS[key]);
   element("compare").querySelector("select").addEventListener("change", compare);
+  element("scale").querySelector("select").addEventListener("change", showProbability);
+  element("cut").querySelector("button").addEventListener("click", () => { shown.thresholds.fill(""); tellClasses(shown.facts.classes); cut(); });
   runs = await attempt(async () => (await ask("runs")).json()) ?? [];
   element("choice").hidden = runs.length < 2;
   for (const { id, folder, status, reason } of runs) {
@@ -88,6 +91,7 @@ async function open({ run, x, y, d, at }) {
   if (shown !== mine) return;
   overview.show(whole || null, facts.size);
   offerOthers();
+  if (facts.probability) offerProbability();
   if (facts.polygons) {
     mine.regions = listOf(polygonRows(mine.url, hidden));
     mine.lines = new Outlines(canvases.lines, mine.url, { changed: redraw, came: polygonsCame });
@@ -102,6 +106,7 @@ async function open({ run, x, y, d, at }) {
 function close() {
   [...LAYERS.map(([id]) => id), "volume"].forEach((layer) => shown?.[layer]?.close());
   if (ruler) toggleRuler();
+  document.body.classList.remove("cutting");
   overview.show(null);
   shown = view.home = null;
   hidden.clear();
@@ -109,16 +114,18 @@ function close() {
   element("said").replaceChildren();
   ["name", "facts", "notice", "zoom"].forEach((id) => { element(id).textContent = ""; });
   tellWhere();
-  ["bar", "layers", "found", "window", "regions", "compare", "kinds"].forEach((id) => { element(id).hidden = true; });
+  ["bar", "layers", "found", "window", "regions", "compare", "kinds", "scale", "cut"].forEach((id) => { element(id).hidden = true; });
 }
 
 // layer: "slide", "mask", of which classes may be hidden, or one of AGAINST, which lie as the mask does.
 function tiles(layer, options) {
   const { url, facts } = shown, hide = layer === "mask" && hidden.size ? `?hide=${[...hidden].sort().join()}` : "";
-  const place = AGAINST.includes(layer) ? `against/${shown.against}/${layer}` : layer;
-  const of = (level, column, row) => `${url}/${place}/${level}/${column}/${row}${hide}`;
+  const isCut = layer === "mask" && shown.cut, place = isCut ? "cut" : AGAINST.includes(layer) ? `against/${shown.against}/${layer}` : options.place ?? layer;
+  const query = isCut ? `?${shown.cut.slice(1)}${hide.replace("?", "&")}` : hide;
+  const of = (level, column, row) => `${url}/${place}/${level}/${column}/${row}${query}`;
   const failed = (sentence) => say(sentence, "bad");
-  return new Tiles(canvases[layer], facts[layer] ?? facts.mask, facts.tile, of, { changed: redraw, failed, ...options });
+  const levels = isCut || layer === "probability" ? facts.probability.levels : facts[layer] ?? facts.mask;
+  return new Tiles(canvases[layer], levels, facts.tile, of, { changed: redraw, failed, ...options });
 }
 
 // Draws once a frame, whatever has changed since.
@@ -128,7 +135,7 @@ function redraw() {
     if (!shown?.slide) return;
     const ratio = window.devicePixelRatio || 1, { facts } = shown;
     const colors = facts.classes.map(({ color }) => `rgb(${color.join()})`);
-    const came = ["slide", "mask", ...AGAINST].filter((id) => shown[id]).map((id) => shown[id].draw(view, ratio));
+    const came = ["slide", "mask", "probability", ...AGAINST].filter((id) => shown[id]).map((id) => shown[id].draw(view, ratio));
     if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
     document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
     overview.draw(ratio);
@@ -141,8 +148,13 @@ function redraw() {
   });
 }
 
-function polygonsCame({ error, more, left_out, classes }) {
+function polygonsCame({ error, more, left_out, classes, is_exact }) {
   if (error) return say(error, "bad");
+  if (is_exact !== undefined) {
+    const rest = more ? `; ${more.toLocaleString()} smaller ones are not drawn here` : "";
+    element("notice").textContent = is_exact ? `outlines cut anew${rest}` : `outlines cut from coarser probabilities: approximate${rest}`;
+    return;
+  }
   const known = shown.facts.classes;
   classes.slice(known.length).forEach((of) => known.push(of)); // drawn or edited in QuPath
   if (element("classes").childElementCount !== known.length - 1) tellClasses(known);
@@ -151,7 +163,7 @@ function polygonsCame({ error, more, left_out, classes }) {
 }
 
 async function clicked([x, y]) {
-  if (!shown?.lines) return;
+  if (!shown?.lines || shown.cut) return;
   const query = new URLSearchParams({ x: Math.floor(x), y: Math.floor(y) });
   if (hidden.size) query.set("hide", [...hidden].join());
   const { url } = shown;
@@ -217,6 +229,59 @@ function compare() {
   redraw();
 }
 
+function offerProbability() {
+  const { classes, colors } = shown.facts.probability, select = element("scale").querySelector("select");
+  shown.thresholds = classes.map(() => "");
+  select.replaceChildren(...classes.map((value, channel) => new Option(shown.facts.classes[value].name, channel)));
+  element("scale").querySelector("i").style.background = `linear-gradient(to right, ${colors.map((color) => `rgb(${color.join()})`).join()})`;
+  ["scale", "cut"].forEach((id) => { element(id).hidden = false; });
+  element("sliders").children[3].hidden = false;
+  tellClasses(shown.facts.classes);
+  showProbability();
+}
+
+function showProbability() {
+  shown.probability?.close();
+  shown.probability = tiles("probability", { place: `probability/${element("scale").querySelector("select").value}` });
+  redraw();
+}
+
+// Shows the mask and its outlines as thresholds cut them: at once from coarse probabilities, then exactly.
+function cut() {
+  const mine = shown, { facts, thresholds } = mine, some = thresholds.some(Boolean), names = facts.probability.classes.map((value) => facts.classes[value].name);
+  mine.cut = some ? `&t=${thresholds.join()}` : "";
+  if (mine.lines) mine.lines.cut = mine.cut;
+  mine.mask.close();
+  mine.mask = tiles("mask", { smooth: false });
+  document.body.classList.toggle("cutting", some); // what is told of regions is of the file's
+  const quoted = names.map((name, i) => thresholds[i] && `--threshold '${name.replaceAll("'", "'\\''")}=${thresholds[i]}'`).filter(Boolean);
+  element("cut").querySelector("code").textContent = some ? `wsi-pipeline export ${run().folder} ${quoted.join(" ")}` : "";
+  clearTimeout(cutting);
+  if (some) tellAreas("").then(() => { if (shown === mine) cutting = setTimeout(() => tellAreas("&exact=1"), 400); });
+  else facts.classes.forEach((of, value) => tellAmount(value, of.amount == null ? "" : `${number(of.amount)} ${facts.unit}`));
+  if (!some) element("cut").querySelector("p").textContent = element("notice").textContent = "";
+  document.body.dataset.state = "loading";
+  redraw();
+}
+
+async function tellAreas(exact) {
+  const { url, cut: asked } = shown;
+  const found = await attempt(async () => (await ask(`${url}/areas?${asked.slice(1)}${exact}`)).json());
+  if (!found || shown?.url !== url || shown.cut !== asked) return;
+  const about = found.is_exact ? "" : "≈ ";
+  Object.entries(found.mm2).forEach(([value, mm2]) => tellAmount(value, `${about}${number(mm2)} mm²`));
+  element("cut").querySelector("p").textContent = found.is_exact ? "mm² counted in all probabilities, at their resolution" : "≈ approximate, counted in coarser probabilities";
+}
+
+function tellAmount(value, text) {
+  const span = element("classes").children[value - 1]?.querySelector("span");
+  if (span) span.textContent = text;
+}
+
+function run() {
+  return runs.find(({ id }) => id === shown.run) ?? { folder: "RUN" };
+}
+
 function toggleRuler() {
   ruler = ruler || !shown || shown.volume ? null : { from: [view.x, view.y], to: null };
   view.rule = ruler && ((from, to) => { ruler = { from, to }; redraw(); });
@@ -268,10 +333,10 @@ function tellFacts(facts) {
   element("layers").hidden = !facts.size;
   element("stage").hidden = Boolean(facts.body);
   element("planes").hidden = !facts.body;
-  const [picture, , polygons, ...against] = element("sliders").children;
+  const [picture, , polygons, ...others] = element("sliders").children;
   picture.children[1].textContent = { slide: "Slide", image: "Image", volume: "Volume" }[facts.kind];
   polygons.hidden = Boolean(facts.body);
-  against.forEach((slider) => { slider.hidden = true; });
+  others.forEach((slider) => { slider.hidden = true; });
   element("rule").hidden = Boolean(facts.body);
   if (facts.lesions?.length) shown.regions = listOf(lesionRows(facts.lesions));
 }
@@ -286,9 +351,24 @@ function tellClasses(classes) {
     const [count, what] = lesions == null ? [regions, "polygon"] : [lesions, "lesion"];
     if (count != null) label.append(make("small", `${count.toLocaleString()} ${what}${count === 1 ? "" : "s"}`));
     item.append(label);
+    const channel = shown.thresholds ? shown.facts.probability.classes.indexOf(i + 1) : -1;
+    if (channel >= 0) item.append(threshold(name, channel));
     return item;
   });
   element("classes").replaceChildren(...items);
+}
+
+function threshold(name, channel) {
+  const label = make("label"), range = make("input"), told = make("output");
+  label.className = "threshold";
+  Object.assign(range, { type: "range", min: 0.01, max: 1, step: 0.01, value: shown.thresholds[channel] || 0.5, ariaLabel: `threshold of ${name}` });
+  told.textContent = shown.thresholds[channel] || "–";
+  range.addEventListener("input", () => {
+    shown.thresholds[channel] = told.textContent = (+range.value).toFixed(2);
+    cut();
+  });
+  label.append(range, told);
+  return label;
 }
 
 function toggle(value, on) {

@@ -5,10 +5,12 @@ import { ask, fit } from "./tiles.js";
 const MARGIN = 0.5; // of the view on all sides, fetched with it
 const CROWDED = 300; // polygons in view from which on lines are thin, or they hide the rest
 const WAIT = 120; // ms without a move before they are fetched anew
+const REST = 400; // ms without a change before those of a cut are fetched exactly
 
 export class Outlines {
   constructor(canvas, url, { changed, came }) {
-    Object.assign(this, { canvas, url, changed, came, held: null, asked: "", paths: new Map() });
+    // cut: the query of thresholds, where polygons are not those of the file
+    Object.assign(this, { canvas, url, changed, came, cut: "", held: null, asked: "", paths: new Map() });
   }
 
   // hidden: classes that are not shown. Returns whether what is wanted has come.
@@ -43,25 +45,29 @@ export class Outlines {
   want(view, ratio, hidden) {
     const pixel = 1 / (view.scale * ratio), hide = [...hidden].sort().join(), { held } = this;
     const seen = view.box();
-    const fits = held && hide === held.hide && pixel <= held.pixel * 1.3 && pixel >= held.pixel / 1.5 &&
+    const fits = held && hide === held.hide && this.cut === held.cut && pixel <= held.pixel * 1.3 && pixel >= held.pixel / 1.5 &&
       seen.x >= held.x && seen.y >= held.y && seen.x + seen.w <= held.x + held.w && seen.y + seen.h <= held.y + held.h;
-    const key = fits ? "" : [view.x, view.y, pixel, hide, view.width, view.height].join();
+    const key = fits ? "" : [view.x, view.y, pixel, hide, this.cut, view.width, view.height].join();
     if (key === this.asked) return;
     this.asked = key;
+    if (fits && this.refining) return; // the exact ones of what is held come
     this.close();
     if (fits) return;
     const { x, y, w, h } = view.box(MARGIN);
     const box = { x: Math.floor(x), y: Math.floor(y), w: Math.ceil(w) + 1, h: Math.ceil(h) + 1 };
     this.waiting = new AbortController();
-    this.timer = setTimeout(() => this.load({ ...box, pixel, hide }, this.waiting.signal), held ? WAIT : 0);
+    const wait = held && this.cut === held.cut ? WAIT : 0;
+    this.timer = setTimeout(() => this.load({ ...box, pixel, hide, cut: this.cut }, this.waiting.signal), wait);
   }
 
-  async load({ x, y, w, h, pixel, hide }, signal) {
+  async load({ x, y, w, h, pixel, hide, cut, exact = false }, signal) {
     const query = new URLSearchParams({ x, y, w, h, downsample: pixel.toFixed(6) });
     if (hide) query.set("hide", hide);
+    let more = false;
     try {
-      const found = await (await ask(`${this.url}/polygons?${query}`, signal)).json();
-      this.held = { x, y, w, h, pixel, hide, shapes: found.shapes };
+      const found = await (await ask(`${this.url}/polygons?${query}${cut}${exact ? "&exact=1" : ""}`, signal)).json();
+      more = cut && !exact;
+      this.held = { x, y, w, h, pixel, hide, cut, shapes: found.shapes };
       this.paths = new Map();
       for (const shape of found.shapes) {
         if (!this.paths.has(shape.class)) this.paths.set(shape.class, new Path2D());
@@ -72,7 +78,9 @@ export class Outlines {
       if (signal.aborted) return;
       this.came({ error: error.message });
     }
-    this.waiting = null;
+    this.refining = Boolean(more);
+    if (more) this.timer = setTimeout(() => this.load({ x, y, w, h, pixel, hide, cut, exact: true }, signal), REST);
+    else this.waiting = null;
     this.changed();
   }
 
@@ -80,6 +88,7 @@ export class Outlines {
     clearTimeout(this.timer);
     this.waiting?.abort();
     this.waiting = null;
+    this.refining = false;
   }
 }
 

@@ -1,0 +1,229 @@
+"""A run's mask cut anew from its probabilities, as much of it as a page looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import shapely
+
+from wsi_pipeline.errors import SourceError
+from wsi_pipeline.export.polygons.build import polygons
+from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
+from wsi_pipeline.files.threads import map_in_threads
+from wsi_pipeline.geometry import Block, box_slices, iter_blocks
+from wsi_pipeline.run.probability import Probability, choose
+from wsi_pipeline.viewer.polygons import Polygons
+
+Pixels = npt.NDArray[np.uint8]
+Pair = tuple[int, int]
+Thresholds = Sequence[float | None]
+"""Of each channel; None = not cut."""
+
+BLOCK = 1024
+"""Side of what is cut at once: a chunk, which is decoded once."""
+QUICK, MOST = 1 << 19, 1 << 27
+"""Values of a class in a first answer, and at most in an exact one."""
+FINE = 1 << 22
+"""Mask pixels up to which outlines are exactly what `export` traces, before it simplifies them."""
+COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+"""Of probabilities from 0 to 1, matplotlib's viridis: even to the eye, and to the colour-blind."""
+PALETTE = [
+    tuple(round(float(np.interp(n / 255 * 4, range(5), part))) for part in np.transpose(COLORS))
+    for n in range(256)
+]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cut:
+    """What a mask would be with other thresholds.
+
+    Attributes:
+        values: index, in the mask, of the class of each channel.
+        downsample: (y, x) slide pixels per value of level 0.
+        mask_downsample: (y, x) slide pixels per mask pixel.
+        mask_shape: (y, x) of the mask.
+        mm2: of what a value of level 0 is of.
+    """
+
+    probability: Probability
+    values: Sequence[int]
+    downsample: tuple[float, float]
+    mask_downsample: tuple[float, float]
+    mask_shape: Pair
+    mm2: float
+
+    def shape(self, level: int) -> Pair:
+        """Return (y, x) of a level."""
+        _, height, width = self.probability.levels[level].shape
+        return height, width
+
+    def plane(self, channel: int, level: int, start: Pair, shape: Pair) -> Pixels:
+        """Return a rectangle of a class's probabilities in 1/255, (y, x).
+
+        Raises:
+            SourceError: there is no such class.
+        """
+        if not 0 <= channel < len(self.values):
+            raise SourceError(f"there are probabilities of {len(self.values)} classes")
+        rows, columns = box_slices(start, shape)
+        return np.asarray(self.probability.levels[level][channel, rows, columns])
+
+    def mask(self, level: int, start: Pair, stop: Pair, thresholds: Thresholds) -> Pixels:
+        """Return the classes, as the mask's indices, of a rectangle of a level, (y, x)."""
+        array = self.probability.levels[level]
+        classes_of = self._rule(tuple(thresholds))
+        found = np.zeros((stop[0] - start[0], stop[1] - start[1]), np.uint8)
+
+        def cut(block: Block) -> None:
+            low, high = (
+                [a + b for a, b in zip(at, start, strict=True)] for at in (block.start, block.stop)
+            )
+            planes = np.asarray(array[:, low[0] : high[0], low[1] : high[1]])
+            if planes.any():
+                found[block.slices] = classes_of(planes)
+
+        for _ in map_in_threads(cut, iter_blocks(found.shape, (BLOCK, BLOCK))):
+            pass
+        return found
+
+    def areas(self, thresholds: Thresholds, *, is_exact: bool) -> dict[str, Any]:
+        """Return `mm2` of each class in the slide, by index, and whether all values were counted.
+
+        Args:
+            is_exact: count all, which takes seconds on a large slide.
+        """
+        is_exact = is_exact or "_histogram" in self.__dict__
+        level = 0 if is_exact else self._quick(self.shape(0), QUICK)
+        if is_exact and len(self.values) <= 2:
+            every = self._rule(tuple(thresholds))(_combinations(len(self.values))).ravel()
+            counts = np.bincount(every, weights=self._histogram, minlength=1 + max(self.values))
+        else:
+            mask = self.mask(level, (0, 0), self.shape(level), thresholds)
+            counts = np.bincount(mask.ravel(), minlength=1 + max(self.values))
+        mm2 = counts * (self.mm2 * 4**level)
+        return {"mm2": {n: float(mm2[n]) for n in self.values}, "is_exact": level == 0}
+
+    def within(
+        self,
+        box: tuple[int, int, int, int],
+        downsample: float,
+        hidden: Collection[int],
+        thresholds: Thresholds,
+        *,
+        is_exact: bool,
+    ) -> dict[str, Any]:
+        """Return outlines as `Polygons.within`, and as `is_exact` whether of all that is known.
+
+        Args:
+            box: (x, y, width, height) in level-0 pixels.
+            downsample: level-0 pixels per pixel of the screen.
+            is_exact: take all, which takes seconds where the box is large.
+
+        Raises:
+            SourceError: the box is too large.
+        """
+        x, y = (max(at, 0) for at in box[:2])
+        scale, shape = self.mask_downsample, self.mask_shape
+        # A page asks for more than it shows, beyond the slide too.
+        height, width = (
+            max(0, min(at + size, math.ceil(n * s)) - max(at, 0))
+            for at, size, n, s in zip((box[1], box[0]), (box[3], box[2]), shape, scale, strict=True)
+        )
+        level, is_fine = -1, is_exact and width * height <= FINE * scale[0] * scale[1]
+        if not is_fine:
+            cells = (height / self.downsample[0], width / self.downsample[1])
+            if is_exact and cells[0] * cells[1] > MOST:
+                raise SourceError("too much of the slide is in view to be exact; zoom in")
+            level = 0 if is_exact else self._quick(cells, QUICK)
+            scale = (self.downsample[0] * 2**level, self.downsample[1] * 2**level)
+            shape = self.shape(level)
+        # One more on each side: what is cut off there has borders that are none.
+        ends = zip((y, x), (height, width), scale, shape, strict=True)
+        spans = [
+            (min(max(0, int(at // s) - 1), n), min(n, max(0, int((at + size) // s) + 2)))
+            for at, size, s, n in ends
+        ]
+        start, stop = ((spans[0][i], spans[1][i]) for i in (0, 1))
+        if stop[0] <= start[0] or stop[1] <= start[1]:
+            return {"shapes": [], "more": 0, "is_exact": True}
+        if is_fine:
+            planes = self.probability.read(start, stop)
+            mask = np.array([0, *self.values], np.uint8)[_chosen(planes, thresholds)]
+        else:
+            mask = self.mask(level, start, stop, thresholds)
+        blocks = iter_blocks(mask.shape, (BLOCK, BLOCK))
+        outlines = find_outlines(mask, trace_mask(mask, blocks), block_size=BLOCK)
+        shapes = shapely.transform(
+            polygons(outlines), lambda xy: (xy + np.flip(start)) * np.flip(scale)
+        )
+        areas = shapely.area(shapes)
+        order = np.argsort(-areas, kind="stable")
+        found = Polygons(
+            shapes=shapes[order],
+            areas=areas[order],
+            values=outlines.regions.value[order].astype(np.int64),
+            classes=(),
+            names=[],
+            measured=np.zeros((0, 2)),
+            left_out=0,
+            tree=shapely.STRtree(shapes[order]),
+        )
+        return {**found.within(box, downsample, hidden), "is_exact": level <= 0}
+
+    @cached_property
+    def _histogram(self) -> npt.NDArray[np.int64]:
+        """Return how often each combination of the values of one or two classes is there."""
+        array = self.probability.levels[0]
+
+        def count(block: Block) -> npt.NDArray[np.int64]:
+            rows, columns = block.slices
+            codes = _codes(np.asarray(array[:, rows, columns]))
+            return np.bincount(codes.ravel(), minlength=256 ** len(self.values))
+
+        total = np.zeros(256 ** len(self.values), np.int64)
+        for found in map_in_threads(count, iter_blocks(self.shape(0), (BLOCK, BLOCK))):
+            total += found
+        return total
+
+    def _rule(self, thresholds: tuple[float | None, ...]) -> Callable[[Pixels], Pixels]:
+        """Return what makes classes of probabilities (c, …) in 1/255: of up to two by a table."""
+        values = np.array([0, *self.values], np.uint8)
+
+        def classes_of(planes: Pixels) -> Pixels:
+            return np.asarray(
+                values[_chosen(planes.astype(np.float32) / np.float32(255), thresholds)]
+            )
+
+        if len(thresholds) > 2:
+            return classes_of
+        table = classes_of(_combinations(len(thresholds)))[0]
+        return lambda planes: np.asarray(table[_codes(planes)])
+
+    def _quick(self, shape: Sequence[float], most: int) -> int:
+        """Return the finest level of which a part, of a size at level 0, has few values."""
+        levels = range(len(self.probability.levels))
+        few = (n for n in levels if shape[0] * shape[1] <= most * 4**n)
+        return next(few, levels[-1])
+
+
+def _combinations(count: int) -> Pixels:
+    """Return all values of one or two classes, (c, 1, 256 ** c), in the order of their codes."""
+    return np.indices((256,) * count).reshape(count, 1, -1).astype(np.uint8)
+
+
+def _codes(planes: Pixels) -> npt.NDArray[np.uint16]:
+    """Return one number for the values of one or two classes, of (c, …)."""
+    codes: npt.NDArray[np.uint16] = planes[0].astype(np.uint16)
+    return codes if len(planes) == 1 else codes * np.uint16(256) + planes[1]
+
+
+def _chosen(planes: npt.NDArray[np.float32], thresholds: Thresholds) -> Pixels:
+    """Return the channel, from 1 on, that each pixel of (c, y, x) gets; 0 = background."""
+    every = np.concatenate([1 - planes.sum(0, keepdims=True), planes])
+    return choose(every, thresholds, 0.0)[1]
