@@ -14,7 +14,15 @@ from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import reaching
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions, Settings, as_plain
-from wsi_pipeline.report.record import OUTPUT_FILES, PREVIEW_FILE, RUN_FILE, Run, files_of, load_run
+from wsi_pipeline.report.record import (
+    FILES,
+    OUTPUT_FILES,
+    PREVIEW_FILE,
+    RUN_FILE,
+    Run,
+    files_of,
+    load_run,
+)
 from wsi_pipeline.run.facts import model_facts, options_of
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.store import RunStore, another, check_same, run_key
@@ -103,7 +111,10 @@ def drop_what_is_old(store: RunStore, key: str, files: WrittenFiles) -> None:
         if _run_of_preview(folder / name) == key:
             files.placed[name] = sha256_of(folder / name)
     if not same and not moved:
-        for name in set(files.ours(OUTPUT_FILES)) - files.placed.keys():
+        kept = set(files.placed)
+        # With a digest in the store they are this run's, and what they were made of is gone.
+        kept |= {FILES["probability"]} if any(store.path.glob("probability-*.sha256")) else set()
+        for name in set(files.ours(OUTPUT_FILES)) - kept:
             remove(folder / name)
     sync(folder)
 
