@@ -254,3 +254,22 @@ def test_images_and_volumes_are_verified_by_the_same_code(tmp_path, modality):
         assert names(verify(folder).different) == {"00001_00000_00000"}
     flip(folder / name)
     assert verify(folder).different
+
+
+def test_thresholds_are_decisions_that_rounding_may_turn(home, tmp_path):
+    segment(
+        home / "slide.tif",
+        model=home / "model",
+        output=tmp_path / "out",
+        precision="fp32",
+        mask_mpp=0.5,
+        outputs=("zarr",),
+        thresholds={"Tumor": 0.7, "Stroma": 0.2},
+        min_margin=0.05,
+    )
+    assert verify(tmp_path / "out" / "slide", share=1).epsilon == 0
+    found = verify(tmp_path / "out" / "slide", share=1, precision="bf16")
+    assert found.rounded
+    assert found.different == ()
+    # one that turned at a threshold, and not between classes
+    assert max(block.margin for block in found.rounded) < 0.2

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,8 @@ class Different:
         block: its row and column; "" where none can be told.
         why: a sentence for people.
         pixels: how many came out as another class.
-        margin: the largest of theirs: the first probability less the second.
+        margin: the largest of theirs, the first probability less the second; with thresholds how
+            near the nearest decision was, on the same scale.
     """
 
     block: str
@@ -294,7 +296,16 @@ class Checker(BlockWorker):
             for first, planes in pieces:
                 every = torch.cat([1 - planes, planes]) if len(planes) == 1 else planes
                 best, second = every.topk(2, 0).values
-                margin[box_slices(first, best.shape)] = (best - second).cpu().numpy()
+                nearest = [best - second]
+                if rule := self._plan.predict.rule:
+                    # what a probability is off by moves a margin by twice that
+                    told = enumerate(self._thresholds, 1)
+                    over = [every[k] - t for k, t in told if t is not None]
+                    nearest += [2 * one.abs() for one in over]
+                    nearest += [(a - b).abs() for a, b in combinations(over, 2)]
+                    nearest.append((best - second - rule.min_margin).abs())
+                least = torch.stack(nearest).amin(0)
+                margin[box_slices(first, best.shape)] = least.cpu().numpy()
                 yield first, planes
 
         return super()._classify(measured(), block)
