@@ -257,8 +257,12 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     sync_all([*(other for other, _ in every if other.is_dir()), path])
 
 
-def create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
-    """Create a level of an OME-Zarr, uint8 (y, x) or (c, y, x), all 0; return it."""
+def create_level(group: zarr.Group, index: int, shape: Shape, *, effort: int = 1) -> MaskArray:
+    """Create a level of an OME-Zarr, uint8 (y, x) or (c, y, x), all 0; return it.
+
+    Args:
+        effort: of compression, 1 to 9.
+    """
     alone = (1,) * (len(shape) - 2)
     common: dict[str, Any] = {
         "shape": shape,
@@ -270,7 +274,7 @@ def create_level(group: zarr.Group, index: int, shape: Shape) -> MaskArray:
     }
     # zstd 1 without shuffle writes busy masks at 0.8 GB/s a core; zstd 3 makes them 5 % smaller at
     # a third of the speed, lz4 three times as large. In Blosc as Java readers know zstd only there.
-    codec: dict[str, Any] = {"cname": "zstd", "clevel": 1}
+    codec: dict[str, Any] = {"cname": "zstd", "clevel": effort}
     if group.metadata.zarr_format == 2:
         return group.create_array(
             str(index),

@@ -59,7 +59,7 @@ FREE_SHARE = 0.7
 """Of the free memory, which passes over images and volumes may take."""
 DISK_PX_BYTES = 0.02
 """Mask pixel on tissue, compressed, in one format with its pyramid."""
-DISK_CELL_BYTES = 0.6
+DISK_CELL_BYTES = 0.9
 """Probability of one class at one place on tissue, likewise."""
 DISK_VERTEX_BYTES = 32
 
