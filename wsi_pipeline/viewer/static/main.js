@@ -259,7 +259,8 @@ function cut() {
   clearTimeout(cutting);
   if (some) tellAreas("").then(() => { if (shown === mine) cutting = setTimeout(() => tellAreas("&exact=1"), 400); });
   else facts.classes.forEach((of, value) => tellAmount(value, of.amount == null ? "" : `${number(of.amount)} ${facts.unit}`));
-  if (!some) element("cut").querySelector("p").textContent = element("notice").textContent = "";
+  element("cut").querySelector("p").textContent = some ? "mm² being counted …" : "";
+  element("notice").textContent = some ? "outlines being cut …" : "";
   document.body.dataset.state = "loading";
   redraw();
 }
