@@ -131,6 +131,18 @@ def test_a_damaged_ledger_entry_is_named(tmp_path):
         store.load_block(BLOCK)
 
 
+def test_a_ledger_entry_whose_directory_has_lost_arrays_is_named(tmp_path):
+    store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
+    store.finish_block(BLOCK, {"first": np.arange(5), "second": np.arange(6)})
+    (path,) = (store.path / "blocks").glob("*.npz")
+    data = bytearray(path.read_bytes())
+    # the length of the first entry's comment, which then takes in the second entry
+    data[data.index(b"PK\x01\x02") + 33] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match="entries are missing"):
+        store.load_block(BLOCK)
+
+
 def test_other_settings_begin_anew_and_leave_old_outputs(tmp_path):
     store = open_run_store(tmp_path / "run", fingerprint="a", key="k", overwrite=False)
     store.finish_block(BLOCK, {"pixels": np.arange(5)})

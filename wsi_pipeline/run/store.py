@@ -224,8 +224,12 @@ class RunStore:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 room = LEAST_ROOM + MOST_PACKED * path.stat().st_size
-                if sum(entry.file_size for entry in arrays.zip.infolist()) > room:
+                entries = arrays.zip.infolist()
+                if sum(entry.file_size for entry in entries) > room:
                     raise ValueError("it unpacks to more than a block has")
+                # We write no comments: one has swallowed the entries behind it.
+                if any(entry.comment for entry in entries):
+                    raise ValueError("entries are missing")
                 return dict(arrays)
         except Exception as error:
             # What is damaged may raise anything.
