@@ -234,6 +234,7 @@ def test_files_that_are_lost_are_made_again(tmp_path, slide_path):
         open_probability(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_kill_between_blocks_loses_no_value(tmp_path, make_slide, slide_pixels):
     slide = make_slide(tmp_path / "slide.tif", np.tile(slide_pixels, (2, 2, 1)), 0.25)
     bundle = pointwise_bundle(tmp_path / "model", mpp=0.37, patch_size=256, program=Busy)
