@@ -17,8 +17,8 @@ from bundles import lightmuseg_bundle, pointwise_bundle
 from walk import Walker
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and asks /proc")
-# all events take a quarter of an hour: WSI_PIPELINE_EVERY_EVENT=1 goes through them
-STEP = 1 if os.environ.get("WSI_PIPELINE_EVERY_EVENT") else 7
+# all events take an hour: WSI_PIPELINE_EVERY_EVENT=1 goes through them
+STEP = 1 if os.environ.get("WSI_PIPELINE_EVERY_EVENT") else 13
 
 
 @pytest.fixture(scope="module")
