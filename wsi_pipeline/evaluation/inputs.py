@@ -50,6 +50,16 @@ class SlideFrame:
         """Return a slide's frame."""
         return cls(size=slide.size, mpp=slide.mpp, bounds=slide.bounds)
 
+    @classmethod
+    def of_run(cls, run: Run) -> SlideFrame:
+        """Return the frame of what was segmented, as its record tells."""
+        width, height, bounds = *run.slide["size"], run.slide.get("bounds")
+        return cls(
+            size=(width, height),
+            mpp=run.slide.get("mpp"),
+            bounds=Region(**bounds) if bounds else None,
+        )
+
 
 class Reader(Protocol):
     """Class indices, wherever they are asked for."""
@@ -267,12 +277,7 @@ def open_run_mask(folder: Path, closing: ExitStack) -> tuple[MaskFile, SlideFram
         path = RunStore(folder=folder).kept_mask_path
         if not path.is_dir():
             raise EvaluationError(f"{folder} holds no finished mask; run `segment` again")
-        bounds = run.slide.get("bounds")
-        return open_ome_zarr(path), SlideFrame(
-            size=(run.slide["size"][0], run.slide["size"][1]),
-            mpp=run.slide["mpp"],
-            bounds=Region(**bounds) if bounds else None,
-        )
+        return open_ome_zarr(path), SlideFrame.of_run(run)
     path = folder / FILES["png"]
     if not path.is_file():
         raise EvaluationError(f"{folder} holds no {path.name}; segment with --outputs png")

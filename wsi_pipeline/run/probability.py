@@ -243,6 +243,11 @@ def _reduce(folder: Path, level: int) -> None:
         pass
 
 
+def with_background(planes: Floats) -> Floats:
+    """Return probabilities (c, y, x) with the background's first: what the classes leave."""
+    return np.concatenate([1 - planes.sum(0, keepdims=True), planes])
+
+
 def choose(
     planes: Floats, thresholds: Sequence[float | None], min_margin: float
 ) -> tuple[Floats, npt.NDArray[np.uint8]]:

@@ -23,7 +23,7 @@ from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Region, iter_blocks
 from wsi_pipeline.options import Rule, as_plain
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
-from wsi_pipeline.run.probability import NAME, choose, open_probability
+from wsi_pipeline.run.probability import NAME, choose, open_probability, with_background
 from wsi_pipeline.run.store import RunStore, another, open_run_store, run_key, settle
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.slide import frame_offset
@@ -77,7 +77,7 @@ def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
             # Most of a slide is glass.
             if planes.any():
                 rows = slice(row, row + planes.shape[1])
-                every = np.concatenate([1 - planes.sum(0, keepdims=True), planes])
+                every = with_background(planes)
                 best, pixels[rows] = choose(every, thresholds, rule.min_margin)
                 probability[rows] = np.rint(best.clip(0, 1) * PROBABILITY_ONE)
         if roi is not None:

@@ -31,7 +31,7 @@ from wsi_pipeline.run.finished import MASK_FILES, of_this_version, open_mask_of,
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.segment import open_source_run
 from wsi_pipeline.run.store import RunStore, hash_block, open_run_store, root_of
-from wsi_pipeline.run.worker import BlockWorker
+from wsi_pipeline.run.worker import BlockWorker, every_class
 from wsi_pipeline.schedule.memory import cpu_count
 
 ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -294,7 +294,7 @@ class Checker(BlockWorker):
 
         def measured() -> Iterator[tuple[Shape, torch.Tensor]]:
             for first, planes in pieces:
-                every = torch.cat([1 - planes, planes]) if len(planes) == 1 else planes
+                every = every_class(planes)
                 best, second = every.topk(2, 0).values
                 nearest = [best - second]
                 if rule := self._plan.predict.rule:

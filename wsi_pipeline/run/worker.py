@@ -247,12 +247,11 @@ class BlockWorker:
         mask, rule = np.zeros(block.shape, np.uint8), self._plan.predict.rule
         probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
         for first, probabilities in pieces:
+            every = every_class(probabilities)
             if rule:
-                alone = len(probabilities) == 1
-                every = torch.cat([1 - probabilities, probabilities]) if alone else probabilities
                 best, chosen = choose(every.cpu().numpy(), self._thresholds, rule.min_margin)
             else:
-                best, chosen = _best(probabilities)
+                best, chosen = _best(every)
             part = box_slices(first, best.shape)
             mask[part] = chosen
             if probability is not None:
@@ -308,10 +307,15 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def every_class(probabilities: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities (C, *part) of all classes: a single channel has no background."""
+    if len(probabilities) == 1:
+        return torch.cat([1 - probabilities, probabilities])
+    return probabilities
+
+
 def _best(probabilities: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Return the highest probability and its class of (C, *part); the first of equals."""
-    if len(probabilities) == 1:
-        probabilities = torch.cat([1 - probabilities, probabilities])
     if probabilities.device.type != "cpu":
         highest, position = probabilities.max(0)
         return highest.cpu().numpy(), position.to(torch.uint8).cpu().numpy()

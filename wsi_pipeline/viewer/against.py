@@ -24,7 +24,6 @@ from wsi_pipeline.evaluation.inputs import (
 from wsi_pipeline.evaluation.masks import MaskFile
 from wsi_pipeline.evaluation.meaning import LabelMap
 from wsi_pipeline.export import ome_zarr
-from wsi_pipeline.geometry import Region
 from wsi_pipeline.report.record import RUN_FILE, UNREADABLE, load_run
 from wsi_pipeline.viewer.run_view import ShownPicture, indexed_png, place_of
 
@@ -99,10 +98,7 @@ def open_against(shown: ShownPicture, path: Path) -> Against:
         other = load_run(path / RUN_FILE)
         if other.slide.get("fingerprint") != run.slide.get("fingerprint"):
             raise StoreError(f"{path} is a run of another {run.kind}: its content differs")
-    width, height, bounds = *run.slide["size"], run.slide.get("bounds")
-    slide = SlideFrame(
-        size=(width, height), mpp=run.slide.get("mpp"), bounds=Region(**bounds) if bounds else None
-    )
+    slide = SlideFrame.of_run(run)
     frame = run.frame.get("for", "openslide")
     with ExitStack() as closing:
         side = open_side(

@@ -17,7 +17,7 @@ from wsi_pipeline.export.polygons.build import polygons
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, box_slices, iter_blocks
-from wsi_pipeline.run.probability import Probability, choose
+from wsi_pipeline.run.probability import Probability, choose, with_background
 from wsi_pipeline.viewer.polygons import Polygons
 
 Pixels = npt.NDArray[np.uint8]
@@ -225,5 +225,4 @@ def _codes(planes: Pixels) -> npt.NDArray[np.uint16]:
 
 def _chosen(planes: npt.NDArray[np.float32], thresholds: Thresholds) -> Pixels:
     """Return the channel, from 1 on, that each pixel of (c, y, x) gets; 0 = background."""
-    every = np.concatenate([1 - planes.sum(0, keepdims=True), planes])
-    return choose(every, thresholds, 0.0)[1]
+    return choose(with_background(planes), thresholds, 0.0)[1]
