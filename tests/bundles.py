@@ -1,4 +1,7 @@
-"""Bundles that tests make: pointwise TorchScript programs and networks with random weights."""
+"""Bundles that tests make: pointwise TorchScript programs and networks with random weights.
+
+And what such a network finds in a slide, on one canvas in memory.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from scipy.signal.windows import gaussian
 
-from wsi_pipeline.networks import NETWORKS
+from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.geometry import PatchGrid
+from wsi_pipeline.networks import NETWORKS, build
+from wsi_pipeline.sources import open_source
 
 CLASSES = """classes = [
   { name = "Background" },
@@ -168,3 +175,26 @@ def spoil(folder: Path) -> None:
     for name, value in {"running_mean": 3e8, "bias": 3e8, "running_var": 1, "weight": 1}.items():
         state[f"{norm}.{name}"].fill_(value)
     save_file(state, path)
+
+
+def blended_canvas(slide_path: Path, bundle_path: Path, *, overlap: int) -> np.ndarray:
+    """Predict the patches one by one, blend them in float64; return (classes, y, x)."""
+    bundle = load_bundle(bundle_path)
+    with open_source(slide_path) as slide:
+        view = slide.at(bundle.mpp, tolerance=0.02)
+        size = bundle.input.patch_size[0]
+        padded = [max(n, size) for n in view.shape]
+        pixels = view.read((0, 0), tuple(padded))
+    network = build(bundle).module
+    weight = np.outer(*[gaussian(size, size / 8)] * 2)
+    total, weights = np.zeros((3, *padded)), np.zeros(padded)
+    grid = PatchGrid.cover(view.shape, (size, size), (overlap, overlap))
+    mean, std = (np.array(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
+    for y, x in grid.origins:
+        patch = pixels[y : y + size, x : x + size].transpose(2, 0, 1) / 255
+        with torch.inference_mode():
+            inputs = torch.from_numpy(((patch - mean) / std).astype(np.float32))[None]
+            probabilities = network(inputs).softmax(1)[0].numpy()
+        total[:, y : y + size, x : x + size] += probabilities * weight
+        weights[y : y + size, x : x + size] += weight
+    return (total / weights)[:, : view.shape[0], : view.shape[1]]

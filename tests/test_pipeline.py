@@ -17,18 +17,15 @@ import shapely
 import tifffile
 import torch
 import zarr
-from bundles import Busy, Coarse, classify, lightmuseg_bundle, pointwise_bundle
+from bundles import Busy, Coarse, blended_canvas, classify, lightmuseg_bundle, pointwise_bundle
 from click.testing import CliRunner
 from rasterio.features import rasterize
 from runs import segment_job
 from scipy.ndimage import map_coordinates
-from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
-from wsi_pipeline.geometry import PatchGrid
-from wsi_pipeline.networks import build
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -131,29 +128,9 @@ def test_on_a_lossless_slide_every_pixel_is_right(tmp_path, slide_path, slide_pi
 
 
 def one_shot(slide_path, bundle_path, *, mpp, overlap):
-    """Predict the same patches one by one and blend them on one canvas, in float64."""
-    bundle = load_bundle(bundle_path)
+    field = blended_canvas(slide_path, bundle_path, overlap=overlap)
     with open_source(slide_path) as slide:
-        view = slide.at(mpp, tolerance=0.02)
-        size = bundle.input.patch_size[0]
-        padded = [max(n, size) for n in view.shape]
-        pixels = view.read((0, 0), tuple(padded))
-        width, height = slide.size
-    network = build(bundle).module
-    window = gaussian(size, size / 8)
-    weight = np.outer(window, window)
-    total, weights = np.zeros((3, *padded)), np.zeros(padded)
-    grid = PatchGrid.cover(view.shape, (size, size), (overlap, overlap))
-    mean, std = (np.array(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
-    for y, x in grid.origins:
-        patch = pixels[y : y + size, x : x + size].transpose(2, 0, 1) / 255
-        with torch.inference_mode():
-            inputs = torch.from_numpy(((patch - mean) / std).astype(np.float32))[None]
-            probabilities = network(inputs).softmax(1)[0].numpy()
-        total[:, y : y + size, x : x + size] += probabilities * weight
-        weights[y : y + size, x : x + size] += weight
-    field = (total / weights)[:, : view.shape[0], : view.shape[1]]
-    fy, fx = view.downsample
+        (fy, fx), (width, height) = slide.at(mpp, tolerance=0.02).downsample, slide.size
     yy = (np.arange(height) + 0.5) / fy - 0.5
     xx = (np.arange(width) + 0.5) / fx - 0.5
     where = np.meshgrid(yy, xx, indexing="ij")

@@ -13,15 +13,12 @@ import pytest
 import tifffile
 import torch
 import zarr
-from bundles import Busy, lightmuseg_bundle, pointwise_bundle
+from bundles import Busy, blended_canvas, lightmuseg_bundle, pointwise_bundle
 from runs import segment_job
-from scipy.signal.windows import gaussian
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import StoreError
-from wsi_pipeline.geometry import PatchGrid
 from wsi_pipeline.inference.blend import iter_sampled_rows
-from wsi_pipeline.networks import build
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -33,7 +30,6 @@ from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.schedule.cluster import open_cluster
-from wsi_pipeline.sources import open_source
 
 EVERYWHERE = SelectOptions(tissue="none")
 MPP = (0.25, 0.2)
@@ -71,36 +67,13 @@ def attributes_of(folder, name="probability.ome.zarr"):
     return zarr.open_group(folder / name, mode="r").attrs.asdict()
 
 
-def canvas(slide_path, bundle_path, *, overlap):
-    """Predict the patches one by one, blend them in float64; return (classes, y, x)."""
-    bundle = load_bundle(bundle_path)
-    with open_source(slide_path) as slide:
-        view = slide.at(bundle.mpp, tolerance=0.02)
-        size = bundle.input.patch_size[0]
-        padded = [max(n, size) for n in view.shape]
-        pixels = view.read((0, 0), tuple(padded))
-    network = build(bundle).module
-    weight = np.outer(*[gaussian(size, size / 8)] * 2)
-    total, weights = np.zeros((3, *padded)), np.zeros(padded)
-    grid = PatchGrid.cover(view.shape, (size, size), (overlap, overlap))
-    mean, std = (np.array(v).reshape(3, 1, 1) for v in (bundle.input.mean, bundle.input.std))
-    for y, x in grid.origins:
-        patch = pixels[y : y + size, x : x + size].transpose(2, 0, 1) / 255
-        with torch.inference_mode():
-            inputs = torch.from_numpy(((patch - mean) / std).astype(np.float32))[None]
-            probabilities = network(inputs).softmax(1)[0].numpy()
-        total[:, y : y + size, x : x + size] += probabilities * weight
-        weights[y : y + size, x : x + size] += weight
-    return (total / weights)[:, : view.shape[0], : view.shape[1]]
-
-
 @pytest.fixture(scope="module")
 def random(tmp_path_factory, uneven):
     """Return a model with random weights, and its canvas of `uneven`."""
     bundle = lightmuseg_bundle(
         tmp_path_factory.mktemp("random") / "model", mpp=0.37, patch_size=256, overlap=24
     )
-    return bundle, canvas(uneven, bundle, overlap=24)
+    return bundle, blended_canvas(uneven, bundle, overlap=24)
 
 
 @pytest.mark.parametrize(("side", "mpp", "ngff"), [(1, None, "0.4"), (3, 1.1, "0.5")])

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import shapely
 import zarr
-from bundles import lightmuseg_bundle
+from bundles import blended_canvas, lightmuseg_bundle
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 from rasterio.features import rasterize
 from scipy.ndimage import map_coordinates
-from test_probability import canvas
 
 import wsi_pipeline
 from wsi_pipeline.cli import group
@@ -63,7 +62,7 @@ def usual(tmp_path, place):
 @pytest.fixture(scope="module")
 def field(place):
     """Return the probabilities (3, y, x) at level 0, in float64, and where the ROI is."""
-    whole = canvas(place / "slide.tif", place / "model", overlap=24)
+    whole = blended_canvas(place / "slide.tif", place / "model", overlap=24)
     with open_source(place / "slide.tif") as slide:
         steps = slide.at(MPP, tolerance=0.02).downsample
     where = [(np.arange(n) + 0.5) / f - 0.5 for n, f in zip((521, 641), steps, strict=True)]
