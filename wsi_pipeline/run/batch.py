@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -223,4 +222,4 @@ class BatchRunner:
 
 def open_elsewhere(plan: Plan, threads: int | None, keep: WorkerCache) -> BlockWorker:
     """Open a source on a worker of another process; return what does its blocks."""
-    return BlockWorker(replace(plan, threads=threads or worker_threads()), keep)
+    return BlockWorker(plan, keep, threads=threads or worker_threads())

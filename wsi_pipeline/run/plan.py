@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -108,21 +109,51 @@ class Plan:
             )
         return ends[0], ends[1]
 
+    @cached_property
+    def _needs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the patches that each block needs, block after block, and where each one's end.
+
+        Boxes of blocks are alike along an axis, so that patches find theirs by bisection.
+        """
+        every = list(iter_blocks(self.mask_shape, self.block_shape))
+        patches, numbers = np.arange(len(self.grid)), np.zeros(len(self.grid), np.int64)
+        axes = zip(self.grid.origins.T, self.grid.patch_size, self._counts, strict=True)
+        for axis, (origins, size, count) in enumerate(axes):
+            edge = [b for b in every if not any(b.index[:axis] + b.index[axis + 1 :])]
+            step = -1 if self.is_mirrored and axis + 1 == len(self._counts) else 1
+            low, high = np.array([self.box(b) for b in edge])[::step, :, axis].T
+            first = np.searchsorted(high, origins, side="right")
+            last = np.searchsorted(low, origins + size)
+            if step < 0:
+                first, last = count - last, count - first
+            touched = (last - first)[patches]
+            numbers = np.repeat(numbers * count + first[patches], touched)
+            patches = np.repeat(patches, touched)
+            numbers += np.arange(len(numbers)) - np.repeat(np.cumsum(touched) - touched, touched)
+        order = np.argsort(numbers, kind="stable")
+        ends = np.cumsum(np.bincount(numbers, minlength=len(every)))
+        return patches[order], np.append(0, ends)
+
+    @property
+    def _counts(self) -> Shape:
+        """Return how many blocks there are along each axis."""
+        return tuple(-(-n // b) for n, b in zip(self.mask_shape, self.block_shape, strict=True))
+
     def patches(self, block: Block) -> npt.NDArray[np.int64]:
         """Return the indices, ascending, of the patches that a block's mask needs."""
-        return self.grid.touching(*self.box(block))
+        patches, ends = self._needs
+        number = np.ravel_multi_index(block.index, self._counts)
+        return patches[ends[number] : ends[number + 1]]
 
     def blocks(self) -> list[Block]:
         """Return the blocks that some patch touches; all others stay background."""
         every = iter_blocks(self.mask_shape, self.block_shape)
-        return [block for block in every if len(self.patches(block))]
+        return [block for block, n in zip(every, np.diff(self._needs[1]), strict=True) if n]
 
     def uses(self, blocks: Sequence[Block]) -> npt.NDArray[np.int64]:
         """Return (n,) how many of some blocks need each patch."""
-        count = np.zeros(len(self.grid), np.int64)
-        for block in blocks:
-            count[self.patches(block)] += 1
-        return count
+        needed = [self.patches(block) for block in blocks]
+        return np.bincount(np.concatenate([[], *needed]).astype(int), minlength=len(self.grid))
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Refuse a source that is not the one that was planned; return nothing.

@@ -34,6 +34,7 @@ from wsi_pipeline.inference.blend import (
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.predictor import Predictor, use_one_core
 from wsi_pipeline.inference.unlike import load_familiar
+from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import choose, keep_planes
 from wsi_pipeline.run.store import hash_block, settle
@@ -50,12 +51,15 @@ STAGES = ("read", "predict", "write", "polygons")
 class BlockWorker:
     """A worker's tools for the blocks of one mask: open source, predictor, what is predicted.
 
+    Args:
+        threads: of the CPU for forward passes; None = as the plan says.
+
     Raises:
         BundleError: the model was replaced since, or cannot be loaded.
         SourceError: the source was replaced since, or cannot be read.
     """
 
-    def __init__(self, plan: Plan, keep: WorkerCache) -> None:
+    def __init__(self, plan: Plan, keep: WorkerCache, *, threads: int | None = None) -> None:
         bundle = load_bundle(plan.bundle_path)
         if bundle.digest != plan.model:
             raise BundleError(
@@ -69,7 +73,7 @@ class BlockWorker:
         self._classes = len(bundle.classes)
         self._thresholds = plan.predict.rule.of([c.name for c in bundle.classes[1:]])
         self._familiar = load_familiar(bundle)
-        self._predictor = _kept_predictor(bundle, plan, keep)
+        self._predictor = _kept_predictor(bundle, plan.predict, threads or plan.threads, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
         uses = plan.uses(plan.store.pending(plan.blocks()))
         self._cache = PatchCache(uses, max_bytes=CACHE_BYTES)
@@ -328,11 +332,12 @@ def _best(probabilities: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDA
     return best, chosen
 
 
-def _kept_predictor(bundle: Bundle, plan: Plan, keep: WorkerCache) -> Predictor:
+def _kept_predictor(
+    bundle: Bundle, options: PredictOptions, threads: int, keep: WorkerCache
+) -> Predictor:
     """Return the predictor that a worker made for the last slide, or a new one."""
-    options = plan.predict
     key = repr((bundle, bundle.weights_sha256, options.device, options.precision,
-                options.batch_size, plan.threads))  # fmt: skip
+                options.batch_size, threads))  # fmt: skip
     predictor = keep.get(key)
     if not isinstance(predictor, Predictor):
         # A model that is used no more gives its memory back first.
@@ -343,6 +348,6 @@ def _kept_predictor(bundle: Bundle, plan: Plan, keep: WorkerCache) -> Predictor:
             device=options.device,
             precision=options.precision,
             batch_size=options.batch_size,
-            threads=plan.threads,
+            threads=threads,
         )
     return predictor
