@@ -1,5 +1,6 @@
-"""Build the wheel, look what it would put into site-packages, and use it from an empty place."""
+"""Build the wheels, look what they put into site-packages, and use them from an empty place."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,11 @@ def main() -> None:
         place = Path(name)
         run(sys.executable, "-m", "build", "--wheel", "--outdir", place, ROOT, stdout=-3)
         (wheel,) = place.glob("*.whl")
+        # of a copy: setuptools would leave its own things among the bundles
+        shutil.copytree(ROOT / "models", place / "models")
+        run(sys.executable, "-m", "build", "--wheel", "--outdir", place / "data", place / "models",
+            stdout=-3)  # fmt: skip
+        (models,) = (place / "data").glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             files = archive.namelist()
         top = {path.split("/")[0] for path in files}
@@ -70,15 +76,20 @@ def main() -> None:
             check=True, capture_output=True, text=True,
         ).stdout.strip()  # fmt: skip
         run(python, "-m", "pip", "install", "-q", f"torch=={torch.split('+')[0]}")
-        run(python, "-m", "pip", "install", "-q", wheel)
+        run(python, "-m", "pip", "install", "-q", wheel, models)
         command = place / "env" / "bin" / "wsi-pipeline"
         work = place / "work"
         work.mkdir()
         run(command, "--help", cwd=work, stdout=subprocess.DEVNULL)
         run(python, "-c", SMOKE, cwd=work)
         run(command, "-q", "segment", "slide.tif", "--model", "model", "--output", "out", cwd=work)
+        line = ("segment", "slide.tif", "--model", "lightmuseg-bcss-demo", "--output", "demo")
+        run(command, "-q", *line, cwd=work)
         made = sorted(path.name for path in (work / "out" / "slide").iterdir())
-        print(f"{wheel.name}: {len(files)} files, top level {sorted(top)}; smoke run made {made}")
+        print(
+            f"{wheel.name}: {len(files)} files, top level {sorted(top)}; "
+            f"{models.name}; smoke run made {made}"
+        )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.files.download import cache_path, download, fetch_file
+from wsi_pipeline.files.models import find_model, inside
 from wsi_pipeline.files.paths import cache_dir
 from wsi_pipeline.files.schema import (
     MOST_TOML,
@@ -232,7 +233,7 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     """Read and check a bundle; return it.
 
     Args:
-        location: the bundle's folder, its `model.toml`, or the URL of a `model.toml`.
+        location: the bundle's folder, its name, its `model.toml`, or the URL of a `model.toml`.
         fetch: get weights that lie behind a URL. False: such a bundle has no `weights_path` as
             long as they are not in the cache.
 
@@ -245,9 +246,7 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     except ValueError as error:
         raise BundleError(f"{path} {error}") from error
     except OSError as error:
-        raise BundleError(
-            f"no bundle at {location}: expected a folder with a model.toml ({error.strerror})"
-        ) from error
+        raise BundleError(f"no bundle at {location}: {error.strerror or error}") from error
     return parse_bundle(table, path, fetch=fetch)
 
 
@@ -416,10 +415,7 @@ def _weights(
 
 def _in_folder(name: str, what: str, folder: Path) -> Path:
     """Return a file of a bundle, which is there and in its folder."""
-    path = folder / name
-    # A bundle from elsewhere has no business with other files, by links or by names.
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{what} {name!r} lie outside the bundle {folder}")
+    path = inside(folder, name, what)
     if not path.is_file():
         raise BundleError(f"the bundle {folder} names {what} {name!r}, which are not there")
     return path
@@ -430,5 +426,4 @@ def _local_toml(location: str) -> Path:
         key = hashlib.sha256(location.encode()).hexdigest()[:16]
         # Fetched each time: it is small, and may have changed.
         return fetch_file(location, cache_dir() / key / "model.toml", most=MOST_TOML)
-    path = Path(location)
-    return path / "model.toml" if path.suffix != ".toml" else path
+    return find_model(location)

@@ -9,15 +9,14 @@ import click
 
 from wsi_pipeline.cli.options import once, output_option
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-MODEL = CHECKOUT / "models" / "lightmuseg-bcss-demo"
+MODEL = "lightmuseg-bcss-demo"
 SLIDE = Path("wsi") / "svs" / "CMU-1-Small-Region.svs"
 """Within the folder of test data."""
 
 
 @click.command()
 @output_option
-@once("--model", "-m", default=str(MODEL), show_default=False, help="Another bundle.")
+@once("--model", "-m", default=MODEL, help="Another bundle.")
 @click.pass_context
 def command(ctx: click.Context, output: Path, model: str) -> None:
     """Segment a real image with the demonstration model, and say where the results lie.
@@ -27,11 +26,12 @@ def command(ctx: click.Context, output: Path, model: str) -> None:
     """
     from wsi_pipeline.cli.segment import command as segment
     from wsi_pipeline.errors import BundleError
+    from wsi_pipeline.files.models import CHECKOUT, named_models
 
-    if model == str(MODEL) and not MODEL.is_dir():
+    if model == MODEL and model not in named_models():
         raise BundleError(
-            "the demonstration model is not part of the installed package: get the repository and "
-            "run this from it, or name a bundle with --model"
+            "the demonstration model is a package of its own: pip install wsi-pipeline-models, run "
+            "this from a checkout, or name a bundle with --model"
         )
     data = os.environ.get("WSI_PIPELINE_TEST_DATA") or CHECKOUT.parent / "shared" / "data"
     slide = Path(data) / SLIDE

@@ -33,7 +33,7 @@ Rows = list[tuple[str, str]]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--mpp", type=MPP, help="The slide's µm per pixel, in place of what the file says.")
 @series_option
-@once("--model", "-m", help="Would this bundle take it? A folder, a model.toml or its URL.")
+@once("--model", "-m", help="Would this bundle take it? Its folder, name or URL.")
 def command(
     path: str, as_json: bool, mpp: float | None, series: int | None, model: str | None
 ) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
-from wsi_pipeline.cli.demo import CHECKOUT
 from wsi_pipeline.cli.options import MPP, Parsed
 from wsi_pipeline.errors import BundleError, without_secrets
+from wsi_pipeline.files.models import bundles_in, keep_model, model_places, named_models
 from wsi_pipeline.options import ProgramFormat
 
 
@@ -62,21 +63,12 @@ def command() -> None:
 def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     """List bundles.
 
-    FOLDER is a bundle, or has bundles in it. Without: models/ of the current folder and of the
-    checkout.
+    FOLDER is a bundle, or has bundles in it. Without: all that `--model NAME` finds,
+    NAME being the folder's, in ./models, $WSI_PIPELINE_MODELS, the user's cache and what is
+    installed.
     """
-    places = folders
-    if not places:
-        usual = (Path("models"), CHECKOUT / "models")
-        # In the checkout both are one folder, which goes by its shorter name.
-        there = {place.resolve(): place for place in reversed(usual) if place.is_dir()}
-        places = tuple(reversed(there.values()))
-    files = [
-        file
-        for place in places
-        for file in (place / "model.toml", *sorted(place.glob("*/model.toml")))
-    ]
-    paths = [file.parent for file in files if file.is_file()]
+    places = folders or model_places()
+    paths = [*named_models().values()] if not folders else [*chain(*map(bundles_in, folders))]
     failed = False
     rows = []
     for path in paths:
@@ -100,6 +92,19 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
         raise click.ClickException(f"no bundle in {looked}: expected folders with a model.toml")
     click.echo(f"looked in {looked}", err=True)
     ctx.exit(int(failed))
+
+
+@command.command("add")
+@click.argument("location", metavar="BUNDLE|URL")
+@click.option("--overwrite", is_flag=True, help="Replace one of the same name.")
+def add(location: str, overwrite: bool) -> None:
+    """Keep BUNDLE in the user's cache.
+
+    From then on it is found by its name, that of its model.toml, whatever the current folder.
+    """
+    bundle = load_bundle(location)
+    keep_model(bundle.path, bundle.name, overwrite=overwrite)
+    click.echo(bundle.name)
 
 
 @command.command("show")

@@ -97,7 +97,7 @@ def read_memory(text: str) -> int:
     },
 )
 @inputs_argument
-@once("--model", "-m", required=True, help="Bundle: a folder, a model.toml or its URL.")
+@once("--model", "-m", required=True, help="Bundle: its folder, its name or its URL.")
 @click.option(
     "--output",
     "-o",

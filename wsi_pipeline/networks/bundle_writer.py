@@ -12,8 +12,10 @@ from pathlib import Path
 from wsi_pipeline.errors import BundleError, StoreError
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed
+from wsi_pipeline.files.models import CARD as CARD
+from wsi_pipeline.files.models import MODEL_TOML as MODEL_TOML
 
-MODEL_TOML, CARD, WEIGHTS = "model.toml", "README.md", "model.safetensors"
+WEIGHTS = "model.safetensors"
 PROGRAM, ENCODER, FEATURES = "program.pt2", "encoder.safetensors", "features.safetensors"
 OLD_CARD = re.compile(r"README\.old(-\d+)?\.md")
 

@@ -114,7 +114,7 @@ def segment(
 
     Args:
         inputs: files, folders (searched recursively), patterns, or .txt files with a path a line.
-        model: folder of a bundle, its model.toml, or its URL.
+        model: folder of a bundle, its name, its model.toml, or its URL.
         output: folder of the results, or its URL.
         work: folder here for slides in hand, where the output is a URL.
         mpp_table: CSV with the columns slide and mpp.
