@@ -1,11 +1,14 @@
 """The inference form answers as the plain network does, with less."""
 
+import platform
+
 import numpy as np
 import pytest
 import torch
 from skimage.data import immunohistochemistry
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.networks import NETWORKS, build
@@ -99,3 +102,38 @@ def test_what_is_never_called_is_gone_and_the_rest_is_not():
     names = [name for name, _ in folded.named_parameters()]
     assert not [n for n in names if n.startswith(("encoder.18.", "sideout"))]
     assert [n for n in names if n.startswith("encoder.17.")]
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="plain elsewhere")
+@pytest.mark.parametrize(
+    ("name", "left"),
+    # the gates' ReLUs; those behind sums and before them; none
+    [("lightmuseg", 9), ("nmtnet", 18), ("swish_unet", 0), ("mm3d_unet", 0)],
+)
+def test_a_convolution_and_its_activation_are_one_call_on_cpus(monkeypatch, name, left):
+    torch.manual_seed(0)
+    network = settled(NETWORKS[name](classes=2))
+    sample, fused = small_input(network, name), for_inference(network)
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    plain = for_inference(network)
+    with torch.inference_mode(), Calls() as calls:
+        answer = masks(fused(sample))
+    activations = [n for n in calls.names if n.startswith(("relu", "hardtanh", "silu"))]
+    assert (len(activations), {"conv2d", "conv3d"} & {*calls.names}) == (left, set())
+    # the weights were put in order for the patch before
+    other = torch.cat([sample] * 2, dim=2)
+    with torch.inference_mode(), Calls() as calls:
+        pairs = [(answer, masks(plain(sample))), (masks(fused(other)), masks(plain(other)))]
+    assert {"conv2d", "conv3d"} & {*calls.names}
+    for one, two in pairs:
+        assert torch.allclose(one, two, atol=float(1e-5 * two.abs().max()), rtol=0)

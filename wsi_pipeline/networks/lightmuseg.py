@@ -37,7 +37,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` times its attention, (N, C, H, W)."""
-        pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
+        # over planes: a maximum along neighbours in memory is slow in bf16
+        most = x.contiguous().amax(1, keepdim=True)
+        pooled = torch.cat([x.mean(1, keepdim=True), most], dim=1)
         return x * torch.sigmoid(self.conv(pooled))
 
 
