@@ -458,7 +458,8 @@ def test_a_server_is_told_who_asks_and_others_are_not(tmp_path: Path) -> None:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         url = f"http://me:open%20sesame@127.0.0.1:{server.server_port}/first"
-        assert fetch_file(url, tmp_path / "w").read_bytes() == b"weights"
+        fetch_file(url, tmp_path / "w")
+        assert (tmp_path / "w").read_bytes() == b"weights"
         with pytest.raises(BundleError, match="has more than"):
             fetch_file(f"http://127.0.0.1:{server.server_port}/large", tmp_path / "x", most=3)
         server.shutdown()

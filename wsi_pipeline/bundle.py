@@ -18,11 +18,10 @@ from msgspec import Meta
 from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
-from wsi_pipeline.files.download import cache_path, download, fetch_file
-from wsi_pipeline.files.models import find_model, inside
-from wsi_pipeline.files.paths import cache_dir
+from wsi_pipeline.files.download import cache_path, download
+from wsi_pipeline.files.fetched import fetched_model
+from wsi_pipeline.files.models import find_model, inside, origin_of
 from wsi_pipeline.files.schema import (
-    MOST_TOML,
     Count,
     Index,
     Mpp,
@@ -164,6 +163,8 @@ class Bundle:
         temperature: Number that the mask's logits are divided by, so that probabilities are as
             often right as they say.
         limits: What its results must not be trusted with: a paragraph that goes with them.
+        origin: Where it was fetched from: `url`, with the commit of a repository, and `sha256` of
+            what was there otherwise; empty where a person has put it in its place.
     """
 
     path: Path
@@ -180,6 +181,7 @@ class Bundle:
     labels: tuple[str, ...] = ()
     temperature: float = 1.0
     limits: str = ""
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def mpp(self) -> float:
@@ -233,14 +235,15 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     """Read and check a bundle; return it.
 
     Args:
-        location: the bundle's folder, its name, its `model.toml`, or the URL of a `model.toml`.
+        location: the bundle's folder, its name, its `model.toml`, or a URL of https:// or hf://.
         fetch: get weights that lie behind a URL. False: such a bundle has no `weights_path` as
             long as they are not in the cache.
 
     Raises:
         BundleError: no such bundle, or one that lacks something or contradicts itself.
     """
-    path = _local_toml(str(location))
+    is_url = "://" in str(location)
+    path = fetched_model(str(location)) if is_url else find_model(str(location))
     try:
         table = read_toml(path)
     except ValueError as error:
@@ -266,7 +269,13 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         classes = _classes(found.output)
         if found.features and found.network in FOREIGN:
             raise ValueError("features are those of a network of the package, not of a program")
-    weights_path, origin = _weights(found.weights, path.parent, fetch=fetch)
+        origin = origin_of(path.parent)
+        if origin and found.network in FOREIGN and isinstance(found.weights, str):
+            raise ValueError(
+                f"{found.weights} is a program, and none is run that comes with {origin['url']}; "
+                "download it and name its folder, if you trust who made it"
+            )
+    weights_path, weights_origin = _weights(found.weights, path.parent, fetch=fetch)
     features_path = found.features and _in_folder(found.features, "features", path.parent)
     return Bundle(
         path=path.parent,
@@ -274,7 +283,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         modality=found.modality,
         network=found.network,
         weights_path=weights_path,
-        weights_origin=origin,
+        weights_origin=weights_origin,
         features_path=features_path or None,
         network_options=found.network_options,
         input=found.input,
@@ -283,6 +292,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         labels=tuple(label.strip() for label in found.output.labels),
         temperature=found.output.temperature,
         limits=paragraph(found.limits),
+        origin=origin,
     )
 
 
@@ -419,11 +429,3 @@ def _in_folder(name: str, what: str, folder: Path) -> Path:
     if not path.is_file():
         raise BundleError(f"the bundle {folder} names {what} {name!r}, which are not there")
     return path
-
-
-def _local_toml(location: str) -> Path:
-    if location.startswith(("http://", "https://")):
-        key = hashlib.sha256(location.encode()).hexdigest()[:16]
-        # Fetched each time: it is small, and may have changed.
-        return fetch_file(location, cache_dir() / key / "model.toml", most=MOST_TOML)
-    return find_model(location)

@@ -45,8 +45,12 @@ def cache_path(url: str, sha256: str) -> Path:
     return cache_dir() / f"{sha256}{Path(urllib.parse.urlparse(url).path).suffix}"
 
 
-def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
-    """Write what is behind a URL to a file of at most so many bytes; return its path."""
+def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS, unless: str = "") -> str:
+    """Write what is behind a URL to a file of at most so many bytes; return its server's stamp.
+
+    Args:
+        unless: A stamp; where the server gives the same nothing is written. Some give none, "".
+    """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https", "file"):
         raise BundleError(f"{url} is not fetched; expected a URL of https://, http:// or file://")
@@ -55,6 +59,10 @@ def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
         with written_beside(target) as partial:
             with urllib.request.urlopen(_request(parts), timeout=PATIENCE) as answer:
                 announced = int(answer.headers.get("Content-Length") or 0)
+                marks = [answer.headers.get(name) or "" for name in ("ETag", "Last-Modified")]
+                stamp = f"{marks} {announced}" if any(marks) else ""
+                if stamp and stamp == unless:
+                    return stamp
                 with partial.open("wb") as file:
                     while (size := file.tell()) <= most and (data := answer.read(1 << 20)):
                         file.write(data)
@@ -72,7 +80,7 @@ def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS) -> Path:
             # Some say a part of the URL only.
             reason = reason.replace(secret, "…")
         raise BundleError(f"cannot fetch {url}: {reason}") from error
-    return target
+    return stamp
 
 
 def _request(parts: urllib.parse.SplitResult) -> urllib.request.Request:

@@ -102,10 +102,13 @@ def claim_folder(folder: Path, *, lock_file: str = LOCK_FILE, timeout: float = 0
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[None]:
+def claimed(target: Path, *, timeout: float = 0) -> Iterator[None]:
     """Claim a file or folder that the body writes; what killed processes left of it goes first.
 
     It must not lie in a folder that is claimed as a whole.
+
+    Args:
+        timeout: Seconds to wait for another process.
 
     Raises:
         BusyError: another process writes it.
@@ -113,7 +116,7 @@ def claimed(target: Path) -> Iterator[None]:
     """
     lock = target.with_name(f".{target.name}.lock")
     try:
-        claim = claim_folder(target.parent, lock_file=lock.name)
+        claim = claim_folder(target.parent, lock_file=lock.name, timeout=timeout)
     except BusyError as error:
         raise BusyError(f"another process is writing {target}") from error
     with claim:

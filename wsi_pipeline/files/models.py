@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from wsi_pipeline.files.paths import cache_dir
 from wsi_pipeline.files.schema import read_toml
 
 MODEL_TOML, CARD = "model.toml", "README.md"
+ORIGIN = ".origin.json"
+"""Where a bundle was fetched from, in its folder."""
 CHECKOUT = Path(__file__).resolve().parents[2]
 PLACES = "WSI_PIPELINE_MODELS"
 """Variable that names more folders, separated as those of PATH are."""
@@ -99,6 +102,8 @@ def keep_model(folder: Path, name: str, *, overwrite: bool) -> Path:
             raise BundleError(f"{target} is there already; add --overwrite to replace it")
         with written_beside(target) as partial:
             gather(lambda file, copy: shutil.copyfile(folder / file, copy), partial)
+            with suppress(FileNotFoundError):
+                shutil.copyfile(folder / ORIGIN, partial / ORIGIN)
     return target
 
 
@@ -119,8 +124,22 @@ def gather(get: Callable[[str, Path], object], folder: Path) -> None:
             path = inside(folder, name, what)
             path.parent.mkdir(parents=True, exist_ok=True)
             get(name, path)
-    with suppress(FileNotFoundError):
+    # a model predicts without its card
+    with suppress(FileNotFoundError, BundleError):
         get(CARD, folder / CARD)
+
+
+def origin_of(folder: Path) -> dict[str, str]:
+    """Return what is known of where a bundle was fetched from; nothing where a person put it.
+
+    Raises:
+        ValueError: the file that tells is damaged.
+    """
+    try:
+        found: dict[str, str] = json.loads((folder / ORIGIN).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    return found
 
 
 def inside(folder: Path, name: str, what: str) -> Path:

@@ -74,12 +74,13 @@ class SourceFacts(TypedDict, total=False):
 
 
 class ModelFacts(TypedDict, total=False):
-    """What is told of a model; `input` as its `model.toml` has it."""
+    """What is told of a model; `input` as its `model.toml` has it, `origin` if it was fetched."""
 
     name: str
     weights_sha256: str
     input: dict[str, Any]
     limits: str
+    origin: dict[str, str]
 
 
 class Certificate(TypedDict):

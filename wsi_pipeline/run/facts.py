@@ -21,6 +21,8 @@ def model_facts(bundle: Bundle) -> ModelFacts:
     }
     if bundle.limits:
         facts["limits"] = bundle.limits
+    if bundle.origin:
+        facts["origin"] = dict(bundle.origin)
     return facts
 
 

@@ -31,7 +31,7 @@ from wsi_pipeline.run.written import WrittenFiles
 
 def model_key(bundle: Bundle) -> str:
     """Return a digest of what makes a model another one: its name, its weights, what it sees."""
-    return run_key(model_facts(replace(bundle, limits="")))
+    return run_key(model_facts(replace(bundle, limits="", origin={})))
 
 
 def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
