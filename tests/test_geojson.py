@@ -19,6 +19,7 @@ from traced import outlines_of
 from wsi_pipeline.annotations import check_geojson
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
+from wsi_pipeline.export.polygons import neighbours
 from wsi_pipeline.geometry import Region
 
 CLASSES = (
@@ -203,6 +204,18 @@ def test_the_bytes_do_not_depend_on_the_blocks(tmp_path, options):
     assert files[0] == files[1] == files[2]
 
 
+def test_ids_are_uuids_of_the_namespace_and_the_first_pixel(tmp_path):
+    mask, path = np.zeros((40, 60), np.uint8), tmp_path / "a.geojson"
+    mask[7:9, 11:20], mask[30:35, 3:9] = 2, 1
+    chosen = feature_options(**EXACT)
+    write(path, mask, chosen)
+    expected = [
+        str(uuid.uuid5(uuid.NAMESPACE_OID, f"{chosen.namespace}/{CLASSES[value].name}/{place}/0"))
+        for value, place in ((2, "7,11"), (1, "30,3"))
+    ]
+    assert [feature["id"] for feature in strict(path)["features"]] == expected
+
+
 def test_a_slide_without_regions_gives_an_empty_collection(tmp_path):
     path = tmp_path / "a.geojson"
     write(path, np.zeros((5, 5), np.uint8), feature_options())
@@ -354,6 +367,30 @@ def test_a_region_far_from_the_next_class_finds_it(tmp_path):
     for (one, other), um in far.items():
         assert float(found[one, other]) == float(found[other, one]) == pytest.approx(um, abs=1e-3)
     assert {found[c.name, c.name] for c in CLASSES[1:]} == {""}
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_of_many_regions_each_finds_the_nearest_of_each_class(tmp_path, monkeypatch, pieces):
+    # Some by the boxes around pieces of borders, what lies by itself by the tree of all.
+    monkeypatch.setattr(neighbours, "PIECE", pieces)
+    monkeypatch.setattr(neighbours, "VERTICES", 500)
+    rng, mask, path = np.random.default_rng(3), np.zeros((600, 411), np.uint8), tmp_path / "a.json"
+    for y, x, side, value in zip(
+        rng.integers(0, 180, 150), rng.integers(0, 390, 150), rng.integers(1, 9, 150),
+        rng.integers(1, 4, 150), strict=True,
+    ):  # fmt: skip
+        mask[y : y + side, x : x + side] = value
+    mask[500:510, 300:330], mask[590:, 5:9] = 1, 2
+    write(path, mask, feature_options(mpp=(0.5, 0.25), **EXACT), probability=None)
+    rows, um = table(path), np.array([0.25, 0.5])
+    drawn = np.array([shapely.geometry.shape(f["geometry"]) for f in strict(path)["features"]])
+    sized = shapely.transform(drawn, lambda xy: xy * um)
+    names = np.array([row["class"] for row in rows])
+    for other in (c.name for c in CLASSES[1:]):
+        for name, shape, row in zip(names, sized, rows, strict=True):
+            if name != other:
+                nearest = shapely.distance(shape, sized[names == other]).min()
+                assert float(row[f"distance_um_{other}"]) == pytest.approx(nearest, abs=6e-4)
 
 
 def test_without_a_pixels_size_the_table_counts_pixels(tmp_path):

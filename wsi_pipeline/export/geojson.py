@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
-import math
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -153,7 +153,7 @@ def write_geojson(
     for of_class in (np.flatnonzero(value == v) for v in np.unique(value)):
         numbers[of_class] = np.arange(1, len(of_class) + 1)
     y, x = (mpp * options.length_unit[1] for mpp in options.mask_mpp)
-    neighbours = find_neighbours(outlines, len(options.classes), (y, x))
+    neighbours = find_neighbours(outlines, len(options.classes), (y, x), threads=threads)
     make = partial(_make_batch, outlines.regions, neighbours, numbers, options)
     counts, largest = np.zeros(len(options.classes), np.int64), np.zeros(len(options.classes))
     vertices, dropped = 0, list[str]()
@@ -167,8 +167,8 @@ def write_geojson(
         rows.write(as_csv([("id", "class", *options.measures)]))
         separator = b"\n"
         for batch in map_polygons(outlines, make, threads=threads):
-            for feature in batch.features:
-                file.write(separator + feature)
+            if batch.features:
+                file.write(separator + batch.features)
                 separator = b",\n"
             rows.write(batch.rows)
             np.add.at(counts, batch.value, 1)
@@ -195,7 +195,7 @@ class _Batch:
     """Features that are written at one go.
 
     Attributes:
-        features: as JSON.
+        features: as JSON, with what parts them.
         rows: of the table, as CSV.
         value: (features,) class.
         area: (features,) in the unit of the options.
@@ -203,7 +203,7 @@ class _Batch:
         dropped: one sentence for each polygon that could not be written.
     """
 
-    features: list[bytes]
+    features: bytes
     rows: str
     value: npt.NDArray[np.uint8]
     area: npt.NDArray[np.float64]
@@ -244,44 +244,47 @@ def _make_batch(
         regions.pixels[region] * options.pixel_mm2,
     )
     measures = _measure(shapes, area, region, regions, neighbours, options)
-    places = regions.value[region], numbers[region], nth, area, regions.first[region]
-    names = list(options.measures.values())
-    rows, features = list[tuple[object, ...]](), list[bytes]()
-    for value, number, n, size, (y, x), measured, coordinates in zip(
-        *(column.tolist() for column in places),
-        zip(*(values.tolist() for values in measures), strict=True),
-        _iter_coordinates(shapes),
-        strict=True,
-    ):
-        info = options.classes[value]
-        identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{options.namespace}/{info.name}/{y},{x}/{n}")
-        feature = {
-            "type": "Feature",
-            "id": str(identity),
-            "geometry": {"type": "Polygon", "coordinates": coordinates},
-            "properties": {
-                "objectType": "detection" if len(regions) > MANY_REGIONS else "annotation",
-                "name": f"{info.name} {number}" + (f", part {n + 1}" if n else ""),
-                "isLocked": True,
-                "classification": {"name": info.name, "color": list(info.color or (128, 128, 128))},
-                "measurements": {
-                    # QuPath keeps float32
-                    f"Area {options.unit}": float(f"{size:.7g}"),
-                    **{
-                        name: m
-                        for name, m in zip(names, measured, strict=True)
-                        if name and not math.isnan(m)
-                    },
-                },
-                "metadata": dict(options.metadata),
-            },
-        }
-        features.append(orjson.dumps(feature, option=orjson.OPT_SERIALIZE_NUMPY))
-        rows.append((identity, info.name, *(None if math.isnan(m) else m for m in measured)))
+    value = regions.value[region]
+    ids = _ids(options, value, regions.first[region], nth)
+    texts = [_as_texts(values) for values in measures]
+    # QuPath keeps float32
+    sized = np.array([float(f"{size:.7g}") for size in area.tolist()])
+    shown = {f"Area {options.unit}": _as_texts(sized)}
+    shown |= zip(options.measures.values(), texts, strict=True)
+    measured = [
+        [f",{_as_json(name)}:{text}" if text else "" for text in column]
+        for name, column in shown.items()
+        if name
+    ]
+    metadata = _as_json(dict(options.metadata))
+    kind = "detection" if len(regions) > MANY_REGIONS else "annotation"
+    names = [_as_json(info.name)[:-1] for info in options.classes]
+    classes = [
+        _as_json({"name": info.name, "color": list(info.color or (128, 128, 128))})
+        for info in options.classes
+    ]
+    features = [
+        f'{{"type":"Feature","id":"{identity}","geometry":{{"type":"Polygon",'
+        f'"coordinates":{rings}}},"properties":{{"objectType":"{kind}",'
+        f'"name":{names[v]} {i}{f", part {n + 1}" if n else ""}","isLocked":true,'
+        f'"classification":{classes[v]},"measurements":{{{"".join(found)[1:]}}},'
+        f'"metadata":{metadata}}}}}'
+        for identity, rings, v, i, n, found in zip(
+            ids,
+            _iter_rings(shapes),
+            value.tolist(),
+            numbers[region].tolist(),
+            nth.tolist(),
+            zip(*measured, strict=True),
+            strict=True,
+        )
+    ]
+    cells = [as_csv([("", info.name)])[1:-2] for info in options.classes]
+    rows = map(",".join, zip(ids, (cells[v] for v in value.tolist()), *texts, strict=True))
     return _Batch(
-        features=features,
-        rows=as_csv(rows),
-        value=regions.value[region],
+        features=",\n".join(features).encode(),
+        rows="".join(f"{row}\r\n" for row in rows),
+        value=value,
         area=area,
         vertices=int(shapely.get_num_coordinates(shapes).sum()),
         dropped=dropped,
@@ -369,14 +372,60 @@ def _mend(shapes: Polygons, dropped: list[str]) -> tuple[Polygons, npt.NDArray[n
     return mended, np.repeat(np.arange(len(parts)), [len(of_shape) for of_shape in parts])
 
 
-def _iter_coordinates(shapes: Polygons) -> Iterator[list[npt.NDArray[Any]]]:
-    """Yield the rings of each polygon, (n, 2), whole numbers as such."""
+def _ids(
+    options: FeatureOptions,
+    value: npt.NDArray[np.uint8],
+    first: npt.NDArray[np.int32],
+    nth: npt.NDArray[np.int64],
+) -> list[str]:
+    """Return the id of each feature: `uuid.uuid5`, of many at a time."""
+    heads = [
+        hashlib.sha1(
+            uuid.NAMESPACE_OID.bytes + f"{options.namespace}/{info.name}/".encode(),
+            usedforsecurity=False,
+        )
+        for info in options.classes
+    ]
+    digests = bytearray()
+    for v, (y, x), n in zip(value.tolist(), first.tolist(), nth.tolist(), strict=True):
+        digest = heads[v].copy()
+        digest.update(f"{y},{x}/{n}".encode())
+        digests += digest.digest()[:16]
+    digits = np.frombuffer(digests, np.uint8).reshape(-1, 16)
+    digits[:, 6] = digits[:, 6] & 0x0F | 0x50
+    digits[:, 8] = digits[:, 8] & 0x3F | 0x80
+    text = digests.hex()
+    return [
+        f"{text[i : i + 8]}-{text[i + 8 : i + 12]}-{text[i + 12 : i + 16]}-"
+        f"{text[i + 16 : i + 20]}-{text[i + 20 : i + 32]}"
+        for i in range(0, len(text), 32)
+    ]
+
+
+def _as_json(value: object) -> str:
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode()
+
+
+def _as_texts(values: npt.NDArray[Any]) -> list[str]:
+    """Return numbers as JSON and CSV have them, "" for NaN."""
+    text = _as_json(values)[1:-1].replace("null", "")
+    return text.split(",") if len(values) else []
+
+
+def _iter_rings(shapes: Polygons) -> Iterator[str]:
+    """Yield the coordinates of each polygon as JSON, whole numbers as such."""
     if len(shapes) == 0:
         return
     _, xy, (rings, polygons) = shapely.to_ragged_array(shapes)
-    for first, stop in itertools.pairwise(polygons.tolist()):
-        of_rings = rings[first : stop + 1]
-        places = xy[of_rings[0] : of_rings[-1]]
-        is_whole = (places == np.rint(places)).all()
-        points = places.astype(np.int64) if is_whole else places
-        yield [points[a:b] for a, b in itertools.pairwise((of_rings - of_rings[0]).tolist())]
+    is_whole = np.logical_and.reduceat((xy == np.rint(xy)).all(axis=1), rings[polygons[:-1]])
+    written = {}
+    for whole in np.unique(is_whole).tolist():
+        text = _as_json(xy.astype(np.int64) if whole else xy)[1:-1]
+        ends = np.flatnonzero(np.frombuffer(text.encode(), np.uint8) == ord("]")) + 1
+        starts = np.append(0, ends[:-1] + 1)
+        bounds = zip(starts[rings[:-1]].tolist(), ends[rings[1:] - 1].tolist(), strict=True)
+        written[whole] = [f"[{text[a:b]}]" for a, b in bounds]
+    for whole, (first, stop) in zip(
+        is_whole.tolist(), itertools.pairwise(polygons.tolist()), strict=True
+    ):
+        yield f"[{','.join(written[whole][first:stop])}]"
