@@ -19,6 +19,7 @@ from bundles import (
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.geometry import Block
 from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.predictor import (
     Predictor,
@@ -184,42 +185,72 @@ def test_a_gpu_agrees_with_the_cpu(tmp_path):
         assert torch.allclose(a.cpu(), b, atol=1e-3)
 
 
+def cache_of(*wanted, max_bytes=10**6):
+    """Return a cache of 4 × 4 predictions for some blocks, each of which wants some patches."""
+    blocks = {block(n): np.array(patches) for n, patches in enumerate(wanted)}
+    return PatchCache(blocks, lambda *_: (slice(0, 4), slice(0, 4)), max_bytes=max_bytes)
+
+
+def block(number):
+    return Block(index=(number,), start=(number,), stop=(number + 1,))
+
+
 def predictions(claim):
     return (torch.full((1, 4, 4), float(patch)) for patch in claim.mine)
 
 
-def claimed(cache, patches):
-    with cache.claim(np.array(patches)) as claim:
+def claimed(cache, number, patches):
+    with cache.claim(block(number), np.array(patches)) as claim:
         fresh = predictions(claim)
         results = [float(claim.result(p, fresh)[0, 0, 0]) for p in patches]
         return claim.mine.tolist(), results
 
 
 def test_what_straddles_is_predicted_once_and_then_let_go():
-    cache = PatchCache(np.array([0, 1, 2, 3, 2]), max_bytes=10**6)
-    assert claimed(cache, [1, 2, 3]) == ([1, 2, 3], [1, 2, 3])
-    assert claimed(cache, [2, 3, 4]) == ([4], [2, 3, 4])
-    assert claimed(cache, [3, 4]) == ([], [3, 4])
+    cache = cache_of([1, 2, 3], [2, 3, 4], [3, 4])
+    assert claimed(cache, 0, [1, 2, 3]) == ([1, 2, 3], [1, 2, 3])
+    assert claimed(cache, 1, [2, 3, 4]) == ([4], [2, 3, 4])
+    assert claimed(cache, 2, [3, 4]) == ([], [3, 4])
     assert cache._bytes == 0
-    assert claimed(cache, [3]) == ([3], [3])  # asked for once more than was said
+    assert not cache._parts
+    assert claimed(cache, 0, [3]) == ([3], [3])  # asked for once more than was said
 
 
-def test_the_cache_keeps_to_its_size():
-    cache = PatchCache(np.full(10, 2), max_bytes=3 * 64)  # predictions of 4 × 4 float32
+def test_the_cache_keeps_to_its_size_and_what_is_wanted_first():
     patches = list(range(10))
-    claimed(cache, patches)
-    mine, results = claimed(cache, patches)
+    cache = cache_of(patches, [8, 9], patches, max_bytes=3 * 64)  # predictions of 4 × 4 float32
+    claimed(cache, 0, patches)
+    assert cache._bytes == 3 * 64
+    assert claimed(cache, 1, [8, 9]) == ([], [8, 9])
+    mine, results = claimed(cache, 2, patches)
     assert results == patches
-    assert len(mine) == 7
+    assert len(mine) == 9
+
+
+def test_only_the_part_that_a_block_needs_is_kept_for_it():
+    first, second = (slice(2, 4), slice(0, 1)), (slice(0, 4), slice(3, 4))
+    where = {block(1): first, block(2): second}
+    wanted = {block(n): np.array([0]) for n in range(3)}
+    cache = PatchCache(wanted, lambda _, at: where[at], max_bytes=10**6)
+    whole = torch.rand(2, 4, 4)
+    with cache.claim(block(0), np.array([0])) as claim:
+        assert claim.result(0, iter([whole])) is whole
+    assert cache._bytes == 2 * (2 + 4) * 4
+    for at, (rows, columns) in where.items():
+        with cache.claim(at, np.array([0])) as claim:
+            found = claim.result(0, iter([]))
+        assert found.shape == whole.shape
+        assert torch.equal(found[:, rows, columns], whole[:, rows, columns])
+    assert cache._bytes == 0
 
 
 def test_two_blocks_share_what_one_predicts():
-    cache = PatchCache(np.full(4, 2), max_bytes=10**6)
+    cache = cache_of([1, 2], [2, 3])
     inside, done = threading.Event(), threading.Event()
     found = {}
 
     def first():
-        with cache.claim(np.array([1, 2])) as claim:
+        with cache.claim(block(0), np.array([1, 2])) as claim:
             inside.set()
             done.wait(10)
             fresh = predictions(claim)
@@ -227,7 +258,7 @@ def test_two_blocks_share_what_one_predicts():
 
     def second():
         inside.wait(10)
-        with cache.claim(np.array([2, 3])) as claim:
+        with cache.claim(block(1), np.array([2, 3])) as claim:
             found["mine"] = claim.mine.tolist()
             done.set()
             wait(claim.others.values(), timeout=10)
@@ -243,11 +274,11 @@ def test_two_blocks_share_what_one_predicts():
 
 
 def test_passes_begin_in_the_order_of_claims():
-    cache = PatchCache(np.full(4, 2), max_bytes=10**6)
+    cache = cache_of([1, 2], [3])
     begun, inside, rest = [], threading.Event(), threading.Event()
 
     def first():
-        with cache.claim(np.array([1, 2])) as claim:
+        with cache.claim(block(0), np.array([1, 2])) as claim:
             inside.set()
             assert not second_begins.wait(0.2)
             cache.wait_for_turn(claim)
@@ -261,7 +292,7 @@ def test_passes_begin_in_the_order_of_claims():
 
     def second():
         inside.wait(10)
-        with cache.claim(np.array([3])) as claim:
+        with cache.claim(block(1), np.array([3])) as claim:
             cache.wait_for_turn(claim)
             begun.append("second")
             second_begins.set()
@@ -277,14 +308,17 @@ def test_passes_begin_in_the_order_of_claims():
 
 
 def test_who_predicts_nothing_or_fails_holds_up_nobody():
-    cache = PatchCache(np.full(3, 9), max_bytes=10**6)
-    claimed(cache, [1, 2])
-    with cache.claim(np.array([1, 2])) as idle, cache.claim(np.array([0])) as busy:
+    cache = cache_of([1, 2], [1, 2], [0], [1], [0])
+    claimed(cache, 0, [1, 2])
+    with (
+        cache.claim(block(1), np.array([1, 2])) as idle,
+        cache.claim(block(2), np.array([0])) as busy,
+    ):
         assert idle.mine.size == 0
         cache.wait_for_turn(idle)
         cache.wait_for_turn(busy)
-    with cache.claim(np.array([0])) as last:
-        with suppress(BundleError), cache.claim(np.array([1])):
+    with cache.claim(block(4), np.array([0])) as last:
+        with suppress(BundleError), cache.claim(block(3), np.array([1])):
             raise BundleError("before its turn")
         cache.wait_for_turn(last)
 
@@ -304,12 +338,12 @@ def test_others_may_follow_when_the_last_pass_is_queued(tmp_path):
 
 
 def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
-    cache = PatchCache(np.full(2, 5), max_bytes=10**6)
+    cache = cache_of([1], [1], [1])
     waiting = []
 
     def fail():
-        with cache.claim(np.array([1])):
-            with cache.claim(np.array([1])) as claim:
+        with cache.claim(block(0), np.array([1])):
+            with cache.claim(block(1), np.array([1])) as claim:
                 waiting.extend(claim.others.values())
             raise BundleError("first failed")
 
@@ -317,7 +351,7 @@ def test_an_error_reaches_who_waits_and_nothing_of_it_stays():
         fail()
     with pytest.raises(BundleError, match="first failed"):
         waiting[0].result(timeout=1)
-    assert claimed(cache, [1]) == ([1], [1])
+    assert claimed(cache, 2, [1]) == ([1], [1])
 
 
 def test_threads_that_come_after_a_predictor_have_their_cores(tmp_path):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from wsi_pipeline.geometry import Block
 from wsi_pipeline.inference.patch_cache import PatchCache
 
 PATCHES, BLOCKS, THREADS = 12, 8, 4
@@ -36,8 +37,17 @@ def wanted_by(draw: random.Random) -> list[np.ndarray]:
     return [np.array(sorted(draw.sample(range(PATCHES), n)), np.int64) for n in sizes]
 
 
+def block(number: int) -> Block:
+    return Block(index=(number,), start=(number,), stop=(number + 1,))
+
+
+def cache_of(blocks: list[np.ndarray], *, max_bytes: int) -> PatchCache:
+    wanted = {block(number): patches for number, patches in enumerate(blocks)}
+    return PatchCache(wanted, lambda *_: (slice(0, 1),), max_bytes=max_bytes)
+
+
 def do_block(
-    cache: PatchCache, wanted: np.ndarray, pauses: Iterator[float], breaks: int | None
+    cache: PatchCache, number: int, wanted: np.ndarray, pauses: Iterator[float], breaks: int | None
 ) -> list[int]:
     """Do what a worker does with a block, and break at its n-th prediction; return what it got."""
 
@@ -46,9 +56,9 @@ def do_block(
             time.sleep(next(pauses))
             if number == breaks:
                 raise Broken(f"patch {patch}")
-            yield torch.tensor([int(patch)])
+            yield torch.tensor([[int(patch)]])
 
-    with cache.claim(wanted) as claim:
+    with cache.claim(block(number), wanted) as claim:
         time.sleep(next(pauses))
         cache.wait_for_turn(claim)
         cache.end_turn(claim)
@@ -62,13 +72,12 @@ def test_who_waits_for_a_prediction_gets_it_or_the_error_that_broke_it(seed: int
     draw = random.Random(seed)
     for _ in range(100):
         blocks = wanted_by(draw)
-        uses = np.bincount(np.concatenate(blocks), minlength=PATCHES)
-        cache = PatchCache(uses, max_bytes=draw.choice([0, 24, 10_000]))
+        cache = cache_of(blocks, max_bytes=draw.choice([0, 24, 10_000]))
         breaks = {draw.randrange(BLOCKS): draw.randrange(3)} if draw.random() < 0.7 else {}
         pauses = iter([draw.choice([0, 0, 1e-6, 2e-4]) for _ in range(1000)])
         with ThreadPoolExecutor(THREADS) as pool:
             ends = [
-                pool.submit(do_block, cache, wanted, pauses, breaks.get(number))
+                pool.submit(do_block, cache, number, wanted, pauses, breaks.get(number))
                 for number, wanted in enumerate(blocks)
             ]
             for wanted, end in zip(blocks, ends, strict=True):
@@ -83,14 +92,14 @@ def test_who_waits_for_a_prediction_gets_it_or_the_error_that_broke_it(seed: int
 
 def test_a_prediction_is_made_once_and_let_go_after_its_last_use() -> None:
     first, second = np.array([0, 1]), np.array([1, 2])
-    cache = PatchCache(np.array([1, 2, 1]), max_bytes=10_000)
+    cache = cache_of([first, second], max_bytes=10_000)
     pauses = iter([0.0] * 100)
-    assert do_block(cache, first, pauses, None) == [0, 1]
-    with cache.claim(second) as claim:
+    assert do_block(cache, 0, first, pauses, None) == [0, 1]
+    with cache.claim(block(1), second) as claim:
         assert claim.mine.tolist() == [2]
         cache.wait_for_turn(claim)
         cache.end_turn(claim)
-        fresh = iter([torch.tensor([2])])
+        fresh = iter([torch.tensor([[2]])])
         assert [int(claim.result(patch, fresh)) for patch in second] == [1, 2]
-    with cache.claim(first) as claim:
+    with cache.claim(block(0), first) as claim:
         assert claim.mine.tolist() == [0, 1]

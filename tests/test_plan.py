@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from wsi_pipeline.geometry import PatchGrid, iter_blocks
+from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.store import RunStore
@@ -75,6 +78,21 @@ def test_a_block_has_the_patches_that_reach_into_its_box(plan, share):
         found += [block] * (len(expected) > 0)
     assert plan.blocks() == found
     assert plan.uses(found).tolist() == uses.tolist()
+    kept, most, first = 0, 0, {}
+    for number, block in enumerate(every):
+        for patch in plan.patches(block).tolist():
+            # what a later block will need, from the first on that needs the patch; and until then
+            pixels = math.prod(part.stop - part.start for part in plan.part(patch, block))
+            if first.setdefault(patch, number) < number:
+                kept -= pixels
+            else:
+                kept += sum(
+                    math.prod(part.stop - part.start for part in plan.part(patch, later))
+                    for later in every[number + 1 :]
+                    if patch in plan.patches(later)
+                )
+        most = max(most, kept)
+    assert plan.straddling == most
     assert plan.uses([]).tolist() == [0] * len(plan.grid)
 
 
@@ -89,3 +107,26 @@ def test_a_million_patches_are_planned_once_in_a_second():
     assert time.process_time() - begun < 1
     assert (len(plan.grid), len(blocks)) == (823_880, 7290)
     assert uses.sum() == sum(map(len, needed))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "overlap", "classes"), [(0.5, 0, 5), (1.0, 16, 2)], ids=["sampled", "blended"]
+)
+def test_a_wide_slide_keeps_what_its_blocks_share(ratio, overlap, classes):
+    plan = plan_of((768, 12_544), patch=64, overlap=overlap, block=256, ratio=ratio)
+    wanted = {block: plan.patches(block) for block in plan.blocks()}
+    need, most, made = plan.straddling * classes * 4, 0, 0
+    cache = PatchCache(wanted, plan.part, max_bytes=need)
+    for block, patches in wanted.items():
+        start, stop = plan.box(block)
+        with cache.claim(block, patches) as claim:
+            mine, made = claim.mine.tolist(), made + len(claim.mine)
+            fresh = (torch.full((classes, 64, 64), float(patch)) for patch in mine)
+            for patch in patches.tolist():
+                prediction = claim.result(patch, fresh)
+                axes = zip(plan.grid.origins[patch].tolist(), start, stop, strict=True)
+                inside = tuple(slice(max(a - o, 0), min(b - o, 64)) for o, a, b in axes)
+                assert (prediction[(slice(None), *inside)] == patch).all()
+            most = max(most, cache._bytes)
+    assert made == len(plan.grid)
+    assert most == need

@@ -5,41 +5,75 @@ claim({1, 2, 3}): mine 1, 2, 3  claim({3, 4}): mine 4, of A 3     claims are mad
 reads its pixels                reads its pixels                  at the same time
 passes of 1, 2, 3 are begun     wait_for_turn                     so none waits in a circle
 end_turn                        passes of 4 are begun
-result(1), (2), (3): kept       result(3) waits for A's, or gets A's error
+result(1), (2), (3): B's part   result(3) waits for A's, or gets A's error
+of 3 is kept
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from wsi_pipeline.geometry import Block
+
+
+class Part(NamedTuple):
+    """What a block needs of a prediction: where it lies in one of that shape, and its own copy."""
+
+    where: tuple[slice, ...]
+    shape: torch.Size
+    pixels: torch.Tensor
+
+    def in_place(self) -> torch.Tensor:
+        """Return it where it belongs in a whole prediction, which holds anything elsewhere."""
+        whole = self.pixels.new_empty(self.shape)
+        whole[self.where] = self.pixels
+        return whole
+
+
+Parts = dict[Block, Future[Part]]
+"""What blocks will get of one prediction."""
 
 
 class PatchCache:
     """Predictions of patches that several blocks need, so that a worker makes each once.
 
     Args:
-        uses: (n,) how many blocks need each patch; the last of them lets its prediction go.
-        max_bytes: of finished predictions to keep; beyond, the oldest go first.
+        wanted: the patches that each block needs, blocks in the order in which they are done.
+        part: tells which slices of a patch's prediction a block needs: no others are kept for it.
+        max_bytes: of finished parts to keep; beyond, those that are wanted last go first.
     """
 
-    def __init__(self, uses: npt.NDArray[np.int64], *, max_bytes: int) -> None:
-        self._uses = uses.copy()
-        self._max_bytes = max_bytes
+    def __init__(
+        self,
+        wanted: Mapping[Block, npt.NDArray[np.int64]],
+        part: Callable[[int, Block], tuple[slice, ...]],
+        *,
+        max_bytes: int,
+    ) -> None:
+        self._blocks, self._part, self._max_bytes = list(wanted), part, max_bytes
+        self._numbers = {block: number for number, block in enumerate(self._blocks)}
+        patches = np.concatenate([np.zeros(0, np.int64), *wanted.values()])
+        owners = np.repeat(np.arange(len(wanted)), [len(some) for some in wanted.values()])
+        self._owners = owners[np.argsort(patches, kind="stable")]
+        self._ends = np.append(0, np.cumsum(np.bincount(patches)))
+        self._is_to_come = np.ones(len(wanted), bool)
         self._lock = threading.Lock()
-        self._futures: dict[int, Future[torch.Tensor]] = {}
+        self._parts: dict[tuple[int, Block], Future[Part]] = {}
         self._bytes = 0
         self._queue: list[Claim] = []
         self._moved = threading.Condition(self._lock)
 
     @contextmanager
-    def claim(self, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
+    def claim(self, block: Block, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
         """Yield what one block has to predict itself and what it gets from others.
 
         Claims are made whole and in turn, and passes are to be begun in that order, see
@@ -50,14 +84,14 @@ class PatchCache:
             patches: indices, ascending, of all that the block needs.
         """
         with self._lock:
-            # Counted down here, not at the end: what no later block needs is not kept for one.
-            self._uses[patches] -= 1
-            futures = {int(p): self._futures.get(int(p)) for p in patches}
-            mine = [p for p, future in futures.items() if future is None]
-            made: dict[int, Future[torch.Tensor]] = {p: Future() for p in mine if self._uses[p] > 0}
-            self._futures.update(made)
-            others = {p: future for p, future in futures.items() if future is not None}
-            claim = Claim(mine=np.array(mine, np.int64), made=made, others=others, kept=self._keep)
+            if block in self._numbers:
+                self._is_to_come[self._numbers[block]] = False
+            held = {p: self._parts.pop((p, block), None) for p in patches.tolist()}
+            others = {p: future for p, future in held.items() if future is not None}
+            self._bytes -= sum(f.result().pixels.nbytes for f in others.values() if f.done())
+            made = {p: self._for_others(p) for p in held if p not in others}
+            mine = np.array(list(made), np.int64)
+            claim = Claim(mine=mine, made=made, others=others, keep=self._keep)
             self._queue.append(claim)
         failure: BaseException = RuntimeError("a block ended without all its predictions")
         try:
@@ -68,11 +102,12 @@ class PatchCache:
         finally:
             self.end_turn(claim)
             with self._lock:
-                unmade = [self._futures.pop(patch) for patch in made]
-                self._drop()
+                unmade = [(p, one) for p in made for one, f in made[p].items() if not f.done()]
+                for key in unmade:
+                    self._parts.pop(key, None)
             # Told when nobody can find them any more, so that all who wait read the same error.
-            for future in unmade:
-                future.set_exception(failure)
+            for patch, one in unmade:
+                made[patch][one].set_exception(failure)
 
     def wait_for_turn(self, claim: Claim) -> None:
         """Wait until the passes of all earlier claims are begun."""
@@ -88,19 +123,30 @@ class PatchCache:
                 self._queue.remove(claim)
                 self._moved.notify_all()
 
-    def _keep(self, prediction: torch.Tensor) -> None:
-        """Count a prediction that others may wait for."""
-        with self._lock:
-            self._bytes += prediction.nbytes
-            # what is needed no more goes with the block
-            if self._bytes > self._max_bytes:
-                self._drop()
+    def _for_others(self, patch: int) -> Parts:
+        """Return, and enter, what blocks that are still to come will get of a prediction."""
+        owners = self._owners[slice(*self._ends[patch : patch + 2])]
+        left = [self._blocks[n] for n in owners[self._is_to_come[owners]]]
+        # some of them may have their part already, of a prediction that others lost
+        made = {block: Future[Part]() for block in left if (patch, block) not in self._parts}
+        self._parts |= {(patch, block): future for block, future in made.items()}
+        return made
 
-    def _drop(self) -> None:
-        """Let go what is needed no more, or too much."""
-        for patch, future in list(self._futures.items()):
-            if future.done() and (self._uses[patch] <= 0 or self._bytes > self._max_bytes):
-                self._bytes -= self._futures.pop(patch).result().nbytes
+    def _keep(self, patch: int, prediction: torch.Tensor, parts: Parts) -> None:
+        """Hand out the parts of a prediction, and keep those that are not claimed yet."""
+        for block, future in parts.items():
+            # alone, since a view would keep the whole
+            where = (slice(None), *self._part(patch, block))
+            part = Part(where, prediction.shape, prediction[where].clone())
+            with self._lock:
+                future.set_result(part)
+                if (patch, block) in self._parts:
+                    self._bytes += part.pixels.nbytes
+        with self._lock:
+            while self._bytes > self._max_bytes:
+                kept = (key for key, future in self._parts.items() if future.done())
+                last = max(kept, key=lambda key: self._numbers[key[1]])
+                self._bytes -= self._parts.pop(last).result().pixels.nbytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,25 +155,26 @@ class Claim:
 
     Attributes:
         mine: (n,) indices of the patches to predict, ascending.
-        made: those of them that others may wait for, and that are not made yet.
-        others: patches that another block predicts or has predicted, and that were not asked for.
-        kept: told of each prediction that others may wait for.
+        made: those of them that are not made yet, with what others will get of them.
+        others: patches of which another block's prediction gives or gave this one its part, and
+            that were not asked for.
+        keep: told of each prediction that others may wait for.
     """
 
     mine: npt.NDArray[np.int64]
-    made: dict[int, Future[torch.Tensor]]
-    others: dict[int, Future[torch.Tensor]]
-    kept: Callable[[torch.Tensor], None]
+    made: dict[int, Parts]
+    others: dict[int, Future[Part]]
+    keep: Callable[[int, torch.Tensor, Parts], None]
 
     def result(self, patch: int, fresh: Iterator[torch.Tensor]) -> torch.Tensor:
-        """Return the prediction of a patch, once; `fresh` yields those of `mine` in order."""
+        """Return the prediction of a patch, once, of which the block's part holds.
+
+        Args:
+            fresh: yields the predictions of `mine` in order.
+        """
         if (future := self.others.pop(patch, None)) is not None:
-            return future.result()
+            return future.result().in_place()
         prediction = next(fresh)
-        if (future := self.made.get(patch)) is not None:
-            # a view would keep its whole batch
-            copy = prediction.clone()
-            future.set_result(copy)
-            del self.made[patch]
-            self.kept(copy)
+        self.keep(patch, prediction, self.made[patch])
+        del self.made[patch]
         return prediction

@@ -191,7 +191,9 @@ class BatchRunner:
         for fresh in run_blocks(
             self._client,
             pending,
-            partial(BlockWorker, plan) if alone else partial(open_elsewhere, plan, self._threads),
+            partial(BlockWorker, plan, kept_bytes=prepared.run.kept_bytes)
+            if alone
+            else partial(open_elsewhere, plan, self._threads),
             max_ram=self._max_ram,
             # dask does first what has the highest: sources end in their order, and can be written.
             priority=-number,

@@ -27,7 +27,7 @@ from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
 from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.run.worker import CACHE_BYTES
+from wsi_pipeline.run.worker import LEAST_KEPT
 from wsi_pipeline.schedule.cluster import is_in_process
 from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
 
@@ -55,6 +55,8 @@ MASK_PX_BYTES = 16
 GRID_PX_BYTES = {"slide": (9, 2), "image": (6, 1), "volume": (6, 1)}
 """Of a block: its pixels, the tiles that they are cut out of, and their way to the device; and how
 many patches further than the block is read, by the model's modality."""
+USED_SHARE = 0.8
+"""Of the memory that is allowed, beyond which no more predictions are kept for later blocks."""
 FREE_SHARE = 0.7
 """Of the free memory, which passes over images and volumes may take."""
 DISK_PX_BYTES = 0.02
@@ -143,7 +145,14 @@ def estimate(
     return Estimate(
         patches=len(plan.grid),
         seconds=len(plan.grid) / rate,
-        memory=_peak_memory(plan, bundle, model, workers=workers, blocks_in_hand=blocks_in_hand),
+        memory=_peak_memory(
+            plan,
+            bundle,
+            model,
+            workers=workers,
+            blocks_in_hand=blocks_in_hand,
+            allowed=free_memory() + used_memory(),
+        )[0],
         disk=int(disk),
         files=mask_files + store + single,
         mask_shape=plan.mask_shape,
@@ -221,9 +230,19 @@ def _tissue_px(plan: Plan) -> float:
 
 
 def _peak_memory(
-    plan: Plan, bundle: Bundle, model: ModelBytes, *, workers: int, blocks_in_hand: int
-) -> int:
-    """Return the bytes that the process takes at its peak, about; each worker has a model."""
+    plan: Plan,
+    bundle: Bundle,
+    model: ModelBytes,
+    *,
+    workers: int,
+    blocks_in_hand: int,
+    allowed: int,
+) -> tuple[int, int]:
+    """Return the bytes that the process takes at its peak, about; each worker has a model.
+
+    The second are those that each worker keeps of predictions for later blocks: what these need,
+    if as much is left of what is allowed.
+    """
     predict, threads = plan.predict, plan.threads
     device = choose_device(predict.device)
     patch, channels = bundle.input.patch_size, len(bundle.classes)
@@ -235,6 +254,7 @@ def _peak_memory(
     block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
     total = PROCESS_BYTES + OUTPUT_BYTES + workers * blocks_in_hand * block
     total += _tissue_px(plan) / PX_PER_VERTEX * VERTEX_BYTES
+    kept = plan.straddling * (1 if bundle.activation == "sigmoid" else channels) * 4
     if device.type == "cpu":
         batch, each = predict.batch_size or 1, model.activations
         if choose_dtype(predict.precision, device) is not torch.float32:
@@ -242,15 +262,21 @@ def _peak_memory(
             each /= 2
         # Finished predictions wait for their turn beside those that are made.
         made = (2 * threads + 1) * batch * patch_bytes
-        straddling = min(CACHE_BYTES, len(plan.grid) * patch_bytes)
-        total += workers * (2 * model.weights + threads * batch * each + made + bands + straddling)
+        total += workers * (2 * model.weights + threads * batch * each + made + bands)
+        kept = min(kept, max(int(USED_SHARE * allowed - total) // workers, LEAST_KEPT))
+        total += workers * kept
     else:
         total += GPU_BYTES + workers * model.weights
-    return int(total)
+    return int(total), kept
 
 
-def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callable[[Plan], None]:
-    """Return what refuses a source that will take more memory than allowed, or warns of it."""
+def memory_check(
+    client: Client, bundle: Bundle, max_ram: int | None
+) -> Callable[[Plan], int | None]:
+    """Return what refuses a source that will take more memory than allowed, or warns of it.
+
+    It returns how many bytes of predictions each worker may keep, None = as workers elsewhere like.
+    """
     # Workers elsewhere have limits of their own.
     if not is_in_process(client):
         return lambda plan: None
@@ -260,12 +286,14 @@ def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callabl
     peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
     most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))
 
-    def check(plan: Plan) -> None:
+    def check(plan: Plan) -> int:
         free = free_memory() + used_memory()
-        if peak(plan, model=most) <= min(free, max_ram or free):
+        allowed = min(free, max_ram or free)
+        needed, kept = peak(plan, model=most, allowed=allowed)
+        if needed <= USED_SHARE * allowed:
             # What the model certainly does not exceed is enough to know: no time is lost.
-            return
-        needed = peak(plan, model=exact())
+            return kept
+        needed, kept = peak(plan, model=exact(), allowed=allowed)
         if max_ram is not None and needed > max_ram:
             raise WsiPipelineError(
                 f"about {needed / 1e9:.1f} GB of memory are needed, --max-ram allows "
@@ -276,6 +304,7 @@ def memory_check(client: Client, bundle: Bundle, max_ram: int | None) -> Callabl
                 "%s takes about %.1f GB of memory, %.1f GB are free; %s",
                 name_of(plan.pixels.path), needed / 1e9, free / 1e9, lower,
             )  # fmt: skip
+        return kept
 
     return check
 

@@ -110,13 +110,14 @@ class Plan:
         return ends[0], ends[1]
 
     @cached_property
-    def _needs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return the patches that each block needs, block after block, and where each one's end.
+    def _needs(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the patches of each block in turn, where each one's end, and pixels of each.
 
         Boxes of blocks are alike along an axis, so that patches find theirs by bisection.
         """
         every = list(iter_blocks(self.mask_shape, self.block_shape))
         patches, numbers = np.arange(len(self.grid)), np.zeros(len(self.grid), np.int64)
+        pixels = np.ones(len(self.grid), np.int64)
         axes = zip(self.grid.origins.T, self.grid.patch_size, self._counts, strict=True)
         for axis, (origins, size, count) in enumerate(axes):
             edge = [b for b in every if not any(b.index[:axis] + b.index[axis + 1 :])]
@@ -127,12 +128,16 @@ class Plan:
             if step < 0:
                 first, last = count - last, count - first
             touched = (last - first)[patches]
-            numbers = np.repeat(numbers * count + first[patches], touched)
-            patches = np.repeat(patches, touched)
-            numbers += np.arange(len(numbers)) - np.repeat(np.cumsum(touched) - touched, touched)
+            patches, numbers, pixels = (np.repeat(a, touched) for a in (patches, numbers, pixels))
+            turn = np.arange(len(patches)) - np.repeat(np.cumsum(touched) - touched, touched)
+            row, origin = first[patches] + turn, origins[patches]
+            numbers = numbers * count + row
+            pixels *= np.minimum(high[::step][row], origin + size) - np.maximum(
+                low[::step][row], origin
+            )
         order = np.argsort(numbers, kind="stable")
         ends = np.cumsum(np.bincount(numbers, minlength=len(every)))
-        return patches[order], np.append(0, ends)
+        return patches[order], np.append(0, ends), pixels[order]
 
     @property
     def _counts(self) -> Shape:
@@ -141,7 +146,7 @@ class Plan:
 
     def patches(self, block: Block) -> npt.NDArray[np.int64]:
         """Return the indices, ascending, of the patches that a block's mask needs."""
-        patches, ends = self._needs
+        patches, ends, _ = self._needs
         number = np.ravel_multi_index(block.index, self._counts)
         return patches[ends[number] : ends[number + 1]]
 
@@ -154,6 +159,26 @@ class Plan:
         """Return (n,) how many of some blocks need each patch."""
         needed = [self.patches(block) for block in blocks]
         return np.bincount(np.concatenate([[], *needed]).astype(int), minlength=len(self.grid))
+
+    def part(self, patch: int, block: Block) -> tuple[slice, ...]:
+        """Return which pixels of a patch lie in the box of a block."""
+        start, stop = self.box(block)
+        axes = zip(
+            self.grid.origins[patch].tolist(), self.grid.patch_size, start, stop, strict=True
+        )
+        return tuple(slice(max(a - o, 0), min(b - o, size)) for o, size, a, b in axes)
+
+    @cached_property
+    def straddling(self) -> int:
+        """Return of how many pixels predictions are kept at the most for blocks to come."""
+        patches, ends, pixels = self._needs
+        count = len(ends) - 1
+        numbers = np.repeat(np.arange(count), np.diff(ends))
+        made = np.zeros(len(self.grid), np.int64)
+        # the first block that needs a patch makes it: written last
+        made[patches[::-1]] = numbers[::-1]
+        kept, let_go = (np.bincount(at, pixels, count) for at in (made[patches], numbers))
+        return int(np.cumsum(kept - let_go).max(initial=0))
 
     def check_fingerprint(self, fingerprint: str) -> None:
         """Refuse a source that is not the one that was planned; return nothing.

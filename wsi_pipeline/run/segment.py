@@ -116,7 +116,7 @@ def prepare(
     settings: Settings,
     threads: int,
     overwrite: bool,
-    check: Callable[[Plan], None],
+    check: Callable[[Plan], int | None],
 ) -> Run | PreparedRun:
     """Open a source and its run's folder, plan it; return it, or its run if that is done.
 

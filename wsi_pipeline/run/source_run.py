@@ -49,12 +49,14 @@ class SourceRun(ABC):
         settings: options; may be changed until `prepare`.
         plan: for the workers, once prepared.
         blocks: that some patch touches, once prepared.
+        kept_bytes: of predictions that each worker may keep; None = as it sees fit.
     """
 
     source: Slide | Scan
     reopened: Slide | Scan
     plan: Plan
     blocks: list[Block]
+    kept_bytes: int | None
 
     def __init__(self, path: Path, bundle: Bundle, settings: Settings) -> None:
         self.bundle, self.settings = bundle, settings
@@ -123,10 +125,14 @@ class SourceRun(ABC):
     def __exit__(self, *_: object) -> None:
         self.source.close()
 
-    def prepare(self, store: RunStore, threads: int, check: Callable[[Plan], None]) -> None:
-        """Plan the blocks and create the mask; return nothing."""
+    def prepare(self, store: RunStore, threads: int, check: Callable[[Plan], int | None]) -> None:
+        """Plan the blocks and create the mask; return nothing.
+
+        Args:
+            check: refuses a plan that takes too much memory, and tells `kept_bytes`.
+        """
         self.plan = self.lay_out(store, threads, keep=True)
-        check(self.plan)
+        self.kept_bytes = check(self.plan)
         self.blocks = self.plan.blocks()
         self.make_mask()
 

@@ -38,12 +38,12 @@ from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import choose, keep_planes
 from wsi_pipeline.run.store import hash_block, settle
-from wsi_pipeline.schedule.memory import map_large_arrays
+from wsi_pipeline.schedule.memory import free_memory, map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
 from wsi_pipeline.sources.pixels import Pixels
 
-CACHE_BYTES = 256 * 2**20
-"""Predictions of patches that straddle blocks, kept by each worker."""
+LEAST_KEPT = 256 * 2**20
+"""Bytes of predictions of patches that straddle blocks, which each worker may keep in any case."""
 STAGES = ("read", "predict", "write", "polygons")
 """Whose seconds the ledger holds for each block."""
 
@@ -53,13 +53,22 @@ class BlockWorker:
 
     Args:
         threads: of the CPU for forward passes; None = as the plan says.
+        kept_bytes: of predictions that later blocks need, at the most; None = a quarter of what
+            is free here. On a GPU it is a quarter of what is free there.
 
     Raises:
         BundleError: the model was replaced since, or cannot be loaded.
         SourceError: the source was replaced since, or cannot be read.
     """
 
-    def __init__(self, plan: Plan, keep: WorkerCache, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        keep: WorkerCache,
+        *,
+        threads: int | None = None,
+        kept_bytes: int | None = None,
+    ) -> None:
         bundle = load_bundle(plan.bundle_path)
         if bundle.digest != plan.model:
             raise BundleError(
@@ -75,8 +84,17 @@ class BlockWorker:
         self._familiar = load_familiar(bundle)
         self._predictor = _kept_predictor(bundle, plan.predict, threads or plan.threads, keep)
         self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
-        uses = plan.uses(plan.store.pending(plan.blocks()))
-        self._cache = PatchCache(uses, max_bytes=CACHE_BYTES)
+        device = self._predictor.device
+        if device.type == "cuda":
+            kept_bytes = torch.cuda.mem_get_info(device)[0] // 4
+        elif kept_bytes is None:
+            kept_bytes = free_memory() // 4
+        pending = plan.store.pending(plan.blocks())
+        self._cache = PatchCache(
+            {block: plan.patches(block) for block in pending},
+            plan.part,
+            max_bytes=max(kept_bytes, LEAST_KEPT),
+        )
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None if plan.roi is None else read_region(plan.roi, offset=plan.roi_offset)
         self._pixels = plan.pixels.open()
@@ -161,7 +179,7 @@ class BlockWorker:
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, npt.NDArray[np.int64]]:
         """Return class and probability of a block's mask pixels, and the patches it took."""
         wanted = self._plan.patches(block)
-        with self._cache.claim(wanted) as claim:
+        with self._cache.claim(block, wanted) as claim:
             pixels, corner = self._read(claim.mine)
             region = self._predictor.upload(pixels)
             clock.lap("read")
