@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,7 @@ from PIL import Image as Pictures
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, WsiPipelineError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
-from wsi_pipeline.export.dicom_seg import write_dicom_seg
 from wsi_pipeline.export.lesions import Lesions, count_lesions
-from wsi_pipeline.export.nifti import write_nifti
-from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
@@ -33,9 +30,12 @@ from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
 from wsi_pipeline.run.written import WrittenFiles
-from wsi_pipeline.sources.radiology.image import Image
-from wsi_pipeline.sources.radiology.preprocess import Scan
-from wsi_pipeline.sources.radiology.volume import Volume
+
+if TYPE_CHECKING:
+    # What reads and writes DICOM and NIfTI is loaded for images and volumes alone.
+    from wsi_pipeline.sources.radiology.image import Image
+    from wsi_pipeline.sources.radiology.preprocess import Scan
+    from wsi_pipeline.sources.radiology.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -287,6 +287,8 @@ class ScanResult(Result):
         scan = self.scan
         if scan is None:
             return {}
+        from wsi_pipeline.export.dicom_seg import write_dicom_seg
+
         return {
             "dicom": lambda path: write_dicom_seg(
                 path,
@@ -345,6 +347,9 @@ class VolumeResult(ScanResult):
         volume = self.scan
         if volume is None:
             return {}
+        from wsi_pipeline.export.nifti import write_nifti
+        from wsi_pipeline.export.planes import write_planes_overlay
+
         return {
             "nifti": lambda path: write_nifti(path, self.mask, volume),
             **super()._writers(),

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,6 @@ from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
-from wsi_pipeline.run.result import Ledger, SlideResult
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -37,6 +36,9 @@ from wsi_pipeline.sources.pixels import SlidePixels
 from wsi_pipeline.sources.slide import frame_offset
 from wsi_pipeline.tissue.detect import select_patches
 from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
+
+if TYPE_CHECKING:
+    from wsi_pipeline.run.result import Ledger, SlideResult
 
 logger = logging.getLogger(__name__)
 
@@ -212,6 +214,8 @@ class SlideRun(SourceRun):
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""
+        from wsi_pipeline.run.result import SlideResult
+
         store, options = self.plan.store, self.settings.export
         self.bad = self._bad_regions(ledger)
         classes = (*self.bundle.classes, UNREADABLE) if self.bad else self.bundle.classes
