@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    VLWholeSlideMicroscopyImageStorage,
+    generate_uid,
+)
 
 PATIENT = {
     "PatientName": "Doe^Jane^Secret",
@@ -57,6 +63,46 @@ def save(path: Path, found: Dataset) -> Path:
 def write(path: Path, pixels: np.ndarray, **attributes: Any) -> Path:
     """Write an image; return its path."""
     return save(path, make(pixels, **attributes))
+
+
+def write_slide(path: Path, pixels: np.ndarray, mpp: tuple[float, float]) -> Path:
+    """Write (y, x, 3) pixels as a slide of one level, TILED_FULL; return its path."""
+    side, (height, width) = 240, pixels.shape[:2]
+    whole = np.pad(pixels, [(0, -height % side), (0, -width % side), (0, 0)])
+    frames = whole.reshape(whole.shape[0] // side, side, whole.shape[1] // side, side, 3)
+    frames = frames.swapaxes(1, 2).reshape(-1, side, side, 3)
+    measures, shared, corner, specimen = Dataset(), Dataset(), Dataset(), Dataset()
+    measures.PixelSpacing, measures.SliceThickness = [n / 1000 for n in mpp], 0.004
+    shared.PixelMeasuresSequence = [measures]
+    optical = Dataset()
+    optical.OpticalPathIdentifier = "1"
+    corner.XOffsetInSlideCoordinateSystem, corner.YOffsetInSlideCoordinateSystem = 20.5, 41.25
+    specimen.SpecimenIdentifier, specimen.SpecimenUID = "S-1", generate_uid()
+    return write(
+        path,
+        frames,
+        NumberOfFrames=len(frames),
+        SOPClassUID=VLWholeSlideMicroscopyImageStorage,
+        Modality="SM",
+        ImageType=["ORIGINAL", "PRIMARY", "VOLUME", "NONE"],
+        FrameOfReferenceUID=generate_uid(),
+        PositionReferenceIndicator="SLIDE_CORNER",
+        TotalPixelMatrixColumns=width,
+        TotalPixelMatrixRows=height,
+        TotalPixelMatrixOriginSequence=[corner],
+        ImageOrientationSlide=[0, -1, 0, -1, 0, 0],
+        TotalPixelMatrixFocalPlanes=1,
+        NumberOfOpticalPaths=1,
+        OpticalPathSequence=[optical],
+        DimensionOrganizationType="TILED_FULL",
+        ContainerIdentifier="C-1",
+        SpecimenDescriptionSequence=[specimen],
+        ImagedVolumeWidth=width * mpp[1] / 1000,
+        ImagedVolumeHeight=height * mpp[0] / 1000,
+        ContentDate="20190203",
+        ContentTime="101112",
+        SharedFunctionalGroupsSequence=[shared],
+    )
 
 
 def write_series(

@@ -29,7 +29,9 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
     "image": ("png", "dicom", "geojson", "overlay"),
     "volume": ("nifti", "dicom", "overlay"),
 }
-"""What can be written, by a model's modality."""
+"""What is written where nothing is named, by a model's modality."""
+ON_REQUEST: Mapping[str, tuple[Output, ...]] = {"slide": ("dicom",), "image": (), "volume": ()}
+"""What can be written besides."""
 SLIDES, PLANAR, VOLUMES = ("slide",), ("slide", "image"), ("volume",)
 LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("select", "time_point"): ("--time-point", VOLUMES),
@@ -187,7 +189,8 @@ class ScheduleOptions:
     """Where blocks run.
 
     Attributes:
-        workers: of this process, or jobs of `cluster`; ignored with `scheduler`.
+        workers: dask workers of the in-process cluster, or jobs of `cluster`; ignored with
+            `scheduler`.
         scheduler: address or scheduler file of a running dask scheduler.
         cluster: a queue to which workers are submitted as jobs, as dask's configuration says.
         gpus: numbers of this machine's GPUs; with more than one, each gets a process.
@@ -239,7 +242,7 @@ class Settings:
             >>> Settings(predict=PredictOptions(mask_mpp=1.0)).why_not("volume")
             '--mask-mpp is for slides'
         """
-        fitting = OUTPUTS[modality]
+        fitting = OUTPUTS[modality] + ON_REQUEST[modality]
         if wrong := [name for name in self.export.outputs if name not in fitting]:
             return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
         usual = Settings()

@@ -60,7 +60,8 @@ def command(
 
     RUN_DIR: the folder of one slide, image or volume, or the --output of `segment` for all of them
     but those that failed. What is not given stays as it was. The model is not needed, nor are
-    slides; overlays, NIfTI and DICOM segmentations need the image or volume where it was.
+    slides, but for DICOM those that OpenSlide reads; overlays, NIfTI and DICOM segmentations need
+    the image or volume where it was.
     """
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, find_runs

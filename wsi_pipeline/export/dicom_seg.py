@@ -113,6 +113,14 @@ def write_dicom_seg(
             segmentation.save_as(beside)
 
 
+def codes_of(found: ClassInfo) -> tuple[Code, Code]:
+    """Return what a class is: the code of its category, and its own."""
+    if known := KNOWN.get(found.name.lower()):
+        return MORPHOLOGY, known
+    own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
+    return TISSUE, own
+
+
 def _source(path: Path) -> Dataset:
     """Return all that a file says but its pixels."""
     header = dcmread(path, stop_before_pixels=True, force=True)
@@ -177,14 +185,13 @@ def _segmentation(
     )
     segments = []
     for number, found in enumerate(classes[1:], start=1):
-        kind = KNOWN.get(found.name.lower())
-        own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
+        category, kind = codes_of(found)
         segments.append(
             SegmentDescription(
                 segment_number=number,
                 segment_label=found.name[:LONGEST],
-                segmented_property_category=MORPHOLOGY if kind else TISSUE,
-                segmented_property_type=kind or own,
+                segmented_property_category=category,
+                segmented_property_type=kind,
                 algorithm_type="AUTOMATIC",
                 algorithm_identification=algorithm,
                 display_color=CIELabColor.from_rgb(*(found.color or (0, 0, 0))),

@@ -230,19 +230,7 @@ def _make_batch(
         shapes: Polygons of these.
     """
     dropped = list[str]()
-    shapes, owner, is_cut = _place(shapes, options)
-    shapes, kept = _mend(shapes, dropped)
-    shapes, owner, is_cut = shapely.orient_polygons(shapes), owner[kept], is_cut[kept]
-    _, first, index, count = np.unique(
-        owner, return_index=True, return_inverse=True, return_counts=True
-    )
-    nth, is_part = np.arange(len(owner)) - first[index], is_cut | (count[index] > 1)
-    region = owner + part.start
-    area = np.where(
-        is_part,
-        shapely.area(shapes) * options.mpp[1] * options.mpp[0] * 1e-6,
-        regions.pixels[region] * options.pixel_mm2,
-    )
+    shapes, region, nth, area = sound_shapes(regions, options, part, shapes, dropped)
     measures = _measure(shapes, area, region, regions, neighbours, options)
     value = regions.value[region]
     ids = _ids(options, value, regions.first[region], nth)
@@ -289,6 +277,33 @@ def _make_batch(
         vertices=int(shapely.get_num_coordinates(shapes).sum()),
         dropped=dropped,
     )
+
+
+def sound_shapes(
+    regions: Regions, options: FeatureOptions, part: slice, shapes: Polygons, dropped: list[str]
+) -> tuple[Polygons, npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the shapes of a part of the regions as they are written, in the options' frame.
+
+    With each come its region, which of that one's it is, from 0, and its area in the options' unit.
+
+    Args:
+        shapes: in mask pixels.
+        dropped: gets one sentence for each that cannot be written.
+    """
+    shapes, owner, is_cut = _place(shapes, options)
+    shapes, kept = _mend(shapes, dropped)
+    shapes, owner, is_cut = shapely.orient_polygons(shapes), owner[kept], is_cut[kept]
+    _, first, index, count = np.unique(
+        owner, return_index=True, return_inverse=True, return_counts=True
+    )
+    nth, is_part = np.arange(len(owner)) - first[index], is_cut | (count[index] > 1)
+    region = owner + part.start
+    area = np.where(
+        is_part,
+        shapely.area(shapes) * options.mpp[1] * options.mpp[0] * 1e-6,
+        regions.pixels[region] * options.pixel_mm2,
+    )
+    return shapes, region, nth, area
 
 
 def _measure(

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ def _write_level(
 ) -> None:
     """Stream one level of the pyramid into the file."""
     tiff.write(
-        _encoded_tiles(masks, window, level),
+        encoded_tiles(masks, window, level, _deflate),
         shape=level_shapes(window[2:])[level],
         dtype=np.uint8,
         tile=(TILE, TILE),
@@ -110,8 +109,21 @@ def _write_level(
     )
 
 
-def _encoded_tiles(masks: Sequence[MaskLike], window: Crop, level: int) -> Iterator[bytes]:
-    """Yield the compressed tiles of a level, row-major, having read it in larger blocks."""
+def encoded_tiles(
+    masks: Sequence[MaskLike],
+    window: Crop,
+    level: int,
+    encode_tile: Callable[[npt.NDArray[np.uint8]], bytes],
+) -> Iterator[bytes]:
+    """Yield the compressed tiles of a level, row-major, having read it in larger blocks.
+
+    Args:
+        masks: the whole one, and its reduced levels as far as there are any.
+        window: what is written of the whole one.
+        level: number of the level to be made of it.
+        encode_tile: compresses `TILE` × `TILE` pixels; called in threads.
+    """
+    background = encode_tile(np.zeros((TILE, TILE), np.uint8))
     # the most reduced of the levels at hand that has the window's first pixel
     k = max(k for k in range(min(level + 1, len(masks))) if not any(v % 2**k for v in window[:2]))
     first = [v >> k for v in window[:2]]
@@ -124,20 +136,15 @@ def _encoded_tiles(masks: Sequence[MaskLike], window: Crop, level: int) -> Itera
         pixels = np.asarray(masks[k][y, x])
         n_rows, n_columns = (-(-n // TILE) for n in pixels.shape)
         if not pixels.any():
-            return [[_background()] * n_columns] * n_rows
+            return [[background] * n_columns] * n_rows
         pixels = np.pad(pixels, [(0, -n % TILE) for n in pixels.shape])
         rows = pixels.reshape(n_rows, TILE, n_columns, TILE).swapaxes(1, 2)
-        return [[_deflate(tile) if tile.any() else _background() for tile in row] for row in rows]
+        return [[encode_tile(t) if t.any() else background for t in row] for row in rows]
 
     blocks = map_in_threads(encode, itertools.product(tops, lefts))
     for _ in tops:
         for row in zip(*itertools.islice(blocks, len(lefts)), strict=True):
             yield from itertools.chain.from_iterable(row)
-
-
-@cache
-def _background() -> bytes:
-    return _deflate(np.zeros((TILE, TILE), np.uint8))
 
 
 def _deflate(tile: npt.NDArray[np.uint8]) -> bytes:

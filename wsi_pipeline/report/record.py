@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
@@ -270,13 +270,23 @@ MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")
 ASAP_FILE = "mask.asap.tif"
 REGIONS_FILE = "regions.csv"
 PREVIEW_FILE = "preview.json"
-OUTPUT_FILES = (*FILES.values(), ASAP_FILE, REGIONS_FILE, PREVIEW_FILE)
+DICOM_FILES = (
+    *(f"mask-{level}.dcm" for level in range(1, 11)), "probability.dcm", "annotations.dcm",
+)  # fmt: skip
+"""What may lie beside a slide's `mask.dcm`; the largest slide has ten reduced levels."""
+OUTPUT_FILES = (*FILES.values(), ASAP_FILE, REGIONS_FILE, *DICOM_FILES, PREVIEW_FILE)
 """All that a run may write beside `run.json`."""
 
 
-def files_of(options: ExportOptions) -> dict[Output, list[str]]:
-    """Return the files of each output that is asked for."""
+def files_of(options: ExportOptions, written: Iterable[str] = ()) -> dict[Output, list[str]]:
+    """Return the files of each output that is asked for.
+
+    Args:
+        written: names of the files that a run has written: it knows how many DICOM files it has.
+    """
     found = {output: [FILES[output]] for output in options.outputs}
+    if "dicom" in found:
+        found["dicom"] += [name for name in written if name.endswith(".dcm")]
     if "geojson" in found:
         found["geojson"].append(REGIONS_FILE)
     if "tiff" in found and options.tiff == "asap":

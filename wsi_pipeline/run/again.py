@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydicom import Dataset
+
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import geojson, ome_zarr
+from wsi_pipeline.export.dicom_slide import level_headers
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
@@ -17,7 +20,13 @@ from wsi_pipeline.options import ExportOptions, Output, Rule, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
-from wsi_pipeline.run.finished import MASK_FILES, of_this_version, open_mask_of, open_scan_of
+from wsi_pipeline.run.finished import (
+    MASK_FILES,
+    of_this_version,
+    open_mask_of,
+    open_scan_of,
+    open_slide_of,
+)
 from wsi_pipeline.run.result import (
     BLOCK_SIDE,
     ImageResult,
@@ -32,12 +41,13 @@ from wsi_pipeline.run.thresholds import BY_OTHERS, ONLY_SLIDES, areas_of, write_
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
-AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay")
+AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay", "dicom")
 """What of a slide can be written again."""
 DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "geojson": ("simplify_um", "min_area_um2", "frame"),
     "tiff": ("tiff", "frame"),
     "overlay": (),
+    "dicom": ("simplify_um", "min_area_um2"),
 }
 """The options that each output depends on."""
 NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
@@ -81,7 +91,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any], rule: Rule | No
 
     Raises:
         StoreError: no run, no mask, or options that it cannot have; the folder cannot be written.
-        SourceError: an output needs the image or volume, and it is not there any more.
+        SourceError: an output needs the slide, image or volume, and it is not there any more.
         BusyError: another process works in it.
     """
     folder = Path(folder)
@@ -153,7 +163,7 @@ def _slide(
     side = ome_zarr.block_side(
         run.settings["predict"]["block_size"], run.settings["export"]["ngff"]
     )
-    every, names = list(iter_blocks(mask.shape, (side, side))), files_of(options)
+    every, names = list(iter_blocks(mask.shape, (side, side))), files_of(options, run.files)
 
     def is_due(output: Output) -> bool:
         if run.status != "done" or not all((store.folder / n).exists() for n in names[output]):
@@ -163,6 +173,11 @@ def _slide(
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
     def open_result(closing: ExitStack) -> Result:
+        headers = list[Dataset]()
+        # The slide may be DICOM, to which DICOM refers.
+        if "dicom" in due and run.slide["backend"] == "openslide":
+            with open_slide_of(store.folder, run) as slide:
+                headers = level_headers(slide.path, slide.size)
         held = held_blocks(store, run, every)
         if lost := store.damaged(held, mask):
             reason = (
@@ -191,6 +206,8 @@ def _slide(
             side=side,
             mask_path=mask_path,
             downsample=(mask_y / y, mask_x / x),
+            folder=store.folder,
+            headers=headers,
             options=options,
             stored=open_patch_grid(store.grid_path) if store.grid_path.is_dir() else None,
         )
@@ -202,11 +219,8 @@ def _slide(
         mm2 = result.features.pixel_mm2
         return {**changed, "area_mm2": areas_of(run, result.mask, result.blocks, mm2)}
 
-    return _Again(
-        due=[output for output in AGAIN if output in options.outputs and is_due(output)],
-        open=open_result,
-        changes=changes_of,
-    )
+    due = [output for output in AGAIN if output in options.outputs and is_due(output)]
+    return _Again(due=due, open=open_result, changes=changes_of)
 
 
 def _scan(

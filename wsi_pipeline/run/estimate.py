@@ -28,8 +28,8 @@ from wsi_pipeline.run.previous import refuse_others
 from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.worker import LEAST_KEPT
+from wsi_pipeline.schedule.cluster import is_in_process
 from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
-from wsi_pipeline.schedule.threads import Threads
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 450 * 10**6
-"""Python, torch and the libraries that read slides."""
+"""Python, torch, dask and the libraries that read slides."""
 GPU_BYTES = 1200 * 10**6
 """CUDA's own libraries in the main memory."""
 OUTPUT_BYTES = 250 * 10**6
@@ -131,6 +131,7 @@ def estimate(
         export, blocks, tissue_px = run.settings.export, len(plan.blocks()), _tissue_px(plan)
         mask_files = run.most_mask_files(plan)
     masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
+    masks += "dicom" in export.outputs
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
     disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
     # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
@@ -271,16 +272,17 @@ def _peak_memory(
 
 
 def memory_check(
-    client: Client | Threads, bundle: Bundle, max_ram: int | None
+    client: Client, bundle: Bundle, max_ram: int | None
 ) -> Callable[[Plan], int | None]:
     """Return what refuses a source that will take more memory than allowed, or warns of it.
 
     It returns how many bytes of predictions each worker may keep, None = as workers elsewhere like.
     """
     # Workers elsewhere have limits of their own.
-    if not isinstance(client, Threads):
+    if not is_in_process(client):
         return lambda plan: None
-    workers, in_hand = client.workers, client.in_hand
+    threads = client.nthreads()
+    workers, in_hand = len(threads), sum(threads.values()) // len(threads)
     lower = "lower --workers, --block-size or --batch-size"
     peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
     most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))

@@ -59,8 +59,7 @@ def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions)
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE
     with reaching(folder):
-        names = itertools.chain.from_iterable(files_of(export).values())
-        if not path.is_file() or not all((folder / name).exists() for name in names):
+        if not path.is_file():
             return None
         try:
             run = load_run(path)
@@ -69,6 +68,9 @@ def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions)
             if isinstance(error.__cause__, OSError):
                 raise
             # A damaged record is written again.
+            return None
+        names = itertools.chain.from_iterable(files_of(export, run.files).values())
+        if not all((folder / name).exists() for name in names):
             return None
     wanted = {"key": key, "export": as_plain(export)}
     # What the model says of its limits may have changed since.

@@ -9,19 +9,23 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pictures
+from pydicom import Dataset
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, WsiPipelineError
-from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export import MaskLike, dicom_slide, geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export.dicom_seg import write_dicom_seg
 from wsi_pipeline.export.lesions import Lesions, count_lesions
+from wsi_pipeline.export.nifti import write_nifti
+from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
-from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
+from wsi_pipeline.export.polygons.trace import Outlines, find_outlines, trace_mask
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import why_not_written
 from wsi_pipeline.geometry import Block, Region, Shape
@@ -29,13 +33,11 @@ from wsi_pipeline.options import OUTPUTS, ExportOptions, Output, Settings
 from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
+from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.written import WrittenFiles
-
-if TYPE_CHECKING:
-    # What reads and writes DICOM and NIfTI is loaded for images and volumes alone.
-    from wsi_pipeline.sources.radiology.image import Image
-    from wsi_pipeline.sources.radiology.preprocess import Scan
-    from wsi_pipeline.sources.radiology.volume import Volume
+from wsi_pipeline.sources.radiology.image import Image
+from wsi_pipeline.sources.radiology.preprocess import Scan
+from wsi_pipeline.sources.radiology.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -110,20 +112,26 @@ class Result(ABC):
                     else f"{path.name} could not be written: {error}"
                 )
             clock.lap(output)
+        # They may be large, and no other output needs them.
+        vars(self).pop("_outlines", None)
         return failures, polygons[-1]
 
-    def _write_polygons(self, path: Path) -> geojson.Written:
+    @cached_property
+    def _outlines(self) -> Outlines:
         features = self.features
         traced = {i: BlockComponents.from_arrays(a) for i, a in self.ledger.items() if "top" in a}
         rest = [block for block in self.blocks if block.index not in traced]
-        outlines = find_outlines(
+        return find_outlines(
             self.mask,
             {**traced, **trace_mask(self.mask, rest)},
             block_size=self.side,
             tolerance=features.tolerance,
             min_pixels=features.min_pixels,
         )
-        return geojson.write_geojson(path, path.with_name(REGIONS_FILE), outlines, features)
+
+    def _write_polygons(self, path: Path) -> geojson.Written:
+        table = path.with_name(REGIONS_FILE)
+        return geojson.write_geojson(path, table, self._outlines, self.features)
 
     def _made_by(self) -> dict[str, str]:
         return made_by(self.model, self.key)
@@ -146,6 +154,8 @@ class SlideResult(Result):
     Attributes:
         mask_path: the finished OME-Zarr.
         downsample: level-0 pixels per mask pixel, (y, x).
+        folder: of the run.
+        headers: what the level-0 files of a DICOM slide say; none = another slide.
         options: how to write.
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
         ruled_path: OME-Zarr by other thresholds, of which polygons and overlay are made; None =
@@ -156,6 +166,8 @@ class SlideResult(Result):
 
     mask_path: Path
     downsample: tuple[float, float]
+    folder: Path
+    headers: list[Dataset]
     options: ExportOptions
     stored: StoredGrid | None
     ruled_path: Path | None = None
@@ -190,10 +202,10 @@ class SlideResult(Result):
 
     def _writers(self) -> Writers:
         writers: Writers = {"tiff": self._write_tiffs, "overlay": self._write_overlay}
-        if (put_together := self.write_probability) is None:
-            return writers
-        # A folder, which takes its place by itself.
-        return {**writers, "probability": lambda path: put_together()}
+        if (put_together := self.write_probability) is not None:
+            # A folder, which takes its place by itself.
+            writers = {**writers, "probability": lambda path: put_together()}
+        return {**writers, "dicom": self._write_dicom}
 
     def _write_tiffs(self, path: Path) -> None:
         """Write the OME-TIFF, cropped as the viewer shows it, and ASAP's kind where wanted."""
@@ -217,6 +229,29 @@ class SlideResult(Result):
         if self.options.tiff == "asap":
             beside = path.with_name(ASAP_FILE)
             ome_tiff.write_asap_tiff(beside, mask, mask_mpp=features.mask_mpp, reduced=reduced)
+
+    def _write_dicom(self, path: Path) -> None:
+        """Write mask, levels, polygons, and what there is of probabilities, of the whole slide."""
+        origin = dicom_slide.Origin(
+            headers=self.headers,
+            facts=self.facts,
+            model=self.model,
+            key=self.key,
+            classes=self.classes,
+        )
+        levels = ome_zarr.open_levels(self.mask_path)
+        dicom_slide.write_masks(path, levels, origin, self.downsample)
+        features = replace(self.features, crop=None)
+        if not self.headers:
+            # They are told in pixels of the mask, there being no other image to refer to.
+            features = replace(features, downsample=(1.0, 1.0), mpp=features.mask_mpp)
+        beside = path.with_name("annotations.dcm")
+        dicom_slide.write_annotations(beside, self._outlines, features, origin)
+        if (self.folder / FILES["probability"]).is_dir():
+            found = open_probability(self.folder)
+            y, x = (d / r for d, r in zip(self.downsample, found.ratio, strict=True))
+            beside = path.with_name("probability.dcm")
+            dicom_slide.write_probability(beside, found.levels[0], origin, (y, x))
 
     def _write_overlay(self, path: Path) -> None:
         if self.stored is None:
@@ -287,8 +322,6 @@ class ScanResult(Result):
         scan = self.scan
         if scan is None:
             return {}
-        from wsi_pipeline.export.dicom_seg import write_dicom_seg
-
         return {
             "dicom": lambda path: write_dicom_seg(
                 path,
@@ -347,9 +380,6 @@ class VolumeResult(ScanResult):
         volume = self.scan
         if volume is None:
             return {}
-        from wsi_pipeline.export.nifti import write_nifti
-        from wsi_pipeline.export.planes import write_planes_overlay
-
         return {
             "nifti": lambda path: write_nifti(path, self.mask, volume),
             **super()._writers(),

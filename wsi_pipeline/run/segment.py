@@ -10,12 +10,10 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pkgutil import resolve_name
-from typing import TYPE_CHECKING
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineError
@@ -23,7 +21,7 @@ from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
 from wsi_pipeline.networks import build
-from wsi_pipeline.options import OUTPUTS, Settings
+from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Settings
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import model_facts, versions
 from wsi_pipeline.run.jobs import Job
@@ -35,31 +33,23 @@ from wsi_pipeline.run.previous import (
     model_key,
     refuse_others,
 )
+from wsi_pipeline.run.scan_run import ImageRun, VolumeRun
+from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore, open_run_store
 from wsi_pipeline.run.written import WrittenFiles
-
-if TYPE_CHECKING:
-    from wsi_pipeline.run.scan_run import ImageRun, VolumeRun
-    from wsi_pipeline.run.slide_run import SlideRun
 
 logger = logging.getLogger(__name__)
 
 Stage = Callable[[str], None]
 """Called with what is done once all patches are: "writing annotations.geojson"."""
 
-KINDS = {
-    "slide": "slide_run:SlideRun",
-    "image": "scan_run:ImageRun",
-    "volume": "scan_run:VolumeRun",
+KINDS: Mapping[str, type[SlideRun] | type[ImageRun] | type[VolumeRun]] = {
+    "slide": SlideRun,
+    "image": ImageRun,
+    "volume": VolumeRun,
 }
 """How a source is done, by the modality of the model."""
-
-
-def kind_of(bundle: Bundle) -> type[SlideRun] | type[ImageRun] | type[VolumeRun]:
-    """Return how sources for a model are done, imported without the readers of other kinds."""
-    found: type[SlideRun] = resolve_name(f"wsi_pipeline.run.{KINDS[bundle.modality]}")
-    return found
 
 
 def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun:
@@ -68,7 +58,7 @@ def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun
     Raises:
         SourceError: it cannot be read, or does not fit the model or the options.
     """
-    return kind_of(bundle)(path, bundle, settings)
+    return KINDS[bundle.modality](path, bundle, settings)
 
 
 def fitting(settings: Settings, bundle: Bundle) -> Settings:
@@ -81,6 +71,9 @@ def fitting(settings: Settings, bundle: Bundle) -> Settings:
         raise BundleError(f"{reason}; {bundle.name} is for {bundle.modality}s")
     settings.predict.rule.of([c.name for c in bundle.classes[1:]])
     outputs = settings.export.outputs or OUTPUTS[bundle.modality]
+    if set(outputs) & set(ON_REQUEST[bundle.modality]):
+        # DICOM of a slide tells its probabilities, too.
+        outputs = tuple(dict.fromkeys((*outputs, "probability")))
     export = replace(settings.export, outputs=outputs)
     return replace(settings, export=export, named=settings.as_plain()["named"])
 
@@ -98,7 +91,7 @@ def check_settings(settings: Settings, bundle: Bundle) -> None:
         raise BundleError(
             f"--overlap {overlap} must be below the patch size of {bundle.name}, {patch} px"
         )
-    kind_of(bundle).check(settings, bundle)
+    KINDS[bundle.modality].check(settings, bundle)
     build(bundle)
 
 

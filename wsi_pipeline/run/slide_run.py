@@ -9,14 +9,15 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.export import level_shapes, ome_zarr
+from wsi_pipeline.export.dicom_slide import level_headers
 from wsi_pipeline.files.atomic import sha256_of, sync, written_beside
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
@@ -28,6 +29,7 @@ from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
+from wsi_pipeline.run.result import Ledger, SlideResult
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -36,9 +38,6 @@ from wsi_pipeline.sources.pixels import SlidePixels
 from wsi_pipeline.sources.slide import frame_offset
 from wsi_pipeline.tissue.detect import select_patches
 from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
-
-if TYPE_CHECKING:
-    from wsi_pipeline.run.result import Ledger, SlideResult
 
 logger = logging.getLogger(__name__)
 
@@ -209,13 +208,14 @@ class SlideRun(SourceRun):
         ngff, planes = self.settings.export.ngff, 0
         if plan.cell:
             planes = (len(self.bundle.classes) - 1) * ome_zarr.count_files(plan.cells_shape, ngff)
+        # One for each reduced level, and two of what is made of the mask.
+        more = 1 + len(level_shapes(plan.mask_shape))
+        more *= "dicom" in self.settings.export.outputs
         # Those of probabilities have no labels, which are half of a mask's.
-        return ome_zarr.count_files(plan.mask_shape, ngff) + planes // 2
+        return ome_zarr.count_files(plan.mask_shape, ngff) + planes // 2 + more
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""
-        from wsi_pipeline.run.result import SlideResult
-
         store, options = self.plan.store, self.settings.export
         self.bad = self._bad_regions(ledger)
         classes = (*self.bundle.classes, UNREADABLE) if self.bad else self.bundle.classes
@@ -253,6 +253,10 @@ class SlideRun(SourceRun):
             ledger=ledger,
             mask_path=mask_path,
             downsample=(y, x),
+            folder=store.folder,
+            headers=level_headers(slide.path, slide.size)
+            if "dicom" in options.outputs and slide.backend == "openslide"
+            else [],
             options=options,
             stored=self.stored,
             write_probability=partial(
