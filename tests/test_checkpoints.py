@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -388,8 +389,9 @@ def test_a_bundle_may_be_imported_onto_itself(
 
 
 def test_a_bundle_can_be_like_another(tmp_path: Path, template: Bundle) -> None:
-    like = make_template(folder=tmp_path / "new", like=template, patch_size=(96, 128))
-    assert like.name == "new"
+    told = replace(template, limits="of its weights", temperature=1.5)
+    like = make_template(folder=tmp_path / "new", like=told, patch_size=(96, 128))
+    assert (like.name, like.limits, like.temperature) == ("new", "", 1)
     assert like.classes == template.classes
     assert like.mpp == template.mpp == 0.25
     assert (like.input.patch_size, like.input.overlap) == ((96, 128), (24, 32))

@@ -280,7 +280,7 @@ def test_init_writes_random_weights_with_which_every_class_occurs(
         assert result.exit_code == 0, result.output
         assert "means nothing" in result.stderr
     first, second = (load_bundle(tmp_path / folder) for folder in ("a", "b"))
-    assert first.name == "a"
+    assert (first.name, first.temperature, first.features_path) == ("a", 1, None)
     assert first.input == load_bundle(ROOT / "models" / name).input
     assert first.weights_sha256 == second.weights_sha256
     assert "learnt nothing" in (tmp_path / "a" / "README.md").read_text("utf-8")

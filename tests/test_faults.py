@@ -23,7 +23,7 @@ from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.schedule.blocks import _room
+from wsi_pipeline.schedule.threads import _room
 
 NOT_COMPARED = {"run.json", ".store"}
 
@@ -529,7 +529,7 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     assert run(place, tmp_path / "out", "--max-ram", "8").returncode == 2
     # near the limit all the time: one block after the other, and the same mask
     monkeypatch.setattr("wsi_pipeline.run.main.used_memory", lambda: int(7.9e9))
-    monkeypatch.setattr("wsi_pipeline.schedule.blocks.used_memory", lambda: int(7.9e9))
+    monkeypatch.setattr("wsi_pipeline.schedule.threads.used_memory", lambda: int(7.9e9))
     assert run(place, tmp_path / "out", "--max-ram", "8GB").returncode == 0
     assert_mask(tmp_path / "out" / "slide", big_pixels)
     with pytest.raises(WsiPipelineError, match="no block is in hand"):

@@ -28,7 +28,10 @@ from wsi_pipeline.training.recipe import load_recipe
 
 MODELS = Path(__file__).parents[1] / "models"
 BUNDLES = sorted(path.parent for path in MODELS.glob("*/model.toml"))
-RECIPES = {"lightmuseg-bcss-demo": "bcss-tumor.toml"}
+RECIPES = {
+    "lightmuseg-bcss-demo": "bcss-tumor.toml",
+    "nmtnet-ultrasound": "busi-groups-nmtnet.toml",
+}
 """Of each bundle that ships weights, by which it was trained: who adds one adds it here."""
 WITH_WEIGHTS = [MODELS / name for name in RECIPES]
 SECTIONS = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dask
 import pytest
+from bundles import pointwise_bundle
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
 
 from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
@@ -17,7 +18,7 @@ from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
 from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import check_shared, gpu_share, open_cluster
-from wsi_pipeline.schedule.memory import memory_limit_of_job
+from wsi_pipeline.schedule.memory import cpu_count, memory_limit_of_job
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 
@@ -257,6 +258,44 @@ def test_help_needs_neither_torch_nor_dask():
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert "--model" in found.stdout
+
+
+def test_one_process_segments_slides_without_dask_and_readers_of_scans(tmp_path, slide_path):
+    pointwise_bundle(tmp_path / "model", mpp=0.5, patch_size=256)
+    script = (
+        "import gc, sys; from wsi_pipeline.cli import group\n"
+        "try: group(sys.argv[1:])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "assert gc.isenabled()\n"
+        "needless = {'dask', 'distributed', 'tornado', 'pydicom', 'nibabel'}\n"
+        "sys.exit(', '.join(needless & set(sys.modules)) or 0)"
+    )
+    options = ["--model", tmp_path / "model", "--output", tmp_path / "out", "--outputs", "zarr"]
+    line = [sys.executable, "-c", script, "segment", slide_path, *options]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / slide_path.stem / "mask.ome.zarr").is_dir()
+
+
+def test_a_jobs_share_of_the_processors_counts(tmp_path):
+    own, every = tmp_path / "cgroup", len(os.sched_getaffinity(0))
+    job = tmp_path / "slurm" / "job_7"
+    (job / "step_0").mkdir(parents=True)
+    own.write_text("0::/slurm/job_7/step_0\n")
+    (job / "step_0" / "cpu.max").write_text("max 100000\n")
+    assert cpu_count(own, tmp_path) == every
+    # half a processor is rounded up
+    (job / "cpu.max").write_text("50000 100000\n")
+    assert cpu_count(own, tmp_path) == 1
+    older = tmp_path / "cpu" / "job_7"
+    older.mkdir(parents=True)
+    own.write_text("7:blkio:/\n4:cpu,cpuacct:/job_7\n")
+    (older / "cpu.cfs_period_us").write_text("100000\n")
+    (older / "cpu.cfs_quota_us").write_text("-1\n")
+    assert cpu_count(own, tmp_path) == every
+    (older / "cpu.cfs_quota_us").write_text("100000\n")
+    assert cpu_count(own, tmp_path) == 1
+    assert cpu_count(tmp_path / "no Linux", tmp_path) == every
 
 
 def test_the_least_limit_of_a_jobs_control_groups_counts(tmp_path):

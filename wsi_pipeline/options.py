@@ -189,8 +189,7 @@ class ScheduleOptions:
     """Where blocks run.
 
     Attributes:
-        workers: dask workers of the in-process cluster, or jobs of `cluster`; ignored with
-            `scheduler`.
+        workers: of this process, or jobs of `cluster`; ignored with `scheduler`.
         scheduler: address or scheduler file of a running dask scheduler.
         cluster: a queue to which workers are submitted as jobs, as dask's configuration says.
         gpus: numbers of this machine's GPUs; with more than one, each gets a process.

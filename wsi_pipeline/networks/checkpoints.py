@@ -116,7 +116,7 @@ def init_model(template: Bundle, folder: Path, *, seed: int = 0, overwrite: bool
         network = create(template)
         _balance(network, template)
     limits = f"{RANDOM_WEIGHTS}: the model has learnt nothing, and what it marks means nothing."
-    bundle = replace(template, name=folder.resolve().name, limits=limits)
+    bundle = replace(template, name=folder.resolve().name, limits=limits, temperature=1.0)
     with written_folder(folder, overwrite=overwrite) as partial:
         save_file(kept_state(network), partial / WEIGHTS)
         (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
@@ -197,7 +197,9 @@ def make_template(
     if like is None and (network is None or classes is None or mpp is None):
         raise BundleError("a model is described by --like, or by --network, --classes and --mpp")
     # what another model is not to be trusted with says nothing of this one
-    table = bundle_table(replace(like, limits="")) if like else _slide_table(str(network))
+    # What was measured of its weights is not of others.
+    own = like and replace(like, limits="", temperature=1.0)
+    table = bundle_table(own) if own else _slide_table(str(network))
     spec, output = table["input"], table["output"]
     table["name"] = folder.resolve().name
     if mpp is not None:

@@ -8,11 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydicom import Dataset
-
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import geojson, ome_zarr
-from wsi_pipeline.export.dicom_slide import level_headers
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
@@ -173,9 +170,11 @@ def _slide(
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
     def open_result(closing: ExitStack) -> Result:
-        headers = list[Dataset]()
+        headers = []
         # The slide may be DICOM, to which DICOM refers.
         if "dicom" in due and run.slide["backend"] == "openslide":
+            from wsi_pipeline.export.dicom_slide import level_headers
+
             with open_slide_of(store.folder, run) as slide:
                 headers = level_headers(slide.path, slide.size)
         held = held_blocks(store, run, every)

@@ -25,8 +25,9 @@ from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.segment import PreparedRun, Stage, failed_run, finish, fitting, prepare
 from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.blocks import run_blocks
-from wsi_pipeline.schedule.cluster import check_shared, gpu_share, is_in_process, worker_threads
+from wsi_pipeline.schedule.cluster import check_shared, gpu_share, worker_threads
 from wsi_pipeline.schedule.memory import cpu_count
+from wsi_pipeline.schedule.threads import Threads
 from wsi_pipeline.schedule.worker_state import WorkerCache
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def segment_jobs(
     jobs: Sequence[Job],
     bundle: Bundle,
     *,
-    client: Client,
+    client: Client | Threads,
     settings: Settings = DEFAULTS,
     threads: int | None = None,
     overwrite: bool = False,
@@ -72,7 +73,7 @@ def segment_jobs(
     """
     if not jobs:
         return
-    if not is_in_process(client):
+    if not isinstance(client, Threads):
         output = jobs[0].folder.parent
         make_folder(output)
         local = [p.absolute() for p in (bundle.path, jobs[0].path) if not is_remote(p)]
@@ -102,7 +103,7 @@ class BatchRunner:
 
     def __init__(
         self,
-        client: Client,
+        client: Client | Threads,
         bundle: Bundle,
         settings: Settings,
         threads: int | None,
@@ -110,7 +111,7 @@ class BatchRunner:
         max_ram: int | None,
         stopped: threading.Event | None = None,
     ) -> None:
-        alone = is_in_process(client)
+        alone = isinstance(client, Threads)
         self._client, self._bundle = client, bundle
         self._settings = fitting(settings, bundle)
         self._threads, self._overwrite = threads, overwrite
@@ -118,7 +119,9 @@ class BatchRunner:
             self._threads = passes_at_once(bundle, threads or cpu_count())
         self._check = memory_check(client, bundle, max_ram)
         self._max_ram = max_ram if alone else None
-        self._resources = {} if alone or settings.predict.device == "cpu" else gpu_share(client)
+        self._resources = dict[str, float]()
+        if not isinstance(client, Threads) and settings.predict.device != "cpu":
+            self._resources = gpu_share(client)
         self._at_once = 3 if alone else SLIDES_AT_ONCE
         steps = (1, 1, 1) if alone else (cpu_count(), SLIDES_AT_ONCE, cpu_count())
         self._preparing, self._computing, self._finishing = map(threading.Semaphore, steps)
@@ -187,7 +190,7 @@ class BatchRunner:
         progress(done, len(plan.grid))
         if not pending:
             return
-        alone = is_in_process(self._client)
+        alone = isinstance(self._client, Threads)
         for fresh in run_blocks(
             self._client,
             pending,

@@ -28,8 +28,8 @@ from wsi_pipeline.run.previous import refuse_others
 from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.worker import LEAST_KEPT
-from wsi_pipeline.schedule.cluster import is_in_process
 from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
+from wsi_pipeline.schedule.threads import Threads
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PROCESS_BYTES = 450 * 10**6
-"""Python, torch, dask and the libraries that read slides."""
+"""Python, torch and the libraries that read slides."""
 GPU_BYTES = 1200 * 10**6
 """CUDA's own libraries in the main memory."""
 OUTPUT_BYTES = 250 * 10**6
@@ -272,17 +272,16 @@ def _peak_memory(
 
 
 def memory_check(
-    client: Client, bundle: Bundle, max_ram: int | None
+    client: Client | Threads, bundle: Bundle, max_ram: int | None
 ) -> Callable[[Plan], int | None]:
     """Return what refuses a source that will take more memory than allowed, or warns of it.
 
     It returns how many bytes of predictions each worker may keep, None = as workers elsewhere like.
     """
     # Workers elsewhere have limits of their own.
-    if not is_in_process(client):
+    if not isinstance(client, Threads):
         return lambda plan: None
-    threads = client.nthreads()
-    workers, in_hand = len(threads), sum(threads.values()) // len(threads)
+    workers, in_hand = client.workers, client.in_hand
     lower = "lower --workers, --block-size or --batch-size"
     peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
     most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))

@@ -33,7 +33,7 @@ from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.main import Batch, grouped, plan_batch
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
-from wsi_pipeline.run.segment import KINDS, fitting, reason_of
+from wsi_pipeline.run.segment import fitting, kind_of, reason_of
 from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -127,7 +127,7 @@ def preview_batch(
         UsageError: images or volumes, or workers elsewhere.
     """
     bundle, predict = batch.bundle, batch.settings.predict
-    if KINDS[bundle.modality] is not SlideRun:
+    if kind_of(bundle) is not SlideRun:
         raise UsageError(f"--preview is for slides; {bundle.name} is for {bundle.modality}s")
     if batch.threads is None:
         raise UsageError("--preview works on this machine; leave --scheduler and --cluster out")

@@ -9,20 +9,16 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pictures
-from pydicom import Dataset
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, WsiPipelineError
-from wsi_pipeline.export import MaskLike, dicom_slide, geojson, ome_tiff, ome_zarr, overlay
-from wsi_pipeline.export.dicom_seg import write_dicom_seg
+from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.lesions import Lesions, count_lesions
-from wsi_pipeline.export.nifti import write_nifti
-from wsi_pipeline.export.planes import write_planes_overlay
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
 from wsi_pipeline.export.polygons.trace import Outlines, find_outlines, trace_mask
@@ -35,9 +31,14 @@ from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFact
 from wsi_pipeline.run.facts import made_by, stamp_of
 from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.written import WrittenFiles
-from wsi_pipeline.sources.radiology.image import Image
-from wsi_pipeline.sources.radiology.preprocess import Scan
-from wsi_pipeline.sources.radiology.volume import Volume
+
+if TYPE_CHECKING:
+    # What reads and writes DICOM and NIfTI is loaded for images and volumes alone.
+    from pydicom import Dataset
+
+    from wsi_pipeline.sources.radiology.image import Image
+    from wsi_pipeline.sources.radiology.preprocess import Scan
+    from wsi_pipeline.sources.radiology.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -232,6 +233,8 @@ class SlideResult(Result):
 
     def _write_dicom(self, path: Path) -> None:
         """Write mask, levels, polygons, and what there is of probabilities, of the whole slide."""
+        from wsi_pipeline.export import dicom_slide
+
         origin = dicom_slide.Origin(
             headers=self.headers,
             facts=self.facts,
@@ -322,6 +325,8 @@ class ScanResult(Result):
         scan = self.scan
         if scan is None:
             return {}
+        from wsi_pipeline.export.dicom_seg import write_dicom_seg
+
         return {
             "dicom": lambda path: write_dicom_seg(
                 path,
@@ -380,6 +385,9 @@ class VolumeResult(ScanResult):
         volume = self.scan
         if volume is None:
             return {}
+        from wsi_pipeline.export.nifti import write_nifti
+        from wsi_pipeline.export.planes import write_planes_overlay
+
         return {
             "nifti": lambda path: write_nifti(path, self.mask, volume),
             **super()._writers(),

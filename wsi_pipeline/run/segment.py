@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineError
@@ -33,23 +35,31 @@ from wsi_pipeline.run.previous import (
     model_key,
     refuse_others,
 )
-from wsi_pipeline.run.scan_run import ImageRun, VolumeRun
-from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore, open_run_store
 from wsi_pipeline.run.written import WrittenFiles
+
+if TYPE_CHECKING:
+    from wsi_pipeline.run.scan_run import ImageRun, VolumeRun
+    from wsi_pipeline.run.slide_run import SlideRun
 
 logger = logging.getLogger(__name__)
 
 Stage = Callable[[str], None]
 """Called with what is done once all patches are: "writing annotations.geojson"."""
 
-KINDS: Mapping[str, type[SlideRun] | type[ImageRun] | type[VolumeRun]] = {
-    "slide": SlideRun,
-    "image": ImageRun,
-    "volume": VolumeRun,
+KINDS = {
+    "slide": "slide_run:SlideRun",
+    "image": "scan_run:ImageRun",
+    "volume": "scan_run:VolumeRun",
 }
 """How a source is done, by the modality of the model."""
+
+
+def kind_of(bundle: Bundle) -> type[SlideRun] | type[ImageRun] | type[VolumeRun]:
+    """Return how sources for a model are done, imported without the readers of other kinds."""
+    found: type[SlideRun] = resolve_name(f"wsi_pipeline.run.{KINDS[bundle.modality]}")
+    return found
 
 
 def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun:
@@ -58,7 +68,7 @@ def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun
     Raises:
         SourceError: it cannot be read, or does not fit the model or the options.
     """
-    return KINDS[bundle.modality](path, bundle, settings)
+    return kind_of(bundle)(path, bundle, settings)
 
 
 def fitting(settings: Settings, bundle: Bundle) -> Settings:
@@ -91,7 +101,7 @@ def check_settings(settings: Settings, bundle: Bundle) -> None:
         raise BundleError(
             f"--overlap {overlap} must be below the patch size of {bundle.name}, {patch} px"
         )
-    KINDS[bundle.modality].check(settings, bundle)
+    kind_of(bundle).check(settings, bundle)
     build(bundle)
 
 

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ import numpy.typing as npt
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import level_shapes, ome_zarr
-from wsi_pipeline.export.dicom_slide import level_headers
 from wsi_pipeline.files.atomic import sha256_of, sync, written_beside
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
@@ -29,7 +28,6 @@ from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
-from wsi_pipeline.run.result import Ledger, SlideResult
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -38,6 +36,9 @@ from wsi_pipeline.sources.pixels import SlidePixels
 from wsi_pipeline.sources.slide import frame_offset
 from wsi_pipeline.tissue.detect import select_patches
 from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
+
+if TYPE_CHECKING:
+    from wsi_pipeline.run.result import Ledger, SlideResult
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +217,8 @@ class SlideRun(SourceRun):
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""
+        from wsi_pipeline.run.result import SlideResult
+
         store, options = self.plan.store, self.settings.export
         self.bad = self._bad_regions(ledger)
         classes = (*self.bundle.classes, UNREADABLE) if self.bad else self.bundle.classes
@@ -231,7 +234,11 @@ class SlideRun(SourceRun):
         clock.lap("pyramid")
         slide, (y, x) = self.source, self.plan.mask_downsample
         mask_mpp = (y * slide.mpp[1], x * slide.mpp[0])
-        is_here = store.mask_path.is_dir()
+        is_here, headers = store.mask_path.is_dir(), []
+        if "dicom" in options.outputs and slide.backend == "openslide":
+            from wsi_pipeline.export.dicom_slide import level_headers
+
+            headers = level_headers(slide.path, slide.size)
         mask_path = store.mask_path if is_here else store.finished_mask_path
         self.result = SlideResult(
             facts={
@@ -254,9 +261,7 @@ class SlideRun(SourceRun):
             mask_path=mask_path,
             downsample=(y, x),
             folder=store.folder,
-            headers=level_headers(slide.path, slide.size)
-            if "dicom" in options.outputs and slide.backend == "openslide"
-            else [],
+            headers=headers,
             options=options,
             stored=self.stored,
             write_probability=partial(

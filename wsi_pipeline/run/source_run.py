@@ -14,7 +14,7 @@ from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,15 @@ from wsi_pipeline.options import Settings
 from wsi_pipeline.report.record import Certificate, Run
 from wsi_pipeline.run.facts import versions, warnings_of
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.result import Ledger, Result
 from wsi_pipeline.run.store import RunStore, hash_block, root_of, run_key
 from wsi_pipeline.run.worker import STAGES
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide
-from wsi_pipeline.sources.radiology.preprocess import Scan
+
+if TYPE_CHECKING:
+    # Writers of all kinds of files, which the first block need not wait for.
+    from wsi_pipeline.run.result import Ledger, Result
+    from wsi_pipeline.sources.radiology.preprocess import Scan
 
 UNLIKE_PERCENT = 50
 """Of the patches, above which a run warns."""

@@ -1,1 +1,1 @@
-"""Blocks of work on dask workers: in this process by default, or wherever a cluster runs."""
+"""Blocks of work: in threads of this process by default, or wherever a dask cluster runs."""

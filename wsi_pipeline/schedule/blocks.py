@@ -1,4 +1,4 @@
-"""Blocks of one source done on the workers of a cluster, and their results as they come."""
+"""Blocks of one source done by workers, here or of a cluster, and their results as they come."""
 
 from __future__ import annotations
 
@@ -7,27 +7,21 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
-from typing import Any
-
-from distributed import Client, KilledWorker, as_completed
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.errors import ClusterError, WsiPipelineError
 from wsi_pipeline.geometry import Block
-from wsi_pipeline.schedule.cluster import is_in_process, lost, reaching, state_name, try_to
-from wsi_pipeline.schedule.memory import trim_memory, used_memory
-from wsi_pipeline.schedule.worker_state import (
-    Failure,
-    Opener,
-    Result,
-    close_work,
-    first_line,
-    run_block,
-)
+from wsi_pipeline.schedule.cluster import lost, reaching, state_name, try_to
+from wsi_pipeline.schedule.threads import Threads
+from wsi_pipeline.schedule.worker_state import Opener, Result, first_line
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+    from wsi_pipeline.schedule.tasks import Failure
 
 logger = logging.getLogger(__name__)
 
-NEAR = 0.85
-"""From this share of the memory limit on, less is in hand at a time."""
 RETRIES = 2
 """How often a block that failed on a worker elsewhere is tried on another."""
 LEAST_IN_FLIGHT = 16
@@ -36,26 +30,8 @@ LOOK_EVERY = 5.0
 """Seconds after which the workers of a cluster are counted again."""
 
 
-def _room(in_flight: int, most: int, max_ram: int | None) -> int:
-    """Return how many more blocks may be in flight."""
-    if max_ram is None or used_memory() < NEAR * max_ram:
-        return most - in_flight
-    trim_memory()
-    if (used := used_memory()) < NEAR * max_ram:
-        return most - in_flight
-    if in_flight:
-        return 0
-    # One at a time may still fit, and more room will not come by waiting.
-    if used < max_ram:
-        return 1
-    raise WsiPipelineError(
-        f"{used / 1e9:.2f} GB of memory are taken, --max-ram allows {max_ram / 1e9:.2f} GB, and "
-        "no block is in hand; raise it"
-    )
-
-
 def run_blocks(
-    client: Client,
+    client: Client | Threads,
     blocks: Iterable[Block],
     opener: Opener[Result],
     *,
@@ -71,9 +47,9 @@ def run_blocks(
 
     Args:
         blocks: What to do, in the order to start them.
-        max_ram: bytes; near this, fewer blocks are in hand of an in-process cluster. None = no
-            limit.
-        priority: of these blocks over those of other calls: the higher are done first.
+        max_ram: bytes; near this, fewer blocks are in hand of this process. None = no limit.
+        priority: of these blocks over those of other calls, on workers elsewhere: the higher are
+            done first.
         resources: what each block takes of a worker, in dask's sense, as from `gpu_share`.
 
     Raises:
@@ -81,9 +57,16 @@ def run_blocks(
         ClusterError: the scheduler is lost.
         Exception: what the work raised for a block; once the blocks in hand have ended.
     """
+    if isinstance(client, Threads):
+        # What failed in this process would fail again: memory, disk and file are the same.
+        yield from client.run_blocks(blocks, opener, max_ram)
+        return
+    # dask takes a while to load
+    from distributed import as_completed
+
+    from wsi_pipeline.schedule.tasks import Failure, close_work, run_block
+
     state, name = state_name(client), f"work_{uuid.uuid4().hex}"
-    # What failed in this process would fail again: memory, disk and file are the same.
-    retries = 0 if is_in_process(client) else RETRIES
     waiting = iter(blocks)
     # By the keys of futures.
     tries: dict[Any, tuple[Block, int]] = {}
@@ -117,7 +100,7 @@ def run_blocks(
             with reaching(client):
                 client.retire_workers([failure.worker])
             return submit([block], number)
-        if number == retries:
+        if number == RETRIES:
             raise failure.error
         logger.warning(
             "block %s failed on worker %s: %s; it is tried again",
@@ -128,7 +111,7 @@ def run_blocks(
         where = {"workers": others, "allow_other_workers": True} if others else {}
         return submit([block], number + 1, **where)
 
-    most, counted = _most_in_flight(client, max_ram), time.monotonic()
+    most, counted = _most_in_flight(client), time.monotonic()
     futures = as_completed(submit(list(islice(waiting, most))), loop=client.loop)
     try:
         for batch in futures.batches():
@@ -138,30 +121,26 @@ def run_blocks(
                     futures.update(again(future, result))
                 del tries[future.key]
             if time.monotonic() > counted + LOOK_EVERY:
-                most, counted = _most_in_flight(client, max_ram), time.monotonic()
-            room = _room(futures.count(), most, max_ram)
-            # one request for many, where they can wait
-            if room >= (1 if max_ram else most // 2):
+                most, counted = _most_in_flight(client), time.monotonic()
+            room = most - futures.count()
+            # one request for many
+            if room >= most // 2:
                 futures.update(submit(list(islice(waiting, room))))
             yield from (result for result in found if not isinstance(result, Failure))
     finally:
         try_to(client, client.cancel, [opening, *futures.futures])
         try_to(client, client.run, close_work, state, name, on_error="ignore")
-        # what comes next needs none of what an in-process worker held
-        trim_memory()
 
 
-def _most_in_flight(client: Client, max_ram: int | None) -> int:
+def _most_in_flight(client: Client) -> int:
     with reaching(client):
-        in_hand = max(int(sum(client.nthreads().values())), 1)
-    if is_in_process(client):
-        # blocks that wait cannot be put off
-        return in_hand if max_ram else 2 * in_hand
-    return max(2 * in_hand, LEAST_IN_FLIGHT)
+        return int(max(2 * sum(client.nthreads().values()), LEAST_IN_FLIGHT))
 
 
 def _results(client: Client, futures: list[Any]) -> list[Any]:
     """Return what came home of blocks; raise what no other try could mend."""
+    from distributed import KilledWorker
+
     for future in futures:
         if future.status == "error":
             error = future.exception()

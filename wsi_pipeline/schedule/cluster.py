@@ -1,4 +1,4 @@
-"""Run blocks on dask workers: in this process by default, or wherever a dask cluster runs.
+"""Run blocks in threads of this process, by default, or on workers wherever a dask cluster runs.
 
 Nothing here knows what a block does. A run hands over an *opener*, a picklable callable that each
 worker calls once and that returns the work: a callable of one block. It is given what the worker
@@ -13,30 +13,31 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
-
-import dask
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, Worker, get_worker
-from distributed.versions import VersionMismatchWarning
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.errors import ClusterError
 from wsi_pipeline.options import ScheduleOptions
-from wsi_pipeline.schedule.worker_state import HasState, check_same_versions, first_line, versions
+from wsi_pipeline.schedule.threads import Threads
+from wsi_pipeline.schedule.worker_state import check_same_versions, first_line, versions
+
+if TYPE_CHECKING:
+    # It takes a while to load, and one process needs none of it.
+    from distributed import Client, SpecCluster, Worker
 
 logger = logging.getLogger(__name__)
 
 
-IN_PROCESS = {
+SHARED_WITH_TORCH = {
     # torch may hold the GIL for long
     "distributed.admin.tick.limit": "1h",
     # it takes the GIL a hundred times a second
     "distributed.worker.profile.enabled": False,
 }
-"""Dask's configuration where its threads share a process with ours."""
+"""Dask's configuration of workers on this machine, whose threads share a process with ours."""
 UNREACHABLE = (OSError, CancelledError, RuntimeError)
 """What dask raises when the scheduler is gone."""
 
@@ -53,12 +54,9 @@ def gpu_share(client: Client) -> dict[str, float]:
 
 def worker_threads() -> int:
     """Return how many threads dask gives the worker on which this is called."""
+    from distributed import get_worker
+
     return int(get_worker().state.nthreads)
-
-
-def is_in_process(client: Client) -> bool:
-    """Return whether the workers are threads of this process."""
-    return _address(client).startswith("inproc://")
 
 
 def _address(client: Client) -> str:
@@ -68,40 +66,44 @@ def _address(client: Client) -> str:
 
 
 @contextmanager
-def open_cluster(options: ScheduleOptions) -> Iterator[Client]:
-    """Yield a dask client of the cluster that the options ask for.
+def open_cluster(options: ScheduleOptions) -> Iterator[Client | Threads]:
+    """Yield threads of this process, or a dask client of the cluster that the options ask for.
 
     Raises:
         ClusterError: the scheduler does not answer, the queue takes no jobs, or workers have
             other versions of this program.
     """
+    if options.scheduler is None and options.cluster is None and len(options.gpus) < 2:
+        with closing(Threads(options.workers, options.blocks_in_hand)) as threads:
+            yield threads
+        return
+    import dask
+    from distributed import Client
+
+    from wsi_pipeline.schedule.tasks import HasState
+
     logging.getLogger("distributed").setLevel(logging.ERROR)
     # what it would say we say ourselves
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     # it tells once more what failed: a job, or a message that dask gave up on as it closed
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    with ExitStack() as closing:
+    with ExitStack() as stack:
         if options.scheduler is not None:
-            client = closing.enter_context(_connect(options.scheduler))
+            client = stack.enter_context(_connect(options.scheduler))
         else:
-            closing.enter_context(dask.config.set(IN_PROCESS))
-            closing.enter_context(_script_not_run_again())
-            if options.cluster is not None:
-                cluster = closing.enter_context(_start_jobs(options.workers))
-            elif len(options.gpus) > 1:
-                cluster = closing.enter_context(_start_gpu_workers(options))
-            else:
-                cluster = closing.enter_context(_start_threads(options))
-            client = closing.enter_context(Client(cluster))
-        if not is_in_process(client):
-            _watch(client)
-            closing.callback(client.unsubscribe_topic, "all")
-            for worker, theirs in _ask_workers(client, versions).items():
-                check_same_versions(worker, theirs, versions())
+            stack.enter_context(dask.config.set(SHARED_WITH_TORCH))
+            stack.enter_context(_script_not_run_again())
+            jobs = options.cluster is not None
+            cluster = _start_jobs(options.workers) if jobs else _start_gpu_workers(options)
+            client = stack.enter_context(Client(stack.enter_context(cluster)))
+        _watch(client)
+        stack.callback(client.unsubscribe_topic, "all")
+        for worker, theirs in _ask_workers(client, versions).items():
+            check_same_versions(worker, theirs, versions())
         name = state_name(client)
         with reaching(client):
             client.register_plugin(HasState(name), name=name)
-        closing.callback(try_to, client, client.unregister_worker_plugin, name)
+        stack.callback(try_to, client, client.unregister_worker_plugin, name)
         yield client
 
 
@@ -124,23 +126,10 @@ def _script_not_run_again() -> Iterator[None]:
             main.__file__ = file
 
 
-def _start_threads(options: ScheduleOptions) -> LocalCluster:
-    """Return a cluster of this process."""
-    return LocalCluster(
-        n_workers=options.workers,
-        threads_per_worker=options.blocks_in_hand,
-        # Most of the work lets go of Python's lock, and threads share what a worker keeps.
-        processes=False,
-        # or dask listens on all addresses, at a fixed port
-        dashboard_address="127.0.0.1:0",
-        worker_dashboard_address="127.0.0.1:0",
-        scheduler_kwargs={"dashboard": has_dashboard()},
-        memory_limit=0,
-    )
-
-
 def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
     """Return a worker process for each GPU, which sees no other: they share no lock of Python's."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
     # a queue may have set it
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     names = {gpu: shown[gpu] if any(shown) else str(gpu) for gpu in options.gpus}
@@ -173,6 +162,8 @@ def _start_gpu_workers(options: ScheduleOptions) -> SpecCluster:
 @contextmanager
 def _start_jobs(count: int) -> Iterator[SpecCluster]:
     """Yield a cluster whose workers are jobs of SLURM, as dask's configuration describes them."""
+    import dask
+
     try:
         from dask_jobqueue.slurm import SLURMCluster
     except ImportError as error:
@@ -213,14 +204,19 @@ def has_dashboard() -> bool:
     return find_spec("bokeh") is not None
 
 
-def dashboard_link(client: Client) -> str | None:
+def dashboard_link(client: Client | Threads) -> str | None:
     """Return the URL of the cluster's dashboard, None where it has none."""
+    if isinstance(client, Threads):
+        return None
     with reaching(client):
         has_one = has_dashboard() and "dashboard" in client.scheduler_info()["services"]
         return str(client.dashboard_link) if has_one else None
 
 
 def _connect(address: str) -> Client:
+    from distributed import Client
+    from distributed.versions import VersionMismatchWarning
+
     by_file = {"scheduler_file": address} if address.endswith(".json") else {"address": address}
     try:
         # of what differs we say more, and only what matters

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import dask
 import psutil
-from dask.system import CPU_COUNT
-from distributed.system import MEMORY_LIMIT
 
 M_MMAP_THRESHOLD = -3
 """The number of this option in glibc."""
+OWN_GROUPS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+"""Which control groups hold this process, and where groups are folders."""
 
 
 def trim_memory() -> None:
@@ -43,7 +45,10 @@ def read_size(text: str) -> int:
     """
     if text.strip().isdigit():
         raise ValueError(f"{text!r} has no unit; expected a size such as 8GB")
-    return int(dask.utils.parse_bytes(text))
+    # dask takes a while to load, and most runs have no limit
+    from dask.utils import parse_bytes
+
+    return int(parse_bytes(text))
 
 
 def used_memory() -> int:
@@ -53,43 +58,49 @@ def used_memory() -> int:
 
 def free_memory() -> int:
     """Return the bytes that this process can have besides, in its container or job if in one."""
-    limit = min(MEMORY_LIMIT, memory_limit_of_job())
     # What a job's control group allows is less than what the machine has.
-    return min(int(psutil.virtual_memory().available), limit - used_memory())
+    return min(int(psutil.virtual_memory().available), memory_limit_of_job() - used_memory())
 
 
-def memory_limit_of_job(
-    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> int:
-    """Return the bytes that the control groups of this process allow, a SLURM job's among them.
-
-    dask asks the topmost group only, whose limit is the container's.
-
-    Args:
-        root: where groups are folders.
-    """
+def memory_limit_of_job(own: Path = OWN_GROUPS, root: Path = GROUPS) -> int:
+    """Return the bytes that the control groups of this process allow, a SLURM job's among them."""
     limits = [sys.maxsize]
+    for group in _groups("memory", own, root):
+        for file in ("memory.limit_in_bytes", "memory.max"):
+            # a group without a limit says "max", and one out of sight has no folder
+            with suppress(OSError, ValueError):
+                limits.append(int((group / file).read_text()))
+    return min(limits)
+
+
+def cpu_count(own: Path = OWN_GROUPS, root: Path = GROUPS) -> int:
+    """Return how many CPUs this process may use: its container or its job may not have all."""
+    counts = [os.cpu_count() or 1]
+    # not known of macOS
+    if hasattr(process := psutil.Process(), "cpu_affinity"):
+        counts.append(len(process.cpu_affinity()))
+    for group in _groups("cpu", own, root):
+        for files in (("cpu.cfs_quota_us", "cpu.cfs_period_us"), ("cpu.max",)):
+            # no limit is -1, or "max"
+            with suppress(OSError, ValueError):
+                texts = " ".join((group / file).read_text() for file in files)
+                quota, period = map(int, texts.split())
+                counts += [math.ceil(quota / period)] * (quota > 0)
+    return min(counts)
+
+
+def _groups(controller: str, own: Path, root: Path) -> Iterator[Path]:
+    """Yield the folders of the control groups that hold this process, and of those above them."""
     # no Linux has no such file
     with suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
-            if "memory" in controllers.split(","):
-                top, file = root / "memory", "memory.limit_in_bytes"
-            elif not controllers:
-                # version 2, which has one tree for all
-                top, file = root, "memory.max"
-            else:
+            # version 2 has one tree for all, and names no controller
+            if controllers and controller not in controllers.split(","):
                 continue
+            top = root / controller if controllers else root
             group = top / name.lstrip("/")
             for folder in (group, *group.parents):
-                # a group without a limit says "max", and one out of sight has no folder
-                with suppress(OSError, ValueError):
-                    limits.append(int((folder / file).read_text()))
+                yield folder
                 if folder == top:
                     break
-    return min(limits)
-
-
-def cpu_count() -> int:
-    """Return how many CPUs this process may use: its container or its job may not have all."""
-    return int(CPU_COUNT)

@@ -1,28 +1,15 @@
-"""What a dask worker holds from block to block: opened work, and what it keeps between runs.
-
-client                        worker, one state for a client, one thread for a block
-run_blocks(blocks, opener) -> run_block: state.work(name, opener) -> the first block opens it
-<- result, or Failure: an error goes home as a value
-the end, or an error       -> close_work: waits for blocks in hand, then closes the work
-the client goes            -> HasState.teardown: closes all works and all that is kept
-"""
+"""What a worker holds from block to block: opened work, and what it keeps between runs."""
 
 from __future__ import annotations
 
-import asyncio
 import platform
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, TypeVar
 
-from distributed import Worker, WorkerPlugin, get_worker
-
 from wsi_pipeline.errors import ClusterError
 from wsi_pipeline.geometry import Block
-from wsi_pipeline.schedule.memory import trim_memory
 
 TRIM_EVERY = 4
 """Blocks after which freed memory goes back: it costs page faults, without it peaks add up."""
@@ -86,7 +73,7 @@ class OpenedWork:
 class WorkerState:
     """What a worker has before it: the work that it opened, and what it keeps from run to run."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
         self._check = check
         self.keep: WorkerCache = {}
         self._works: dict[str, OpenedWork | None] = {}
@@ -118,51 +105,6 @@ class WorkerState:
         for thing in self.keep.values():
             thing.close()
         self.keep.clear()
-
-
-class HasState(WorkerPlugin):
-    """Gives each worker a state, also one that joins later, and clears it at the end."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        # ours, wherever the worker is
-        self.versions = versions()
-
-    def setup(self, worker: Worker) -> None:
-        """Give a worker its state."""
-        check = partial(check_same_versions, worker.address, versions(), self.versions)
-        # not on self: workers of an in-process cluster share the plugin object
-        setattr(worker, self.name, WorkerState(check))
-
-    async def teardown(self, worker: Worker) -> None:
-        """Close all that a worker holds."""
-        await asyncio.to_thread(worker.__dict__.pop(self.name).clear)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """How a block failed, and on which worker."""
-
-    error: Exception
-    worker: str
-
-
-def run_block(state: str, name: str, opener: Opener[Any], block: Block) -> Any:
-    """Do a block on the worker that this is called on; return its result or how it failed."""
-    # an error goes home as a value, since dask would print its traceback on the way
-    worker = get_worker()
-    try:
-        return getattr(worker, state).work(name, opener)(block)
-    except Exception as error:
-        return Failure(error, worker.address)
-    finally:
-        if sum(block.index) % TRIM_EVERY == 0:
-            trim_memory()
-
-
-async def close_work(state: str, name: str, dask_worker: Worker) -> None:
-    """Close the work of a run on a worker."""
-    await asyncio.to_thread(getattr(dask_worker, state).close, name)
 
 
 def first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,10 @@ import numpy.typing as npt
 from wsi_pipeline.geometry import Region, Shape
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import Slide, open_source
-from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan
+
+if TYPE_CHECKING:
+    # With all that reads DICOM, for images and volumes alone.
+    from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 """(*box, C)."""
@@ -108,6 +112,8 @@ class ScanPixels:
         Raises:
             SourceError: it cannot be read.
         """
+        from wsi_pipeline.sources.radiology.preprocess import open_scan
+
         axes = len(self.prepared.shape)
         scan = open_scan(self.path, axes=axes, frame=self.frame, time_points=self.time_points)
 
