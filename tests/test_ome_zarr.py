@@ -276,6 +276,40 @@ def test_four_writers_give_what_one_gives(tmp_path: Path, ngff: Any) -> None:
     assert np.array_equal(open_mask(path)[:], labels)
 
 
+@pytest.mark.parametrize("ngff", NGFF)
+def test_blocks_are_the_files_that_zarr_would_write(tmp_path: Path, ngff: Any) -> None:
+    labels = blobs((5100, 4500))
+    labels[:1100, 2000:3100] = 0  # a chunk without a class, which zarr writes and we leave out
+    ours, theirs = (
+        create_mask(
+            tmp_path / name, labels.shape, classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m"
+        )
+        for name in ("ours", "theirs")
+    )
+    theirs[:] = labels
+    for block in iter_blocks(labels.shape, (4096, 4096)):
+        write_block(ours, block, labels[block.slices])
+
+    def files(name: str) -> dict[Path, bytes]:
+        paths = (path for path in (tmp_path / name).rglob("*") if path.is_file())
+        return {path.relative_to(tmp_path / name): path.read_bytes() for path in paths}
+
+    written, expected = files("ours"), files("theirs")
+    assert written.items() <= expected.items()
+    assert len(expected) - len(written) == (1 if ngff == "0.4" else 0)
+
+
+def test_a_chunk_that_cannot_take_its_place_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    mask = create_mask(
+        tmp_path / "m", (1500, 900), classes=CLASSES, mask_mpp=MPP, ngff="0.4", name="m"
+    )
+    (tmp_path / "m" / "0" / "1" / "0" / "in the way").mkdir(parents=True)
+    whole = Block(index=(0, 0), start=(0, 0), stop=(1500, 900))
+    with pytest.raises(OSError, match="directory"):
+        write_block(mask, whole, np.ones((1500, 900), np.uint8))
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
 def test_a_mask_is_sampled_in_register_with_the_thumbnail(tmp_path: Path) -> None:
     labels = np.zeros((3000, 5000), np.uint8)
     labels[600:1500, 2000:4000] = 1

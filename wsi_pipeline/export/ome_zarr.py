@@ -26,11 +26,11 @@ from zarr.codecs import BloscCodec
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import level_shapes
-from wsi_pipeline.files.arrays import chunk_files, trusted
+from wsi_pipeline.files.arrays import chunk_files, trusted, write_chunk
 from wsi_pipeline.files.atomic import sync_all
 from wsi_pipeline.files.ngff import MASK, first_scale, ome_of
 from wsi_pipeline.files.threads import map_in_threads
-from wsi_pipeline.geometry import Block, Shape, iter_blocks
+from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks
 from wsi_pipeline.options import Ngff
 
 CHUNK = 1024
@@ -122,20 +122,16 @@ def write_block(mask: MaskArray, block: Block, pixels: Mask) -> None:
         block: Made of whole chunks or shards, and written by nobody else at the same time.
         pixels: Class indices, of the block's shape.
     """
-    parts = list(iter_blocks(block.shape, mask.shards or mask.chunks))
-    filled = [part for part in parts if pixels[part.slices].any()]
-    if len(filled) == len(parts):
-        mask[block.slices] = pixels
-        return
-    for part in parts:
-        start = tuple(a + b for a, b in zip(block.start, part.start, strict=True))
-        stop = tuple(a + b for a, b in zip(block.start, part.stop, strict=True))
-        own = Block(index=part.index, start=start, stop=stop)
-        if part in filled:
-            mask[own.slices] = pixels[part.slices]
+    parts = iter_blocks(block.shape, mask.shards or mask.chunks)
+    for part, file in zip(parts, chunk_files(mask, block), strict=True):
+        values = pixels[part.slices]
+        if not values.any():
+            file.unlink(missing_ok=True)
+        elif mask.metadata.zarr_format == 2:
+            write_chunk(mask, file, values)
         else:
-            for file in chunk_files(mask, own):
-                file.unlink(missing_ok=True)
+            start = (a + b for a, b in zip(block.start, part.start, strict=True))
+            mask[box_slices(tuple(start), values.shape)] = values
 
 
 def open_levels(path: Path) -> list[MaskArray]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import os
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -169,3 +171,28 @@ def chunk_files(array: zarr.Array[Any], block: Block) -> list[Path]:
     axes = zip(block.start, block.stop, unit, strict=True)
     spans = (range(start // side, -(-stop // side)) for start, stop, side in axes)
     return [folder / array.metadata.encode_chunk_key(key) for key in itertools.product(*spans)]
+
+
+def write_chunk(array: Array, file: Path, values: npt.NDArray[Any]) -> None:
+    """Write a chunk of a local zarr 2 array in this thread, to the byte as zarr would.
+
+    zarr's own writing goes through one event loop for all threads of a process, for which those
+    wait.
+
+    Args:
+        file: one of `chunk_files`.
+        values: at the array's end fewer than a chunk has; the rest is 0.
+    """
+    metadata: Any = array.metadata
+    if values.shape != array.chunks:
+        rest = [(0, side - n) for side, n in zip(array.chunks, values.shape, strict=True)]
+        values = np.pad(values, rest)
+    packed = metadata.compressor.encode(np.ascontiguousarray(values))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    # Not seen before it is whole; named as zarr names it.
+    partial = file.with_name(f"{file.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(packed)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
