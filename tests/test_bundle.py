@@ -218,6 +218,24 @@ def test_labels_are_names(folder: Path) -> None:
     assert load_bundle(folder).labels == ("Benign", "Malignant")
 
 
+def test_augmentation_is_read_written_and_part_of_the_digest(folder: Path) -> None:
+    plain = load_bundle(folder)
+    assert (plain.tta, "tta" in bundle_toml(plain, weights="model.safetensors")) == ("none", False)
+    change(folder, "[network_options]", 'tta = "d4"\n[network_options]')
+    bundle = load_bundle(folder)
+    assert bundle.tta == "d4"
+    assert bundle.digest != plain.digest
+    (folder / "model.toml").write_text(bundle_toml(bundle, weights="model.safetensors"), "utf-8")
+    assert load_bundle(folder) == bundle
+    text = (folder / "model.toml").read_text("utf-8")
+    (folder / "model.toml").write_text(text.replace("[512, 512]", "[512, 256]"), "utf-8")
+    with pytest.raises(BundleError, match=r"along y and x they have \(512, 256\)"):
+        load_bundle(folder)
+    change(folder, "[network_options]", 'tta = "all"\n[network_options]')
+    with pytest.raises(BundleError, match='tta is "all"; expected one of'):
+        load_bundle(folder)
+
+
 @pytest.mark.parametrize("changes", [(), (("slide", "volume"), *VOLUME)], ids=["slide", "volume"])
 def test_what_is_written_reads_back_the_same(
     folder: Path, changes: tuple[tuple[str, str], ...]

@@ -1,8 +1,9 @@
 """The predictor and the cache of straddling patches."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from bundles import (
     small_unet_bundle,
     write_toml,
 )
+from safetensors.torch import load_file, save_file
+from scans import scan_bundle
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
@@ -28,6 +31,7 @@ from wsi_pipeline.inference.predictor import (
     choose_dtype,
 )
 from wsi_pipeline.networks import build
+from wsi_pipeline.options import turns
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
 REGION = torch.from_numpy(PIXELS)
@@ -65,6 +69,114 @@ def test_logits_are_divided_by_the_temperature(tmp_path):
         for t in (1.0, 2.5)
     )
     torch.testing.assert_close(soft, (plain.log() / 2.5).softmax(0), atol=1e-4, rtol=0)
+
+
+def shown(pixels, tta):
+    """Yield how a patch (*patch, C) is shown, and what brings (K, *patch) back, by numpy."""
+    axes = range(pixels.ndim - 1)
+    for exchanged in (False, True)[: 1 + (tta == "d4")]:
+        for flags in itertools.product((False, True), repeat=len(axes)):
+            flips = [axis for axis, is_flipped in zip(axes, flags, strict=True) if is_flipped]
+            y, x = axes[-2:]
+            seen = np.flip(np.swapaxes(pixels, y, x) if exchanged else pixels, flips)
+
+            def back(planes, exchanged=exchanged, flips=flips, y=y, x=x):
+                planes = np.flip(planes, [axis + 1 for axis in flips])
+                return np.swapaxes(planes, y + 1, x + 1) if exchanged else planes
+
+            yield np.ascontiguousarray(seen), back
+
+
+def each_told(bundle, pixels, tta):
+    """Return mask, labels and features of one patch."""
+    labels, features = [], []
+    predictor = Predictor(bundle, device="cpu", precision="fp32", tta=tta)
+    origin = np.zeros((1, pixels.ndim - 1), np.int64)
+    with closing(predictor):
+        (mask,) = predictor.predict(
+            predictor.upload(pixels), origin, labels=labels, features=features
+        )
+    return [part.numpy() for part in (mask, *labels, *features)]
+
+
+class Lopsided(torch.nn.Module):
+    """Logits, and labels, that depend on the place in the patch along every axis."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        ramp = torch.zeros_like(x[:, :1])
+        for axis in range(2, x.ndim):
+            size = [1] * x.ndim
+            size[axis] = x.shape[axis]
+            ramp = ramp + axis * torch.linspace(0, 1, x.shape[axis]).reshape(size)
+        told = (ramp * x[:, :1]).flatten(1).mean(1)
+        mask = torch.cat([ramp, x[:, :1] * 3, x[:, :1] + ramp * ramp], dim=1)
+        return {"mask": mask, "label": torch.stack([told, 1 - told], dim=1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tta", "passes"),
+    [
+        ("network", "mirror", 4), ("network", "d4", 8), ("sigmoid", "d4", 8),
+        ("wide", "mirror", 4), ("volume", "mirror", 8), ("volume", "d4", 16),
+    ],
+)  # fmt: skip
+def test_augmented_probabilities_are_the_mean_over_single_runs(tmp_path, kind, tta, passes):
+    if kind in ("network", "sigmoid"):
+        bundle = load_bundle(small_unet_bundle(tmp_path))
+        if kind == "sigmoid":
+            weights = load_file(tmp_path / "model.safetensors")
+            weights |= {name: weights[name][:1] for name in ("outc.weight", "outc.bias")}
+            save_file(weights, tmp_path / "model.safetensors")
+            bundle = replace(
+                bundle,
+                network_options=bundle.network_options | {"classes": 1},
+                classes=bundle.classes[:2],
+                activation="sigmoid",
+            )
+    else:
+        size = {"wide": (32, 48), "volume": (6, 10, 10)}[kind]
+        modality, resolution = {
+            "wide": ("image", "fit = [32, 48]"),
+            "volume": ("volume", "spacing_mm = [2.0, 1.0, 1.0]"),
+        }[kind]  # fmt: skip
+        bundle = load_bundle(
+            scan_bundle(
+                tmp_path, modality=modality, resolution=resolution, patch_size=size,
+                program=Lopsided, labels='labels = ["one", "other"]',
+            )
+        )  # fmt: skip
+    bundle = replace(bundle, temperature=1.7)
+    shape = (*bundle.input.patch_size, bundle.input.channels)
+    rng = np.random.default_rng(1)
+    pixels = rng.integers(0, 256, shape, np.uint8)
+    if bundle.modality == "volume":
+        pixels = rng.random(shape, np.float32)
+    found = each_told(bundle, pixels, tta)
+    singles = [(each_told(bundle, seen, "none"), back) for seen, back in shown(pixels, tta)]
+    assert len(singles) == passes
+    expected = np.mean([back(told[0]) for told, back in singles], axis=0)
+    np.testing.assert_allclose(found[0], expected, atol=2e-6)
+    assert np.abs(found[0] - singles[0][0][0]).max() > 1e-3
+    # labels of the one, features of the other
+    assert len(found) == 2
+    np.testing.assert_allclose(found[1], np.mean([told[1] for told, _ in singles], 0), atol=2e-5)
+    assert not np.allclose(found[1], singles[0][0][1], atol=2e-5)
+    # the bundle's own counts where nobody says
+    np.testing.assert_array_equal(each_told(replace(bundle, tta=tta), pixels, None)[0], found[0])
+    np.testing.assert_array_equal(
+        each_told(replace(bundle, tta=tta), pixels, "none")[0], singles[0][0][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "spacing", "told"),
+    [((16, 24), (), r"\(16, 24\)"), ((8, 16, 16), (1.0, 1.0, 2.0), r"\(1.0, 2.0\)")],
+)
+def test_what_cannot_be_turned_by_a_right_angle_is_refused(size, spacing, told):
+    with pytest.raises(ValueError, match=f"along y and x they have {told}; expected the same"):
+        turns("d4", size, spacing)
+    assert len(turns("mirror", size, spacing)) == 2 ** len(size)
+    assert turns("none", size, spacing) == [(False, ())]
 
 
 def predicted(bundle, origins, **options):

@@ -17,7 +17,15 @@ import shapely
 import tifffile
 import torch
 import zarr
-from bundles import Busy, Coarse, blended_canvas, classify, lightmuseg_bundle, pointwise_bundle
+from bundles import (
+    Busy,
+    Coarse,
+    blended_canvas,
+    classify,
+    lightmuseg_bundle,
+    pointwise_bundle,
+    small_unet_bundle,
+)
 from click.testing import CliRunner
 from rasterio.features import rasterize
 from runs import segment_job
@@ -406,6 +414,55 @@ def segment_now(job, bundle):
         return segment_job(
             job, load_bundle(bundle), client=client, settings=Settings(export=MASK_ONLY)
         )
+
+
+def test_augmentation_is_part_of_a_run_and_its_cost_is_told(tmp_path, slide_path):
+    bundle = small_unet_bundle(tmp_path / "m", patch_size=64)
+    made = shutil.copytree(bundle, tmp_path / "made")
+    toml = (made / "model.toml").read_text("utf-8")
+    (made / "model.toml").write_text(f'tta = "mirror"\n{toml}', "utf-8")
+    found = {}
+    for name, model, options in [
+        ("plain", bundle, []), ("asked", bundle, ["--tta", "mirror"]), ("made", made, []),
+        ("again", made, ["--tta", "none"]), ("turned", bundle, ["--tta", "d4"]),
+    ]:  # fmt: skip
+        line = ["segment", str(slide_path), "--model", str(model), "--outputs", "zarr,probability"]
+        line += ["--mask-mpp", "0.5", "--precision", "fp32", *options]
+        output = tmp_path / name
+        done = CliRunner().invoke(group, [*line, "--output", str(output)])
+        assert done.exit_code == 0, done.output
+        run = output / "synthetic slide"
+        planes = np.asarray(zarr.open(run / "probability.ome.zarr", mode="r")["0"])
+        found[name] = planes, json.loads((run / "run.json").read_text("utf-8"))["settings"]
+    assert {name: s["predict"]["tta"] for name, (_, s) in found.items()} == {
+        "plain": "none", "asked": "mirror", "made": "mirror", "again": "none", "turned": "d4",
+    }  # fmt: skip
+    assert (found["asked"][0] == found["made"][0]).all()
+    assert (found["plain"][0] == found["again"][0]).all()
+    assert (found["plain"][0] != found["asked"][0]).any()
+    assert (found["turned"][0] != found["asked"][0]).any()
+    assert len({s["key"] for _, s in found.values()}) == 5
+    # what was whole by another way of looking is done anew
+    line = ["segment", str(slide_path), "--model", str(bundle), "--outputs", "zarr,probability"]
+    line += [
+        "--output",
+        str(tmp_path / "plain"),
+        "--mask-mpp",
+        "0.5",
+        "--precision",
+        "fp32",
+        "--tta",
+        "d4",
+    ]
+    told = CliRunner().invoke(group, [*line, "--dry-run"])
+    assert "each predicted 8 times (--tta d4)" in told.output
+    assert CliRunner().invoke(group, line).exit_code == 0
+    again = zarr.open(tmp_path / "plain" / "synthetic slide" / "probability.ome.zarr", mode="r")
+    assert (np.asarray(again["0"]) == found["turned"][0]).all()
+    (made / "model.toml").write_text(toml.replace("[64, 64]", "[64, 96]"), "utf-8")
+    refused = CliRunner().invoke(group, [*line[:3], str(made), *line[4:]])
+    assert refused.exit_code != 0
+    assert 'along y and x they have (64, 96); expected the same, or tta "mirror"' in refused.output
 
 
 def test_a_lost_mask_is_made_again(tmp_path, slide_path, slide_pixels):

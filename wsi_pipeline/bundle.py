@@ -32,6 +32,7 @@ from wsi_pipeline.files.schema import (
     converted,
     read_toml,
 )
+from wsi_pipeline.options import Tta, turns
 
 Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
@@ -142,6 +143,7 @@ class ModelToml(Record, frozen=True, kw_only=True, omit_defaults=True):
         str | RemoteFile | None, Meta(description="a file's name, or { url = …, sha256 = … }")
     ] = None
     features: Annotated[str | None, Meta(description="a file's name")] = None
+    tta: Tta = "none"
     network_options: dict[str, Any] = msgspec.field(default_factory=dict)
     input: InputSpec
     output: OutputSpec
@@ -163,6 +165,7 @@ class Bundle:
         temperature: Number that the mask's logits are divided by, so that probabilities are as
             often right as they say.
         limits: What its results must not be trusted with: a paragraph that goes with them.
+        tta: "none", "mirror" or "d4": how patches are shown where nobody says.
         origin: Where it was fetched from: `url`, with the commit of a repository, and `sha256` of
             what was there otherwise; empty where a person has put it in its place.
     """
@@ -181,6 +184,7 @@ class Bundle:
     labels: tuple[str, ...] = ()
     temperature: float = 1.0
     limits: str = ""
+    tta: Tta = "none"
     origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -266,6 +270,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     with raised_as(BundleError, ValueError, path):
         found = converted(table, ModelToml)
         _check_input(found.input, found.modality, table["input"])
+        turns(found.tta, found.input.patch_size, found.input.spacing_mm or ())
         classes = _classes(found.output)
         if found.features and found.network in FOREIGN:
             raise ValueError("features are those of a network of the package, not of a program")
@@ -292,6 +297,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         labels=tuple(label.strip() for label in found.output.labels),
         temperature=found.output.temperature,
         limits=paragraph(found.limits),
+        tta=found.tta,
         origin=origin,
     )
 
@@ -317,6 +323,7 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
         modality=bundle.modality,
         limits=bundle.limits,
         network=bundle.network,
+        tta=bundle.tta,
         network_options=dict(bundle.network_options),
         input=bundle.input,
         output=OutputSpec(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,12 +15,15 @@ T = TypeVar("T")
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay", "probability"]
+Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
 Queue = Literal["slurm"]
 ProgramFormat = Literal["onnx", "torch-export"]
 
+Turn = tuple[bool, tuple[int, ...]]
+"""How a patch is shown: whether its last two axes are exchanged, and which are reversed then."""
 DEVICES = r"auto|cpu|cuda(:\d{1,4})?"
 """Pattern of what a device may be called."""
 MPP_TOLERANCE = 0.02
@@ -51,6 +55,33 @@ LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("export", "max_unreadable"): ("--max-unreadable", SLIDES),
 }
 """Options that mean something for some modalities only, what the command calls them, and which."""
+
+
+def turns(tta: str, patch_size: Sequence[int], spacing: Sequence[float] = ()) -> list[Turn]:
+    """Return the ways in which test-time augmentation shows a patch, as it is first.
+
+    Args:
+        tta: "none"; "mirror" reverses each set of axes; "d4" exchanges y and x, too.
+        spacing: of the pixels along each axis, where they may differ.
+
+    Raises:
+        ValueError: "d4", of patches or pixels that are not the same along y and x.
+
+    Example:
+        >>> turns("mirror", (64, 96))
+        [(False, ()), (False, (-2,)), (False, (-1,)), (False, (-2, -1))]
+    """
+    sides = [tuple(given[-2:]) for given in (patch_size, spacing) if given]
+    if tta == "d4" and (odd := [pair for pair in sides if pair[0] != pair[1]]):
+        raise ValueError(
+            f'tta "d4" turns patches by a right angle, and along y and x they have {odd[0]}; '
+            'expected the same, or tta "mirror"'
+        )
+    axes = range(-len(patch_size), 0)
+    sets = [f for n in range(len(axes) + 1) for f in combinations(axes, n)]
+    if tta == "none":
+        return [(False, ())]
+    return [(exchanged, f) for exchanged in (False, True)[: 1 + (tta == "d4")] for f in sets]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +171,7 @@ class PredictOptions:
         thresholds: probability by class from which on a pixel may get it; a class without one must
             be the likeliest of all, the background among them.
         min_margin: by how much the likeliest must lead; pixels below are background.
+        tta: how patches are shown, see `turns`; None = the bundle's. The mean counts.
     """
 
     overlap: int | None = None
@@ -151,6 +183,7 @@ class PredictOptions:
     mask_mpp: float | None = None
     thresholds: Mapping[str, float] = field(default_factory=dict)
     min_margin: float = 0.0
+    tta: Tta | None = None
 
     @property
     def rule(self) -> Rule:

@@ -338,6 +338,7 @@ def _as_text(facts: Facts) -> str:
         ("scaled by", f"mean {spec['mean']}, std {spec['std']}, after [0, 1]"),
         ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
         ("labels", ", ".join(output.get("labels", ()))),
+        ("tta", facts.get("tta")),
         ("limits", facts.get("limits")),
         *costs,
         ("weights", f"{place}, {_weights_size(weights)}" if place else NO_WEIGHTS),

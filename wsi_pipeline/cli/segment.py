@@ -41,8 +41,10 @@ from wsi_pipeline.options import (
     ScheduleOptions,
     SelectOptions,
     Settings,
+    Tta,
     as_plain,
     chosen,
+    turns,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ def read_memory(text: str) -> int:
     cls=InSections,
     sections={
         "Where to look": "mpp mpp_table series time_point tissue roi frame any_resolution",
-        "Model": "model overlap blend device precision batch_size",
+        "Model": "model overlap blend tta device precision batch_size",
         "Mask": "mask_mpp thresholds min_margin block_size ngff max_unreadable",
         "Files": "output work outputs tiff probability_mpp simplify_um min_area_um2 overwrite "
         "preview dry_run",
@@ -122,6 +124,11 @@ def read_memory(text: str) -> int:
     PREDICT,
     overlap=(click.IntRange(min=0), "px between patches  [default: the bundle's]"),
     blend=(Blend, "How overlapping predictions combine."),
+    tta=(
+        Tta,
+        "Predict each patch mirrored, or turned by right angles, too, and take the mean  "
+        "[default: the bundle's]",
+    ),
     device=(DEVICE, "auto: the first GPU, else the CPU."),
     precision=(
         Precision,
@@ -325,6 +332,7 @@ def _dry_run(batch: Batch) -> bool:
     # Once for all slides: it is the model's and the machine's.
     rate = patches_per_second(batch.bundle, batch.settings.predict, threads=cpu_count())
     model, found = model_bytes(batch.bundle), []
+    tta = batch.settings.predict.tta or batch.bundle.tta
     for job in batch.jobs:
         try:
             one = estimate(
@@ -358,7 +366,9 @@ def _dry_run(batch: Batch) -> bool:
         home = without_secrets(str(batch.jobs[0].home.parent))
         count = f"total of {len(found)} {batch.bundle.modality}s"
         click.echo(f"{count}\t\t{_needs(total)}\t→ {home}")
-    click.echo(f"estimated from {rate:.3g} patches/s of this machine", err=True)
+    shown = len(turns(tta, batch.bundle.input.patch_size))
+    often = f", each predicted {shown} times (--tta {tta})" if shown > 1 else ""
+    click.echo(f"estimated from {rate:.3g} patches/s of this machine{often}", err=True)
     return len(found) == len(batch.jobs)
 
 

@@ -21,7 +21,7 @@ from wsi_pipeline.errors import BundleError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.networks import Network, SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
-from wsi_pipeline.options import DEVICES, Precision
+from wsi_pipeline.options import DEVICES, Precision, Tta, turns
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Predictor:
         device: "auto", "cpu", "cuda" or "cuda:N".
         batch_size: patches in one forward pass; None = chosen for the device.
         threads: of the CPU to keep busy; None = all.
+        tta: how patches are shown, see `turns`, to take the mean; None = the bundle's.
 
     Raises:
         BundleError: the bundle has no network that can be built, or the device is not there.
@@ -104,6 +105,7 @@ class Predictor:
         precision: Precision = "auto",
         batch_size: int | None = None,
         threads: int | None = None,
+        tta: Tta | None = None,
         network: nn.Module | None = None,
     ) -> None:
         built = Network(module=network, batch_size=None) if network else build(bundle)
@@ -111,6 +113,8 @@ class Predictor:
         self.dtype = choose_dtype(precision, self.device)
         self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
         self.bundle = bundle
+        spec = bundle.input
+        self._turns = turns(tta or bundle.tta, spec.patch_size, spec.spacing_mm or ())
         self._is_ours = isinstance(built.module, SegmentationNetwork)
         self._module = (
             for_inference(built.module, device=self.device, dtype=self.dtype)
@@ -247,11 +251,30 @@ class Predictor:
         return self._forward(region, origins)
 
     def _run(self, patches: torch.Tensor) -> Answer:
-        """Return the probabilities of patches, (N, *patch, C) in full scale or uint8."""
+        """Return the probabilities of patches, (N, *patch, C) in full scale or uint8.
+
+        The mean of those of each turn: batches know of one pass.
+        """
         scale = self._scale[patches.dtype]
         values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
-        # (N, C, *patch), channels last
-        inputs = values.view(patches.shape).movedim(-1, 1)
+        values = values.view(patches.shape)
+        total: Answer = ()
+        for is_turned, axes in self._turns:
+            shown = values.movedim(-1, 1)
+            if axes or is_turned:
+                shown = shown.transpose(-2, -1) if is_turned else shown
+                shown = shown.flip(axes).movedim(1, -1).contiguous().movedim(-1, 1)
+            mask, *told = self._answer(shown)
+            mask = mask.flip(axes) if axes else mask
+            mask = mask.transpose(-2, -1) if is_turned else mask
+            answer = (mask, *told)
+            total = tuple(map(torch.add, total, answer)) if total else answer
+        if len(self._turns) == 1:
+            return total
+        return tuple((part / len(self._turns)).contiguous() for part in total)
+
+    def _answer(self, inputs: torch.Tensor) -> Answer:
+        """Return the probabilities of normalised patches, (N, C, *patch), channels last."""
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
         lower = self.dtype is not torch.float32 and not self._is_ours

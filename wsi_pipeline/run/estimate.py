@@ -205,6 +205,7 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
         precision=predict.precision,
         batch_size=predict.batch_size,
         threads=threads,
+        tta=predict.tta,
     )
     shape = (*bundle.input.patch_size, bundle.input.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)

@@ -139,6 +139,7 @@ def preview_batch(
             precision=predict.precision,
             batch_size=predict.batch_size,
             threads=passes_at_once(bundle, cpu_count()),
+            tta=predict.tta,
         )
     ) as predictor:
         for job in batch.jobs:

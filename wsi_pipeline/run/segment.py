@@ -18,12 +18,12 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineError, raised_as
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
 from wsi_pipeline.networks import build
-from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Settings
+from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Settings, turns
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import model_facts, versions
 from wsi_pipeline.run.jobs import Job
@@ -72,7 +72,7 @@ def open_source_run(path: Path, bundle: Bundle, settings: Settings) -> SourceRun
 
 
 def fitting(settings: Settings, bundle: Bundle) -> Settings:
-    """Return the settings with all outputs of the bundle's modality where none are named.
+    """Return the settings with the bundle's own where none are named: all outputs, its `tta`.
 
     Raises:
         BundleError: an option that means nothing to it.
@@ -80,12 +80,16 @@ def fitting(settings: Settings, bundle: Bundle) -> Settings:
     if reason := settings.why_not(bundle.modality):
         raise BundleError(f"{reason}; {bundle.name} is for {bundle.modality}s")
     settings.predict.rule.of([c.name for c in bundle.classes[1:]])
+    tta = settings.predict.tta or bundle.tta
+    with raised_as(BundleError, ValueError, bundle.name):
+        turns(tta, bundle.input.patch_size, bundle.input.spacing_mm or ())
     outputs = settings.export.outputs or OUTPUTS[bundle.modality]
     if set(outputs) & set(ON_REQUEST[bundle.modality]):
         # DICOM of a slide tells its probabilities, too.
         outputs = tuple(dict.fromkeys((*outputs, "probability")))
     export = replace(settings.export, outputs=outputs)
-    return replace(settings, export=export, named=settings.as_plain()["named"])
+    predict, named = replace(settings.predict, tta=tta), settings.as_plain()["named"]
+    return replace(settings, predict=predict, export=export, named=named)
 
 
 def check_settings(settings: Settings, bundle: Bundle) -> None:

@@ -119,6 +119,9 @@ class SourceRun(ABC):
         # A mask goes on where another machine began it: these change nothing but the last bits.
         left_out = ("device", "batch_size")
         predict = {k: v for k, v in asdict(self.settings.predict).items() if k not in left_out}
+        # Older runs, which have none in their key, go on.
+        if predict["tta"] in (None, "none"):
+            del predict["tta"]
         whole = {"model": self.bundle.digest, "predict": predict, "version": release}
         return run_key(self._identity() | whole)
 

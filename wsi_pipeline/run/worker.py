@@ -355,7 +355,7 @@ def _kept_predictor(
 ) -> Predictor:
     """Return the predictor that a worker made for the last slide, or a new one."""
     key = repr((bundle, bundle.weights_sha256, options.device, options.precision,
-                options.batch_size, threads))  # fmt: skip
+                options.batch_size, threads, options.tta))  # fmt: skip
     predictor = keep.get(key)
     if not isinstance(predictor, Predictor):
         # A model that is used no more gives its memory back first.
@@ -367,5 +367,6 @@ def _kept_predictor(
             precision=options.precision,
             batch_size=options.batch_size,
             threads=threads,
+            tta=options.tta,
         )
     return predictor
