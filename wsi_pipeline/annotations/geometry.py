@@ -77,12 +77,16 @@ def survives_float32(polygon: Polygon | MultiPolygon) -> bool:
 
 def survive_float32(polygons: npt.NDArray[np.object_]) -> npt.NDArray[np.bool_]:
     """Return (n,) whether QuPath takes each polygon as it is; see `survives_float32`."""
-    rounded = as_float32(polygons)
+    xy, owner = shapely.get_coordinates(polygons, return_index=True)
+    with np.errstate(over="ignore"):
+        is_exact = (xy.astype(np.float32) == xy).all()
+    # Outlines of whole pixels need no copy.
+    rounded = polygons if is_exact else as_float32(polygons)
     survives = shapely.is_valid(rounded) & (shapely.area(rounded) >= MIN_AREA_PX2)
     # Of whole pixels without long oblique edges no vertex can lie within 0.01 px of an edge that is
     # not its own; snapping would double the cost of the test. The step from one ring to the next
     # counts as an edge, which can only cost time.
-    xy, owner = shapely.get_coordinates(rounded, return_index=True)
+    xy = xy if is_exact else shapely.get_coordinates(rounded)
     step = np.abs(np.diff(xy, axis=0))
     far = (step.min(axis=1) > 0) & (step.max(axis=1) >= _SAFE_EDGE_PX / 2)
     is_coarse = np.ones(len(polygons), bool)

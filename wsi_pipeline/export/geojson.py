@@ -362,6 +362,8 @@ def _place(
         order = np.argsort(owner, kind="stable")
         shapes = np.concatenate([shapes[~is_cut], parts[is_areal]])[order]
         owner = owner[order]
+    if crop is None and (scale == 1).all():
+        return shapes, owner, is_cut
     # + 0.0 makes -0.0 0
     placed = shapely.transform(shapes, lambda xy: np.round(xy * scale - corner, 2) + 0.0)
     return placed, owner, is_cut[owner]

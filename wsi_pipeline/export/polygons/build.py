@@ -14,7 +14,7 @@ from wsi_pipeline.export.polygons.arcs import Arcs, Bools, Ints, Numbers, order_
 from wsi_pipeline.export.polygons.trace import Outlines
 from wsi_pipeline.files.threads import map_in_threads
 
-BATCH = 200_000
+BATCH = 50_000
 """Vertices that are made polygons at a time; a region of more is made at one go."""
 
 Polygons = npt.NDArray[np.object_]

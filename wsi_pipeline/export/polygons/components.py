@@ -96,7 +96,8 @@ def find_components(
     # of equal indices the last is kept
     first[of[::-1]] = begin[::-1]
     first = first[1:]
-    least = None
+    # A run is a row long at the most, and what holds its sum is added up faster than int64.
+    least, room = None, np.min_scalar_type(PROBABILITY_ONE * mask.shape[1])
     if probability is not None:
         least = np.full(count + 1, PROBABILITY_ONE, np.uint16)
         np.minimum.at(least, of, np.minimum.reduceat(probability.ravel(), begin))
@@ -106,7 +107,7 @@ def find_components(
         pixels=sums(np.diff(begin, append=mask.size)),
         probability=None
         if probability is None
-        else sums(np.add.reduceat(probability.ravel(), begin, dtype=np.int64)),
+        else sums(np.add.reduceat(probability.ravel(), begin, dtype=room)),
         least=None if least is None else least[1:],
         first=np.stack([y + origin[0], x + origin[1]], axis=1).astype(np.int32),
         top=labels[0].copy(),

@@ -17,11 +17,12 @@ from wsi_pipeline.files.threads import map_in_threads
 
 Floats = npt.NDArray[np.float64]
 
-PIECE = 16
-"""Edges of a border that are looked for as one: whole borders have wide boxes, which part badly."""
+PIECE, SUMMED = 32, 16
+"""Edges of a border that are looked for as one, since whole borders have wide boxes, which part
+badly, and whose lengths are added up first."""
 LEAST = 2
 """Pieces in a node of their tree: of one that is entered all are measured, which takes longest."""
-BATCH, VERTICES = 50_000, 200_000
+BATCH, VERTICES = 50_000, 50_000
 """Arcs, and vertices of arcs, that are looked at a time."""
 ROUNDING = 1e-9
 """Share by which a distance that is reckoned in another way may be another."""
@@ -53,7 +54,7 @@ def find_neighbours(
     arcs, value = outlines.arcs, np.append(np.uint8(0), outlines.regions.value)
     shared = np.zeros((len(value), classes))
     for start in range(0, len(arcs), BATCH):
-        pieces = _Pieces.of(arcs, np.arange(start, min(start + BATCH, len(arcs))), pixel)
+        pieces = _Pieces.of(arcs, np.arange(start, min(start + BATCH, len(arcs))), pixel, SUMMED)
         length, (right, left) = pieces.lengths(), pieces.sides
         np.add.at(shared, (right, value[left]), length)
         np.add.at(shared, (left, value[right]), length)
@@ -133,13 +134,13 @@ class _Pieces:
     bounds: Ints
 
     @classmethod
-    def of(cls, arcs: Arcs, chosen: Ints, pixel: tuple[float, float]) -> Self:
-        """Part arcs."""
+    def of(cls, arcs: Arcs, chosen: Ints, pixel: tuple[float, float], most: int) -> Self:
+        """Part arcs into pieces of some edges at the most."""
         edges = arcs.sizes[chosen] - ~arcs.is_ring[chosen]
-        counts = -(-edges // PIECE)
-        first = PIECE * ranges(np.zeros_like(counts), counts)
+        counts = -(-edges // most)
+        first = most * ranges(np.zeros_like(counts), counts)
         arc = np.repeat(chosen, counts)
-        sizes = np.minimum(np.repeat(edges, counts) - first, PIECE) + 1
+        sizes = np.minimum(np.repeat(edges, counts) - first, most) + 1
         # The last vertex of a ring is followed by its first.
         place = ranges(first, sizes) % np.repeat(arcs.sizes[arc], sizes)
         return cls(
@@ -177,4 +178,4 @@ def _iter_pieces(arcs: Arcs, regions: Bools, pixel: tuple[float, float]) -> Iter
     full = np.flatnonzero(np.diff(np.cumsum(arcs.sizes[chosen]) // VERTICES)) + 1
     for part in np.split(chosen, full):
         if len(part):
-            yield _Pieces.of(arcs, part, pixel)
+            yield _Pieces.of(arcs, part, pixel, PIECE)
