@@ -376,8 +376,8 @@ class _Triangles:
         """Return which triangles of pairs with vertices hold them, sides included, but must not."""
         # What is between the triangle's ends in the same arc may be in it: as unsigned numbers, in
         # which what comes before is large, that is one comparison, and half of all go by it.
-        step = found - self.before[of]
-        other = step.view(np.uint32) > self.reach.view(np.uint32)[of]
+        ahead = np.minimum(self.reach, self.begin + self.size - 1 - self.before)
+        other = (found - self.before[of]).view(np.uint32) > ahead.view(np.uint32)[of]
         of, found = of[other], found[other]
         x, y = grid.x[found], grid.y[found]
         near = (x - self.left[of]).view(np.uint32) <= (self.right - self.left).view(np.uint32)[of]
