@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from dicoms import PATIENT, write_slide
 from pydicom import dcmread
 
+from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.cli import group
-from wsi_pipeline.export.dicom_slide import level_headers
+from wsi_pipeline.export.dicom_slide import Origin, level_headers, write_masks
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.sources import open_source
@@ -293,6 +294,29 @@ def test_export_writes_it_besides_and_needs_a_slide_that_may_be_dicom(place, tmp
     assert not (folder / "probability.dcm").exists()
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [("ISO_IR 100", "Müller^Jörg"), (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎")],
+)
+def test_names_of_patients_classes_and_models_are_texts_of_any_alphabet(tmp_path, charset, name):
+    path = write_slide(tmp_path / "s.dcm", np.zeros((300, 500, 3), np.uint8), MPP)
+    source = dcmread(path)
+    source.SpecificCharacterSet, source.PatientName = charset, name
+    source.save_as(path)
+    origin = Origin(
+        headers=level_headers(path, (500, 300)),
+        facts={"name": "s", "fingerprint": "f", "size": [500, 300], "mpp": [0.3, 0.25]},
+        model={"name": "größer\\kleiner", "weights_sha256": "1"},
+        key="k",
+        classes=[ClassInfo(name="B"), ClassInfo(name="Tumör\\Rand" * 9, color=(1, 2, 3))],
+    )
+    write_masks(tmp_path / "mask.dcm", [np.zeros((300, 500), np.uint8)], origin, (1.0, 1.0))
+    found = dcmread(tmp_path / "mask.dcm")
+    assert found.PatientName == source.PatientName == name
+    assert found.ContentDescription == "Made by größer/kleiner"
+    assert found.SegmentSequence[1].SegmentLabel == ("Tumör/Rand" * 9)[:63]
+
+
 def test_a_folder_stands_for_its_slide(place, tmp_path):
     (tmp_path / "slide").mkdir()
     shutil.copy(place / "d.dcm", tmp_path / "slide" / "0001")
@@ -311,36 +335,64 @@ MEASURE = """
 import resource, sys, zarr
 from pathlib import Path
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.dicom_slide import Origin, write_masks
-mask = zarr.open_array(sys.argv[1], mode="r")
-size = mask.shape[::-1]
-classes = [ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(200, 0, 0))]
-facts = {"name": "s", "fingerprint": "f", "size": size, "mpp": (0.25, 0.25)}
+from wsi_pipeline.export.dicom_slide import Origin, write_annotations, write_masks
+from wsi_pipeline.export.geojson import FeatureOptions
+from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
+from wsi_pipeline.geometry import iter_blocks
+
+def peak():
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+folder = Path(sys.argv[1])
+mask = zarr.open_array(folder / "mask", mode="r")
+classes = (ClassInfo(name="Background"), ClassInfo(name="Tumor", color=(200, 0, 0)))
+facts = {"name": "s", "fingerprint": "f", "size": mask.shape[::-1], "mpp": (0.25, 0.25)}
 model = {"name": "m", "weights_sha256": "1"}
 origin = Origin(headers=[], facts=facts, model=model, key="k", classes=classes)
-write_masks(Path(sys.argv[2]), [mask], origin, (1.0, 1.0))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+write_masks(folder / "mask.dcm", [mask], origin, (1.0, 1.0))
+peak()
+blocks = trace_mask(mask, iter_blocks(mask.shape, (2048, 2048)))
+outlines = find_outlines(mask, blocks, block_size=2048, tolerance=0, min_pixels=0)
+options = FeatureOptions(classes=classes, downsample=(1.0, 1.0), mpp=(0.25, 0.25), crop=None,
+                         simplify_um=0, min_area_um2=0, namespace="n")
+peak()
+write_annotations(folder / "annotations.dcm", outlines, options, origin)
+peak()
 """
 
 
-def peak_mib(folder, shape, script):
-    """Return the peak memory of a script that writes a mask of a shape."""
+def peaks(folder, shape):
+    """Write a mask of a shape, and return the peak MiB of it, its outlines and annotations."""
     folder.mkdir()
+    chess = np.add.outer(np.arange(2048) // 64, np.arange(2048) // 128) % 2
     mask = zarr.create_array(
         folder / "mask", shape=shape, chunks=(1024, 1024), dtype="uint8", fill_value=0
     )
-    stripes = np.add.outer(np.arange(2048) // 40, np.arange(2048) // 56) % 2
     for y in range(0, shape[0], 2048):
         for x in range(0, shape[1], 4096):
-            mask[y : y + 2048, x : x + 2048] = stripes[: shape[0] - y, : shape[1] - x]
-    command = [sys.executable, "-c", script, str(folder / "mask"), str(folder / "mask.dcm")]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            mask[y : y + 2048, x : x + 2048] = chess
+    command = [sys.executable, "-c", MEASURE, str(folder)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [float(line) for line in found.split()]
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_mask(tmp_path):
-    shapes = {"small": (8192, 8192), "large": (32768, 40960)}
-    small, large = (peak_mib(tmp_path / n, shape, MEASURE) for n, shape in shapes.items())
-    assert large < small + 100
-    found = dcmread(tmp_path / "large" / "mask.dcm", stop_before_pixels=True)
+def test_memory_does_not_grow_with_the_slide(tmp_path):
+    small, _, _ = peaks(tmp_path / "small", (8192, 8192))
+    large, outlines, annotations = peaks(tmp_path / "large", (32768, 40960))
+    assert large < small + 50
+    assert annotations < outlines + 50
+    found = highdicom.seg.segread(tmp_path / "large" / "mask.dcm", lazy_frame_retrieval=True)
     assert found.NumberOfFrames == 64 * 80
+    mask = zarr.open_array(tmp_path / "large" / "mask", mode="r")
+    for y, x in ((0, 0), (16_000, 20_001), (31_768, 39_960)):
+        corner = {"row_start": y + 1, "row_end": y + 1001}
+        corner |= {"column_start": x + 1, "column_end": x + 1001}
+        pixels = found.get_total_pixel_matrix(combine_segments=True, **corner)
+        assert (pixels == mask[y : y + 1000, x : x + 1000]).all()
+    (group_of,) = highdicom.ann.annread(
+        tmp_path / "large" / "annotations.dcm"
+    ).get_annotation_groups()
+    # Squares of 64 × 128 on every second column of blocks.
+    assert group_of.number_of_annotations == 16 * 10 * 32 * 16 // 2
+    assert {len(ring) for ring in group_of.get_graphic_data("2D")} == {4}

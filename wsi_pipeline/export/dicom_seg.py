@@ -46,9 +46,6 @@ MAY_BE_EMPTY = (
 )  # fmt: skip
 """What must be there but need not be known (type 2), and what highdicom asks for."""
 
-LONGEST = 64
-"""Characters of a value of representation LO."""
-
 
 def write_dicom_seg(
     path: Path,
@@ -113,11 +110,23 @@ def write_dicom_seg(
             segmentation.save_as(beside)
 
 
+def as_text(text: str) -> str:
+    r"""Return a text as one value of representation LO: short, and without what parts values.
+
+    Example:
+        >>> as_text("Tumor\\Stroma")
+        'Tumor/Stroma'
+    """
+    # Of 64 characters pydicom counts one that makes the bytes even.
+    return text.replace("\\", "/")[:63]
+
+
 def codes_of(found: ClassInfo) -> tuple[Code, Code]:
     """Return what a class is: the code of its category, and its own."""
     if known := KNOWN.get(found.name.lower()):
         return MORPHOLOGY, known
-    own = Code(found.name.upper().replace(" ", "_")[:16], SCHEME, found.name[:LONGEST])
+    name = as_text(found.name)
+    own = Code(name.upper().replace(" ", "_")[:16], SCHEME, name)
     return TISSUE, own
 
 
@@ -179,9 +188,9 @@ def _segmentation(
     from highdicom.seg import Segmentation, SegmentDescription
 
     algorithm = highdicom.AlgorithmIdentificationSequence(
-        name=model[:LONGEST],
+        name=as_text(model),
         family=Code("123110", "DCM", "Artificial Intelligence"),
-        version=version[:LONGEST],
+        version=as_text(version),
     )
     segments = []
     for number, found in enumerate(classes[1:], start=1):
@@ -189,7 +198,7 @@ def _segmentation(
         segments.append(
             SegmentDescription(
                 segment_number=number,
-                segment_label=found.name[:LONGEST],
+                segment_label=as_text(found.name),
                 segmented_property_category=category,
                 segmented_property_type=kind,
                 algorithm_type="AUTOMATIC",
@@ -204,7 +213,7 @@ def _segmentation(
         segment_descriptions=segments,
         series_instance_uid=generate_uid(prefix=None),
         series_number=1000,
-        series_description=f"Segmentation: {model}"[:LONGEST],
+        series_description=as_text(f"Segmentation: {model}"),
         sop_instance_uid=generate_uid(prefix=None),
         instance_number=1,
         manufacturer="wsi_pipeline",
@@ -214,5 +223,5 @@ def _segmentation(
         # one frame at least must be there
         omit_empty_frames=bool(frames.any()),
         content_label="SEGMENTATION",
-        content_description=f"Made by {model}"[:LONGEST],
+        content_description=as_text(f"Made by {model}"),
     )

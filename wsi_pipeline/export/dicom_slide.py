@@ -35,7 +35,7 @@ from skimage.color import rgb2lab
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike, level_shapes
-from wsi_pipeline.export.dicom_seg import LONGEST, MAY_BE_EMPTY, NEEDED, SCHEME, codes_of
+from wsi_pipeline.export.dicom_seg import MAY_BE_EMPTY, NEEDED, SCHEME, as_text, codes_of
 from wsi_pipeline.export.geojson import FeatureOptions, sound_shapes
 from wsi_pipeline.export.ome_tiff import TILE, encoded_tiles
 from wsi_pipeline.export.polygons.arcs import ranges
@@ -146,7 +146,7 @@ class Origin:
     def algorithm(self) -> list[Dataset]:
         """Return what a sequence says of the model."""
         found = _item(AlgorithmFamilyCodeSequence=_coded(INTELLIGENCE))
-        found.AlgorithmName = self.model["name"][:LONGEST]
+        found.AlgorithmName = as_text(self.model["name"])
         found.AlgorithmVersion = self.model["weights_sha256"][:16]
         return [found]
 
@@ -161,7 +161,7 @@ class Origin:
         found = _item(
             **EVERY_FILE, SOPClassUID=sop_class, SOPInstanceUID=self.uid(path.name, *content),
             SeriesInstanceUID=self.uid(series), SeriesNumber=series, InstanceNumber=number,
-            Modality=kind, ContentDescription=f"Made by {self.model['name']}"[:LONGEST],
+            Modality=kind, ContentDescription=as_text(f"Made by {self.model['name']}"),
         )  # fmt: skip
         for keyword in PATIENT if kind == "ANN" else PATIENT + PLACE:
             if keyword in self.slide:
@@ -313,7 +313,7 @@ def write_annotations(
             group = _item(
                 AnnotationGroupNumber=len(found.AnnotationGroupSequence) + 1,
                 AnnotationGroupUID=origin.uid("group", number, kind, content),
-                AnnotationGroupLabel=label[:LONGEST],
+                AnnotationGroupLabel=as_text(label),
                 AnnotationGroupGenerationType="AUTOMATIC", GraphicType="POLYGON",
                 AnnotationGroupAlgorithmIdentificationSequence=origin.algorithm,
                 AnnotationPropertyCategoryCodeSequence=_coded(codes_of(info)[0]),
@@ -373,9 +373,9 @@ def _segments(origin: Origin, numbers: Iterable[int]) -> list[Dataset]:
         info = origin.classes[number]
         category, kind = codes_of(info) if number else (BACKGROUND, BACKGROUND)
         segment = _item(
-            SegmentNumber=number, SegmentLabel=info.name[:LONGEST],
+            SegmentNumber=number, SegmentLabel=as_text(info.name),
             SegmentAlgorithmType="AUTOMATIC",
-            SegmentAlgorithmName=origin.model["name"][:LONGEST],
+            SegmentAlgorithmName=as_text(origin.model["name"]),
             SegmentationAlgorithmIdentificationSequence=origin.algorithm,
             SegmentedPropertyCategoryCodeSequence=_coded(category),
             SegmentedPropertyTypeCodeSequence=_coded(kind),
