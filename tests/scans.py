@@ -34,6 +34,14 @@ class Around(torch.nn.Module):
         return torch.cat([0.45 - mean, x[:, :1] - 0.5, mean - 0.45], dim=1) * 20
 
 
+class Soft(torch.nn.Module):
+    """A pointwise network that is nowhere sure."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x[:, :1]
+        return torch.cat([0.45 - first, 0.1 - (first - 0.5).abs(), first - 0.55], dim=1) * 5
+
+
 class Labelled(torch.nn.Module):
     """`Steps` that also says of a patch how bright it is."""
 

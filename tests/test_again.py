@@ -24,6 +24,7 @@ from scans import blobs, scan_bundle, write_series
 from shapely import unary_union
 from shapely.geometry import box, shape
 
+from wsi_pipeline import open_run
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BusyError, SourceError, StoreError
@@ -164,21 +165,28 @@ def test_what_lies_beside_an_output_comes_back_too(folder, lost):
     assert contents(folder) == before
 
 
-def test_without_its_working_folder_a_run_loses_probabilities_only(folder, made):
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_without_its_working_folder_a_run_has_probabilities_of_eight_bits(folder, made, is_kept):
     changes = {"simplify_um": 0.0, "min_area_um2": 0.0}
     shutil.rmtree(folder / ".store")
+    if not is_kept:
+        shutil.rmtree(folder / "probability.ome.zarr")
     export_again(folder, changes)
 
     def features(path):
         found = json.loads((path / "annotations.geojson").read_text("utf-8"))["features"]
-        for feature in found:
-            for name in ("Mean probability", "Min probability"):
-                feature["properties"]["measurements"].pop(name, None)
-        return found
+        names = ("Mean probability", "Min probability")
+        told = [[f["properties"]["measurements"].pop(n, -1) for n in names] for f in found]
+        return found, np.array(told)
 
     expected = made(replace(FIRST, **changes))
-    assert features(folder) == features(expected)
-    assert "Mean probability" in (expected / "annotations.geojson").read_text("utf-8")
+    (found, of), (exact, told) = features(folder), features(expected)
+    assert found == exact
+    assert (told >= 0).all()
+    # Interpolated between values each of which is off by half of 1/255.
+    assert np.abs(of - told).max() <= 1 / 510 + 1e-4 if is_kept else (of == -1).all()
+    columns = open_run(folder).regions()[["probability_mean", "probability_min"]]
+    assert columns.notna().all(axis=None) == is_kept
     (folder / "overlay.png").unlink()
     run = export_again(folder, {})  # its thumbnail lay there
     assert run.status == "failed"

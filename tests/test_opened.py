@@ -238,8 +238,21 @@ def test_probabilities_tell_the_mask(output, name):
     differs = every.argmax(0) != run.mask[100:700, 200:900]
     assert (margin > 0.02).mean() > 0.9
     assert margin[differs].max(initial=0) < 0.02
-    with pytest.raises(StoreError, match=r"no probability\.ome\.zarr; if the image can"):
-        _ = open_run(output / "image").probability
+
+
+@pytest.mark.parametrize(("name", "mpp"), [("image", (200, 100)), ("volume", None)])
+def test_probabilities_of_images_and_volumes_tell_their_masks(output, tmp_path, name, mpp):
+    with open_run(output / name) as run:
+        planes, mask, layer = run.probability[:], run.mask[:], run.probability
+    assert layer.mpp == pytest.approx(mpp or run.mask.mpp)
+    assert planes.shape == (2, *mask.shape)
+    # `Steps` is sure of all.
+    assert (planes == 255 * (mask == np.arange(1, 3).reshape(2, *[1] * mask.ndim))).all()
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(output / name / "run.json", folder)
+    with pytest.raises(StoreError, match=rf"no probability\.ome\.zarr; if the {name} can"):
+        _ = open_run(folder).probability
 
 
 @pytest.mark.parametrize("name", ["plain", "bounded"])

@@ -203,7 +203,7 @@ def test_files_that_are_lost_are_made_again(tmp_path, slide_path):
     kept = [p for p in before if p.parent.name == "blocks" or place in p.parents]
     assert all(p.stat().st_mtime_ns == before[p] for p in kept)
     assert len(kept) > 4
-    with pytest.raises(StoreError, match="segment the slide again, with probability as an output"):
+    with pytest.raises(StoreError, match="segment again, with probability as an output"):
         open_probability(tmp_path)
 
 

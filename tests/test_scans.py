@@ -12,16 +12,18 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+import zarr
 from click.testing import CliRunner
 from PIL import Image as Pictures
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation as Mammogram
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from runs import segment_job
-from scans import Around, Enhanced, Labelled, blobs, classify, scan_bundle, write_series
+from scans import Around, Enhanced, Labelled, Soft, blobs, classify, scan_bundle, write_series
 from scipy.ndimage import map_coordinates
 from scipy.signal.windows import gaussian
 
+from wsi_pipeline import open_run
 from wsi_pipeline.annotations.check import check_geojson
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
@@ -153,6 +155,11 @@ def test_of_a_mammogram_in_monochrome1_every_pixel_is_right(tmp_path):
     assert np.bincount(expected.ravel(), minlength=3).min() > 200
     with Pictures.open(folder / "mask.png") as mask:
         assert (np.asarray(mask) == expected).all()
+    with open_run(folder) as opened:
+        layer = opened.probability
+        assert (layer[:] == 255 * (expected == np.array([1, 2])[:, None, None])).all()
+        assert (layer.read((3, 5), (150, 101)) * 255 == layer[:, 3:, 5:]).all()
+        assert (layer.mpp is None) == (made.slide["spacing_mm"] is None)
     assert (pydicom.dcmread(folder / "mask.dcm").pixel_array.sum()) == (expected > 0).sum()
     document = json.loads((folder / "annotations.geojson").read_text("utf-8"))
     found = dict.fromkeys(("Grey", "Bright"), 0.0)
@@ -200,7 +207,60 @@ def one_shot(voxels, spacing, bundle_path):
     field = (total / weights)[(slice(None), *(slice(n) for n in shape))]
     axes = [(np.arange(n) + 0.5) / s - 0.5 for n, s in zip(voxels.shape, step, strict=True)]
     where = np.meshgrid(*axes, indexing="ij")
-    return np.argmax([map_coordinates(f, where, order=1, mode="nearest") for f in field], axis=0)
+    sampled = [map_coordinates(f, where, order=1, mode="nearest") for f in field]
+    return np.argmax(sampled, axis=0), field
+
+
+@pytest.mark.parametrize("kind", ["volume", "image"])
+def test_probabilities_lie_on_the_scan_that_is_coarser_mirrored_or_padded(tmp_path, kind):
+    """The grid is no whole multiple of the scan: mirrored, it begins beside it."""
+    if kind == "volume":
+        spacing, finer, path = (1.0, 0.9, 0.7), (1.0, 0.4, 0.55), tmp_path / "v.nii"
+        voxels, keys = blobs((9, 31, 43), seed=2), {"resolution": f"spacing_mm = {list(finer)}"}
+        affine = np.diag([*spacing[::-1], 1.0])
+        nibabel.save(nibabel.Nifti1Image(voxels.T, affine), path)
+        full, more = 1024, FULL
+    else:
+        spacing, finer, path = (1.0, 1.0), (150 / 211,) * 2, tmp_path / "i.png"
+        voxels = blobs((150, 101), seed=2) // 4
+        voxels[:, :50] //= 2
+        Pictures.fromarray(voxels.astype("u1")).save(path)
+        full, more = 255, 'orient = "left"\npad = "square"\ninterpolation = "linear"'
+        keys = {"resolution": "fit = [211, 211]", "patch_size": (64, 64)}
+    bundle = scan_bundle(tmp_path / "model", modality=kind, keys=more, program=Soft, **keys)
+    folder, made = run(path, bundle, tmp_path / "out")
+    assert made.status == "done", made.reason
+    assert made.settings["prepared"]["is_mirrored"] == (kind == "image")
+    (multiscale,) = zarr.open_group(folder / "probability.ome.zarr").attrs["multiscales"]
+    unit = "millimeter" if kind == "volume" else None
+    assert [axis.get("unit") for axis in multiscale["axes"]] == [None, *[unit] * voxels.ndim]
+    scale, shift = (
+        np.array(t[t["type"]][1:]) for t in multiscale["datasets"][0]["coordinateTransformations"]
+    )
+    with open_run(folder) as opened:
+        layer, mask = opened.probability, opened.mask[:]
+    assert layer.mpp == (unit and pytest.approx([1000 * mm for mm in finer]))
+    assert layer.classes == ["Grey", "Bright"]
+    # What viewers are told is where the values are from.
+    axes = [
+        (np.arange(n) * own + first) / mm
+        for n, own, first, mm in zip(layer.shape[1:], scale, shift, spacing, strict=True)
+    ]
+    assert all(0 <= a[-1] - n + 1 < 1 for a, n in zip(axes, voxels.shape, strict=True))
+    where = np.meshgrid(*axes, indexing="ij")
+    values = map_coordinates(voxels / full, where, order=1, mode="nearest")
+    expected = Soft()(torch.from_numpy(values)[None, None]).softmax(1)[0, 1:].numpy()
+    inside = np.all([(w >= 0) & (w <= n - 1) for w, n in zip(where, mask.shape, strict=True)], 0)
+    assert np.abs(layer[:] - 255 * expected)[:, inside].max() < 0.51
+    # And at the scan's pixels they say what the mask does, but for what the eight bits blur.
+    start = (2, 3, 5)[-mask.ndim :]
+    planes = layer.read(start, mask.shape)
+    every = np.stack([1 - planes.sum(0), *planes])
+    second, first = np.sort(every, axis=0)[1:]
+    sure = first - second > 1 / 100
+    assert 0.5 < sure.mean() < 1
+    assert (every.argmax(0) == mask[tuple(slice(a, None) for a in start)])[sure].all()
+    assert (np.bincount(mask.ravel()) > 500).all()
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 0.6, 0.8)])
@@ -210,24 +270,29 @@ def test_blocks_equal_one_canvas_and_know_no_block_size_or_worker(tmp_path, spac
     path = tmp_path / "v.nii"
     nibabel.save(nibabel.Nifti1Image(voxels.T, np.diag([*spacing[::-1], 1.0])), path)
     bundle = scan_bundle(tmp_path / "model", keys=FULL, program=Around, overlap=(8, 8, 8))
-    expected = one_shot(voxels, spacing, bundle)
+    expected, field = one_shot(voxels, spacing, bundle)
     assert np.bincount(expected.ravel(), minlength=3).min() > 0.01 * expected.size
-    masks = []
+    masks, planes = [], []
     for block, workers in ((64, 1), (128, 1), (64, 2)):
         folder, made = run(
             path,
             bundle,
             tmp_path / f"{block} {workers}",
             workers=workers,
-            outputs=NIFTI,
+            outputs=("nifti", "probability"),
             block_size=block,
         )
+        planes.append(open_run(folder).probability[...])
         masks.append(np.asarray(nibabel.load(folder / "mask.nii.gz").dataobj).T)
         if workers == 1:
             assert made.patches["predicted"] == made.patches["kept"]
     assert (masks[0] == expected).mean() >= 0.9999
     assert (masks[0] == masks[1]).all()
     assert (masks[0] == masks[2]).all()
+    assert planes[0].shape == field[1:].shape
+    assert np.abs(planes[0] - 255 * field[1:]).max() < 0.51
+    assert np.ptp(planes[0]) > 200
+    assert all((other == planes[0]).all() for other in planes)
 
 
 def test_the_patch_counts_in_which_the_first_label_is_least_likely(tmp_path):

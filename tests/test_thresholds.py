@@ -1,11 +1,14 @@
 """Thresholds after the run, against runs made with them, float64 on one canvas, and by hand."""
 
+import csv
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel
 import numpy as np
+import pydicom
 import pytest
 import shapely
 import zarr
@@ -13,13 +16,15 @@ from bundles import blended_canvas, lightmuseg_bundle
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from rasterio.features import rasterize
-from scipy.ndimage import map_coordinates
+from scans import Around, blobs, scan_bundle, write_series
+from scipy.ndimage import label, map_coordinates
 
 import wsi_pipeline
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import StoreError, UsageError
-from wsi_pipeline.options import Rule
+from wsi_pipeline.options import Rule, as_plain
 from wsi_pipeline.report.record import load_run, write_run_json
 from wsi_pipeline.run.again import export_again
 from wsi_pipeline.run.probability import choose
@@ -75,15 +80,15 @@ def mask_of(folder):
     return zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
 
 
-def burnt(folder):
+def burnt(folder, shape=(521, 641), names=("Tumor", "Stroma")):
     """Return the polygons as a mask."""
     features = json.loads((folder / "annotations.geojson").read_text("utf-8"))["features"]
-    value = {"Tumor": 1, "Stroma": 2}
+    value = {name: index for index, name in enumerate(names, start=1)}
     shapes = [
         (shapely.geometry.shape(f["geometry"]), value[f["properties"]["classification"]["name"]])
         for f in features
     ]
-    return rasterize(shapes, out_shape=(521, 641), dtype=np.uint8)
+    return rasterize(shapes, out_shape=shape, dtype=np.uint8)
 
 
 unit = st.integers(0, 20).map(lambda n: n / 20)
@@ -158,16 +163,29 @@ def test_exported_equals_a_run_made_so_but_for_eight_bits(tmp_path, place, usual
     assert (by_margin[sure & roi] == full.argmax(0)[sure & roi]).all()
     assert not by_margin[first - second < 0.3 - 1 / 255].any()
     cli = CliRunner(catch_exceptions=False)
-    for command in (
-        ["status", tmp_path / "new"],
-        ["export", tmp_path / "new", "--simplify", 1],
-        ["evaluate", folder, place / "ruled" / "slide"],
-    ):
+
+    def said(*command, code=0):
         result = cli.invoke(group, list(map(str, command)))
-        assert result.exit_code == 0, result.output
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert "done     1" in said("status", tmp_path / "new")
+    said("export", tmp_path / "new", "--simplify", 1)
+    said("evaluate", folder, place / "ruled" / "slide")
+    why = "made its mask, by thresholds, of another run's probabilities; verify that run"
+    assert why in said("verify", folder, code=3)
+    # what it differs in from the run that it is made of, pixel by pixel
+    said("diff", usual, folder, "--output", tmp_path / "diff", code=1)
+    rows = csv.DictReader((tmp_path / "diff/diff.csv").read_text("utf-8").splitlines())
+    before = mask_of(usual)
+    for index, row in enumerate(rows, start=1):
+        assert row["class"] == ("Tumor", "Stroma")[index - 1]
+        assert int(row["gained_px"]) == ((before != index) & (exported == index)).sum()
+        assert int(row["lost_px"]) == ((before == index) & (exported != index)).sum()
+    assert index == 2
 
 
-def test_polygons_alone_by_thresholds_and_back(tmp_path, usual):
+def test_polygons_alone_by_thresholds_and_back(tmp_path, place, usual, field, caplog):
     before = {p.name: p.read_bytes() for p in usual.iterdir() if p.is_file()}
     mask, old = mask_of(usual), load_run(usual)
     run = export_again(usual, {}, RULE)
@@ -180,10 +198,30 @@ def test_polygons_alone_by_thresholds_and_back(tmp_path, usual):
     assert run.rule == {"thresholds": RULE.thresholds, "min_margin": 0.0}
     assert run.warnings[-1].endswith("--threshold Tumor=0.6 --threshold Stroma=0.45")
     assert not (usual / ".store" / "ruled.ome.zarr").exists()
+    # of which also what lies within areas is measured, and summary and report tell
+    areas = place / "roi.geojson"
+    for value, row in enumerate(wsi_pipeline.measure(usual, areas)[:3]):
+        mm2 = (expected[field[1]] == value).sum() * 0.0625e-6
+        assert row.area_mm2 == pytest.approx(mm2, abs=1e-9)
+    export_again(tmp_path / "new" / "slide", {})
+    of_tree = wsi_pipeline.measure(tmp_path / "new" / "slide", areas)
+    assert wsi_pipeline.measure(usual, areas) == of_tree
+    (tmp_path / "out" / "summary.csv").touch()
+    cli = CliRunner(catch_exceptions=False)
+    assert cli.invoke(group, ["export", str(usual), "--threshold", "Tumor=0.5"]).exit_code == 0
+    assert cli.invoke(group, ["export", str(usual), *str(RULE).split()]).exit_code == 0
+    (row,) = csv.DictReader((tmp_path / "out/summary.csv").read_text("utf-8").splitlines())
+    assert float(row["Tumor_mm2"]) == pytest.approx(run.area_mm2["Tumor"], abs=1e-6)
+    assert str(RULE) in (tmp_path / "out" / "report.html").read_text("utf-8")
+    # evaluate and diff compare the mask, and say so
+    assert cli.invoke(group, ["evaluate", str(usual), str(place / "ruled/slide")]).exit_code == 0
+    assert "by other thresholds than the mask, which is compared" in caplog.text
     # what is not given stays as it was
     assert export_again(usual, {"min_area_um2": 1.0}).rule == run.rule
     back = export_again(usual, {"min_area_um2": 0.0}, Rule())
     assert replace(back, seconds={}) == replace(old, seconds={})
+    (tumour,) = (r for r in wsi_pipeline.measure(usual, areas) if r.class_name == "Tumor")
+    assert tumour.area_mm2 == pytest.approx(old.area_mm2["Tumor"], abs=1e-9)
     after = {p.name: p.read_bytes() for p in usual.iterdir() if p.is_file()}
     assert {n for n in after if after[n] != before[n]} == {"run.json"}
 
@@ -222,3 +260,83 @@ def test_what_cannot_be_is_said_in_a_sentence(tmp_path, place, usual):
             place / "slide.tif", model=place / "model", output=tmp_path / "never",
             thresholds={"Fat": 0.5},
         )  # fmt: skip
+
+
+SCAN_RULE = Rule(thresholds={"Grey": 0.3, "Bright": 0.5}, min_margin=0.05)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Return a folder with an image and a series, and their runs by the usual rule and another."""
+    folder = tmp_path_factory.mktemp("scans")
+    Image.fromarray((blobs((141, 203)) // 4).astype(np.uint8)).save(folder / "image.png")
+    write_series(folder / "ct", blobs((11, 41, 33)), spacing=(2.5, 0.8, 0.9), seed=3)
+    image = {"modality": "image", "resolution": "fit = [97, 131]", "patch_size": (64, 64)}
+    volume = {"resolution": "spacing_mm = [2.0, 1.0, 1.0]", "keys": "scale = [0.0, 1024.0]"}
+    for name, path, keys in (("images", "image.png", image), ("volumes", "ct", volume)):
+        model = scan_bundle(folder / name, program=Around, **keys)
+        for output, rule in {"usual": {}, "ruled": as_plain(SCAN_RULE)}.items():
+            (run,) = wsi_pipeline.segment(
+                folder / path, model=model, output=folder / output, precision="fp32", device="cpu",
+                **rule,
+            )  # fmt: skip
+            assert run.status == "done", run.reason
+    return folder
+
+
+def seen(folder):
+    """Return the mask as people see it, (y, x) or (z, y, x)."""
+    if (folder / "mask.png").is_file():
+        return np.asarray(Image.open(folder / "mask.png"))
+    return np.asarray(nibabel.load(folder / "mask.nii.gz").dataobj).T
+
+
+@pytest.mark.parametrize("name", ["image", "ct"])
+def test_images_and_volumes_get_other_thresholds_too(tmp_path, scans, name):
+    folder = Path(shutil.copytree(scans / "usual" / name, tmp_path / "out" / name))
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    old, made = load_run(folder), load_run(scans / "ruled" / name)
+    usual, expected = seen(folder), seen(scans / "ruled" / name)
+    new = copy_ruled(folder, tmp_path / "new", SCAN_RULE)
+    run = export_again(new, {})
+    assert run.status == "done", run.reason
+    assert {p.name for p in new.iterdir()} == {p.name for p in folder.iterdir()}
+    found = seen(new)
+    # Of 8 bits two in a hundred probabilities are near enough a threshold.
+    assert 0 <= (found != expected).mean() < 0.02 < (expected != usual).mean()
+    assert (np.bincount(found.ravel()) > 200).all()
+    sizes = run.amounts
+    for index, of in enumerate(("Grey", "Bright"), start=1):
+        count = int((found == index).sum())
+        factor = 1 if name == "image" else 2.5 * 0.8 * 0.9 / 1000
+        assert sizes[of] == pytest.approx(count * factor)
+        structure = np.ones((3,) * found.ndim)
+        assert run.lesions[of]["count"] == label(found == index, structure)[1]
+    # without a folder of its own the mask stays, and what is its copy
+    told = export_again(folder, {}, SCAN_RULE)
+    after = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    changed = {"run.json", "overlay.png"} | ({"annotations.geojson"} if name == "image" else set())
+    assert {n for n in after if after[n] != before[n]} - {"regions.csv"} == changed
+    assert (told.amounts, told.lesions) == (run.amounts, run.lesions)
+    assert told.rule == as_plain(SCAN_RULE)
+    assert "--threshold Grey=0.3" in told.warnings[-1]
+    if name == "image":
+        (folder / "annotations.geojson").rename(new / "annotations.geojson")
+        assert (burnt(new, found.shape, ("Grey", "Bright")) == found).all()
+    else:
+        (folder / "mask.dcm").unlink()
+        export_again(folder, {})
+        segments = pydicom.dcmread(folder / "mask.dcm").pixel_array
+        assert segments.sum() == (usual > 0).sum()
+    back = export_again(folder, {}, Rule())
+    assert replace(back, seconds={}, files={}) == replace(old, seconds={}, files={})
+    assert made.rule == {}
+    assert made.settings["predict"]["thresholds"] == SCAN_RULE.thresholds
+
+
+def test_a_run_without_probabilities_says_how_to_get_them(tmp_path, scans):
+    folder = Path(shutil.copytree(scans / "usual" / "image", tmp_path / "image"))
+    shutil.rmtree(folder / "probability.ome.zarr")
+    with pytest.raises(StoreError, match="segment again, with probability as an output"):
+        export_again(folder, {}, SCAN_RULE)
+    assert load_run(folder).status == "done"

@@ -35,10 +35,12 @@ from bundles import pointwise_bundle
 from click.testing import CliRunner
 from PIL import Image
 from runs import segment_job
+from scans import Soft as SoftScan
 from scans import blobs, scan_bundle
 from shapely.geometry import shape
 from tornado.websocket import websocket_connect
 
+from wsi_pipeline import open_run
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
@@ -656,7 +658,7 @@ def test_thresholds_cut_the_mask_anew(soft, first, second):
         assert found["is_exact"]
         for value in (1, 2):
             mm2 = (expected == value).sum() * 0.25**2 * 1e-6
-            assert found["mm2"][str(value)] == pytest.approx(mm2)
+            assert found["amounts"][str(value)] == pytest.approx(mm2)
         # outlines go along all edges of the pixels of a class, and nowhere else
         x, y, w, h = 305, 299, 700, 600
         box = f"x={x}&y={y}&w={w}&h={h}&downsample=0.01&hide=2&exact=1&{asked}"
@@ -677,7 +679,7 @@ def test_a_first_answer_is_coarse_and_says_so(soft, monkeypatch):
     with serve(soft) as viewer:
         about = get_json(viewer, f"runs/{run}/areas?t=0.3,1")
         assert not about["is_exact"]
-        assert about["mm2"]["1"] == pytest.approx(expected * 0.25**2 * 1e-6, rel=0.1)
+        assert about["amounts"]["1"] == pytest.approx(expected * 0.25**2 * 1e-6, rel=0.1)
         exact = get_json(viewer, f"runs/{run}/areas?t=0.3,1&exact=1")
         # once all is counted, so is every other cut
         assert get_json(viewer, f"runs/{run}/areas?t=0.3,1") == exact
@@ -1458,7 +1460,8 @@ def test_the_page_shows_a_volume_in_the_proportions_of_the_body(volumes, tmp_pat
         )
         red = lambda part: (part[..., 0] > 150) & (part[..., 1] < 210) & (part[..., 2] < 210)  # noqa: E731
         holds(await boxes(lambda part: red(part) & (part[..., 0] - part[..., 2] > 40)))
-        await page.ask("document.querySelectorAll('#classes input')[1].click()")  # of the bright
+        bright = "document.querySelectorAll('#classes [type=checkbox]')[1]"
+        await page.ask(f"{bright}.click()")
         white = lambda part: part.min(axis=2) > 200  # noqa: E731
         holds(await boxes(white))
         # a level above all values: it is dark, and so it is in a slice beside the box
@@ -1530,3 +1533,122 @@ def test_the_page_goes_from_image_to_image(images, tmp_path):
 
     with serve(output) as viewer:
         browse(viewer.url, tmp_path / "browser", visit)
+
+
+# --- probabilities of images and volumes
+
+
+@pytest.fixture(scope="module")
+def soft_scans(tmp_path_factory):
+    """Return the output folder of an image, mirrored and padded, and a volume, with its spacing."""
+    place = tmp_path_factory.mktemp("soft scans")
+    grey = blobs((150, 101), seed=2) // 4
+    grey[:, :50] //= 2
+    Image.fromarray(grey.astype(np.uint8)).save(place / "image.png")
+    model = scan_bundle(
+        place / "image model", modality="image", resolution="fit = [211, 211]",
+        patch_size=(64, 64), program=SoftScan,
+        keys='orient = "left"\npad = "square"\ninterpolation = "linear"',
+    )  # fmt: skip
+    segment_scan(place / "image.png", model, place / "out")
+    voxels = nibabel.Nifti1Image(blobs((19, 37, 43)).T, np.diag([0.7, 0.9, 1.5, 1]))
+    nibabel.save(voxels, place / "volume.nii.gz")
+    model = scan_bundle(
+        place / "volume model", program=SoftScan, keys="scale = [0.0, 1024.0]",
+        resolution="spacing_mm = [1.0, 1.0, 1.0]",
+    )  # fmt: skip
+    segment_scan(place / "volume.nii.gz", model, place / "out")
+    return place / "out"
+
+
+def read_at(folder, thresholds):
+    """Return probabilities at the mask's pixels in 1/255, and the classes by thresholds."""
+    with open_run(folder) as run:
+        planes = run.probability.read((0,) * run.mask[:].ndim, run.mask.shape)
+    over = planes - np.float32(thresholds).reshape(-1, *[1] * (planes.ndim - 1))
+    return planes * 255, np.where(over.max(0) >= 0, over.argmax(0) + 1, 0)
+
+
+def test_an_image_is_cut_anew_in_its_pixels(soft_scans):
+    planes = open_run(soft_scans / "image").probability[:]
+    with serve(soft_scans) as viewer:
+        facts = get_json(viewer, "runs/image")
+        assert facts["probability"]["levels"][0]["size"] == list(planes.shape[:0:-1])
+        tile = get(viewer, "runs/image/probability/1/0/0/0")[2]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(tile))), planes[1])
+        found = get_json(viewer, "runs/image/areas?t=0.3,0.4&exact=1")["amounts"]
+        over = planes / 255 - np.array([0.3, 0.4])[:, None, None]
+        cut = np.where(over.max(0) >= 0, over.argmax(0) + 1, 0)
+        for value in (1, 2):
+            px = (cut == value).sum() * (150 / 211) ** 2
+            assert facts["unit"] == "px"
+            assert found[str(value)] == pytest.approx(px)
+        box = "x=-5&y=-5&w=111&h=160&downsample=0.01&exact=1&hide=2&t=0.3,0.4"
+        shown = get_json(viewer, f"runs/image/polygons?{box}")["shapes"]
+        inside = np.pad(read_at(soft_scans / "image", (0.3, 0.4))[1] == 1, 1)
+        edges = sum(np.diff(inside.astype(int), axis=axis).__abs__().sum() for axis in (0, 1))
+        assert sum(lines_of(own).length for own in shown) == pytest.approx(edges)
+
+
+def test_slices_of_a_volume_are_cut_anew_and_show_probabilities(soft_scans, tmp_path):
+    shares, cut = read_at(soft_scans / "volume", (0.3, 0.4))
+    assert np.bincount(cut.ravel()).min() > 500
+    with serve(soft_scans) as viewer:
+        assert get_json(viewer, "runs/volume")["probability"]["classes"] == [1, 2]
+        for plane, index, part in (("axial", 7, np.s_[7]), ("sagittal", 20, np.s_[:, :, 20])):
+            for layer, expected in (("probability/1", np.rint(shares[1])), ("cut", cut)):
+                query = "?t=0.3,0.4" if layer == "cut" else ""
+                body = get(viewer, f"runs/volume/{layer}/{plane}/{index}{query}")[2]
+                # of this affine all axes of the body run against those of the page
+                wanted = expected[part][::-1, ::-1]
+                assert np.array_equal(np.frombuffer(body, np.uint8).reshape(wanted.shape), wanted)
+        found = get_json(viewer, "runs/volume/areas?t=0.3,0.4&exact=1")["amounts"]
+        planes = open_run(soft_scans / "volume").probability[:] / 255
+        over = planes - np.array([0.3, 0.4])[:, None, None, None]
+        of = np.where(over.max(0) >= 0, over.argmax(0) + 1, 0)
+        assert found["2"] == pytest.approx((of == 2).sum() / 1000)
+        assert found["2"] == pytest.approx((cut == 2).sum() * 0.7 * 0.9 * 1.5 / 1000, rel=0.1)
+        for path, status in (
+            ("cut/axial/7", 400), ("cut/axial/7?t=0.3", 404), ("probability/2/axial/7", 404),
+            ("probability/axial/7", 400), ("probability/0/axial/99", 404), ("areas?t=0.1", 404),
+        ):  # fmt: skip
+            assert sentence(viewer, f"runs/volume/{path}")[0] == status, path
+    # Without its volume nobody knows how a mask that came back lies to them.
+    moved = Path(shutil.copytree(soft_scans / "volume", tmp_path / "volume"))
+    record = json.loads((moved / RUN_FILE).read_text("utf-8"))
+    record["slide"]["path"] = "gone.nii.gz"
+    (moved / RUN_FILE).write_text(json.dumps(record), "utf-8")
+    with serve(moved) as viewer:
+        assert get_json(viewer, "runs/volume")["probability"] is None
+
+
+@pytest.mark.slow
+def test_the_page_cuts_a_volume_anew_and_shows_how_sure_the_model_was(soft_scans, tmp_path):
+    planes = open_run(soft_scans / "volume").probability[:] / 255
+
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        amounts = "[...document.querySelectorAll('#classes span')].map((s) => s.textContent).join()"
+        await page.until(still)
+        before, picture = await page.ask(amounts), await page.picture()
+        ranges = "const [a, b] = document.querySelectorAll('.threshold input'); "
+        move = "a.value = 0.3; b.value = 0.4; "
+        tell = "[a, b].forEach((r) => r.dispatchEvent(new Event('input')))"
+        await page.ask("{" + ranges + move + tell + "}")
+        over = planes - np.array([0.3, 0.4])[:, None, None, None]
+        ml = [((over.argmax(0) == n) & (over.max(0) >= 0)).sum() / 1000 for n in (0, 1)]
+        await page.until(f"{amounts} == '{ml[0]:.3g} ml,{ml[1]:.3g} ml'")
+        await page.until(still)
+        cut = await page.picture()
+        assert (cut != picture).any(axis=2).mean() > 0.01
+        box = "document.querySelectorAll('#sliders [type=range]')[3]"
+        await page.ask(f"{{const r = {box}; r.value = 1; r.dispatchEvent(new Event('input'))}}")
+        await page.until(still)
+        shown = (await page.picture())[..., :3].astype(int)
+        # viridis at its ends: what the mask and the volume have no colour of
+        assert (np.abs(shown - (253, 231, 37)).max(2) < 60).sum() > 100
+        await page.ask("document.querySelector('#cut button').click()")
+        await page.until(f"{amounts} == '{before}'")
+
+    with serve(soft_scans / "volume") as viewer:
+        browse(f"{viewer.url}#run=volume", tmp_path, visit)

@@ -160,7 +160,7 @@ def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:
 
 
 def sample_positions(
-    start: int, stop: int, *, ratio: float, length: int
+    start: int, stop: int, *, ratio: float, length: int, offset: float = 0.0
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Place mask pixels on the grid along one axis, centre on centre; return floor and fraction.
 
@@ -169,13 +169,14 @@ def sample_positions(
         stop: one past the last.
         ratio: grid pixels per mask pixel.
         length: grid pixels along the axis; positions beyond the outermost centres are held there.
+        offset: of the first mask pixel's edge, grid pixels.
 
     Example:
         >>> floor, fraction = sample_positions(0, 4, ratio=0.5, length=2)
         >>> floor.tolist(), fraction.tolist()
         ([0, 0, 0, 1], [0.0, 0.25, 0.75, 0.0])
     """
-    position = (np.arange(start, stop) + 0.5) * ratio - 0.5
+    position = (np.arange(start, stop) + 0.5) * ratio - 0.5 + offset
     position = np.clip(position, 0, length - 1)
     floor = np.floor(position).astype(np.int64)
     return floor, (position - floor).astype(np.float32)

@@ -30,8 +30,8 @@ MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
 OUTPUTS: Mapping[str, tuple[Output, ...]] = {
     "slide": ("zarr", "tiff", "geojson", "overlay", "probability"),
-    "image": ("png", "dicom", "geojson", "overlay"),
-    "volume": ("nifti", "dicom", "overlay"),
+    "image": ("png", "dicom", "geojson", "overlay", "probability"),
+    "volume": ("nifti", "dicom", "overlay", "probability"),
 }
 """What is written where nothing is named, by a model's modality."""
 ON_REQUEST: Mapping[str, tuple[Output, ...]] = {"slide": ("dicom",), "image": (), "volume": ()}

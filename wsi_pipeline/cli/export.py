@@ -36,13 +36,13 @@ from wsi_pipeline.options import Output, Rule
 )
 @rule_options
 @click.option(
-    "--as-mask", is_flag=True, help="Make slides' polygons and overview of the mask itself again."
+    "--as-mask", is_flag=True, help="Make polygons, tables and overview of the mask itself again."
 )
 @click.option(
     "--output",
     "-o",
     type=OutputChoice(url=False),
-    help="Folder for whole new runs of slides, with masks by these thresholds.",
+    help="Folder for whole new runs, with masks by these thresholds.",
 )
 @frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context

@@ -33,6 +33,7 @@ from wsi_pipeline.evaluation.inputs import (
     open_side,
     reader_of,
     settle_slide,
+    warn_of_rule,
 )
 from wsi_pipeline.evaluation.masks import Pair
 from wsi_pipeline.evaluation.meaning import BACKGROUND, LabelMap, settle
@@ -212,6 +213,7 @@ def _volume_of(path: Path) -> LabelVolume | None:
         run = finished_run(path)
         if len(run.slide["size"]) != 3:
             return None
+        warn_of_rule(path)
         for output in ("nifti", "dicom"):
             if (mask := path / FILES[output]).is_file():
                 return replace(open_labels(mask), values=classes_of(run))

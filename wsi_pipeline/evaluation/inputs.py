@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -20,10 +21,12 @@ from wsi_pipeline.evaluation.meaning import LabelMap, Lookup, named, settle
 from wsi_pipeline.evaluation.volumes import open_labels
 from wsi_pipeline.files.formats import is_dicom
 from wsi_pipeline.geometry import Region, Shape, iter_blocks
-from wsi_pipeline.options import Frame
+from wsi_pipeline.options import Frame, Rule
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources.slide import Slide, frame_offset
+
+logger = logging.getLogger(__name__)
 
 AREA_SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz")
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
@@ -231,6 +234,7 @@ def open_side(
     own = None
     if (path / RUN_FILE).is_file():
         mask, own = open_run_mask(path, closing)
+        warn_of_rule(path)
     elif path.is_dir():
         mask = open_ome_zarr(path)
     elif path.suffix.lower() in MASK_SUFFIXES:
@@ -259,6 +263,16 @@ def finished_run(folder: Path) -> Run:
     if run.status != "done":
         raise EvaluationError(f"{folder} holds no finished mask ({run.reason or run.status})")
     return run
+
+
+def warn_of_rule(folder: Path) -> None:
+    """Say of a run that its polygons and areas are not those of the mask that is compared."""
+    if rule := load_run(folder / RUN_FILE).rule:
+        logger.warning(
+            "%s: polygons and areas are by other thresholds than the mask, which is compared; "
+            "`export %s --output DIR` makes a run whose mask is by them",
+            folder, Rule(**rule),
+        )  # fmt: skip
 
 
 def classes_of(run: Run) -> LabelMap:

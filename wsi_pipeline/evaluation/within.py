@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ import shapely
 from shapely import Polygon
 
 from wsi_pipeline.annotations import REGION_CLASS, is_ignored, rasterise, read_polygons
-from wsi_pipeline.errors import AnnotationError, EvaluationError
+from wsi_pipeline.errors import AnnotationError, EvaluationError, StoreError, raised_as
 from wsi_pipeline.evaluation.inputs import PART, finished_run, open_run_mask, place
 from wsi_pipeline.geometry import iter_blocks
-from wsi_pipeline.options import Frame
+from wsi_pipeline.options import Frame, Rule
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.thresholds import RuledMask
 from wsi_pipeline.sources.slide import frame_offset
 
 logger = logging.getLogger(__name__)
@@ -50,7 +52,8 @@ def measure(run: str | Path, within: str | Path, *, frame: Frame = "qupath") -> 
     """Measure how much of each class lies in each annotation of a file; return a row for each.
 
     Where an area of a class that ends in `*`, such as `Ignore*`, covers an annotation, it does not
-    count. Annotations may overlap.
+    count. Annotations may overlap. Where polygons and areas of the run are by other thresholds than
+    its mask, so is what is measured.
 
     Args:
         run: folder of the run of a slide or image.
@@ -76,6 +79,10 @@ def measure(run: str | Path, within: str | Path, *, frame: Frame = "qupath") -> 
                 f"{within}: no annotation lies on the slide of {size} px; expected level-0 pixels "
                 "of this slide"
             )
+        if told.rule:
+            # What polygons and areas of the folder are made of.
+            with raised_as(EvaluationError, StoreError):
+                mask = replace(mask, pixels=RuledMask(run, told, Rule(**told.rule)))
         fy, fx = place(mask, slide, "openslide").downsample
         classes, grid = [told.background, *told.colors], RunStore(folder=run).grid_path
         stored = open_patch_grid(grid) if grid.is_dir() else None

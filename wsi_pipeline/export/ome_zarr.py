@@ -35,6 +35,8 @@ from wsi_pipeline.options import Ngff
 
 CHUNK = 1024
 """Side of a chunk: small enough to read a view, large enough to keep the number of files low."""
+CUBOID = (16, 256, 256)
+"""Of a volume, as many pixels."""
 SHARD = 4096
 """Side of a shard of NGFF 0.5: 16 chunks in one file, written by one writer at a time."""
 BLOCK = 2048
@@ -86,7 +88,7 @@ def create_mask(
     multiscale = {
         "name": name,
         "axes": [{"name": axis, "type": "space", "unit": "micrometer"} for axis in AXES],
-        "datasets": _datasets([float(mpp) for mpp in mask_mpp], 1),
+        "datasets": datasets([float(mpp) for mpp in mask_mpp], 1),
         "type": "nearest",
     }
     _describe(group, multiscale, classes)
@@ -186,9 +188,9 @@ def count_files(shape: Shape, ngff: Ngff) -> int:
         >>> count_files((100_000, 100_000), "0.4"), count_files((100_000, 100_000), "0.5")
         (25776, 1751)
     """
-    side = CHUNK if ngff == "0.4" else SHARD
+    unit = CUBOID if len(shape) > 2 else (CHUNK if ngff == "0.4" else SHARD,) * 2
     shapes = level_shapes(shape)
-    chunks = sum(math.prod(-(-n // side) for n in level) for level in shapes)
+    chunks = sum(math.prod(-(-n // m) for n, m in zip(s, unit, strict=True)) for s in shapes)
     # .zgroup or .zarray with .zattrs; zarr.json
     metadata_files = 2 if ngff == "0.4" else 1
     # three groups: the image, its labels, and the one label
@@ -227,7 +229,7 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
             pass
     attributes = group.attrs.asdict()
     (multiscale,) = ome_of(attributes)["multiscales"]
-    multiscale["datasets"] = _datasets(first_scale(attributes), len(shapes))
+    multiscale["datasets"] = datasets(first_scale(attributes), len(shapes))
 
     def link_or_copy(source: str, target: str) -> None:
         try:
@@ -254,15 +256,15 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
 
 
 def create_level(group: zarr.Group, index: int, shape: Shape, *, effort: int = 1) -> MaskArray:
-    """Create a level of an OME-Zarr, uint8 (y, x) or (c, y, x), all 0; return it.
+    """Create a level of an OME-Zarr, uint8 (y, x), (c, y, x) or (c, z, y, x), all 0; return it.
 
     Args:
         effort: of compression, 1 to 9.
     """
-    alone = (1,) * (len(shape) - 2)
+    alone, unit = (1,) * (len(shape) > 2), CUBOID if len(shape) > 3 else (CHUNK, CHUNK)
     common: dict[str, Any] = {
         "shape": shape,
-        "chunks": (*alone, CHUNK, CHUNK),
+        "chunks": (*alone, *unit),
         "dtype": "uint8",
         "fill_value": 0,
         "config": CONFIG,
@@ -336,14 +338,21 @@ def channel(label: str, shown_as: ClassInfo, *, active: bool) -> dict[str, Any]:
     return {"label": label, "color": color, "active": active}
 
 
-def _datasets(scale: Sequence[float], n_levels: int) -> list[dict[str, Any]]:
-    """List the levels; pixel (i, j) of level n is pixel (i·2ⁿ, j·2ⁿ) of level 0."""
-    return [
-        {
-            "path": str(level),
-            "coordinateTransformations": [
-                {"type": "scale", "scale": [mpp * 2**level for mpp in scale]}
-            ],
-        }
-        for level in range(n_levels)
-    ]
+def datasets(
+    scale: Sequence[float], n_levels: int, edge: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """List the levels; pixel (i, j) of level n is pixel (i·2ⁿ, j·2ⁿ) of level 0.
+
+    Args:
+        edge: where the first pixel begins, of channels whose levels are means instead.
+    """
+    found, alone = [], [1.0][: len(edge)]
+    for level in range(n_levels):
+        sizes = [size * 2**level for size in scale]
+        transforms = [{"type": "scale", "scale": [*alone, *sizes]}]
+        if edge:
+            # Viewers take places for those of pixels' centres: what is coarser begins later.
+            centre = [a + size / 2 for a, size in zip(edge, sizes, strict=True)]
+            transforms.append({"type": "translation", "translation": [0.0, *centre]})
+        found.append({"path": str(level), "coordinateTransformations": transforms})
+    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import geojson, ome_zarr
+from wsi_pipeline.export import MaskLike, geojson, ome_zarr
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
@@ -24,6 +24,7 @@ from wsi_pipeline.run.finished import (
     open_scan_of,
     open_slide_of,
 )
+from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.result import (
     BLOCK_SIDE,
     ImageResult,
@@ -34,7 +35,7 @@ from wsi_pipeline.run.result import (
     without_dicom,
 )
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.run.thresholds import BY_OTHERS, ONLY_SLIDES, areas_of, write_ruled_mask
+from wsi_pipeline.run.thresholds import BY_OTHERS, Found, areas_of, write_ruled_mask
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
@@ -83,8 +84,8 @@ def export_again(folder: str | Path, changes: Mapping[str, Any], rule: Rule | No
     Args:
         folder: of one run, with `run.json` and its mask; or that `run.json`.
         changes: values of `ExportOptions` by name. `outputs` are added to those that are there.
-        rule: by which polygons, areas and overlay are made of a slide's probabilities, while the
-            mask stays; an empty one = of the mask again; None = as it was.
+        rule: by which polygons, tables and overlay are made of the probabilities, while the mask
+            stays; an empty one = of the mask again; None = as it was.
 
     Raises:
         StoreError: no run, no mask, or options that it cannot have; the folder cannot be written.
@@ -98,8 +99,6 @@ def export_again(folder: str | Path, changes: Mapping[str, Any], rule: Rule | No
     asked = Settings(export=replace(ExportOptions(), **changes), named=changes)
     if why := asked.why_not(run.kind):
         raise StoreError(f"{folder}: {why}")
-    if rule is not None and run.kind != "slide":
-        raise StoreError(f"{folder}: {ONLY_SLIDES}")
     with store.claim(), ExitStack() as closing:
         store.remove_partials()
         # Nobody else writes it from here on.
@@ -187,18 +186,16 @@ def _slide(
             raise StoreError(f"{store.folder}: {reason}")
         # The ledger tells probabilities, if it is kept.
         ledger = {block.index: store.load_block(block) for block in held}
-        shown, ruled_path = mask, None
+        shown: MaskLike = mask
+        ruled_path = None
         if ruled:
-            ruled_path = store.path / "ruled.ome.zarr"
-            remove(ruled_path)
-            closing.callback(remove, ruled_path)
-            found = write_ruled_mask(store.folder, run, Rule(**ruled), ruled_path)
+            shown, found = _ruled(store, run, ruled, closing)
+            ruled_path = store.ruled_path
             ledger, blocks = {b.index: arrays for b, arrays in found.items()}, list(found)
-            shown = ome_zarr.open_mask(ruled_path)
         else:
             blocks = [b for b in every if b.index in ledger or not ome_zarr.is_empty(mask, b)]
         return SlideResult(
-            **_common(run, ledger),
+            **_common(store.folder, run, ledger),
             mask=shown,
             blocks=blocks,
             ruled_path=ruled_path,
@@ -235,12 +232,13 @@ def _scan(
     is_ours = not mask_file.is_file() or mask_file.name in files.ours([mask_file.name])
     was_corrected = f"{mask_file.name} {MADE_OF}" in run.warnings
     is_stale = run.status != "done" or was_corrected or not is_ours
-    due = [
-        output
-        for output, names in files_of(options).items()
-        if not all((folder / name).exists() for name in names)
-        or (is_stale and mask_file.name not in names)
-    ]
+    due = list[Output]()
+    for output, names in files_of(options).items():
+        is_lost = not all((folder / name).exists() for name in names)
+        is_old = is_stale and mask_file.name not in names
+        is_other = ruled != run.rule and output in ("geojson", "overlay")
+        if output != "probability" and (is_lost or is_old or is_other):
+            due.append(output)
 
     def open_result(closing: ExitStack) -> Result:
         scan: Scan | None = None
@@ -254,21 +252,29 @@ def _scan(
             closing.callback(scan.close)
             if "dicom" in due:
                 without_dicom(scan, Settings(export=ExportOptions(outputs=("dicom",))))
-        mask = open_mask_of(folder, run, closing, scan)
+        own = mask = open_mask_of(folder, run, closing, scan)
         shape: Shape = tuple(mask.shape)
         side = run.settings["predict"]["block_size"] or BLOCK_SIDE[2]
         blocks = list(iter_blocks(shape, (side, side))) if len(shape) == 2 else []
         ledger = {b.index: store.load_block(b) for b in held_blocks(store, run, blocks) if is_ours}
+        if ruled:
+            mask, found = _ruled(store, run, ruled, closing)
+            ledger = {b.index: arrays for b, arrays in found.items()}
         kind = {"image": ImageResult, "volume": VolumeResult}[run.kind]
         result: Result = kind(
-            **_common(run, ledger), mask=mask, blocks=blocks, side=side, scan=scan
+            **_common(folder, run, ledger),
+            mask=mask,
+            own_mask=own,
+            blocks=blocks,
+            side=side,
+            scan=scan,
         )
         return result
 
     return _Again(
         due=due,
         open=open_result,
-        changes=lambda result: result.amounts,
+        changes=lambda result: {**result.amounts, "rule": ruled},
         mask_name=mask_file.name,
         is_corrected=not is_ours,
     )
@@ -278,15 +284,30 @@ KINDS = {"slide": _slide, "image": _scan, "volume": _scan}
 """What is written again, and how it is opened, by what was segmented."""
 
 
-def _common(run: Run, ledger: Ledger) -> dict[str, Any]:
-    """Return the fields of `Result` that `run.json` tells."""
+def _common(folder: Path, run: Run, ledger: Ledger) -> dict[str, Any]:
+    """Return the fields of `Result` that a folder and its `run.json` tell."""
+    probability = None
+    with suppress(StoreError):
+        probability = open_probability(folder)
     return {
+        "probability": probability,
         "facts": run.slide,
         "model": run.model,
         "key": run.settings["key"],
         "classes": run.classes,
         "ledger": ledger,
     }
+
+
+def _ruled(
+    store: RunStore, run: Run, ruled: Mapping[str, Any], closing: ExitStack
+) -> tuple[MaskLike, Found]:
+    """Return the mask by another rule, until it is closed, and what is known of its blocks."""
+    path = store.ruled_path
+    remove(path)
+    closing.callback(remove, path)
+    found = write_ruled_mask(store.folder, run, Rule(**ruled), path)
+    return ome_zarr.open_mask(path), found
 
 
 def held_blocks(store: RunStore, run: Run, blocks: list[Block]) -> list[Block]:

@@ -52,6 +52,8 @@ PROGRAM_PLANES = 64
 """Activations of a program, of which none but its input is known, in planes of a patch."""
 MASK_PX_BYTES = 16
 """Of a block: class, probability, number of the piece and what finding pieces takes."""
+CELL_BYTES = 12
+"""Of a class: the sum, its mean, and that rounded."""
 GRID_PX_BYTES = {"slide": (9, 2), "image": (6, 1), "volume": (6, 1)}
 """Of a block: its pixels, the tiles that they are cut out of, and their way to the device; and how
 many patches further than the block is read, by the model's modality."""
@@ -254,6 +256,9 @@ def _peak_memory(
     sides = [b * r + reach * p for b, r, p in zip(block_shape, plan.ratio, patch, strict=True)]
     bands = 2 * patch[0] * math.prod(sides[1:]) * (channels + 1) * 4
     block = math.prod(block_shape) * MASK_PX_BYTES + math.prod(sides) * grid_px
+    if plan.cell:
+        cells = math.prod(b * r / plan.cell for b, r in zip(block_shape, plan.ratio, strict=True))
+        block += cells * (channels - 1) * CELL_BYTES
     total = PROCESS_BYTES + OUTPUT_BYTES + workers * blocks_in_hand * block
     total += _tissue_px(plan) / PX_PER_VERTEX * VERTEX_BYTES
     kept = plan.straddling * (1 if bundle.activation == "sigmoid" else channels) * 4

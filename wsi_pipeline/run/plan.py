@@ -40,6 +40,7 @@ class Plan:
         threads: of the CPU for one worker's forward passes.
         outlines: whether to trace regions for polygons.
         cell: side, in grid pixels, of what probabilities are kept of; 0 = they are not kept.
+        unpadded: grid pixels along each axis that lie on the source; none = all.
     """
 
     pixels: PixelSource
@@ -59,6 +60,7 @@ class Plan:
     threads: int
     outlines: bool
     cell: int = 0
+    unpadded: Shape = ()
 
     @property
     def ratio(self) -> tuple[float, ...]:
@@ -90,8 +92,8 @@ class Plan:
 
     @property
     def cells_shape(self) -> Shape:
-        """Return how many cells the grid has along each axis."""
-        return tuple(-(-n // self.cell) for n in self.grid.shape)
+        """Return how many cells the grid has along each axis, without what is padded."""
+        return tuple(-(-n // self.cell) for n in self.unpadded or self.grid.shape)
 
     def cells(self, block: Block) -> tuple[Shape, Shape]:
         """Return the cells [start, stop) that are a block's alone: their centre lies in its mask.

@@ -1,4 +1,4 @@
-"""The probabilities of a slide's classes as OME-Zarr: kept by blocks, put together, read again.
+"""The probabilities of a run's classes as OME-Zarr: kept by blocks, put together, read again.
 
 A cell is what one value is of: a grid pixel of the model, or a square of them. Borders of blocks
 are mask pixels, and so hardly ever borders of cells or chunks: each block keeps the cells that are
@@ -9,6 +9,8 @@ done. So no chunk has two writers, and a block that is done again replaces its o
 from __future__ import annotations
 
 import hashlib
+import itertools
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -24,10 +26,11 @@ import zarr
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import Layer, level_shapes, ome_zarr
+from wsi_pipeline.export.polygons.components import PROBABILITY_ONE
 from wsi_pipeline.files.arrays import Array, trusted
 from wsi_pipeline.files.atomic import remove, written_beside
 from wsi_pipeline.files.locks import writing
-from wsi_pipeline.files.ngff import MASK, first_scale
+from wsi_pipeline.files.ngff import MASK, first_scale, ome_of
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks, sample_positions
 from wsi_pipeline.options import ExportOptions, Ngff
@@ -37,8 +40,10 @@ from wsi_pipeline.run.plan import Plan
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 NAME = FILES["probability"]
-STRIP = 256
-"""Mask rows that are sampled at a time."""
+STRIP = 1 << 20
+"""Mask pixels that are sampled at a time: whole rows, or planes of a volume."""
+UNITS = {"micrometer": 1.0, "millimeter": 1000.0}
+"""µm of each unit of length."""
 
 
 def cell_of(grid_mpp: float, export: ExportOptions) -> int:
@@ -70,15 +75,15 @@ def _kept_path(plan: Plan, block: Block) -> Path:
 def _kept_plane(plan: Plan, block: Block, channel: int) -> Bytes:
     """Return one of the planes that `keep_planes` was given."""
     (start, stop), path = plan.cells(block), _kept_path(plan, block)
-    shape = (stop[0] - start[0], stop[1] - start[1])
+    shape = tuple(b - a for a, b in zip(start, stop, strict=True))
     try:
         with np.load(path, allow_pickle=False) as packed:
-            found = imagecodecs.zstd_decode(packed[f"arr_{channel}"], out=shape[0] * shape[1])
+            found = imagecodecs.zstd_decode(packed[f"arr_{channel}"], out=math.prod(shape))
         return np.frombuffer(found, np.uint8).reshape(shape)
     # What is damaged may raise anything.
     except Exception as error:
         raise StoreError(
-            f"{path} is damaged ({error}); segment the slide again, which does this block anew"
+            f"{path} is damaged ({error}); segment again, which does this block anew"
         ) from error
 
 
@@ -124,7 +129,8 @@ def write_probability(
     blocks: Sequence[Block],
     classes: Sequence[ClassInfo],
     *,
-    mask_mpp: tuple[float, float],
+    pixel: Sequence[float],
+    unit: str | None,
     ngff: Ngff,
 ) -> None:
     """Put together what blocks have kept, unless that was done before; return nothing.
@@ -134,12 +140,13 @@ def write_probability(
     Args:
         blocks: all that may hold anything.
         classes: all but the background.
-        mask_mpp: size (y, x) of a mask pixel in µm.
+        pixel: size of a mask pixel along each axis.
+        unit: of that, one of `UNITS`; None = it is not known.
     """
     target = plan.store.folder / NAME
     if not _is_whole(plan):
         with writing(target), written_beside(target) as folder:
-            array = _create(folder, plan, classes, mask_mpp, ngff)
+            array = _create(folder, plan, classes, pixel, unit, ngff)
             _assemble(array, plan, blocks)
             for level in range(1, len(level_shapes(plan.cells_shape))):
                 _reduce(folder, level)
@@ -154,34 +161,32 @@ def _create(
     folder: Path,
     plan: Plan,
     classes: Sequence[ClassInfo],
-    mask_mpp: tuple[float, float],
+    pixel: Sequence[float],
+    unit: str | None,
     ngff: Ngff,
 ) -> Array:
     """Create the OME-Zarr with all its levels, nothing but 0; return level 0."""
     group = zarr.open_group(folder, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
-    ratio = [r / plan.cell for r in plan.ratio]
-    shapes = level_shapes(plan.cells_shape)
-    datasets = []
-    for level in range(len(shapes)):
-        scale = [m / r * 2**level for m, r in zip(mask_mpp, ratio, strict=True)]
-        # Viewers take places for those of pixels' centres: what is coarser begins later.
-        shift = [(s - m) / 2 for s, m in zip(scale, mask_mpp, strict=True)]
-        transforms = [
-            {"type": "scale", "scale": [1.0, *scale]},
-            {"type": "translation", "translation": [0.0, *shift]},
-        ]
-        datasets.append({"path": str(level), "coordinateTransformations": transforms})
-    space = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in ome_zarr.AXES]
+    ratio, shapes = [r / plan.cell for r in plan.ratio], level_shapes(plan.cells_shape)
+    told: dict[str, Any] = {"probabilities": [c.name for c in classes], "ratio": ratio}
+    offset = [0.0] * len(ratio)
+    if plan.is_mirrored:
+        # Cells begin at what is the last pixel here.
+        offset[-1] = plan.cells_shape[-1] - plan.mask_shape[-1] * ratio[-1]
+        told["offset"] = offset
+    size = [p / r for p, r in zip(pixel, ratio, strict=True)]
+    edge = [-p / 2 - o * s for p, o, s in zip(pixel, offset, size, strict=True)]
+    measured = {"unit": unit} if unit else {}
+    space = [{"name": axis, "type": "space", **measured} for axis in "zyx"[-len(ratio) :]]
     multiscale = {
         "name": "probability",
         "axes": [{"name": "c", "type": "channel"}, *space],
-        "datasets": datasets,
+        "datasets": ome_zarr.datasets(size, len(shapes), edge),
         "type": "mean",
     }
     window = {"min": 0.0, "max": 255.0, "start": 0.0, "end": 255.0}
     channels = [ome_zarr.channel(c.name, c, active=True) | {"window": window} for c in classes]
     attributes = ome_zarr.attributes_of(group, multiscale, omero={"channels": channels})
-    told = {"probabilities": [c.name for c in classes], "ratio": ratio}
     group.attrs.put(attributes | {MASK: told})
     # Of probabilities effort 5 leaves three quarters of what 1 does, and more gains little.
     levels = [
@@ -197,8 +202,11 @@ def _assemble(array: Array, plan: Plan, blocks: Sequence[Block]) -> None:
     touching: dict[Shape, list[tuple[Block, Shape, Shape]]] = {}
     for block in blocks:
         start, stop = plan.cells(block)
+        if plan.is_mirrored:
+            width = plan.cells_shape[-1]
+            start, stop = (*start[:-1], width - stop[-1]), (*stop[:-1], width - start[-1])
         spans = [range(a // n, -(-b // n)) for a, b, n in zip(start, stop, unit[1:], strict=True)]
-        for index in ((y, x) for y in spans[0] for x in spans[1]):
+        for index in itertools.product(*spans):
             touching.setdefault(index, []).append((block, start, stop))
 
     def assemble(part: Block) -> None:
@@ -218,7 +226,7 @@ def _assemble(array: Array, plan: Plan, blocks: Sequence[Block]) -> None:
 
 
 def _reduce(folder: Path, level: int) -> None:
-    """Write a reduced level: the mean of four pixels, of fewer at the edge."""
+    """Write a reduced level: the mean of four pixels, eight of a volume, of fewer at the edge."""
     below, array = (ome_zarr.open_mask(folder, level=i) for i in (level - 1, level))
 
     def reduce(part: Block) -> None:
@@ -229,11 +237,14 @@ def _reduce(folder: Path, level: int) -> None:
             return
         pixels: Bytes = np.asarray(below[source.slices])
         odd = [(0, 0), *((0, n % 2) for n in pixels.shape[1:])]
-        pixels = np.pad(pixels, odd, mode="edge")
-        top, bottom = (
-            pixels[:, y::2, ::2].astype(np.uint16) + pixels[:, y::2, 1::2] for y in (0, 1)
-        )
-        ome_zarr.write_block(array, part, ((top + bottom + 2) // 4).astype(np.uint8))
+        sums: npt.NDArray[Any] = np.pad(pixels, odd, mode="edge")
+        axes = sums.ndim - 1
+        for axis in range(1, axes + 1):
+            all_before = (slice(None),) * axis
+            even, uneven = (sums[(*all_before, slice(i, None, 2))] for i in (0, 1))
+            sums = np.add(even, uneven, dtype=np.uint16)
+        means = (sums + (1 << axes - 1)) >> axes
+        ome_zarr.write_block(array, part, means.astype(np.uint8))
 
     # Of shards each takes a hundred megabytes.
     threads = 2 if array.shards else None
@@ -282,64 +293,67 @@ def choose(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Probability(Layer):
-    """The probabilities of a run's classes, uint8 (c, y, x), in 1/255.
+    """The probabilities of a run's classes, uint8 (c, y, x) or (c, z, y, x), in 1/255.
 
     Attributes:
         classes: names of the channels: all classes but the background.
-        ratio: pixels of level 0 per mask pixel, (y, x).
+        ratio: pixels of level 0 per mask pixel along each axis.
+        offset: where the mask begins in them.
     """
 
     classes: list[str]
-    ratio: tuple[float, float]
-
-    def box(self, start: Shape, stop: Shape) -> tuple[Shape, Shape]:
-        """Return which pixels [start, stop) of level 0 tell of a box of mask pixels."""
-        low, high = [], []
-        axes = zip(start, stop, self.ratio, self.levels[0].shape[1:], strict=True)
-        for a, b, ratio, length in axes:
-            floor, fraction = sample_positions(a, b, ratio=ratio, length=length)
-            low.append(int(floor[0]))
-            high.append(int((floor + (fraction > 0))[-1]) + 1)
-        return tuple(low), tuple(high)
+    ratio: tuple[float, ...]
+    offset: tuple[float, ...]
 
     def iter_rows(self, start: Shape, stop: Shape) -> Iterator[tuple[int, Floats]]:
         """Interpolate at mask pixels as `segment` does; yield row and (c, rows, x), from the top.
 
-        Rows count from `start`. Values are in [0, 1].
+        Of a volume rows are planes, (c, planes, y, x). They count from `start`. Values are in
+        [0, 1].
         """
-        low, high = self.box(start, stop)
-        planes = np.asarray(self.levels[0][:, low[0] : high[0], low[1] : high[1]])
-        (y, fy), (x, fx) = (
-            sample_positions(a, b, ratio=r, length=n)
-            for a, b, r, n in zip(start, stop, self.ratio, self.levels[0].shape[1:], strict=True)
-        )
-        y, x = y - low[0], x - low[1]
-        for row in range(0, len(y), STRIP):
-            own, share = y[row : row + STRIP], fy[row : row + STRIP, None]
-            below = own + (share[:, 0] > 0)
-            top, bottom = own[0], below[-1] + 1
-            held = planes[:, top:bottom].astype(np.float32) / np.float32(255)
-            lines = _between(held, 1, own - top, below - top, share)
-            yield row, _between(lines, 2, x, x + (fx > 0), fx)
+        axes = zip(start, stop, self.ratio, self.offset, self.levels[0].shape[1:], strict=True)
+        places = [sample_positions(a, b, ratio=r, length=n, offset=o) for a, b, r, o, n in axes]
+        spans = [slice(int(p[0]), int((p + (f > 0))[-1]) + 1) for p, f in places]
+        planes = np.asarray(self.levels[0][(slice(None), *spans)])
+        (y, fy), *others = ((p - span.start, f) for (p, f), span in zip(places, spans, strict=True))
+        step = max(1, STRIP // math.prod(b - a for a, b in zip(start[1:], stop[1:], strict=True)))
+        for row in range(0, len(y), step):
+            own, share = y[row : row + step], fy[row : row + step]
+            top, bottom = own[0], own[-1] + (share[-1] > 0) + 1
+            lines = planes[:, top:bottom].astype(np.float32) / np.float32(255)
+            lines = _between(lines, 1, own - top, share)
+            for axis, (floor, fraction) in enumerate(others, start=2):
+                lines = _between(lines, axis, floor, fraction)
+            yield row, lines
 
     def read(self, start: Shape, stop: Shape) -> Floats:
-        """Return the probabilities (c, y, x), in [0, 1], at a box of mask pixels.
+        """Return the probabilities, (c, y, x) or (c, z, y, x) in [0, 1], at a box of mask pixels.
 
         Args:
-            start: first mask pixel, (y, x).
+            start: first mask pixel, (y, x) or (z, y, x).
             stop: one past the last.
         """
         return np.concatenate([rows for _, rows in self.iter_rows(start, stop)], axis=1)
 
+    def of_classes(self, block: Block, classes: Bytes) -> npt.NDArray[np.uint16]:
+        """Return the probability, in 1/65535, of the class of each pixel of a block of the mask."""
+        found = np.zeros(classes.shape, np.uint16)
+        for row, planes in self.iter_rows(block.start, block.stop):
+            rows = slice(row, row + planes.shape[1])
+            for index, plane in enumerate(planes, start=1):
+                is_own = classes[rows] == index
+                found[rows][is_own] = np.rint(plane[is_own] * PROBABILITY_ONE)
+        return found
+
 
 def _between(
-    field: Floats, axis: int, low: npt.NDArray[np.int64], high: npt.NDArray[np.int64], share: Floats
+    field: Floats, axis: int, floor: npt.NDArray[np.int64], fraction: npt.NDArray[np.float32]
 ) -> Floats:
     """Interpolate between neighbours along an axis, step by step as `iter_sampled_rows` does."""
-    lower = field.take(low, axis)
-    between: Floats = field.take(high, axis)
+    lower = field.take(floor, axis)
+    between: Floats = field.take(floor + (fraction > 0), axis)
     between -= lower
-    between *= share
+    between *= fraction.reshape(-1, *[1] * (field.ndim - axis - 1))
     between += lower
     return between
 
@@ -352,25 +366,24 @@ def open_probability(folder: Path) -> Probability:
     """
     path = folder / NAME
     if not path.is_dir():
-        raise StoreError(
-            f"{folder} has no {NAME}; segment the slide again, with probability as an output"
-        )
+        raise StoreError(f"{folder} has no {NAME}; segment again, with probability as an output")
     try:
         attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
         told = attributes[MASK]
-        classes, (ratio_y, ratio_x) = list(map(str, told["probabilities"])), told["ratio"]
+        classes, ratio = list(map(str, told["probabilities"])), tuple(map(float, told["ratio"]))
         first = trusted(zarr.open_array(path / "0", mode="r"))
         count, *shape = first.shape
         shapes = level_shapes(tuple(shape))
         rest = [trusted(zarr.open_array(path / str(i), mode="r")) for i in range(1, len(shapes))]
         if [level.shape for level in (first, *rest)] != [(len(classes), *s) for s in shapes]:
             raise ValueError(f"levels of other shapes than {count} classes have")
-        _, y, x = first_scale(attributes)
+        unit = UNITS.get(ome_of(attributes)["multiscales"][0]["axes"][-1].get("unit"))
         return Probability(
             levels=[first, *rest],
             classes=classes,
-            ratio=(float(ratio_y), float(ratio_x)),
-            mpp=(float(y), float(x)),
+            ratio=ratio,
+            offset=tuple(map(float, told.get("offset", [0.0] * len(ratio)))),
+            mpp=tuple(float(n) * unit for n in first_scale(attributes)[1:]) if unit else None,
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise StoreError(f"{path} is damaged ({error}); segment the slide again") from error
+        raise StoreError(f"{path} is damaged ({error}); segment again") from error

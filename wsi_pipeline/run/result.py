@@ -29,7 +29,7 @@ from wsi_pipeline.options import OUTPUTS, ExportOptions, Output, Settings
 from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import made_by, stamp_of
-from wsi_pipeline.run.probability import open_probability
+from wsi_pipeline.run.probability import Probability, open_probability
 from wsi_pipeline.run.written import WrittenFiles
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class Result(ABC):
         blocks: all that may hold anything.
         side: of a block in two dimensions, mask pixels.
         ledger: as far as it is true of this mask; pieces of other blocks are looked for in it.
+        probability: that of the classes, where the ledger does not tell it; None = nobody knows.
+        write_probability: puts together what blocks have kept, where users look; None = they do
+            not keep anything any more.
     """
 
     facts: SourceFacts
@@ -76,6 +79,8 @@ class Result(ABC):
     blocks: list[Block]
     side: int
     ledger: Ledger
+    probability: Probability | None = None
+    write_probability: Callable[[], None] | None = None
 
     @property
     @abstractmethod
@@ -95,8 +100,13 @@ class Result(ABC):
             clock: gets a lap for each.
         """
         failures, polygons = list[str](), [NOTHING]
-        tracing: Writers = {"geojson": lambda path: polygons.append(self._write_polygons(path))}
-        for output, write in {**tracing, **self._writers()}.items():
+        writers: dict[Output, Callable[[Path], object]] = {
+            "geojson": lambda path: polygons.append(self._write_polygons(path))
+        }
+        if (put_together := self.write_probability) is not None:
+            # A folder, which takes its place by itself; DICOM is made of it.
+            writers["probability"] = lambda path: put_together()
+        for output, write in {**writers, **self._writers()}.items():
             if output not in wanted:
                 continue
             path = folder / FILES[output]
@@ -122,9 +132,10 @@ class Result(ABC):
         features = self.features
         traced = {i: BlockComponents.from_arrays(a) for i, a in self.ledger.items() if "top" in a}
         rest = [block for block in self.blocks if block.index not in traced]
+        sure = self.probability.of_classes if self.probability else None
         return find_outlines(
             self.mask,
-            {**traced, **trace_mask(self.mask, rest)},
+            {**traced, **trace_mask(self.mask, rest, sure=sure)},
             block_size=self.side,
             tolerance=features.tolerance,
             min_pixels=features.min_pixels,
@@ -161,8 +172,6 @@ class SlideResult(Result):
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
         ruled_path: OME-Zarr by other thresholds, of which polygons and overlay are made; None =
             they are made of the mask.
-        write_probability: puts together what blocks have kept, where users look; None = they do
-            not keep anything any more.
     """
 
     mask_path: Path
@@ -172,7 +181,6 @@ class SlideResult(Result):
     options: ExportOptions
     stored: StoredGrid | None
     ruled_path: Path | None = None
-    write_probability: Callable[[], None] | None = None
 
     @property
     def crop(self) -> Region | None:
@@ -202,11 +210,11 @@ class SlideResult(Result):
         )
 
     def _writers(self) -> Writers:
-        writers: Writers = {"tiff": self._write_tiffs, "overlay": self._write_overlay}
-        if (put_together := self.write_probability) is not None:
-            # A folder, which takes its place by itself.
-            writers = {**writers, "probability": lambda path: put_together()}
-        return {**writers, "dicom": self._write_dicom}
+        return {
+            "tiff": self._write_tiffs,
+            "overlay": self._write_overlay,
+            "dicom": self._write_dicom,
+        }
 
     def _write_tiffs(self, path: Path) -> None:
         """Write the OME-TIFF, cropped as the viewer shows it, and ASAP's kind where wanted."""
@@ -277,10 +285,12 @@ class ScanResult(Result):
 
     Attributes:
         scan: opened; None = only what is made of the mask alone can be written.
+        own_mask: the mask that people see, where `mask` is by other thresholds; None = it is that.
         size_field: name, in `run.json`, of the size of a class where a pixel's is known.
     """
 
     scan: Scan | None
+    own_mask: MaskLike | None = None
     size_field: ClassVar[str]
 
     @cached_property
@@ -293,6 +303,10 @@ class ScanResult(Result):
         """Return mm between pixels in the order of the mask's axes."""
         spacing = self.facts["spacing_mm"]
         return tuple(reversed(spacing)) if spacing else None
+
+    @property
+    def _seen(self) -> MaskLike:
+        return self.mask if self.own_mask is None else self.own_mask
 
     @property
     def amounts(self) -> dict[str, Any]:
@@ -330,7 +344,7 @@ class ScanResult(Result):
         return {
             "dicom": lambda path: write_dicom_seg(
                 path,
-                self.mask,
+                self._seen,
                 scan=scan,
                 classes=self.classes,
                 model=self.model["name"],
@@ -348,7 +362,7 @@ class ImageResult(ScanResult):
 
     def _writers(self) -> Writers:
         return {
-            "png": lambda path: write_mask_png(path, self.mask, classes=self.classes),
+            "png": lambda path: write_mask_png(path, self._seen, classes=self.classes),
             **super()._writers(),
             **({} if self.scan is None else {"overlay": partial(self._write_overlay, self.scan)}),
         }
@@ -389,7 +403,7 @@ class VolumeResult(ScanResult):
         from wsi_pipeline.export.planes import write_planes_overlay
 
         return {
-            "nifti": lambda path: write_nifti(path, self.mask, volume),
+            "nifti": lambda path: write_nifti(path, self._seen, volume),
             **super()._writers(),
             "overlay": lambda path: write_planes_overlay(
                 path, volume, self.mask, self.classes, self.lesions, notes=self._notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import numpy as np
 from wsi_pipeline.bundle import AXES, Bundle
 from wsi_pipeline.errors import StoreError, raised_as
 from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.clock import Clock
+from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import PatchGrid, Shape
 from wsi_pipeline.options import Settings, as_plain
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.probability import without_planes, write_probability
 from wsi_pipeline.run.result import (
     BLOCK_SIDE,
     ImageResult,
@@ -28,15 +32,12 @@ from wsi_pipeline.run.result import (
     without_dicom,
 )
 from wsi_pipeline.run.source_run import SourceRun
-from wsi_pipeline.run.store import RunStore
+from wsi_pipeline.run.store import CHUNK, RunStore, create_scan_mask
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources.pixels import ScanPixels
 from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan, prepare
 
 logger = logging.getLogger(__name__)
-
-CHUNK = {2: 1024, 3: 64}
-"""Side of a chunk of the mask while it grows; blocks are made of whole ones."""
 
 
 class ScanRun(SourceRun):
@@ -126,6 +127,12 @@ class ScanRun(SourceRun):
             predict=self.settings.predict,
             threads=threads,
             outlines="geojson" in self.settings.export.outputs,
+            cell=int("probability" in self.settings.export.outputs),
+            unpadded=tuple(
+                # The last pixel may be interpolated between two.
+                min(n, max(math.ceil(size / step), math.ceil((size - 0.5) / step + 0.5)))
+                for size, step, n in zip(scan.shape, prepared.step, prepared.shape, strict=True)
+            ),
         )
 
     def make_mask(self) -> None:
@@ -137,15 +144,18 @@ class ScanRun(SourceRun):
         except Exception:
             # It is not there, or damaged in any way.
             store.forget_blocks()
-            store.create_mask(plan.mask_shape, chunk=CHUNK[len(plan.mask_shape)])
+            with writing(store.mask_path), written_beside(store.mask_path) as partial_path:
+                create_scan_mask(partial_path, plan.mask_shape)
         else:
-            store.forget_blocks(store.damaged(self.blocks, mask))
+            damaged = store.damaged(self.blocks, mask)
+            store.forget_blocks({*damaged, *without_planes(plan, self.blocks)})
 
     def most_mask_files(self, plan: Plan) -> int:
         """See `SourceRun`."""
-        metadata = 2
-        unit = CHUNK[len(plan.mask_shape)]
-        return math.prod(-(-n // unit) for n in plan.mask_shape) + metadata
+        metadata, unit, planes = 2, CHUNK[len(plan.mask_shape)], 0
+        if plan.cell:
+            planes = (len(self.bundle.classes) - 1) * ome_zarr.count_files(plan.cells_shape, "0.4")
+        return math.prod(-(-n // unit) for n in plan.mask_shape) + metadata + planes // 2
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> ScanResult:
         """Count the lesions; see `SourceRun`."""
@@ -167,6 +177,15 @@ class ScanRun(SourceRun):
             side=self.plan.block_shape[0],
             ledger=ledger,
             scan=self.reopened,
+            write_probability=partial(
+                write_probability,
+                self.plan,
+                self.blocks,
+                self.bundle.classes[1:],
+                pixel=spacing or (1.0,) * len(scan.shape),
+                unit="millimeter" if spacing else None,
+                ngff="0.4",
+            ),
         )
         self.result.lesions  # noqa: B018  # counted here, to be timed by itself
         clock.lap("lesions")

@@ -269,7 +269,8 @@ class SlideRun(SourceRun):
                 self.plan,
                 self.blocks,
                 self.bundle.classes[1:],
-                mask_mpp=mask_mpp,
+                pixel=mask_mpp,
+                unit="micrometer",
                 ngff=options.ngff,
             ),
         )

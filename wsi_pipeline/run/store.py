@@ -39,6 +39,8 @@ LEAST_ROOM = 1 << 28
 """Bytes that any entry of the ledger may unpack to."""
 MOST_PACKED = 128
 """Bytes besides for one that is stored: outlines pack to a tenth or so."""
+CHUNK = {2: 1024, 3: 64}
+"""Side of a chunk of the mask of an image or volume, by its axes; blocks are made of whole ones."""
 CLAIM_PATIENCE = 0.2
 """Seconds: who only looks whether a folder is claimed has it for a moment."""
 
@@ -82,6 +84,11 @@ class RunStore:
         return self.path / "grid.zarr"
 
     @property
+    def ruled_path(self) -> Path:
+        """Return where a mask by other thresholds is while outputs are made of it."""
+        return self.path / "ruled.ome.zarr"
+
+    @property
     def roi_path(self) -> Path:
         """Return the copy of the ROI, by which masks are made of probabilities later."""
         return self.path / "roi.geojson"
@@ -111,12 +118,6 @@ class RunStore:
     def written_path(self) -> Path:
         """Return the file with the hashes of all that was written into the run's folder."""
         return self.path / "written.sha256"
-
-    def create_mask(self, shape: Shape, *, chunk: int) -> None:
-        """Create the mask of an image or volume where it grows, all background."""
-        with writing(self.mask_path), written_beside(self.mask_path) as partial:
-            group = zarr.open_group(partial, mode="w-")
-            group.create_array("0", shape=shape, chunks=(chunk,) * len(shape), dtype=np.uint8)
 
     def claim(self) -> ExitStack:
         """Claim the folder for this process, as `claim_folder` does."""
@@ -237,6 +238,12 @@ class RunStore:
             raise StoreError(
                 f"{path} is damaged ({reason}); segment the slide again, which does this block anew"
             ) from error
+
+
+def create_scan_mask(path: Path, shape: Shape) -> zarr.Array[Any]:
+    """Create the mask of an image or volume, all background; return it."""
+    group, chunks = zarr.open_group(path, mode="w-"), (CHUNK[len(shape)],) * len(shape)
+    return group.create_array("0", shape=shape, chunks=chunks, dtype=np.uint8)
 
 
 def hash_block(pixels: npt.NDArray[np.uint8]) -> str:

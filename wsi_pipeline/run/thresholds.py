@@ -24,15 +24,83 @@ from wsi_pipeline.geometry import Block, Region, iter_blocks
 from wsi_pipeline.options import Rule, as_plain
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.probability import NAME, choose, open_probability, with_background
-from wsi_pipeline.run.store import RunStore, another, open_run_store, run_key, settle
+from wsi_pipeline.run.result import BLOCK_SIDE
+from wsi_pipeline.run.store import (
+    RunStore,
+    another,
+    create_scan_mask,
+    open_run_store,
+    run_key,
+    settle,
+)
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.slide import frame_offset
 
 Found = dict[Block, dict[str, npt.NDArray[Any]]]
 BY_OTHERS = "polygons, areas and overview are by other thresholds than the mask: "
 """How the warning begins of a run whose mask stays as it is."""
-ONLY_SLIDES = "thresholds are for slides, whose runs keep probabilities"
 UNFINISHED = "its outputs are not written yet: give the same export again"
+
+
+class RuledMask:
+    """The mask that a run has by another rule, made of its probabilities where it is sliced.
+
+    Args:
+        folder: of the run.
+
+    Attributes:
+        shape: (y, x) or (z, y, x).
+        mpp: (y, x) µm per pixel of a slide's.
+        side: of its blocks.
+        unreadable: the value of what could not be read.
+
+    Raises:
+        StoreError: the run has no probabilities, or its ROI is not kept.
+        UsageError: a class that it has not.
+    """
+
+    def __init__(self, folder: Path, run: Run, rule: Rule) -> None:
+        self._run, self._rule, self._found = run, rule, open_probability(folder)
+        self.unreadable = len(self._found.classes) + 1
+        self._thresholds, store = rule.of(self._found.classes), RunStore(folder=folder)
+        self.side, self._roi = run.settings["predict"]["block_size"], None
+        if run.kind != "slide":
+            self.shape = tuple(reversed(run.slide["size"]))
+            self.side = self.side or BLOCK_SIDE[len(self.shape)]
+            return
+        (self._mask, *_), self.mpp = ome_zarr.open_finished(store.finished_mask_path)
+        self.shape, select, bounds = self._mask.shape, run.settings["select"], run.slide["bounds"]
+        self.side = ome_zarr.block_side(self.side, run.settings["export"]["ngff"])
+        if select["roi"]:
+            if not store.roi_path.is_file():
+                raise StoreError(f"{store.roi_path}, the run's ROI, is lost; segment again")
+            offset = frame_offset(Region(**bounds) if bounds else None, select["frame"])
+            self._roi = read_region(store.roi_path, offset=offset)
+
+    def __getitem__(self, key: Any, /) -> npt.NDArray[np.uint8]:
+        """Return the class indices of a box, by its slices without steps."""
+        start, stop = (tuple(getattr(s, end) for s in key) for end in ("start", "stop"))
+        return self.read(Block(index=(), start=start, stop=stop))[0]
+
+    def read(self, block: Block) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16]]:
+        """Return the class of each pixel of a block, and its probability in 1/65535."""
+        pixels, probability = np.zeros(block.shape, np.uint8), np.zeros(block.shape, np.uint16)
+        for row, planes in self._found.iter_rows(block.start, block.stop):
+            # Most of a slide is glass.
+            if planes.any():
+                rows = slice(row, row + planes.shape[1])
+                every = with_background(planes)
+                best, pixels[rows] = choose(every, self._thresholds, self._rule.min_margin)
+                probability[rows] = np.rint(best.clip(0, 1) * PROBABILITY_ONE)
+        if self._roi is not None:
+            (y, x), (height, width), (mpp_y, mpp_x) = block.start, block.shape, self.mpp
+            fine = (mpp_y / self._run.slide["mpp"][1], mpp_x / self._run.slide["mpp"][0])
+            origin = (y * fine[0], x * fine[1])
+            pixels *= rasterise(self._roi, (height, width), origin=origin, downsample=fine)
+        if self._run.bad_regions:
+            bad = np.asarray(self._mask[block.slices]) == self.unreadable
+            pixels[bad], probability[bad] = self.unreadable, 0
+        return pixels, probability
 
 
 def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
@@ -40,62 +108,42 @@ def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
 
     Args:
         folder: of the run.
-        path: of the new OME-Zarr.
+        path: of the new mask, an OME-Zarr, of images and volumes an array `0`.
 
     Returns:
         Pieces, pixels and checksums of each block that holds anything.
 
-    Raises:
-        StoreError: the run has no probabilities, or its ROI is not kept.
-        UsageError: a class that it has not.
+    Raises: see `RuledMask`.
     """
-    found, store = open_probability(folder), RunStore(folder=folder)
-    thresholds, unreadable = rule.of(found.classes), len(found.classes) + 1
-    (mask, *_), mask_mpp = ome_zarr.open_finished(store.finished_mask_path)
-    export, select, bounds = (run.settings["export"], run.settings["select"], run.slide["bounds"])
-    side = ome_zarr.block_side(run.settings["predict"]["block_size"], export["ngff"])
-    fine = (mask_mpp[0] / run.slide["mpp"][1], mask_mpp[1] / run.slide["mpp"][0])
-    roi = None
-    if select["roi"]:
-        if not store.roi_path.is_file():
-            raise StoreError(f"{store.roi_path}, the run's ROI, is lost; segment the slide again")
-        offset = frame_offset(Region(**bounds) if bounds else None, select["frame"])
-        roi = read_region(store.roi_path, offset=offset)
-    new = ome_zarr.create_mask(
-        path,
-        mask.shape,
-        classes=run.classes,
-        mask_mpp=mask_mpp,
-        ngff=export["ngff"],
-        name=Path(run.slide["name"]).stem,
-    )
+    ruled = RuledMask(folder, run, rule)
+    if run.kind == "slide":
+        new = ome_zarr.create_mask(
+            path,
+            ruled.shape,
+            classes=run.classes,
+            mask_mpp=ruled.mpp,
+            ngff=run.settings["export"]["ngff"],
+            name=Path(run.slide["name"]).stem,
+        )
+    else:
+        new = create_scan_mask(path, ruled.shape)
 
     def do(block: Block) -> tuple[Block, dict[str, npt.NDArray[Any]]]:
-        (y, x), shape = block.start, (block.shape[0], block.shape[1])
-        pixels, probability = np.zeros(shape, np.uint8), np.zeros(shape, np.uint16)
-        for row, planes in found.iter_rows(block.start, block.stop):
-            # Most of a slide is glass.
-            if planes.any():
-                rows = slice(row, row + planes.shape[1])
-                every = with_background(planes)
-                best, pixels[rows] = choose(every, thresholds, rule.min_margin)
-                probability[rows] = np.rint(best.clip(0, 1) * PROBABILITY_ONE)
-        if roi is not None:
-            pixels *= rasterise(roi, shape, origin=(y * fine[0], x * fine[1]), downsample=fine)
-        if run.bad_regions:
-            bad = np.asarray(mask[block.slices]) == unreadable
-            pixels[bad], probability[bad] = unreadable, 0
+        pixels, probability = ruled.read(block)
         if not pixels.any():
             return block, {}
         ome_zarr.write_block(new, block, pixels)
-        arrays = find_components(pixels, probability, (y, x)).as_arrays()
-        arrays["counts"] = np.bincount(pixels.ravel(), minlength=unreadable + 1)
+        arrays = {"counts": np.bincount(pixels.ravel(), minlength=ruled.unreadable + 1)}
+        if pixels.ndim == 2:
+            corner = (block.start[0], block.start[1])
+            arrays |= find_components(pixels, probability, corner).as_arrays()
         arrays["chunks"] = settle(new, block)
         return block, arrays
 
-    done = map_in_threads(do, iter_blocks(mask.shape, (side, side)))
+    done = map_in_threads(do, iter_blocks(ruled.shape, (ruled.side,) * len(ruled.shape)))
     ledger = {block: arrays for block, arrays in done if arrays}
-    ome_zarr.build_pyramid(path, run.classes)
+    if run.kind == "slide":
+        ome_zarr.build_pyramid(path, run.classes)
     return ledger
 
 
@@ -127,8 +175,6 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
         BusyError: another process works in one of them.
     """
     run, source = load_run(folder), RunStore(folder=folder)
-    if run.kind != "slide":
-        raise StoreError(f"{folder}: {ONLY_SLIDES}")
     target = output / folder.name
     if target.resolve() == folder.resolve():
         raise StoreError(f"{output} holds this very run; choose another --output")
@@ -153,7 +199,11 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
             (target / RUN_FILE).unlink(missing_ok=True)
             for name in ours:
                 remove(target / name)
-            os.rename(store.mask_path, store.finished_mask_path)
+            if run.kind == "slide":
+                os.rename(store.mask_path, store.finished_mask_path)
+                levels, mpp = ome_zarr.open_finished(store.finished_mask_path)
+                mm2 = math.prod(mpp) * 1e-6
+                run = replace(run, area_mm2=areas_of(run, levels[0], ledger, mm2))
             for block, arrays in ledger.items():
                 store.finish_block(block, arrays)
             for kept, copy in (
@@ -165,14 +215,17 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
                     shutil.copytree(kept, copy, dirs_exist_ok=True)
                 elif kept.is_file():
                     shutil.copyfile(kept, copy)
-            levels, mpp = ome_zarr.open_finished(store.finished_mask_path)
             predict = {**run.settings["predict"], **as_plain(rule)}
             made = replace(
                 run,
                 status="failed",
                 reason=UNFINISHED,
-                settings={**run.settings, "key": key, "predict": predict},
-                area_mm2=areas_of(run, levels[0], ledger, math.prod(mpp) * 1e-6),
+                settings={
+                    **run.settings,
+                    "key": key,
+                    "predict": predict,
+                    "made_of": run.settings["key"],
+                },
                 warnings=[w for w in run.warnings if STAYS not in w and BY_OTHERS not in w],
                 files={},
                 rule={},

@@ -115,6 +115,11 @@ def verify(
     run = load_run(folder / RUN_FILE)
     if (certificate := run.certificate) is None:
         why = run.reason or "the version that made it took none"
+        if "made_of" in run.settings:
+            raise StoreError(
+                f"{folder}: `export` made its mask, by thresholds, of another run's probabilities; "
+                "verify that run"
+            )
         raise StoreError(f"{folder} has no hashes of its mask: {why}; segment again")
     seed = int(np.random.SeedSequence().generate_state(1)[0]) if seed is None else seed
     with ExitStack() as closing:

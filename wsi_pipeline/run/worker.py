@@ -128,7 +128,8 @@ class BlockWorker:
             write_block(self._mask, block, mask)
             chunks = settle(self._mask, block)
         if means is not None:
-            keep_planes(plan, block, self._in_roi(means.as_bytes(), block))
+            planes = self._in_roi(means.as_bytes(), block)
+            keep_planes(plan, block, planes[..., ::-1] if plan.is_mirrored else planes)
         clock.lap("write")
         # Before the ledger knows of the block: no mask is to be made of two files.
         self._check_source()

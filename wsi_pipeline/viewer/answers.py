@@ -11,7 +11,7 @@ import orjson
 from tornado.web import HTTPError
 
 from wsi_pipeline.viewer.cut import Thresholds
-from wsi_pipeline.viewer.run_view import Shown, ShownPicture
+from wsi_pipeline.viewer.run_view import Shown
 from wsi_pipeline.viewer.volume import ShownVolume
 
 WHOLE, SIZE, NUMBER = r"-?[0-9]{1,9}", r"[1-9][0-9]{0,8}", r"(?=.*[1-9])[0-9]{1,6}(\.[0-9]{1,6})?"
@@ -40,11 +40,22 @@ NO_PART = (HTTPStatus.NOT_FOUND, "there is no such part of a run")
 
 def answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
     """Return the answer to what is asked of a run."""
+    if parts == ["areas"]:
+        thresholds = _thresholds(shown, query)
+        assert shown.cut is not None
+        return as_json(shown.cut.areas(thresholds, is_exact="exact" in query))
     if isinstance(shown, ShownVolume):
+        what: int | Thresholds = ()
+        match parts:
+            case ["probability", channel, *rest]:
+                (what,), parts = whole_numbers([channel], 1), ["cut", *rest]
+            case ["cut", *_]:
+                what = _thresholds(shown, query)
         if len(parts) != 3:
             raise RequestError(*NO_PART)
         (index,) = whole_numbers(parts[2:], 1)
-        return "application/octet-stream", shown.slice_of(parts[0], parts[1], index).tobytes()
+        pixels = shown.slice_of(parts[0], parts[1], index, what)
+        return "application/octet-stream", pixels.tobytes()
     match parts:
         case ["thumbnail"]:
             return "image/jpeg", shown.thumbnail_jpeg()
@@ -59,10 +70,6 @@ def answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
             thresholds, hidden = _thresholds(shown, query), _hidden(query)
             tile = shown.cut_tile(*whole_numbers(place, 3), what=thresholds, hidden=hidden)
             return "image/png", tile
-        case ["areas"]:
-            thresholds = _thresholds(shown, query)
-            assert shown.cut is not None
-            return as_json(shown.cut.areas(thresholds, is_exact="exact" in query))
         case ["polygons"]:
             x, y = (int(_asked(query, name)) for name in "xy")
             width, height = (int(_asked(query, name, SIZE, "1 or more")) for name in "wh")
@@ -115,7 +122,7 @@ def _hidden(query: Query) -> frozenset[int]:
     return frozenset(map(int, _asked(query, "hide", LIST, "whole numbers with commas").split(",")))
 
 
-def _thresholds(shown: ShownPicture, query: Query) -> Thresholds:
+def _thresholds(shown: Shown, query: Query) -> Thresholds:
     """Return the threshold of each class that has probabilities, None where it is not cut."""
     told = _asked(query, "t", SHARES, "numbers from 0 to 1 with commas, or nothing")
     thresholds = [float(share) if share else None for share in told.split(",")]

@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 
-from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.export.ome_zarr import CHUNK, CUBOID
 from wsi_pipeline.export.polygons.build import polygons
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.threads import map_in_threads
-from wsi_pipeline.geometry import Block, box_slices, iter_blocks
-from wsi_pipeline.run.probability import Probability, choose, with_background
+from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks
+from wsi_pipeline.run.probability import Probability, choose, open_probability, with_background
+from wsi_pipeline.viewer.base import ShownRun
 from wsi_pipeline.viewer.polygons import Polygons
 
 Pixels = npt.NDArray[np.uint8]
@@ -26,7 +28,7 @@ Thresholds = Sequence[float | None]
 """Of each channel; None = not cut."""
 
 BLOCK = 1024
-"""Side of what is cut at once: a chunk, which is decoded once."""
+"""Side of what is traced at once."""
 QUICK, MOST = 1 << 19, 1 << 27
 """Values of a class in a first answer, and at most in an exact one."""
 FINE = 1 << 22
@@ -43,25 +45,31 @@ PALETTE = [
 class Cut:
     """What a mask would be with other thresholds.
 
+    All along the axes of the mask, (y, x) or (z, y, x).
+
     Attributes:
         values: index, in the mask, of the class of each channel.
-        downsample: (y, x) slide pixels per value of level 0.
-        mask_downsample: (y, x) slide pixels per mask pixel.
-        mask_shape: (y, x) of the mask.
-        mm2: of what a value of level 0 is of.
+        downsample: slide pixels per value of level 0.
+        mask_downsample: slide pixels per mask pixel.
+        mask_shape: of the mask.
+        amount: of what a value of level 0 is of, in the run's unit.
     """
 
     probability: Probability
     values: Sequence[int]
-    downsample: tuple[float, float]
-    mask_downsample: tuple[float, float]
-    mask_shape: Pair
-    mm2: float
+    downsample: tuple[float, ...]
+    mask_downsample: tuple[float, ...]
+    mask_shape: Shape
+    amount: float
 
-    def shape(self, level: int) -> Pair:
-        """Return (y, x) of a level."""
-        _, height, width = self.probability.levels[level].shape
-        return height, width
+    def shape(self, level: int) -> Shape:
+        """Return the shape of a level, without channels."""
+        return self.probability.levels[level].shape[1:]
+
+    @property
+    def _chunk(self) -> Shape:
+        # What is decoded once.
+        return CUBOID if len(self.mask_shape) > 2 else (CHUNK, CHUNK)
 
     def plane(self, channel: int, level: int, start: Pair, shape: Pair) -> Pixels:
         """Return a rectangle of a class's probabilities in 1/255, (y, x).
@@ -69,31 +77,50 @@ class Cut:
         Raises:
             SourceError: there is no such class.
         """
-        if not 0 <= channel < len(self.values):
-            raise SourceError(f"there are probabilities of {len(self.values)} classes")
+        self._check(channel)
         rows, columns = box_slices(start, shape)
         return np.asarray(self.probability.levels[level][channel, rows, columns])
 
-    def mask(self, level: int, start: Pair, stop: Pair, thresholds: Thresholds) -> Pixels:
-        """Return the classes, as the mask's indices, of a rectangle of a level, (y, x)."""
+    def at_pixels(self, start: Shape, stop: Shape, what: int | Thresholds) -> Pixels:
+        """Return a class's probabilities in 1/255, or the classes, at a box of mask pixels.
+
+        Args:
+            what: channel of the probabilities, or thresholds of all.
+
+        Raises:
+            SourceError: there is no such class.
+        """
+        if isinstance(what, int):
+            self._check(what)
+            shares: Pixels = np.rint(self.probability.read(start, stop)[what] * 255).astype(
+                np.uint8
+            )
+            return shares
+        every = np.array([0, *self.values], np.uint8)
+        return np.asarray(every[_chosen(self.probability.read(start, stop), what)])
+
+    def _check(self, channel: int) -> None:
+        if not 0 <= channel < len(self.values):
+            raise SourceError(f"there are probabilities of {len(self.values)} classes")
+
+    def mask(self, level: int, start: Shape, stop: Shape, thresholds: Thresholds) -> Pixels:
+        """Return the classes, as the mask's indices, of a box of a level."""
         array = self.probability.levels[level]
         classes_of = self._rule(tuple(thresholds))
-        found = np.zeros((stop[0] - start[0], stop[1] - start[1]), np.uint8)
+        found = np.zeros([b - a for a, b in zip(start, stop, strict=True)], np.uint8)
 
         def cut(block: Block) -> None:
-            low, high = (
-                [a + b for a, b in zip(at, start, strict=True)] for at in (block.start, block.stop)
-            )
-            planes = np.asarray(array[:, low[0] : high[0], low[1] : high[1]])
+            corner = [a + b for a, b in zip(block.start, start, strict=True)]
+            planes = np.asarray(array[(slice(None), *box_slices(corner, block.shape))])
             if planes.any():
                 found[block.slices] = classes_of(planes)
 
-        for _ in map_in_threads(cut, iter_blocks(found.shape, (BLOCK, BLOCK))):
+        for _ in map_in_threads(cut, iter_blocks(found.shape, self._chunk)):
             pass
         return found
 
     def areas(self, thresholds: Thresholds, *, is_exact: bool) -> dict[str, Any]:
-        """Return `mm2` of each class in the slide, by index, and whether all values were counted.
+        """Return `amounts` of each class, by index, and as `is_exact` whether all was counted.
 
         Args:
             is_exact: count all, which takes seconds on a large slide.
@@ -104,10 +131,11 @@ class Cut:
             every = self._rule(tuple(thresholds))(_combinations(len(self.values))).ravel()
             counts = np.bincount(every, weights=self._histogram, minlength=1 + max(self.values))
         else:
-            mask = self.mask(level, (0, 0), self.shape(level), thresholds)
+            shape = self.shape(level)
+            mask = self.mask(level, (0,) * len(shape), shape, thresholds)
             counts = np.bincount(mask.ravel(), minlength=1 + max(self.values))
-        mm2 = counts * (self.mm2 * 4**level)
-        return {"mm2": {n: float(mm2[n]) for n in self.values}, "is_exact": level == 0}
+        found = counts * (self.amount * 2 ** (level * len(self.downsample)))
+        return {"amounts": {n: float(found[n]) for n in self.values}, "is_exact": level == 0}
 
     def within(
         self,
@@ -153,8 +181,7 @@ class Cut:
         if stop[0] <= start[0] or stop[1] <= start[1]:
             return {"shapes": [], "more": 0, "is_exact": True}
         if is_fine:
-            planes = self.probability.read(start, stop)
-            mask = np.array([0, *self.values], np.uint8)[_chosen(planes, thresholds)]
+            mask = self.at_pixels(start, stop, thresholds)
         else:
             mask = self.mask(level, start, stop, thresholds)
         blocks = iter_blocks(mask.shape, (BLOCK, BLOCK))
@@ -182,12 +209,11 @@ class Cut:
         array = self.probability.levels[0]
 
         def count(block: Block) -> npt.NDArray[np.int64]:
-            rows, columns = block.slices
-            codes = _codes(np.asarray(array[:, rows, columns]))
+            codes = _codes(np.asarray(array[(slice(None), *block.slices)]))
             return np.bincount(codes.ravel(), minlength=256 ** len(self.values))
 
         total = np.zeros(256 ** len(self.values), np.int64)
-        for found in map_in_threads(count, iter_blocks(self.shape(0), (BLOCK, BLOCK))):
+        for found in map_in_threads(count, iter_blocks(self.shape(0), self._chunk)):
             total += found
         return total
 
@@ -208,8 +234,36 @@ class Cut:
     def _quick(self, shape: Sequence[float], most: int) -> int:
         """Return the finest level of which a part, of a size at level 0, has few values."""
         levels = range(len(self.probability.levels))
-        few = (n for n in levels if shape[0] * shape[1] <= most * 4**n)
+        few = (n for n in levels if math.prod(shape) <= most * 2 ** (n * len(shape)))
         return next(few, levels[-1])
+
+
+def open_cut(shown: ShownRun, mask_shape: Shape, mask_downsample: tuple[float, ...]) -> Cut | None:
+    """Return what cuts a run's mask anew, where it keeps probabilities of the mask's classes.
+
+    Args:
+        mask_shape: of the mask.
+        mask_downsample: level-0 pixels per mask pixel along each axis.
+    """
+    try:
+        probability = open_probability(shown.folder)
+    except StoreError:
+        return None
+    names, slide = list(shown.classes), shown.run.slide
+    if not set(probability.classes) <= set(names) or len(probability.ratio) != len(mask_shape):
+        return None
+    axes = zip(mask_downsample, probability.ratio, strict=True)
+    downsample = tuple(step / ratio for step, ratio in axes)
+    mm = [um / 1000 for um in slide["mpp"]] if "mpp" in slide else slide["spacing_mm"] or [1.0]
+    ml = 1000 if shown.run.kind == "volume" else 1
+    return Cut(
+        probability=probability,
+        amount=math.prod(mm) * math.prod(downsample) / ml,
+        values=[names.index(name) for name in probability.classes],
+        downsample=downsample,
+        mask_downsample=mask_downsample,
+        mask_shape=mask_shape,
+    )
 
 
 def _combinations(count: int) -> Pixels:

@@ -22,12 +22,11 @@ from wsi_pipeline.geometry import Region, box_slices
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
-from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView
 from wsi_pipeline.sources.radiology.image import Image as PlanarImage
 from wsi_pipeline.viewer.base import ShownRun, told_in
-from wsi_pipeline.viewer.cut import COLORS, PALETTE, Cut, Thresholds
+from wsi_pipeline.viewer.cut import COLORS, PALETTE, Cut, Thresholds, open_cut
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
 from wsi_pipeline.viewer.volume import ShownVolume, open_shown_volume
 
@@ -163,23 +162,7 @@ class ShownPicture(ShownRun):
     @cached_property
     def cut(self) -> Cut | None:
         """Return what cuts the mask anew, where the run keeps probabilities and has a mask."""
-        try:
-            probability = open_probability(self.folder)
-        except StoreError:
-            return None
-        names = list(self.classes)
-        (y, x), (ratio_y, ratio_x) = self.mask_downsample, probability.ratio
-        if not self.mask or not set(probability.classes) <= set(names):
-            return None
-        downsample = (y / ratio_y, x / ratio_x)
-        return Cut(
-            probability=probability,
-            mm2=math.prod(self.run.slide["mpp"]) * math.prod(downsample) * 1e-6,
-            values=[names.index(name) for name in probability.classes],
-            downsample=downsample,
-            mask_downsample=self.mask_downsample,
-            mask_shape=(self.mask[0].shape[0], self.mask[0].shape[1]),
-        )
+        return open_cut(self, self.mask[0].shape, self.mask_downsample) if self.mask else None
 
     def _probability_facts(self, cut: Cut) -> dict[str, Any]:
         levels = [
@@ -201,7 +184,8 @@ class ShownPicture(ShownRun):
         """
         if (cut := self.cut) is None or not 0 <= level < len(cut.probability.levels):
             raise SourceError(f"there are no probabilities at level {level}")
-        start, shape = place_of(cut.shape(level), column, row)
+        height, width = cut.shape(level)
+        start, shape = place_of((height, width), column, row)
         if isinstance(what, int):
             return indexed_png(cut.plane(what, level, start, shape), PALETTE, frozenset([0]))
         stop = (start[0] + shape[0], start[1] + shape[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.finished import FileMask, open_mask_of, open_scan_of
 from wsi_pipeline.sources.radiology.volume import Volume
 from wsi_pipeline.viewer.base import ShownRun, told_in
+from wsi_pipeline.viewer.cut import COLORS, Cut, Thresholds, open_cut
 
-LAYERS = {"values": "<f4", "classes": "u1"}
+LAYERS = {"values": "<f4", "classes": "u1", "cut": "u1"}
 """What of a slice is sent, and as numbers of which kind."""
 
 
@@ -71,23 +73,32 @@ class ShownVolume(ShownRun):
                 for entry in self.run.lesions[name].get("listed", ())
             ],
             "window": self.source and self.source.window,
-            "layers": [layer for layer in LAYERS if self._reader(layer) is not None],
+            "layers": [layer for layer in ("values", "classes") if self._reader(layer) is not None],
+            "probability": self.cut and {"classes": self.cut.values, "colors": COLORS},
         }
 
-    def slice_of(self, layer: str, plane: str, at: int) -> npt.NDArray[Any]:
+    @cached_property
+    def cut(self) -> Cut | None:
+        """Return what cuts the mask anew, where the run keeps probabilities and has its volume."""
+        return open_cut(self, self.source.shape, (1.0, 1.0, 1.0)) if self.source else None
+
+    def slice_of(
+        self, layer: str, plane: str, at: int, what: int | Thresholds = ()
+    ) -> npt.NDArray[Any]:
         """Return a slice as radiologists look at it, float32 values or uint8 class indices.
 
         Args:
-            layer: "values" or "classes".
+            layer: "values", "classes", or "cut", by what of the probabilities.
             plane: name of one of `PLANES`.
             at: number of the slice along the volume's own axis, from 0.
+            what: channel of the probabilities, in 1/255, or thresholds of all.
 
         Raises:
             SourceError: there is none, or the file cannot be read there.
             StoreError: the mask is damaged there.
         """
         found = next((p for p in PLANES if p.name == plane), None)
-        read = self._reader(layer)
+        read = self._reader(layer, what)
         body, shape = Body.of(self.lying.affine), self.lying.shape
         if found is None or read is None or not 0 <= at < shape[body.axes[found.across]]:
             raise SourceError(f"no slice {at} of {plane} {layer} here")
@@ -99,7 +110,11 @@ class ShownVolume(ShownRun):
             # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
 
-    def _reader(self, layer: str) -> Reader | None:
+    def _reader(self, layer: str, what: int | Thresholds = ()) -> Reader | None:
+        if layer == "cut" and (cut := self.cut):
+            return lambda start, shape: cut.at_pixels(
+                start, tuple(a + n for a, n in zip(start, shape, strict=True)), what
+            )
         if layer == "values":
             return volume_reader(self.source) if self.source else None
         return mask_reader(self.mask) if layer == "classes" and self.mask is not None else None

@@ -6,11 +6,12 @@ that of each block only what is left is held, and then as wholes, where tiles ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike
@@ -49,16 +50,23 @@ class Outlines:
 
 
 def trace_mask(
-    mask: MaskLike, blocks: Iterable[Block], *, threads: int | None = None
+    mask: MaskLike,
+    blocks: Iterable[Block],
+    *,
+    sure: Callable[[Block, Mask], npt.NDArray[np.uint16]] | None = None,
+    threads: int | None = None,
 ) -> dict[Index, BlockComponents]:
     """Find the components of blocks of a finished mask; return them by row and column.
 
-    Their probability is not known.
+    Args:
+        mask: class of each pixel.
+        sure: returns the probability, in 1/65535, of the classes of a block; None = it is not
+            known.
     """
 
     def trace(block: Block) -> tuple[Index, BlockComponents]:
-        origin = (block.start[0], block.start[1])
-        return block.index, find_components(np.asarray(mask[block.slices]), None, origin)
+        pixels, origin = np.asarray(mask[block.slices]), (block.start[0], block.start[1])
+        return block.index, find_components(pixels, sure and sure(block, pixels), origin)
 
     return dict(map_in_threads(trace, blocks, threads=threads))
 

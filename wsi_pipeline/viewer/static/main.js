@@ -79,6 +79,7 @@ async function open({ run, x, y, d, at }) {
     const failed = (sentence) => say(sentence, "bad");
     const told = (place) => { element("spot").textContent = place; };
     mine.volume = new Volume(element("planes"), mine.url, facts, hidden, at, { failed, told, came: slicesCame });
+    if (facts.probability) offerProbability();
     return;
   }
   const [width, height] = facts.size;
@@ -241,6 +242,7 @@ function offerProbability() {
 }
 
 function showProbability() {
+  if (shown.volume) return shown.volume.use({ channel: element("scale").querySelector("select").value });
   shown.probability?.close();
   shown.probability = tiles("probability", { place: `probability/${element("scale").querySelector("select").value}` });
   redraw();
@@ -251,27 +253,30 @@ function cut() {
   const mine = shown, { facts, thresholds } = mine, some = thresholds.some(Boolean), names = facts.probability.classes.map((value) => facts.classes[value].name);
   mine.cut = some ? `&t=${thresholds.join()}` : "";
   if (mine.lines) mine.lines.cut = mine.cut;
-  mine.mask.close();
-  mine.mask = tiles("mask", { smooth: false });
+  if (mine.volume) mine.volume.use({ cut: mine.cut });
+  else {
+    mine.mask.close();
+    mine.mask = tiles("mask", { smooth: false });
+  }
   document.body.classList.toggle("cutting", some); // what is told of regions is of the file's
   const quoted = names.map((name, i) => thresholds[i] && `--threshold '${name.replaceAll("'", "'\\''")}=${thresholds[i]}'`).filter(Boolean);
   element("cut").querySelector("code").textContent = some ? `wsi-pipeline export ${run().folder} ${quoted.join(" ")}` : "";
   clearTimeout(cutting);
   if (some) tellAreas("").then(() => { if (shown === mine) cutting = setTimeout(() => tellAreas("&exact=1"), 400); });
   else facts.classes.forEach((of, value) => tellAmount(value, of.amount == null ? "" : `${number(of.amount)} ${facts.unit}`));
-  element("cut").querySelector("p").textContent = some ? "mm² being counted …" : "";
-  element("notice").textContent = some ? "outlines being cut …" : "";
+  element("cut").querySelector("p").textContent = some ? `${facts.unit} being counted …` : "";
+  element("notice").textContent = some && mine.lines ? "outlines being cut …" : "";
   document.body.dataset.state = "loading";
   redraw();
 }
 
 async function tellAreas(exact) {
-  const { url, cut: asked } = shown;
+  const { url, cut: asked, facts: { unit } } = shown;
   const found = await attempt(async () => (await ask(`${url}/areas?${asked.slice(1)}${exact}`)).json());
   if (!found || shown?.url !== url || shown.cut !== asked) return;
   const about = found.is_exact ? "" : "≈ ";
-  Object.entries(found.mm2).forEach(([value, mm2]) => tellAmount(value, `${about}${number(mm2)} mm²`));
-  element("cut").querySelector("p").textContent = found.is_exact ? "mm² counted in all probabilities, at their resolution" : "≈ approximate, counted in coarser probabilities";
+  Object.entries(found.amounts).forEach(([value, amount]) => tellAmount(value, `${about}${number(amount)} ${unit}`));
+  element("cut").querySelector("p").textContent = found.is_exact ? `${unit} counted in all probabilities, at their resolution` : "≈ approximate, counted in coarser probabilities";
 }
 
 function tellAmount(value, text) {

@@ -10,7 +10,7 @@ const AXES = ["x", "y", "z"];
 export class Volume {
   // hidden: classes that are not shown. told(place): where the pointer is. came(window): all slices are there.
   constructor(root, url, facts, hidden, at, { failed, told, came }) {
-    Object.assign(this, { root, url, facts, hidden, failed, told, came, window: facts.window, range: null });
+    Object.assign(this, { root, url, facts, hidden, failed, told, came, window: facts.window, range: null, channel: "0", cut: "" });
     const known = at?.length === 3 && facts.body.every(({ axis, size }) => at[axis] >= 0 && at[axis] < size);
     this.at = known ? at : [...facts.start]; // x, y and z of the file
     this.panes = facts.planes.map((plane) => this.pane(plane));
@@ -23,9 +23,9 @@ export class Volume {
   pane(plane) {
     const [across, down, along] = [plane.across, plane.down, plane.along].map((n) => this.facts.body[n]);
     const figure = make("figure"), frame = make("div"), caption = make("figcaption"), slider = make("input");
-    const canvases = ["values", "classes"].map((name) => {
+    const canvases = ["slide", "mask", "probability"].map((name) => {
       const canvas = Object.assign(make("canvas"), { width: along.size, height: down.size });
-      canvas.className = name === "values" ? "slide" : "mask";
+      canvas.className = name;
       return canvas;
     });
     const pane = { plane, across, down, along, figure, frame, canvases, slider, number: make("span"), lines: [make("i"), make("i")] };
@@ -103,17 +103,22 @@ export class Volume {
     pane.isBusy = true;
     while (!this.isClosed && pane.shown !== this.at[pane.across.axis]) {
       const index = this.at[pane.across.axis];
-      const get = async (layer, numbers) => {
-        if (!this.facts.layers.includes(layer)) return null;
-        return new numbers(await (await ask(`${this.url}/${layer}/${pane.plane.name}/${index}`)).arrayBuffer());
+      const get = async (is, layer, numbers, query = "") => {
+        if (!is) return null;
+        return new numbers(await (await ask(`${this.url}/${layer}/${pane.plane.name}/${index}${query}`)).arrayBuffer());
       };
+      const { layers, probability } = this.facts, { channel, cut } = this;
       try {
-        [pane.values, pane.classes] = await Promise.all([get("values", Float32Array), get("classes", Uint8Array)]);
+        [pane.values, pane.classes, pane.shares] = await Promise.all([
+          get(layers.includes("values"), "values", Float32Array),
+          cut ? get(true, "cut", Uint8Array, `?${cut.slice(1)}`) : get(layers.includes("classes"), "classes", Uint8Array),
+          get(probability, `probability/${channel}`, Uint8Array),
+        ]);
       } catch (error) {
-        pane.values = pane.classes = null;
+        pane.values = pane.classes = pane.shares = null;
         if (!this.isClosed) this.failed(error.message);
       }
-      pane.shown = index;
+      if (channel === this.channel && cut === this.cut) pane.shown = index;
       this.paint(pane);
     }
     pane.isBusy = false;
@@ -131,12 +136,19 @@ export class Volume {
     this.came();
   }
 
+  // what: channel of the probabilities, or thresholds that cut the mask anew, "" for as it is.
+  use(what) {
+    Object.assign(this, what);
+    this.panes.forEach((pane) => { pane.shown = null; });
+    this.show();
+  }
+
   setWindow(low, high) {
     this.window = [low, high];
     this.panes.forEach((pane) => this.paint(pane));
   }
 
-  paint({ canvases, values, classes, along, down }) {
+  paint({ canvases, values, classes, shares, along, down }) {
     const [low, high] = this.window ?? [0, 1], gain = 255 / Math.max(high - low, 1e-6);
     const colors = this.facts.classes.map(({ color }, i) => (i && !this.hidden.has(i) ? [...color, 255] : [0, 0, 0, 0]));
     const fill = (canvas, layer, each) => {
@@ -150,6 +162,11 @@ export class Volume {
     });
     fill(canvases[1], classes, (data, i, value) => {
       if (value) data.set(colors[value], i);
+    });
+    const ends = this.facts.probability?.colors;
+    fill(canvases[2], shares, (data, i, value) => {
+      const at = value / 255 * (ends.length - 1), first = Math.min(Math.floor(at), ends.length - 2);
+      if (value) data.set([...ends[first].map((part, n) => part + (at - first) * (ends[first + 1][n] - part)), 255], i);
     });
   }
 
