@@ -218,6 +218,13 @@ def test_labels_are_names(folder: Path) -> None:
     assert load_bundle(folder).labels == ("Benign", "Malignant")
 
 
+@pytest.mark.parametrize("told", ["{", "[1]", '{"url": 3}'])
+def test_a_damaged_origin_is_told(folder: Path, told: str) -> None:
+    (folder / ".origin.json").write_text(told, "utf-8")
+    with pytest.raises(BundleError):
+        load_bundle(folder)
+
+
 def test_augmentation_is_read_written_and_part_of_the_digest(folder: Path) -> None:
     plain = load_bundle(folder)
     assert (plain.tta, "tta" in bundle_toml(plain, weights="model.safetensors")) == ("none", False)

@@ -273,7 +273,9 @@ def test_no_program_is_run_that_comes_with_a_bundle(
     _, url, _ = web
     packed(pointwise_bundle(tmp_path / "served" / "code", mpp=0.5), "code.zip", top="")
     for name in ("code/", "code.zip"):
-        with pytest.raises(BundleError, match=r"program\.pt is a program, and none is run"):
+        with pytest.raises(
+            BundleError, match=r"program\.pt, from .* is a program, and none is run"
+        ):
             load_bundle(f"{url}/{name}")
     result = CliRunner().invoke(group, ["models", "add", f"{url}/code.zip"])
     assert result.exit_code == 1

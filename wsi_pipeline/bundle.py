@@ -277,8 +277,8 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         origin = origin_of(path.parent)
         if origin and found.network in FOREIGN and isinstance(found.weights, str):
             raise ValueError(
-                f"{found.weights} is a program, and none is run that comes with {origin['url']}; "
-                "download it and name its folder, if you trust who made it"
+                f"{found.weights}, from {origin.get('url')}, is a program, and none is run that "
+                "was fetched; download it and name its folder, if you trust who made it"
             )
     weights_path, weights_origin = _weights(found.weights, path.parent, fetch=fetch)
     features_path = found.features and _in_folder(found.features, "features", path.parent)

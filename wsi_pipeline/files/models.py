@@ -16,7 +16,7 @@ from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed
 from wsi_pipeline.files.paths import cache_dir
-from wsi_pipeline.files.schema import read_toml
+from wsi_pipeline.files.schema import converted, read_toml
 
 MODEL_TOML, CARD = "model.toml", "README.md"
 ORIGIN = ".origin.json"
@@ -136,10 +136,9 @@ def origin_of(folder: Path) -> dict[str, str]:
         ValueError: the file that tells is damaged.
     """
     try:
-        found: dict[str, str] = json.loads((folder / ORIGIN).read_bytes())
+        return converted(json.loads((folder / ORIGIN).read_bytes()), dict[str, str])
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found
 
 
 def inside(folder: Path, name: str, what: str) -> Path:
