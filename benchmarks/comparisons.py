@@ -18,21 +18,24 @@ class Job:
     """One process to measure.
 
     Attributes:
-        who: whose program; "unsynced" is ours without asking the disk to keep anything.
-        size: (width, height) of the slide at 0.5 µm/px, half of it tissue.
+        who: whose program; "unsynced" is ours without asking the disk to keep anything, "before"
+            that of another checkout.
+        size: (width, height) of the slide, half of it tissue.
         network: of programs.py.
         tissue: "mask" gives the slide's own tissue, the same to everybody; "auto" lets the program
             find it; "none" is the whole slide.
         outputs: what we write; peers write what they write.
         overlap: px between patches.
+        mpp: µm per px of the slide.
     """
 
-    who: Literal["ours", "unsynced", "tiatoolbox", "fast", "floor", "stages"]
+    who: Literal["ours", "unsynced", "before", "tiatoolbox", "fast", "floor", "stages"]
     size: tuple[int, int]
     network: str
     tissue: Literal["mask", "auto", "none"] = "mask"
     outputs: tuple[str, ...] = ("zarr",)
     overlap: int = 0
+    mpp: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +104,20 @@ def _against(
     )
 
 
+def _since(jobs: Mapping[str, Job], text: str, high: float | None = None) -> Comparison:
+    """Compare each job with the same by another checkout, which has " before" to its label."""
+    both: dict[str, Job] = {}
+    figures: list[Figure] = []
+    for label, job in jobs.items():
+        old = f"{label} before"
+        both |= {label: job, old: replace(job, who="before")}
+        figures += [
+            Figure(text=f"{label}: time ÷ before", of=ratio("seconds", label, old), high=high),
+            Figure(text=f"{label}: processor time ÷ before", of=ratio("cpu_seconds", label, old)),
+        ]
+    return Comparison(text=text, jobs=both, figures=tuple(figures))
+
+
 _NULL = Job(who="ours", size=MIDDLE, network="null")
 _LIGHT = Job(who="ours", size=MIDDLE, network="lightmuseg")
 _VERSUS_TIATOOLBOX = _against(
@@ -111,6 +128,14 @@ _LINEAR = Figure(
     of=ratio("seconds_per_tissue_megapixel", "large", "small"),
     high=1.1,
 )
+_RATES = {
+    f"{classes}, {mpp} µm/px, overlap {overlap}": Job(
+        who="ours", size=SMALL, network=network, outputs=EVERYTHING, overlap=overlap, mpp=mpp
+    )
+    for classes, network in (("one class", "lightmuseg-one"), ("five", "lightmuseg"))
+    for mpp in (0.5, 0.25)
+    for overlap in (0, 128)
+}
 _TO_THE_FLOOR: Mapping[str, Job] = {
     "ours": replace(_LIGHT, tissue="auto", outputs=EVERYTHING),
     "floor": replace(_LIGHT, who="floor", tissue="auto"),
@@ -181,6 +206,24 @@ COMPARISONS: Mapping[str, Comparison] = {
         "detection and all outputs, against the floor",
         jobs={label: _shipped(job) for label, job in _TO_THE_FLOOR.items()},
         figures=_FLOOR_FIGURES,
+    ),
+    "since": _since(
+        {
+            "ours": Job(
+                who="ours",
+                size=MIDDLE,
+                network="before",
+                tissue="auto",
+                outputs=EVERYTHING,
+                overlap=64,
+            )
+        },
+        "The bundle of another checkout, end to end with tissue detection and all outputs, "
+        "against the program of that checkout",
+        high=0.8,
+    ),
+    "rates": _since(
+        _RATES, "LightMuSeg, all outputs: megapixels a second of every stage, against before"
     ),
     "durable": Comparison(
         text="Null network, half tissue, all outputs: what it costs that the disk has all of it",

@@ -1,8 +1,8 @@
 """The networks of the benchmarks, as bundles for us and as programs for the peers.
 
 `null` is one 1×1 convolution: what a run with it takes is the engine. `lightmuseg` is the shipped
-LightMuSeg with a random head of five classes. Both take patches of 512 px at 0.5 µm/px. `shipped`
-is models/lightmuseg-bcss-demo itself.
+LightMuSeg with a random head of five classes, `lightmuseg-one` with its own of one. All take
+patches of 512 px at 0.5 µm/px. `shipped` is models/lightmuseg-bcss-demo itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wsi_pipeline.networks import build
 
 PATCH = 512
 MPP = 0.5
-NETWORKS = ("null", "lightmuseg", "shipped")
+NETWORKS = ("null", "lightmuseg", "lightmuseg-one", "shipped")
 TRAINED = Path(__file__).parents[1] / "models" / "lightmuseg-bcss-demo" / "model.safetensors"
 COLOURS = ((244, 244, 244), (222, 178, 210), (190, 120, 180), (140, 80, 150), (90, 45, 110))
 """Glass and four stains of tissue: the null network gives a pixel the nearest of them."""
@@ -66,7 +66,13 @@ def write_bundle(folder: Path, network: str, tissue: npt.NDArray[np.uint8]) -> B
         beside = folder.with_name(folder.name + ".partial")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _write_null(beside) if network == "null" else _write_lightmuseg(beside, tissue)
+        match network:
+            case "null":
+                _write_null(beside)
+            case "lightmuseg":
+                _write_lightmuseg(beside, tissue)
+            case "lightmuseg-one":
+                _write_one_class(beside)
         beside.rename(folder)
     return load_bundle(folder)
 
@@ -161,6 +167,24 @@ def _write_lightmuseg(folder: Path, tissue: npt.NDArray[np.uint8]) -> None:
     weights["last_conv.weight"] *= (3 / spread).reshape(-1, 1, 1, 1)
     weights["last_conv.bias"] = -middle * 3 / spread
     save_file(weights, folder / "model.safetensors")
+
+
+def _write_one_class(folder: Path) -> None:
+    """Write the shipped network as it is, for patches as large as those of the others."""
+    shutil.copyfile(TRAINED, folder / TRAINED.name)
+    text = TRAINED.with_name("model.toml").read_text("utf-8")
+    for old, new in (
+        ("lightmuseg-bcss-demo", "benchmark-lightmuseg-one"),
+        ("mpp = 1.0", f"mpp = {MPP}"),
+        ("patch_size = [256, 256]", f"patch_size = [{PATCH}, {PATCH}]"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    # what an older checkout does not know
+    kept = [
+        line for line in text.splitlines() if not line.startswith(("limits", "features", "temp"))
+    ]
+    (folder / "model.toml").write_text("\n".join(kept), encoding="utf-8")
 
 
 def _write_toml(

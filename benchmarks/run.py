@@ -2,6 +2,7 @@
 
 python benchmarks/run.py list
 python benchmarks/run.py null floor --work bench --tiatoolbox tia/bin/python
+python benchmarks/run.py since rates --work bench --before ../checkout-of-another-commit
 python benchmarks/run.py report --work bench
 
 Every finished process is kept in the folder `WORK`; the same command again goes on where it
@@ -31,19 +32,19 @@ from comparisons import COMPARISONS, Comparison, Job
 from make_slide import TILE, read_tissue, tissue_tiles, write_big_slide
 from measure import measure
 from PIL import Image
-from programs import MPP, PATCH, write_bundle, write_programs
+from programs import MPP, PATCH, TRAINED, write_bundle, write_programs
 from skimage.data import immunohistochemistry
 from tables import job_key, write_results
 
 import wsi_pipeline
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.report.record import load_run
 
 HERE = Path(__file__).parent
 SAMPLED = 8
 """Masks are compared at every eighth pixel of every eighth row."""
 
-PEERS = {"tiatoolbox", "fast"}
+PEERS = {"tiatoolbox", "fast", "before"}
 
 Record = dict[str, Any]
 
@@ -55,38 +56,46 @@ class Bench:
         work: the folder.
         tissue: picture to make slides of, uint8 (n, n, 3).
         pythons: "tiatoolbox", "fast" → the python of their environment.
+        before: checkout of another commit.
     """
 
     def __init__(
-        self, work: Path, tissue: npt.NDArray[np.uint8], pythons: Mapping[str, str]
+        self,
+        work: Path,
+        tissue: npt.NDArray[np.uint8],
+        pythons: Mapping[str, str],
+        before: Path | None = None,
     ) -> None:
         self.work = work.resolve()
         self.pythons = pythons
+        self.before = before and before.resolve()
         self._tissue = tissue
         self._digest = hashlib.sha256(tissue.tobytes()).hexdigest()[:8]
         self._records = self.work / f"runs-{self._digest}.jsonl"
 
-    def slide(self, size: tuple[int, int]) -> tuple[Path, Path]:
+    def slide(self, size: tuple[int, int], mpp: float = MPP) -> tuple[Path, Path]:
         """Return a slide of half tissue and its tissue mask, made unless they are there."""
         width, height = size
-        path = self.work / "slides" / f"{width}x{height}-{self._digest}.svs"
+        path = self.work / "slides" / f"{width}x{height}-{mpp:g}-{self._digest}.svs"
         mask = path.with_suffix(".png")
         if not mask.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_big_slide(path, size, MPP, tissue=self._tissue)
+            write_big_slide(path, size, mpp, tissue=self._tissue)
             inside = tissue_tiles(-(-height // TILE), -(-width // TILE))
             cells = inside.repeat(4, axis=0).repeat(4, axis=1)[..., None] * np.uint8(255)
             Image.fromarray(cells.repeat(3, axis=2)).save(mask)
         return path, mask
 
     def bundle(self, network: str) -> Bundle:
-        """Return the bundle of a network, written unless it is there."""
+        """Return the bundle of a network, written unless it is there; "before" has its own."""
+        if network == "before" and self.before is not None:
+            return load_bundle(self.before / TRAINED.parent.relative_to(HERE.parent))
         folder = self.work / f"bundles-{self._digest}" / network
         return write_bundle(folder, network, self._tissue)
 
     def perform(self, name: str, label: str, job: Job) -> Record:
         """Run one job in a fresh process; return what it took."""
-        slide, mask = self.slide(job.size)
+        slide, mask = self.slide(job.size, job.mpp)
         bundle = self.bundle(job.network)
         output = self.work / "out" / name / label
         if job.who == "stages":
@@ -97,7 +106,7 @@ class Bench:
         read_through(slide)
         measured = measure(command, self.work / "logs" / f"{name}-{label}.log")
         record = {k: v for k, v in asdict(measured).items() if k != "said"} | measured.said
-        if job.who in ("ours", "unsynced"):
+        if job.who in ("ours", "unsynced", "before"):
             record |= _own_facts(output / slide.stem)
         if job.who in self.pythons:
             ours = _mask_of(self.work / "out" / name / "ours" / slide.stem)
@@ -112,9 +121,14 @@ class Bench:
         options = ["--overlap", str(job.overlap), "--tissue", tissue]
         model = ["--model", str(bundle.path)]
         match job.who:
-            case "ours" | "unsynced":
-                ours = ["-m", "wsi_pipeline"] if job.who == "ours" else [str(HERE / "unsynced.py")]
-                segment = [sys.executable, *ours, "-q", "segment", str(slide)]
+            case "ours" | "unsynced" | "before":
+                ours = (
+                    [str(HERE / "unsynced.py")] if job.who == "unsynced" else ["-m", "wsi_pipeline"]
+                )
+                # Before what is installed comes PYTHONPATH, and by -P not the current folder.
+                code = self.before if job.who == "before" else HERE.parent
+                python = ["env", f"PYTHONPATH={code}", sys.executable, "-P"]
+                segment = [*python, *ours, "-q", "segment", str(slide)]
                 outputs = ["--output", str(output), "--outputs", ",".join(job.outputs)]
                 return [*segment, *model, *options, *outputs]
             case "floor":
@@ -249,6 +263,7 @@ def main() -> None:
     parser.add_argument("--reduce", type=int, default=1, help="its pixels that become one")
     parser.add_argument("--tiatoolbox", metavar="PYTHON", help="of TIAToolbox's environment")
     parser.add_argument("--fast", metavar="PYTHON", help="of FAST's environment")
+    parser.add_argument("--before", type=Path, help="checkout of a commit to compare with")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="for `report`")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the measured process ends too
@@ -260,10 +275,11 @@ def main() -> None:
             print(f"{name:18} {comparison.text}")
     tissue = read_tissue(args.tissue, args.reduce) if args.tissue else immunohistochemistry()
     pythons = {n: p for n, p in (("tiatoolbox", args.tiatoolbox), ("fast", args.fast)) if p}
-    bench = Bench(args.work, tissue, pythons)
+    bench = Bench(args.work, tissue, pythons, args.before)
+    there = {*pythons, *(["before"] if args.before else [])}
     deadline = time.monotonic() + args.within
     for name, comparison in chosen.items():
-        if missing := {job.who for job in comparison.jobs.values()} & PEERS - set(pythons):
+        if missing := {job.who for job in comparison.jobs.values()} & PEERS - there:
             print(f"{name}: left out; it needs --{' and --'.join(missing)}")
         elif not run_comparison(bench, name, comparison, rounds=args.rounds, deadline=deadline):
             break

@@ -119,7 +119,7 @@ def _markdown(here: Mapping[str, Any], results: Sequence[Result], chart: str) ->
     yield (
         "Each time is that of a fresh process, start-up included; figures are medians over the "
         "rounds, ratios are taken within each round. "
-        f"Slides at 0.5 µm/px, made of {here['tissue']}. "
+        f"Slides at 0.5 µm/px unless it is said, made of {here['tissue']}. "
         "[What it means](../../docs/benchmarks.md)."
     )
     for result in results:
@@ -129,6 +129,9 @@ def _markdown(here: Mapping[str, Any], results: Sequence[Result], chart: str) ->
         yield from _figures(result)
         yield ""
         yield from _times(result)
+        if any(job.who == "before" for job in result.comparison.jobs.values()):
+            yield ""
+            yield from _rates(result)
     if any("floor" in result.comparison.jobs for result in results):
         yield ""
         yield f"![stages]({chart})"
@@ -158,6 +161,24 @@ def _times(result: Result) -> Iterator[str]:
             f"| {_short(_median(runs, 'peak_gb'))} "
             f"| {stages} |"
         )
+
+
+def _rates(result: Result) -> Iterator[str]:
+    """Yield how many tissue megapixels a second of each stage come through, now and before."""
+    yield (
+        "Megapixels of the slide's tissue a second of each stage: of one thread for those of "
+        "blocks, of the whole process for those after them; last, of processor time for all of it."
+    )
+    yield ""
+    stages = ("read", "predict", "write", "polygons", *EXPORTS)
+    yield f"| run | {' | '.join(stages)} | everything, a core |"
+    yield "|---" * (len(stages) + 2) + "|"
+    for label in result.comparison.jobs:
+        runs = [facts[label] for facts in result.rounds]
+        tissue = _median(runs, "tissue_megapixels")
+        seconds = _stages(runs)
+        rates = [_short(tissue / seconds[s]) if seconds.get(s) else "" for s in stages]
+        yield f"| {label} | {' | '.join(rates)} | {_short(tissue / _median(runs, 'cpu_seconds'))} |"
 
 
 def _judged(figure: Figure, value: float) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,24 @@ def test_a_comparison_runs_is_kept_and_is_told(work, tmp_path):
     (table,) = tmp_path.glob("*.md")
     assert "| patches predicted ÷ patches in the grid | **1** |" in table.read_text("utf-8")
     assert str(work) not in "".join(path.read_text("utf-8") for path in tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_another_checkout_takes_turns_with_this_one(work, tmp_path):
+    before, ran = tmp_path / "before", tmp_path / "ran"
+    for part in ("wsi_pipeline", "models/lightmuseg-bcss-demo"):
+        shutil.copytree(BENCHMARKS.parent / part, before / part)
+    main = before / "wsi_pipeline" / "__main__.py"
+    main.write_text(f"open({str(ran)!r}, 'a').write('x')\n{main.read_text('utf-8')}", "utf-8")
+    options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path / "results"]
+    ended = start("run.py", "since", "report", *options, "--before", before)
+    assert ended.returncode == 0, ended.stderr
+    # by the one process that should
+    assert ran.read_text("utf-8") == "x"
+    facts = {r["label"]: r["facts"] for r in records(work) if r["comparison"] == "since"}
+    assert facts["ours"]["patches"] == facts["ours before"]["patches"] > 0
+    (table,) = (tmp_path / "results").glob("*.md")
+    assert "| ours before | " in table.read_text("utf-8").partition("everything, a core")[2]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
