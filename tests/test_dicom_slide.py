@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib import request
 
 import highdicom
 import numpy as np
@@ -54,7 +55,7 @@ def place(tmp_path_factory, slide_path):
 
 
 @pytest.fixture(params=["d", "t"])
-def run(request, place):
+def run(place, request):
     return place / "out" / request.param
 
 
@@ -275,6 +276,20 @@ def test_the_same_run_gives_the_same_bytes_and_lists_them(run, place, tmp_path):
     (folder / "probability.dcm").write_bytes(b"mine")
     segment(slide, place / "model", tmp_path, "--outputs", "zarr", "--mask-mpp", "1")
     assert [path.name for path in folder.glob("*.dcm")] == ["probability.dcm"]
+
+
+def test_behind_a_url_lie_the_same_bytes(place, bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (slide,) = place.glob("t.*")
+    for _ in range(2):
+        call(
+            *("segment", slide, "--model", place / "model", "--output", "s3://slides/dicom"),
+            *("--outputs", "zarr,geojson,dicom", "--tissue", "none", "--device", "cpu"),
+            *("--precision", "fp32"),
+        )
+        for path in (place / "out" / "t").glob("*.dcm"):
+            with request.urlopen(f"{bucket}/slides/dicom/t/{path.name}") as answer:
+                assert answer.read() == path.read_bytes()
 
 
 def test_export_writes_it_besides_and_needs_a_slide_that_may_be_dicom(place, tmp_path):
