@@ -2,9 +2,12 @@
 
 python benchmarks/forward.py --model models/lightmuseg-bcss-demo --patch 512
 
-Three ways over the same real tissue, in turns: the plain network on batches with all threads, as
-PyTorch users run it; the plain network, one patch a core; and its inference form, one patch a core,
-as `segment` runs it. Rates are medians over the rounds.
+Ways over the same real tissue, in turns: the plain network on batches with all threads, as PyTorch
+users run it; the plain network, one patch a core; and its inference form, one patch a core, as
+`segment` runs it: without and with oneDNN's fused convolutions, in the number formats that bundle
+and processor have. Rates are medians over the rounds, CPU times the least.
+
+ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 before it makes the processor an older one.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from torch import nn
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.inference.predictor import choose_dtype, use_one_core
-from wsi_pipeline.networks import build
+from wsi_pipeline.networks import build, fold
 from wsi_pipeline.networks.fold import for_inference
+from wsi_pipeline.networks.quantise import load_ranges, quantise
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -78,27 +82,35 @@ def main() -> None:
     bundle = load_bundle(args.model)
     plain, patch = build(bundle).module, tissue(bundle, args.patch)
     best = choose_dtype("auto", torch.device("cpu"))
+    dtypes = {"fp32": torch.float32} | ({"bf16": best} if best is not torch.float32 else {})
+    can_fuse, fold._can_fuse = fold._can_fuse, lambda _: False
+    forms = {f"folded, {name}": for_inference(plain, dtype=d) for name, d in dtypes.items()}
+    fold._can_fuse = can_fuse
+    forms |= {f"fused, {name}": for_inference(plain, dtype=d) for name, d in dtypes.items()}
+    if bundle.int8_path:
+        forms["fused, int8"] = for_inference(plain)
+        quantise(forms["fused, int8"], load_ranges(bundle))
     ways = {
         f"plain, fp32, batches of {args.batch}": in_batches(plain, patch, args.batch),
-        "plain, fp32, one patch a core": one_a_core(plain, patch),
-        "inference form, fp32, one patch a core": one_a_core(for_inference(plain), patch),
+        "plain, fp32": one_a_core(plain, patch),
+        **{name: one_a_core(form, patch) for name, form in forms.items()},
     }
-    if best is not torch.float32:
-        lower = for_inference(plain, dtype=best)
-        ways[f"inference form, {best}, one patch a core"] = one_a_core(lower, patch)
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    busy: dict[str, list[float]] = {name: [] for name in ways}
     for predict in ways.values():
         predict(2 * args.batch)
     for _ in range(args.rounds):
         for name, predict in ways.items():
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             predict(args.count)
+            busy[name].append((time.process_time() - used) / args.count * 1000)
             rates[name].append(args.count / (time.perf_counter() - begun))
     first = statistics.median(next(iter(rates.values())))
     print(f"{bundle.name}, {args.patch} px, {CORES} cores")
     for name, found in rates.items():
         rate = statistics.median(found)
-        print(f"{name:45s} {rate:6.2f} patches/s  × {rate / first:.2f}")
+        told = f"{rate:6.2f} patches/s  × {rate / first:.2f}"
+        print(f"{name:30s} {told}  {min(busy[name]):6.1f} ms of a core")
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ class ModelToml(Record, frozen=True, kw_only=True, omit_defaults=True):
         str | RemoteFile | None, Meta(description="a file's name, or { url = …, sha256 = … }")
     ] = None
     features: Annotated[str | None, Meta(description="a file's name")] = None
+    int8: Annotated[str | None, Meta(description="a file's name")] = None
     tta: Tta = "none"
     network_options: dict[str, Any] = msgspec.field(default_factory=dict)
     input: InputSpec
@@ -159,6 +160,7 @@ class Bundle:
         weights_path: The file with weights, or the foreign program; None where there are none.
         weights_origin: Where weights are fetched from; None where they lie in the folder.
         features_path: The file that says what training patches look like to the network, or None.
+        int8_path: The file of ranges by which the network predicts in 8-bit integers, or None.
         activation: "sigmoid" or "softmax", which turns logits into probabilities.
         classes: Classes in the mask's order; 0 is the background.
         labels: What the network says of a whole patch, in its order; empty where nothing.
@@ -177,6 +179,7 @@ class Bundle:
     weights_path: Path | None
     weights_origin: RemoteFile | None = None
     features_path: Path | None = None
+    int8_path: Path | None = None
     network_options: Mapping[str, Any] = field(default_factory=dict)
     input: InputSpec
     activation: Activation
@@ -230,8 +233,8 @@ class Bundle:
         """Return a digest of all that masks, and what is told of them, depend on."""
         # Words that are added to the limits must not have finished slides done anew.
         table = bundle_table(replace(self, limits=""))
-        features = [sha256_of(self.features_path)] if self.features_path else []
-        text = json.dumps([table, self.weights_sha256, *features], sort_keys=True)
+        files = [sha256_of(path) for path in (self.features_path, self.int8_path) if path]
+        text = json.dumps([table, self.weights_sha256, *files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -272,8 +275,8 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         _check_input(found.input, found.modality, table["input"])
         turns(found.tta, found.input.patch_size, found.input.spacing_mm or ())
         classes = _classes(found.output)
-        if found.features and found.network in FOREIGN:
-            raise ValueError("features are those of a network of the package, not of a program")
+        if (found.features or found.int8) and found.network in FOREIGN:
+            raise ValueError("features and int8 are of a network of the package, not of a program")
         origin = origin_of(path.parent)
         if origin and found.network in FOREIGN and isinstance(found.weights, str):
             raise ValueError(
@@ -282,6 +285,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
             )
     weights_path, weights_origin = _weights(found.weights, path.parent, fetch=fetch)
     features_path = found.features and _in_folder(found.features, "features", path.parent)
+    int8_path = found.int8 and _in_folder(found.int8, "int8 ranges", path.parent)
     return Bundle(
         path=path.parent,
         name=found.name,
@@ -290,6 +294,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         weights_path=weights_path,
         weights_origin=weights_origin,
         features_path=features_path or None,
+        int8_path=int8_path or None,
         network_options=found.network_options,
         input=found.input,
         activation=found.output.activation,
@@ -302,14 +307,17 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
     )
 
 
-def bundle_toml(bundle: Bundle, *, weights: str | None, features: str | None = None) -> str:
+def bundle_toml(
+    bundle: Bundle, *, weights: str | None, features: str | None = None, int8: str | None = None
+) -> str:
     """Return the `model.toml` of a bundle.
 
     Args:
         weights: Name of the file with its weights, in its folder; None = it has none.
         features: Name of the file that says what training patches look like, likewise.
+        int8: Name of the file of ranges for 8-bit integers, likewise.
     """
-    files = {"weights": weights, "features": features}
+    files = {"weights": weights, "features": features, "int8": int8}
     table = bundle_table(bundle) | {key: name for key, name in files.items() if name}
     head = {key: value for key, value in table.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in table.items() if isinstance(value, dict)}

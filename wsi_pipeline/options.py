@@ -13,7 +13,7 @@ from wsi_pipeline.errors import UsageError
 T = TypeVar("T")
 
 Blend = Literal["gaussian", "constant", "crop"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay", "probability"]
 Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
@@ -163,7 +163,7 @@ class PredictOptions:
         overlap: px between neighbouring patches at the model's resolution; None = the bundle's.
         blend: weights of overlapping predictions.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        precision: "auto" picks the fastest that the device has.
+        precision: "auto" picks the fastest floating-point format that the device has.
         batch_size: patches in one forward pass; None = chosen for the device.
         block_size: side of a block in mask pixels, a multiple of the mask's chunk; None = 2,048,
             or 4,096, the side of a shard, with OME-Zarr 0.5; 256 in volumes.

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
-from wsi_pipeline.cli.options import MPP, Parsed
+from wsi_pipeline.cli.options import MPP, SELECT, TISSUE, Parsed, inputs_argument
 from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.files.models import bundles_in, keep_model, model_places, named_models
 from wsi_pipeline.options import ProgramFormat
@@ -265,6 +265,49 @@ def export(
     write = export_onnx if form == "onnx" else export_torch
     difference = write(load_bundle(location), output, batch_size=batch_size, overwrite=overwrite)
     click.echo(f"agrees with the network to {difference:.1e} of the largest logit", err=True)
+    click.echo(str(output))
+
+
+@command.command("quantise")
+@bundle_argument
+@inputs_argument
+@bundle_output_option
+@click.option("--patches", type=click.IntRange(min=2), default=64, help="To be looked at, in all.")
+@click.option("--mpp", type=MPP, help="µm per level-0 pixel, for slides that do not say.")
+@click.option("--tissue", type=TISSUE, default=SELECT.tissue, help="As in `segment`.")
+@overwrite_option
+def quantise(
+    location: str,
+    inputs: tuple[str, ...],
+    output: Path,
+    patches: int,
+    mpp: float | None,
+    tissue: str | Path,
+    overwrite: bool,
+) -> None:
+    """Make a bundle like BUNDLE that predicts in 8-bit integers, too.
+
+    For `--precision int8`: on CPUs quicker, and less exact. INPUT are slides, images or volumes as
+    BUNDLE is for, of the kinds that it will see: half of some patches tell what values occur in
+    the network, and the card says how the classes of the others agree with those of fp32.
+    """
+    from wsi_pipeline.run.quantise import dice, quantise_model
+
+    bundle, pairs = quantise_model(
+        inputs,
+        model=location,
+        output=output,
+        patches=patches,
+        overwrite=overwrite,
+        mpp=mpp,
+        tissue=tissue,
+    )
+    each = zip(bundle.classes, dice(pairs), strict=True)
+    click.echo(
+        f"{pairs.trace() / pairs.sum():.2%} of the pixels keep their class; Dice "
+        + ", ".join(f"{info.name} {value:.4f}" for info, value in each),
+        err=True,
+    )
     click.echo(str(output))
 
 

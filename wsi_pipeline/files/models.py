@@ -118,7 +118,7 @@ def gather(get: Callable[[str, Path], object], folder: Path) -> None:
     get(MODEL_TOML, folder / MODEL_TOML)
     with raised_as(BundleError, ValueError, MODEL_TOML):
         table = read_toml(folder / MODEL_TOML)
-    for what in ("weights", "features"):
+    for what in ("weights", "features", "int8"):
         name = table.get(what)
         if isinstance(name, str):
             path = inside(folder, name, what)

@@ -21,6 +21,7 @@ from wsi_pipeline.errors import BundleError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.networks import Network, SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
+from wsi_pipeline.networks.quantise import load_ranges, quantise
 from wsi_pipeline.options import DEVICES, Precision, Tta, turns
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,17 @@ def count_gpus() -> int:
 
 
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Return the number format to compute in; "auto" is bf16 where the hardware has it."""
+    """Return the number format to compute in; "auto" is bf16 where the hardware has it.
+
+    With "int8" it is that of all that is no convolution.
+
+    Raises:
+        BundleError: int8 is asked for on a GPU.
+    """
+    if precision == "int8":
+        if device.type != "cpu":
+            raise BundleError(f"--precision int8 is for CPUs, not for {device}; leave it out")
+        return torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cpu" and not has_bf16:
         _warn_of_slow_bf16()
@@ -94,7 +105,8 @@ class Predictor:
         tta: how patches are shown, see `turns`, to take the mean; None = the bundle's.
 
     Raises:
-        BundleError: the bundle has no network that can be built, or the device is not there.
+        BundleError: the bundle has no network that can be built, or no int8, or the device is not
+            there.
     """
 
     def __init__(
@@ -121,6 +133,9 @@ class Predictor:
             if isinstance(built.module, SegmentationNetwork)
             else built.module.to(self.device)
         )
+        self._is_int8 = precision == "int8"
+        if self._is_int8:
+            quantise(self._module, load_ranges(bundle))
         # of the pass that a thread is in
         self._seen = threading.local()
         if isinstance(built.module, SegmentationNetwork):
@@ -141,6 +156,11 @@ class Predictor:
         self._batch = built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
 
     @property
+    def form(self) -> nn.Module:
+        """Return the network in the form that predicts."""
+        return self._module
+
+    @property
     def patches_at_once(self) -> int:
         """Return how many patches keep the device busy."""
         return self._batch * self._passes
@@ -152,6 +172,7 @@ class Predictor:
         # cuDNN rounds the factors of its fp32 products where it may
         is_tf32 = is_gpu and torch.backends.cudnn.allow_tf32 and self.dtype is torch.float32
         number = "tf32" if is_tf32 else next(n for n, kind in DTYPES.items() if kind is self.dtype)
+        number = "int8" if self._is_int8 else number
         unit = torch.backends.cpu.get_cpu_capability()
         where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
         return f"{number} on {where}, {self._batch} patches a pass, torch {torch.__version__}"

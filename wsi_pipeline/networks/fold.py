@@ -89,33 +89,33 @@ def _fuse_activations(parent: nn.Module) -> None:
             continue
         # elsewhere the order of the calls is not known
         if isinstance(parent, nn.Sequential) and type(after) in FUSED:
-            setattr(parent, name, _FusedConv(layer, after))
+            setattr(parent, name, FusedConv(layer, after))
             setattr(parent, after_name, nn.Identity())
         else:
-            setattr(parent, name, _FusedConv(layer, nn.Identity()))
+            setattr(parent, name, FusedConv(layer, nn.Identity()))
 
 
-class _FusedConv(nn.Module):
+class FusedConv(nn.Module):
     """A convolution with its activation by oneDNN, from weights in an order of its own."""
 
     def __init__(self, conv: nn.Conv2d | nn.Conv3d, activation: nn.Module) -> None:
         super().__init__()
         self.conv, self.activation = conv, activation
+        self.how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.attributes = FUSED.get(type(activation), ("none", []))
         self._packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the activation makes of the convolution's output."""
-        conv, ops = self.conv, torch.ops.mkldnn
         # Programs that are made of the network, and counts of it, want the plain operations.
         if x.device.type != "cpu" or torch.compiler.is_compiling():
-            out: Tensor = self.activation(conv(x))
+            out: Tensor = self.activation(self.conv(x))
             return out
-        how = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        ops = torch.ops.mkldnn
         # The order is best for patches of the first one's size, and right for all.
         if self._packed is None:
-            self._packed = ops._reorder_convolution_weight(conv.weight, *how, x.shape)
-        name, numbers = FUSED.get(type(self.activation), ("none", []))
+            self._packed = ops._reorder_convolution_weight(self.conv.weight, *self.how, x.shape)
         fused: Tensor = ops._convolution_pointwise(
-            x, self._packed, conv.bias, *how, name, numbers, ""
+            x, self._packed, self.conv.bias, *self.how, *self.attributes, ""
         )
         return fused

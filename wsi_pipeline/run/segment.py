@@ -22,7 +22,9 @@ from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineE
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
+from wsi_pipeline.inference.predictor import choose_device, choose_dtype
 from wsi_pipeline.networks import build
+from wsi_pipeline.networks.quantise import load_ranges
 from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Settings, turns
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import model_facts, versions
@@ -107,6 +109,9 @@ def check_settings(settings: Settings, bundle: Bundle) -> None:
         )
     kind_of(bundle).check(settings, bundle)
     build(bundle)
+    if settings.predict.precision == "int8":
+        choose_dtype("int8", choose_device(settings.predict.device))
+        load_ranges(bundle)
 
 
 @dataclass(frozen=True, kw_only=True)
