@@ -36,7 +36,6 @@ MOST_CHANGED = 0.003
 """Share of the pixels that convolutions in a row may give another class, alone in integers."""
 TRIED = 8
 """Patches that this is found by."""
-Counts = npt.NDArray[np.int64]
 
 
 def quantise_model(
@@ -47,8 +46,8 @@ def quantise_model(
     patches: int = 64,
     overwrite: bool = False,
     **options: Any,
-) -> tuple[Bundle, Counts]:
-    """Write a bundle like another that has int8, too; return it and how it agrees with fp32.
+) -> float:
+    """Write a bundle like another that has int8, too; return the share of pixels that agree.
 
     Half of some patches, spread over all sources, give the ranges, and tell which convolutions
     bear integers; the other half judges.
@@ -57,9 +56,6 @@ def quantise_model(
         inputs: all but `output` and `patches` are those of `segment`.
         output: folder of the bundle.
         patches: how many of all sources together, at the most.
-
-    Returns:
-        The bundle, and (K, K) pixels of the judging patches, by class in fp32 and in int8.
 
     Raises:
         WsiPipelineError: nothing was found, fewer than two patches, a program, or an input, option
@@ -110,7 +106,7 @@ def quantise_model(
         (partial / CARD).write_text(
             told.rstrip() + "\n\n" + _card(bundle, pairs, len(judging)), "utf-8"
         )
-    return load_bundle(output), pairs
+    return float(pairs.trace() / pairs.sum())
 
 
 def _read(batch: Batch, index: int, patches: int) -> list[Pixels]:
@@ -137,14 +133,10 @@ def _classes(predictor: Predictor, patches: Sequence[Pixels]) -> npt.NDArray[np.
     )
 
 
-def dice(pairs: Counts) -> npt.NDArray[np.float64]:
-    """Return how much of each class two predictions have in common, (K,); NaN of one not there."""
-    with np.errstate(invalid="ignore"):
-        return np.asarray(2 * pairs.diagonal() / (pairs.sum(0) + pairs.sum(1)))
-
-
-def _card(bundle: Bundle, pairs: Counts, patches: int) -> str:
-    told = zip(bundle.classes, pairs.sum(1) / pairs.sum(), dice(pairs), strict=True)
+def _card(bundle: Bundle, pairs: npt.NDArray[np.int64], patches: int) -> str:
+    fp32, int8 = pairs.sum(1), pairs.sum(0)
+    dice = 2 * pairs.diagonal() / np.maximum(fp32 + int8, 1)
+    told = zip(bundle.classes, fp32 / pairs.sum(), dice, strict=True)
     table = "\n".join(f"| {info.name} | {share:.1%} | {same:.4f} |" for info, share, same in told)
     return f"""## int8
 
