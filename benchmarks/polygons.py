@@ -2,13 +2,16 @@
 
 python benchmarks/polygons.py
 python benchmarks/polygons.py --size 40960 32768
+python benchmarks/polygons.py --mask cells --threads 1
 
-Makes a mask of five classes out of smooth noise, some 15,000 regions and 2.7 million vertices in
-8,192² px, and repeats that where more is asked for; it lies on disk as OME-Zarr, and is never in
-memory as a whole. Then, in turns, each in a process of its own: `exact` finds regions and builds
-their polygons; `simplified` does the same with the default simplification, and writes GeoJSON as a
-run does; `gdal` is `rasterio.features.shapes` on the mask in memory, up to 8,192² px. The table
-holds medians; seconds are those of the stages, without imports, and with reading the mask.
+Makes a mask of five classes, and repeats that where more than 8,192² px are asked for; it lies on
+disk as OME-Zarr, and is never in memory as a whole. `busy` is smooth noise with finer noise, some
+15,000 regions and 2.7 million vertices; `smooth` some 1,000 regions of smoother noise; `cells` some
+140,000 round ones, of which none is left out, and which are simplified by a pixel. Then, in turns,
+each in a process of its own: `exact` finds regions and builds their polygons; `simplified` does the
+same with the default simplification, and writes GeoJSON as a run does; `gdal` is
+`rasterio.features.shapes` on the mask in memory, up to 8,192² px. The table holds medians; seconds
+are those of the stages, without imports, and with reading the mask.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +63,12 @@ class Noise:
     Both are periodic, so that blocks of a mask of any size are made one by one.
     """
 
-    COARSE, FINE = 8, 2048
+    FINE = 2048
 
-    def __init__(self, seed: int = 0) -> None:
-        self._rng = np.random.default_rng(seed)
-        self._coarse = self._fields(PERIOD // self.COARSE, 3.0)
-        self._fine = 0.05 * self._fields(self.FINE, 3.0)
+    def __init__(self, step: int, fine: float) -> None:
+        self._rng, self._step = np.random.default_rng(0), step
+        self._coarse = self._fields(PERIOD // step, 3.0)
+        self._fine = fine * self._fields(self.FINE, 3.0)
 
     def _fields(self, side: int, sigma: float) -> npt.NDArray[np.float32]:
         noise = self._rng.standard_normal((len(CLASSES), side, side), dtype=np.float32)
@@ -77,13 +81,41 @@ class Noise:
         fine = np.ix_(*(line % self.FINE for line in lines))
         best = classes = None
         for value, field in enumerate(self._coarse):
-            height = self._fine[value][fine] + _interpolated(field, *lines, self.COARSE)
+            height = self._fine[value][fine] + _interpolated(field, *lines, self._step)
             if best is None:
                 best, classes = height, np.zeros(height.shape, np.uint8)
                 continue
             classes[height > best] = value
             np.maximum(best, height, out=best)
         return classes
+
+
+class Cells:
+    """Round cells of four classes that are no circles, one in each square of a periodic lattice."""
+
+    SIDE, MANY = 21, PERIOD // 21
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        shape = self.MANY, self.MANY
+        self._centre = rng.uniform(9, 12, (2, *shape))
+        self._radius, self._share = rng.uniform(6, 10.5, shape), rng.normal(0, 0.12, (2, *shape))
+        self._value = rng.integers(1, len(CLASSES), shape, np.uint8) * (rng.random(shape) > 0.04)
+
+    def block(self, block: Block) -> npt.NDArray[np.uint8]:
+        """Return the classes of one block."""
+        lines = [np.arange(a, b) for a, b in zip(block.start, block.stop, strict=True)]
+        at = np.ix_(*(line // self.SIDE % self.MANY for line in lines))
+        y, x = np.ix_(*(line % self.SIDE for line in lines))
+        y, x = y - self._centre[0][at], x - self._centre[1][at]
+        angle = np.arctan2(y, x)
+        waves = sum(share[at] * np.cos(n * angle) for n, share in enumerate(self._share, 2))
+        return (self._value[at] * (np.hypot(y, x) < self._radius[at] * (1 + waves))).astype(
+            np.uint8
+        )
+
+
+MASKS = {"smooth": lambda: Noise(32, 0.01), "busy": lambda: Noise(8, 0.05), "cells": Cells}
 
 
 def _interpolated(
@@ -98,13 +130,13 @@ def _interpolated(
     return field
 
 
-def make_mask(path: Path, shape: tuple[int, int]) -> None:
+def make_mask(path: Path, shape: tuple[int, int], kind: str) -> None:
     """Write the mask."""
-    noise = Noise()
-    mask = create_mask(path, shape, classes=CLASSES, mask_mpp=MPP, name="noise")
+    made = MASKS[kind]()
+    mask = create_mask(path, shape, classes=CLASSES, mask_mpp=MPP, name=kind)
 
     def write(block: Block) -> None:
-        write_block(mask, block, noise.block(block))
+        write_block(mask, block, made.block(block))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(write, iter_blocks(shape, (BLOCK, BLOCK))))
@@ -122,7 +154,7 @@ class Laps:
         self.seconds[stage] = self._last - last
 
 
-def trace(path: Path) -> dict[tuple[int, ...], BlockComponents]:
+def trace(path: Path, threads: int | None) -> dict[tuple[int, ...], BlockComponents]:
     """Find the components of regions as the blocks of a run do, in threads."""
     mask = open_mask(path)
     probability = np.full((BLOCK, BLOCK), PROBABILITY_ONE, np.uint16)
@@ -132,26 +164,31 @@ def trace(path: Path) -> dict[tuple[int, ...], BlockComponents]:
         pixels = np.asarray(mask[block.slices])
         return block.index, find_components(pixels, probability[:height, :width], block.start)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         return dict(pool.map(find, iter_blocks(mask.shape, (BLOCK, BLOCK))))
 
 
-def exact(path: Path, folder: Path) -> dict[str, Any]:
+def exact(path: Path, folder: Path, threads: int | None) -> dict[str, Any]:
     """Build the exact polygons, batch by batch; nothing is kept of one that is done."""
     laps = Laps()
-    components = trace(path)
+    components = trace(path, threads)
     laps("trace")
-    outlines = find_outlines(open_mask(path), components, block_size=BLOCK)
+    outlines = find_outlines(open_mask(path), components, block_size=BLOCK, threads=threads)
     laps("join")
-    counts = map_polygons(outlines, lambda _, shapes: int(get_num_coordinates(shapes).sum()))
-    vertices = sum(counts)
+    vertices = sum(
+        map_polygons(
+            outlines, lambda _, shapes: int(get_num_coordinates(shapes).sum()), threads=threads
+        )
+    )
     laps("polygons")
     return {"seconds": laps.seconds, "regions": len(outlines.regions), "vertices": vertices}
 
 
-def simplified(path: Path, folder: Path) -> dict[str, Any]:
+def simplified(path: Path, folder: Path, threads: int | None) -> dict[str, Any]:
     """Simplify as a run does by default, and write GeoJSON."""
     options = ExportOptions()
+    if path.name == "cells":
+        options = replace(options, simplify_um=MPP[0], min_area_um2=0)
     features = FeatureOptions(
         classes=CLASSES,
         downsample=(1.0, 1.0),
@@ -162,7 +199,7 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
         namespace="benchmark",
     )
     laps = Laps()
-    components = trace(path)
+    components = trace(path, threads)
     laps("trace")
     outlines = find_outlines(
         open_mask(path),
@@ -170,14 +207,16 @@ def simplified(path: Path, folder: Path) -> dict[str, Any]:
         block_size=BLOCK,
         tolerance=features.tolerance,
         min_pixels=features.min_pixels,
+        threads=threads,
     )
     laps("join, simplify")
-    written = write_geojson(folder / "polygons.geojson", folder / "regions.csv", outlines, features)
+    paths = folder / "polygons.geojson", folder / "regions.csv"
+    written = write_geojson(*paths, outlines, features, threads=threads)
     laps("polygons, GeoJSON")
     return {"seconds": laps.seconds, "regions": len(outlines.regions), "vertices": written.vertices}
 
 
-def gdal(path: Path, folder: Path) -> dict[str, Any]:
+def gdal(path: Path, folder: Path, threads: int | None) -> dict[str, Any]:
     """Let GDAL find the polygons, and rasterio hand them out."""
     mask = np.asarray(open_mask(path)[:])
     laps = Laps()
@@ -187,10 +226,10 @@ def gdal(path: Path, folder: Path) -> dict[str, Any]:
     return {"seconds": laps.seconds, "regions": len(found), "vertices": vertices}
 
 
-def check(path: Path, folder: Path) -> dict[str, Any]:
+def check(path: Path, folder: Path, threads: int | None) -> dict[str, Any]:
     """Burn the exact polygons back, and compare with the mask; count holes as GDAL has them."""
     mask = np.asarray(open_mask(path)[:])
-    outlines = find_outlines(mask, trace(path), block_size=BLOCK)
+    outlines = find_outlines(mask, trace(path, threads), block_size=BLOCK)
     ours = polygons(outlines)
     burnt = rasterize(
         zip(ours, outlines.regions.value.tolist(), strict=True),
@@ -211,28 +250,33 @@ JOBS = {"exact": exact, "simplified": simplified, "gdal": gdal, "check": check}
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure polygons of a busy mask.")
     parser.add_argument("--size", type=int, nargs=2, default=(PERIOD, PERIOD), help="(w, h), px")
+    parser.add_argument("--mask", choices=MASKS, default="busy")
+    parser.add_argument("--threads", type=int, help="as many as cores if left out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--job", nargs=2, metavar=("NAME", "MASK"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.job:
-            print(json.dumps(JOBS[args.job[0]](Path(args.job[1]), Path(folder))))
+            print(json.dumps(JOBS[args.job[0]](Path(args.job[1]), Path(folder), args.threads)))
             return
-        path = Path(folder) / "mask.ome.zarr"
-        make_mask(path, (args.size[1], args.size[0]))
+        path = Path(folder) / args.mask
+        make_mask(path, (args.size[1], args.size[0]), args.mask)
         print(f"{args.size[0]} × {args.size[1]} px on {os.cpu_count()} cores", flush=True)
         names = ["exact", "simplified"]
         if args.size[0] * args.size[1] <= SMALL:
             names.append("gdal")
-            print(f"exact polygons: {run('check', path).said}", flush=True)
-        rounds = [{name: run(name, path) for name in names} for _ in range(args.rounds)]
+            print(f"exact polygons: {run('check', path, args.threads).said}", flush=True)
+        rounds = [
+            {name: run(name, path, args.threads) for name in names} for _ in range(args.rounds)
+        ]
         for line in table(names, rounds):
             print(line)
 
 
-def run(job: str, path: Path) -> Measured:
+def run(job: str, path: Path, threads: int | None) -> Measured:
     """Run one job in a process of its own."""
     command = [sys.executable, __file__, "--job", job, str(path)]
+    command += ["--threads", str(threads)] if threads else []
     return measure(command, path.with_name("log"))
 
 

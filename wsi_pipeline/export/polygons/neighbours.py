@@ -81,9 +81,8 @@ def _find_distances(
     threads: int | None,
 ) -> None:
     """Lower what is found of the distances of far regions from the nearest other one."""
-    pieces = list(_iter_pieces(arcs, is_other, pixel))
-    others = np.concatenate([part.lines() for part in pieces])
-    lows, highs = np.concatenate([part.boxes() for part in pieces], axis=1)
+    others = np.concatenate([part.lines() for part in _iter_pieces(arcs, is_other, pixel)])
+    lows, highs = np.hsplit(shapely.bounds(others), 2)
     tree = shapely.STRtree(others, node_capacity=LEAST)
     # About as far as one piece is from the next. Whatever is nearer than this is found by boxes.
     reach = float(np.sqrt((highs.max(axis=0) - lows.min(axis=0)).prod() / len(others)))
