@@ -6,6 +6,7 @@ All of it is the same in two dimensions and in three, for slides, images and vol
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import astuple
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from wsi_pipeline.inference.blend import (
     iter_sampled_rows,
 )
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
-from wsi_pipeline.inference.predictor import Predictor, use_one_core
+from wsi_pipeline.inference.predictor import Predictor, choose_device, use_one_core
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
@@ -82,9 +83,8 @@ class BlockWorker:
         self._classes = len(bundle.classes)
         self._thresholds = plan.predict.rule.of([c.name for c in bundle.classes[1:]])
         self._familiar = load_familiar(bundle)
-        self._predictor = _kept_predictor(bundle, plan.predict, threads or plan.threads, keep)
-        self._windows = Windows(plan.grid, plan.predict.blend, self._predictor.device)
-        device = self._predictor.device
+        device = choose_device(plan.predict.device)
+        self._windows = Windows(plan.grid, plan.predict.blend, device)
         if device.type == "cuda":
             kept_bytes = torch.cuda.mem_get_info(device)[0] // 4
         elif kept_bytes is None:
@@ -99,9 +99,20 @@ class BlockWorker:
         self._roi = None if plan.roi is None else read_region(plan.roi, offset=plan.roi_offset)
         self._pixels = plan.pixels.open()
         plan.check_fingerprint(self._pixels.fingerprint)
+        # The first blocks are read while the network is built.
+        building = ThreadPoolExecutor(1, "network", use_one_core)
+        self._built = building.submit(
+            _kept_predictor, bundle, plan.predict, threads or plan.threads, keep
+        )
+        building.shutdown(wait=False)
+
+    @property
+    def _predictor(self) -> Predictor:
+        return self._built.result()
 
     def close(self) -> None:
         """Close the source; the predictor is kept for the next."""
+        wait([self._built])
         self._pixels.close()
 
     def __call__(self, block: Block) -> int:

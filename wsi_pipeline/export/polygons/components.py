@@ -9,8 +9,6 @@ from typing import Any, Self
 import cc3d
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 Mask = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -150,6 +148,9 @@ def join(blocks: Mapping[Index, BlockComponents], *, min_pixels: float = 0) -> R
         blocks: components of each block that holds anything, by its row and column.
         min_pixels: smaller regions are left out.
     """
+    # They take a while to load, and blocks need none of it.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
     def column(name: str, empty: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.concatenate([empty, *(getattr(block, name) for block in blocks.values())])
