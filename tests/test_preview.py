@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -244,3 +247,37 @@ def test_images_are_refused_in_a_sentence(tmp_path):
     result = command(tmp_path / "image.png", bundle, tmp_path / "o", "--preview")
     assert result.exit_code == 2
     assert "--preview is for slides" in result.stderr
+
+
+def test_a_preview_keeps_the_memory_limit(tmp_path, slide_path, bundle, monkeypatch):
+    before = command(slide_path, bundle, tmp_path / "out", "--preview", "--max-ram", "10MB")
+    assert before.exit_code == 1
+    assert "before any work, --max-ram allows 0.01 GB" in before.output
+    taken = iter([0])
+    monkeypatch.setattr("wsi_pipeline.run.main.used_memory", lambda: next(taken, 9 * 10**9))
+    with pytest.raises(wsi_pipeline.WsiPipelineError, match=r"are taken, --max-ram .*; lower --bat"):
+        wsi_pipeline.preview(
+            slide_path, model=bundle, output=tmp_path / "out", tissue="none", device="cpu",
+            max_ram=8 * 10**9,
+            # The memory is looked at for a second before it is too much.
+            progress=lambda *_: time.sleep(0.5),
+        )  # fmt: skip
+    assert not (tmp_path / "out" / slide_path.stem / "preview.json").exists()
+    script = """
+import itertools, sys
+from wsi_pipeline.run import main
+from wsi_pipeline.cli import group
+used = itertools.chain([0], itertools.repeat(9_000_000_000))
+main.used_memory = lambda: next(used)
+import wsi_pipeline.run.preview as preview, time
+old = preview.Cells.measure
+preview.Cells.measure = lambda *a: (time.sleep(60), old(*a))
+group(sys.argv[1:])
+"""
+    line = ["segment", slide_path, "-m", bundle, "-o", tmp_path / "out", "--preview"]
+    ended = subprocess.run(
+        [sys.executable, "-c", script, *map(str, line), "--max-ram", "8GB"],
+        capture_output=True, text=True, timeout=50,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "9.00 GB of memory are taken, --max-ram allows 8.00 GB; lower" in ended.stderr

@@ -317,7 +317,10 @@ def _preview(batch: Batch, *, quiet: bool) -> bool:
         wrong_usage(UsageError),
     ):
         found = preview_batch(
-            batch, progress=lambda job, done, of: bars(name_of(job.path), done, of), ended=tell
+            batch,
+            progress=lambda job, done, of: bars(name_of(job.path), done, of),
+            ended=tell,
+            too_large=lambda sentence: end(batch.tidy, f"Error: {sentence}", 1),
         )
     return not any(one.reason for one in found)
 

@@ -48,6 +48,11 @@ LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
 MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
+LOWER = (
+    "lower --workers, --block-size or --batch-size, raise --min-area, or raise the limit: "
+    f"{GOES_ON}"
+)
+"""What to do where a run takes too much memory."""
 FINDERS: Mapping[str, tuple[Callable[..., list[Path]], Collection[str]]] = {
     "slide": (find_slides, SLIDE_SUFFIXES),
     "image": (find_images, ()),
@@ -283,7 +288,7 @@ def run_batch(
 
     try:
         with (
-            _bounded_memory(batch.schedule.max_ram, too_large or stop),
+            bounded_memory(batch.schedule.max_ram, too_large or stop, LOWER),
             _log_file(batch.output),
             open_cluster(batch.schedule) as client,
             Overview(batch.output, batch.target) as overview,
@@ -344,8 +349,14 @@ def _log_file(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _bounded_memory(max_ram: int | None, exceeded: Callable[[str], None]) -> Iterator[None]:
+def bounded_memory(
+    max_ram: int | None, exceeded: Callable[[str], None], advice: str
+) -> Iterator[None]:
     """Say when the process takes more memory than allowed for a second.
+
+    Args:
+        exceeded: told the sentence, by another thread.
+        advice: what to do then.
 
     Raises:
         WsiPipelineError: it does before any work.
@@ -359,8 +370,7 @@ def _bounded_memory(max_ram: int | None, exceeded: Callable[[str], None]) -> Ite
             if above == 4:
                 exceeded(
                     f"{used / 1e9:.2f} GB of memory are taken, --max-ram allows "
-                    f"{limit / 1e9:.2f} GB; lower --workers, --block-size or --batch-size, raise "
-                    f"--min-area, or raise the limit: {GOES_ON}"
+                    f"{limit / 1e9:.2f} GB; {advice}"
                 )
 
     if max_ram is None:

@@ -30,7 +30,7 @@ from wsi_pipeline.report.record import PREVIEW_FILE
 from wsi_pipeline.run.batch import Progress
 from wsi_pipeline.run.estimate import passes_at_once
 from wsi_pipeline.run.jobs import Job
-from wsi_pipeline.run.main import Batch, grouped, plan_batch
+from wsi_pipeline.run.main import Batch, bounded_memory, grouped, plan_batch
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
 from wsi_pipeline.run.segment import fitting, kind_of, reason_of
@@ -120,32 +120,50 @@ def preview_batch(
     *,
     progress: Callable[[Job, int, int], None] | None = None,
     ended: Callable[[Job, Preview], None] | None = None,
+    too_large: Callable[[str], None] | None = None,
 ) -> list[Preview]:
     """Preview what was planned; return the preview of each job, of one that failed the reason.
 
+    Args:
+        too_large: see `run_batch`.
+
     Raises:
         UsageError: images or volumes, or workers elsewhere.
+        WsiPipelineError: the process takes more memory than it may.
     """
     bundle, predict = batch.bundle, batch.settings.predict
     if kind_of(bundle) is not SlideRun:
         raise UsageError(f"--preview is for slides; {bundle.name} is for {bundle.modality}s")
     if batch.threads is None:
         raise UsageError("--preview works on this machine; leave --scheduler and --cluster out")
-    found = list[Preview]()
-    with closing(
-        Predictor(
-            bundle,
-            device=predict.device,
-            precision=predict.precision,
-            batch_size=predict.batch_size,
-            threads=passes_at_once(bundle, cpu_count()),
-            tta=predict.tta,
-        )
-    ) as predictor:
+    found, told, max_ram = list[Preview](), list[str](), batch.schedule.max_ram
+
+    def step(job: Job, done: int, of: int) -> None:
+        if told:
+            raise WsiPipelineError(told[0])
+        if progress:
+            progress(job, done, of)
+
+    with (
+        bounded_memory(max_ram, too_large or told.append, "lower --batch-size or raise the limit"),
+        closing(
+            Predictor(
+                bundle,
+                device=predict.device,
+                precision=predict.precision,
+                batch_size=predict.batch_size,
+                threads=passes_at_once(bundle, cpu_count()),
+                tta=predict.tta,
+            )
+        ) as predictor,
+    ):
         for job in batch.jobs:
             try:
-                one = _preview(job, batch, predictor, partial(progress, job) if progress else None)
+                one = _preview(job, batch, predictor, partial(step, job))
             except Exception as error:
+                if told:
+                    # It is not the slide's fault.
+                    raise
                 # One bad slide must not end the night; of what is not ours a trace is kept.
                 level = logging.DEBUG if isinstance(error, WsiPipelineError) else logging.ERROR
                 logger.log(level, "%s failed", job.path, exc_info=True)
@@ -156,7 +174,7 @@ def preview_batch(
     return found
 
 
-def _preview(job: Job, batch: Batch, predictor: Predictor, progress: Progress | None) -> Preview:
+def _preview(job: Job, batch: Batch, predictor: Predictor, progress: Progress) -> Preview:
     """Preview one slide, and write down what was found; return it."""
     start, bundle = time.perf_counter(), batch.bundle
     settings = replace(batch.settings, select=job.select(batch.settings.select))
