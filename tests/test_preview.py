@@ -255,7 +255,9 @@ def test_a_preview_keeps_the_memory_limit(tmp_path, slide_path, bundle, monkeypa
     assert "before any work, --max-ram allows 0.01 GB" in before.output
     taken = iter([0])
     monkeypatch.setattr("wsi_pipeline.run.main.used_memory", lambda: next(taken, 9 * 10**9))
-    with pytest.raises(wsi_pipeline.WsiPipelineError, match=r"are taken, --max-ram .*; lower --bat"):
+    with pytest.raises(
+        wsi_pipeline.WsiPipelineError, match=r"are taken, --max-ram .*; lower --bat"
+    ):
         wsi_pipeline.preview(
             slide_path, model=bundle, output=tmp_path / "out", tissue="none", device="cpu",
             max_ram=8 * 10**9,

@@ -212,6 +212,8 @@ def _compare(
             min_area_um2=min_area_um2 if slide.mpp else 0,
             namespace="/".join(run.settings["key"] for run in runs),
             unit="mm^2" if slide.mpp else "px^2",
+            # How far apart changes are tells nothing.
+            is_compared=False,
         )
         outlines = find_outlines(
             changes,
@@ -270,7 +272,6 @@ def _rank(path: Path, area: str, named: Mapping[str, tuple[str, str]]) -> None:
             properties = feature["properties"]
             before, after = named[properties["classification"]["name"]]
             properties["name"] = f"{rank}: {properties['classification']['name']}"
-            # how far apart changes are tells nothing
             properties["measurements"] = {area: properties["measurements"][area], "Rank": rank}
             properties["metadata"] = {"from": before, "to": after}
             new.write(b",\n" * (rank > 1) + orjson.dumps(feature))

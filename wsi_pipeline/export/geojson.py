@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class FeatureOptions:
         namespace: text that makes ids of this slide and model differ from others'.
         metadata: texts that are shown with each object.
         unit: unit of areas; "px^2" where nobody knows how large a pixel is, and `mpp` is 1,000.
+        is_compared: whether distances to regions of other classes, and borders shared with them,
+            are measured.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -65,6 +67,13 @@ class FeatureOptions:
     namespace: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["mm^2", "px^2"] = "mm^2"
+    is_compared: bool = True
+
+    @property
+    def others(self) -> Sequence[int]:
+        """Return the classes to whose regions each region is compared; of one class none."""
+        count = len(self.classes)
+        return range(1, count) if self.is_compared and count > 2 else ()
 
     @property
     def mask_mpp(self) -> tuple[float, float]:
@@ -94,7 +103,7 @@ class FeatureOptions:
             "probability_mean": "Mean probability",
             "probability_min": "Min probability",
         }
-        for info in self.classes[1:] if len(self.classes) > 2 else ():
+        for info in (self.classes[index] for index in self.others):
             found[f"distance_{um}_{info.name}"] = f"Distance to {info.name} {unit}"
             found[f"border_share_{info.name}"] = f"Border shared with {info.name}"
         return found
@@ -153,7 +162,9 @@ def write_geojson(
     for of_class in (np.flatnonzero(value == v) for v in np.unique(value)):
         numbers[of_class] = np.arange(1, len(of_class) + 1)
     y, x = (mpp * options.length_unit[1] for mpp in options.mask_mpp)
-    neighbours = find_neighbours(outlines, len(options.classes), (y, x), threads=threads)
+    neighbours = None
+    if options.others:
+        neighbours = find_neighbours(outlines, len(options.classes), (y, x), threads=threads)
     make = partial(_make_batch, outlines.regions, neighbours, numbers, options)
     counts, largest = np.zeros(len(options.classes), np.int64), np.zeros(len(options.classes))
     vertices, dropped = 0, list[str]()
@@ -213,7 +224,7 @@ class _Batch:
 
 def _make_batch(
     regions: Regions,
-    neighbours: Neighbours,
+    neighbours: Neighbours | None,
     numbers: npt.NDArray[np.int64],
     options: FeatureOptions,
     part: slice,
@@ -311,7 +322,7 @@ def _measure(
     area: npt.NDArray[np.float64],
     region: npt.NDArray[np.int64],
     regions: Regions,
-    neighbours: Neighbours,
+    neighbours: Neighbours | None,
     options: FeatureOptions,
 ) -> list[npt.NDArray[Any]]:
     """Return the options' measures of features, each (features,); NaN is what is not known."""
@@ -332,7 +343,8 @@ def _measure(
         np.full(len(region), np.nan) if known is None else known[region].round(4)
         for known in (regions.probability, regions.least)
     ]
-    for other in range(1, len(options.classes)) if len(options.classes) > 2 else ():
+    for other in options.others:
+        assert neighbours is not None
         own = regions.value[region] == other
         found.append(neighbours.distance[region, other].round(3))
         found.append(np.where(own, np.nan, neighbours.shared[region, other].round(4)))

@@ -48,11 +48,7 @@ LOG_FILE = "wsi_pipeline.log"
 """In the output folder: warnings, and tracebacks of what should not happen."""
 MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
-LOWER = (
-    "lower --workers, --block-size or --batch-size, raise --min-area, or raise the limit: "
-    f"{GOES_ON}"
-)
-"""What to do where a run takes too much memory."""
+LOWER = "lower --workers, --block-size or --batch-size, raise --min-area, or raise the limit"
 FINDERS: Mapping[str, tuple[Callable[..., list[Path]], Collection[str]]] = {
     "slide": (find_slides, SLIDE_SUFFIXES),
     "image": (find_images, ()),
@@ -288,7 +284,7 @@ def run_batch(
 
     try:
         with (
-            bounded_memory(batch.schedule.max_ram, too_large or stop, LOWER),
+            bounded_memory(batch.schedule.max_ram, too_large or stop, f"{LOWER}: {GOES_ON}"),
             _log_file(batch.output),
             open_cluster(batch.schedule) as client,
             Overview(batch.output, batch.target) as overview,
