@@ -30,7 +30,8 @@ from reader import Tiles, make_raw
 
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.geometry import PatchGrid
-from wsi_pipeline.inference.predictor import choose_device, choose_dtype, use_one_core
+from wsi_pipeline.inference.patch_queue import use_one_core
+from wsi_pipeline.inference.predictor import choose_device, choose_dtype
 from wsi_pipeline.networks import NETWORKS, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.options import MPP_TOLERANCE, SelectOptions

@@ -26,7 +26,8 @@ from skimage.data import immunohistochemistry
 from torch import nn
 
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.inference.predictor import choose_dtype, use_one_core
+from wsi_pipeline.inference.patch_queue import use_one_core
+from wsi_pipeline.inference.predictor import choose_dtype
 from wsi_pipeline.networks import build, fold
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise

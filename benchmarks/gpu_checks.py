@@ -36,7 +36,8 @@ from skimage.data import immunohistochemistry
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.export.polygons.components import find_components
-from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype, use_one_core
+from wsi_pipeline.inference.patch_queue import use_one_core
+from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
 from wsi_pipeline.networks import NETWORKS, build
 from wsi_pipeline.networks.check import run, with_patch_size
 from wsi_pipeline.networks.fold import for_inference

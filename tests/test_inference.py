@@ -3,7 +3,7 @@
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -273,8 +273,8 @@ def test_what_is_too_much_for_the_memory_is_predicted_in_smaller_passes(tmp_path
         np.testing.assert_array_equal(probabilities.argmax(0), expected)
     assert passes[:4] == [8, 8, 4, 2]  # the first fits
     assert set(passes[4:]) == {2}
+    monkeypatch.setattr(Predictor, "_run", lambda self, _: short(self, range(9)))
     predictor = Predictor(bundle, device="cpu", batch_size=4, threads=1)
-    monkeypatch.setattr(Predictor, "_run", lambda *_: short(predictor, range(9)))
     with pytest.raises(BundleError, match="with 1 patches at a time"):
         list(predictor.predict(REGION, origins))
 
@@ -383,70 +383,6 @@ def test_two_blocks_share_what_one_predicts():
     for thread in threads:
         thread.join(20)
     assert found == {"first": [1, 2], "mine": [3], "second": [2, 3]}
-
-
-def test_passes_begin_in_the_order_of_claims():
-    cache = cache_of([1, 2], [3])
-    begun, inside, rest = [], threading.Event(), threading.Event()
-
-    def first():
-        with cache.claim(block(0), np.array([1, 2])) as claim:
-            inside.set()
-            assert not second_begins.wait(0.2)
-            cache.wait_for_turn(claim)
-            begun.append("first")
-            cache.end_turn(claim)
-            assert second_begins.wait(10)  # before this one is done
-            fresh = predictions(claim)
-            for patch in (1, 2):
-                claim.result(patch, fresh)
-            rest.set()
-
-    def second():
-        inside.wait(10)
-        with cache.claim(block(1), np.array([3])) as claim:
-            cache.wait_for_turn(claim)
-            begun.append("second")
-            second_begins.set()
-
-    second_begins = threading.Event()
-    threads = [threading.Thread(target=work) for work in (first, second)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-    assert begun == ["first", "second"]
-    assert rest.is_set()
-
-
-def test_who_predicts_nothing_or_fails_holds_up_nobody():
-    cache = cache_of([1, 2], [1, 2], [0], [1], [0])
-    claimed(cache, 0, [1, 2])
-    with (
-        cache.claim(block(1), np.array([1, 2])) as idle,
-        cache.claim(block(2), np.array([0])) as busy,
-    ):
-        assert idle.mine.size == 0
-        cache.wait_for_turn(idle)
-        cache.wait_for_turn(busy)
-    with cache.claim(block(4), np.array([0])) as last:
-        with suppress(BundleError), cache.claim(block(3), np.array([1])):
-            raise BundleError("before its turn")
-        cache.wait_for_turn(last)
-
-
-def test_others_may_follow_when_the_last_pass_is_queued(tmp_path):
-    predictor = Predictor(
-        load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=128)), device="cpu", threads=1
-    )
-    begun = threading.Event()
-    found = predictor.predict(REGION, ORIGINS, begun=begun.set)
-    next(found)
-    assert not begun.is_set()
-    for _ in range(3):
-        next(found)
-    assert begun.is_set()
-    assert len(list(found)) == 1
 
 
 def test_an_error_reaches_who_waits_and_nothing_of_it_stays():

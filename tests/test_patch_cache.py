@@ -60,8 +60,6 @@ def do_block(
 
     with cache.claim(block(number), wanted) as claim:
         time.sleep(next(pauses))
-        cache.wait_for_turn(claim)
-        cache.end_turn(claim)
         predictions = fresh()
         return [int(claim.result(patch, predictions)) for patch in wanted]
 
@@ -97,8 +95,6 @@ def test_a_prediction_is_made_once_and_let_go_after_its_last_use() -> None:
     assert do_block(cache, 0, first, pauses, None) == [0, 1]
     with cache.claim(block(1), second) as claim:
         assert claim.mine.tolist() == [2]
-        cache.wait_for_turn(claim)
-        cache.end_turn(claim)
         fresh = iter([torch.tensor([[2]])])
         assert [int(claim.result(patch, fresh)) for patch in second] == [1, 2]
     with cache.claim(block(0), first) as claim:

@@ -13,7 +13,13 @@ import pytest
 from bundles import pointwise_bundle
 from distributed import Client, LocalCluster, Scheduler, SpecCluster, Worker, get_worker
 
-from wsi_pipeline.errors import BundleError, ClusterError, SourceError, WsiPipelineError
+from wsi_pipeline.errors import (
+    BundleError,
+    ClusterError,
+    DeviceError,
+    SourceError,
+    WsiPipelineError,
+)
 from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import ScheduleOptions
 from wsi_pipeline.schedule.blocks import run_blocks
@@ -126,6 +132,21 @@ class FailingOnOne(Named):
         if get_worker().name == "plain":
             raise SourceError("the disk is not mounted")
         return super().__call__(block)
+
+
+class Lost(Named):
+    """Work of which one worker's GPU, or all, is lost on the way."""
+
+    only = "plain"
+
+    def __call__(self, block):
+        if self.only is None or get_worker().name == self.only:
+            raise DeviceError("cuda:0 failed: an illegal memory access was encountered")
+        return super().__call__(block)
+
+
+class AllLost(Lost):
+    only = None
 
 
 @pytest.fixture
@@ -339,3 +360,20 @@ def test_a_process_sees_the_limit_of_its_own_control_group():
         assert 2.5 * 2**30 < free <= (3 << 30) - used + (16 << 20)
     finally:
         job.rmdir()
+
+
+def test_a_lost_gpu_ends_its_worker_and_the_last_one_the_work(two_workers, caplog):
+    with open_cluster(ScheduleOptions(scheduler=two_workers)) as client:
+        assert set(run_blocks(client, BLOCKS, Lost)) == {"with GPUs"}
+        assert "cuda:0 failed: an illegal memory access was encountered; it is sent" in caplog.text
+        assert len(client.nthreads()) == 1
+        with pytest.raises(DeviceError, match="cuda:0 failed"):
+            list(run_blocks(client, BLOCKS, AllLost))
+
+
+def test_a_lost_gpu_of_this_process_ends_the_work():
+    with (
+        open_cluster(ScheduleOptions(workers=2)) as client,
+        pytest.raises(DeviceError, match="cuda:0 failed"),
+    ):
+        list(run_blocks(client, BLOCKS, AllLost))

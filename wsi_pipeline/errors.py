@@ -53,6 +53,10 @@ class ClusterError(WsiPipelineError, ConnectionError):
     """A dask cluster that cannot be reached, or whose workers cannot do the work."""
 
 
+class DeviceError(ClusterError):
+    """A GPU with which this process can do no more."""
+
+
 class AnnotationError(WsiPipelineError, ValueError):
     """A GeoJSON or mask file that cannot be used as annotations."""
 

@@ -1,10 +1,8 @@
-"""Predictions of patches that several blocks need: each is made once, in turn.
+"""Predictions of patches that several blocks need: each is made once.
 
 block A                         block B, on another thread
-claim({1, 2, 3}): mine 1, 2, 3  claim({3, 4}): mine 4, of A 3     claims are made whole, in turn
-reads its pixels                reads its pixels                  at the same time
-passes of 1, 2, 3 are begun     wait_for_turn                     so none waits in a circle
-end_turn                        passes of 4 are begun
+claim({1, 2, 3}): mine 1, 2, 3  claim({3, 4}): mine 4, of A 3     whole, so none waits in a circle
+reads, predicts 1, 2, 3         reads, predicts 4
 result(1), (2), (3): B's part   result(3) waits for A's, or gets A's error
 of 3 is kept
 """
@@ -69,16 +67,13 @@ class PatchCache:
         self._lock = threading.Lock()
         self._parts: dict[tuple[int, Block], Future[Part]] = {}
         self._bytes = 0
-        self._queue: list[Claim] = []
-        self._moved = threading.Condition(self._lock)
 
     @contextmanager
     def claim(self, block: Block, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
         """Yield what one block has to predict itself and what it gets from others.
 
-        Claims are made whole and in turn, and passes are to be begun in that order, see
-        `wait_for_turn`: so a block waits for earlier ones only and none waits in a circle. If the
-        body fails, those who wait for it get its error.
+        Claims are made whole: so a block waits for earlier ones only and none waits in a circle.
+        If the body fails, those who wait for it get its error.
 
         Args:
             patches: indices, ascending, of all that the block needs.
@@ -92,7 +87,6 @@ class PatchCache:
             made = {p: self._for_others(p) for p in held if p not in others}
             mine = np.array(list(made), np.int64)
             claim = Claim(mine=mine, made=made, others=others, keep=self._keep)
-            self._queue.append(claim)
         failure: BaseException = RuntimeError("a block ended without all its predictions")
         try:
             yield claim
@@ -100,7 +94,6 @@ class PatchCache:
             failure = error
             raise
         finally:
-            self.end_turn(claim)
             with self._lock:
                 unmade = [(p, one) for p in made for one, f in made[p].items() if not f.done()]
                 for key in unmade:
@@ -108,20 +101,6 @@ class PatchCache:
             # Told when nobody can find them any more, so that all who wait read the same error.
             for patch, one in unmade:
                 made[patch][one].set_exception(failure)
-
-    def wait_for_turn(self, claim: Claim) -> None:
-        """Wait until the passes of all earlier claims are begun."""
-        with self._moved:
-            self._moved.wait_for(lambda: self._queue[0] is claim)
-        if len(claim.mine) == 0:
-            self.end_turn(claim)
-
-    def end_turn(self, claim: Claim) -> None:
-        """Let the next claim begin its passes, unless that was done before."""
-        with self._moved:
-            if claim in self._queue:
-                self._queue.remove(claim)
-                self._moved.notify_all()
 
     def _for_others(self, patch: int) -> Parts:
         """Return, and enter, what blocks that are still to come will get of a prediction."""
@@ -166,14 +145,20 @@ class Claim:
     others: dict[int, Future[Part]]
     keep: Callable[[int, torch.Tensor, Parts], None]
 
-    def result(self, patch: int, fresh: Iterator[torch.Tensor]) -> torch.Tensor:
+    def result(
+        self,
+        patch: int,
+        fresh: Iterator[torch.Tensor],
+        wait: Callable[[Future[Part]], Part] = Future.result,
+    ) -> torch.Tensor:
         """Return the prediction of a patch, once, of which the block's part holds.
 
         Args:
             fresh: yields the predictions of `mine` in order.
+            wait: returns what comes of another block's.
         """
         if (future := self.others.pop(patch, None)) is not None:
-            return future.result().in_place()
+            return wait(future).in_place()
         prediction = next(fresh)
         self.keep(patch, prediction, self.made[patch])
         del self.made[patch]

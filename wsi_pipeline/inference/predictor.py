@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future
 from functools import cache
 
 import numpy as np
@@ -17,8 +18,9 @@ import torch
 from torch import nn
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.errors import BundleError
+from wsi_pipeline.errors import BundleError, DeviceError
 from wsi_pipeline.geometry import box_slices
+from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
 from wsi_pipeline.networks import Network, SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise
@@ -26,10 +28,12 @@ from wsi_pipeline.options import DEVICES, Precision, Tta, turns
 
 logger = logging.getLogger(__name__)
 
+SHORT_OF_MEMORY = ("unable to find an engine", "ALLOC_FAILED", "out of memory")
+"""In errors of libraries that have not found the memory they wanted."""
 PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
-Answer = tuple[torch.Tensor, ...]
-"""Probabilities (N, K, *patch), (N, L) of what is said of whole patches, their features (N, C)."""
+MAX_PIXELS = 2**22
+"""Of a pass on a GPU: a block's, which keep it busy, so that the blocks in hand fill several."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -89,14 +93,11 @@ def _warn_of_slow_bf16() -> None:
     )
 
 
-def use_one_core() -> None:
-    """Let torch in the calling thread use no others: work runs side by side as it is."""
-    # OpenMP counts for each thread; idle ones of a team would spin
-    torch.set_num_threads(1)
-
-
 class Predictor:
     """A network on its device, ready to predict patches; close it.
+
+    Attributes:
+        queue: of the patches of all who predict here.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -145,15 +146,22 @@ class Predictor:
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
         # does not depend on the number of threads then. Passes share nothing but the weights.
         self._passes = (threads or os.cpu_count() or 1) if on_cpu else 1
-        self._pool = ThreadPoolExecutor(self._passes, "predict", initializer=use_one_core)
         # a row of pixels is normalised at one go
         row = bundle.input.patch_size[-1]
         mean = torch.tensor(bundle.input.mean, device=self.device).repeat(row)
         std = torch.tensor(bundle.input.std, device=self.device).repeat(row)
         self._scale = {torch.uint8: 1 / (255 * std), torch.float32: 1 / std}
         self._shift = -mean / std
-        self._static_batch = built.batch_size
-        self._batch = built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch())
+        self.queue = PatchQueue(
+            self._run,
+            batch=built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch()),
+            passes=self._passes,
+            too_large=(
+                f"{bundle.name} does not fit into the memory of {self.device} with {{}} patches at "
+                "a time; use --device cpu"
+            ),
+            is_fixed=built.batch_size is not None,
+        )
 
     @property
     def form(self) -> nn.Module:
@@ -163,7 +171,7 @@ class Predictor:
     @property
     def patches_at_once(self) -> int:
         """Return how many patches keep the device busy."""
-        return self._batch * self._passes
+        return self.queue.batch * self._passes
 
     @property
     def how(self) -> str:
@@ -175,7 +183,7 @@ class Predictor:
         number = "int8" if self._is_int8 else number
         unit = torch.backends.cpu.get_cpu_capability()
         where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
-        return f"{number} on {where}, {self._batch} patches a pass, torch {torch.__version__}"
+        return f"{number} on {where}, {self.queue.batch} patches a pass, torch {torch.__version__}"
 
     def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
         """Bring the pixels of a region to the device; return them there.
@@ -185,7 +193,9 @@ class Predictor:
         """
         region = torch.from_numpy(pixels)
         if self.device.type == "cuda":
-            return region.pin_memory().to(self.device, non_blocking=True)
+            # pinned for this one: the thread's own may be another
+            with torch.cuda.device(self.device):
+                return region.pin_memory().to(self.device, non_blocking=True)
         return region
 
     def predict(
@@ -193,7 +203,6 @@ class Predictor:
         region: torch.Tensor,
         origins: npt.NDArray[np.int64],
         *,
-        begun: Callable[[], None] | None = None,
         labels: list[torch.Tensor] | None = None,
         features: list[torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
@@ -202,7 +211,6 @@ class Predictor:
         Args:
             region: (*region, C) on the device, as `upload` returns it, holding all the patches.
             origins: (n, d) first corners within the region, array order.
-            begun: called when all passes are queued: those of another region may follow.
             labels: gets (L,) probabilities of what the network says of each patch as a whole, in
                 turn, where it classifies.
             features: gets (C,) of what each patch looks like to a network of the package.
@@ -214,67 +222,39 @@ class Predictor:
             BundleError: the network fails, or answers in another shape than the bundle says.
         """
         ahead: deque[Future[Answer]] = deque()
+        size, queue = self.bundle.input.patch_size, self.queue
 
         def taken() -> torch.Tensor:
-            mask, *told = ahead.popleft().result()
+            mask, *told = queue.wait(ahead.popleft())
             for kept, found in zip((labels, features), told, strict=True):
-                if kept is not None and found.shape[1]:
-                    kept.extend(found)
+                if kept is not None and len(found):
+                    kept.append(found)
             return mask
 
         try:
-            # out of memory, a pass makes those after it smaller
-            step = self._batch
-            for first in range(0, len(origins), step):
-                batch = origins[first : first + step]
-                ahead.append(self._pool.submit(self._forward, region, batch))
-                if begun is not None and first + len(batch) == len(origins):
-                    begun()
-                # one more than runs, so that no core waits
-                if len(ahead) > self._passes:
-                    yield from taken()
+            for origin in origins.tolist():
+                ahead.append(queue.put(region[box_slices(origin, size)]))
+                # one pass more than runs, so that no core waits
+                if len(ahead) > queue.batch * (self._passes + 1):
+                    yield taken()
+            queue.flush()
             while ahead:
-                yield from taken()
+                yield taken()
         finally:
             for future in ahead:
                 future.cancel()
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown()
+        self.queue.close()
         # what any thread set last is what torch gives to threads that are new to it
         torch.set_num_threads(torch.get_num_threads())
 
-    @torch.inference_mode()
-    def _forward(self, region: torch.Tensor, origins: npt.NDArray[np.int64]) -> Answer:
-        """Return the probabilities of some patches, in one pass if they fit in."""
-        size, count, batch = self.bundle.input.patch_size, len(origins), self._batch
-        if count > batch:
-            answers = [
-                self._forward(region, origins[i : i + batch]) for i in range(0, count, batch)
-            ]
-            return tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
-        patches = [region[box_slices(origin, size)] for origin in origins.tolist()]
-        # always full batches: on the way a patch is rounded differently in one of another size
-        patches += [torch.zeros_like(patches[0])] * (batch - count)
-        try:
-            return tuple(part[:count] for part in self._run(torch.stack(patches)))
-        except torch.OutOfMemoryError:
-            if self._static_batch or batch == 1:
-                raise BundleError(
-                    f"{self.bundle.name} does not fit into the memory of {self.device} with "
-                    f"{batch} patches at a time; use --device cpu"
-                ) from None
-        # a pass beside this one may have halved it already
-        self._batch = min(self._batch, batch // 2)
-        torch.cuda.empty_cache()
-        logger.warning("out of memory: going on with %d patches at a time", self._batch)
-        return self._forward(region, origins)
-
     def _run(self, patches: torch.Tensor) -> Answer:
-        """Return the probabilities of patches, (N, *patch, C) in full scale or uint8.
+        """Return what the network says of patches, (N, *patch, C) in full scale or uint8.
 
-        The mean of those of each turn: batches know of one pass.
+        Probabilities (N, K, *patch), (N, L) of what is said of whole patches, features (N, C): the
+        mean of those of each turn. Batches know of one pass.
         """
         scale = self._scale[patches.dtype]
         values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
@@ -305,6 +285,12 @@ class Predictor:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if any(sign in str(error) for sign in SHORT_OF_MEMORY):
+                raise torch.OutOfMemoryError(str(error)) from error
+            # what CUDA has given up on fails in this process for good
+            if isinstance(error, getattr(torch, "AcceleratorError", ())):
+                first = str(error).strip().splitlines()[0]
+                raise DeviceError(f"{self.device} failed: {first}") from error
             raise BundleError(
                 f"{self.bundle.name} failed on a batch {tuple(inputs.shape)}: "
                 f"{str(error).strip().splitlines()[-1]}"
@@ -355,6 +341,7 @@ class Predictor:
         each = (torch.cuda.max_memory_allocated(self.device) - before) / PROBE
         free, _ = torch.cuda.mem_get_info(self.device)
         batch = 1
-        while batch < MAX_BATCH and 2 * batch * each <= free / 2:
+        most = min(MAX_BATCH, MAX_PIXELS // math.prod(spec.patch_size))
+        while 2 * batch <= most and 2 * batch * each <= free / 2:
             batch *= 2
         return batch

@@ -267,8 +267,10 @@ def _peak_memory(
         if choose_dtype(predict.precision, device) is not torch.float32:
             # They are counted in fp32; the other formats take half.
             each /= 2
-        # Finished predictions wait for their turn beside those that are made.
-        made = (2 * threads + 1) * batch * patch_bytes
+        # Finished predictions of each block wait for their turn beside those that are made.
+        sides = [b / s + 1 for b, s in zip(sides, plan.grid.stride, strict=True)]
+        ahead = min((threads + 1) * batch, math.prod(sides))
+        made = (threads * batch + blocks_in_hand * ahead) * patch_bytes
         total += workers * (2 * model.weights + threads * batch * each + made + bands)
         kept = min(kept, max(int(USED_SHARE * allowed - total) // workers, LEAST_KEPT))
         total += workers * kept

@@ -49,6 +49,8 @@ LOG_FILE = "wsi_pipeline.log"
 MOST_BLOCKS_IN_HAND = 8
 """Of one worker: each takes some 150 MB."""
 LOWER = "lower --workers, --block-size or --batch-size, raise --min-area, or raise the limit"
+PATCHES_A_BLOCK = 16
+"""Of 512 px, side by side at the slide's own resolution."""
 FINDERS: Mapping[str, tuple[Callable[..., list[Path]], Collection[str]]] = {
     "slide": (find_slides, SLIDE_SUFFIXES),
     "image": (find_images, ()),
@@ -196,7 +198,7 @@ def plan_batch(
     home = as_path(output, use_listings_cache=False)
     target = home if is_remote(home) else None
     with raised_as(UsageError, WsiPipelineError):
-        schedule, device = _with_gpus(schedule, settings.predict.device)
+        schedule, device = _with_gpus(schedule, settings.predict)
         settings = replace(settings, predict=replace(settings.predict, device=device))
     bundle = load_bundle(model)
     find, suffixes = FINDERS[bundle.modality]
@@ -222,13 +224,13 @@ def plan_batch(
     )
 
 
-def _with_gpus(schedule: ScheduleOptions, device: str) -> tuple[ScheduleOptions, str]:
+def _with_gpus(schedule: ScheduleOptions, predict: PredictOptions) -> tuple[ScheduleOptions, str]:
     """Return which GPUs do the blocks and how many of them each has in hand, and the device.
 
     Raises:
         BundleError: GPUs that there are not, or that another option excludes.
     """
-    is_elsewhere = bool(schedule.scheduler or schedule.cluster)
+    device, is_elsewhere = predict.device, bool(schedule.scheduler or schedule.cluster)
     if schedule.scheduler and schedule.cluster:
         raise BundleError("--scheduler and --cluster exclude each other")
     is_told = is_elsewhere or device not in ("auto", "cuda")
@@ -243,11 +245,10 @@ def _with_gpus(schedule: ScheduleOptions, device: str) -> tuple[ScheduleOptions,
     gpus = () if is_told else schedule.gpus or tuple(range(count))
     if schedule.gpus and len(gpus) == 1:
         device = f"cuda:{gpus[0]}"
-    in_hand = schedule.blocks_in_hand
-    # As many blocks as the cores can prepare keep a GPU busy.
-    if not is_cpu:
-        workers = len(gpus) or schedule.workers
-        in_hand = max(in_hand, min(cpu_count() // workers, MOST_BLOCKS_IN_HAND))
+    each = cpu_count() // (len(gpus) or schedule.workers)
+    # As many blocks as the cores can prepare keep a GPU busy; passes on CPUs are to be filled.
+    wanted = 1 + each * (predict.batch_size or 1) // PATCHES_A_BLOCK if is_cpu else each
+    in_hand = max(schedule.blocks_in_hand, min(wanted, MOST_BLOCKS_IN_HAND))
     return replace(schedule, gpus=gpus, blocks_in_hand=in_hand), device
 
 

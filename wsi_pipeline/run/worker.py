@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import astuple
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.bundle import Bundle, load_bundle
-from wsi_pipeline.errors import BundleError, SourceError
+from wsi_pipeline.errors import BundleError, SourceError, raised_as
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_components
 from wsi_pipeline.files.clock import Clock
@@ -33,7 +33,8 @@ from wsi_pipeline.inference.blend import (
     iter_sampled_rows,
 )
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
-from wsi_pipeline.inference.predictor import Predictor, choose_device, use_one_core
+from wsi_pipeline.inference.patch_queue import use_one_core
+from wsi_pipeline.inference.predictor import Predictor, choose_device
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
@@ -118,6 +119,14 @@ class BlockWorker:
     def __call__(self, block: Block) -> int:
         """Do one block: read, predict, blend, write its mask and trace it; return new patches."""
         use_one_core()
+        no_room = "a block does not fit into the memory beside the model; lower --block-size"
+        # the first blocks are read while the network is built
+        in_hand = self._predictor.queue.in_hand() if self._built.done() else nullcontext()
+        with in_hand, raised_as(BundleError, torch.OutOfMemoryError, no_room):
+            return self._do(block)
+
+    def _do(self, block: Block) -> int:
+        """Do one block; return new patches."""
         plan, clock, means = self._plan, Clock(), None
         labels, features = list[torch.Tensor](), list[torch.Tensor]()
         if plan.cell:
@@ -195,18 +204,13 @@ class BlockWorker:
             pixels, corner = self._read(claim.mine)
             region = self._predictor.upload(pixels)
             clock.lap("read")
-            self._cache.wait_for_turn(claim)
-            clock.skip()
-            fresh = self._predictor.predict(
-                region,
-                self._plan.grid.origins[claim.mine] - corner,
-                begun=partial(self._cache.end_turn, claim),
-                labels=labels,
-                features=features,
-            )
-            placed = self._placed(wanted, claim, fresh)
-            mask, probability = self._classify(self._pieces(placed, block, means), block)
-            clock.lap("predict")
+            origins, queue = self._plan.grid.origins[claim.mine] - corner, self._predictor.queue
+            with queue.in_hand():
+                fresh = self._predictor.predict(region, origins, labels=labels, features=features)
+                placed = self._placed(wanted, claim, fresh)
+                mask, probability = self._classify(self._pieces(placed, block, means), block)
+                clock.lap("predict")
+                clock.seconds["predict"] += queue.seconds
         return mask, probability, claim.mine
 
     def _placed(
@@ -214,7 +218,10 @@ class BlockWorker:
     ) -> Iterator[tuple[Shape, torch.Tensor]]:
         """Yield origin and prediction of each patch."""
         for patch in patches:
-            yield tuple(self._plan.grid.origins[patch].tolist()), claim.result(patch, fresh)
+            yield (
+                tuple(self._plan.grid.origins[patch].tolist()),
+                claim.result(patch, fresh, self._predictor.queue.wait),
+            )
 
     def _read(self, patches: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:
         """Read the pixels of patches at one go; return them and their first grid pixel."""

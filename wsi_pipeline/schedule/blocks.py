@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from wsi_pipeline.errors import ClusterError, WsiPipelineError
+from wsi_pipeline.errors import ClusterError, DeviceError, WsiPipelineError
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.schedule.cluster import lost, reaching, state_name, try_to
 from wsi_pipeline.schedule.threads import Threads
@@ -96,6 +96,10 @@ def run_blocks(
         block, number = tries[future.key]
         # the worker's fault, and of each next block
         if isinstance(failure.error, ClusterError):
+            with reaching(client):
+                is_alone = not {*client.nthreads()} - {failure.worker}
+            if isinstance(failure.error, DeviceError) and is_alone:
+                raise failure.error
             logger.warning("%s; it is sent away", failure.error)
             with reaching(client):
                 client.retire_workers([failure.worker])
