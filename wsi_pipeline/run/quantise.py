@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -27,6 +28,7 @@ from wsi_pipeline.networks.bundle_writer import (
     written_folder,
 )
 from wsi_pipeline.networks.quantise import Ranges, quantise, rows, to_bytes, watched
+from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.main import Batch, grouped, plan_batch
 from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
@@ -64,7 +66,8 @@ def quantise_model(
     """
     with TemporaryDirectory() as spare:
         batch = plan_batch(inputs, model=model, output=spare, **grouped(options))
-        found = [pixels for job in range(len(batch.jobs)) for pixels in _read(batch, job, patches)]
+        jobs = batch.jobs[:: -(-len(batch.jobs) // patches)]
+        found = [pixels for job in jobs for pixels in _read(job, batch, patches // len(jobs))]
     if len(found) < 2:
         raise UsageError(f"{len(found)} patches of tissue; expected two or more to find ranges by")
     bundle, learning, judging = batch.bundle, found[::2], found[1::2]
@@ -103,20 +106,18 @@ def quantise_model(
         pairs = pairs.reshape(count, count)
         card = bundle.path / CARD
         told = card.read_text("utf-8", "replace") if card.is_file() else f"# {bundle.name}\n"
-        (partial / CARD).write_text(
-            told.rstrip() + "\n\n" + _card(bundle, pairs, len(judging)), "utf-8"
-        )
+        # what it has told of other ranges is of those
+        told = re.sub(r"\n## int8\n.*?(?=\n## |\Z)", "", told, flags=re.DOTALL).rstrip()
+        (partial / CARD).write_text(f"{told}\n\n{_card(bundle, pairs, len(judging))}", "utf-8")
     return float(pairs.trace() / pairs.sum())
 
 
-def _read(batch: Batch, index: int, patches: int) -> list[Pixels]:
+def _read(job: Job, batch: Batch, patches: int) -> list[Pixels]:
     """Return some patches of a source, evenly over where a run would look."""
-    job, bundle = batch.jobs[index], batch.bundle
     settings = replace(batch.settings, select=job.select(batch.settings.select))
-    with open_source_run(job.path, bundle, fitting(settings, bundle)) as run:
+    with open_source_run(job.path, batch.bundle, fitting(settings, batch.bundle)) as run:
         grid = (plan := run.lay_out(RunStore(folder=job.folder), 1, keep=False)).grid
-        count = min(len(grid), -(-patches // len(batch.jobs)))
-        chosen = np.linspace(0, len(grid) - 1, count).round().astype(int)
+        chosen = np.linspace(0, len(grid) - 1, min(len(grid), patches)).round().astype(int)
         with closing(plan.pixels.open()) as pixels:
             starts = [tuple(start) for start in grid.origins[chosen].tolist()]
             return [pixels.read(start, grid.patch_size) for start in starts]
