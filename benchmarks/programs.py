@@ -41,15 +41,17 @@ overlap = [0, 0]
 mean = [{mean}]
 std = [{std}]
 [output]
-activation = "softmax"
-classes = [
-  {{ name = "Background" }},
-  {{ name = "A", color = [200, 0, 0] }},
-  {{ name = "B", color = [150, 200, 150] }},
-  {{ name = "C", color = [90, 90, 220] }},
-  {{ name = "D", color = [230, 180, 40] }},
-]
+activation = "{activation}"
+classes = [{classes}]
 """
+CLASSES = (
+    '{ name = "Background" }',
+    '{ name = "A", color = [200, 0, 0] }',
+    '{ name = "B", color = [150, 200, 150] }',
+    '{ name = "C", color = [90, 90, 220] }',
+    '{ name = "D", color = [230, 180, 40] }',
+)
+TISSUE = {"mean": "0.485, 0.456, 0.406", "std": "0.229, 0.224, 0.225"}
 
 
 def write_bundle(folder: Path, network: str, tissue: npt.NDArray[np.uint8]) -> Bundle:
@@ -153,8 +155,7 @@ def _write_lightmuseg(folder: Path, tissue: npt.NDArray[np.uint8]) -> None:
     save_file(weights, folder / "model.safetensors")
     _write_toml(
         folder, "lightmuseg", "lightmuseg", "model.safetensors",
-        options=f"classes = {len(COLOURS)}",
-        mean="0.485, 0.456, 0.406", std="0.229, 0.224, 0.225",
+        options=f"classes = {len(COLOURS)}", **TISSUE,
     )  # fmt: skip
     bundle = load_bundle(folder)
     with torch.inference_mode():
@@ -172,19 +173,10 @@ def _write_lightmuseg(folder: Path, tissue: npt.NDArray[np.uint8]) -> None:
 def _write_one_class(folder: Path) -> None:
     """Write the shipped network as it is, for patches as large as those of the others."""
     shutil.copyfile(TRAINED, folder / TRAINED.name)
-    text = TRAINED.with_name("model.toml").read_text("utf-8")
-    for old, new in (
-        ("lightmuseg-bcss-demo", "benchmark-lightmuseg-one"),
-        ("mpp = 1.0", f"mpp = {MPP}"),
-        ("patch_size = [256, 256]", f"patch_size = [{PATCH}, {PATCH}]"),
-    ):
-        assert old in text
-        text = text.replace(old, new)
-    # what an older checkout does not know
-    kept = [
-        line for line in text.splitlines() if not line.startswith(("limits", "features", "temp"))
-    ]
-    (folder / "model.toml").write_text("\n".join(kept), encoding="utf-8")
+    _write_toml(
+        folder, "lightmuseg-one", "lightmuseg", TRAINED.name, options="classes = 1", one=True,
+        **TISSUE,
+    )  # fmt: skip
 
 
 def _write_toml(
@@ -196,6 +188,7 @@ def _write_toml(
     options: str = "",
     mean: str = "0.0, 0.0, 0.0",
     std: str = "1.0, 1.0, 1.0",
+    one: bool = False,
 ) -> None:
     text = TOML.format(
         name=name,
@@ -206,5 +199,7 @@ def _write_toml(
         patch=PATCH,
         mean=mean,
         std=std,
+        activation="sigmoid" if one else "softmax",
+        classes=", ".join(CLASSES[: 2 if one else None]),
     )
     (folder / "model.toml").write_text(text, encoding="utf-8")

@@ -219,6 +219,8 @@ class SlideRun(SourceRun):
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""
         from wsi_pipeline.run.result import SlideResult
 
+        # What was just loaded is no part of the pyramid.
+        clock.skip()
         store, options = self.plan.store, self.settings.export
         self.bad = self._bad_regions(ledger)
         classes = (*self.bundle.classes, UNREADABLE) if self.bad else self.bundle.classes

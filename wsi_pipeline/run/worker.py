@@ -202,11 +202,14 @@ class BlockWorker:
         wanted = self._plan.patches(block)
         with self._cache.claim(block, wanted) as claim:
             pixels, corner = self._read(claim.mine)
-            region = self._predictor.upload(pixels)
             clock.lap("read")
-            origins, queue = self._plan.grid.origins[claim.mine] - corner, self._predictor.queue
+            predictor = self._predictor
+            clock.skip()
+            region = predictor.upload(pixels)
+            clock.lap("read")
+            origins, queue = self._plan.grid.origins[claim.mine] - corner, predictor.queue
             with queue.in_hand():
-                fresh = self._predictor.predict(region, origins, labels=labels, features=features)
+                fresh = predictor.predict(region, origins, labels=labels, features=features)
                 placed = self._placed(wanted, claim, fresh)
                 mask, probability = self._classify(self._pieces(placed, block, means), block)
                 clock.lap("predict")
