@@ -5,6 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+
+# Each of xdist's workers has a core: more threads of OpenMP would take turns with the others', and
+# spin while they wait. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import ModuleType

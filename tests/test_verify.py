@@ -112,6 +112,19 @@ def test_one_flipped_bit_in_any_chunk_is_found(home, tmp_path, at, bit):
             assert "" not in found
 
 
+def test_a_changed_file_is_found_whatever_decoders_make_of_it(home, tmp_path):
+    folder = Path(shutil.copytree(home / "out" / "slide", tmp_path / "slide"))
+    assert verify(folder, share=0).different == ()
+    for place in ("0", "1", "labels/classes/0", "labels/classes/1"):
+        chunk = folder / "mask.ome.zarr" / place / "0" / "0"
+        whole = chunk.read_bytes()
+        # Not in place: labels are links to the same file.
+        chunk.unlink()
+        chunk.write_bytes(whole + b"?")
+        assert "00000_00000" in names(verify(folder, share=0).different), place
+        chunk.write_bytes(whole)
+
+
 def test_a_chunk_where_all_was_background_is_found(home):
     folder = home / "out" / "slide"
     shutil.rmtree(folder / "mask.ome.zarr" / "labels")
