@@ -424,3 +424,18 @@ def test_bf16_on_a_processor_without_it_is_slow_and_said_once(monkeypatch, caplo
     assert not caplog.messages
     assert [choose_dtype("bf16", cpu) for _ in range(2)] == [torch.bfloat16] * 2
     assert len(caplog.messages) == (0 if has_bf16 else 1)
+
+
+def test_a_program_is_run_as_it_was_made_unless_its_bundle_allows_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    cpu, bundle = torch.device("cpu"), load_bundle(pointwise_bundle(tmp_path, mpp=0.5))
+    assert choose_dtype("auto", cpu, bundle) == torch.float32
+    assert choose_dtype("bf16", cpu, bundle) == torch.bfloat16
+    allowing = replace(bundle, network_options={"precision": "bf16"})
+    assert choose_dtype("auto", cpu, allowing) == torch.bfloat16
+    other = replace(bundle, network_options={"precision": "fp16"})
+    assert choose_dtype("auto", cpu, other) == torch.float32
+    ours = load_bundle(lightmuseg_bundle(tmp_path / "ours", mpp=0.5))
+    assert choose_dtype("auto", cpu, ours) == torch.bfloat16
+    with closing(Predictor(bundle, device="cpu")) as predictor:
+        assert predictor.how.startswith("fp32 ")

@@ -31,6 +31,7 @@ from rasterio.features import rasterize
 from runs import segment_job
 from scipy.ndimage import map_coordinates
 
+from wsi_pipeline import segment
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
@@ -735,3 +736,35 @@ def test_a_roi_is_read_in_the_frame_we_write(tmp_path, bounded, slide_pixels):
     expected = np.zeros(slide_pixels.shape[:2], np.uint8)
     expected[307:1157, 401:1001] = classify(slide_pixels)[307:1157, 401:1001]
     assert (mask_of(folder) == expected).all()
+
+
+def test_a_mask_is_of_one_number_format_whatever_machine_goes_on(tmp_path, slide_path, monkeypatch):
+    lightmuseg_bundle(tmp_path / "model", mpp=1.0)
+    folder = tmp_path / "out" / slide_path.stem
+    blocks = folder / ".store" / "blocks"
+
+    def segment_on(*, has_bf16, **options):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: has_bf16)
+        (run,) = segment(
+            slide_path, model=tmp_path / "model", output=tmp_path / "out", device="cpu",
+            block_size=1024, tissue="none", outputs=("zarr",), **options,
+        )  # fmt: skip
+        assert run.status == "done"
+        return run.settings["predict"]["precision"], [c[:4] for c in run.certificate["computed"]]
+
+    assert segment_on(has_bf16=False) == ("fp32", ["fp32"])
+    done = {p.name: p.stat().st_mtime_ns for p in blocks.iterdir()}
+    assert len(done) > 1
+    # finished elsewhere is finished
+    assert segment_on(has_bf16=True) == ("fp32", ["fp32"])
+    assert {p.name: p.stat().st_mtime_ns for p in blocks.iterdir()} == done
+    # and what was begun goes on as it was
+    (folder / "run.json").unlink()
+    (folder / "mask.ome.zarr" / "0" / "0" / "0").write_bytes(b"")
+    assert segment_on(has_bf16=True) == ("fp32", ["fp32"])
+    after = {p.name: p.stat().st_mtime_ns for p in blocks.iterdir()}
+    assert {name for name in done if after[name] != done[name]} == {"00000_00000.npz"}
+    # who names another format, or starts anew, gets it for the whole mask
+    assert segment_on(has_bf16=True, overwrite=True) == ("bf16", ["bf16"])
+    assert segment_on(has_bf16=True, precision="fp32") == ("fp32", ["fp32"])

@@ -8,8 +8,9 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -17,14 +18,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError, DeviceError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
 from wsi_pipeline.networks import Network, SegmentationNetwork, build
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise
-from wsi_pipeline.options import DEVICES, Precision, Tta, turns
+from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,11 @@ PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
 MAX_PIXELS = 2**22
 """Of a pass on a GPU: a block's, which keep it busy, so that the blocks in hand fill several."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: Mapping[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -62,10 +67,13 @@ def count_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    precision: Precision, device: torch.device, bundle: Bundle | None = None
+) -> torch.dtype:
     """Return the number format to compute in; "auto" is bf16 where the hardware has it.
 
-    With "int8" it is that of all that is no convolution.
+    Of a program it is fp32, in which such are made, unless the `precision` of its options is what
+    the hardware has. With "int8" it is that of all that is no convolution.
 
     Raises:
         BundleError: int8 is asked for on a GPU.
@@ -74,22 +82,40 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         if device.type != "cpu":
             raise BundleError(f"--precision int8 is for CPUs, not for {device}; leave it out")
         return torch.float32
+    if precision == "auto" and bundle is not None and bundle.network in FOREIGN:
+        best, allowed = choose_dtype("auto", device), bundle.network_options.get("precision")
+        return best if allowed == _name(best) else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cpu" and not has_bf16:
         _warn_of_slow_bf16()
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        with torch.cuda.device(device):
+            is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_native else torch.float16
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def number_format(predict: PredictOptions, bundle: Bundle) -> Precision:
+    """Return the name of the number format in which a bundle is computed here.
+
+    Raises:
+        BundleError: no such device.
+    """
+    return _name(choose_dtype(predict.precision, choose_device(predict.device), bundle))
+
+
+def _name(dtype: torch.dtype) -> Precision:
+    return next(name for name, kind in DTYPES.items() if kind is dtype)
 
 
 # once, not by every worker
 @cache
 def _warn_of_slow_bf16() -> None:
     logger.warning(
-        "--precision bf16: this processor has no arithmetic for it and takes about ten times as "
-        "long as with fp32; leave --precision out"
+        "bf16: this processor has no arithmetic for it and takes about ten times as long as with "
+        "fp32; --precision fp32 starts a run anew that was begun in bf16"
     )
 
 
@@ -123,7 +149,7 @@ class Predictor:
     ) -> None:
         built = Network(module=network, batch_size=None) if network else build(bundle)
         self.device = choose_device(device)
-        self.dtype = choose_dtype(precision, self.device)
+        self.dtype = choose_dtype(precision, self.device, bundle)
         self.channels = 1 if bundle.activation == "sigmoid" else len(bundle.classes)
         self.bundle = bundle
         spec = bundle.input
@@ -177,10 +203,7 @@ class Predictor:
     def how(self) -> str:
         """Return the number format, then all else that probabilities' last digits depend on."""
         is_gpu = self.device.type == "cuda"
-        # cuDNN rounds the factors of its fp32 products where it may
-        is_tf32 = is_gpu and torch.backends.cudnn.allow_tf32 and self.dtype is torch.float32
-        number = "tf32" if is_tf32 else next(n for n, kind in DTYPES.items() if kind is self.dtype)
-        number = "int8" if self._is_int8 else number
+        number = "int8" if self._is_int8 else _name(self.dtype)
         unit = torch.backends.cpu.get_cpu_capability()
         where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
         return f"{number} on {where}, {self.queue.batch} patches a pass, torch {torch.__version__}"
@@ -279,8 +302,13 @@ class Predictor:
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
         lower = self.dtype is not torch.float32 and not self._is_ours
+        # or cuDNN rounds the factors of fp32's products
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         try:
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=lower):
+            with (
+                exact if self.device.type == "cuda" else nullcontext(),
+                torch.autocast(self.device.type, dtype=self.dtype, enabled=lower),
+            ):
                 output = self._module(inputs)
         except torch.OutOfMemoryError:
             raise

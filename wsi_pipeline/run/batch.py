@@ -8,16 +8,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.errors import ClusterError, WsiPipelineError
+from wsi_pipeline.errors import BundleError, ClusterError, WsiPipelineError
 from wsi_pipeline.files.locks import make_folder
 from wsi_pipeline.files.paths import is_remote
-from wsi_pipeline.options import Settings
+from wsi_pipeline.inference.predictor import number_format
+from wsi_pipeline.options import Precision, PredictOptions, Settings
 from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.estimate import memory_check, passes_at_once
 from wsi_pipeline.run.jobs import Job
@@ -25,7 +27,7 @@ from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.segment import PreparedRun, Stage, failed_run, finish, fitting, prepare
 from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.blocks import run_blocks
-from wsi_pipeline.schedule.cluster import check_shared, gpu_share, worker_threads
+from wsi_pipeline.schedule.cluster import ask_workers, check_shared, gpu_share, worker_threads
 from wsi_pipeline.schedule.memory import cpu_count
 from wsi_pipeline.schedule.threads import Threads
 from wsi_pipeline.schedule.worker_state import WorkerCache
@@ -117,6 +119,16 @@ class BatchRunner:
         self._threads, self._overwrite = threads, overwrite
         if alone:
             self._threads = passes_at_once(bundle, threads or cpu_count())
+        predict = self._settings.predict
+        if predict.precision != "auto":
+            self._precision: Precision = predict.precision
+        elif isinstance(client, Threads):
+            self._precision = number_format(predict, bundle)
+        else:
+            answers = ask_workers(client, number_format_if_any, predict, bundle)
+            found = {answer for answer in answers.values() if answer}
+            # what all of them have, since one mask is to be of one format
+            self._precision = found.pop() if len(found) == 1 else "fp32"
         self._check = memory_check(client, bundle, max_ram)
         self._max_ram = max_ram if alone else None
         self._resources = dict[str, float]()
@@ -141,6 +153,7 @@ class BatchRunner:
                 job,
                 self._bundle,
                 settings=self._settings,
+                precision=self._precision,
                 threads=self._threads or cpu_count(),
                 overwrite=self._overwrite,
                 check=self._check,
@@ -223,6 +236,13 @@ class BatchRunner:
             level = logging.DEBUG if expected else logging.ERROR
             logger.log(level, "%s failed", job.path, exc_info=True)
             return failed_run(job, self._bundle, self._settings, error)
+
+
+def number_format_if_any(predict: PredictOptions, bundle: Bundle) -> Precision | None:
+    """Return the number format of a worker, None of one without the device that is asked for."""
+    with suppress(BundleError):
+        return number_format(predict, bundle)
+    return None
 
 
 def open_elsewhere(plan: Plan, threads: int | None, keep: WorkerCache) -> BlockWorker:

@@ -264,7 +264,7 @@ def _peak_memory(
     kept = plan.straddling * (1 if bundle.activation == "sigmoid" else channels) * 4
     if device.type == "cpu":
         batch, each = predict.batch_size or 1, model.activations
-        if choose_dtype(predict.precision, device) is not torch.float32:
+        if choose_dtype(predict.precision, device, bundle) is not torch.float32:
             # They are counted in fp32; the other formats take half.
             each /= 2
         # Finished predictions of each block wait for their turn beside those that are made.

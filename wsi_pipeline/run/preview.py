@@ -25,7 +25,7 @@ from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Region, Shape
 from wsi_pipeline.inference.blend import Windows
-from wsi_pipeline.inference.predictor import Predictor
+from wsi_pipeline.inference.predictor import Predictor, number_format
 from wsi_pipeline.report.record import PREVIEW_FILE
 from wsi_pipeline.run.batch import Progress
 from wsi_pipeline.run.estimate import passes_at_once
@@ -33,7 +33,7 @@ from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.main import Batch, bounded_memory, grouped, plan_batch
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
-from wsi_pipeline.run.segment import fitting, kind_of, reason_of
+from wsi_pipeline.run.segment import fitting, kind_of, reason_of, settle_precision
 from wsi_pipeline.run.slide_run import SlideRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -182,6 +182,8 @@ def _preview(job: Job, batch: Batch, predictor: Predictor, progress: Progress) -
     with SlideRun(job.path, bundle, fitting(settings, bundle)) as run, store.claim():
         if not batch.overwrite:
             refuse_others(job, run.source.fingerprint, bundle)
+        precision = number_format(settings.predict, bundle)
+        settle_precision(run, job, precision, overwrite=batch.overwrite)
         # Nothing is kept: what an interrupted run has left here goes on as if this had not been.
         plan = run.lay_out(store, cpu_count(), keep=False)
         every = len(plan.grid)

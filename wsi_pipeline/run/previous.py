@@ -55,6 +55,18 @@ def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
     check_same(job.folder, fingerprint=fingerprint, model=model_key(bundle))
 
 
+def held_key(job: Job) -> str:
+    """Return the key of the run that a folder holds, begun or finished, "" where there is none."""
+    if key := RunStore(folder=job.folder).key().get("key"):
+        return key
+    try:
+        with reaching(job.home):
+            return str(load_run(job.home / RUN_FILE).settings.get("key", ""))
+    except StoreError:
+        # There is nothing, or nothing that can be read.
+        return ""
+
+
 def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions) -> Run | None:
     """Return the run that a folder holds, if it is whole and was made the same way."""
     path = folder / RUN_FILE

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
@@ -22,10 +23,10 @@ from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineE
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
-from wsi_pipeline.inference.predictor import choose_device, choose_dtype
+from wsi_pipeline.inference.predictor import DTYPES, choose_device, choose_dtype
 from wsi_pipeline.networks import build
 from wsi_pipeline.networks.quantise import load_ranges
-from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Settings, turns
+from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Precision, Settings, turns
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import model_facts, versions
 from wsi_pipeline.run.jobs import Job
@@ -34,6 +35,7 @@ from wsi_pipeline.run.previous import (
     as_exported,
     drop_what_is_old,
     find_finished,
+    held_key,
     model_key,
     refuse_others,
 )
@@ -114,6 +116,24 @@ def check_settings(settings: Settings, bundle: Bundle) -> None:
         load_ranges(bundle)
 
 
+def settle_precision(run: SourceRun, job: Job, precision: Precision, *, overwrite: bool) -> None:
+    """Set in which number format a run is computed, of which its key depends; return nothing.
+
+    "auto" goes on in the one of the run that the folder holds, since a mask has one alone.
+
+    Args:
+        precision: what it is without such a run.
+    """
+    is_open = run.settings.predict.precision == "auto" and not overwrite
+    held = held_key(job) if is_open else ""
+    # never int8, which nobody gets who has not asked for it
+    for name in ("auto", *DTYPES, precision):
+        predict = replace(run.settings.predict, precision=name)
+        run.settings = replace(run.settings, predict=predict)
+        if run.key_by(version("wsi-pipeline")) == held:
+            break
+
+
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
     """A source of which the blocks are to be done.
@@ -136,11 +156,15 @@ def prepare(
     bundle: Bundle,
     *,
     settings: Settings,
+    precision: Precision,
     threads: int,
     overwrite: bool,
     check: Callable[[Plan], int | None],
 ) -> Run | PreparedRun:
     """Open a source and its run's folder, plan it; return it, or its run if that is done.
+
+    Args:
+        precision: in which number format to compute, where an unfinished run has none.
 
     Raises:
         WsiPipelineError: the source, the model or the folder cannot be used.
@@ -148,6 +172,7 @@ def prepare(
     start = time.perf_counter()
     settings = replace(settings, select=job.select(settings.select))
     with open_source_run(job.path, bundle, settings) as run, ExitStack() as claim:
+        settle_precision(run, job, precision, overwrite=overwrite)
         key, fingerprint = run.key, run.source.fingerprint
         if not overwrite:
             refuse_others(job, fingerprint, bundle)

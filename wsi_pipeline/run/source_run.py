@@ -116,7 +116,8 @@ class SourceRun(ABC):
 
     def key_by(self, release: str) -> str:
         """Return the key that a release of this package gives the run."""
-        # A mask goes on where another machine began it: these change nothing but the last bits.
+        # A mask goes on where another machine began it: these change nothing but the last bits of
+        # its number format, which "auto" has been replaced by.
         left_out = ("device", "batch_size")
         predict = {k: v for k, v in asdict(self.settings.predict).items() if k not in left_out}
         # Older runs, which have none in their key, go on.

@@ -48,7 +48,7 @@ def gpu_share(client: Client) -> dict[str, float]:
     def share(dask_worker: Worker) -> float:
         return float(dask_worker.state.total_resources.get("GPU", 0) / dask_worker.state.nthreads)
 
-    shares = [found for found in _ask_workers(client, share).values() if found]
+    shares = [found for found in ask_workers(client, share).values() if found]
     return {"GPU": min(shares)} if shares else {}
 
 
@@ -98,7 +98,7 @@ def open_cluster(options: ScheduleOptions) -> Iterator[Client | Threads]:
             client = stack.enter_context(Client(stack.enter_context(cluster)))
         _watch(client)
         stack.callback(client.unsubscribe_topic, "all")
-        for worker, theirs in _ask_workers(client, versions).items():
+        for worker, theirs in ask_workers(client, versions).items():
             check_same_versions(worker, theirs, versions())
         name = state_name(client)
         with reaching(client):
@@ -290,7 +290,7 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
     # a new file: a folder of the same name may lie on each worker's own disk
     with NamedTemporaryFile(dir=folder, prefix=".shared.", suffix=".partial") as fresh:
         wanted = {fresh.name: str(folder), **{str(path): str(path) for path in paths}}
-        missing_of = _ask_workers(client, lambda: [p for p in wanted if not os.path.exists(p)])
+        missing_of = ask_workers(client, lambda: [p for p in wanted if not os.path.exists(p)])
         for worker, missing in missing_of.items():
             if missing:
                 raise ClusterError(
@@ -299,8 +299,12 @@ def check_shared(client: Client, folder: Path, paths: Iterable[Path]) -> None:
                 )
 
 
-def _ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Return the answers of all workers; raise ClusterError where one has none."""
+def ask_workers(client: Client, question: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Return the answers of all workers by their addresses.
+
+    Raises:
+        ClusterError: one has none.
+    """
     with reaching(client):
         answers = client.run(question, *args, on_error="return")
     for worker, answer in answers.items():
