@@ -407,7 +407,7 @@ def _ids(
     first: npt.NDArray[np.int32],
     nth: npt.NDArray[np.int64],
 ) -> list[str]:
-    """Return the id of each feature: `uuid.uuid5`, of many at a time."""
+    """Return the id of each feature, as `uuid.uuid5` makes it, its common beginning hashed once."""
     heads = [
         hashlib.sha1(
             uuid.NAMESPACE_OID.bytes + f"{options.namespace}/{info.name}/".encode(),
@@ -415,20 +415,12 @@ def _ids(
         )
         for info in options.classes
     ]
-    digests = bytearray()
+    ids = list[str]()
     for v, (y, x), n in zip(value.tolist(), first.tolist(), nth.tolist(), strict=True):
         digest = heads[v].copy()
         digest.update(f"{y},{x}/{n}".encode())
-        digests += digest.digest()[:16]
-    digits = np.frombuffer(digests, np.uint8).reshape(-1, 16)
-    digits[:, 6] = digits[:, 6] & 0x0F | 0x50
-    digits[:, 8] = digits[:, 8] & 0x3F | 0x80
-    text = digests.hex()
-    return [
-        f"{text[i : i + 8]}-{text[i + 8 : i + 12]}-{text[i + 12 : i + 16]}-"
-        f"{text[i + 16 : i + 20]}-{text[i + 20 : i + 32]}"
-        for i in range(0, len(text), 32)
-    ]
+        ids.append(str(uuid.UUID(bytes=digest.digest()[:16], version=5)))
+    return ids
 
 
 def _as_json(value: object) -> str:
@@ -454,7 +446,6 @@ def _iter_rings(shapes: Polygons) -> Iterator[str]:
         starts = np.append(0, ends[:-1] + 1)
         bounds = zip(starts[rings[:-1]].tolist(), ends[rings[1:] - 1].tolist(), strict=True)
         written[whole] = [f"[{text[a:b]}]" for a, b in bounds]
-    for whole, (first, stop) in zip(
-        is_whole.tolist(), itertools.pairwise(polygons.tolist()), strict=True
-    ):
+    of_polygons = itertools.pairwise(polygons.tolist())
+    for whole, (first, stop) in zip(is_whole.tolist(), of_polygons, strict=True):
         yield f"[{','.join(written[whole][first:stop])}]"
