@@ -101,12 +101,14 @@ class Result(ABC):
         """
         failures, polygons = list[str](), [NOTHING]
         writers: dict[Output, Callable[[Path], object]] = {
-            "geojson": lambda path: polygons.append(self._write_polygons(path))
+            "geojson": lambda path: polygons.append(self._write_polygons(path)),
+            **self._writers(),
         }
         if (put_together := self.write_probability) is not None:
-            # A folder, which takes its place by itself; DICOM is made of it.
+            # A folder, which takes its place by itself.
             writers["probability"] = lambda path: put_together()
-        for output, write in {**writers, **self._writers()}.items():
+        # DICOM is made of probabilities, too.
+        for output, write in sorted(writers.items(), key=lambda item: item[0] == "dicom"):
             if output not in wanted:
                 continue
             path = folder / FILES[output]
