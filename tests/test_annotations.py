@@ -6,7 +6,9 @@ import contextlib
 import itertools
 import json
 import logging
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -630,6 +632,13 @@ def test_rasterise_marks_what_is_touched() -> None:
     assert np.argwhere(marked).tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
     speck = rasterise([shapely.box(7.1, 4.1, 7.2, 4.2)], (5, 6), downsample=(3, 2), touched=True)
     assert np.argwhere(speck).tolist() == [[1, 3]]
+
+
+def test_threads_rasterise_without_a_warning() -> None:
+    ring = shapely.Point(40, 30).buffer(20)
+    with ThreadPoolExecutor(8) as pool, warnings.catch_warnings(action="error"):
+        found = list(pool.map(lambda _: rasterise([ring], (64, 96)), range(2000)))
+    assert all(np.array_equal(found[0], other) for other in found)
 
 
 def test_rasterise_nothing() -> None:

@@ -541,7 +541,7 @@ def test_a_process_above_its_limit_ends_with_a_sentence(tmp_path, place):
 import itertools, sys
 from wsi_pipeline.run import estimate, main
 from wsi_pipeline.cli import group
-estimate._peak_memory = lambda *args, **kwargs: 0
+estimate._peak_memory = lambda *args, **kwargs: (0, 0)
 used = itertools.chain([0], itertools.repeat(300_000_000))
 main.used_memory = lambda: next(used)
 group(sys.argv[1:])

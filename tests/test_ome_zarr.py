@@ -336,7 +336,8 @@ def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     build_pyramid(path, CLASSES)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 80e6  # two threads with a shard, and its chunks encoded; masks have 67 and 268 MB
+    # Two threads with a shard, and its chunks encoded: 68 to 80 MB. Masks have 67 and 268 MB.
+    assert peak < 100e6
 
 
 def test_an_existing_mask_is_not_overwritten(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import shapely
 from shapely import MultiPolygon, Polygon
 
+from wsi_pipeline.files.threads import quiet_gdal
+
 
 def rasterise(
     polygons: Iterable[Polygon | MultiPolygon],
@@ -41,7 +43,8 @@ def rasterise(
     if not seen or height == 0 or width == 0:
         return np.zeros(shape, dtype=bool)
     transform = rasterio.Affine(fx, 0.0, x, 0.0, fy, y)
-    burnt = rasterio.features.rasterize(
-        seen, out_shape=shape, transform=transform, dtype=np.uint8, all_touched=touched
-    )
+    with quiet_gdal():
+        burnt = rasterio.features.rasterize(
+            seen, out_shape=shape, transform=transform, dtype=np.uint8, all_touched=touched
+        )
     return np.asarray(burnt, dtype=bool)

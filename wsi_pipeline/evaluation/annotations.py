@@ -21,6 +21,7 @@ from wsi_pipeline.annotations import (
 )
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
+from wsi_pipeline.files.threads import quiet_gdal
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.report.record import UNREADABLE
 
@@ -129,7 +130,8 @@ class AreaReader:
         if seen:
             transform = rasterio.Affine(fx, 0.0, x, 0.0, fy, y)
             # What comes later in the list lies on top.
-            rasterio.features.rasterize(seen, out=mask, transform=transform)
+            with quiet_gdal():
+                rasterio.features.rasterize(seen, out=mask, transform=transform)
         for polygons, is_judged in ((self._areas.regions, True), (self._areas.ignored, False)):
             if polygons:
                 marked = rasterise(polygons, mask.shape, origin=(y, x), downsample=downsample)

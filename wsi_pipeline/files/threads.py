@@ -1,11 +1,14 @@
-"""Work in threads, in order."""
+"""Work in threads, in order; and what threads must not do side by side."""
 
 from __future__ import annotations
 
 import os
+import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,6 +16,7 @@ R = TypeVar("R")
 
 MOST_THREADS = 8
 """Each takes memory, and more gain little: between numpy's steps they wait for Python's lock."""
+_GDAL = threading.Lock()
 
 
 def map_in_threads(
@@ -41,3 +45,15 @@ def map_in_threads(
             # Where a result was an error some still wait.
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def quiet_gdal() -> Iterator[None]:
+    """Keep back that a picture has no place on the globe, one thread at a time; yield nothing.
+
+    Filters of warnings are the process's: two threads would put each other's back.
+    """
+    from rasterio.errors import NotGeoreferencedWarning
+
+    with _GDAL, warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
+        yield

@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.paths import is_remote, name_of
+from wsi_pipeline.files.threads import quiet_gdal
 from wsi_pipeline.sources.base import Alpha, Downsamples, Pixels, Sizes, as_rgb, check_size, reading
 
 IN_MEMORY = 1 << 28
@@ -32,7 +33,6 @@ PNG_BITS = 24
 """Where a PNG says how many bits a sample has: Pillow cuts 16 down to 8 without a word."""
 OPENERS: Mapping[str, Callable[..., ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile}
 """Pillow's reader of each. `Image.open` warns of large pictures, which are bounded here."""
-OPENING = threading.Lock()
 GDAL = {
     # No files beside a picture are looked at.
     "GDAL_PAM_ENABLED": "NO",
@@ -178,8 +178,6 @@ def open_raster(path: str | Path, driver: str) -> Any:
     """
     # It brings GDAL: half of the time to import this package.
     import rasterio
-    from rasterio.errors import NotGeoreferencedWarning
 
-    # Filters of warnings are the process's: two threads would put each other's back.
-    with OPENING, warnings.catch_warnings(action="ignore", category=NotGeoreferencedWarning):
+    with quiet_gdal():
         return rasterio.open(path, driver=driver)
