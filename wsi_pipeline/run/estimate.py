@@ -27,7 +27,7 @@ from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.previous import refuse_others
 from wsi_pipeline.run.segment import fitting, open_source_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.run.worker import LEAST_KEPT
+from wsi_pipeline.run.worker import LEAST_KEPT, MOST_KEPT
 from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
 from wsi_pipeline.schedule.threads import Threads
 
@@ -272,7 +272,8 @@ def _peak_memory(
         ahead = min((threads + 1) * batch, math.prod(sides))
         made = (threads * batch + blocks_in_hand * ahead) * patch_bytes
         total += workers * (2 * model.weights + threads * batch * each + made + bands)
-        kept = min(kept, max(int(USED_SHARE * allowed - total) // workers, LEAST_KEPT))
+        left = int(USED_SHARE * allowed - total) // workers
+        kept = min(kept, max(left, LEAST_KEPT), MOST_KEPT)
         total += workers * kept
     else:
         total += GPU_BYTES + workers * model.weights

@@ -44,8 +44,10 @@ from wsi_pipeline.schedule.memory import free_memory, map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
 from wsi_pipeline.sources.pixels import Pixels
 
-LEAST_KEPT = 256 * 2**20
-"""Bytes of predictions of patches that straddle blocks, which each worker may keep in any case."""
+LEAST_KEPT, MOST_KEPT = 256 * 2**20, 768 * 2**20
+"""Bytes of predictions of patches that straddle blocks, which each worker may keep in any case, and
+at the most where memory is there: 0.5 GB serve five classes of a slide 100,000 px wide.
+"""
 STAGES = ("read", "predict", "write", "polygons")
 """Whose seconds the ledger holds for each block."""
 
@@ -89,7 +91,7 @@ class BlockWorker:
         if device.type == "cuda":
             kept_bytes = torch.cuda.mem_get_info(device)[0] // 4
         elif kept_bytes is None:
-            kept_bytes = free_memory() // 4
+            kept_bytes = min(free_memory() // 4, MOST_KEPT)
         pending = plan.store.pending(plan.blocks())
         self._cache = PatchCache(
             {block: plan.patches(block) for block in pending},
