@@ -327,7 +327,7 @@ def test_a_mask_is_sampled_in_register_with_the_thumbnail(tmp_path: Path) -> Non
 def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ngff: Any, width: int
 ) -> None:
-    monkeypatch.setattr("wsi_pipeline.files.threads.MOST_THREADS", 2)
+    monkeypatch.setattr("wsi_pipeline.files.threads.MOST_THREADS", 1)
     path = tmp_path / "m.zarr"
     mask = create_mask(path, (8192, width), classes=CLASSES, mask_mpp=MPP, ngff=ngff, name="m")
     mask[:, 100] = 1
@@ -336,8 +336,9 @@ def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     build_pyramid(path, CLASSES)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # Two threads with a shard, and its chunks encoded: 68 to 80 MB. Masks have 67 and 268 MB.
-    assert peak < 100e6
+    # A thread with a shard, and its chunks encoded; of two it depends on whether they meet. Masks
+    # have 67 and 268 MB.
+    assert peak < 45e6
 
 
 def test_an_existing_mask_is_not_overwritten(tmp_path: Path) -> None:
