@@ -129,7 +129,7 @@ def test_bytes_and_numbers_do_not_meet_in_a_pass():
         assert [int(queue.wait(future)[0]) for future in futures] == [0, 1, 2, 3, 4]
 
 
-def test_who_waits_for_anothers_patch_waits_for_its_pass():
+def test_who_waits_for_the_patch_of_another_waits_for_its_pass():
     """No block can bring more: all wait, one of them for what another has handed in."""
     passes = Passes()
     with opened(passes, 8) as queue, ThreadPoolExecutor(1) as pool, queue.in_hand():

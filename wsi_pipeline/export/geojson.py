@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -446,6 +446,5 @@ def _iter_rings(shapes: Polygons) -> Iterator[str]:
         starts = np.append(0, ends[:-1] + 1)
         bounds = zip(starts[rings[:-1]].tolist(), ends[rings[1:] - 1].tolist(), strict=True)
         written[whole] = [f"[{text[a:b]}]" for a, b in bounds]
-    of_polygons = itertools.pairwise(polygons.tolist())
-    for whole, (first, stop) in zip(is_whole.tolist(), of_polygons, strict=True):
+    for whole, (first, stop) in zip(is_whole.tolist(), pairwise(polygons.tolist()), strict=True):
         yield f"[{','.join(written[whole][first:stop])}]"

@@ -252,8 +252,7 @@ class SlideResult(Result):
             key=self.key,
             classes=self.classes,
         )
-        levels = ome_zarr.open_levels(self.mask_path)
-        dicom_slide.write_masks(path, levels, origin, self.downsample)
+        dicom_slide.write_masks(path, ome_zarr.open_levels(self.mask_path), origin, self.downsample)
         features = replace(self.features, crop=None)
         if not self.headers:
             # They are told in pixels of the mask, there being no other image to refer to.
