@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -348,8 +349,7 @@ def segment_and(what, slide, bundle, output):
 
 
 def replaced(path, by):
-    path.unlink()
-    shutil.copy(by, path)
+    os.replace(shutil.copy(by, path.with_name("by")), path)  # in one step: never seen half copied
     return True
 
 
