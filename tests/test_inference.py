@@ -32,6 +32,7 @@ from wsi_pipeline.inference.predictor import (
 )
 from wsi_pipeline.networks import build
 from wsi_pipeline.options import turns
+from wsi_pipeline.run.worker import best_class
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
 REGION = torch.from_numpy(PIXELS)
@@ -295,6 +296,22 @@ def test_a_gpu_agrees_with_the_cpu(tmp_path):
     theirs = list(Predictor(bundle, device="cpu", precision="fp32").predict(REGION, ORIGINS))
     for a, b in zip(ours, theirs, strict=True):
         assert torch.allclose(a.cpu(), b, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(37, 53), (5, 37, 53)])
+def test_the_highest_probability_is_the_first_of_equals_in_16_bits(device, shape):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    # eighths, so that many are equal, and a half of a 16-bit step, which goes to the even one
+    planes = np.random.default_rng(1).integers(0, 9, (4, *shape)).astype(np.float32) / 8
+    planes[:, 0, 0] = np.float32(2.5 / 65535)
+    fixed, chosen = best_class(torch.from_numpy(planes).to(device), with_probability=True)
+    assert (chosen == planes.argmax(0)).all()
+    assert (fixed == np.rint(planes.max(0) * np.float32(65535))).all()
+    none, again = best_class(torch.from_numpy(planes).to(device), with_probability=False)
+    assert none.size == 0
+    assert (again == chosen).all()
 
 
 def cache_of(*wanted, max_bytes=10**6):

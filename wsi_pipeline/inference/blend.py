@@ -292,10 +292,14 @@ def iter_sampled_rows(
         sample_positions(a, b, ratio=r, length=n)
         for a, b, r, n in zip(start, stop, ratio, shape, strict=True)
     ]
-    (y, fy), *others = places
-    below = y + (fy > 0)
-    done, last = 0, None
+    below = places[0][0] + (places[0][1] > 0)
+    done, last, placed = 0, None, list[tuple[torch.Tensor, ...]]()
     for first, band in bands:
+        # once for all strips: to bring them to a GPU is to wait for it
+        placed = placed or [
+            tuple(torch.from_numpy(a).to(band.device) for a in (low, low + (part > 0), part))
+            for low, part in places
+        ]
         held = band if last is None else torch.cat([last, band], dim=1)
         top = first - (held.shape[1] - band.shape[1])
         # The next band is written over this one, and needs its last row to interpolate from.
@@ -303,21 +307,18 @@ def iter_sampled_rows(
         # rows that need none below
         ready = int(np.searchsorted(below, top + held.shape[1]))
         for row in range(done, ready, rows):
-            part = slice(row, min(row + rows, ready))
-            line = _between(held, 1, y[part] - top, fy[part])
-            for axis, ((x, fx), low) in enumerate(zip(others, corner, strict=True), start=2):
-                line = _between(line, axis, x - low, fx)
+            low, high, weight = (a[row : min(row + rows, ready)] for a in placed[0])
+            line = _between(held, 1, low - top, high - top, weight)
+            for axis, (place, left) in enumerate(zip(placed[1:], corner, strict=True), start=2):
+                line = _between(line, axis, place[0] - left, place[1] - left, place[2])
             yield row, line
         done = max(done, ready)
 
 
 def _between(
-    field: torch.Tensor, axis: int, floor: np.ndarray, fraction: np.ndarray
+    field: torch.Tensor, axis: int, low: torch.Tensor, high: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
-    """Interpolate between neighbours along one axis of (C, *box)."""
-    low, high, weight = (
-        torch.from_numpy(a).to(field.device) for a in (floor, floor + (fraction > 0), fraction)
-    )
+    """Interpolate between two places along one axis of (C, *box)."""
     before: tuple[Any, ...] = (slice(None),) * axis
     lower, upper = field[(*before, low)], field[(*before, high)]
     # a + (b - a) * w in single steps: no fused rounding that would depend on the strip

@@ -296,12 +296,13 @@ class BlockWorker:
             every = every_class(probabilities)
             if rule:
                 best, chosen = choose(every.cpu().numpy(), self._thresholds, rule.min_margin)
+                fixed = np.rint(best * PROBABILITY_ONE).astype(np.uint16)
             else:
-                best, chosen = _best(every)
-            part = box_slices(first, best.shape)
+                fixed, chosen = best_class(every, with_probability=probability is not None)
+            part = box_slices(first, chosen.shape)
             mask[part] = chosen
             if probability is not None:
-                probability[part] = np.rint(best * PROBABILITY_ONE)
+                probability[part] = fixed
         return mask, probability
 
     def _mark_unreadable(
@@ -360,18 +361,35 @@ def every_class(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities
 
 
-def _best(probabilities: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """Return the highest probability and its class of (C, *part); the first of equals."""
+def best_class(
+    probabilities: torch.Tensor, *, with_probability: bool
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint8]]:
+    """Return the highest probability, in 1/65535, and its class of (C, *part); the first of equals.
+
+    Args:
+        with_probability: whether it is wanted; else it is empty.
+    """
     if probabilities.device.type != "cpu":
+        # of a pixel no more than 3 bytes come down
         highest, position = probabilities.max(0)
-        return highest.cpu().numpy(), position.to(torch.uint8).cpu().numpy()
+        fixed = (highest * PROBABILITY_ONE).round().to(torch.uint16)
+        return _fetch(fixed[: None if with_probability else 0]), _fetch(position.to(torch.uint8))
     planes = probabilities.numpy()
     best, chosen = planes[0].copy(), np.zeros(planes.shape[1:], np.uint8)
     # On a CPU this is many times faster than torch's max over the first axis.
     for index, plane in enumerate(planes[1:], start=1):
         np.maximum(chosen, (plane > best).view(np.uint8) * np.uint8(index), out=chosen)
         np.maximum(best, plane, out=best)
-    return best, chosen
+    wanted = best[: None if with_probability else 0]
+    return np.rint(wanted * np.float32(PROBABILITY_ONE)).astype(np.uint16), chosen
+
+
+def _fetch(values: torch.Tensor) -> npt.NDArray[Any]:
+    """Bring values from a GPU, through memory that it writes by itself; return them."""
+    held = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    held.copy_(values, non_blocking=True)
+    torch.cuda.current_stream(values.device).synchronize()
+    return held.numpy()
 
 
 def _kept_predictor(
