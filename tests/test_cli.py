@@ -30,11 +30,64 @@ def invoke(*arguments):
     return CliRunner().invoke(group, [str(a) for a in arguments])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name):
-    result = invoke(name, "--help")
-    assert result.exit_code == 0, result.output
-    assert "Usage:" in result.output
+def commands_by_words():
+    """Return every command, those of a group too, by the words that call it."""
+    found = {}
+    for name in COMMANDS:
+        command = group.get_command(click.Context(group), name)
+        inner = command.commands if isinstance(command, click.Group) else {None: command}
+        found |= {(name, word) if word else (name,): each for word, each in inner.items()}
+    return found
+
+
+@pytest.mark.parametrize("words", commands_by_words(), ids=" ".join)
+def test_help_is_a_screen_and_help_all_has_every_option(words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    short, long = (invoke(*words, flag) for flag in ("--help", "--help-all"))
+    assert (short.exit_code, long.exit_code) == (0, 0), short.output + long.output
+    assert re.match(rf"Usage: \S+ {' '.join(words)} ", short.output)
+    assert len(short.output.splitlines()) < 40
+    options = [p for p in commands_by_words()[words].params if isinstance(p, click.Option)]
+    assert all(re.search(rf"^  .*{option.opts[-1]}\b", long.output, re.M) for option in options)
+    missing = [o for o in options if not re.search(rf"^  .*{o.opts[-1]}\b", short.output, re.M)]
+    left = re.search(r"--help-all +Show (\d+) more options", short.output)
+    assert len(missing) == (int(left[1]) if left else 0)
+    # Bounds such as x>=1 are a programmer's, and 'RANGE' too.
+    assert not re.search(r"x[<>]|RANGE", long.output)
+    assert "; 0 = exact." in long.output or "--simplify" not in long.output
+
+
+@pytest.mark.parametrize("words", commands_by_words(), ids=" ".join)
+def test_the_example_of_each_command_is_one_of_it(words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/slide", "slides"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("annotations.geojson", "best.pth"):
+        (tmp_path / file).touch()
+    (example,) = re.findall(r"^Example: wsi-pipeline (.*)$", invoke(*words, "--help").output, re.M)
+    assert example.split()[: len(words)] == list(words)
+    command = commands_by_words()[words]
+    with command.make_context(words[-1], example.split()[len(words) :]) as context:
+        assert context.params
+
+
+def test_options_stand_under_their_headings():
+    text = invoke("segment", "--help-all").output
+    titles = re.findall(r"^(\w[\w ]*):$", text, re.M)
+    assert titles == [
+        "Input", "What to segment", "Model", "Output", "Speed and memory", "Cluster", "Options",
+    ]  # fmt: skip
+    sections = dict(zip(titles, re.split(r"^\w[\w ]*:$", text, flags=re.M)[1:], strict=True))
+    for title, flag in (
+        ("Input", "--mpp-table"),
+        ("What to segment", "--roi"),
+        ("Model", "--tta"),
+        ("Output", "--for"),
+        ("Speed and memory", "--gpus"),
+        ("Cluster", "--shard"),
+    ):
+        assert [t for t, part in sections.items() if f"  {flag} " in part] == [title]
+    assert "Cluster:" not in invoke("segment", "--help").output
 
 
 def test_help_lists_every_command():

@@ -77,7 +77,12 @@ class LazyGroup(click.Group):
 
 
 @click.group(
-    cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
+    cls=LazyGroup,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "show_default": True,
+        "max_content_width": 100,
+    },
 )
 @click.version_option(version("wsi-pipeline"), prog_name="wsi-pipeline")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for every block.")

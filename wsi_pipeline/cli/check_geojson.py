@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from wsi_pipeline.cli.options import FILE
+from wsi_pipeline.cli.options import FILE, Command
 
 if TYPE_CHECKING:
     from wsi_pipeline.annotations import Finding, Repair, Report
 
 
-@click.command("check-geojson")
+@click.command(
+    "check-geojson",
+    cls=Command,
+    epilog="wsi-pipeline check-geojson annotations.geojson --fix mended.geojson",
+)
 @click.argument("file", type=FILE)
 @click.option(
     "--fix",

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import once, output_option
+from wsi_pipeline.cli.options import Command, once, output_option
 
 MODEL = "lightmuseg-bcss-demo"
 SLIDE = Path("wsi") / "svs" / "CMU-1-Small-Region.svs"
 """Within the folder of test data."""
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline demo --output demo-output/")
 @output_option
 @once("--model", "-m", default=MODEL, help="Another bundle.")
 @click.pass_context

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import OUTLINES, options_of, output_option, wrong_usage
+from wsi_pipeline.cli.options import OUTLINES, Command, options_of, output_option, wrong_usage
 from wsi_pipeline.options import ExportOptions
 
 FOLDER = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline diff out-a/ out-b/ --output changes/")
 @click.argument("run_a", type=FOLDER)
 @click.argument("run_b", type=FOLDER)
 @output_option

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import FILE, MPP, InSections, Parsed, frame_option, once, wrong_usage
+from wsi_pipeline.cli.options import (
+    FILE,
+    MPP,
+    Command,
+    Parsed,
+    frame_option,
+    heading,
+    once,
+    wrong_usage,
+)
 from wsi_pipeline.errors import UsageError
 from wsi_pipeline.options import Frame
 
@@ -68,15 +77,11 @@ MEANING = Parsed("CLASS=VALUE[,VALUE…]", read_meaning)
 
 
 @click.command(
-    cls=InSections,
-    sections={
-        "Classes": "classes renamed prediction_values truth_values ignored",
-        "Where and how": "slide size mpp tolerance roi frame",
-        "Results": "output as_json",
-    },
+    cls=Command, epilog="wsi-pipeline evaluate out/slide annotations.geojson --output compared/"
 )
 @click.argument("prediction", type=click.Path(path_type=Path))
 @click.argument("truth", type=click.Path(path_type=Path))
+@heading("Output")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 @click.option(
     "--output",
@@ -84,6 +89,7 @@ MEANING = Parsed("CLASS=VALUE[,VALUE…]", read_meaning)
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for evaluation.json, evaluation.csv and a picture of each slide's disagreement.",
 )
+@heading("Classes")
 @click.option("--classes", help="Classes to judge, separated by commas  [default: all]")
 @click.option(
     "--rename",
@@ -92,6 +98,7 @@ MEANING = Parsed("CLASS=VALUE[,VALUE…]", read_meaning)
     multiple=True,
     help="Another name for a class, on either side; =NEW names areas without a class.",
 )
+@heading("Classes", rare=True)
 @click.option(
     "--prediction-values",
     type=MEANING,
@@ -107,16 +114,19 @@ MEANING = Parsed("CLASS=VALUE[,VALUE…]", read_meaning)
     multiple=True,
     help="A value of the truth's mask that is not judged.",
 )
+@heading("Input")
 @once(
     "--slide",
     type=click.Path(exists=True, path_type=Path),
     help="The slide, or a folder of slides, where no run tells size, resolution and bounds.",
 )
+@heading("Input", rare=True)
 @click.option(
     "--size",
     type=Parsed("WIDTHxHEIGHT", read_size),
     help="The slide's level 0, where no slide is at hand.",
 )
+@heading("How to compare")
 @click.option("--mpp", type=MPP, help="µm per pixel to compare at  [default: the truth's pixels]")
 @click.option(
     "--tolerance",

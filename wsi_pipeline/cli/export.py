@@ -9,6 +9,7 @@ import click
 
 from wsi_pipeline.cli.options import (
     OUTLINES,
+    Command,
     OutputChoice,
     frame_option,
     options_of,
@@ -18,7 +19,7 @@ from wsi_pipeline.cli.options import (
 from wsi_pipeline.options import Output, Rule
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline export out/ --simplify 2 --min-area 500")
 @click.argument(
     "folders",
     metavar="RUN_DIR...",

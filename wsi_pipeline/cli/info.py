@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import MPP, once, series_option
+from wsi_pipeline.cli.options import MPP, Command, once, series_option
 from wsi_pipeline.errors import MissingMppError, SourceError, without_secrets
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 Rows = list[tuple[str, str]]
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline info slide.svs")
 @click.argument("path")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--mpp", type=MPP, help="The slide's µm per pixel, in place of what the file says.")

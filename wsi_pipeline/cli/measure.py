@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import FILE, frame_option
+from wsi_pipeline.cli.options import FILE, Command, frame_option
 from wsi_pipeline.options import Frame
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline measure out/slide --within annotations.geojson")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
     "--within", type=FILE, required=True, help="GeoJSON of the areas, such as QuPath's annotations."

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
-from wsi_pipeline.cli.options import MPP, SELECT, TISSUE, Parsed, inputs_argument
+from wsi_pipeline.cli.options import MPP, SELECT, TISSUE, Command, Parsed, inputs_argument
 from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.files.models import bundles_in, keep_model, model_places, named_models
 from wsi_pipeline.options import ProgramFormat
@@ -52,7 +52,10 @@ def command() -> None:
     """Show model bundles, try them, and bring weights in or programs out."""
 
 
-@command.command("list")
+command.command_class = Command
+
+
+@command.command("list", epilog="wsi-pipeline models list")
 @click.argument(
     "folders",
     metavar="[FOLDER]...",
@@ -94,7 +97,7 @@ def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     ctx.exit(int(failed))
 
 
-@command.command("add")
+@command.command("add", epilog="wsi-pipeline models add my-model")
 @click.argument("location", metavar="BUNDLE|URL")
 @click.option("--overwrite", is_flag=True, help="Replace one of the same name.")
 def add(location: str, overwrite: bool) -> None:
@@ -107,7 +110,7 @@ def add(location: str, overwrite: bool) -> None:
     click.echo(bundle.name)
 
 
-@command.command("show")
+@command.command("show", epilog="wsi-pipeline models show lightmuseg-bcss-demo")
 @bundle_argument
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(location: str, as_json: bool) -> None:
@@ -121,7 +124,7 @@ def show(location: str, as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
 
 
-@command.command("check")
+@command.command("check", epilog="wsi-pipeline models check my-model")
 @bundle_argument
 @click.option("--patch-size", type=SIDES, help="Try smaller patches.  [default: the bundle's]")
 def check(location: str, patch_size: tuple[int, ...] | None) -> None:
@@ -147,7 +150,10 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     click.echo(f"{bundle.name} answers as its model.toml says", err=True)
 
 
-@command.command("import")
+@command.command(
+    "import",
+    epilog="wsi-pipeline models import best.pth --like models/nmtnet-ultrasound --output mine",
+)
 @click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
 @bundle_output_option
 @click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
@@ -213,7 +219,9 @@ def import_(
     click.echo(str(output))
 
 
-@command.command("init")
+@command.command(
+    "init", epilog="wsi-pipeline models init models/nmtnet-ultrasound --output random-nmtnet"
+)
 @bundle_argument
 @bundle_output_option
 @click.option(
@@ -233,7 +241,9 @@ def init(location: str, output: Path, seed: int, overwrite: bool) -> None:
     click.echo(str(output))
 
 
-@command.command("export")
+@command.command(
+    "export", epilog="wsi-pipeline models export my-model --format onnx --output my-model.onnx"
+)
 @bundle_argument
 @click.option("--format", "form", required=True, type=click.Choice(get_args(ProgramFormat)))
 @click.option(
@@ -268,7 +278,9 @@ def export(
     click.echo(str(output))
 
 
-@command.command("quantise")
+@command.command(
+    "quantise", epilog="wsi-pipeline models quantise my-model slides/ --output my-model-int8"
+)
 @bundle_argument
 @inputs_argument
 @bundle_output_option

@@ -18,6 +18,10 @@ F = TypeVar("F", bound=Callable[..., object])
 Param = click.Parameter | None
 Context = click.Context | None
 """What click tells a type beside the value, where it calls it."""
+ALL = "wsi_pipeline.help_all"
+"""Key of a context's notes: all options are to be shown."""
+UNNAMED = "Options"
+"""Title of those without a heading."""
 SELECT = SelectOptions()
 
 
@@ -37,6 +41,7 @@ class Attributes(TypedDict, total=False):
     default: object
     show_default: bool
     required: bool
+    metavar: str
     help: str
 
 
@@ -69,27 +74,78 @@ def together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-class InSections(click.Command):
-    """A command whose --help lists its options in sections.
+def heading(title: str, *, rare: bool = False) -> Callable[[F], F]:
+    """Return a decorator that puts the options declared below it, down to the next, under a title.
 
     Args:
-        sections: names of parameters, with spaces between, by the title of their section; others
-            come last.
+        rare: they are left to --help-all.
     """
 
-    def __init__(self, *args: object, sections: Mapping[str, str], **attributes: object) -> None:
+    def decorate(command: F) -> F:
+        for param in getattr(command, "__click_params__", ()):
+            # Decorators go on from the last to the first: what has a title stands below another.
+            vars(param).setdefault("heading", (title, rare))
+        return command
+
+    return decorate
+
+
+class Command(click.Command):
+    """A command whose --help has options under headings, and leaves rare ones to --help-all.
+
+    Its epilog is an example, which can be copied.
+    """
+
+    def __init__(self, *args: object, **attributes: object) -> None:
         super().__init__(*args, **attributes)  # type: ignore[arg-type]
-        self._sections = sections
+
+        def show(ctx: click.Context, param: click.Parameter, asked: bool) -> None:
+            if asked:
+                ctx.meta[ALL] = True
+                click.echo(ctx.get_help())
+                ctx.exit()
+
+        rare = sum(_heading(param)[1] for param in self.params)
+        said = f"Show {rare} more options." if rare else "The same; all options are here."
+        self._all = click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=show,
+            help=said,
+        )
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the parameters, and those of help."""
+        return [*super().get_params(ctx), self._all]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections."""
-        options = (p for p in self.get_params(ctx) if isinstance(p, click.Option))
-        records = {option.name: option.get_help_record(ctx) for option in options}
-        for title, names in self._sections.items():
+        """Write the options, the rare ones of a heading after the others."""
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for param in sorted(self.get_params(ctx), key=lambda param: _heading(param)[1]):
+            title, is_rare = _heading(param)
+            record = param.get_help_record(ctx) if isinstance(param, click.Option) else None
+            if record and (ctx.meta.get(ALL) or not is_rare):
+                name = re.sub("(INTEGER|FLOAT)( RANGE)?", "NUMBER", record[0])
+                # Bounds are told to who leaves them.
+                text = re.sub(r"  \[[^]:]*x[<>]=[^]]*\]|; [^][;:]*x[<>]=[^];]*", "", record[1])
+                rows.setdefault(title, []).append((name, text))
+        # Those that every command has come last.
+        rows[UNNAMED] = rows.pop(UNNAMED)
+        for title, records in rows.items():
             with formatter.section(title):
-                formatter.write_dl([row for name in names.split() if (row := records.pop(name))])
-        with formatter.section("Options"):
-            formatter.write_dl(list(filter(None, records.values())))
+                formatter.write_dl(records)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the example in one line."""
+        formatter.write(f"\nExample: {self.epilog}\n")
+
+
+def _heading(param: click.Parameter) -> tuple[str, bool]:
+    """Return under what title --help has an option, and whether --help-all alone has."""
+    found: tuple[str, bool] = vars(param).get("heading", (UNNAMED, False))
+    return found
 
 
 class Figure(click.FloatRange):
@@ -147,10 +203,10 @@ def some_of(choices: Sequence[str]) -> Parsed:
             raise ValueError(f"{odd[0]!r} is none of {', '.join(choices)}")
         return tuple(names)
 
-    return Parsed(",".join(choices), read)
+    return Parsed("NAME,NAME", read)
 
 
-DEVICE = Parsed("auto|cpu|cuda|cuda:N", read_device)
+DEVICE = Parsed("DEVICE", read_device)
 TISSUE = Parsed("auto|none|FILE", read_tissue)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -192,13 +248,14 @@ rule_options = together(
         type=Parsed("NAME=P", read_threshold),
         multiple=True,
         callback=lambda ctx, param, pairs: dict(pairs),
-        help="Probability from which on a pixel may get a class, once for each class.",
+        help="Probability from which on a pixel may get a class.",
     ),
+    heading("What to segment", rare=True),
     click.option(
         "--min-margin",
         type=Figure(min=0, max=1),
         default=0.0,
-        help="By how much the likeliest class must lead; pixels below are background.",
+        help="By how much the likeliest class must lead, else background.",
     ),
 )
 
@@ -259,19 +316,17 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
         click.option(
             mpp_flag, "mpp", type=MPP, help="µm per level-0 pixel, for slides that do not say."
         ),
+        heading("Input", rare=True),
         once(
             "--mpp-table",
             type=FILE,
             help="CSV with the columns slide and mpp: the same for each slide that it names.",
         ),
         series_option,
-        once(
-            "--tissue",
-            type=TISSUE,
-            default=SELECT.tissue,
-            help="Where to look: found on the thumbnail, everywhere, a mask image or GeoJSON.",
-        ),
+        heading("What to segment"),
+        once("--tissue", type=TISSUE, default=SELECT.tissue, help="Where to look; auto finds it."),
         once("--roi", type=FILE, help="GeoJSON polygons to which the result is limited."),
+        heading("Output", rare=True),
         frame_option(
             "Whose origin GeoJSON (read and written) and TIFF have on slides with bounds."
         ),
@@ -288,5 +343,5 @@ work_option = click.option(
     help="With a URL as output: folder here for slides in hand  [default: in the user's cache]",
 )
 overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Start anew instead of going on where an earlier run stopped."
+    "--overwrite", is_flag=True, help="Start anew instead of going on where it stopped."
 )

@@ -14,10 +14,11 @@ from wsi_pipeline.cli.options import (
     DEVICE,
     MPP,
     OUTLINES,
+    Command,
     Figure,
-    InSections,
     OutputChoice,
     Parsed,
+    heading,
     inputs_argument,
     once,
     options_of,
@@ -88,28 +89,12 @@ def read_memory(text: str) -> int:
 
 
 @click.command(
-    cls=InSections,
-    sections={
-        "Where to look": "mpp mpp_table series time_point tissue roi frame any_resolution",
-        "Model": "model overlap blend tta device precision batch_size",
-        "Mask": "mask_mpp thresholds min_margin block_size ngff max_unreadable",
-        "Files": "output work outputs tiff probability_mpp simplify_um min_area_um2 overwrite "
-        "preview dry_run",
-        "Machine": "workers gpus max_ram",
-        "Cluster": "scheduler cluster shard",
-    },
+    cls=Command, epilog="wsi-pipeline segment slides/ --model lightmuseg-bcss-demo --output out/"
 )
 @inputs_argument
-@once("--model", "-m", required=True, help="Bundle: its folder, its name or its URL.")
-@click.option(
-    "--output",
-    "-o",
-    required=True,
-    type=OutputChoice(url=True),
-    help="Folder for the results, or its URL, such as s3://bucket/runs.",
-)
-@work_option
+@heading("Input")
 @select_options()
+@heading("Input", rare=True)
 @click.option(
     "--any-resolution",
     is_flag=True,
@@ -120,6 +105,10 @@ def read_memory(text: str) -> int:
     type=click.IntRange(min=0),
     help="Which volume of a DICOM series, NIfTI or NRRD with several in one place, from 0.",
 )
+@heading("Model")
+@once("--model", "-m", metavar="BUNDLE", required=True, help="Its folder, its name or its URL.")
+@options_of(PREDICT, device=(DEVICE, "auto (first GPU, else CPU), cpu, cuda, cuda:N."))
+@heading("Model", rare=True)
 @options_of(
     PREDICT,
     overlap=(click.IntRange(min=0), "px between patches  [default: the bundle's]"),
@@ -129,32 +118,32 @@ def read_memory(text: str) -> int:
         "Predict each patch mirrored, or turned by right angles, too, and take the mean  "
         "[default: the bundle's]",
     ),
-    device=(DEVICE, "auto: the first GPU, else the CPU."),
-    precision=(
-        Precision,
-        "Number format of the forward pass; auto takes the fastest that the device has.",
-    ),
-    batch_size=(
-        click.IntRange(min=1, max=65_536),
-        "Patches in a forward pass  [default: by device]",
-    ),
-    block_size=(
-        click.IntRange(min=64),
-        "Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096; 256 in "
-        "volumes]",
-    ),
-    mask_mpp=(
-        MPP,
-        "µm per pixel of mask and polygons  [default: the slide's own, full resolution]",
-    ),
 )
+@heading("What to segment")
 @rule_options
+@heading("Output")
+@click.option(
+    "--output",
+    "-o",
+    required=True,
+    type=OutputChoice(url=True),
+    help="For the results; s3://… too.",
+)
 @options_of(
     EXPORT,
     outputs=(
         some_of(get_args(Output)),
-        "What to write  [default: all for the model's modality, but DICOM of slides]",
+        f"{', '.join(get_args(Output))}  [default: all but dicom of slides]",
     ),
+)
+@options_of(PREDICT, mask_mpp=(MPP, "µm per pixel of the mask  [default: the slide's]"))
+@overwrite_option
+@click.option("--preview", is_flag=True, help="Estimate areas from a few patches, in seconds.")
+@click.option("--dry-run", is_flag=True, help="Say what it would take; do nothing.")
+@heading("Output", rare=True)
+@work_option
+@options_of(
+    EXPORT,
     ngff=(Ngff, "OME-Zarr version."),
     probability_mpp=(
         MPP,
@@ -170,27 +159,42 @@ def read_memory(text: str) -> int:
     callback=lambda ctx, param, percent: percent / 100,
     help="Percent of the patches' area that may be unreadable; a slide with more fails.",
 )
+@heading("Speed and memory")
+@options_of(
+    ScheduleOptions(),
+    max_ram=(Parsed("SIZE", read_memory), "Memory to take, such as 8GB  [default: all]"),
+)
+@heading("Speed and memory", rare=True)
+@options_of(
+    PREDICT,
+    precision=(
+        Precision,
+        "Number format of the forward pass; auto takes the fastest that the device has.",
+    ),
+    batch_size=(
+        click.IntRange(min=1, max=65_536),
+        "Patches in a forward pass  [default: by device]",
+    ),
+    block_size=(
+        click.IntRange(min=64),
+        "Side of a unit of work, px of the mask  [default: 2048, with --ngff 0.5 4096; 256 in "
+        "volumes]",
+    ),
+)
 @options_of(
     ScheduleOptions(),
     workers=(click.IntRange(min=1), "Workers in this process, or jobs of --cluster."),
     gpus=(Parsed("N,N", read_gpus), "This machine's GPUs to use  [default: all]"),
-    max_ram=(
-        Parsed("SIZE", read_memory),
-        "Memory that this process may take, such as 8GB.  [default: all]",
-    ),
+)
+@heading("Cluster", rare=True)
+@options_of(
+    ScheduleOptions(),
     scheduler=(str, "Address or scheduler file of a running dask scheduler."),
     cluster=(Queue, "Queue to which workers are submitted, as dask's configuration says."),
 )
 @click.option(
     "--shard", type=Parsed("I/N", read_shard), help="Do only the I-th of N shares of the slides."
 )
-@overwrite_option
-@click.option(
-    "--preview",
-    is_flag=True,
-    help="Estimate each class's area from one patch in a hundred; segment nothing.",
-)
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
 @click.pass_context
 def command(
     ctx: click.Context,
@@ -206,12 +210,10 @@ def command(
     dry_run: bool,
     **options: object,
 ) -> None:
-    """Segment slides: masks at full resolution, QuPath polygons, overviews and a report.
+    """Segment slides, or images and volumes: masks, QuPath polygons, overviews.
 
-    A model for images or volumes takes those, and its masks are in their own geometry.
-
-    INPUT: files, folders (searched recursively), patterns, or a .txt file with one path a line.
-    Running the same command again goes on where it stopped.
+    INPUT: files, folders, patterns, or a .txt file with one path a line. The same command again
+    goes on where it stopped.
     """
     # What is imported stays: to look for garbage in it takes a third of the time, and later more.
     gc.disable()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import OutputChoice, work_option, wrong_usage
+from wsi_pipeline.cli.options import Command, OutputChoice, work_option, wrong_usage
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline status out/")
 @click.argument("folder", metavar="DIR", type=OutputChoice(url=True, exists=True))
 @work_option
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with the folder of every slide.")

@@ -9,7 +9,8 @@ import click
 
 from wsi_pipeline.cli.options import (
     MPP,
-    InSections,
+    Command,
+    heading,
     inputs_argument,
     output_option,
     overwrite_option,
@@ -20,14 +21,12 @@ from wsi_pipeline.options import SelectOptions, chosen
 
 
 @click.command(
-    cls=InSections,
-    sections={
-        "Where to look": "mpp mpp_table series tissue roi frame",
-        "Patches": "target_mpp patch_size overlap",
-        "Files": "output overwrite",
-    },
+    cls=Command, epilog="wsi-pipeline tile slides/ --mpp 0.5 --patch-size 512 --output grids/"
 )
 @inputs_argument
+@heading("Input")
+@select_options("--slide-mpp")
+@heading("Patches")
 @click.option(
     "--mpp", "target_mpp", type=MPP, required=True, help="Resolution to store, µm per pixel."
 )
@@ -35,8 +34,8 @@ from wsi_pipeline.options import SelectOptions, chosen
 @click.option(
     "--overlap", type=click.IntRange(min=0), default=0, help="px between neighbouring patches."
 )
+@heading("Output")
 @output_option
-@select_options("--slide-mpp")
 @overwrite_option
 @click.pass_context
 def command(

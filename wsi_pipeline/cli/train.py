@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import output_option, overwrite_option, wrong_usage
+from wsi_pipeline.cli.options import Command, output_option, overwrite_option, wrong_usage
 from wsi_pipeline.cli.progress import Bars
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline train recipe.toml --data data/ --output my-model/")
 @click.argument(
     "recipe_path", metavar="RECIPE.toml", type=click.Path(dir_okay=False, path_type=Path)
 )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import DEVICE, Figure, options_of
+from wsi_pipeline.cli.options import DEVICE, Command, Figure, options_of
 from wsi_pipeline.options import Precision
 
 
-@click.command()
+@click.command(cls=Command, epilog="wsi-pipeline verify out/slide --share 0.1")
 @click.argument(
     "folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import click
 
+from wsi_pipeline.cli.options import Command
 
-@click.command()
+
+@click.command(cls=Command, epilog="wsi-pipeline view out/")
 @click.argument(
     "folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
 )
