@@ -155,7 +155,7 @@ def test_a_run_at_a_url_equals_one_on_disk(place, url, cache, monkeypatch, tmp_p
 
     # nothing is there before that without which it would be taken for what it is not
     put = [unquote(m[1]) for t in caplog.messages if (m := re.search('"PUT (.*) HTTP', t))]
-    put = [path for path in put if f"/{SLIDE}/" in path]
+    put = [path for path in put if f"/{SLIDE}/" in path and "/.claims/" not in path]
     chunks = [n for n, p in enumerate(put) if "/mask.ome.zarr/" in p and not p.endswith(METADATA)]
     metadata = [n for n, p in enumerate(put) if p.endswith(METADATA)]
     files_ = [n for n, p in enumerate(put) if ".zarr/" not in p]
@@ -267,7 +267,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
     process.wait()
     done = {p.name: p.stat().st_mtime_ns for p in cache.rglob("[0-9]*.npz")}
     assert 2 <= len(done) < 12
-    assert objects(url).keys() == {".slides.json"}
+    assert objects(url).keys() == {".slides.json", ".claims/slide/000001"}
     assert json.loads(invoke("status", url, "--json").stdout)["waiting"] == ["slide"]
 
     kept = {}
@@ -280,6 +280,7 @@ def test_a_kill_loses_nothing(place, url, cache, tmp_path, make_slide, slide_pix
     assert done.items() <= kept.items()
     mask = zarr.open_group(f"{url}/slide/mask.ome.zarr", mode="r")["0"]
     assert (mask[:] == classify(pixels)).all()
+    assert not [name for name in objects(url) if ".claims" in name]
 
 
 def test_a_kill_after_the_upload_leaves_nothing_here(place, url, cache, monkeypatch):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError, BusyError, StoreError, WsiPipelineError, raised_as
+from wsi_pipeline.files.claims import check_claim, claimed_url
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.files.remote import reaching, upload
@@ -188,6 +189,8 @@ def prepare(
         # Absolute: workers elsewhere have another current folder.
         folder = job.folder.absolute()
         claim.enter_context(RunStore(folder=folder).claim())
+        if job.target:
+            claim.enter_context(claimed_url(job.target, folder))
         if done := finished(job.home):
             if job.target:
                 # The process that moved it was killed before it removed this.
@@ -238,11 +241,13 @@ def move_home(job: Job, run: Run) -> Run:
     """Move a run that is whole to the URL where users look, if they asked for that; return it.
 
     Raises:
+        BusyError: another machine has taken it over.
         StoreError: the URL cannot be written; the run stays here.
     """
     if job.target is None:
         return run
     try:
+        check_claim(job.target, job.folder)
         there = WrittenFiles(RunStore(folder=job.folder), job.target)
         for name in run.files:
             if (free := there.free(name)) != name:
