@@ -70,7 +70,7 @@ def find_tissue(thumbnail: npt.NDArray[np.uint8], mpp: float) -> Mask:
         thumbnail, mpp = np.asarray(Image.fromarray(thumbnail).reduce(factor)), mpp * factor
     # optical density, smoothed: log10(glass ÷ pixel) of each colour, 0 for glass
     sigma, planes = SMOOTH_UM / mpp, []
-    for channel, glass in enumerate(_glass_colour(thumbnail)):
+    for channel, glass in enumerate(glass_colour(thumbnail)):
         values = thumbnail[..., channel].astype(np.float32)
         # less than 0.3 px is no smoothing at all
         if sigma >= 0.3:
@@ -264,7 +264,7 @@ def _inside(mask: Any, start: int, stop: int) -> Mask:
     return np.asarray((bands[~is_alpha] > 0).any(axis=0) & (bands[is_alpha] > 0).all(axis=0))
 
 
-def _glass_colour(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def glass_colour(thumbnail: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Return the colour of empty glass: of the brightest near-grey pixels, where there are some."""
     red, green, blue = np.moveaxis(thumbnail, 2, 0)
     darkest = np.minimum(np.minimum(red, green), blue)
@@ -293,9 +293,13 @@ def _is_foreign(red: Plane, green: Plane, blue: Plane, mpp: float) -> Mask:
     mostly = surely >= 0.25 * np.bincount(labels.ravel(), minlength=count + 1)
     mostly[0] = False
     strokes = _large_pieces(mostly[labels], 50_000 / mpp**2)
+    # where it runs dry it is paler, and has the hue of blood or muscle: what hangs on to a stroke
+    reach, paler = round(400 / mpp), (red < 0.3 * base) & (blue > 0.55 * base) & (green > 0.06)
+    if reach and strokes.any():
+        strokes = ndimage.binary_dilation(strokes, iterations=reach, mask=strokes | paler)
     # an edge half ink and half glass has a hue between, which may be a stain's
-    ink = ndimage.binary_dilation(dark | cool, iterations=max(1, round(16 / mpp)))
-    return np.asarray(strokes | ink)
+    ink = ndimage.binary_dilation(dark | cool | strokes, iterations=max(1, round(16 / mpp)))
+    return np.asarray(ink)
 
 
 def _large_pieces(mask: Mask, min_px: float) -> Mask:
