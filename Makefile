@@ -8,7 +8,7 @@ WORK ?= bench
 # Processes that share the tests, a file each at a time.
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint types imports house docs wheel lowest notebooks benchmark clean
+.PHONY: setup demo test test-all lint types imports house docs wheel lowest notebooks workflows benchmark clean
 
 setup: .venv/.done
 
@@ -54,6 +54,9 @@ lowest: setup
 
 notebooks: setup
 	$(BIN)/python .ci/run_notebooks.py
+
+workflows: setup
+	$(BIN)/python .ci/check_workflows.py
 
 benchmark: setup
 	$(BIN)/python benchmarks/run.py all report --work $(WORK) $(ARGS)

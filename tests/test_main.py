@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import zarr
 from bundles import Busy, pointwise_bundle
@@ -115,3 +117,31 @@ def test_too_much_memory_ends_in_a_sentence_and_the_work_goes_on_later(
     assert zarr.open_array(tmp_path / "out" / "a" / "mask.ome.zarr" / "0", mode="r").shape == (
         1487, 1931,
     )  # fmt: skip
+
+
+def test_as_many_cpus_are_kept_busy_as_are_asked_for(
+    tmp_path: Path, slides: Path, model: Path
+) -> None:
+    masks, found = [], list[int]()
+
+    def count(*_: object) -> None:
+        names = [thread.name for thread in threading.enumerate()]
+        found.append(len([name for name in names if name.startswith("predict")]))
+
+    for threads in (1, 3):
+        found.clear()
+        output = tmp_path / f"out{threads}"
+        segment(
+            slides / "a.tif",
+            model=model,
+            output=output,
+            threads=threads,
+            precision="fp32",
+            device="cpu",
+            tissue="none",
+            outputs=("zarr",),
+            progress=count,
+        )
+        assert max(found) <= threads
+        masks.append(np.asarray(zarr.open(output / "a" / "mask.ome.zarr", mode="r")["0"]))
+    assert (masks[0] == masks[1]).all()

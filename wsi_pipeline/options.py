@@ -230,6 +230,7 @@ class ScheduleOptions:
             written or traced. A GPU needs more of them to be kept busy.
         max_ram: bytes that the process may take; None = no limit. Workers elsewhere have limits
             of their own.
+        threads: CPUs to keep busy with the network; None = all that this process may use.
     """
 
     workers: int = 1
@@ -238,6 +239,7 @@ class ScheduleOptions:
     gpus: tuple[int, ...] = ()
     blocks_in_hand: int = 2
     max_ram: int | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,6 +163,7 @@ def read_memory(text: str) -> int:
 @options_of(
     ScheduleOptions(),
     max_ram=(Parsed("SIZE", read_memory), "Memory to take, such as 8GB  [default: all]"),
+    threads=(click.IntRange(min=1), "CPUs to keep busy.  [default: all]"),
 )
 @heading("Speed and memory", rare=True)
 @options_of(
@@ -335,7 +336,8 @@ def _dry_run(batch: Batch) -> bool:
     from wsi_pipeline.schedule.memory import cpu_count
 
     # Once for all slides: it is the model's and the machine's.
-    rate = patches_per_second(batch.bundle, batch.settings.predict, threads=cpu_count())
+    cpus = batch.schedule.threads or cpu_count()
+    rate = patches_per_second(batch.bundle, batch.settings.predict, threads=cpus)
     model, found = model_bytes(batch.bundle), []
     tta = batch.settings.predict.tta or batch.bundle.tta
     for job in batch.jobs:

@@ -88,7 +88,8 @@ class Batch:
         """Return how many CPUs each worker of this machine gets; None = workers are elsewhere."""
         if self.schedule.scheduler or self.schedule.cluster:
             return None
-        return max(cpu_count() // (len(self.schedule.gpus) or self.schedule.workers), 1)
+        cpus = self.schedule.threads or cpu_count()
+        return max(cpus // (len(self.schedule.gpus) or self.schedule.workers), 1)
 
     def tidy(self) -> None:
         """Remove what this process has left half written."""
@@ -245,7 +246,7 @@ def _with_gpus(schedule: ScheduleOptions, predict: PredictOptions) -> tuple[Sche
     gpus = () if is_told else schedule.gpus or tuple(range(count))
     if schedule.gpus and len(gpus) == 1:
         device = f"cuda:{gpus[0]}"
-    each = cpu_count() // (len(gpus) or schedule.workers)
+    each = (schedule.threads or cpu_count()) // (len(gpus) or schedule.workers)
     # As many blocks as the cores can prepare keep a GPU busy; passes on CPUs are to be filled.
     wanted = 1 + each * (predict.batch_size or 1) // PATCHES_A_BLOCK if is_cpu else each
     in_hand = max(schedule.blocks_in_hand, min(wanted, MOST_BLOCKS_IN_HAND))
