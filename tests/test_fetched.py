@@ -19,13 +19,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from bundles import pointwise_bundle, small_unet_bundle
+import torch
+from bundles import Pointwise, pointwise_bundle, small_unet_bundle
 from click.testing import CliRunner
 
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.files import fetched
+from wsi_pipeline.networks import build
+from wsi_pipeline.networks.check import random_patches, run
+from wsi_pipeline.networks.program import export_onnx
 
 Served = tuple[http.server.ThreadingHTTPServer, str, list[str]]
 
@@ -280,6 +284,24 @@ def test_no_program_is_run_that_comes_with_a_bundle(
     result = CliRunner().invoke(group, ["models", "add", f"{url}/code.zip"])
     assert result.exit_code == 1
     assert not (cache.parent / "models").exists()
+
+
+def test_an_onnx_file_is_data_and_comes(web: Served, tmp_path: Path, cache: Path) -> None:
+    _, url, _ = web
+    folder = small_unet_bundle(tmp_path / "served" / "net")
+    export_onnx(load_bundle(folder), folder / "model.onnx")
+    toml = (folder / "model.toml").read_text("utf-8").replace('"swish_unet"', '"onnx"')
+    head, _, tail = toml.replace("model.safetensors", "model.onnx").partition("[network_options]")
+    tail = tail[tail.index("[input]") :]
+    (folder / "model.toml").write_text(head + tail, "utf-8")
+    bundle = load_bundle(f"{url}/net/")
+    patches = random_patches(bundle, 3)
+    found = run(build(bundle).module, patches)["mask"]
+    assert torch.equal(found, run(build(load_bundle(folder)).module, patches)["mask"])
+    # Under its name a program is one still.
+    torch.jit.script(Pointwise()).save(folder / "model.onnx")
+    with pytest.raises(BundleError, match=r"no ONNX file"):
+        build(load_bundle(folder))
 
 
 def test_add_keeps_what_was_fetched_and_where_from(

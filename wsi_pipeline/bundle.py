@@ -38,7 +38,7 @@ Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
 Scale = Literal["range", "minmax", "zscore"]
 Interpolation = Literal["linear", "cubic"]
-FOREIGN = ("exported", "torchscript")
+FOREIGN = ("exported", "torchscript", "onnx")
 """Networks that come as a program in the bundle's folder."""
 AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
 """Of a patch."""
@@ -156,7 +156,7 @@ class Bundle:
 
     Attributes:
         path: The folder of `model.toml`.
-        network: A name in `wsi_pipeline.networks.NETWORKS`, "exported" or "torchscript".
+        network: A name in `wsi_pipeline.networks.NETWORKS`, or one of FOREIGN, which are programs.
         weights_path: The file with weights, or the foreign program; None where there are none.
         weights_origin: Where weights are fetched from; None where they lie in the folder.
         features_path: The file that says what training patches look like to the network, or None.
@@ -278,7 +278,8 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         if (found.features or found.int8) and found.network in FOREIGN:
             raise ValueError("features and int8 are of a network of the package, not of a program")
         origin = origin_of(path.parent)
-        if origin and found.network in FOREIGN and isinstance(found.weights, str):
+        is_code = found.network in FOREIGN and found.network != "onnx"
+        if origin and is_code and isinstance(found.weights, str):
             raise ValueError(
                 f"{found.weights}, from {origin.get('url')}, is a program, and none is run that "
                 "was fetched; download it and name its folder, if you trust who made it"

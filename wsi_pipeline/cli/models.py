@@ -178,17 +178,26 @@ def import_(
 ) -> None:
     """Make a bundle of CHECKPOINT.
 
-    It is a .pth, .pt or .safetensors file; nothing in it is run. Say what it is: --like a bundle,
-    but for what --classes, --mpp and --patch-size say; or --network with --classes and --mpp.
-    Tensors that lack, are too many or have another shape are named, and nothing is written. With
-    neither, CHECKPOINT is torchvision's MobileNetV2 or ResNet18, and becomes a file that training
-    can start from.
+    It is a .pth, .pt, .safetensors or .onnx file; no code in it is run. Say what it is: --like a
+    bundle, but for what --classes, --mpp and --patch-size say; or --network with --classes and
+    --mpp. Tensors that lack, are too many or have another shape are named, and nothing is written.
+    ONNX files of `models export` say it themselves, others need --classes and --mpp. Without all
+    that, CHECKPOINT is torchvision's MobileNetV2 or ResNet18, and becomes a file that training can
+    start from.
     """
-    from wsi_pipeline.networks.checkpoints import import_encoder, import_model, make_template
+    from wsi_pipeline.networks.checkpoints import (
+        import_encoder,
+        import_model,
+        import_onnx,
+        make_template,
+    )
 
     if like and network:
         raise click.UsageError("--like and --network exclude each other")
-    if not like and not network:
+    is_onnx = checkpoint.suffix.lower() == ".onnx" or network == "onnx"
+    if is_onnx and not like and (classes or mpp):
+        network = "onnx"
+    if not is_onnx and not like and not network:
         kind, path = import_encoder(checkpoint, output, key=key, overwrite=overwrite)
         click.echo(
             f"{kind.name} without a decoder: no model, but where training {kind.network} may "
@@ -199,15 +208,20 @@ def import_(
         return
     if network and not (classes and mpp):
         raise click.UsageError("--network needs --classes and --mpp; or name a bundle with --like")
-    template = make_template(
-        folder=output,
-        like=load_bundle(like, fetch=False) if like else None,
-        network=network,
-        classes=None if classes is None else classes.split(","),
-        mpp=mpp,
-        patch_size=patch_size,
-    )
-    bundle = import_model(checkpoint, template, output, key=key, overwrite=overwrite)
+    template = None
+    if like or network:
+        template = make_template(
+            folder=output,
+            like=load_bundle(like, fetch=False) if like else None,
+            network=network,
+            classes=None if classes is None else classes.split(","),
+            mpp=mpp,
+            patch_size=patch_size,
+        )
+    if is_onnx or template is None:
+        bundle = import_onnx(checkpoint, template, output, overwrite=overwrite)
+    else:
+        bundle = import_model(checkpoint, template, output, key=key, overwrite=overwrite)
     logits = "1 logit" if bundle.activation == "sigmoid" else f"{len(bundle.classes)} logits"
     spec = bundle.input
     click.echo(

@@ -29,7 +29,8 @@ from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
 
 logger = logging.getLogger(__name__)
 
-SHORT_OF_MEMORY = ("unable to find an engine", "ALLOC_FAILED", "out of memory")
+SHORT_OF_MEMORY = ("unable to find an engine", "ALLOC_FAILED", "out of memory",
+                   "Failed to allocate memory")  # fmt: skip
 """In errors of libraries that have not found the memory they wanted."""
 PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
@@ -76,8 +77,15 @@ def choose_dtype(
     the hardware has. With "int8" it is that of all that is no convolution.
 
     Raises:
-        BundleError: int8 is asked for on a GPU.
+        BundleError: int8 is asked for on a GPU, or anything of an ONNX file, which has its own.
     """
+    if bundle is not None and bundle.network == "onnx":
+        if precision not in ("auto", "fp32"):
+            raise BundleError(
+                f"--precision {precision}: {bundle.name} is an ONNX file, which computes in the "
+                "numbers that it was made with; leave it out"
+            )
+        return torch.float32
     if precision == "int8":
         if device.type != "cpu":
             raise BundleError(f"--precision int8 is for CPUs, not for {device}; leave it out")
@@ -206,7 +214,8 @@ class Predictor:
         number = "int8" if self._is_int8 else _name(self.dtype)
         unit = torch.backends.cpu.get_cpu_capability()
         where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
-        return f"{number} on {where}, {self.queue.batch} patches a pass, torch {torch.__version__}"
+        runtime = getattr(self._module, "runtime", f"torch {torch.__version__}")
+        return f"{number} on {where}, {self.queue.batch} patches a pass, {runtime}"
 
     def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
         """Bring the pixels of a region to the device; return them there.

@@ -18,17 +18,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from wsi_pipeline.bundle import (
     FOREIGN,
     RANDOM_WEIGHTS,
+    Activation,
     Bundle,
     bundle_table,
     bundle_toml,
     load_bundle,
     parse_bundle,
 )
-from wsi_pipeline.errors import BundleError
+from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
-from wsi_pipeline.networks.bundle_writer import CARD, ENCODER, MODEL_TOML, WEIGHTS, written_folder
+from wsi_pipeline.networks.bundle_writer import (
+    CARD,
+    ENCODER,
+    MODEL_TOML,
+    ONNX,
+    WEIGHTS,
+    written_folder,
+)
 from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features, present_names
+from wsi_pipeline.networks.onnx import told_by, whole_onnx
 from wsi_pipeline.networks.weights import kept_state, load_state, read_state
 
 COLORS = (
@@ -100,6 +109,43 @@ def import_model(
         (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
         # Before the folder appears: what cannot be read back and built is not left behind.
         build(load_bundle(partial))
+    return load_bundle(place)
+
+
+def import_onnx(
+    file: Path, template: Bundle | None, folder: Path, *, overwrite: bool = False
+) -> Bundle:
+    """Write a bundle with an ONNX file; return it as it reads back.
+
+    Args:
+        template: What the network sees and finds; two classes come as one logit or as two: the file
+            decides. None = as the file says, which `export_onnx` has written.
+
+    Raises:
+        BundleError: no ONNX file, one that is not as it was told, or a folder that is taken.
+    """
+    data = whole_onnx(file)
+    with raised_as(BundleError, ValueError, file):
+        told = template or parse_bundle(told_by(data), folder / MODEL_TOML)
+    activations: list[Activation] = [told.activation]
+    if len(told.classes) == 2:
+        activations = ["softmax", "sigmoid"]
+    place, reasons = folder.resolve(), list[BundleError]()
+    with written_folder(place, overwrite=overwrite) as partial:
+        (partial / ONNX).write_bytes(data)
+        for activation in activations:
+            bundle = replace(
+                told, name=place.name, network="onnx", network_options={}, activation=activation
+            )
+            (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=ONNX), "utf-8")
+            (partial / CARD).write_text(_card(bundle, file), "utf-8")
+            try:
+                build(load_bundle(partial))
+                break
+            except BundleError as error:
+                reasons.append(BundleError(str(error).replace(str(partial / ONNX), str(file))))
+        else:
+            raise reasons[0]
     return load_bundle(place)
 
 
@@ -235,15 +281,15 @@ def unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _slide_table(network: str) -> dict[str, Any]:
     """Return the `model.toml` of a network for slides, but for what the user must say."""
-    if network not in NETWORKS:
+    if network not in (*NETWORKS, "onnx"):
         raise BundleError(f"no network {network!r}; there are {', '.join(NETWORKS)}")
-    kind = NETWORKS[network]
-    if kind.ndim != 2 or "labels" in inspect.signature(kind).parameters:
+    kind = NETWORKS.get(network)
+    if kind and (kind.ndim != 2 or "labels" in inspect.signature(kind).parameters):
         raise BundleError(f"--network {network}: not made for slides; name a bundle with --like")
     return {
         "modality": "slide",
         "network": network,
-        "network_options": {"channels": 3},
+        "network_options": {} if network == "onnx" else {"channels": 3},
         "input": {"patch_size": [512, 512], "overlap": [128, 128]},
         "output": {"activation": "softmax", "classes": []},
     }

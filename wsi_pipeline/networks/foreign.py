@@ -1,4 +1,4 @@
-"""Programs from elsewhere: TorchScript and torch.export files in a bundle's folder."""
+"""Programs from elsewhere: TorchScript, torch.export and ONNX files in a bundle's folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.networks.onnx import OnnxProgram
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -33,20 +34,31 @@ def load_foreign(bundle: Bundle) -> Network:
     """Load the program of a bundle; return it on the CPU.
 
     Raises:
-        BundleError: no program, or not one of the kind that the bundle says.
+        BundleError: no program, not one of the kind that the bundle says, or an ONNX file that
+            answers otherwise than it says.
     """
+    # What they share with others is above this module.
+    from wsi_pipeline.networks.check import check_shapes, random_patches, run
+
     path = bundle.weights_path
     if path is None:
         raise BundleError(f"the bundle {bundle.path} names no program; set weights in model.toml")
+    data = bundle.read_weights()
     try:
-        file = io.BytesIO(bundle.read_weights())
+        if bundle.network == "onnx":
+            program = OnnxProgram(data, bundle)
+            # How many classes it gives, and whether it takes such patches, no other way tells.
+            answer = run(program, random_patches(bundle, count := program.batch_size or 1))
+            check_shapes(answer, bundle, count)
+            return Network(module=program, batch_size=program.batch_size)
+        file = io.BytesIO(data)
         if bundle.network == "exported":
-            program = torch.export.load(file)
-            return Network(module=program.module(), batch_size=_static_batch(program))
+            exported = torch.export.load(file)
+            return Network(module=exported.module(), batch_size=_static_batch(exported))
         module = torch.jit.load(file, map_location="cpu")  # type: ignore[no-untyped-call]
         return Network(module=module.eval(), batch_size=None)
-    except BundleError:
-        raise
+    except BundleError as error:
+        raise BundleError(f"{path}: {error}") from error
     # torch's loaders raise whatever the file makes them
     except Exception as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

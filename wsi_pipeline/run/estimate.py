@@ -188,6 +188,8 @@ def model_bytes(bundle: Bundle) -> ModelBytes:
     size = (bundle.input.channels, *bundle.input.patch_size)
     if isinstance(module, SegmentationNetwork):
         return ModelBytes(weights=weights, activations=peak_memory(module, size) - weights)
+    # Of an ONNX file torch sees none; it is kept beside what its runtime makes of it.
+    weights = weights or 2 * len(bundle.read_weights())
     return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * PROGRAM_PLANES)
 
 
