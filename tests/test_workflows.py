@@ -1,31 +1,24 @@
-"""Workflows: the QuPath script parses, finds the folders that `segment` makes, and imports once.
+"""Workflows: the QuPath scripts find the folders that `segment` makes, run it, and import once.
 
-QuPath itself is not at hand. The script runs in a real Groovy against the few classes of its API
-that it uses, whose signatures and behaviour were read in QuPath 0.5.1, 0.6.0 and 0.7.0.
+QuPath itself is not at hand. The scripts run in a real Groovy against the few classes of its API
+that they use, whose signatures and behaviour were read in QuPath 0.5.1, 0.6.0 and 0.7.0; or, where
+`QUPATH_JARS` tells their class path, against QuPath's own.
 """
 
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import shapely
 from bundles import pointwise_bundle
 
-from wsi_pipeline import (
-    ExportOptions,
-    PredictOptions,
-    ScheduleOptions,
-    SelectOptions,
-    Settings,
-    load_bundle,
-    load_run,
-    open_cluster,
-    plan_jobs,
-    segment,
-)
+from wsi_pipeline import load_run, plan_jobs, segment
 from wsi_pipeline.report.record import write_run_json
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
@@ -47,14 +40,20 @@ class GsonTools {
 package qupath.lib.scripting
 class QP {
     static class PathObject {
-        String name
+        String name, pathClass
         boolean locked
+        boolean annotation = true
         Map<String, String> metadata = [:]
+        def ROI
+    }
+    static class Area {
+        List coordinates
+        boolean isArea() { true }
     }
     static class Hierarchy {
         List<PathObject> objects = []
         Collection<PathObject> getAllObjects(boolean includeRoot) { new ArrayList(objects) }
-        void removeObjects(Collection<PathObject> gone, boolean keepChildren) {
+        boolean removeObjects(Collection<PathObject> gone, boolean keepChildren) {
             objects.removeAll { o -> gone.any { it.is(o) } }
         }
     }
@@ -64,16 +63,28 @@ class QP {
         Collection<URI> getURIs() { [new URI(uri)] }
     }
     static Hierarchy hierarchy = new Hierarchy()
+    static List<PathObject> selected = []
     static Server server
-    static void startWith(String name) {
-        hierarchy.objects = [new PathObject(name: name, locked: true)]
-    }
-    static void show(String uri, List size) {
-        server = new Server(uri: uri, width: size[0], height: size[1])
-    }
+    static final String PROJECT_BASE_DIR = '{%PROJECT}'
+    static Object getProject() { null }
     static Server getCurrentServer() { server }
     static Hierarchy getCurrentHierarchy() { hierarchy }
     static String getCurrentImageName() { 'unused' }
+    static Collection<PathObject> getSelectedObjects() { selected as LinkedHashSet }
+    static Collection<PathObject> getAnnotationObjects() {
+        hierarchy.objects.findAll { it.annotation }
+    }
+    static void exportObjectsToGeoJson(
+        Collection<PathObject> objects, String path, String option, String... more
+    ) {
+        def features = objects.collect {
+            [type: 'Feature',
+             properties: it.pathClass ? [classification: [name: it.pathClass]] : [:],
+             geometry: [type: 'Polygon', coordinates: [it.ROI.coordinates]]]
+        }
+        def whole = groovy.json.JsonOutput.toJson([type: option, features: features])
+        new File(path).setText(whole.replace('FEATURE_COLLECTION', 'FeatureCollection'), 'UTF-8')
+    }
     static boolean importObjectsFromFile(String path) {
         def read = new groovy.json.JsonSlurper().parseText(new File(path).getText('UTF-8'))
         hierarchy.objects += read.features.collect {
@@ -84,48 +95,128 @@ class QP {
     }
 }
 """,
+    "Stage.groovy": """
+import qupath.lib.scripting.QP
+class Stage {
+    static void show(String uri, List size) {
+        QP.server = new QP.Server(uri: uri, width: size[0], height: size[1])
+    }
+    static void startWith(String name) {
+        QP.hierarchy.objects = [new QP.PathObject(name: name, locked: true)]
+        QP.selected = []
+    }
+    static void draw(List ring, String className, boolean select) {
+        def drawn = new QP.PathObject(ROI: new QP.Area(coordinates: ring), pathClass: className)
+        QP.hierarchy.objects << drawn
+        QP.selected = select ? [drawn] : []
+    }
+}
+""",
+}
+# The same in QuPath itself, whose class path QUPATH_JARS is.
+QUPATH = {
+    "Stage.groovy": """
+import java.awt.image.BufferedImage
+import qupath.lib.images.ImageData
+import qupath.lib.images.servers.*
+import qupath.lib.objects.*
+import qupath.lib.objects.classes.PathClass
+import qupath.lib.regions.ImagePlane
+import qupath.lib.roi.ROIs
+import qupath.lib.scripting.QP
+class Stage {
+    static class Shown extends AbstractTileableImageServer {
+        URI uri
+        ImageServerMetadata metadata
+        Shown(String uri, List size) {
+            this.uri = new URI(uri)
+            metadata = new ImageServerMetadata.Builder(Shown, uri, *size)
+                .name('unused').rgb(true).build()
+        }
+        protected BufferedImage readTile(TileRequest tile) { null }
+        protected ImageServerBuilder.ServerBuilder<BufferedImage> createServerBuilder() { null }
+        protected String createID() { uri }
+        Collection<URI> getURIs() { [uri] }
+        String getServerType() { 'Stage' }
+        ImageServerMetadata getOriginalMetadata() { metadata }
+    }
+    static hierarchy
+    static void show(String uri, List size) {
+        def data = new ImageData(new Shown(uri, size), hierarchy)
+        QP.setBatchProjectAndImage(null, data)
+    }
+    static void startWith(String name) {
+        hierarchy = new qupath.lib.objects.hierarchy.PathObjectHierarchy()
+        def roi = ROIs.createRectangleROI(0, 0, 9, 9, ImagePlane.getDefaultPlane())
+        hierarchy.addObject(PathObjects.createAnnotationObject(roi))
+        hierarchy.getAllObjects(false)[0].with { it.name = name; it.locked = true }
+    }
+    static void draw(List ring, String className, boolean select) {
+        def (x, y) = ring.transpose()
+        def roi = ROIs.createPolygonROI(x as double[], y as double[], ImagePlane.getDefaultPlane())
+        def kind = className ? PathClass.fromString(className) : null
+        def drawn = PathObjects.createAnnotationObject(roi, kind)
+        hierarchy.addObject(drawn)
+        hierarchy.getSelectionModel().setSelectedObject(select ? drawn : null)
+    }
+}
+"""
 }
 DRIVER = """
 import qupath.lib.scripting.QP
-def steps = new groovy.json.JsonSlurper().parseText(new File(args[1]).getText('UTF-8'))
+def steps = new groovy.json.JsonSlurper().parseText(new File(args[0]).getText('UTF-8'))
 def answers = steps.collect { step ->
     def said = new StringWriter()
-    def binding = new Binding([args: [step.output] as String[], out: new PrintWriter(said, true)])
-    def script = new GroovyShell(this.class.classLoader, binding).parse(new File(args[0]))
+    def binding = new Binding([args: step.args as String[], out: new PrintWriter(said, true)])
+    def script = new GroovyShell(this.class.classLoader, binding).parse(new File(step.script))
     if (step.names)
         return step.names.collect { script.folderNames(it) }
     if (step.fresh)
-        QP.startWith('Drawn by hand')
+        Stage.startWith('Drawn by hand')
+    Stage.show(step.uri, step.size)
+    if (step.draw)
+        Stage.draw(step.draw, step.drawn_as, step.select as boolean)
     if (step.unlock)
-        QP.hierarchy.objects[-1].locked = false
-    QP.show(step.uri, step.size)
+        QP.getCurrentHierarchy().getAllObjects(false).find { it.name == step.unlock }
+            .setLocked(false)
     def error = ''
     try { script.run() } catch (Exception e) { error = e.toString() }
-    [said: said.toString().trim(), names: QP.hierarchy.objects*.name, error: error]
+    def objects = QP.getCurrentHierarchy().getAllObjects(false)
+    [said: said.toString().trim(), names: objects*.getName().sort(), error: error]
 }
-new File(args[2]).setText(groovy.json.JsonOutput.toJson(answers), 'UTF-8')
+new File(args[1]).setText(groovy.json.JsonOutput.toJson(answers), 'UTF-8')
 """
 
 
 @pytest.fixture(scope="module")
 def in_groovy(tmp_path_factory):
-    """Return `in_groovy(steps)`, which runs the script step by step and returns what each did."""
+    """Return `in_groovy(steps)`, which runs scripts step by step and returns what each did.
+
+    In Groovy's own program against the stand-in, or in QuPath's classes where `QUPATH_JARS` is the
+    class path of one, as `/opt/QuPath/lib/app/*`.
+    """
+    jars = os.environ.get("QUPATH_JARS")
     groovy, java = shutil.which("groovy"), shutil.which("java")
-    if not groovy or not java:
+    if not java or not (groovy or jars):
         pytest.skip("no groovy on this machine (apt-get install groovy)")
     folder = tmp_path_factory.mktemp("groovy")
-    for name, text in API.items():
+    for name, text in (QUPATH if jars else API).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     (folder / "driver.groovy").write_text(DRIVER, "utf-8")
     env = {"JAVA_HOME": str(Path(java).resolve().parents[1]), **os.environ}
+    start = [java, "-cp", f"{folder}:{jars}", "groovy.ui.GroovyMain"]
 
     def run(steps):
         asked, answered = folder / "steps.json", folder / "answers.json"
-        asked.write_text(json.dumps(steps), "utf-8")
-        command = [groovy, "-cp", folder, folder / "driver.groovy", SCRIPT, asked, answered]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        whole = [{"script": str(SCRIPT), "args": [step.get("output")], **step} for step in steps]
+        asked.write_text(json.dumps(whole), "utf-8")
+        start_here = start if jars else [groovy, "-cp", folder]
+        done = subprocess.run(
+            [*start_here, folder / "driver.groovy", asked, answered],
+            env=env, capture_output=True, text=True,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(answered.read_text("utf-8"))
 
@@ -136,15 +227,10 @@ def in_groovy(tmp_path_factory):
 def output(tmp_path_factory, slide_path):
     """Return the output folder of a real run of `slide_path`."""
     folder = tmp_path_factory.mktemp("output")
-    bundle = load_bundle(pointwise_bundle(folder / "model", mpp=0.5))
-    settings = Settings(
-        select=SelectOptions(tissue="none"),
-        predict=PredictOptions(device="cpu", precision="fp32"),
-        export=ExportOptions(outputs=("geojson",)),
+    bundle = pointwise_bundle(folder / "model", mpp=0.5)
+    (run,) = segment(
+        slide_path, model=bundle, output=folder / "out", tissue="none", outputs=("geojson",)
     )
-    (job,) = plan_jobs([slide_path], folder / "out")
-    with open_cluster(ScheduleOptions()) as client:
-        run = segment(job, bundle, client=client, settings=settings, threads=1)
     assert sum(run.regions.values()) > 1
     return folder / "out"
 
@@ -173,13 +259,14 @@ def test_annotations_are_imported_once_however_often_it_runs(in_groovy, output, 
     step = {"output": str(output), "uri": slide_path.as_uri(), "size": [1931, 1487]}
     features = json.loads((output / "synthetic slide" / "annotations.geojson").read_text("utf-8"))
     names = [feature["properties"]["name"] for feature in features["features"]]
-    first, again, edited = in_groovy([{**step, "fresh": True}, step, {**step, "unlock": True}])
-    assert first["names"] == again["names"] == ["Drawn by hand", *names]
+    last = names[-1]
+    first, again, edited = in_groovy([{**step, "fresh": True}, step, {**step, "unlock": last}])
+    assert first["names"] == again["names"] == sorted(["Drawn by hand", *names])
     said = f"synthetic slide.tif: {len(names)} objects imported from synthetic slide, "
     assert first["said"] == said + "0 earlier ones removed, 0 unlocked ones kept"
     assert again["said"] == said + f"{len(names)} earlier ones removed, 0 unlocked ones kept"
     assert edited["said"] == said + f"{len(names) - 1} earlier ones removed, 1 unlocked ones kept"
-    assert edited["names"] == ["Drawn by hand", names[-1], *names]
+    assert edited["names"] == sorted(["Drawn by hand", last, *names])
 
 
 def test_what_does_not_fit_is_told_and_nothing_is_imported(in_groovy, output, slide_path, tmp_path):
@@ -235,3 +322,83 @@ def test_every_workflow_is_listed_and_explained():
     for folder in folders:
         assert f"({folder.name}/README.md)" in listed
         assert (folder / "README.md").is_file()
+
+
+RUN = WORKFLOWS / "qupath" / "run_on_image.groovy"
+PROGRAM = str(Path(sys.executable).with_name("wsi-pipeline"))
+
+
+@pytest.fixture
+def on_image(tmp_path, slide_path):
+    """Return a step that segments `slide_path` from QuPath, and the folder of its runs."""
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    output = tmp_path / "runs of QuPath"
+    args = [PROGRAM, str(model), str(output), "--tissue", "none", "--outputs", "geojson"]
+    step = {"script": str(RUN), "args": args, "uri": slide_path.as_uri(), "size": [1931, 1487]}
+    return step, output
+
+
+@pytest.mark.slow
+def test_an_image_is_segmented_and_what_a_run_imported_is_replaced(in_groovy, on_image):
+    step, output = on_image
+    region = {"draw": [[100, 100], [900, 100], [900, 800], [100, 800], [100, 100]]}
+    whole, again, inside, marked = in_groovy(
+        [
+            {**step, "fresh": True},
+            step,
+            {**step, **region, "select": True},
+            {**step, **region, "fresh": True, "drawn_as": "Region*"},
+        ]
+    )
+    assert not whole["error"] + again["error"] + inside["error"] + marked["error"]
+    count = len(whole["names"]) - 1
+    assert count > 1
+    assert again["names"] == whole["names"]
+    assert "segmenting the whole image" in whole["said"]
+    assert f"{count} objects imported, 0 earlier ones removed" in whole["said"]
+    assert f"{count} objects imported, {count} earlier ones removed" in again["said"]
+    for answer in (inside, marked):
+        assert "segmenting 1 annotations" in answer["said"]
+    assert f"{count} earlier ones removed" in inside["said"]
+    # the polygons that the run in the region wrote, beside the region and what was drawn before
+    features = load_features(output / "synthetic slide" / "annotations.geojson")
+    names = [feature["properties"]["name"] for feature in features]
+    drawn = [None, "Drawn by hand"]
+    assert sorted(marked["names"], key=str) == sorted([*drawn, *names], key=str)
+    assert sorted(inside["names"], key=str) == sorted(marked["names"], key=str)
+    box = shapely.box(100, 100, 900, 800)
+    assert all(box.covers(shapely.geometry.shape(f["geometry"])) for f in features)
+
+
+def load_features(path):
+    return json.loads(path.read_text("utf-8"))["features"]
+
+
+@pytest.mark.slow
+def test_progress_of_the_run_is_told(in_groovy, on_image):
+    (answer,) = in_groovy([{**on_image[0], "fresh": True}])
+    assert re.search(r"unused: 100 % \(\d+ of \d+ patches\)", answer["said"])
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_leaves_the_image_as_it_was(in_groovy, on_image, slide_path):
+    step, _ = on_image
+    args = step["args"]
+    ran, no_program, no_model, no_file, resized = in_groovy(
+        [
+            {**step, "fresh": True},
+            {**step, "args": ["/nowhere/wsi-pipeline", *args[1:]]},
+            {**step, "args": [args[0], "/nowhere/model", *args[2:]]},
+            {**step, "uri": "https://example.org/a.svs"},
+            {**step, "size": [1487, 1931]},
+        ]
+    )
+    assert "cannot run PROGRAM" in no_program["said"]
+    assert "/nowhere/model" in no_model["said"]
+    assert "no file of this machine" in no_file["said"]
+    assert "another size" in resized["said"]
+    for answer in (no_program, no_model, no_file, resized):
+        assert not answer["error"]
+        assert "objects imported" not in answer["said"]
+        # what an earlier run brought stays as well
+        assert answer["names"] == ran["names"]

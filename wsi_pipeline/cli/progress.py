@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn, Self
 
 from tqdm import tqdm
@@ -19,6 +21,9 @@ def new_bar(name: str, *, total: int, initial: int, unit: str, quiet: bool) -> t
         initial: what was done before, which does not count for the rate.
     """
     seconds = 0.1 if sys.stderr.isatty() else SECONDS_IN_FILES
+    # tqdm's own variable: who reads the bar, as a script in QuPath does, wants it more often.
+    with suppress(KeyError, ValueError):
+        seconds = float(os.environ["TQDM_MININTERVAL"])
     return tqdm(
         desc=name,
         total=total,
