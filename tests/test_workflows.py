@@ -402,3 +402,63 @@ def test_a_run_that_fails_leaves_the_image_as_it_was(in_groovy, on_image, slide_
         assert "objects imported" not in answer["said"]
         # what an earlier run brought stays as well
         assert answer["names"] == ran["names"]
+
+
+OPENED = """
+import java.awt.image.BufferedImage
+import qupath.lib.projects.ProjectIO
+import qupath.lib.scripting.QP
+new qupath.lib.images.servers.ImageServers()
+def project = ProjectIO.loadProject(new File(args[0]), BufferedImage)
+def found = project.getImageList().collect { entry ->
+    def data = entry.readImageData()
+    QP.setBatchProjectAndImage(project, data)
+    def script = new File(new File(args[0]).parentFile, 'scripts/import_annotations.groovy')
+    2.times { new GroovyShell(this.class.classLoader, new Binding()).evaluate(script) }
+    def server = data.getServer()
+    [entry.getImageName(), server.getWidth(), server.getHeight(), server.getServerType(),
+     data.getHierarchy().getAllObjects(false).collect {
+        [it.getName(), it.getPathClass().toString(), it.getROI().getArea(), it.getMeasurements()]
+     }]
+}
+new File(args[1]).setText(groovy.json.JsonOutput.toJson(found), 'UTF-8')
+"""
+
+
+def test_a_project_of_runs_has_its_slides_and_their_polygons(slide_path, tmp_path):
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    options = {"tissue": "none", "outputs": ("geojson", "zarr")}
+    (run,) = segment(slide_path, model=model, output=tmp_path / "out", **options)
+    folder, home = tmp_path / "project", tmp_path / "out" / slide_path.stem
+    export = [PROGRAM, "export", home, "--qupath-project"]
+    subprocess.run([*export, folder], check=True)
+    project = json.loads((folder / "project.qpproj").read_text("utf-8"))
+    (image,) = project["images"]
+    assert image["serverBuilder"]["uri"] == slide_path.as_uri()
+    assert image["serverBuilder"]["args"] == []
+    copied = folder / "data" / "1" / "annotations.geojson"
+    assert copied.read_bytes() == (home / "annotations.geojson").read_bytes()
+    again = subprocess.run([*export, folder], capture_output=True, text=True)
+    assert again.returncode == 1
+    assert "name a new one" in again.stderr
+    whole = tmp_path / "whole"
+    subprocess.run([*export, whole, "--for", "openslide"], check=True)
+    (image,) = json.loads((whole / "project.qpproj").read_text("utf-8"))["images"]
+    assert image["serverBuilder"]["args"] == ["--no-crop"]
+    if not (jars := os.environ.get("QUPATH_JARS")):
+        return
+    (tmp_path / "opened.groovy").write_text(OPENED, "utf-8")
+    for place in (folder, whole):
+        asked = [tmp_path / "opened.groovy", place / "project.qpproj", tmp_path / "found.json"]
+        command = ["java", "-cp", jars, "groovy.ui.GroovyMain", *asked]
+        subprocess.run(command, check=True)
+        ((name, width, height, reader, objects),) = json.loads(asked[-1].read_text("utf-8"))
+        expected = [slide_path.name, *run.slide["size"], "OpenSlide"]
+        assert [name, width, height, reader] == expected
+        features = load_features(place / "data" / "1" / "annotations.geojson")
+        assert len(objects) == len(features) > 1
+        for (called, kind, area, measured), feature in zip(objects, features, strict=True):
+            told = feature["properties"]
+            assert [called, kind] == [told["name"], told["classification"]["name"]]
+            assert area == pytest.approx(shapely.geometry.shape(feature["geometry"]).area)
+            assert measured == pytest.approx(told["measurements"], rel=1e-6)

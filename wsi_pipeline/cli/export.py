@@ -45,6 +45,11 @@ from wsi_pipeline.options import Output, Rule
     type=OutputChoice(url=False),
     help="Folder for whole new runs, with masks by these thresholds.",
 )
+@click.option(
+    "--qupath-project",
+    type=click.Path(path_type=Path),
+    help="New folder for a QuPath project of the slides, with their polygons.",
+)
 @frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context
 def command(
@@ -55,6 +60,7 @@ def command(
     min_margin: float,
     as_mask: bool,
     output: Path | None,
+    qupath_project: Path | None,
     **options: object,
 ) -> None:
     """Write what is made of finished masks again, with other settings.
@@ -65,7 +71,7 @@ def command(
     the image or volume where it was.
     """
     from wsi_pipeline.errors import WsiPipelineError
-    from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, find_runs
+    from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, Run, find_runs
     from wsi_pipeline.run.again import export_again
     from wsi_pipeline.run.overview import Overview
     from wsi_pipeline.run.thresholds import copy_ruled
@@ -87,7 +93,7 @@ def command(
                 click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
         raise click.UsageError(f"no finished run in {', '.join(map(str, folders))}")
-    is_whole = True
+    is_whole, written = True, dict[Path, Run]()
     for folder in runs:
         try:
             if output:
@@ -97,6 +103,7 @@ def command(
             click.echo(f"failed: {folder}: {error}", err=True)
             is_whole = False
             continue
+        written[folder] = run
         for warning in run.warnings:
             click.echo(f"warning: {folder.name}: {warning}", err=True)
         if run.status != "done":
@@ -113,4 +120,8 @@ def command(
     for parent in dict.fromkeys(folder.parent for folder in runs):
         if not output and (parent / "summary.csv").is_file():
             Overview(parent).write()
+    if qupath_project:
+        from wsi_pipeline.run.qupath import write_qupath_project
+
+        write_qupath_project(qupath_project, written)
     ctx.exit(int(not is_whole))
