@@ -8,7 +8,7 @@ WORK ?= bench
 # Processes that share the tests, a file each at a time.
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint types imports house docs wheel lowest notebooks workflows benchmark clean
+.PHONY: setup demo test test-all lint types imports house docs site wheel lowest notebooks workflows benchmark clean
 
 setup: .venv/.done
 
@@ -42,6 +42,9 @@ imports: setup
 docs: setup
 	$(BIN)/python .ci/write_schemas.py
 	$(BIN)/python .ci/write_api.py
+
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 house: setup
 	$(BIN)/python .ci/house.py

