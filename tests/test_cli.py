@@ -448,6 +448,94 @@ def test_a_bar_tells_which_slide_it_is_and_what_comes_after_the_patches(monkeypa
     assert "overlay.png" not in written.getvalue()
 
 
+def test_a_bar_tells_how_far_all_slides_are_and_for_how_long(monkeypatch):
+    written, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr("sys.stderr", written)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with Bars(quiet=False, unit="patches", of=4) as bars:
+        monkeypatch.setattr(written, "isatty", lambda: True, raising=False)
+        bars.end(1)  # was done already: nothing is left of it
+        bars("b.svs", 100, 200, number=2)  # goes on where it was
+        bars.tell("b.svs", "", number=2)
+        assert "all 17%" in written.getvalue()  # 100 of 200, and two more of as many
+        assert "left" not in written.getvalue()
+        now[0] += 600
+        bars("b.svs", 200, 200, number=2)
+        bars.tell("b.svs", "writing mask.ome.tif", number=2)
+        # 100 patches in 10 minutes; 400 are to come
+        assert "writing mask.ome.tif, all 33%, 40 min left" in written.getvalue()
+        bars.end(2)
+        bars("c.svs", 0, 100, number=3)
+        bars.tell("c.svs", "", number=3)
+        assert "all 44%" in written.getvalue()  # 200 of 300, and one more of 150
+        bars.end(3)  # it has failed
+        now[0] += 600
+        bars("d.svs", 0, 200, number=4)
+        bars("d.svs", 100, 200, number=4)
+        bars.tell("d.svs", "", number=4)
+        assert "all 75%, 10 min left" in written.getvalue().rpartition("\r")[2]
+
+
+def test_the_end_of_a_folder_is_a_table(tmp_path, slide_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(slide_path, tmp_path / "in" / "good.tif")
+    (tmp_path / "in" / "bad.tif").write_bytes(b"noise")
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    result = invoke("segment", tmp_path / "in", "--model", bundle, "--output", tmp_path / "o")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    table = result.stderr[result.stderr.index("slide  ") :].splitlines()
+    assert re.split("  +", table[0])[:2] == ["slide", "status"]
+    assert re.split("  +", table[1])[:3] == ["bad.tif", "failed", "-"]
+    with (tmp_path / "o" / "summary.csv").open(encoding="utf-8", newline="") as file:
+        (row,) = (row for row in csv.DictReader(file) if row["slide"] == "good.tif")
+    cells = dict(zip(re.split("  +", table[0]), re.split("  +", table[2]), strict=True))
+    name = next(key for key in row if key.endswith("_mm2") and key != "tissue_mm2")
+    area = float(cells[f"{name.removesuffix('_mm2')} mm²"])
+    assert area == pytest.approx(float(row[name]), rel=1e-3)
+    assert table[3] == f"report: {tmp_path / 'o' / 'report.html'}"
+    again = invoke("-q", "segment", tmp_path / "in", "-m", bundle, "-o", tmp_path / "o")
+    assert "report:" not in again.stderr
+
+
+def test_with_json_log_all_of_stderr_is_json(tmp_path, slide_path):
+    (tmp_path / "in").mkdir()
+    shutil.copy(slide_path, tmp_path / "in" / "good.tif")
+    (tmp_path / "in" / "bad ü.tif").write_bytes(b"noise")
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    line = ["segment", tmp_path / "in", "--model", bundle, "--output", tmp_path / "o"]
+    command = [sys.executable, "-m", "wsi_pipeline", "-v", "--json-log", *map(str, line)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    told = [json.loads(text) for text in done.stderr.splitlines()]
+    assert all(set(one) == {"time", "level", "logger", "message"} for one in told)
+    said = {one["message"].partition(":")[0]: one["level"] for one in told}
+    assert (said["failed"], said["done"]) == ("ERROR", "INFO")
+    assert any(one["logger"].startswith("wsi_pipeline.run") for one in told)
+    assert any("good.tif: 100%" in one["message"] for one in told)
+    assert any("bad ü.tif" in one["message"] for one in told)
+    wrong = subprocess.run([*command, "--blend", "no"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert json.loads(wrong.stderr.splitlines()[-1])["level"] == "ERROR"
+
+
+def test_the_shell_completes_commands_and_options(monkeypatch):
+    def complete(kind, *words):
+        said = {"_WSI_PIPELINE_COMPLETE": kind, "COMP_WORDS": " ".join(words)}
+        said["COMP_CWORD"] = str(len(words) - 1)
+        return CliRunner().invoke(group, prog_name="wsi-pipeline", env=said).stdout
+
+    source = complete("bash_source")
+    assert "_WSI_PIPELINE_COMPLETE=bash_complete" in source
+    assert subprocess.run(["bash", "-n"], input=source, text=True, check=False).returncode == 0
+    assert set(complete("bash_complete", "wsi-pipeline", "e").split()) == {
+        "plain,export",
+        "plain,evaluate",
+    }
+    flags = complete("bash_complete", "wsi-pipeline", "segment", "--s").split()
+    assert {"plain,--shard", "plain,--simplify"} <= set(flags)
+
+
 def test_of_what_goes_on_one_after_another_each_has_its_bar(monkeypatch):
     written = io.StringIO()
     monkeypatch.setattr(written, "isatty", lambda: True, raising=False)

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import click
 
+from wsi_pipeline.cli.json_log import JsonLines, as_json
 from wsi_pipeline.errors import WsiPipelineError, without_secrets
 
 # Their sentences stand here as well: --help must not import what they are told by.
@@ -43,6 +44,14 @@ class OneLine(logging.Formatter):
         record = copy.copy(record)
         record.exc_info = record.exc_text = None
         return without_secrets(super().format(record))
+
+
+class AsJson(OneLine):
+    """Makes a JSON object of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record with its level and logger."""
+        return as_json(super().format(record), record.levelname, record.name)
 
 
 class LazyGroup(click.Group):
@@ -87,8 +96,9 @@ class LazyGroup(click.Group):
 @click.version_option(version("wsi-pipeline"), prog_name="wsi-pipeline")
 @click.option("-v", "--verbose", count=True, help="Say more; twice for every block.")
 @click.option("-q", "--quiet", is_flag=True, help="Only warnings and errors, no progress bar.")
+@click.option("--json-log", is_flag=True, help="What goes to stderr as JSON objects, one a line.")
 @click.pass_context
-def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
+def group(ctx: click.Context, verbose: int, quiet: bool, json_log: bool) -> None:
     """Folders of whole-slide images in, full-resolution masks and QuPath polygons out.
 
     For research. Not a medical device.
@@ -97,6 +107,9 @@ def group(ctx: click.Context, verbose: int, quiet: bool) -> None:
     level = logging.WARNING - 10 * min(verbose, 2)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
+    if json_log:
+        handler.setFormatter(AsJson("%(message)s"))
+        sys.stderr = JsonLines(sys.stderr)
     if not verbose:
         # decoders log much of files that are read, or refused in words, all the same
         own = ("wsi_pipeline", "distributed")

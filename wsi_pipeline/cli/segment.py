@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -58,6 +59,8 @@ if TYPE_CHECKING:
 LINE = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
 """Where options come from that somebody has chosen."""
 PREDICT, EXPORT = PredictOptions(), ExportOptions()
+ROWS = 40
+"""Of the table at the end, at the most."""
 
 
 def read_shard(text: str) -> tuple[int, int]:
@@ -264,8 +267,8 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
     numbers = {job.folder: number for number, job in enumerate(batch.jobs, start=1)}
 
     def tell(job: Job, run: Run) -> None:
-        # The next line would be written into it.
-        bars.close()
+        # The next line would be written into the bar.
+        bars.end(numbers[job.folder])
         if run.status != "done":
             path = without_secrets(str(job.path))
             click.echo(f"{run.status}: {path}: {run.reason}", err=True)
@@ -293,7 +296,30 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
             dashboard=None if quiet else lambda link: click.echo(f"dashboard: {link}", err=True),
             too_large=lambda sentence: end(batch.tidy, f"Error: {sentence}", 1),
         )
+    if not quiet and len(runs) > 1:
+        click.echo(_table(runs), err=True)
+        click.echo(
+            f"report: {without_secrets(str((batch.target or batch.output) / 'report.html'))}",
+            err=True,
+        )
     return all(run.status == "done" and not run.bad_regions for run in runs)
+
+
+def _table(runs: Sequence[Run]) -> str:
+    """Return how each slide ended, a line each, failures first."""
+    rows = sorted(runs, key=lambda run: run.status == "done")
+    classes = dict.fromkeys(f"{name} {run.unit}" for run in rows for name in run.amounts)
+    lines = [["slide", "status", *classes, "minutes", "warnings"]]
+    for run in rows[:ROWS]:
+        found = {f"{name} {run.unit}": f"{n:.4g}" for name, n in run.amounts.items()}
+        minutes = f"{run.seconds.get('total', 0) / 60:.1f}"
+        amounts = (found.get(name, "-") for name in classes)
+        lines.append([run.slide["name"], run.status, *amounts, minutes, str(len(run.warnings))])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+    if rest := rows[ROWS:]:
+        table.append(f"and {len(rest)} more, all in summary.csv")
+    return "\n".join(table)
 
 
 def _preview(batch: Batch, *, quiet: bool) -> bool:

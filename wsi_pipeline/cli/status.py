@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from wsi_pipeline.cli.options import Command, OutputChoice, work_option, wrong_usage
+from wsi_pipeline.cli.progress import duration
 
 
 @click.command(cls=Command, epilog="wsi-pipeline status out/")
@@ -41,17 +42,6 @@ def command(folder: Path, work: Path | None, as_json: bool) -> None:
     if status.slides_per_hour is not None:
         click.echo(f"rate     {status.slides_per_hour:.3g} slides/h")
     if status.seconds_left is not None:
-        click.echo(f"left     about {_duration(status.seconds_left)}")
+        click.echo(f"left     about {duration(status.seconds_left)}")
     for name, reason in status.failed.items():
         click.echo(f"failed: {name}: {reason}")
-
-
-def _duration(seconds: float) -> str:
-    """Return seconds for people.
-
-    Example:
-        >>> [_duration(s) for s in (20, 150, 86400)]
-        ['1 min', '3 min', '24 h 0 min']
-    """
-    hours, minutes = divmod(max(round(seconds / 60 + 0.49), 1), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
+
+from wsi_pipeline.cli.json_log import JsonLines, as_json
 
 
 @contextmanager
@@ -32,7 +35,8 @@ def stopping(tidy: Callable[[], None], sentence: str) -> Iterator[None]:
 def end(tidy: Callable[[], None], sentence: str, code: int) -> NoReturn:
     """Say a sentence, tidy and end the process, whatever its threads are at."""
     # not through sys.stderr: the signal may have come in the middle of a write to it
-    os.write(2, f"\n{sentence}\n".encode())
+    said = as_json(sentence) if isinstance(sys.stderr, JsonLines) else f"\n{sentence}"
+    os.write(2, f"{said}\n".encode())
     try:
         tidy()
     finally:
