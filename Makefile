@@ -1,4 +1,4 @@
-# make demo: the main job on a real slide.  make test: the tests.  Both set up .venv first.
+# make demo: the main job, SLIDE=file on your own.  make test: the tests.  Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ setup: .venv/.done
 	touch $@
 
 demo: setup
-	$(BIN)/wsi-pipeline demo --output demo-output
+	$(BIN)/wsi-pipeline demo --output demo-output $(if $(SLIDE),--slide "$(SLIDE)")
 
 test: setup
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not slow"

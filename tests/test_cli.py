@@ -426,8 +426,61 @@ def test_the_demo_makes_its_own_slide_where_there_is_no_other(tmp_path, monkeypa
     shown = [Path(line) for line in result.stdout.split("\n") if line]
     assert all(path.exists() for path in shown)
     assert {"overlay.png", "annotations.geojson", "report.html"} <= {p.name for p in shown}
+    assert f"wsi-pipeline view {output}" in result.stderr
+    assert "scikit-image's picture" in result.stderr
     run = json.loads((output / "demo slide" / "run.json").read_text("utf-8"))
-    assert run["slide"]["size"] == [2048, 2048]
+    assert run["slide"]["size"] == [768, 768]
+    pixels = tifffile.imread(output / "demo slide.tif")
+    tissue = pixels[128:-128, 128:-128].astype(int)
+    assert (pixels[:128] == 244).all()
+    # Nothing is mirrored, and no brown is left: blue is above green, as in H&E.
+    assert not any(np.array_equal(tissue, np.flip(tissue, axis)) for axis in (0, 1))
+    dark = tissue[tissue.sum(axis=-1) < 600]
+    assert len(dark) > 50_000
+    assert (dark[:, 2] >= dark[:, 1]).mean() > 0.99
+
+
+def test_the_demo_takes_an_own_slide(tmp_path, slide_path):
+    bundle = pointwise_bundle(tmp_path / "m", mpp=0.5)
+    line = ["-q", "demo", "-o", tmp_path / "o", "-m", bundle, "--slide", slide_path]
+    result = invoke(*line)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "o" / slide_path.stem / "overlay.png").is_file()
+    assert f"segmenting {slide_path}: your own" in result.stderr
+    assert "Dice" not in result.stderr
+
+
+def test_the_demo_of_ultrasound_finds_what_it_has_drawn(tmp_path, monkeypatch):
+    monkeypatch.delenv("WSI_PIPELINE_TEST_DATA", raising=False)
+    result = invoke("demo", "ultrasound", "--output", tmp_path / "o")
+    assert result.exit_code == 0, result.output
+    assert "a phantom drawn by computer" in result.stderr
+    dice = float(re.search(r"Lesion against the truth: Dice ([\d.]+)", result.stderr)[1])
+    truth, found = (
+        np.asarray(Image.open(tmp_path / "o" / name)) > 0
+        for name in ("ultrasound phantom truth.png", "ultrasound phantom/mask.png")
+    )
+    assert truth.sum() == pytest.approx(np.pi * 62 * 88, rel=0.01)
+    assert dice == pytest.approx(2 * (truth & found).sum() / (truth.sum() + found.sum()), abs=1e-3)
+    assert dice > 0.8
+
+
+def test_a_demo_without_weights_says_so(tmp_path):
+    toml = (ROOT / "models" / "highres-unet-mammography" / "model.toml").read_text("utf-8")
+    if "weights =" in toml:
+        pytest.skip("its weights are shipped")
+    result = invoke("demo", "mammography", "--output", tmp_path / "o")
+    assert result.exit_code == 1
+    assert "no weights are shipped for mammography yet" in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_demo_compares_with_the_truth_where_there_is_one(tmp_path, data_dir, monkeypatch):
+    monkeypatch.setenv("WSI_PIPELINE_TEST_DATA", str(data_dir))
+    result = invoke("-q", "demo", "--output", tmp_path / "o")
+    assert result.exit_code == 0, result.output
+    assert "trained on that data set" in result.stderr
+    assert float(re.search(r"Tumor against the truth: Dice ([\d.]+)", result.stderr)[1]) > 0.8
 
 
 def test_a_bar_tells_which_slide_it_is_and_what_comes_after_the_patches(monkeypatch):

@@ -3,65 +3,149 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
-from wsi_pipeline.cli.options import Command, once, output_option
+from wsi_pipeline.cli.options import FILE, MPP, Command, once, output_option
 
-MODEL = "lightmuseg-bcss-demo"
-SLIDE = Path("wsi") / "svs" / "CMU-1-Small-Region.svs"
-"""Within the folder of test data."""
+
+class Kind(NamedTuple):
+    """What a demo of a modality takes where nobody names a file.
+
+    Attributes:
+        image: of the folder of test data.
+        truth: mask that belongs to it, there.
+        mpp: of a slide that does not say.
+        seen: where image and truth are from.
+    """
+
+    model: str
+    image: str
+    truth: str
+    seen: str
+    mpp: float | None = None
+
+
+KINDS = {
+    "slide": Kind(
+        "lightmuseg-bcss-demo",
+        "bcss/images/1008.jpg",
+        "bcss/masks/1008.png",
+        "a region of TCGA-A2-A0D2, breast carcinoma, and its outlines of BCSS (CC0)",
+        mpp=0.2363,
+    ),
+    "ultrasound": Kind(
+        "nmtnet-ultrasound",
+        "us/busi/images/malignant_1.png",
+        "us/busi/masks/malignant_1.png",
+        "a cancer in ultrasound, and its outline, of BUSI (CC0)",
+    ),
+    "mammography": Kind(
+        "highres-unet-mammography",
+        "mammo/cdd_cesm/images/P102_R_DM_CC.jpg",
+        "mammo/cdd_cesm/masks/P102_R_DM_CC.png",
+        "a mammogram, and its finding, of CDD-CESM (CC BY 4.0)",
+    ),
+}
+SEEN = "; the model was trained on that data set, and its card tells how it does on patients unseen"
+
+HE = ((0.56, 0.72, 0.41), (0.22, 0.80, 0.56), (0, 0, 0))
+"""Optical density of hematoxylin and eosin in red, green and blue: Macenko's."""
 
 
 @click.command(cls=Command, epilog="wsi-pipeline demo --output demo-output/")
+@click.argument("kind", type=click.Choice(list(KINDS)), default="slide")
 @output_option
-@once("--model", "-m", default=MODEL, help="Another bundle.")
+@once("--slide", "--image", "slide", type=FILE, help="Your own, in place of one for show.")
+@click.option("--mpp", type=MPP, help="Its µm per level-0 pixel, where it does not say.")
+@once("--model", "-m", help="Another bundle  [default: the one that is shipped]")
 @click.pass_context
-def command(ctx: click.Context, output: Path, model: str) -> None:
-    """Segment a real image with the demonstration model, and say where the results lie.
+def command(
+    ctx: click.Context,
+    kind: str,
+    output: Path,
+    slide: Path | None,
+    mpp: float | None,
+    model: str | None,
+) -> None:
+    """Segment something real with a shipped model, and say where the results lie.
 
-    The slide is CMU-1-Small-Region.svs of the folder $WSI_PIPELINE_TEST_DATA where it is there,
-    else one made of a histology picture that scikit-image brings.
+    It is what --slide names; else an image of the folder $WSI_PIPELINE_TEST_DATA, compared with
+    its truth; else a picture that scikit-image brings, in colours of H&E, or, of ultrasound and
+    mammography, a phantom made on the spot.
     """
+    from wsi_pipeline.bundle import load_bundle
     from wsi_pipeline.cli.segment import command as segment
     from wsi_pipeline.errors import BundleError
-    from wsi_pipeline.files.models import CHECKOUT, named_models
+    from wsi_pipeline.evaluation.evaluate import evaluate
+    from wsi_pipeline.evaluation.report import as_rows
+    from wsi_pipeline.files.models import named_models
 
-    if model == MODEL and model not in named_models():
+    usual = KINDS[kind]
+    if model is None and usual.model not in named_models():
         raise BundleError(
             "the demonstration model is a package of its own: pip install wsi-pipeline-models, run "
             "this from a checkout, or name a bundle with --model"
         )
-    data = os.environ.get("WSI_PIPELINE_TEST_DATA") or CHECKOUT.parent / "shared" / "data"
-    slide = Path(data) / SLIDE
-    if not slide.is_file():
-        slide = _make_slide(output)
-    click.echo(f"segmenting {slide}", err=True)
-    line = [str(slide), "--model", model, "--output", str(output)]
+    bundle = load_bundle(model or usual.model)
+    if not bundle.weights_path:
+        raise BundleError(
+            f"no weights are shipped for {kind} yet: train some (workflows/train), or name a "
+            "bundle that has them with --model"
+        )
+    data = Path(os.environ.get("WSI_PIPELINE_TEST_DATA", ""))
+    truth, said = None, "your own"
+    if slide is None and data.name and (data / usual.image).is_file():
+        slide, truth, said, mpp = data / usual.image, data / usual.truth, usual.seen, usual.mpp
+        said += SEEN * (model is None)
+    elif slide is None and kind == "slide":
+        slide = _stain(output / "demo slide.tif")
+        said = (
+            "glands of the colon, scikit-image's picture, whose brown stain is put into colours of "
+            "H&E by computer: no breast cancer, so that next to nothing should be called tumour"
+        )
+    elif slide is None:
+        slide, truth = _phantom(output / f"{kind} phantom.png", bright=kind == "mammography")
+        said = "a phantom drawn by computer, with the ellipse in it as truth: no patient"
+    click.echo(f"segmenting {slide}: {said}", err=True)
+    line = [str(slide), "--model", model or usual.model, "--output", str(output)]
     try:
-        ctx.invoke(segment, **segment.make_context("segment", line).params)
+        given = [*line, "--mpp", str(mpp)] if mpp else line
+        ctx.invoke(segment, **segment.make_context("segment", given).params)
+        if truth:
+            figures = evaluate(
+                output / slide.stem, truth, truth_values={bundle.classes[1].name: range(1, 256)}
+            )
+            for row in as_rows(figures):
+                click.echo(f"{row['class']} against the truth: Dice {row['dice']:.3f}", err=True)
     finally:
         # After a failure as well: what there is may show why.
         shown = sorted(path for path in (output / slide.stem).glob("*") if path.name[0] != ".")
         for path in [*shown, output / "summary.csv", output / "report.html"]:
             click.echo(str(path))
+    click.echo(f"look at it: wsi-pipeline view {shlex.quote(str(output))}", err=True)
 
 
-def _make_slide(output: Path) -> Path:
-    """Write a slide made of scikit-image's histology picture, mirrored to four times its size."""
+def _stain(path: Path) -> Path:
+    """Write a slide of scikit-image's picture of colon on glass, its brown stain as eosin."""
     import numpy as np
     import tifffile
+    from skimage.color import combine_stains, hed_from_rgb, separate_stains
     from skimage.data import immunohistochemistry
 
     from wsi_pipeline.files.atomic import written_beside
 
     picture = immunohistochemistry()  # type: ignore[no-untyped-call]
-    pixels = np.pad(picture, ((0, 3 * 512), (0, 3 * 512), (0, 0)), mode="symmetric")
-    path = output / "demo slide.tif"
-    if path.exists():
-        return path
-    output.mkdir(parents=True, exist_ok=True)
+    blue, _, brown = np.moveaxis(separate_stains(picture, hed_from_rgb), -1, 0)
+    # Less of them is glass; how much of either makes what eye and network know.
+    blue, brown = np.maximum(blue - 0.005, 0), np.maximum(brown - 0.01, 0)
+    stains = np.stack([2.5 * blue, 0.45 * brown + 0.25 * blue, 0 * blue], axis=-1)
+    pixels = np.round(255 * combine_stains(stains, HE)).astype(np.uint8)
+    pixels = np.pad(pixels, ((128, 128), (128, 128), (0, 0)), constant_values=244)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_beside(path) as beside:
         tifffile.imwrite(
             beside,
@@ -74,3 +158,25 @@ def _make_slide(output: Path) -> Path:
             resolutionunit="CENTIMETER",
         )
     return path
+
+
+def _phantom(path: Path, *, bright: bool) -> tuple[Path, Path]:
+    """Draw tissue of speckle with an ellipse in it; return the files of picture and ellipse."""
+    import numpy as np
+    from PIL import Image
+    from scipy.ndimage import gaussian_filter
+
+    rng = np.random.default_rng(0)
+    y, x = np.ogrid[:420, :512]
+    mask = np.hypot((y - 200) / 62, (x - 250) / 88) < 1
+    echo = gaussian_filter(np.where(mask, 3.0 if bright else 0.08, 1.0), 3)
+    # Layers as of fat and muscle, and the speckle of many scatterers, which is Rayleigh's.
+    echo *= np.exp(6 * gaussian_filter(rng.normal(size=mask.shape), (6, 60), mode="wrap"))
+    waves = rng.normal(size=(2, *mask.shape))
+    speckle = np.hypot(*(gaussian_filter(wave, (1.2, 2)) for wave in waves))
+    shown = np.log1p(20 * echo * speckle / speckle.mean())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    truth = path.with_name(f"{path.stem} truth.png")
+    Image.fromarray(np.round(255 * shown / shown.max()).astype(np.uint8)).save(path)
+    Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).save(truth)
+    return path, truth
