@@ -244,6 +244,43 @@ def test_versions_and_hooks_agree_with_the_project():
         assert tool.replace("lint-imports", "import-linter") in tools
 
 
-def test_the_picture_is_small():
+def test_the_pictures_are_small_and_used():
+    texts = "".join(page.read_text("utf-8") for page in PAGES)
     for path in (DOCS / "images").iterdir():
-        assert path.stat().st_size < 300_000
+        assert path.stat().st_size <= 200_000
+        assert f"images/{path.name})" in texts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_picture_is_told_to_who_does_not_see_it(page):
+    shown = re.findall(r"!\[(.*?)\]\(", FENCE.sub("", page.read_text("utf-8")))
+    assert all(len(words.split()) > 3 or words == "stages" for words in shown)
+
+
+def test_the_charts_show_what_is_committed(tmp_path):
+    charts = runpy.run_path(str(ROOT / "benchmarks" / "charts.py"))
+    shown = charts["draw_peers"](tmp_path / "peers.svg")
+    charts["draw_stages"](tmp_path / "stages.svg")
+    page = section((DOCS / "benchmarks.md").read_text("utf-8"), "Results")
+    for title, (ours, theirs) in shown.items():
+        name, size, unit = re.fullmatch(r"(.*?), (?:.*?, )?([\d,]+² px), (\w+)", title).groups()
+        assert f"{name}, {size}" in page
+        for value in (ours, theirs):
+            # as it is rounded in the table
+            numbers = [float(n) for n in re.findall(rf"\| ([\d.]+) {unit}\b", page)]
+            assert any(value == pytest.approx(number, rel=0.012) for number in numbers)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    ours, theirs = shown["LightMuSeg, half tissue, 16,384² px, s"]
+    assert f"| time | {ours:.0f} s | {theirs:.0f} s | **{theirs / ours:.1f} times**" in readme
+    ours, theirs = shown["LightMuSeg, half tissue, 16,384² px, GB"]
+    assert (
+        f"| peak memory | {ours:.2f} GB | {theirs:.1f} GB | **{theirs / ours:.0f} times**" in readme
+    )
+
+
+def test_the_forms_of_issues_have_a_head():
+    forms = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md"))
+    assert len(forms) == 3
+    for form in forms:
+        head = yaml.safe_load(form.read_text("utf-8").split("---")[1])
+        assert set(head) == {"name", "about", "labels"}
