@@ -5,53 +5,32 @@ from __future__ import annotations
 import os
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import click
 
 from wsi_pipeline.cli.options import FILE, MPP, Command, once, output_option
 
-
-class Kind(NamedTuple):
-    """What a demo of a modality takes where nobody names a file.
-
-    Attributes:
-        image: of the folder of test data.
-        truth: mask that belongs to it, there.
-        mpp: of a slide that does not say.
-        seen: where image and truth are from.
-    """
-
-    model: str
-    image: str
-    truth: str
-    seen: str
-    mpp: float | None = None
-
-
 KINDS = {
-    "slide": Kind(
+    "slide": (
         "lightmuseg-bcss-demo",
-        "bcss/images/1008.jpg",
-        "bcss/masks/1008.png",
+        "bcss/{}/1008",
         "a region of TCGA-A2-A0D2, breast carcinoma, and its outlines of BCSS (CC0)",
-        mpp=0.2363,
     ),
-    "ultrasound": Kind(
+    "ultrasound": (
         "nmtnet-ultrasound",
-        "us/busi/images/malignant_1.png",
-        "us/busi/masks/malignant_1.png",
+        "us/busi/{}/malignant_1",
         "a cancer in ultrasound, and its outline, of BUSI (CC0)",
     ),
-    "mammography": Kind(
+    "mammography": (
         "highres-unet-mammography",
-        "mammo/cdd_cesm/images/P102_R_DM_CC.jpg",
-        "mammo/cdd_cesm/masks/P102_R_DM_CC.png",
+        "mammo/cdd_cesm/{}/P102_R_DM_CC",
         "a mammogram, and its finding, of CDD-CESM (CC BY 4.0)",
     ),
 }
+"""Model; images and masks in the folder of test data; where these are from."""
+MPP_OF_REGION = 0.2363
+"""µm per pixel of the region of BCSS, which does not say."""
 SEEN = "; the model was trained on that data set, and its card tells how it does on patients unseen"
-
 HE = ((0.56, 0.72, 0.41), (0.22, 0.80, 0.56), (0, 0, 0))
 """Optical density of hematoxylin and eosin in red, green and blue: Macenko's."""
 
@@ -84,23 +63,24 @@ def command(
     from wsi_pipeline.evaluation.report import as_rows
     from wsi_pipeline.files.models import named_models
 
-    usual = KINDS[kind]
-    if model is None and usual.model not in named_models():
+    shipped, stem, origin = KINDS[kind]
+    if model is None and shipped not in named_models():
         raise BundleError(
             "the demonstration model is a package of its own: pip install wsi-pipeline-models, run "
             "this from a checkout, or name a bundle with --model"
         )
-    bundle = load_bundle(model or usual.model)
+    bundle = load_bundle(model or shipped)
     if not bundle.weights_path:
         raise BundleError(
             f"no weights are shipped for {kind} yet: train some (workflows/train), or name a "
             "bundle that has them with --model"
         )
-    data = Path(os.environ.get("WSI_PIPELINE_TEST_DATA", ""))
+    data = Path(os.environ.get("WSI_PIPELINE_TEST_DATA") or "nowhere")
     truth, said = None, "your own"
-    if slide is None and data.name and (data / usual.image).is_file():
-        slide, truth, said, mpp = data / usual.image, data / usual.truth, usual.seen, usual.mpp
-        said += SEEN * (model is None)
+    if slide is None and (found := sorted(data.glob(f"{stem.format('images')}.*"))):
+        slide, truth = found[0], data / f"{stem.format('masks')}.png"
+        said = origin + SEEN * (model is None)
+        mpp = MPP_OF_REGION if kind == "slide" else None
     elif slide is None and kind == "slide":
         slide = _stain(output / "demo slide.tif")
         said = (
@@ -111,7 +91,7 @@ def command(
         slide, truth = _phantom(output / f"{kind} phantom.png", bright=kind == "mammography")
         said = "a phantom drawn by computer, with the ellipse in it as truth: no patient"
     click.echo(f"segmenting {slide}: {said}", err=True)
-    line = [str(slide), "--model", model or usual.model, "--output", str(output)]
+    line = [str(slide), "--model", model or shipped, "--output", str(output)]
     try:
         given = [*line, "--mpp", str(mpp)] if mpp else line
         ctx.invoke(segment, **segment.make_context("segment", given).params)
