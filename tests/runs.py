@@ -60,5 +60,9 @@ def segment_job(
     progress: Any = None,
 ) -> Run:
     """Segment one source as one of many is, with its error raised; return the run."""
-    runner = BatchRunner(client, bundle, settings or Settings(), threads, overwrite, None)
-    return runner.segment(job, progress)
+    runner = BatchRunner(client, [bundle], settings or Settings(), threads, overwrite, None)
+    told = progress and (lambda job, done, total: progress(done, total))
+    (end,) = runner.segment([job], told)
+    if isinstance(end, Exception):
+        raise end
+    return end

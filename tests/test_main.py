@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import zarr
-from bundles import Busy, pointwise_bundle
+from bundles import Busy, pointwise_bundle, small_unet_bundle
 
 from wsi_pipeline import UsageError, WsiPipelineError, load_run, segment
+from wsi_pipeline.run.jobs import Job
+from wsi_pipeline.run.preview import preview
+from wsi_pipeline.run.status import read_status
+from wsi_pipeline.run.verify import verify
+from wsi_pipeline.sources import Slide, open_source, shared
+from wsi_pipeline.sources.base import tiles_touching
 
 MPP = 0.5
 
@@ -145,3 +154,106 @@ def test_as_many_cpus_are_kept_busy_as_are_asked_for(
         assert max(found) <= threads
         masks.append(np.asarray(zarr.open(output / "a" / "mask.ome.zarr", mode="r")["0"]))
     assert (masks[0] == masks[1]).all()
+
+
+def pixels_of(run: Path) -> npt.NDArray[np.uint8]:
+    mask: npt.NDArray[np.uint8] = zarr.open_array(run / "mask.ome.zarr" / "0", mode="r")[:]
+    return mask
+
+
+def files_of(run: Path) -> dict[str, bytes]:
+    """Return all files of a run but what tells of times."""
+    return {
+        path.relative_to(run).as_posix(): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and ".store" not in path.parts and path.name != "run.json"
+    }
+
+
+def test_several_models_in_one_pass_give_what_each_gives_alone(
+    tmp_path: Path, slides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [
+        pointwise_bundle(tmp_path / "fine", mpp=0.25, patch_size=200, overlap=30),
+        pointwise_bundle(tmp_path / "coarse", mpp=1.0),
+        small_unet_bundle(tmp_path / "unet"),
+    ]
+    options = {"block_size": 1024, "tissue": "none", "mask_mpp": 0.25}
+    alone = [segment(slides, model=m, output=tmp_path / f"alone-{m.name}", **options)
+             for m in models]  # fmt: skip
+    counts: Counter[tuple[int, ...]] = Counter()
+
+    def counting(*args: object, **options: object) -> Slide:
+        slide = open_source(*args, **options)
+        read, tiles = slide.pixels.read_level, slide.pixels.level_tiles
+        counts.clear()
+
+        def read_level(level: int, *box: int) -> npt.NDArray[np.uint8]:
+            counts.update((level, *place) for place in tiles_touching(*box, tiles[level]))
+            return read(level, *box)
+
+        slide.pixels.read_level = read_level
+        return slide
+
+    monkeypatch.setattr(shared, "open_source", counting)
+    output = tmp_path / "out"
+    runs = segment(slides, model=models, output=output, **options)
+    assert [run.status for run in runs] == ["done"] * 3 + ["failed"] * 3
+    assert counts
+    assert set(counts.values()) == {1}
+    for model, each in zip(models, alone, strict=True):
+        one, other = tmp_path / f"alone-{model.name}" / "a", output / f"test-{model.name}" / "a"
+        assert files_of(one) == files_of(other)
+        assert load_run(one).files == load_run(other).files
+        assert load_run(other).settings == each[0].settings
+    rows = list(csv.DictReader((output / "summary.csv").read_text("utf-8").splitlines()))
+    assert [(row["folder"], row["model"], row["status"]) for row in rows] == [
+        (f"test-{name}/{slide}", f"test-{name}", status)
+        for name in ("coarse", "fine", "unet")
+        for slide, status in (("a", "done"), ("b", "failed"))
+    ]
+    status = read_status(output)
+    assert status.done == [f"test-{name}/a" for name in ("coarse", "fine", "unet")]
+    assert len(status.failed) == 3
+    assert verify(output / "test-fine" / "a", share=1).different == ()
+
+
+def test_several_models_go_on_where_each_has_stopped(tmp_path: Path, slides: Path) -> None:
+    models = [pointwise_bundle(tmp_path / name, mpp=0.25, patch_size=128) for name in "xy"]
+    options = {"output": tmp_path / "out", "block_size": 1024, "tissue": "none"}
+    (whole,) = segment(slides / "a.tif", model=models[0], **(options | {"output": tmp_path / "x1"}))
+    seen = []
+
+    def kill(job: Job, done: int, of: int) -> None:
+        seen.append(job.folder.parent.name)
+        if done > 40:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(slides / "a.tif", model=models, progress=kill, **options)
+    assert set(seen) == {"test-x", "test-y"}
+    ledger = {p for n in "xy" for p in (tmp_path / "out" / f"test-{n}").glob("a/.store/blocks/*")}
+    times = {path: path.stat().st_mtime_ns for path in ledger}
+    assert times
+    runs = segment(slides / "a.tif", model=models, **options)
+    assert [run.status for run in runs] == ["done", "done"]
+    assert {path: path.stat().st_mtime_ns for path in ledger} == times
+    expected = pixels_of(tmp_path / "x1" / "a")
+    for name in ("test-x", "test-y"):
+        np.testing.assert_array_equal(pixels_of(tmp_path / "out" / name / "a"), expected)
+    assert whole.area_mm2 == runs[0].area_mm2
+
+
+def test_models_that_cannot_go_side_by_side_are_refused(tmp_path: Path, slides: Path) -> None:
+    one = pointwise_bundle(tmp_path / "one", mpp=1.0)
+    odd = pointwise_bundle(tmp_path / "two", mpp=1.0)
+    text = (odd / "model.toml").read_text("utf-8").replace("test-two", "a/b")
+    (odd / "model.toml").write_text(text, "utf-8")
+    for models, reason in (([one, one], "have the name 'test-one'"), ([one, odd], "'a/b'")):
+        with pytest.raises(UsageError, match=reason):
+            segment(slides, model=models, output=tmp_path / "out")
+    with pytest.raises(UsageError, match=r"of several kinds, .*one for slides, .* for volumes"):
+        segment(slides, model=[one, "mm3d-unet-dcemri"], output=tmp_path / "out")
+    with pytest.raises(UsageError, match="one model at a time"):
+        preview(slides, model=[one, pointwise_bundle(tmp_path / "b", mpp=1.0)], output=tmp_path)
+    assert not (tmp_path / "out").exists()

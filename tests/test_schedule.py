@@ -1,6 +1,7 @@
 """Blocks on a real dask cluster: all done once, few in flight, errors come home."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from wsi_pipeline.options import ScheduleOptions
 from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import check_shared, gpu_share, open_cluster
 from wsi_pipeline.schedule.memory import cpu_count, memory_limit_of_job
+from wsi_pipeline.schedule.pace import Pace
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 
@@ -377,3 +379,36 @@ def test_a_lost_gpu_of_this_process_ends_the_work():
         pytest.raises(DeviceError, match="cuda:0 failed"),
     ):
         list(run_blocks(client, BLOCKS, AllLost))
+
+
+def test_works_on_one_source_keep_pace_whatever_each_has_to_do():
+    works = [BLOCKS, BLOCKS[7:], BLOCKS[::3], []]
+    pace, handed, lock = Pace(works), [], threading.Lock()
+
+    def hand_out(work):
+        rng = random.Random(work)
+        for block in pace.blocks(work):
+            with lock:
+                handed.append((work, block.index))
+            time.sleep(rng.random() * 0.002)
+            if work == 1 and block.index >= (2, 0):
+                # it has failed
+                break
+        pace.end(work)
+
+    threads = [threading.Thread(target=hand_out, args=[work]) for work in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    for work, blocks in enumerate(works):
+        mine = [index for n, index in handed if n == work]
+        wanted = [block.index for block in blocks]
+        assert mine == (wanted if work != 1 else [i for i in wanted if i <= (2, 0)])
+    # Nobody is handed a block while another has one before it to come.
+    left = [[b.index for b in blocks] for blocks in works]
+    left[1] = [index for index in left[1] if index <= (2, 0)]
+    for work, index in handed:
+        assert not any(rest and rest[0] < index for rest in left)
+        left[work].remove(index)

@@ -117,7 +117,8 @@ def command(
     # Summary and report tell of all runs in a folder, of those that were left alone, too.
     if output and output.is_dir():
         Overview(output).write()
-    for parent in dict.fromkeys(folder.parent for folder in runs):
+    # Above the folder of one of several models is theirs.
+    for parent in dict.fromkeys(parent for folder in runs for parent in folder.parents[:2]):
         if not output and (parent / "summary.csv").is_file():
             Overview(parent).write()
     if qupath_project:

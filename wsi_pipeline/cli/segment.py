@@ -21,7 +21,6 @@ from wsi_pipeline.cli.options import (
     Parsed,
     heading,
     inputs_argument,
-    once,
     options_of,
     overwrite_option,
     rule_options,
@@ -109,7 +108,15 @@ def read_memory(text: str) -> int:
     help="Which volume of a DICOM series, NIfTI or NRRD with several in one place, from 0.",
 )
 @heading("Model")
-@once("--model", "-m", metavar="BUNDLE", required=True, help="Its folder, its name or its URL.")
+@click.option(
+    "--model",
+    "-m",
+    "models",
+    metavar="BUNDLE",
+    required=True,
+    multiple=True,
+    help="Its folder, its name or its URL; once for each of several.",
+)
 @options_of(PREDICT, device=(DEVICE, "auto (first GPU, else CPU), cpu, cuda, cuda:N."))
 @heading("Model", rare=True)
 @options_of(
@@ -204,7 +211,7 @@ def command(
     ctx: click.Context,
     /,
     inputs: tuple[str, ...],
-    model: str,
+    models: tuple[str, ...],
     output: Path,
     work: Path | None,
     mpp_table: Path | None,
@@ -234,7 +241,7 @@ def command(
     with wrong_usage(UsageError):
         batch = plan_batch(
             inputs,
-            model=model,
+            model=models,
             output=output,
             work=work,
             mpp_table=mpp_table,
@@ -284,8 +291,9 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
         stopping(batch.tidy, f"stopped: {GOES_ON}"),
         Bars(quiet=quiet, unit="patches", of=len(batch.jobs)) as bars,
     ):
-        if not quiet and batch.bundle.limits:
-            click.echo(f"limits of {batch.bundle.name}: {batch.bundle.limits}", err=True)
+        for bundle in batch.bundles:
+            if not quiet and bundle.limits:
+                click.echo(f"limits of {bundle.name}: {bundle.limits}", err=True)
         runs = run_batch(
             batch,
             progress=lambda job, done, total: bars(
@@ -358,31 +366,32 @@ def _dry_run(batch: Batch) -> bool:
     """Say what a run would take, a line for each slide and one for all; return whether it could."""
     from wsi_pipeline.errors import WsiPipelineError
     from wsi_pipeline.files.paths import without_secrets
-    from wsi_pipeline.run.estimate import estimate, model_bytes, patches_per_second
+    from wsi_pipeline.run.estimate import beside, estimate, model_bytes, patches_per_second
     from wsi_pipeline.schedule.memory import cpu_count
 
-    # Once for all slides: it is the model's and the machine's.
+    # Once for all slides: they are the model's and the machine's.
+    predict, found = batch.settings.predict, []
     cpus = batch.schedule.threads or cpu_count()
-    rate = patches_per_second(batch.bundle, batch.settings.predict, threads=cpus)
-    model, found = model_bytes(batch.bundle), []
-    tta = batch.settings.predict.tta or batch.bundle.tta
+    rates = [patches_per_second(b, predict, threads=cpus) for b in batch.bundles]
+    models, memory = list(map(model_bytes, batch.bundles)), dict[Path, int]()
     for job in batch.jobs:
         try:
             one = estimate(
                 job,
-                batch.bundle,
+                batch.bundles[job.model],
                 settings=batch.settings,
                 workers=batch.schedule.workers,
                 blocks_in_hand=batch.schedule.blocks_in_hand,
                 threads=batch.threads,
-                rate=rate,
-                model=model,
+                rate=rates[job.model],
+                model=models[job.model],
                 overwrite=batch.overwrite,
             )
         except WsiPipelineError as error:
             click.echo(without_secrets(f"{job.path}\twould fail: {error}"))
             continue
         found.append(one)
+        memory[job.path] = beside(memory.get(job.path, 0), one.memory)
         size = " × ".join(map(str, reversed(one.mask_shape)))
         path, home = without_secrets(str(job.path)), without_secrets(str(job.home))
         click.echo(f"{path}\t{size} px mask\t{_needs(one)}\t→ {home}")
@@ -392,16 +401,18 @@ def _dry_run(batch: Batch) -> bool:
             patches=sum(e.patches for e in found),
             seconds=sum(e.seconds for e in found),
             # Given back after each slide, so that the largest tells of all.
-            memory=max(e.memory for e in found),
+            memory=max(memory.values()),
             disk=sum(e.disk for e in found),
             files=sum(e.files for e in found),
         )
-        home = without_secrets(str(batch.jobs[0].home.parent))
-        count = f"total of {len(found)} {batch.bundle.modality}s"
+        home = without_secrets(str(batch.target or batch.output))
+        count = f"total of {len(memory)} {batch.bundle.modality}s"
         click.echo(f"{count}\t\t{_needs(total)}\t→ {home}")
-    shown = len(turns(tta, batch.bundle.input.patch_size))
-    often = f", each predicted {shown} times (--tta {tta})" if shown > 1 else ""
-    click.echo(f"estimated from {rate:.3g} patches/s of this machine{often}", err=True)
+    for bundle, rate in zip(batch.bundles, rates, strict=True):
+        shown = len(turns(tta := predict.tta or bundle.tta, bundle.input.patch_size))
+        often = f", each predicted {shown} times (--tta {tta})" if shown > 1 else ""
+        whose = f" by {bundle.name}" if len(rates) > 1 else ""
+        click.echo(f"estimated from {rate:.3g} patches/s of this machine{whose}{often}", err=True)
     return len(found) == len(batch.jobs)
 
 

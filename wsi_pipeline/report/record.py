@@ -234,13 +234,27 @@ def _kind_of(found: dict[str, Any]) -> str:
     return "image" if len(slide.get("size", ())) == 2 else "volume"
 
 
+def run_files(output_dir: Path) -> list[Path]:
+    """Return the records of the runs below an output folder, sorted.
+
+    They lie in its folders, or in those of a folder that is of one of several models.
+    """
+    found = list[Path]()
+    for folder in output_dir.glob("*/"):
+        if (folder / RUN_FILE).is_file():
+            found.append(folder / RUN_FILE)
+        elif not folder.name.startswith("."):
+            found += folder.glob(f"*/{RUN_FILE}")
+    return sorted(found)
+
+
 def find_runs(output_dir: Path) -> dict[Path, Run]:
     """Return all runs below an output folder by their folder, sorted; unreadable ones are logged.
 
     So that a summary holds what earlier calls and other machines have done as well.
     """
     runs = {}
-    for path in sorted(output_dir.glob(f"*/{RUN_FILE}")):
+    for path in run_files(output_dir):
         try:
             runs[path.parent] = load_run(path)
         except StoreError as error:

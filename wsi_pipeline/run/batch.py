@@ -6,11 +6,14 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -24,13 +27,15 @@ from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.estimate import memory_check, passes_at_once
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.segment import PreparedRun, Stage, failed_run, finish, fitting, prepare
+from wsi_pipeline.run.segment import PreparedRun, failed_run, finish, fitting, prepare
 from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import ask_workers, check_shared, gpu_share, worker_threads
 from wsi_pipeline.schedule.memory import cpu_count
+from wsi_pipeline.schedule.pace import Pace
 from wsi_pipeline.schedule.threads import Threads
 from wsi_pipeline.schedule.worker_state import WorkerCache
+from wsi_pipeline.sources.shared import KEPT_BYTES
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -40,13 +45,14 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with patches done and patches in all."""
 DEFAULTS = Settings()
+Result = TypeVar("Result")
 SLIDES_AT_ONCE = 32
 """Whose blocks a cluster elsewhere has at a time: small slides would starve it one by one."""
 
 
 def segment_jobs(
     jobs: Sequence[Job],
-    bundle: Bundle,
+    bundle: Bundle | Sequence[Bundle],
     *,
     client: Client | Threads,
     settings: Settings = DEFAULTS,
@@ -62,6 +68,8 @@ def segment_jobs(
     Sources that another process has claimed are looked at again when all others are done.
 
     Args:
+        bundle: the model, or several: each job says which it is for, and those of a source follow
+            one another, so that it is read once for all.
         threads: of the CPU for one worker's forward passes; None = all, or as many as dask gives
             a worker elsewhere.
         max_ram: bytes that this process may take; None = no limit.
@@ -75,12 +83,14 @@ def segment_jobs(
     """
     if not jobs:
         return
+    bundles = [bundle] if isinstance(bundle, Bundle) else list(bundle)
     if not isinstance(client, Threads):
         output = jobs[0].folder.parent
         make_folder(output)
-        local = [p.absolute() for p in (bundle.path, jobs[0].path) if not is_remote(p)]
+        paths = (*(b.path for b in bundles), jobs[0].path)
+        local = [p.absolute() for p in paths if not is_remote(p)]
         check_shared(client, output.absolute(), local)
-    runner = BatchRunner(client, bundle, settings, threads, overwrite, max_ram, stopped)
+    runner = BatchRunner(client, bundles, settings, threads, overwrite, max_ram, stopped)
     busy: list[Job] = []
     for last_look in (False, True):
         for job, run in runner.segment_all(busy if last_look else jobs, progress, stage):
@@ -90,13 +100,29 @@ def segment_jobs(
                 yield job, run
 
 
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model, and how sources are segmented by it here.
+
+    Attributes:
+        threads: see `segment_jobs`.
+        check: see `memory_check`.
+    """
+
+    bundle: Bundle
+    settings: Settings
+    threads: int | None
+    precision: Precision
+    check: Callable[[Plan, list[int]], int | None]
+
+
 class BatchRunner:
     """Takes sources through three steps: prepare, do the blocks, finish; several at once.
 
     In this process one source is in each step, for the sake of memory:
 
         prepare    slide 3
-        blocks     slide 2   on all workers
+        blocks     slide 2   on all workers, for all models side by side
         finish     slide 1
 
     Workers elsewhere have the blocks of several, those of the first source first. Arguments are
@@ -106,7 +132,7 @@ class BatchRunner:
     def __init__(
         self,
         client: Client | Threads,
-        bundle: Bundle,
+        bundles: Sequence[Bundle],
         settings: Settings,
         threads: int | None,
         overwrite: bool,
@@ -114,22 +140,8 @@ class BatchRunner:
         stopped: threading.Event | None = None,
     ) -> None:
         alone = isinstance(client, Threads)
-        self._client, self._bundle = client, bundle
-        self._settings = fitting(settings, bundle)
-        self._threads, self._overwrite = threads, overwrite
-        if alone:
-            self._threads = passes_at_once(bundle, threads or cpu_count())
-        predict = self._settings.predict
-        if predict.precision != "auto":
-            self._precision: Precision = predict.precision
-        elif isinstance(client, Threads):
-            self._precision = number_format(predict, bundle)
-        else:
-            answers = ask_workers(client, number_format_if_any, predict, bundle)
-            found = {answer for answer in answers.values() if answer}
-            # what all of them have, since one mask is to be of one format
-            self._precision = found.pop() if len(found) == 1 else "fp32"
-        self._check = memory_check(client, bundle, max_ram)
+        self._client, self._overwrite = client, overwrite
+        self._models = [ready(client, bundle, settings, threads, max_ram) for bundle in bundles]
         self._max_ram = max_ram if alone else None
         self._resources = dict[str, float]()
         if not isinstance(client, Threads) and settings.predict.device != "cpu":
@@ -141,32 +153,41 @@ class BatchRunner:
 
     def segment(
         self,
-        job: Job,
-        progress: Progress | None = None,
-        stage: Stage | None = None,
+        jobs: Sequence[Job],
+        progress: Callable[[Job, int, int], None] | None = None,
+        stage: Callable[[Job, str], None] | None = None,
         *,
         number: int = 0,
-    ) -> Run:
-        """Segment one source; return its run. Of several, those of a low number come first."""
-        with self._preparing:
-            prepared = prepare(
-                job,
-                self._bundle,
-                settings=self._settings,
-                precision=self._precision,
-                threads=self._threads or cpu_count(),
-                overwrite=self._overwrite,
-                check=self._check,
-            )
-        if isinstance(prepared, Run):
-            return prepared
-        with prepared.claim:
-            with self._computing:
-                start = time.perf_counter()
-                self._do_blocks(prepared, progress or (lambda done, total: None), number)
-                seconds = time.perf_counter() - start
+    ) -> list[Run | Exception]:
+        """Segment one source by each of its jobs' models; return the run of each, or its error.
+
+        Of several sources, those of a low number come first.
+
+        Raises:
+            CancelledError: it was stopped.
+            ClusterError: the cluster is lost, or cannot do the work.
+        """
+        # what models take of the memory beside each other, with the tiles that they share
+        taken = [KEPT_BYTES] if len(jobs) > 1 else []
+        told, tell = progress or (lambda job, done, total: None), stage or (lambda job, text: None)
+        with ExitStack() as claims:
+            with self._preparing:
+                found = [caught(self._prepare, job, taken) for job in jobs]
+            begun = [one for one in found if isinstance(one, PreparedRun)]
+            for one in begun:
+                claims.push(one.claim)
+            pace = Pace([one.run.plan.store.pending(one.run.blocks) for one in begun])
+            do = partial(caught, self._do_blocks, pace=pace, progress=told, number=number)
+            with self._computing, ThreadPoolExecutor(len(jobs), "model") as pool:
+                done = list(pool.map(do, begun, range(len(begun))))
             with self._finishing:
-                return finish(prepared, seconds, stage or (lambda text: None))
+                ends = [
+                    seconds
+                    if isinstance(seconds, Exception)
+                    else caught(finish, one, seconds, partial(tell, one.job))
+                    for one, seconds in zip(begun, done, strict=True)
+                ]
+        return [ends.pop(0) if isinstance(one, PreparedRun) else one for one in found]
 
     def segment_all(
         self,
@@ -175,67 +196,124 @@ class BatchRunner:
         stage: Callable[[Job, str], None] | None,
     ) -> Iterator[tuple[Job, Run]]:
         """Segment sources, several at once; yield each with its run, in order."""
+        groups = [list(group) for _, group in groupby(jobs, attrgetter("path"))]
         with ThreadPoolExecutor(self._at_once, "slide") as pool:
             runs = deque(
-                pool.submit(
-                    self.segment,
-                    job,
-                    partial(progress, job) if progress else None,
-                    partial(stage, job) if stage else None,
-                    number=number,
-                )
-                for number, job in enumerate(jobs)
+                pool.submit(self.segment, group, progress, stage, number=number)
+                for number, group in enumerate(groups)
             )
             try:
-                for job in jobs:
-                    yield job, self._ended(job, runs.popleft())
+                for group in groups:
+                    for job, end in zip(group, runs.popleft().result(), strict=True):
+                        yield job, self._ended(job, end)
             except BaseException:
                 # The caller may have closed the generator, too.
                 self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _do_blocks(self, prepared: PreparedRun, progress: Progress, number: int) -> None:
-        """Do the blocks that are left."""
-        plan = prepared.run.plan
-        pending = plan.store.pending(prepared.run.blocks)
+    def _prepare(self, job: Job, taken: list[int]) -> Run | PreparedRun:
+        model = self._models[job.model]
+        return prepare(
+            job,
+            model.bundle,
+            settings=model.settings,
+            precision=model.precision,
+            threads=model.threads or cpu_count(),
+            overwrite=self._overwrite,
+            check=lambda plan: model.check(plan, taken),
+        )
+
+    def _do_blocks(
+        self,
+        prepared: PreparedRun,
+        place: int,
+        *,
+        pace: Pace,
+        progress: Callable[[Job, int, int], None],
+        number: int,
+    ) -> float:
+        """Do the blocks that are left; return the seconds that it took."""
+        start, job, plan = time.perf_counter(), prepared.job, prepared.run.plan
+        pending = pace.works[place]
         done = len(plan.grid) - int(np.count_nonzero(plan.uses(pending)))
-        progress(done, len(plan.grid))
-        if not pending:
-            return
-        alone = isinstance(self._client, Threads)
-        for fresh in run_blocks(
-            self._client,
-            pending,
-            partial(BlockWorker, plan, kept_bytes=prepared.run.kept_bytes)
-            if alone
-            else partial(open_elsewhere, plan, self._threads),
-            max_ram=self._max_ram,
-            # dask does first what has the highest: sources end in their order, and can be written.
-            priority=-number,
-            resources=self._resources,
-        ):
-            done = min(done + fresh, len(plan.grid))
-            progress(done, len(plan.grid))
-            if self._stopped.is_set():
-                raise CancelledError
+        progress(job, done, len(plan.grid))
+        alone, model = isinstance(self._client, Threads), self._models[job.model]
+        beside = [other.bundle.digest for other in self._models if other is not model]
+        try:
+            for fresh in run_blocks(
+                self._client,
+                pace.blocks(place) if alone else pending,
+                partial(BlockWorker, plan, kept_bytes=prepared.run.kept_bytes, beside=beside)
+                if alone
+                else partial(open_elsewhere, plan, model.threads, beside),
+                max_ram=self._max_ram,
+                # dask does first what has the highest: sources end in their order, and can be
+                # written.
+                priority=-number,
+                resources=self._resources,
+            ):
+                done = min(done + fresh, len(plan.grid))
+                progress(job, done, len(plan.grid))
+                if self._stopped.is_set():
+                    raise CancelledError
+        finally:
+            pace.end(place)
         if not alone:
             # Workers that died may have left half-written files.
             plan.store.remove_partials()
+        return time.perf_counter() - start
 
-    def _ended(self, job: Job, end: Future[Run]) -> Run:
-        """Return the run of a source once it has ended, well or not."""
-        try:
-            return end.result()
-        except (ClusterError, CancelledError):
-            # It is no fault of this source, and the others would fare the same.
-            raise
-        except Exception as error:
-            # One bad slide must not end the night. What is not ours is a defect: keep its trace.
-            expected = isinstance(error, WsiPipelineError)
-            level = logging.DEBUG if expected else logging.ERROR
-            logger.log(level, "%s failed", job.path, exc_info=True)
-            return failed_run(job, self._bundle, self._settings, error)
+    def _ended(self, job: Job, end: Run | Exception) -> Run:
+        """Return the run of a source that has ended, well or not."""
+        if isinstance(end, Run):
+            return end
+        # One bad slide must not end the night. What is not ours is a defect: keep its trace.
+        level = logging.DEBUG if isinstance(end, WsiPipelineError) else logging.ERROR
+        logger.log(level, "%s failed", job.path, exc_info=end)
+        model = self._models[job.model]
+        return failed_run(job, model.bundle, model.settings, end)
+
+
+def caught(do: Callable[..., Result], *args: Any, **options: Any) -> Result | Exception:
+    """Do something; return what comes of it, or the error if that is the source's own."""
+    try:
+        return do(*args, **options)
+    except (ClusterError, CancelledError):
+        # It is no fault of this source, and the others would fare the same.
+        raise
+    except Exception as error:
+        return error
+
+
+def ready(
+    client: Client | Threads,
+    bundle: Bundle,
+    settings: Settings,
+    threads: int | None,
+    max_ram: int | None,
+) -> Model:
+    """Return how sources are segmented by a model; arguments are those of `segment_jobs`."""
+    settings = fitting(settings, bundle)
+    predict = settings.predict
+    if predict.precision != "auto":
+        precision: Precision = predict.precision
+    elif isinstance(client, Threads):
+        precision = number_format(predict, bundle)
+    else:
+        answers = ask_workers(client, number_format_if_any, predict, bundle)
+        found = {answer for answer in answers.values() if answer}
+        # what all of them have, since one mask is to be of one format
+        precision = found.pop() if len(found) == 1 else "fp32"
+    if isinstance(client, Threads):
+        threads = passes_at_once(bundle, threads or cpu_count())
+    return Model(
+        bundle=bundle,
+        settings=settings,
+        threads=threads,
+        precision=precision,
+        check=memory_check(client, bundle, max_ram),
+    )
 
 
 def number_format_if_any(predict: PredictOptions, bundle: Bundle) -> Precision | None:
@@ -245,6 +323,8 @@ def number_format_if_any(predict: PredictOptions, bundle: Bundle) -> Precision |
     return None
 
 
-def open_elsewhere(plan: Plan, threads: int | None, keep: WorkerCache) -> BlockWorker:
+def open_elsewhere(
+    plan: Plan, threads: int | None, beside: Collection[str], keep: WorkerCache
+) -> BlockWorker:
     """Open a source on a worker of another process; return what does its blocks."""
-    return BlockWorker(plan, keep, threads=threads or worker_threads())
+    return BlockWorker(plan, keep, threads=threads or worker_threads(), beside=beside)

@@ -30,6 +30,7 @@ from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.worker import LEAST_KEPT, MOST_KEPT
 from wsi_pipeline.schedule.memory import cpu_count, free_memory, used_memory
 from wsi_pipeline.schedule.threads import Threads
+from wsi_pipeline.sources.shared import KEPT_BYTES
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -282,29 +283,38 @@ def _peak_memory(
     return int(total), kept
 
 
+def beside(one: int, other: int) -> int:
+    """Return the bytes of a process in which two models take so much; 0 = there is but one."""
+    return one + other - PROCESS_BYTES - OUTPUT_BYTES + KEPT_BYTES if one else other
+
+
 def memory_check(
     client: Client | Threads, bundle: Bundle, max_ram: int | None
-) -> Callable[[Plan], int | None]:
+) -> Callable[[Plan, list[int]], int | None]:
     """Return what refuses a source that will take more memory than allowed, or warns of it.
 
-    It returns how many bytes of predictions each worker may keep, None = as workers elsewhere like.
+    It is told what other models take beside this one, adds what this one does, and returns how many
+    bytes of predictions each worker may keep, None = as workers elsewhere like.
     """
     # Workers elsewhere have limits of their own.
     if not isinstance(client, Threads):
-        return lambda plan: None
+        return lambda plan, taken: None
     workers, in_hand = client.workers, client.in_hand
     lower = "lower --workers, --block-size or --batch-size"
     peak = partial(_peak_memory, bundle=bundle, workers=workers, blocks_in_hand=in_hand)
     most, exact = most_model_bytes(bundle), cache(partial(model_bytes, bundle))
 
-    def check(plan: Plan) -> int:
-        free = free_memory() + used_memory()
-        allowed = min(free, max_ram or free)
+    def check(plan: Plan, taken: list[int]) -> int:
+        free, others = free_memory() + used_memory(), sum(taken)
+        allowed = min(free, max_ram or free) - others
         needed, kept = peak(plan, model=most, allowed=allowed)
         if needed <= USED_SHARE * allowed:
             # What the model certainly does not exceed is enough to know: no time is lost.
+            taken.append(needed - PROCESS_BYTES - OUTPUT_BYTES)
             return kept
         needed, kept = peak(plan, model=exact(), allowed=allowed)
+        taken.append(needed - PROCESS_BYTES - OUTPUT_BYTES)
+        needed += others
         if max_ram is not None and needed > max_ram:
             raise WsiPipelineError(
                 f"about {needed / 1e9:.1f} GB of memory are needed, --max-ram allows "

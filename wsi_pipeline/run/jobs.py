@@ -37,19 +37,21 @@ SLIDE_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One slide and the folder of its run.
+    """One slide, the model for it, and the folder of its run.
 
     Attributes:
         path: of the slide.
         folder: of the run.
         mpp: µm per level-0 pixel where a table gives them, in place of what the file says.
         target: folder behind a URL to which the run is moved when it is whole; None = it stays.
+        model: which of several, from 0.
     """
 
     path: Path
     folder: Path
     mpp: float | None = None
     target: Path | None = None
+    model: int = 0
 
     def __post_init__(self) -> None:
         for name in ("path", "folder", "target"):
@@ -60,6 +62,12 @@ class Job:
     def home(self) -> Path:
         """Return the folder in which users find the run."""
         return self.target or self.folder
+
+    def of(self, model: int, name: str) -> Job:
+        """Return the slide's job for one of several models, in a folder of the model's name."""
+        folder = self.folder.parent / name / self.folder.name
+        target = self.target and self.target.parent / name / self.target.name
+        return replace(self, folder=folder, target=target, model=model)
 
     def select(self, options: SelectOptions) -> SelectOptions:
         """Return the options for this slide, with its own µm per pixel."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
@@ -64,8 +64,8 @@ class Batch:
     """Inputs that were found, and all that is needed to segment them.
 
     Attributes:
-        bundle: the model.
-        jobs: to be done, with their folders.
+        bundles: the model, or several, each with a folder of its runs in `output`.
+        jobs: to be done, with their folders; those of a slide follow one another.
         every: those that are left to other shards, too.
         output: folder of the runs, here.
         target: folder behind a URL to which they are moved; None = they stay.
@@ -74,7 +74,7 @@ class Batch:
         overwrite: start anew whatever the folders hold.
     """
 
-    bundle: Bundle
+    bundles: list[Bundle]
     jobs: list[Job]
     every: list[Job]
     output: Path
@@ -84,11 +84,24 @@ class Batch:
     overwrite: bool
 
     @property
+    def bundle(self) -> Bundle:
+        """Return the first model."""
+        return self.bundles[0]
+
+    @property
+    def folders(self) -> dict[Path, Path | None]:
+        """Return the folders that runs lie in, with those behind a URL that they are moved to."""
+        return {job.folder.parent: job.target and job.target.parent for job in self.every}
+
+    @property
     def threads(self) -> int | None:
         """Return how many CPUs each worker of this machine gets; None = workers are elsewhere."""
         if self.schedule.scheduler or self.schedule.cluster:
             return None
-        cpus = self.schedule.threads or cpu_count()
+        # Models take turns with all CPUs, and are held to a share of those that were counted.
+        cpus = cpu_count()
+        if self.schedule.threads:
+            cpus = max(self.schedule.threads // len(self.bundles), 1)
         return max(cpus // (len(self.schedule.gpus) or self.schedule.workers), 1)
 
     def tidy(self) -> None:
@@ -100,7 +113,7 @@ class Batch:
 def segment(
     inputs: Inputs,
     *,
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     output: str | Path,
     work: str | Path | None = None,
     mpp_table: str | Path | None = None,
@@ -118,7 +131,8 @@ def segment(
 
     Args:
         inputs: files, folders (searched recursively), patterns, or .txt files with a path a line.
-        model: folder of a bundle, its name, its model.toml, or its URL.
+        model: folder of a bundle, its name, its model.toml, or its URL. Of several each has its
+            runs in a folder of its name in `output`, and what is stored is decoded once for all.
         output: folder of the results, or its URL.
         work: folder here for slides in hand, where the output is a URL.
         mpp_table: CSV with the columns slide and mpp.
@@ -178,7 +192,7 @@ def grouped(options: Mapping[str, Any]) -> Groups:
 def plan_batch(
     inputs: Inputs,
     *,
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     output: str | Path,
     work: str | Path | None = None,
     mpp_table: str | Path | None = None,
@@ -201,21 +215,24 @@ def plan_batch(
     with raised_as(UsageError, WsiPipelineError):
         schedule, device = _with_gpus(schedule, settings.predict)
         settings = replace(settings, predict=replace(settings.predict, device=device))
-    bundle = load_bundle(model)
+    bundles = [load_bundle(one) for one in ([model] if isinstance(model, str | Path) else model)]
+    bundle = _check_several(bundles)
     find, suffixes = FINDERS[bundle.modality]
     with raised_as(UsageError, WsiPipelineError):
         if mpp_table and not suffixes:
             raise BundleError(f"--mpp-table is for slides; {bundle.name} is for {bundle.modality}s")
-        check_settings(settings, bundle)
+        for one in bundles:
+            check_settings(settings, one)
         table = read_mpp_table(mpp_table) if mpp_table else None
         folder = choose_work(home, Path(work) if work else None)
-    every = plan_jobs(find(inputs, output=folder), folder, table, target=target)
-    if not every:
+    slides = plan_jobs(find(inputs, output=folder), folder, table, target=target)
+    if not slides:
         raise UsageError(why_none(inputs, f"{bundle.modality}s", suffixes))
-    index, count = shard or (1, 1)
+    (index, count), n = shard or (1, 1), len(bundles)
+    every = [job.of(i, bundles[i].name) if n > 1 else job for job in slides for i in range(n)]
     return Batch(
-        bundle=bundle,
-        jobs=every[index - 1 :: count],
+        bundles=bundles,
+        jobs=[job for i, job in enumerate(every) if i // n % count == index - 1],
         every=every,
         output=folder,
         target=target,
@@ -223,6 +240,26 @@ def plan_batch(
         schedule=schedule,
         overwrite=overwrite,
     )
+
+
+def _check_several(bundles: Sequence[Bundle]) -> Bundle:
+    """Return the first of some models.
+
+    Raises:
+        UsageError: they cannot go side by side.
+    """
+    kinds = {bundle.modality: bundle.name for bundle in bundles}
+    if len(kinds) > 1:
+        told = ", ".join(f"{name} for {kind}s" for kind, name in kinds.items())
+        raise UsageError(f"models of several kinds, {told}: give them one by one")
+    names = [bundle.name for bundle in bundles]
+    for name in names if len(names) > 1 else ():
+        if names.count(name) > 1 or Path(name).name != name or name.startswith("."):
+            raise UsageError(
+                f"two models, or one that no folder can be called by, have the name {name!r}; each "
+                "of several has its runs in a folder of its name: change it in model.toml"
+            )
+    return bundles[0]
 
 
 def _with_gpus(schedule: ScheduleOptions, predict: PredictOptions) -> tuple[ScheduleOptions, str]:
@@ -277,7 +314,9 @@ def run_batch(
         WsiPipelineError: the output cannot be written, the cluster is lost, or memory is short.
     """
     make_folder(batch.output)
-    note_jobs(batch.output, batch.every, target=batch.target)
+    for folder, home in batch.folders.items():
+        make_folder(folder)
+        note_jobs(folder, [job for job in batch.every if job.folder.parent == folder], target=home)
     runs, told, stopped = list[Run](), list[str](), threading.Event()
 
     def stop(sentence: str) -> None:
@@ -289,13 +328,16 @@ def run_batch(
             bounded_memory(batch.schedule.max_ram, too_large or stop, f"{LOWER}: {GOES_ON}"),
             _log_file(batch.output),
             open_cluster(batch.schedule) as client,
-            Overview(batch.output, batch.target) as overview,
+            ExitStack() as closing,
         ):
+            # One for all models; behind a URL one for each.
+            places = batch.folders if batch.target else {batch.output: None}
+            overviews = {f: closing.enter_context(Overview(f, t)) for f, t in places.items()}
             if dashboard and (link := dashboard_link(client)):
                 dashboard(link)
             for job, run in segment_jobs(
                 batch.jobs,
-                batch.bundle,
+                batch.bundles,
                 client=client,
                 settings=batch.settings,
                 threads=batch.threads,
@@ -306,7 +348,7 @@ def run_batch(
                 stopped=stopped,
             ):
                 runs.append(run)
-                overview.add(job.folder, run)
+                overviews[job.folder.parent if batch.target else batch.output].add(job.folder, run)
                 if ended:
                     ended(job, run)
     except BaseException as error:

@@ -101,7 +101,7 @@ class Overview:
         for name in FILES_OF_ALL:
             # Processes that were killed may have left halves of it.
             sweep(folder / name)
-        failed = {folder / path.name: run for path, run in self._failed.items()}
+        failed = {folder / p.relative_to(self._output): run for p, run in self._failed.items()}
         # Slides that earlier calls or other shards have done belong to the picture, too.
         every = find_runs(folder) | failed
         write_summary(folder, every)

@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -78,7 +78,7 @@ class Preview:
 def preview(
     inputs: Inputs,
     *,
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     output: str | Path,
     work: str | Path | None = None,
     mpp_table: str | Path | None = None,
@@ -134,6 +134,8 @@ def preview_batch(
     bundle, predict = batch.bundle, batch.settings.predict
     if kind_of(bundle) is not SlideRun:
         raise UsageError(f"--preview is for slides; {bundle.name} is for {bundle.modality}s")
+    if len(batch.bundles) > 1:
+        raise UsageError("--preview takes one model at a time")
     if batch.threads is None:
         raise UsageError("--preview works on this machine; leave --scheduler and --cluster out")
     found, told, max_ram = list[Preview](), list[str](), batch.schedule.max_ram

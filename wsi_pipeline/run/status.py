@@ -105,8 +105,13 @@ def read_status(output: str | Path, work: str | Path | None = None) -> Status:
     if is_remote(home):
         output = work / ".status"
         fetch(home, output, first=RUN_FILE)
-    runs = {folder.name: run for folder, run in find_runs(output).items()}
-    names = sorted(_load_jobs(home).keys() | runs.keys())
+    runs = {f.relative_to(output).as_posix(): run for f, run in find_runs(output).items()}
+    noted = set(_load_jobs(home))
+    if not is_remote(home):
+        # Each of several models has a folder of its own.
+        models = (path.parent for path in home.glob(f"*/{JOBS_FILE}"))
+        noted |= {f"{model.name}/{name}" for model in models for name in _load_jobs(model)}
+    names = sorted(noted | runs.keys())
     if not names:
         home_name = without_secrets(str(home))
         raise StoreError(f"{home_name} holds no runs; expected the --output of `segment`")

@@ -5,7 +5,7 @@ All of it is the same in two dimensions and in three, for slides, images and vol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import astuple
@@ -57,6 +57,8 @@ class BlockWorker:
 
     Args:
         threads: of the CPU for forward passes; None = as the plan says.
+        beside: digests of the models by which the same source is segmented here at this time: it
+            is shared with them.
         kept_bytes: of predictions that later blocks need, at the most; None = a quarter of what
             is free here. On a GPU it is a quarter of what is free there.
 
@@ -72,6 +74,7 @@ class BlockWorker:
         *,
         threads: int | None = None,
         kept_bytes: int | None = None,
+        beside: Collection[str] = (),
     ) -> None:
         bundle = load_bundle(plan.bundle_path)
         if bundle.digest != plan.model:
@@ -100,12 +103,12 @@ class BlockWorker:
         )
         self._mask = open_mask(plan.store.mask_path)
         self._roi = None if plan.roi is None else read_region(plan.roi, offset=plan.roi_offset)
-        self._pixels = plan.pixels.open()
+        self._pixels = plan.pixels.open(shared=bool(beside))
         plan.check_fingerprint(self._pixels.fingerprint)
         # The first blocks are read while the network is built.
         building = ThreadPoolExecutor(1, "network", use_one_core)
         self._built = building.submit(
-            _kept_predictor, bundle, plan.predict, threads or plan.threads, keep
+            _kept_predictor, bundle, plan.predict, threads or plan.threads, keep, beside
         )
         building.shutdown(wait=False)
 
@@ -393,16 +396,20 @@ def _fetch(values: torch.Tensor) -> npt.NDArray[Any]:
 
 
 def _kept_predictor(
-    bundle: Bundle, options: PredictOptions, threads: int, keep: WorkerCache
+    bundle: Bundle,
+    options: PredictOptions,
+    threads: int,
+    keep: WorkerCache,
+    beside: Collection[str],
 ) -> Predictor:
     """Return the predictor that a worker made for the last slide, or a new one."""
-    key = repr((bundle, bundle.weights_sha256, options.device, options.precision,
+    key = repr((bundle.digest, bundle, bundle.weights_sha256, options.device, options.precision,
                 options.batch_size, threads, options.tta))  # fmt: skip
     predictor = keep.get(key)
     if not isinstance(predictor, Predictor):
         # A model that is used no more gives its memory back first.
-        while keep:
-            keep.popitem()[1].close()
+        for old in [old for old in keep if not any(model in old for model in beside)]:
+            keep.pop(old).close()
         predictor = keep[key] = Predictor(
             bundle,
             device=options.device,

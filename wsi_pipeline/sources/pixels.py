@@ -14,6 +14,7 @@ import numpy.typing as npt
 from wsi_pipeline.geometry import Region, Shape
 from wsi_pipeline.options import MPP_TOLERANCE
 from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.sources.shared import open_shared
 
 if TYPE_CHECKING:
     # With all that reads DICOM, for images and volumes alone.
@@ -75,13 +76,17 @@ class SlidePixels:
     series: int | None
     grid_mpp: float
 
-    def open(self) -> GridPixels:
+    def open(self, *, shared: bool = False) -> GridPixels:
         """Open the slide on the machine on which this is called; return its pixels.
+
+        Args:
+            shared: with all in this process who say so.
 
         Raises:
             SourceError: it cannot be read.
         """
-        slide = open_source(self.path, mpp=self.mpp, series=self.series)
+        opener = open_shared if shared else open_source
+        slide = opener(self.path, mpp=self.mpp, series=self.series)
         view = slide.at(self.grid_mpp, tolerance=MPP_TOLERANCE)
 
         def read(start: Shape, shape: Shape, bad: list[Region]) -> Pixels:
@@ -106,8 +111,11 @@ class ScanPixels:
     time_points: tuple[int, ...] | None
     prepared: Preparation
 
-    def open(self) -> GridPixels:
+    def open(self, *, shared: bool = False) -> GridPixels:
         """Open the file or series on the machine on which this is called; return its pixels.
+
+        Args:
+            shared: means nothing here.
 
         Raises:
             SourceError: it cannot be read.

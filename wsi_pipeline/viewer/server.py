@@ -18,7 +18,7 @@ from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import parse_qs, quote_from_bytes, unquote_to_bytes
+from urllib.parse import parse_qs, quote_from_bytes, unquote, unquote_to_bytes
 
 from tornado.httpserver import HTTPServer
 from tornado.httputil import split_host_and_port
@@ -28,7 +28,7 @@ from tornado.web import Application, RequestHandler
 
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
-from wsi_pipeline.report.record import RUN_FILE
+from wsi_pipeline.report.record import RUN_FILE, run_files
 from wsi_pipeline.viewer.against import Against, against_facts, open_against
 from wsi_pipeline.viewer.answers import Answer, RequestError, answer_of, as_json, whole_numbers
 from wsi_pipeline.viewer.run_view import Shown, ShownPicture, load_shown, open_shown
@@ -164,14 +164,15 @@ class Viewer:
                 facts["picture"] = "overlay.png" if (folder / "overlay.png").is_file() else ""
             except StoreError as error:
                 facts = {"name": folder.name, "status": "", "reason": str(error)}
-            found.append({"id": name, "folder": folder.name, **facts})
+            found.append({"id": name, "folder": unquote(name, errors="surrogateescape"), **facts})
         return found
 
     def _find(self) -> dict[str, Path]:
         is_run = (self.folder / RUN_FILE).is_file()
-        files = [self.folder / RUN_FILE] if is_run else sorted(self.folder.glob(f"*/{RUN_FILE}"))
-        folders = [path.parent for path in files]
-        self._folders = {_id(folder.absolute().name): folder for folder in folders}
+        folders = [self.folder] if is_run else [path.parent for path in run_files(self.folder)]
+        # One of several models' runs goes by the model's name, too.
+        above = self.folder.absolute().parent if is_run else self.folder.absolute()
+        self._folders = {_id(f.absolute().relative_to(above).as_posix()): f for f in folders}
         return self._folders
 
     def _folder_of(self, name: str) -> Path:
