@@ -37,7 +37,8 @@ from scipy.ndimage import gaussian_filter
 from shapely import get_num_coordinates, get_num_interior_rings, is_valid
 
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
+from wsi_pipeline.export.features import FeatureOptions
+from wsi_pipeline.export.geojson import write_geojson
 from wsi_pipeline.export.ome_zarr import create_mask, open_mask, write_block
 from wsi_pipeline.export.polygons.build import map_polygons, polygons
 from wsi_pipeline.export.polygons.components import (

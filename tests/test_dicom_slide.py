@@ -351,7 +351,7 @@ import resource, sys, zarr
 from pathlib import Path
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.dicom_slide import Origin, write_annotations, write_masks
-from wsi_pipeline.export.geojson import FeatureOptions
+from wsi_pipeline.export.features import FeatureOptions
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.geometry import iter_blocks
 

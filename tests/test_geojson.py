@@ -18,7 +18,8 @@ from traced import outlines_of
 
 from wsi_pipeline.annotations import check_geojson
 from wsi_pipeline.bundle import ClassInfo
-from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
+from wsi_pipeline.export.features import FeatureOptions
+from wsi_pipeline.export.geojson import write_geojson
 from wsi_pipeline.export.polygons import neighbours
 from wsi_pipeline.geometry import Region
 

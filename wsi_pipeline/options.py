@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -14,7 +15,9 @@ T = TypeVar("T")
 
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
-Output = Literal["zarr", "tiff", "png", "nifti", "dicom", "geojson", "overlay", "probability"]
+Output = Literal[
+    "zarr", "tiff", "png", "nifti", "dicom", "geojson", "geoparquet", "overlay", "probability"
+]
 Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
@@ -34,8 +37,16 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
     "volume": ("nifti", "dicom", "overlay", "probability"),
 }
 """What is written where nothing is named, by a model's modality."""
-ON_REQUEST: Mapping[str, tuple[Output, ...]] = {"slide": ("dicom",), "image": (), "volume": ()}
+ON_REQUEST: Mapping[str, tuple[Output, ...]] = {
+    "slide": ("dicom", "geoparquet"),
+    "image": ("geoparquet",),
+    "volume": (),
+}
 """What can be written besides."""
+POLYGONS: frozenset[Output] = frozenset(["geojson", "geoparquet"])
+"""What tells regions, each in its own way."""
+NEEDED: Mapping[Output, tuple[str, ...]] = {"geoparquet": ("pyarrow",)}
+"""Packages without which an output cannot be written; an extra of its name brings them."""
 SLIDES, PLANAR, VOLUMES = ("slide",), ("slide", "image"), ("volume",)
 LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("select", "time_point"): ("--time-point", VOLUMES),
@@ -275,10 +286,17 @@ class Settings:
         Example:
             >>> Settings(predict=PredictOptions(mask_mpp=1.0)).why_not("volume")
             '--mask-mpp is for slides'
+
+        Raises:
+            UsageError: a package that an output needs is not here.
         """
         fitting = OUTPUTS[modality] + ON_REQUEST[modality]
         if wrong := [name for name in self.export.outputs if name not in fitting]:
             return f"{wrong[0]} is no output for {modality}s, which have {', '.join(fitting)}"
+        for output in self.export.outputs:
+            if lacking := [p for p in NEEDED.get(output, ()) if find_spec(p) is None]:
+                needs = f'{" and ".join(lacking)}: pip install "wsi-pipeline[{output}]"'
+                raise UsageError(f"--outputs {output} needs {needs}")
         usual = Settings()
         for (group, name), (flag, kinds) in LIMITED.items():
             given, default = (getattr(getattr(of, group), name) for of in (self, usual))

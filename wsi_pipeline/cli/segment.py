@@ -143,7 +143,7 @@ def read_memory(text: str) -> int:
     EXPORT,
     outputs=(
         some_of(get_args(Output)),
-        f"{', '.join(get_args(Output))}  [default: all but dicom of slides]",
+        f"{', '.join(get_args(Output))}  [default: all but dicom of slides, and geoparquet]",
     ),
 )
 @options_of(PREDICT, mask_mpp=(MPP, "µm per pixel of the mask  [default: the slide's]"))

@@ -19,7 +19,8 @@ from wsi_pipeline.evaluation.confusion import Counts, Mask, count_block
 from wsi_pipeline.evaluation.inputs import Reader, finished_run, open_side, reader_of, settle_slide
 from wsi_pipeline.evaluation.masks import Pair
 from wsi_pipeline.evaluation.meaning import BACKGROUND, LabelMap
-from wsi_pipeline.export.geojson import FeatureOptions, write_geojson
+from wsi_pipeline.export.features import FeatureOptions
+from wsi_pipeline.export.geojson import write_geojson
 from wsi_pipeline.export.polygons.trace import find_outlines, trace_mask
 from wsi_pipeline.files.atomic import make_folders, written_beside
 from wsi_pipeline.files.locks import make_folder, writing

@@ -36,7 +36,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike, level_shapes
 from wsi_pipeline.export.dicom_seg import MAY_BE_EMPTY, NEEDED, SCHEME, as_text, codes_of
-from wsi_pipeline.export.geojson import FeatureOptions, sound_shapes
+from wsi_pipeline.export.features import FeatureOptions, sound_shapes
 from wsi_pipeline.export.ome_tiff import TILE, encoded_tiles
 from wsi_pipeline.export.polygons.arcs import ranges
 from wsi_pipeline.export.polygons.build import map_polygons

@@ -272,6 +272,7 @@ FILES: dict[Output, str] = {
     "zarr": "mask.ome.zarr",
     "overlay": "overlay.png",
     "geojson": "annotations.geojson",
+    "geoparquet": "annotations.parquet",
     "tiff": "mask.ome.tif",
     "png": "mask.png",
     "nifti": "mask.nii.gz",

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import MaskLike, geojson, ome_zarr
+from wsi_pipeline.export import MaskLike, ome_zarr
+from wsi_pipeline.export.features import LEFT_OUT
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
-from wsi_pipeline.options import ExportOptions, Output, Rule, Settings, as_plain
+from wsi_pipeline.options import POLYGONS, ExportOptions, Output, Rule, Settings, as_plain
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
@@ -39,13 +40,14 @@ from wsi_pipeline.run.thresholds import BY_OTHERS, Found, areas_of, write_ruled_
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
-AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay", "dicom")
+AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay", "dicom", "geoparquet")
 """What of a slide can be written again."""
 DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "geojson": ("simplify_um", "min_area_um2", "frame"),
     "tiff": ("tiff", "frame"),
     "overlay": (),
     "dicom": ("simplify_um", "min_area_um2"),
+    "geoparquet": ("simplify_um", "min_area_um2", "frame"),
 }
 """The options that each output depends on."""
 NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
@@ -122,7 +124,7 @@ def export_again(folder: str | Path, changes: Mapping[str, Any], rule: Rule | No
         if ruled:
             warnings.append(f"{BY_OTHERS}{Rule(**ruled)}")
         if "geojson" in again.due:
-            warnings = [w for w in warnings if geojson.LEFT_OUT not in w] + written.dropped
+            warnings = [w for w in warnings if LEFT_OUT not in w] + written.dropped
         run = replace(
             files.noted(replace(run, warnings=warnings)),
             status="failed" if failures else "done",
@@ -236,7 +238,7 @@ def _scan(
     for output, names in files_of(options).items():
         is_lost = not all((folder / name).exists() for name in names)
         is_old = is_stale and mask_file.name not in names
-        is_other = ruled != run.rule and output in ("geojson", "overlay")
+        is_other = ruled != run.rule and output in (POLYGONS | {"overlay"})
         if output != "probability" and (is_lost or is_old or is_other):
             due.append(output)
 

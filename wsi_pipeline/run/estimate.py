@@ -20,7 +20,7 @@ from wsi_pipeline.geometry import Shape
 from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.cost import peak_memory
-from wsi_pipeline.options import PredictOptions, Settings
+from wsi_pipeline.options import POLYGONS, PredictOptions, Settings
 from wsi_pipeline.report.record import files_of
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.plan import Plan
@@ -136,7 +136,7 @@ def estimate(
     masks = 1 + ("tiff" in export.outputs) * (1 + (export.tiff == "asap"))
     masks += "dicom" in export.outputs
     disk = tissue_px * DISK_PX_BYTES * masks + blocks * 20_000 + 10_000_000
-    disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * ("geojson" in export.outputs)
+    disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * len(POLYGONS & set(export.outputs))
     # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
     store = 90 + blocks
     zarrs = len({"zarr", "probability"} & set(export.outputs))

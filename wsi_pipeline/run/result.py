@@ -18,6 +18,7 @@ from PIL import Image as Pictures
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, WsiPipelineError
 from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export.features import FeatureOptions
 from wsi_pipeline.export.lesions import Lesions, count_lesions
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
@@ -84,7 +85,7 @@ class Result(ABC):
 
     @property
     @abstractmethod
-    def features(self) -> geojson.FeatureOptions:
+    def features(self) -> FeatureOptions:
         """Return how regions become features."""
 
     @abstractmethod
@@ -102,6 +103,7 @@ class Result(ABC):
         failures, polygons = list[str](), [NOTHING]
         writers: dict[Output, Callable[[Path], object]] = {
             "geojson": lambda path: polygons.append(self._write_polygons(path)),
+            "geoparquet": self._write_geoparquet,
             **self._writers(),
         }
         if (put_together := self.write_probability) is not None:
@@ -146,6 +148,11 @@ class Result(ABC):
     def _write_polygons(self, path: Path) -> geojson.Written:
         table = path.with_name(REGIONS_FILE)
         return geojson.write_geojson(path, table, self._outlines, self.features)
+
+    def _write_geoparquet(self, path: Path) -> None:
+        from wsi_pipeline.export.geoparquet import write_geoparquet
+
+        write_geoparquet(path, self._outlines, self.features)
 
     def _made_by(self) -> dict[str, str]:
         return made_by(self.model, self.key)
@@ -197,10 +204,10 @@ class SlideResult(Result):
         return {"for": self.options.frame, "offset": [crop.x, crop.y] if crop else [0, 0]}
 
     @property
-    def features(self) -> geojson.FeatureOptions:
+    def features(self) -> FeatureOptions:
         """Return how regions become features."""
         x, y = self.facts["mpp"]
-        return geojson.FeatureOptions(
+        return FeatureOptions(
             classes=self.classes,
             downsample=self.downsample,
             mpp=(y, x),
@@ -321,10 +328,10 @@ class ScanResult(Result):
         }
 
     @property
-    def features(self) -> geojson.FeatureOptions:
+    def features(self) -> FeatureOptions:
         """Return how regions become features: exactly, in pixels."""
         spacing = self._spacing_mm or (1.0, 1.0)
-        return geojson.FeatureOptions(
+        return FeatureOptions(
             classes=self.classes,
             downsample=(1.0, 1.0),
             mpp=(spacing[0] * 1000, spacing[1] * 1000),

@@ -19,7 +19,7 @@ from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import PatchGrid, Shape
-from wsi_pipeline.options import Settings, as_plain
+from wsi_pipeline.options import POLYGONS, Settings, as_plain
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import without_planes, write_probability
@@ -126,7 +126,7 @@ class ScanRun(SourceRun):
             is_mirrored=prepared.is_mirrored,
             predict=self.settings.predict,
             threads=threads,
-            outlines="geojson" in self.settings.export.outputs,
+            outlines=bool(POLYGONS & set(self.settings.export.outputs)),
             cell=int("probability" in self.settings.export.outputs),
             unpadded=tuple(
                 # The last pixel may be interpolated between two.

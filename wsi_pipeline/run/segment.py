@@ -89,7 +89,7 @@ def fitting(settings: Settings, bundle: Bundle) -> Settings:
     with raised_as(BundleError, ValueError, bundle.name):
         turns(tta, bundle.input.patch_size, bundle.input.spacing_mm or ())
     outputs = settings.export.outputs or OUTPUTS[bundle.modality]
-    if set(outputs) & set(ON_REQUEST[bundle.modality]):
+    if "dicom" in set(outputs) & set(ON_REQUEST[bundle.modality]):
         # DICOM of a slide tells its probabilities, too.
         outputs = tuple(dict.fromkeys((*outputs, "probability")))
     export = replace(settings.export, outputs=outputs)

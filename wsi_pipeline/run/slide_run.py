@@ -22,7 +22,7 @@ from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import PatchGrid, Region
-from wsi_pipeline.options import MPP_TOLERANCE, Settings, as_plain
+from wsi_pipeline.options import MPP_TOLERANCE, POLYGONS, Settings, as_plain
 from wsi_pipeline.patch_grid import StoredGrid, close_patch_grid, open_patch_grid, write_patch_grid
 from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
@@ -169,7 +169,7 @@ class SlideRun(SourceRun):
             roi=select.roi.absolute() if select.roi else None,
             roi_offset=frame_offset(slide.bounds, select.frame),
             threads=threads,
-            outlines="geojson" in settings.export.outputs,
+            outlines=bool(POLYGONS & set(settings.export.outputs)),
             cell=cell_of(stored.info.grid_mpp, settings.export),
         )
 
