@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, bundle_table
+from wsi_pipeline.export.lesions import Lesions
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions
 from wsi_pipeline.report.record import ModelFacts, Run
@@ -60,3 +61,22 @@ def versions() -> dict[str, str]:
     """Return the versions of what a mask may depend on."""
     packages = ("wsi-pipeline", "torch", "numpy", "zarr", "openslide-python", "tiffslide")
     return {name: version(name) for name in (*packages, "shapely")}
+
+
+def lesion_facts(found: Lesions, size: str) -> dict[str, Any]:
+    """Return what `run.json` says of a class's lesions; corners are (x, y) or (x, y, z)."""
+    diameters = [lesion.diameter_mm for lesion in found.largest]
+    return {
+        "count": found.count,
+        "largest_mm": max((d for d in diameters if d is not None), default=None),
+        "listed": [
+            {
+                "pixels": lesion.pixels,
+                size: lesion.size,
+                "diameter_mm": lesion.diameter_mm,
+                "start": list(reversed(lesion.start)),
+                "stop": list(reversed(lesion.stop)),
+            }
+            for lesion in found.largest
+        ],
+    }

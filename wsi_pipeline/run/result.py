@@ -17,8 +17,10 @@ from PIL import Image as Pictures
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, WsiPipelineError
-from wsi_pipeline.export import MaskLike, geojson, ome_tiff, ome_zarr, overlay
+from wsi_pipeline.export import MaskLike, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.features import FeatureOptions
+from wsi_pipeline.export.geojson import Written, write_geojson
+from wsi_pipeline.export.geoparquet import write_geoparquet
 from wsi_pipeline.export.lesions import Lesions, count_lesions
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
@@ -29,7 +31,7 @@ from wsi_pipeline.geometry import Block, Region, Shape
 from wsi_pipeline.options import OUTPUTS, ExportOptions, Output, Settings
 from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
-from wsi_pipeline.run.facts import made_by, stamp_of
+from wsi_pipeline.run.facts import lesion_facts, made_by, stamp_of
 from wsi_pipeline.run.probability import Probability, open_probability
 from wsi_pipeline.run.written import WrittenFiles
 
@@ -45,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK_SIDE = {2: 2048, 3: 256}
 """Of a block in grid pixels, by the number of axes, where nothing else is asked for."""
-NOTHING = geojson.Written(regions={}, largest={}, vertices=0, dropped=[])
+NOTHING = Written(regions={}, largest={}, vertices=0, dropped=[])
 PICTURE_SIDE, SMALLEST_SIDE = 1600, 600
 """Longest side of an image's overlay, px, and what a smaller one is enlarged to, whole times."""
 Ledger = Mapping[Shape, Mapping[str, npt.NDArray[Any]]]
@@ -94,7 +96,7 @@ class Result(ABC):
 
     def write(
         self, wanted: Collection[Output], folder: Path, files: WrittenFiles, clock: Clock
-    ) -> tuple[list[str], geojson.Written]:
+    ) -> tuple[list[str], Written]:
         """Write files; return a sentence for each that failed, and what polygons were written.
 
         Args:
@@ -102,8 +104,10 @@ class Result(ABC):
         """
         failures, polygons = list[str](), [NOTHING]
         writers: dict[Output, Callable[[Path], object]] = {
-            "geojson": lambda path: polygons.append(self._write_polygons(path)),
-            "geoparquet": self._write_geoparquet,
+            "geojson": lambda path: polygons.append(
+                write_geojson(path, path.with_name(REGIONS_FILE), self._outlines, self.features)
+            ),
+            "geoparquet": lambda path: write_geoparquet(path, self._outlines, self.features),
             **self._writers(),
         }
         if (put_together := self.write_probability) is not None:
@@ -144,15 +148,6 @@ class Result(ABC):
             tolerance=features.tolerance,
             min_pixels=features.min_pixels,
         )
-
-    def _write_polygons(self, path: Path) -> geojson.Written:
-        table = path.with_name(REGIONS_FILE)
-        return geojson.write_geojson(path, table, self._outlines, self.features)
-
-    def _write_geoparquet(self, path: Path) -> None:
-        from wsi_pipeline.export.geoparquet import write_geoparquet
-
-        write_geoparquet(path, self._outlines, self.features)
 
     def _made_by(self) -> dict[str, str]:
         return made_by(self.model, self.key)
@@ -324,7 +319,7 @@ class ScanResult(Result):
             size if self._spacing_mm else "area_px": {
                 f.name: f.pixels if f.size is None else f.size for f in self.lesions
             },
-            "lesions": {found.name: _lesion_facts(found, size) for found in self.lesions},
+            "lesions": {found.name: lesion_facts(found, size) for found in self.lesions},
         }
 
     @property
@@ -436,22 +431,3 @@ def without_dicom(scan: Scan, settings: Settings) -> Settings:
         )
     wanted = tuple(output for output in outputs if output != "dicom")
     return replace(settings, export=replace(settings.export, outputs=wanted))
-
-
-def _lesion_facts(found: Lesions, size: str) -> dict[str, Any]:
-    """Return what `run.json` says of a class's lesions; corners are (x, y) or (x, y, z)."""
-    diameters = [lesion.diameter_mm for lesion in found.largest]
-    return {
-        "count": found.count,
-        "largest_mm": max((d for d in diameters if d is not None), default=None),
-        "listed": [
-            {
-                "pixels": lesion.pixels,
-                size: lesion.size,
-                "diameter_mm": lesion.diameter_mm,
-                "start": list(reversed(lesion.start)),
-                "stop": list(reversed(lesion.stop)),
-            }
-            for lesion in found.largest
-        ],
-    }
