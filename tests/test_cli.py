@@ -549,6 +549,15 @@ def test_the_end_of_a_folder_is_a_table(tmp_path, slide_path):
     assert table[3] == f"report: {tmp_path / 'o' / 'report.html'}"
     again = invoke("-q", "segment", tmp_path / "in", "-m", bundle, "-o", tmp_path / "o")
     assert "report:" not in again.stderr
+    other = pointwise_bundle(tmp_path / "n", mpp=0.5)
+    models = ["-m", bundle, "-m", other]
+    both = invoke("segment", tmp_path / "in" / "good.tif", *models, "-o", tmp_path / "several")
+    assert re.findall(r"^good.tif by (test-[mn])  +done ", both.stderr, re.M) == [
+        "test-m",
+        "test-n",
+    ]
+    # Of the last slide nothing is left when its outputs are written.
+    assert "100%, 1 min left" not in both.stderr
 
 
 def test_with_json_log_all_of_stderr_is_json(tmp_path, slide_path):

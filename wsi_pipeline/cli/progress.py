@@ -106,7 +106,7 @@ class Bars:
         # Slides that nobody has looked at yet count as the mean of the others.
         expected = total + (self._of - len(self._counts)) * total / len(counts)
         told = f"all {done / expected:.0%}"
-        if done > before:
+        if before < done < expected:
             rest = (expected - done) / (done - before) * (time.monotonic() - self._begun)
             told += f", {duration(rest)} left"
         return ", ".join(filter(None, (self._stage, told)))

@@ -115,9 +115,9 @@ def read_memory(text: str) -> int:
     metavar="BUNDLE",
     required=True,
     multiple=True,
-    help="Its folder, its name or its URL; once for each of several.",
+    help="Its folder, name or URL; once for each.",
 )
-@options_of(PREDICT, device=(DEVICE, "auto (first GPU, else CPU), cpu, cuda, cuda:N."))
+@options_of(PREDICT, device=(DEVICE, "auto, cpu, cuda or cuda:N."))
 @heading("Model", rare=True)
 @options_of(
     PREDICT,
@@ -141,10 +141,7 @@ def read_memory(text: str) -> int:
 )
 @options_of(
     EXPORT,
-    outputs=(
-        some_of(get_args(Output)),
-        f"{', '.join(get_args(Output))}  [default: all but dicom of slides, and geoparquet]",
-    ),
+    outputs=(some_of(get_args(Output)), f"{', '.join(get_args(Output))}  [default: by modality]"),
 )
 @options_of(PREDICT, mask_mpp=(MPP, "µm per pixel of the mask  [default: the slide's]"))
 @overwrite_option
@@ -306,23 +303,23 @@ def _run(batch: Batch, *, quiet: bool) -> bool:
         )
     if not quiet and len(runs) > 1:
         click.echo(_table(runs), err=True)
-        click.echo(
-            f"report: {without_secrets(str((batch.target or batch.output) / 'report.html'))}",
-            err=True,
-        )
+        report = (batch.target or batch.output) / "report.html"
+        click.echo(f"report: {without_secrets(str(report))}", err=True)
     return all(run.status == "done" and not run.bad_regions for run in runs)
 
 
 def _table(runs: Sequence[Run]) -> str:
     """Return how each slide ended, a line each, failures first."""
     rows = sorted(runs, key=lambda run: run.status == "done")
+    several = len({run.model["name"] for run in runs}) > 1
     classes = dict.fromkeys(f"{name} {run.unit}" for run in rows for name in run.amounts)
     lines = [["slide", "status", *classes, "minutes", "warnings"]]
     for run in rows[:ROWS]:
         found = {f"{name} {run.unit}": f"{n:.4g}" for name, n in run.amounts.items()}
         minutes = f"{run.seconds.get('total', 0) / 60:.1f}"
         amounts = (found.get(name, "-") for name in classes)
-        lines.append([run.slide["name"], run.status, *amounts, minutes, str(len(run.warnings))])
+        name = run.slide["name"] + f" by {run.model['name']}" * several
+        lines.append([name, run.status, *amounts, minutes, str(len(run.warnings))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     if rest := rows[ROWS:]:
