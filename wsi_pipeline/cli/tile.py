@@ -83,6 +83,7 @@ def command(
         for number, job in enumerate(plan_jobs(slides, output, table), start=1):
             target = job.folder.with_name(f"{job.folder.name}.zarr")
             if is_patch_grid(target) and not overwrite:
+                bars.end(number)
                 click.echo(f"{target} is there already; --overwrite writes it anew", err=True)
                 continue
             try:
@@ -96,14 +97,14 @@ def command(
                     progress=partial(bars, name_of(job.path), number=number),
                 )
             except WsiPipelineError as error:
-                bars.close()
+                bars.end(number)
                 reason = str(error).removeprefix(f"{without_secrets(str(job.path))}: ")
                 if isinstance(error, MissingMppError):
                     reason = reason.replace("--mpp", "--slide-mpp")
                 click.echo(without_secrets(f"failed: {job.path}: {reason}"), err=True)
                 failed += 1
                 continue
-            bars.close()
+            bars.end(number)
             click.echo(f"done: {target} ({len(stored.patches)} patches)", err=True)
             for doubt in stored.info.doubts:
                 click.echo(f"warning: {name_of(job.path)}: {doubt}", err=True)
