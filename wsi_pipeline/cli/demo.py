@@ -62,6 +62,7 @@ def command(
     from wsi_pipeline.evaluation.evaluate import evaluate
     from wsi_pipeline.evaluation.report import as_rows
     from wsi_pipeline.files.models import named_models
+    from wsi_pipeline.run.jobs import plan_jobs
 
     shipped, stem, origin = KINDS[kind]
     if model is None and shipped not in named_models():
@@ -91,19 +92,20 @@ def command(
         slide, truth = _phantom(output / f"{kind} phantom.png", bright=kind == "mammography")
         said = "a phantom drawn by computer, with the ellipse in it as truth: no patient"
     click.echo(f"segmenting {slide}: {said}", err=True)
+    (job,) = plan_jobs([slide], output)
     line = [str(slide), "--model", model or shipped, "--output", str(output)]
     try:
         given = [*line, "--mpp", str(mpp)] if mpp else line
         ctx.invoke(segment, **segment.make_context("segment", given).params)
         if truth:
             figures = evaluate(
-                output / slide.stem, truth, truth_values={bundle.classes[1].name: range(1, 256)}
+                job.folder, truth, truth_values={bundle.classes[1].name: range(1, 256)}
             )
             for row in as_rows(figures):
                 click.echo(f"{row['class']} against the truth: Dice {row['dice']:.3f}", err=True)
     finally:
         # After a failure as well: what there is may show why.
-        shown = sorted(path for path in (output / slide.stem).glob("*") if path.name[0] != ".")
+        shown = sorted(path for path in job.folder.glob("*") if path.name[0] != ".")
         for path in [*shown, output / "summary.csv", output / "report.html"]:
             click.echo(str(path))
     click.echo(f"look at it: wsi-pipeline view {shlex.quote(str(output))}", err=True)
