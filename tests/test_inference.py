@@ -26,9 +26,10 @@ from wsi_pipeline.geometry import Block
 from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.predictor import (
     Predictor,
-    _warn_of_slow_bf16,
+    _warn,
     choose_device,
     choose_dtype,
+    tell_choice,
 )
 from wsi_pipeline.networks import build
 from wsi_pipeline.options import turns
@@ -287,6 +288,32 @@ def test_a_gpu_that_is_not_there_is_an_error():
         choose_device("cuda:0")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_auto_tells_what_it_takes_and_names_a_gpu_left_alone(tmp_path, monkeypatch, caplog):
+    # as NVIDIA's driver writes it
+    (tmp_path / "0000:01:00.0").mkdir()
+    text = "Model: \t\t NVIDIA H100 80GB HBM3\nIRQ:   \t\t 16\n"
+    (tmp_path / "0000:01:00.0" / "information").write_text(text, "utf-8")
+    monkeypatch.setattr("wsi_pipeline.inference.predictor.NVIDIA", tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    _warn.cache_clear()
+    with caplog.at_level("INFO"):
+        tell_choice()
+    assert "--device auto: the CPU, as torch shows no CUDA GPU" in caplog.text
+    assert "H100" not in caplog.text
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    tell_choice()
+    assert "NVIDIA H100 80GB HBM3 is there and not used: torch 2" in caplog.text
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="this machine has one")
+def test_apples_gpu_is_taken_where_it_is():
+    with pytest.raises(BundleError, match="--device mps: this machine shows no GPU of Apple's"):
+        choose_device("mps")
+    with pytest.raises(BundleError, match="expected auto, cpu, cuda, cuda:N or mps"):
+        choose_device("mps:0")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_agrees_with_the_cpu(tmp_path):
@@ -435,7 +462,7 @@ def test_threads_that_come_after_a_predictor_have_their_cores(tmp_path):
 def test_bf16_on_a_processor_without_it_is_slow_and_said_once(monkeypatch, caplog, has_bf16):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: has_bf16)
-    _warn_of_slow_bf16.cache_clear()
+    _warn.cache_clear()
     cpu = torch.device("cpu")
     assert choose_dtype("auto", cpu) == (torch.bfloat16 if has_bf16 else torch.float32)
     assert not caplog.messages

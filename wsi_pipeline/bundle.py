@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+from msgspec import Meta, structs
 
-from wsi_pipeline.colors import QUPATH_COLORS
+from wsi_pipeline.colors import COLORS, QUPATH_COLORS
 from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.files.download import cache_path, download
@@ -30,7 +30,9 @@ from wsi_pipeline.files.schema import (
     Record,
     as_toml,
     converted,
+    paragraph,
     read_toml,
+    toml_of,
 )
 from wsi_pipeline.options import Tta, turns
 
@@ -120,8 +122,8 @@ class OutputSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What the network answers, see `Bundle`."""
 
     activation: Activation
-    classes: Annotated[tuple[ClassInfo, ...], Meta(description='a list of { name = "…" }')]
-    labels: Annotated[tuple[Name, ...], Meta(description="two names or more")] = ()
+    classes: Annotated[tuple[ClassInfo, ...], Meta(description='a list of { name = "…" }')] = ()
+    labels: Annotated[tuple[Name, ...], Meta(description="one name, two names or more")] = ()
     temperature: Positive = 1.0
 
 
@@ -164,6 +166,8 @@ class Bundle:
         activation: "sigmoid" or "softmax", which turns logits into probabilities.
         classes: Classes in the mask's order; 0 is the background.
         labels: What the network says of a whole patch, in its order; empty where nothing.
+        is_patchwise: Whether it says nothing else: `classes` are its labels then, behind a
+            background that it never says, and each pixel of a patch has what the patch has.
         temperature: Number that the mask's logits are divided by, so that probabilities are as
             often right as they say.
         limits: What its results must not be trusted with: a paragraph that goes with them.
@@ -185,6 +189,7 @@ class Bundle:
     activation: Activation
     classes: tuple[ClassInfo, ...]
     labels: tuple[str, ...] = ()
+    is_patchwise: bool = False
     temperature: float = 1.0
     limits: str = ""
     tta: Tta = "none"
@@ -274,7 +279,10 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         found = converted(table, ModelToml)
         _check_input(found.input, found.modality, table["input"])
         turns(found.tta, found.input.patch_size, found.input.spacing_mm or ())
-        classes = _classes(found.output)
+        is_patchwise = bool(found.output.labels and not found.output.classes)
+        if is_patchwise and found.network not in FOREIGN:
+            raise ValueError(f"lacks output.classes: {found.network} gives a mask")
+        classes = _classes(_by_patch(found.output) if is_patchwise else found.output)
         if (found.features or found.int8) and found.network in FOREIGN:
             raise ValueError("features and int8 are of a network of the package, not of a program")
         origin = origin_of(path.parent)
@@ -300,7 +308,8 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         input=found.input,
         activation=found.output.activation,
         classes=classes,
-        labels=tuple(label.strip() for label in found.output.labels),
+        labels=() if is_patchwise else tuple(label.strip() for label in found.output.labels),
+        is_patchwise=is_patchwise,
         temperature=found.output.temperature,
         limits=paragraph(found.limits),
         tta=found.tta,
@@ -319,14 +328,12 @@ def bundle_toml(
         int8: Name of the file of ranges for 8-bit integers, likewise.
     """
     files = {"weights": weights, "features": features, "int8": int8}
-    table = bundle_table(bundle) | {key: name for key, name in files.items() if name}
-    head = {key: value for key, value in table.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
-    return "\n".join([_lines(head), *(f"[{key}]\n{_lines(tables[key])}" for key in tables)])
+    return toml_of(bundle_table(bundle) | {key: name for key, name in files.items() if name})
 
 
 def bundle_table(bundle: Bundle) -> dict[str, Any]:
     """Return what the `model.toml` of a bundle holds, but for the names of its files."""
+    names = [info.name for info in bundle.classes[1:]]
     found = ModelToml(
         name=bundle.name,
         modality=bundle.modality,
@@ -337,8 +344,8 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
         input=bundle.input,
         output=OutputSpec(
             activation=bundle.activation,
-            classes=bundle.classes,
-            labels=bundle.labels,
+            classes=() if bundle.is_patchwise else bundle.classes,
+            labels=bundle.labels or tuple(names) * bundle.is_patchwise,
             temperature=bundle.temperature,
         ),
     )
@@ -352,16 +359,6 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
         if value is not None and (key not in PREPARATION or value != getattr(usual, key))
     }
     return {"network_options": {}} | table
-
-
-def paragraph(text: str) -> str:
-    r"""Return a text of several lines, or a Markdown list, as one paragraph.
-
-    Example:
-        >>> paragraph("- Four patients.\n- No glass,\n  no fat.")
-        'Four patients. No glass, no fat.'
-    """
-    return " ".join(re.sub(r"^[-*] ", "", text, flags=re.MULTILINE).split())
 
 
 def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) -> None:
@@ -397,6 +394,16 @@ def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) ->
         raise ValueError(f"input.pad is {as_toml(spec.pad)}; expected a fit of equal sides with it")
 
 
+def _by_patch(output: OutputSpec) -> OutputSpec:
+    """Return the output that a classifier's is in a mask."""
+    if (len(output.labels) == 1) != (output.activation == "sigmoid"):
+        raise ValueError("output without classes: sigmoid takes one of labels, softmax several")
+    nothing = "No patch" if "Background" in output.labels else "Background"
+    named = zip(output.labels, cycle(COLORS), strict=False)
+    classes = (ClassInfo(name=nothing), *(ClassInfo(name=n, color=c) for n, c in named))
+    return structs.replace(output, classes=classes, labels=())
+
+
 def _classes(output: OutputSpec) -> tuple[ClassInfo, ...]:
     """Return the classes with the colours that they are shown in."""
     names = [info.name.strip() for info in output.classes]
@@ -419,10 +426,6 @@ def _classes(output: OutputSpec) -> tuple[ClassInfo, ...]:
             raise ValueError(f"class {name!r} has no color; add color = [red, green, blue]")
         classes.append(ClassInfo(name=name, color=color))
     return tuple(classes)
-
-
-def _lines(table: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {as_toml(value)}\n" for key, value in table.items())
 
 
 def _weights(

@@ -18,3 +18,8 @@ QUPATH_COLORS: Mapping[str, RGB] = {
     "Negative": (90, 90, 180),
 }
 """Classes that a fresh QuPath knows; a file cannot change their colours."""
+COLORS: tuple[RGB, ...] = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0),
+    (204, 121, 167),
+)  # fmt: skip
+"""Of classes whose colour nobody says; Okabe and Ito's, told apart by everyone."""

@@ -27,7 +27,7 @@ ProgramFormat = Literal["onnx", "torch-export"]
 
 Turn = tuple[bool, tuple[int, ...]]
 """How a patch is shown: whether its last two axes are exchanged, and which are reversed then."""
-DEVICES = r"auto|cpu|cuda(:\d{1,4})?"
+DEVICES = r"auto|cpu|mps|cuda(:\d{1,4})?"
 """Pattern of what a device may be called."""
 MPP_TOLERANCE = 0.02
 """A resolution this close to a whole multiple of the slide's own is taken as that multiple."""
@@ -173,7 +173,7 @@ class PredictOptions:
     Attributes:
         overlap: px between neighbouring patches at the model's resolution; None = the bundle's.
         blend: weights of overlapping predictions.
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N", or "mps" of a Mac, which is untried.
         precision: "auto" picks the fastest floating-point format that the device has.
         batch_size: patches in one forward pass; None = chosen for the device.
         block_size: side of a block in mask pixels, a multiple of the mask's chunk; None = 2,048,

@@ -154,7 +154,7 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     "import",
     epilog="wsi-pipeline models import best.pth --like models/nmtnet-ultrasound --output mine",
 )
-@click.argument("checkpoint", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("checkpoint", type=click.Path(path_type=Path))
 @bundle_output_option
 @click.option("--like", metavar="BUNDLE", help="A bundle that the new one is like.")
 @click.option(
@@ -182,13 +182,14 @@ def import_(
     bundle, but for what --classes, --mpp and --patch-size say; or --network with --classes and
     --mpp. Tensors that lack, are too many or have another shape are named, and nothing is written.
     ONNX files of `models export` say it themselves, others need --classes and --mpp. Without all
-    that, CHECKPOINT is torchvision's MobileNetV2 or ResNet18, and becomes a file that training can
-    start from.
+    that, a file is torchvision's MobileNetV2 or ResNet18, and becomes one that training can start
+    from; and a folder is a patch classifier of WSInfer, a program, which is run.
     """
     from wsi_pipeline.networks.checkpoints import (
         import_encoder,
         import_model,
         import_onnx,
+        import_wsinfer,
         make_template,
     )
 
@@ -197,7 +198,8 @@ def import_(
     is_onnx = checkpoint.suffix.lower() == ".onnx" or network == "onnx"
     if is_onnx and not like and (classes or mpp):
         network = "onnx"
-    if not is_onnx and not like and not network:
+    is_folder = checkpoint.is_dir()
+    if not is_folder and not is_onnx and not like and not network:
         kind, path = import_encoder(checkpoint, output, key=key, overwrite=overwrite)
         click.echo(
             f"{kind.name} without a decoder: no model, but where training {kind.network} may "
@@ -218,7 +220,9 @@ def import_(
             mpp=mpp,
             patch_size=patch_size,
         )
-    if is_onnx or template is None:
+    if is_folder:
+        bundle = import_wsinfer(checkpoint, output, overwrite=overwrite)
+    elif is_onnx or template is None:
         bundle = import_onnx(checkpoint, template, output, overwrite=overwrite)
     else:
         bundle = import_model(checkpoint, template, output, key=key, overwrite=overwrite)
@@ -394,13 +398,14 @@ def _as_text(facts: Facts) -> str:
             for stored, folded in [(cost["stored"][key], cost["folded"][key])]
         ]
     place = weights["url"] or weights["path"]
+    classes = [info["name"] for info in output.get("classes", ())]
     rows = [
         ("name", facts["name"]),
         ("network", facts["network"] + (f" ({options})" if options else "")),
         ("modality", f"{facts['modality']}, {resolution}"),
         ("input", f"{size}, overlap {_by(spec['overlap'])} px"),
         ("scaled by", f"mean {spec['mean']}, std {spec['std']}, after [0, 1]"),
-        ("output", f"{output['activation']}: {', '.join(c['name'] for c in output['classes'])}"),
+        ("output", f"{output['activation']}: {', '.join(classes) or 'one label a patch'}"),
         ("labels", ", ".join(output.get("labels", ()))),
         ("tta", facts.get("tta")),
         ("limits", facts.get("limits")),

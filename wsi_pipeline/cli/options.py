@@ -181,7 +181,7 @@ def read_device(text: str) -> str:
     """Return the device's name."""
     # Whether the machine has it is for torch to say, which is not imported for a misspelt word.
     if not re.fullmatch(DEVICES, text):
-        raise ValueError(f"{text!r} is none of auto, cpu, cuda, cuda:N")
+        raise ValueError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
     return text
 
 

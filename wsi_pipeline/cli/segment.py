@@ -117,7 +117,7 @@ def read_memory(text: str) -> int:
     multiple=True,
     help="Its folder, name or URL; once for each.",
 )
-@options_of(PREDICT, device=(DEVICE, "auto, cpu, cuda or cuda:N."))
+@options_of(PREDICT, device=(DEVICE, "auto, cpu, cuda, cuda:N or mps."))
 @heading("Model", rare=True)
 @options_of(
     PREDICT,

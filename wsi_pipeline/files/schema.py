@@ -6,6 +6,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -156,3 +157,24 @@ def _expected(node: dict[str, Any]) -> str:
     if "anyOf" in node:
         return ", or ".join(_expected(n) for n in node["anyOf"] if n.get("type") != "null")
     return WORDS[node.get("type", "object")]
+
+
+def toml_of(table: Mapping[str, Any]) -> str:
+    """Return a table as TOML; those in it come last, under their names."""
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    head = {key: value for key, value in table.items() if key not in tables}
+    parts = [("", head), *((f"[{key}]\n", inner) for key, inner in tables.items())]
+    return "\n".join(
+        above + "".join(f"{key} = {as_toml(value)}\n" for key, value in part.items())
+        for above, part in parts
+    )
+
+
+def paragraph(text: str) -> str:
+    r"""Return a text of several lines, or a Markdown list, as one paragraph.
+
+    Example:
+        >>> paragraph("- Four patients.\n- No glass,\n  no fat.")
+        'Four patients. No glass, no fat.'
+    """
+    return " ".join(re.sub(r"^[-*] ", "", text, flags=re.MULTILINE).split())

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,8 @@ PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
 MAX_PIXELS = 2**22
 """Of a pass on a GPU: a block's, which keep it busy, so that the blocks in hand fill several."""
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""Where NVIDIA's driver tells what there is, whatever torch was built for."""
 DTYPES: Mapping[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -52,7 +55,9 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(DEVICES, name):
-        raise BundleError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise BundleError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if name == "mps":
+        return _apple_gpu()
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise BundleError(f"--device {name}: this machine shows no CUDA GPU; use --device cpu")
     device = torch.device(name)
@@ -61,6 +66,31 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: this machine shows {count} GPU{'s' * (count > 1)}, numbered from 0"
         )
     return device
+
+
+def _apple_gpu() -> torch.device:
+    if not torch.backends.mps.is_available():
+        raise BundleError("--device mps: this machine shows no GPU of Apple's; use --device cpu")
+    _warn("--device mps: nobody has tried this; hold a mask against that of --device cpu")
+    return torch.device("mps")
+
+
+def tell_choice() -> None:
+    """Log what "auto" takes and why, and which GPU of this machine it leaves alone."""
+    found = torch.cuda.is_available()
+    names = [torch.cuda.get_device_name(n) for n in range(count_gpus())] if found else []
+    logger.info("--device auto: %s", ", ".join(names) or "the CPU, as torch shows no CUDA GPU")
+    if torch.backends.mps.is_available():
+        _warn("a GPU of Apple's is there and not used: nobody has tried it; --device mps takes it")
+    # Who hides them all means it.
+    if found or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return
+    for file in sorted(NVIDIA.glob("*/information")):
+        model = re.search(r"Model:\s*(.+)", file.read_text("utf-8", "replace"))
+        _warn(
+            f"{model[1] if model else 'a GPU'} is there and not used: torch {torch.__version__} "
+            "does not show it; install torch for CUDA, or see whether it fits the driver"
+        )
 
 
 def count_gpus() -> int:
@@ -95,14 +125,17 @@ def choose_dtype(
         return best if allowed == _name(best) else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cpu" and not has_bf16:
-        _warn_of_slow_bf16()
+        _warn(
+            "bf16: this processor has no arithmetic for it and takes about ten times as long as "
+            "with fp32; --precision fp32 starts a run anew that was begun in bf16"
+        )
     if precision != "auto":
         return DTYPES[precision]
     if device.type == "cuda":
         with torch.cuda.device(device):
             is_native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if is_native else torch.float16
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if has_bf16 and device.type == "cpu" else torch.float32
 
 
 def number_format(predict: PredictOptions, bundle: Bundle) -> Precision:
@@ -120,11 +153,8 @@ def _name(dtype: torch.dtype) -> Precision:
 
 # once, not by every worker
 @cache
-def _warn_of_slow_bf16() -> None:
-    logger.warning(
-        "bf16: this processor has no arithmetic for it and takes about ten times as long as with "
-        "fp32; --precision fp32 starts a run anew that was begun in bf16"
-    )
+def _warn(sentence: str) -> None:
+    logger.warning("%s", sentence)
 
 
 class Predictor:
@@ -134,7 +164,7 @@ class Predictor:
         queue: of the patches of all who predict here.
 
     Args:
-        device: "auto", "cpu", "cuda" or "cuda:N".
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         batch_size: patches in one forward pass; None = chosen for the device.
         threads: of the CPU to keep busy; None = all.
         tta: how patches are shown, see `turns`, to take the mean; None = the bundle's.
@@ -188,7 +218,7 @@ class Predictor:
         self._shift = -mean / std
         self.queue = PatchQueue(
             self._run,
-            batch=built.batch_size or batch_size or (1 if on_cpu else self._fitting_batch()),
+            batch=built.batch_size or batch_size or self._fitting_batch(),
             passes=self._passes,
             too_large=(
                 f"{bundle.name} does not fit into the memory of {self.device} with {{}} patches at "
@@ -213,7 +243,8 @@ class Predictor:
         is_gpu = self.device.type == "cuda"
         number = "int8" if self._is_int8 else _name(self.dtype)
         unit = torch.backends.cpu.get_cpu_capability()
-        where = torch.cuda.get_device_name(self.device) if is_gpu else f"cpu ({unit})"
+        where = f"cpu ({unit})" if self.device.type == "cpu" else str(self.device)
+        where = torch.cuda.get_device_name(self.device) if is_gpu else where
         runtime = getattr(self._module, "runtime", f"torch {torch.__version__}")
         return f"{number} on {where}, {self.queue.batch} patches a pass, {runtime}"
 
@@ -228,7 +259,7 @@ class Predictor:
             # pinned for this one: the thread's own may be another
             with torch.cuda.device(self.device):
                 return region.pin_memory().to(self.device, non_blocking=True)
-        return region
+        return region.to(self.device)
 
     def predict(
         self,
@@ -366,6 +397,9 @@ class Predictor:
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""
+        if self.device.type != "cuda":
+            # Passes on CPUs go side by side; of others the memory is not known.
+            return 1 if self.device.type == "cpu" else PROBE
         spec = self.bundle.input
         patches = torch.zeros((PROBE, *spec.patch_size, spec.channels), dtype=torch.uint8)
         before = torch.cuda.memory_allocated(self.device)

@@ -16,7 +16,8 @@ from wsi_pipeline.files.models import CARD as CARD
 from wsi_pipeline.files.models import MODEL_TOML as MODEL_TOML
 
 WEIGHTS = "model.safetensors"
-PROGRAM, ONNX, ENCODER = "program.pt2", "model.onnx", "encoder.safetensors"
+PROGRAM, SCRIPT, ONNX = "program.pt2", "program.pt", "model.onnx"
+ENCODER = "encoder.safetensors"
 FEATURES, INT8 = "features.safetensors", "int8.safetensors"
 OLD_CARD = re.compile(r"README\.old(-\d+)?\.md")
 
@@ -71,6 +72,6 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{folder} is there already; name another folder, or add --overwrite")
     found = {name for name in found if not OLD_CARD.fullmatch(name)}
     # --overwrite is for bundles: a folder with anything else in it was not meant.
-    own = {MODEL_TOML, CARD, WEIGHTS, PROGRAM, ONNX, ENCODER, FEATURES, INT8}
+    own = {MODEL_TOML, CARD, WEIGHTS, PROGRAM, SCRIPT, ONNX, ENCODER, FEATURES, INT8}
     if others := sorted(found - own):
         raise BundleError(f"{folder} holds {others[0]}, which no bundle has; name another folder")

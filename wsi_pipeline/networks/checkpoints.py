@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
@@ -25,6 +27,7 @@ from wsi_pipeline.bundle import (
     load_bundle,
     parse_bundle,
 )
+from wsi_pipeline.colors import COLORS
 from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import NETWORKS, SegmentationNetwork, build, create
@@ -33,18 +36,14 @@ from wsi_pipeline.networks.bundle_writer import (
     ENCODER,
     MODEL_TOML,
     ONNX,
+    SCRIPT,
     WEIGHTS,
     written_folder,
 )
+from wsi_pipeline.networks.check import try_bundle
 from wsi_pipeline.networks.encoders import ResNet18, mobilenet_v2_features, present_names
 from wsi_pipeline.networks.onnx import told_by, whole_onnx
 from wsi_pipeline.networks.weights import kept_state, load_state, read_state
-
-COLORS = (
-    [230, 159, 0], [86, 180, 233], [0, 158, 115], [240, 228, 66], [0, 114, 178], [213, 94, 0],
-    [204, 121, 167],
-)  # fmt: skip
-"""Of classes whose colour nobody says; Okabe and Ito's, told apart by everyone."""
 
 
 class EncoderKind(NamedTuple):
@@ -146,6 +145,51 @@ def import_onnx(
                 reasons.append(BundleError(str(error).replace(str(partial / ONNX), str(file))))
         else:
             raise reasons[0]
+    return load_bundle(place)
+
+
+def import_wsinfer(source: Path, folder: Path, *, overwrite: bool = False) -> Bundle:
+    """Write a bundle with a patch classifier of WSInfer's zoo; return it as it reads back.
+
+    Args:
+        source: folder with `config.json` and `torchscript_model.pt`, which is a program, and run.
+
+    Raises:
+        BundleError: no such folder, one that says what is not known here, a program that answers
+            otherwise, or a folder that is taken.
+    """
+    place, what = folder.resolve(), f"{source}: no patch classifier of WSInfer"
+    try:
+        told = json.loads((source / "config.json").read_bytes())
+        steps = {step["name"]: step.get("arguments") or {} for step in told["transform"]}
+        names, side, mpp = (
+            told[key] for key in ("class_names", "patch_size_pixels", "spacing_um_px")
+        )
+        size = steps.get("Resize", {}).get("size", side)
+        normal = steps.get("Normalize", {"mean": [0.0] * 3, "std": [1.0] * 3})
+        means, program = (normal["mean"], normal["std"]), source / "torchscript_model.pt"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{what}: its config.json lacks or misuses {error}") from error
+    if odd := steps.keys() - {"Resize", "ToTensor", "Normalize"}:
+        raise BundleError(f"{what} as known here: its transform has {', '.join(sorted(odd))}")
+    sizes = [size, size] if isinstance(size, int) else size
+    table = {
+        "name": place.name,
+        "modality": "slide",
+        "network": "torchscript",
+        "network_options": {} if sizes == [side, side] else {"resize": sizes},
+        "input": {"mpp": mpp, "patch_size": [side, side], "overlap": [0, 0],
+                  "mean": means[0], "std": means[1]},
+        "output": {"activation": "sigmoid" if len(names) == 1 else "softmax", "labels": names},
+    }  # fmt: skip
+    bundle = parse_bundle(table, source / "config.json")
+    with written_folder(place, overwrite=overwrite) as partial:
+        if not program.is_file():
+            raise BundleError(f"{what}: it lacks {program.name}")
+        shutil.copyfile(program, partial / SCRIPT)
+        (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=SCRIPT), "utf-8")
+        (partial / CARD).write_text(_card(bundle, program), "utf-8")
+        try_bundle(load_bundle(partial))
     return load_bundle(place)
 
 

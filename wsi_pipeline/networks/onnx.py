@@ -58,7 +58,8 @@ class OnnxProgram(nn.Module):
         self._dtype = NUMBERS[inputs[0].type]
         self._is_last = _layout(shape, bundle) == "channels_last"
         self.batch_size = shape[0] if isinstance(shape[0], int) else None
-        self._names = ["mask", *["label"] * bool(bundle.labels)]
+        has_label = bool(bundle.labels) or bundle.is_patchwise
+        self._names = ["mask"] * (not bundle.is_patchwise) + ["label"] * has_label
         sides, channels = bundle.input.patch_size, len(bundle.classes)
         channels = 1 if bundle.activation == "sigmoid" else channels
         self._first, self._last = (channels, *sides), (*sides, channels)

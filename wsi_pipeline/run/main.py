@@ -17,7 +17,7 @@ from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.files.locks import GOES_ON, make_folder
 from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
 from wsi_pipeline.files.remote import choose_work
-from wsi_pipeline.inference.predictor import choose_device, count_gpus
+from wsi_pipeline.inference.predictor import choose_device, count_gpus, tell_choice
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -330,6 +330,9 @@ def run_batch(
             open_cluster(batch.schedule) as client,
             ExitStack() as closing,
         ):
+            is_elsewhere = batch.schedule.scheduler or batch.schedule.cluster
+            if batch.settings.predict.device == "auto" and not is_elsewhere:
+                tell_choice()
             # One for all models; behind a URL one for each.
             places = batch.folders if batch.target else {batch.output: None}
             overviews = {f: closing.enter_context(Overview(f, t)) for f, t in places.items()}

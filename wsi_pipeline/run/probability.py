@@ -46,8 +46,11 @@ UNITS = {"micrometer": 1.0, "millimeter": 1000.0}
 """µm of each unit of length."""
 
 
-def cell_of(grid_mpp: float, export: ExportOptions) -> int:
+def cell_of(grid_mpp: float, export: ExportOptions, *, usual: int = 1) -> int:
     """Return the side of a cell in grid pixels, 0 where probabilities are not wanted.
+
+    Args:
+        usual: what it is where nobody says.
 
     Example:
         >>> cell_of(0.5, ExportOptions(outputs=("probability",), probability_mpp=1.2))
@@ -55,7 +58,7 @@ def cell_of(grid_mpp: float, export: ExportOptions) -> int:
     """
     if "probability" not in export.outputs:
         return 0
-    return max(1, round((export.probability_mpp or grid_mpp) / grid_mpp))
+    return max(1, round((export.probability_mpp or usual * grid_mpp) / grid_mpp))
 
 
 def keep_planes(plan: Plan, block: Block, planes: Bytes) -> None:

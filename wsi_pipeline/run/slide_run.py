@@ -170,7 +170,12 @@ class SlideRun(SourceRun):
             roi_offset=frame_offset(slide.bounds, select.frame),
             threads=threads,
             outlines=bool(POLYGONS & set(settings.export.outputs)),
-            cell=cell_of(stored.info.grid_mpp, settings.export),
+            # Of a classifier one value is of a step, not of a pixel.
+            cell=cell_of(
+                stored.info.grid_mpp,
+                settings.export,
+                usual=math.gcd(*stored.grid.stride) if self.bundle.is_patchwise else 1,
+            ),
         )
 
     def make_mask(self) -> None:

@@ -372,12 +372,12 @@ def best_class(
     Args:
         with_probability: whether it is wanted; else it is empty.
     """
-    if probabilities.device.type != "cpu":
+    if probabilities.device.type == "cuda":
         # of a pixel no more than 3 bytes come down
         highest, position = probabilities.max(0)
         fixed = (highest * PROBABILITY_ONE).round().to(torch.uint16)
         return _fetch(fixed[: None if with_probability else 0]), _fetch(position.to(torch.uint8))
-    planes = probabilities.numpy()
+    planes = probabilities.cpu().numpy()
     best, chosen = planes[0].copy(), np.zeros(planes.shape[1:], np.uint8)
     # On a CPU this is many times faster than torch's max over the first axis.
     for index, plane in enumerate(planes[1:], start=1):
