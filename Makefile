@@ -8,7 +8,7 @@ WORK ?= bench
 # Processes that share the tests, a file each at a time.
 WORKERS ?= 2
 
-.PHONY: setup demo test test-all lint types imports house docs site wheel lowest notebooks workflows benchmark clean
+.PHONY: setup demo test test-all readers lint types imports house docs site wheel lowest notebooks workflows benchmark clean
 
 setup: .venv/.done
 
@@ -27,6 +27,17 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest -q
+
+# anndata and spatialdata ask for a pandas before 3, so they are by themselves.
+readers: .venv-readers/.done
+	.venv-readers/bin/python -m pytest -q tests/test_scverse.py
+
+.venv-readers/.done: pyproject.toml
+	$(PYTHON) -m venv .venv-readers
+	.venv-readers/bin/pip install --quiet $(TORCH)
+	.venv-readers/bin/pip install --quiet --editable ".[anndata,spatialdata]" \
+		"spatialdata>=0.7.3" geopandas hypothesis pytest pytest-timeout
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -65,4 +76,4 @@ benchmark: setup
 	$(BIN)/python benchmarks/run.py all report --work $(WORK) $(ARGS)
 
 clean:
-	rm -rf .venv build dist demo-output *.egg-info
+	rm -rf .venv .venv-readers build dist demo-output *.egg-info

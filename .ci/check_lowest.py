@@ -79,7 +79,10 @@ def main() -> None:
         # as constraints: the list names, too, what a torch for GPUs would bring
         run(
             *(python, "-m", "pip", "install", "-q", "-c", limits[0], "-c", limits[1]),
-            *("--editable", f"{ROOT}[cluster,geoparquet,hub,onnx,radiology,remote,train]"),
+            *(
+                "--editable",
+                f"{ROOT}[anndata,cluster,geoparquet,hub,onnx,radiology,remote,spatialdata,train]",
+            ),
         )
         installed = time.monotonic()
         (place / "work").mkdir()

@@ -34,19 +34,24 @@ def segment(slide, model, output, *more):
     return output / slide.stem
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Return a folder with a model, and a slide of an odd size with pixels that are no squares."""
-    found = tmp_path_factory.mktemp("geoparquet")
+def uneven_slide(path, um):
+    """Write a slide of an odd size with blocks of both classes, of these µm (x, y) per pixel."""
     rng = np.random.default_rng(0)
     pixels = np.full((1037, 1283, 3), (245, 243, 246), np.uint8)
     for value in ((190, 90, 150), (190, 190, 150)):
         for y, x in rng.integers(0, 1000, (25, 2)):
             pixels[y : y + 90, x : x + 130] = value
     tifffile.imwrite(
-        found / "s.tif", pixels, tile=(256, 256), photometric="rgb",
-        resolution=(1e4 / 0.25, 1e4 / 0.5), resolutionunit="CENTIMETER",
+        path, pixels, tile=(256, 256), photometric="rgb",
+        resolution=(1e4 / um[0], 1e4 / um[1]), resolutionunit="CENTIMETER",
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a model, and a slide of an odd size with pixels that are no squares."""
+    found = tmp_path_factory.mktemp("geoparquet")
+    uneven_slide(found / "s.tif", (0.25, 0.5))
     pointwise_bundle(found / "model", mpp=0.5)
     return found
 

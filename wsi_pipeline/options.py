@@ -16,8 +16,9 @@ T = TypeVar("T")
 Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Output = Literal[
-    "zarr", "tiff", "png", "nifti", "dicom", "geojson", "geoparquet", "overlay", "probability"
-]
+    "zarr", "tiff", "png", "nifti", "dicom", "geojson", "geoparquet", "anndata", "spatialdata",
+    "overlay", "probability",
+]  # fmt: skip
 Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
@@ -38,14 +39,18 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
 }
 """What is written where nothing is named, by a model's modality."""
 ON_REQUEST: Mapping[str, tuple[Output, ...]] = {
-    "slide": ("dicom", "geoparquet"),
-    "image": ("geoparquet",),
+    "slide": ("dicom", "geoparquet", "anndata", "spatialdata"),
+    "image": ("geoparquet", "anndata"),
     "volume": (),
 }
 """What can be written besides."""
-POLYGONS: frozenset[Output] = frozenset(["geojson", "geoparquet"])
+POLYGONS: frozenset[Output] = frozenset(["geojson", "geoparquet", "anndata", "spatialdata"])
 """What tells regions, each in its own way."""
-NEEDED: Mapping[Output, tuple[str, ...]] = {"geoparquet": ("pyarrow",)}
+NEEDED: Mapping[Output, tuple[str, ...]] = {
+    "geoparquet": ("pyarrow",),
+    "anndata": ("anndata",),
+    "spatialdata": ("anndata", "pyarrow"),
+}
 """Packages without which an output cannot be written; an extra of its name brings them."""
 SLIDES, PLANAR, VOLUMES = ("slide",), ("slide", "image"), ("volume",)
 LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {

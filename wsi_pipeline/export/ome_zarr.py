@@ -230,18 +230,10 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
     attributes = group.attrs.asdict()
     (multiscale,) = ome_of(attributes)["multiscales"]
     multiscale["datasets"] = datasets(first_scale(attributes), len(shapes))
-
-    def link_or_copy(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            # a file system without hard links, or with too many of one file
-            shutil.copyfile(source, target)
-
     label = group.create_group(LABELS)
     for i in range(len(shapes)):
         # an array's metadata and chunks say nothing of where they lie
-        shutil.copytree(path / str(i), path / LABELS / str(i), copy_function=link_or_copy)
+        shutil.copytree(path / str(i), path / LABELS / str(i), copy_function=_link_or_copy)
     _describe_label(label, multiscale, classes)
     # last, so that whoever finds all levels listed finds all there is
     _describe(group, multiscale, classes)
@@ -253,6 +245,38 @@ def build_pyramid(path: Path, classes: Sequence[ClassInfo]) -> None:
         if not other.is_dir() and part != "0" and (part != "labels" or other.stat().st_nlink == 1)
     )
     sync_all([*(other for other, _ in every if other.is_dir()), path])
+
+
+def link_levels(path: Path, target: Path) -> int:
+    """Give all levels of a finished mask a place in a zarr 3 as well; return how many there are."""
+    levels = open_levels(path)
+    for i, level in enumerate(levels):
+        old = level.metadata.zarr_format == 2
+        ignored = shutil.ignore_patterns(".z*") if old else None
+        place = target / str(i)
+        shutil.copytree(path / str(i), place, ignore=ignored, copy_function=_link_or_copy)
+        if old:
+            # The chunks of both formats are the same bytes, under names that zarr 3 knows too.
+            zarr.create_array(
+                place,
+                shape=level.shape,
+                chunks=level.chunks,
+                dtype="uint8",
+                fill_value=0,
+                compressors=BloscCodec(cname="zstd", clevel=1, shuffle="noshuffle", typesize=1),
+                chunk_key_encoding={"name": "v2", "separator": "/"},
+                dimension_names=AXES,
+                zarr_format=3,
+            )
+    return len(levels)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # a file system without hard links, or with too many of one file
+        shutil.copyfile(source, target)
 
 
 def create_level(group: zarr.Group, index: int, shape: Shape, *, effort: int = 1) -> MaskArray:

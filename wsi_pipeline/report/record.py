@@ -273,6 +273,8 @@ FILES: dict[Output, str] = {
     "overlay": "overlay.png",
     "geojson": "annotations.geojson",
     "geoparquet": "annotations.parquet",
+    "anndata": "regions.h5ad",
+    "spatialdata": "spatialdata.zarr",
     "tiff": "mask.ome.tif",
     "png": "mask.png",
     "nifti": "mask.nii.gz",

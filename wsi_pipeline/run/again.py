@@ -14,7 +14,15 @@ from wsi_pipeline.export.features import LEFT_OUT
 from wsi_pipeline.files.atomic import remove
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
-from wsi_pipeline.options import POLYGONS, ExportOptions, Output, Rule, Settings, as_plain
+from wsi_pipeline.options import (
+    ON_REQUEST,
+    POLYGONS,
+    ExportOptions,
+    Output,
+    Rule,
+    Settings,
+    as_plain,
+)
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
 from wsi_pipeline.run.facts import options_of
@@ -40,7 +48,7 @@ from wsi_pipeline.run.thresholds import BY_OTHERS, Found, areas_of, write_ruled_
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
-AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay", "dicom", "geoparquet")
+AGAIN: tuple[Output, ...] = ("tiff", "geojson", "overlay", *ON_REQUEST["slide"])
 """What of a slide can be written again."""
 DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "geojson": ("simplify_um", "min_area_um2", "frame"),
@@ -48,6 +56,8 @@ DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "overlay": (),
     "dicom": ("simplify_um", "min_area_um2"),
     "geoparquet": ("simplify_um", "min_area_um2", "frame"),
+    "anndata": ("simplify_um", "min_area_um2", "frame"),
+    "spatialdata": ("simplify_um", "min_area_um2"),
 }
 """The options that each output depends on."""
 NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])

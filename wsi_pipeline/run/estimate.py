@@ -139,7 +139,7 @@ def estimate(
     disk += tissue_px / PX_PER_VERTEX * DISK_VERTEX_BYTES * len(POLYGONS & set(export.outputs))
     # A patch grid with a thumbnail of 4,096 px, key and lock; and the ledger.
     store = 90 + blocks
-    zarrs = len({"zarr", "probability"} & set(export.outputs))
+    zarrs = len({"zarr", "probability", "spatialdata"} & set(export.outputs))
     single = sum(map(len, files_of(export).values())) - zarrs + 1
     if plan.cell:
         cells = tissue_px * math.prod(plan.ratio) / plan.cell ** len(plan.ratio)

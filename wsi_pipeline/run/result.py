@@ -25,6 +25,7 @@ from wsi_pipeline.export.lesions import Lesions, count_lesions
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
 from wsi_pipeline.export.polygons.trace import Outlines, find_outlines, trace_mask
+from wsi_pipeline.export.scverse import write_anndata, write_spatialdata
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import why_not_written
 from wsi_pipeline.geometry import Block, Region, Shape
@@ -108,6 +109,7 @@ class Result(ABC):
                 write_geojson(path, path.with_name(REGIONS_FILE), self._outlines, self.features)
             ),
             "geoparquet": lambda path: write_geoparquet(path, self._outlines, self.features),
+            "anndata": lambda path: write_anndata(path, self._outlines, self.features),
             **self._writers(),
         }
         if (put_together := self.write_probability) is not None:
@@ -218,6 +220,9 @@ class SlideResult(Result):
             "tiff": self._write_tiffs,
             "overlay": self._write_overlay,
             "dicom": self._write_dicom,
+            "spatialdata": lambda path: write_spatialdata(
+                path, self.mask_path, self._outlines, replace(self.features, crop=None)
+            ),
         }
 
     def _write_tiffs(self, path: Path) -> None:

@@ -217,8 +217,12 @@ class SlideRun(SourceRun):
         # One for each reduced level, and two of what is made of the mask.
         more = 1 + len(level_shapes(plan.mask_shape))
         more *= "dicom" in self.settings.export.outputs
-        # Those of probabilities have no labels, which are half of a mask's.
-        return ome_zarr.count_files(plan.mask_shape, ngff) + planes // 2 + more
+        # Those of probabilities and of SpatialData have no labels, which are half of a mask's; that
+        # has some for each column of its table besides.
+        pixels = ome_zarr.count_files(plan.mask_shape, ngff)
+        is_linked = "spatialdata" in self.settings.export.outputs
+        planes += is_linked * (pixels + 200)
+        return pixels + planes // 2 + more
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
         """Add the pyramid, and put the mask where users look if they want it; see `SourceRun`."""

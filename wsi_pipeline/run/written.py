@@ -128,6 +128,11 @@ class WrittenFiles:
 
     def _place(self, path: Path) -> None:
         """Give a file the name that is free; what is ours under a later one goes."""
+        if path.is_dir():
+            # A zarr, which nobody corrects.
+            with written_beside(self._folder / path.name) as partial:
+                os.rename(path, partial)
+            return
         # known before it is there, so that no kill leaves a file of ours that looks like another's
         self._known.add(digest := sha256_of(path))
         self._keep()
