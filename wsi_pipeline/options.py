@@ -17,8 +17,9 @@ Blend = Literal["gaussian", "constant", "crop"]
 Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 Output = Literal[
     "zarr", "tiff", "png", "nifti", "dicom", "geojson", "geoparquet", "anndata", "spatialdata",
-    "overlay", "probability",
+    "overlay", "probability", "quality",
 ]  # fmt: skip
+Flaw = Literal["out-of-focus", "pen", "fold", "bubble", "blood"]
 Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
@@ -39,7 +40,7 @@ OUTPUTS: Mapping[str, tuple[Output, ...]] = {
 }
 """What is written where nothing is named, by a model's modality."""
 ON_REQUEST: Mapping[str, tuple[Output, ...]] = {
-    "slide": ("dicom", "geoparquet", "anndata", "spatialdata"),
+    "slide": ("dicom", "geoparquet", "anndata", "spatialdata", "quality"),
     "image": ("geoparquet", "anndata"),
     "volume": (),
 }
@@ -62,6 +63,7 @@ LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("select", "frame"): ("--for", SLIDES),
     ("select", "any_resolution"): ("--any-resolution", SLIDES),
     ("predict", "mask_mpp"): ("--mask-mpp", SLIDES),
+    ("predict", "skip"): ("--skip", SLIDES),
     ("export", "ngff"): ("--ngff", SLIDES),
     ("export", "tiff"): ("--tiff", SLIDES),
     ("export", "probability_mpp"): ("--probability-mpp", SLIDES),
@@ -188,6 +190,7 @@ class PredictOptions:
             be the likeliest of all, the background among them.
         min_margin: by how much the likeliest must lead; pixels below are background.
         tta: how patches are shown, see `turns`; None = the bundle's. The mean counts.
+        skip: what tissue is not to be; where it is, the mask is background.
     """
 
     overlap: int | None = None
@@ -200,6 +203,7 @@ class PredictOptions:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     min_margin: float = 0.0
     tta: Tta | None = None
+    skip: tuple[Flaw, ...] = ()
 
     @property
     def rule(self) -> Rule:

@@ -32,8 +32,10 @@ from wsi_pipeline.cli.options import (
 from wsi_pipeline.cli.stop import end, stopping
 from wsi_pipeline.errors import UsageError
 from wsi_pipeline.options import (
+    OUTPUTS,
     Blend,
     ExportOptions,
+    Flaw,
     Ngff,
     Output,
     Precision,
@@ -131,6 +133,13 @@ def read_memory(text: str) -> int:
 )
 @heading("What to segment")
 @rule_options
+@options_of(
+    PREDICT,
+    skip=(
+        some_of(get_args(Flaw)),
+        f"Leave out of the mask what is {', '.join(get_args(Flaw))}  [default: nothing]",
+    ),
+)
 @heading("Output")
 @click.option(
     "--output",
@@ -149,6 +158,7 @@ def read_memory(text: str) -> int:
 @click.option("--dry-run", is_flag=True, help="Say what it would take; do nothing.")
 @heading("Output", rare=True)
 @work_option
+@click.option("--quality", is_flag=True, help="Write quality.ome.zarr and its areas besides, too.")
 @options_of(
     EXPORT,
     ngff=(Ngff, "OME-Zarr version."),
@@ -214,6 +224,7 @@ def command(
     mpp_table: Path | None,
     shard: tuple[int, int] | None,
     overwrite: bool,
+    quality: bool,
     preview: bool,
     dry_run: bool,
     **options: object,
@@ -231,10 +242,17 @@ def command(
     gc.enable()
     if preview and dry_run:
         raise click.UsageError("--preview and --dry-run exclude each other")
-    options |= {"outputs": options["outputs"] or (), "gpus": options["gpus"] or ()}
+    options |= {
+        "skip": options["skip"] or (),
+        "outputs": options["outputs"] or (),
+        "gpus": options["gpus"] or (),
+    }
     # What was not asked for by name stays, in a finished run, as `export` has left it.
     given = {f.name for f in fields(ExportOptions) if ctx.get_parameter_source(f.name) in LINE}
     export = chosen(ExportOptions, options)
+    if quality:
+        export = replace(export, outputs=(*(export.outputs or OUTPUTS["slide"]), "quality"))
+        given.add("outputs")
     with wrong_usage(UsageError):
         batch = plan_batch(
             inputs,

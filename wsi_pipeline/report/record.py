@@ -24,7 +24,10 @@ from wsi_pipeline.options import ExportOptions, Output
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
-NOT_OF_ALL = ("rule", "area_px", "volume_ml", "lesions", "labels", "unlike_percent", "certificate")
+NOT_OF_ALL = (
+    "rule", "area_px", "volume_ml", "lesions", "labels", "quality_mm2", "unlike_percent",
+    "certificate",
+)  # fmt: skip
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
 """Of a class whose colour a run does not say."""
@@ -135,6 +138,7 @@ class Run:
         volume_ml: per class, of a volume, likewise.
         lesions: of images and volumes, per class: how many, and the size of each.
         labels: probability of each, where the network classifies.
+        quality_mm2: of each class, what of it is out of focus, under a pen and so on.
         unlike_percent: of the patches, those unlike the tissue that the model was trained for; None
             where the model says nothing of it.
         certificate: of the mask; older versions gave none.
@@ -165,6 +169,7 @@ class Run:
     volume_ml: dict[str, Finite] = field(default_factory=dict)
     lesions: dict[str, LesionFacts] = field(default_factory=dict)
     labels: dict[str, Finite] = field(default_factory=dict)
+    quality_mm2: dict[str, dict[str, Finite]] = field(default_factory=dict)
     unlike_percent: Finite | None = None
     certificate: Certificate | None = None
 
@@ -280,6 +285,7 @@ FILES: dict[Output, str] = {
     "nifti": "mask.nii.gz",
     "dicom": "mask.dcm",
     "probability": "probability.ome.zarr",
+    "quality": "quality.ome.zarr",
 }
 """The file of each output, in the order in which people want to see them."""
 MASKS: tuple[Output, ...] = ("zarr", "png", "nifti")

@@ -57,6 +57,8 @@ def more_columns(run: Run) -> dict[str, str | float]:
             for name, area in run.area_mm2.items()
         }
     found |= {f"regions_{name}": count for name, count in run.regions.items()}
+    for name, areas in run.quality_mm2.items():
+        found |= {f"{name}_{quality}_mm2": round(n, 6) for quality, n in areas.items()}
     if run.unlike_percent is not None:
         found["unlike_percent"] = round(run.unlike_percent, 2)
     if run.unit == "mm²":

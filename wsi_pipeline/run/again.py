@@ -58,6 +58,7 @@ DEPENDS: Mapping[Output, tuple[str, ...]] = {
     "geoparquet": ("simplify_um", "min_area_um2", "frame"),
     "anndata": ("simplify_um", "min_area_um2", "frame"),
     "spatialdata": ("simplify_um", "min_area_um2"),
+    "quality": (),
 }
 """The options that each output depends on."""
 NEED_SOURCE: frozenset[Output] = frozenset(["overlay", "dicom", "nifti"])
@@ -174,9 +175,11 @@ def _slide(
     every, names = list(iter_blocks(mask.shape, (side, side))), files_of(options, run.files)
 
     def is_due(output: Output) -> bool:
-        if run.status != "done" or not all((store.folder / n).exists() for n in names[output]):
+        is_lost = not all((store.folder / n).exists() for n in names[output])
+        # It appears when it is whole, and depends on nothing but the slide.
+        if is_lost or (run.status != "done" and output != "quality"):
             return True
-        if ruled != run.rule and output != "tiff":
+        if ruled != run.rule and output not in ("tiff", "quality"):
             return True
         return any(getattr(before, n) != getattr(options, n) for n in DEPENDS[output])
 
@@ -197,7 +200,9 @@ def _slide(
             write_run_json(store.folder / RUN_FILE, replace(run, status="failed", reason=reason))
             raise StoreError(f"{store.folder}: {reason}")
         # The ledger tells probabilities, if it is kept.
-        ledger = {block.index: store.load_block(block) for block in held}
+        judged = ledger = {block.index: store.load_block(block) for block in held}
+        if "quality" in due and not held and run.patches.get("kept"):
+            raise StoreError(f"{store.folder}: what blocks were like is lost; segment again")
         shown: MaskLike = mask
         ruled_path = None
         if ruled:
@@ -210,6 +215,7 @@ def _slide(
             **_common(store.folder, run, ledger),
             mask=shown,
             blocks=blocks,
+            judged=judged,
             ruled_path=ruled_path,
             side=side,
             mask_path=mask_path,
@@ -225,7 +231,7 @@ def _slide(
         if ruled == run.rule:
             return changed
         mm2 = result.features.pixel_mm2
-        return {**changed, "area_mm2": areas_of(run, result.mask, result.blocks, mm2)}
+        return {**changed, **areas_of(store.folder, run, result.mask, result.blocks, mm2)}
 
     due = [output for output in AGAIN if output in options.outputs and is_due(output)]
     return _Again(due=due, open=open_result, changes=changes_of)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,10 @@ from wsi_pipeline.geometry import Block, PatchGrid, Shape, iter_blocks, sample_p
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources.pixels import PixelSource
+
+if TYPE_CHECKING:
+    # With scikit-image, which is not needed to read a plan.
+    from wsi_pipeline.tissue.quality import Look
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class Plan:
         threads: of the CPU for one worker's forward passes.
         outlines: whether to trace regions for polygons.
         cell: side, in grid pixels, of what probabilities are kept of; 0 = they are not kept.
+        look: what cells are held against to judge their quality; None = they are not judged.
         unpadded: grid pixels along each axis that lie on the source; none = all.
     """
 
@@ -60,6 +66,7 @@ class Plan:
     threads: int
     outlines: bool
     cell: int = 0
+    look: Look | None = None
     unpadded: Shape = ()
 
     @property

@@ -34,6 +34,7 @@ from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import lesion_facts, made_by, stamp_of
 from wsi_pipeline.run.probability import Probability, open_probability
+from wsi_pipeline.run.quality import write_quality
 from wsi_pipeline.run.written import WrittenFiles
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ class SlideResult(Result):
         headers: what the level-0 files of a DICOM slide say; none = another slide.
         options: how to write.
         stored: the patch grid, with tissue and thumbnail; None = it is not kept any more.
+        judged: ledger of the mask itself, with the quality of its cells.
         ruled_path: OME-Zarr by other thresholds, of which polygons and overlay are made; None =
             they are made of the mask.
     """
@@ -186,6 +188,7 @@ class SlideResult(Result):
     headers: list[Dataset]
     options: ExportOptions
     stored: StoredGrid | None
+    judged: Ledger
     ruled_path: Path | None = None
 
     @property
@@ -223,6 +226,8 @@ class SlideResult(Result):
             "spatialdata": lambda path: write_spatialdata(
                 path, self.mask_path, self._outlines, replace(self.features, crop=None)
             ),
+            # A folder, which takes its place by itself.
+            "quality": lambda _: write_quality(self),
         }
 
     def _write_tiffs(self, path: Path) -> None:

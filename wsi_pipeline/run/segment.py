@@ -92,6 +92,9 @@ def fitting(settings: Settings, bundle: Bundle) -> Settings:
     if "dicom" in set(outputs) & set(ON_REQUEST[bundle.modality]):
         # DICOM of a slide tells its probabilities, too.
         outputs = tuple(dict.fromkeys((*outputs, "probability")))
+    if settings.predict.skip:
+        # Masks by other thresholds leave out the same.
+        outputs = tuple(dict.fromkeys((*outputs, "quality")))
     export = replace(settings.export, outputs=outputs)
     predict, named = replace(settings.predict, tta=tta), settings.as_plain()["named"]
     return replace(settings, predict=predict, export=export, named=named)

@@ -28,6 +28,7 @@ from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
+from wsi_pipeline.run.quality import cell_side, quality_areas
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.written import WrittenFiles
@@ -35,6 +36,7 @@ from wsi_pipeline.sources import Slide, open_source, why_not_brightfield
 from wsi_pipeline.sources.pixels import SlidePixels
 from wsi_pipeline.sources.slide import frame_offset
 from wsi_pipeline.tissue.detect import select_patches
+from wsi_pipeline.tissue.quality import QUALITIES, look_of
 from wsi_pipeline.tissue.select import check_files, plan_grid, why_too_coarse
 
 if TYPE_CHECKING:
@@ -176,6 +178,9 @@ class SlideRun(SourceRun):
                 settings.export,
                 usual=math.gcd(*stored.grid.stride) if self.bundle.is_patchwise else 1,
             ),
+            look=look_of(stored.thumbnail, stored.tissue, cell_side(downsample[0] * slide.mpp[1]))
+            if settings.predict.skip or "quality" in settings.export.outputs
+            else None,
         )
 
     def make_mask(self) -> None:
@@ -190,6 +195,8 @@ class SlideRun(SourceRun):
         if mask is not None:
             damaged = store.damaged(self.blocks, mask)
             damaged += [b for b in without_planes(plan, self.blocks) if b not in damaged]
+            held = [b for b in self.blocks if b not in {*damaged, *store.pending(self.blocks)}]
+            damaged += [b for b in held if plan.look and "quality" not in store.load_block(b)]
             if damaged and is_moved:
                 with writing(path):
                     os.rename(store.finished_mask_path, path)
@@ -269,6 +276,7 @@ class SlideRun(SourceRun):
             blocks=self.blocks,
             side=self.plan.block_shape[0],
             ledger=ledger,
+            judged=ledger,
             mask_path=mask_path,
             downsample=(y, x),
             folder=store.folder,
@@ -319,8 +327,10 @@ class SlideRun(SourceRun):
         (fy, fx), pixel_mm2 = stored.tissue_downsample, self.result.features.pixel_mm2
         # The unreadable ones are counted last.
         pixels = np.zeros(len(self.bundle.classes) + 1, np.int64)
+        crossings = np.zeros((len(pixels), len(QUALITIES)), np.int64)
         for arrays in ledger.values():
             pixels += arrays["counts"]
+            crossings += arrays.get("crossed", 0)
         overlap = tuple(p - s for p, s in zip(grid.patch_size, grid.stride, strict=True))
         return {
             "settings": {"grid": as_plain(replace(stored.info, bounds=None))},
@@ -329,6 +339,7 @@ class SlideRun(SourceRun):
                 c.name: float(n * pixel_mm2)
                 for c, n in zip(self.result.classes[1:], pixels[1:], strict=False)
             },
+            "quality_mm2": quality_areas(crossings, self.result.classes, pixel_mm2),
             "tissue_mm2": float(stored.tissue.sum() * fy * slide.mpp[1] * fx * slide.mpp[0] * 1e-6),
             "frame": self.result.frame,
             "bad_regions": [asdict(region) for region in self.bad],

@@ -123,6 +123,8 @@ class SourceRun(ABC):
         # Older runs, which have none in their key, go on.
         if predict["tta"] in (None, "none"):
             del predict["tta"]
+        if not predict["skip"]:
+            del predict["skip"]
         whole = {"model": self.bundle.digest, "predict": predict, "version": release}
         return run_key(self._identity() | whole)
 

@@ -22,8 +22,9 @@ from wsi_pipeline.files.locks import make_folder, writing
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Region, iter_blocks
 from wsi_pipeline.options import Rule, as_plain
-from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
+from wsi_pipeline.report.record import FILES, OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.probability import NAME, choose, open_probability, with_background
+from wsi_pipeline.run.quality import Judged, crossed, leave_out, quality_areas
 from wsi_pipeline.run.result import BLOCK_SIDE
 from wsi_pipeline.run.store import (
     RunStore,
@@ -35,6 +36,7 @@ from wsi_pipeline.run.store import (
 )
 from wsi_pipeline.run.written import STAYS, WrittenFiles
 from wsi_pipeline.sources.slide import frame_offset
+from wsi_pipeline.tissue.quality import QUALITIES
 
 Found = dict[Block, dict[str, npt.NDArray[Any]]]
 BY_OTHERS = "polygons, areas and overview are by other thresholds than the mask: "
@@ -64,10 +66,13 @@ class RuledMask:
         self.unreadable = len(self._found.classes) + 1
         self._thresholds, store = rule.of(self._found.classes), RunStore(folder=folder)
         self.side, self._roi = run.settings["predict"]["block_size"], None
+        self._judged: Judged | None = None
         if run.kind != "slide":
             self.shape = tuple(reversed(run.slide["size"]))
             self.side = self.side or BLOCK_SIDE[len(self.shape)]
             return
+        self._skip = run.settings["predict"].get("skip") or ()
+        self._judged = Judged(folder) if self._skip else None
         (self._mask, *_), self.mpp = ome_zarr.open_finished(store.finished_mask_path)
         self.shape, select, bounds = self._mask.shape, run.settings["select"], run.slide["bounds"]
         self.side = ome_zarr.block_side(self.side, run.settings["export"]["ngff"])
@@ -97,6 +102,8 @@ class RuledMask:
             fine = (mpp_y / self._run.slide["mpp"][1], mpp_x / self._run.slide["mpp"][0])
             origin = (y * fine[0], x * fine[1])
             pixels *= rasterise(self._roi, (height, width), origin=origin, downsample=fine)
+        if self._judged:
+            leave_out(pixels, self._judged.of(block), self._judged.side, self._skip)
         if self._run.bad_regions:
             bad = np.asarray(self._mask[block.slices]) == self.unreadable
             pixels[bad], probability[bad] = self.unreadable, 0
@@ -147,18 +154,32 @@ def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
     return ledger
 
 
-def areas_of(run: Run, mask: MaskLike, blocks: Iterable[Block], mm2: float) -> dict[str, float]:
-    """Return mm² of each class that a run tells of, counted in the blocks of a mask.
+def areas_of(
+    folder: Path, run: Run, mask: MaskLike, blocks: Iterable[Block], mm2: float
+) -> dict[str, Any]:
+    """Return `area_mm2` and `quality_mm2` of a run, counted in the blocks of a mask.
 
     Args:
+        folder: of the run, which holds the quality of its cells if it tells of that.
         mm2: of a mask pixel.
     """
+    judged = Judged(folder) if run.quality_mm2 else None
 
     def count(block: Block) -> npt.NDArray[np.int64]:
-        return np.bincount(np.asarray(mask[block.slices]).ravel(), minlength=256)
+        pixels = np.asarray(mask[block.slices])
+        found = np.zeros((256, 1 + len(QUALITIES)), np.int64)
+        found[:, 0] = np.bincount(pixels.ravel(), minlength=256)
+        if judged:
+            found[:, 1:] = crossed(pixels, judged.of(block), judged.side, 256)
+        return found
 
-    counts = sum(map_in_threads(count, blocks), np.zeros(256, np.int64))
-    return {c.name: float(counts[i] * mm2) for i, c in enumerate(run.classes[1:], start=1)}
+    counts = sum(map_in_threads(count, blocks), np.zeros((256, 1 + len(QUALITIES)), np.int64))
+    for column, quality in enumerate(QUALITIES, start=1):
+        # Of each quality there is as much as before; blocks without any class are not looked at.
+        whole = math.fsum(told.get(quality.name, 0) for told in run.quality_mm2.values())
+        counts[0, column] = round(whole / mm2) - counts[1:, column].sum()
+    areas = {c.name: float(counts[i, 0] * mm2) for i, c in enumerate(run.classes[1:], start=1)}
+    return {"area_mm2": areas, "quality_mm2": quality_areas(counts[:, 1:], run.classes, mm2)}
 
 
 def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
@@ -203,11 +224,12 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
                 os.rename(store.mask_path, store.finished_mask_path)
                 levels, mpp = ome_zarr.open_finished(store.finished_mask_path)
                 mm2 = math.prod(mpp) * 1e-6
-                run = replace(run, area_mm2=areas_of(run, levels[0], ledger, mm2))
+                run = replace(run, **areas_of(folder, run, levels[0], ledger, mm2))
             for block, arrays in ledger.items():
                 store.finish_block(block, arrays)
             for kept, copy in (
                 (folder / NAME, target / NAME),
+                (folder / FILES["quality"], target / FILES["quality"]),
                 (source.grid_path, store.grid_path),
                 (source.roi_path, store.roi_path),
             ):

@@ -39,6 +39,7 @@ from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import choose, keep_planes
+from wsi_pipeline.run.quality import crossed, judge, judged_box, leave_out
 from wsi_pipeline.run.store import hash_block, settle
 from wsi_pipeline.schedule.memory import free_memory, map_large_arrays
 from wsi_pipeline.schedule.worker_state import WorkerCache
@@ -138,12 +139,14 @@ class BlockWorker:
             means = Means(
                 *plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=self._classes - 1
             )
-        mask, probability, patches = self._predict(block, clock, labels, features, means)
+        mask, probability, patches, cells = self._predict(block, clock, labels, features, means)
         if plan.is_mirrored:
             # Predicted as the model wants to see it, written as the image lies.
             mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
                 probability = np.ascontiguousarray(probability[..., ::-1])
+        if plan.look:
+            leave_out(mask, cells, plan.look.cell, plan.predict.skip)
         bad = self._mark_unreadable(mask, probability, block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, plan.mask_downsample
@@ -167,6 +170,9 @@ class BlockWorker:
             "sha256": np.array(hash_block(mask)),
             "computed": np.array(self._predictor.how),
         }
+        if plan.look:
+            found = crossed(mask, cells, plan.look.cell, self._classes + 1)
+            arrays |= {"quality": cells, "crossed": found}
         if labels:
             arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
         if self._familiar and features:
@@ -202,11 +208,17 @@ class BlockWorker:
         labels: list[torch.Tensor],
         features: list[torch.Tensor],
         means: Means | None,
-    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None, npt.NDArray[np.int64]]:
-        """Return class and probability of a block's mask pixels, and the patches it took."""
+    ) -> tuple[
+        npt.NDArray[np.uint8],
+        npt.NDArray[np.uint16] | None,
+        npt.NDArray[np.int64],
+        npt.NDArray[np.uint8],
+    ]:
+        """Return class and probability of a block's mask pixels, its patches and cells."""
         wanted = self._plan.patches(block)
         with self._cache.claim(block, wanted) as claim:
-            pixels, corner = self._read(claim.mine)
+            pixels, corner = self._read(claim.mine, block)
+            cells = judge(self._plan, block, pixels, corner)
             clock.lap("read")
             predictor = self._predictor
             clock.skip()
@@ -219,7 +231,7 @@ class BlockWorker:
                 mask, probability = self._classify(self._pieces(placed, block, means), block)
                 clock.lap("predict")
                 clock.seconds["predict"] += queue.seconds
-        return mask, probability, claim.mine
+        return mask, probability, claim.mine, cells
 
     def _placed(
         self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]
@@ -231,14 +243,18 @@ class BlockWorker:
                 claim.result(patch, fresh, self._predictor.queue.wait),
             )
 
-    def _read(self, patches: npt.NDArray[np.int64]) -> tuple[Pixels, npt.NDArray[np.int64]]:
-        """Read the pixels of patches at one go; return them and their first grid pixel."""
+    def _read(
+        self, patches: npt.NDArray[np.int64], block: Block
+    ) -> tuple[Pixels, npt.NDArray[np.int64]]:
+        """Read the pixels of patches, and what is judged, at one go; return them and the first."""
         grid = self._plan.grid
         axes = len(grid.shape)
-        if len(patches) == 0:
-            return np.zeros((0,) * axes + (1,), np.uint8), np.zeros(axes, np.int64)
         origins = grid.origins[patches]
-        low, high = origins.min(axis=0), origins.max(axis=0) + np.array(grid.patch_size)
+        corners = [origins, origins + np.array(grid.patch_size), judged_box(self._plan, block)]
+        every = np.concatenate(corners)
+        if len(every) == 0:
+            return np.zeros((0,) * axes + (1,), np.uint8), np.zeros(axes, np.int64)
+        low, high = every.min(axis=0), every.max(axis=0)
         return self._pixels.read(tuple(low.tolist()), tuple((high - low).tolist())), low
 
     def _pieces(
