@@ -97,7 +97,7 @@ def test_names_are_text_wherever_they_stand(tmp_path: Path) -> None:
     write_report(tmp_path, {folder: run, tmp_path / "bad": failed(HOSTILE, HOSTILE)})
     page = Page(tmp_path / "report.html")
     assert {tag for tag, _ in page.tags} <= {
-        *("html", "head", "meta", "title", "style", "body", "header", "footer", "section"),
+        *("html", "head", "meta", "title", "style", "body", "header", "main", "footer", "section"),
         *("div", "article", "details", "summary", "h1", "h2", "h3", "p", "a", "img", "b", "i"),
         *("em", "small", "span", "script", "ul", "li", "table", "tr", "th", "td", "dl", "dt", "dd"),
     }
