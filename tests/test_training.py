@@ -258,11 +258,6 @@ def test_a_recipe_holds_what_its_file_says(recipe: Recipe) -> None:
         ("[1, 7]", "[1, 1]", "the same twice"),
         ("background = [2]", "background = [7]", "the same twice"),
         ("background = [2]", 'background = "other"', r'data\[0\]\.background is "other"; expected'),
-        (
-            'masks = "A/masks"\nmpp = 0.25\nclasses = { Tumor = [1, 7] }\nbackground = [2]',
-            'annotations = "A"\nclasses = { Tumor = ["T"] }\nbackground = "others"',
-            'background = "others" is for masks',
-        ),
         ("background = [2]", 'background = ["Glass"]', r"has \['Glass'\]; expected mask values"),
         (
             "[1, 7]",

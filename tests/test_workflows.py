@@ -18,7 +18,7 @@ import pytest
 import shapely
 from bundles import pointwise_bundle
 
-from wsi_pipeline import load_run, plan_jobs, segment
+from wsi_pipeline import evaluate, load_run, plan_jobs, segment
 from wsi_pipeline.report.record import write_run_json
 
 WORKFLOWS = Path(__file__).parents[1] / "workflows"
@@ -47,7 +47,7 @@ class QP {
         def ROI
     }
     static class Area {
-        List coordinates
+        List rings
         boolean isArea() { true }
     }
     static class Hierarchy {
@@ -70,6 +70,9 @@ class QP {
     static Server getCurrentServer() { server }
     static Hierarchy getCurrentHierarchy() { hierarchy }
     static String getCurrentImageName() { 'unused' }
+    static Collection<PathObject> getAllObjects(boolean includeRoot) {
+        hierarchy.getAllObjects(includeRoot)
+    }
     static Collection<PathObject> getSelectedObjects() { selected as LinkedHashSet }
     static Collection<PathObject> getAnnotationObjects() {
         hierarchy.objects.findAll { it.annotation }
@@ -80,7 +83,7 @@ class QP {
         def features = objects.collect {
             [type: 'Feature',
              properties: it.pathClass ? [classification: [name: it.pathClass]] : [:],
-             geometry: [type: 'Polygon', coordinates: [it.ROI.coordinates]]]
+             geometry: [type: 'Polygon', coordinates: it.ROI.rings]]
         }
         def whole = groovy.json.JsonOutput.toJson([type: option, features: features])
         new File(path).setText(whole.replace('FEATURE_COLLECTION', 'FeatureCollection'), 'UTF-8')
@@ -89,7 +92,8 @@ class QP {
         def read = new groovy.json.JsonSlurper().parseText(new File(path).getText('UTF-8'))
         hierarchy.objects += read.features.collect {
             new PathObject(name: it.properties.name, locked: it.properties.isLocked,
-                metadata: it.properties.metadata)
+                metadata: it.properties.metadata, pathClass: it.properties.classification.name,
+                ROI: new Area(rings: it.geometry.coordinates))
         }
         true
     }
@@ -102,11 +106,11 @@ class Stage {
         QP.server = new QP.Server(uri: uri, width: size[0], height: size[1])
     }
     static void startWith(String name) {
-        QP.hierarchy.objects = [new QP.PathObject(name: name, locked: true)]
+        QP.hierarchy.objects = [new QP.PathObject(name: name, locked: true, pathClass: 'Ignore*')]
         QP.selected = []
     }
     static void draw(List ring, String className, boolean select) {
-        def drawn = new QP.PathObject(ROI: new QP.Area(coordinates: ring), pathClass: className)
+        def drawn = new QP.PathObject(ROI: new QP.Area(rings: [ring]), pathClass: className)
         QP.hierarchy.objects << drawn
         QP.selected = select ? [drawn] : []
     }
@@ -148,7 +152,8 @@ class Stage {
     static void startWith(String name) {
         hierarchy = new qupath.lib.objects.hierarchy.PathObjectHierarchy()
         def roi = ROIs.createRectangleROI(0, 0, 9, 9, ImagePlane.getDefaultPlane())
-        hierarchy.addObject(PathObjects.createAnnotationObject(roi))
+        def kind = PathClass.fromString('Ignore*')
+        hierarchy.addObject(PathObjects.createAnnotationObject(roi, kind))
         hierarchy.getAllObjects(false)[0].with { it.name = name; it.locked = true }
     }
     static void draw(List ring, String className, boolean select) {
@@ -402,6 +407,33 @@ def test_a_run_that_fails_leaves_the_image_as_it_was(in_groovy, on_image, slide_
         assert "objects imported" not in answer["said"]
         # what an earlier run brought stays as well
         assert answer["names"] == ran["names"]
+
+
+@pytest.mark.slow
+def test_corrections_are_sent_where_evaluate_takes_them(in_groovy, output, slide_path):
+    step = {"script": str(WORKFLOWS / "qupath" / "send_corrections.groovy"), "args": [str(output)]}
+    step |= {"uri": slide_path.as_uri(), "size": [1931, 1487]}
+    square = [[100, 100], [900, 100], [900, 800], [100, 800], [100, 100]]
+    imported = {**step, "script": str(SCRIPT)}
+    _, undrawn, resized, sent, nameless = in_groovy(
+        [
+            {**imported, "fresh": True},
+            step,
+            {**step, "size": [1487, 1931]},
+            {**step, "draw": square, "drawn_as": "Region*"},
+            {**step, "draw": square},
+        ]
+    )
+    assert "draw an annotation of the class Region*" in undrawn["said"]
+    assert "1 areas have no class" in nameless["said"]
+    assert "another size" in resized["said"]
+    file = output / "corrections" / "synthetic slide.geojson"
+    assert f"areas sent to {file}" in sent["said"]
+    figures = evaluate(output / "synthetic slide", file)
+    # the run's own polygons, which nobody has changed, within the region
+    (slide,) = figures["slides"]
+    assert slide["accuracy"] > 0.99
+    assert sum(map(sum, slide["confusion"])) == pytest.approx(800 * 700, rel=0.01)
 
 
 OPENED = """

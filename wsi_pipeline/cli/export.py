@@ -46,6 +46,11 @@ from wsi_pipeline.options import Output, Rule
     help="Folder for whole new runs, with masks by these thresholds.",
 )
 @click.option(
+    "--corrections",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="GeoJSON of what was corrected in areas of Region*, for a new run with --output.",
+)
+@click.option(
     "--qupath-project",
     type=click.Path(path_type=Path),
     help="New folder for a QuPath project of the slides, with their polygons.",
@@ -60,6 +65,7 @@ def command(
     min_margin: float,
     as_mask: bool,
     output: Path | None,
+    corrections: Path | None,
     qupath_project: Path | None,
     **options: object,
 ) -> None:
@@ -79,6 +85,8 @@ def command(
     rule = Rule(thresholds=thresholds, min_margin=min_margin)
     if as_mask and (rule or output):
         raise click.UsageError("--as-mask excludes --threshold, --min-margin and --output")
+    if corrections and (output is None or len(folders) > 1):
+        raise click.UsageError("--corrections is of one run, and needs --output for the new one")
     changes = {name: value for name, value in options.items() if value is not None}
     runs: list[Path] = []
     for folder in folders:
@@ -97,7 +105,7 @@ def command(
     for folder in runs:
         try:
             if output:
-                folder = copy_ruled(folder, output, rule)
+                folder = copy_ruled(folder, output, rule, corrections)
             run = export_again(folder, changes, rule if as_mask or (rule and not output) else None)
         except WsiPipelineError as error:
             click.echo(f"failed: {folder}: {error}", err=True)

@@ -12,7 +12,17 @@ from wsi_pipeline.cli.progress import Bars
 
 @click.command(cls=Command, epilog="wsi-pipeline train recipe.toml --data data/ --output my-model/")
 @click.argument(
-    "recipe_path", metavar="RECIPE.toml", type=click.Path(dir_okay=False, path_type=Path)
+    "recipe_path",
+    metavar="[RECIPE.toml]",
+    required=False,
+    type=click.Path(dir_okay=False, path_type=Path),
+)
+@click.option(
+    "--from-corrections",
+    "runs",
+    metavar="RUN",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="In place of a recipe: refit the model of this run, or of these, to what was corrected.",
 )
 @click.option(
     "--data",
@@ -44,7 +54,8 @@ from wsi_pipeline.cli.progress import Bars
 @click.pass_context
 def command(
     ctx: click.Context,
-    recipe_path: Path,
+    recipe_path: Path | None,
+    runs: Path | None,
     data_dir: Path | None,
     output: Path,
     folds: str,
@@ -59,9 +70,13 @@ def command(
     weights are trained on all and lie in the --output folder. docs/training.md tells of recipes.
     The same command again goes on where it stopped.
     """
+    if (recipe_path is None) == (runs is None) or (runs and data_dir):
+        raise click.UsageError("expected RECIPE.toml, with --data or not, or --from-corrections")
     import torch
 
     from wsi_pipeline.inference.predictor import choose_device
+    from wsi_pipeline.training.corrections import corrected_recipe
+    from wsi_pipeline.training.recipe import load_recipe
     from wsi_pipeline.training.train import train
 
     if device == "cuda":
@@ -74,9 +89,15 @@ def command(
         bars(name, done, total)
         bars.tell(name, f"loss={loss:.3f}" + ("" if best is None else f", Dice={best:.3f}"))
 
+    if runs:
+        recipe, data_dir = corrected_recipe(runs, output.name)
+        folds = "none"
+    else:
+        assert recipe_path is not None
+        recipe, data_dir = load_recipe(recipe_path), data_dir or recipe_path.parent
     with Bars(quiet=ctx.obj["quiet"], unit="steps") as bars:
         scores = train(
-            recipe_path,
+            recipe,
             data_dir,
             output,
             folds={"all": None, "none": ()}.get(folds, tuple(folds.split(","))),

@@ -139,14 +139,22 @@ class AreaReader:
         return mask
 
     def touches(self, origin: Shape, shape: Shape, downsample: tuple[float, float]) -> bool:
-        """Return whether any area shares a point with a rectangle, given as in `read`."""
-        return len(self._near(origin, shape, downsample)) > 0
+        """Return whether anything may be known of a rectangle, given as in `read`."""
+        if self._near(origin, shape, downsample).size:
+            return True
+        window = _window(origin, shape, downsample)
+        return self._outside != IGNORE and any(map(window.intersects, self._areas.regions))
 
     def _near(
         self, origin: Shape, shape: Shape, downsample: tuple[float, float]
     ) -> npt.NDArray[np.int64]:
         """Return the indices of the polygons that share a point with a rectangle, ascending."""
-        (y, x), (height, width), (fy, fx) = origin, shape, downsample
-        window = shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)
+        window = _window(origin, shape, downsample)
         # The tree has an order of its own; areas are drawn in theirs.
         return np.sort(self._tree.query(window, predicate="intersects"))
+
+
+def _window(origin: Shape, shape: Shape, downsample: tuple[float, float]) -> Polygon:
+    """Return a rectangle, given as in `AreaReader.read`, in level-0 pixels."""
+    (y, x), (height, width), (fy, fx) = origin, shape, downsample
+    return shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from shapely import Polygon
 
-from wsi_pipeline.annotations import rasterise, read_region
+from wsi_pipeline.annotations import REGION_CLASS, is_ignored, rasterise, read_polygons, read_region
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import MaskLike, ome_zarr
 from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_components
-from wsi_pipeline.files.atomic import remove, written_beside
+from wsi_pipeline.files.atomic import remove, sha256_of, written_beside
 from wsi_pipeline.files.locks import make_folder, writing
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Region, iter_blocks
@@ -49,6 +52,9 @@ class RuledMask:
 
     Args:
         folder: of the run.
+        corrections: GeoJSON of what a person says. Where it has areas of Region*, what lies in one
+            of a class is that, and the rest background; else the mask is the rule's, or, of an
+            empty one, as it was.
 
     Attributes:
         shape: (y, x) or (z, y, x).
@@ -57,16 +63,21 @@ class RuledMask:
         unreadable: the value of what could not be read.
 
     Raises:
-        StoreError: the run has no probabilities, or its ROI is not kept.
+        StoreError: the run has no probabilities, its ROI is not kept, or corrections have no areas
+            of Region* or are not of a slide.
         UsageError: a class that it has not.
+        AnnotationError: corrections cannot be read.
     """
 
-    def __init__(self, folder: Path, run: Run, rule: Rule) -> None:
+    def __init__(self, folder: Path, run: Run, rule: Rule, corrections: Path | None = None) -> None:
         self._run, self._rule, self._found = run, rule, open_probability(folder)
         self.unreadable = len(self._found.classes) + 1
         self._thresholds, store = rule.of(self._found.classes), RunStore(folder=folder)
         self.side, self._roi = run.settings["predict"]["block_size"], None
         self._judged: Judged | None = None
+        self._keeps_mask, self._corrected = corrections is not None and not rule, Corrected()
+        if corrections is not None:
+            self._corrected = read_corrected(corrections, run)
         if run.kind != "slide":
             self.shape = tuple(reversed(run.slide["size"]))
             self.side = self.side or BLOCK_SIDE[len(self.shape)]
@@ -97,20 +108,81 @@ class RuledMask:
                 every = with_background(planes)
                 best, pixels[rows] = choose(every, self._thresholds, self._rule.min_margin)
                 probability[rows] = np.rint(best.clip(0, 1) * PROBABILITY_ONE)
-        if self._roi is not None:
+        if self._keeps_mask:
+            pixels = np.array(self._mask[block.slices])
+        if self._roi is not None or self._corrected.regions:
             (y, x), (height, width), (mpp_y, mpp_x) = block.start, block.shape, self.mpp
             fine = (mpp_y / self._run.slide["mpp"][1], mpp_x / self._run.slide["mpp"][0])
-            origin = (y * fine[0], x * fine[1])
-            pixels *= rasterise(self._roi, (height, width), origin=origin, downsample=fine)
+            mark = partial(
+                rasterise, shape=(height, width), origin=(y * fine[0], x * fine[1]), downsample=fine
+            )
+            if self._roi is not None:
+                pixels *= mark(self._roi)
         if self._judged:
             leave_out(pixels, self._judged.of(block), self._judged.side, self._skip)
+        if self._corrected.regions:
+            said = mark(self._corrected.regions) & ~mark(self._corrected.ignored)
+            if said.any():
+                pixels[said], probability[said] = 0, PROBABILITY_ONE
+                for index, areas in self._corrected.drawn:
+                    pixels[said & mark(areas)] = index
         if self._run.bad_regions:
             bad = np.asarray(self._mask[block.slices]) == self.unreadable
             pixels[bad], probability[bad] = self.unreadable, 0
         return pixels, probability
 
 
-def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
+class Corrected(NamedTuple):
+    """What a person says of a slide: polygons in level-0 pixels.
+
+    Attributes:
+        regions: in which it counts.
+        ignored: parts of these in which it does not.
+        drawn: class index and areas, of which later ones lie on top.
+    """
+
+    regions: Sequence[Polygon] = ()
+    ignored: Sequence[Polygon] = ()
+    drawn: Sequence[tuple[int, Sequence[Polygon]]] = ()
+
+
+def read_corrected(path: Path, run: Run) -> Corrected:
+    """Read GeoJSON of corrections in the frame of a run's polygons; return what it says.
+
+    Raises: see `RuledMask`.
+    """
+    offset = (0.0, 0.0)
+    if run.kind == "slide":
+        x, y = run.frame["offset"]
+        offset = (float(x), float(y))
+    # The smallest lies on top, as in QuPath.
+    areas = sorted(read_polygons(path, offset=offset), key=lambda area: -area.polygon.area)
+    regions = [area.polygon for area in areas if area.class_name == REGION_CLASS]
+    if run.kind != "slide" or not regions:
+        raise StoreError(
+            f"{path}: corrections are of slides, with an area of {REGION_CLASS} around what was "
+            "looked at: in it what has no area of a class is background"
+        )
+    if any(area.class_name is None for area in areas):
+        raise StoreError(
+            f"{path} has areas without a class; give them one, Ignore* where none fits"
+        )
+    # To the rules of other classes, its star makes it one that does not count.
+    others = [area for area in areas if area.class_name != REGION_CLASS]
+    ignored = [area.polygon for area in others if is_ignored(area.class_name)]
+    index = {info.name: i for i, info in enumerate(run.classes)}
+    drawn = [
+        (index.get(area.class_name or "", 0), area.polygon)
+        for area in others
+        if not is_ignored(area.class_name)
+    ]
+    groups = itertools.groupby(drawn, key=lambda pair: pair[0])
+    return Corrected(regions, ignored, [(i, [p for _, p in pairs]) for i, pairs in groups])
+
+
+def write_ruled_mask(
+    folder: Path, run: Run, rule: Rule, path: Path, corrections: Path | None = None
+) -> Found:
     """Write the mask that a run has by another rule, from its probabilities, block by block.
 
     Args:
@@ -122,7 +194,7 @@ def write_ruled_mask(folder: Path, run: Run, rule: Rule, path: Path) -> Found:
 
     Raises: see `RuledMask`.
     """
-    ruled = RuledMask(folder, run, rule)
+    ruled = RuledMask(folder, run, rule, corrections)
     if run.kind == "slide":
         new = ome_zarr.create_mask(
             path,
@@ -182,8 +254,10 @@ def areas_of(
     return {"area_mm2": areas, "quality_mm2": quality_areas(counts[:, 1:], run.classes, mm2)}
 
 
-def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
+def copy_ruled(folder: Path, output: Path, rule: Rule, corrections: Path | None = None) -> Path:
     """Make a run of its own of another one's probabilities by a rule; return its folder.
+
+    With corrections it is of the other one's mask, but for these.
 
     Its mask and probabilities are whole; what is made of them is left to `export_again`.
 
@@ -199,7 +273,8 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
     target = output / folder.name
     if target.resolve() == folder.resolve():
         raise StoreError(f"{output} holds this very run; choose another --output")
-    key = run_key({"run": run.settings["key"], **as_plain(rule)})
+    told = {"corrections": sha256_of(corrections)} if corrections else {}
+    key = run_key({"run": run.settings["key"], **as_plain(rule), **told})
     fingerprint, model = run.slide["fingerprint"], source.key().get("model", "")
     make_folder(target)
     with source.claim(), RunStore(folder=target).claim():
@@ -214,7 +289,7 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
         )
         with writing(target):
             with written_beside(store.mask_path) as partial:
-                ledger = write_ruled_mask(folder, run, rule, partial)
+                ledger = write_ruled_mask(folder, run, rule, partial, corrections)
             ours = WrittenFiles(store).ours(OUTPUT_FILES)
             # Without it nobody takes what comes next for another run's.
             (target / RUN_FILE).unlink(missing_ok=True)
@@ -247,8 +322,12 @@ def copy_ruled(folder: Path, output: Path, rule: Rule) -> Path:
                     "key": key,
                     "predict": predict,
                     "made_of": run.settings["key"],
+                    **told,
                 },
-                warnings=[w for w in run.warnings if STAYS not in w and BY_OTHERS not in w],
+                warnings=[
+                    *(w for w in run.warnings if STAYS not in w and BY_OTHERS not in w),
+                    *([f"corrected by hand, as {corrections.name} says"] if corrections else ()),
+                ],
                 files={},
                 rule={},
                 certificate=None,

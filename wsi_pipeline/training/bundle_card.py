@@ -164,6 +164,9 @@ def _training(recipe: Recipe) -> str:
     spec, split = recipe.train, recipe.split
     losses = {"ce": "cross-entropy", "dice": "soft Dice", "ce+dice": "cross-entropy and soft Dice"}
     start = f"from the encoder weights `{spec.encoder}`" if spec.encoder else "from scratch"
+    if recipe.start:
+        kept = "" if spec.encoder_rate else ", whose encoder stays as it is"
+        start = f"from `{recipe.start.name}` ({recipe.start.weights_sha256[:16]}){kept}"
     low, high = spec.crop
     sides = f"{low} px" if low == high else f"{low} to {high} px"
     batch = f"{spec.batch_size * spec.accumulate} crops of {sides}"

@@ -24,6 +24,7 @@ from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.base import SegmentationNetwork
 from wsi_pipeline.networks.encoders import load_imagenet
+from wsi_pipeline.networks.weights import load_state, read_state
 from wsi_pipeline.training.augment import augment
 from wsi_pipeline.training.crops import Sampler, Survey, random_crop
 from wsi_pipeline.training.losses import network_loss
@@ -310,12 +311,18 @@ def _new_network(recipe: Recipe, data_dir: Path) -> SegmentationNetwork:
         raise RecipeError(
             f"train.batch_size is 1: {recipe.bundle.network} normalises over a batch, of 2 or more"
         )
+    encoder = dict(network.named_children()).get("encoder")
+    if (start := recipe.start) is not None and start.weights_path is not None:
+        state = read_state(start.weights_path, data=start.read_weights())
+        load_state(network, state, path=start.weights_path, unused=network.unused)
     if spec.encoder:
-        encoder = dict(network.named_children()).get("encoder")
         if encoder is None:
             name = type(network).__name__
             raise RecipeError(f"train.encoder: {name} has no encoder for it; leave the key out")
         load_imagenet(encoder, spec.encoder if "://" in spec.encoder else data_dir / spec.encoder)
+    if encoder is not None and not spec.encoder_rate:
+        # Its norms would follow the crops, and no rate holds these.
+        encoder.eval().requires_grad_(False)
     return network
 
 

@@ -85,7 +85,8 @@ class TrainSpec(Record, frozen=True, kw_only=True):
         average: Decay of the moving average of the weights, which is what is kept.
         encoder: File with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
-        encoder_rate: Learning rate of the encoder, as a share of that of the rest.
+        encoder_rate: Learning rate of the encoder, as a share of that of the rest; 0 = it stays as
+            it is, its norms as well.
         precision: Number format of the forward pass; weights and their updates stay fp32.
         validate_every: Steps between two looks at the validation patients, where there are any, and
             at the held-out ones, with `split.watch`.
@@ -206,8 +207,8 @@ class DataSpec(Record, frozen=True, kw_only=True):
         annotations: GeoJSON in level-0 pixels in place of `masks`, a folder or file.
         background: Names of annotations that are background: areas of other classes, and what lies
             in no area, are neither learnt nor judged. Of masks the values besides 0 that are
-            background, or "others": all that nothing else names. Values without a meaning are
-            refused.
+            background. "others" = all that nothing else names, of annotations within the areas of
+            Region*. Values without a meaning are refused.
         threshold: Least value of the one class in masks that went through JPEG; those below are
             background.
         empty: Whether the images show no class at all, in place of `masks` and `annotations`.
@@ -262,8 +263,6 @@ class DataSpec(Record, frozen=True, kw_only=True):
             raise ValueError(
                 f"{where}: lacks 'masks' or 'annotations', or has both, or 'empty' besides"
             )
-        if self.background == "others" and self.annotations is not None:
-            raise ValueError(f'{where}: background = "others" is for masks')
         if self.empty == bool(self.classes):
             raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
         # mask values, or names of annotations, that are none or mean two things
@@ -314,6 +313,7 @@ class Recipe:
         notes: Where the data come from, for the model card, Markdown.
         limits: What the network is not to be trusted with, for the model card, Markdown.
         notices: Licences of data and of weights begun with, and what they ask to be said, likewise.
+        start: Bundle of the same network whose weights the training begins with.
     """
 
     bundle: Bundle
@@ -324,6 +324,7 @@ class Recipe:
     notes: str = ""
     limits: str = ""
     notices: str = ""
+    start: Bundle | None = None
 
 
 class RecipeToml(Record, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ import shapely
 import torch
 from torch import Tensor
 
-from wsi_pipeline.annotations import Annotation
+from wsi_pipeline.annotations import REGION_CLASS, Annotation
 from wsi_pipeline.errors import RecipeError, WsiPipelineError
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.confusion import IGNORE
@@ -387,7 +387,9 @@ def _annotated(
 ) -> tuple[Annotated, str]:
     """Return a slide or patch grid with its annotations, and its digest."""
     slide = closing.enter_context(open_source(path, mpp=spec.mpp))
-    indices, of_class = dict.fromkeys(map(str, spec.background), 0), _indices(recipe)
+    rest_is_background = spec.background == "others"
+    named = () if rest_is_background else map(str, spec.background)
+    indices, of_class = dict.fromkeys(named, 0), _indices(recipe)
     for name, given in spec.classes.items():
         indices |= dict.fromkeys(map(str, given), of_class[name])
     if spec.empty:
@@ -398,14 +400,19 @@ def _annotated(
     else:
         offset = frame_offset(slide.bounds, spec.frame)
         areas = load_areas(annotations, offset=offset, renamed={})
-    if not indices.keys() & set(areas.names):
+    if rest_is_background and not areas.regions:
+        raise RecipeError(
+            f"{annotations} has no area of {REGION_CLASS}, in which all that is not drawn is "
+            "background; draw one around what was looked at"
+        )
+    if not (rest_is_background or indices.keys() & set(areas.names)):
         raise RecipeError(
             f"{annotations} has areas of {list(areas.names)}, "
             f"the recipe looks for {sorted(indices)}"
         )
     view = slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE)
-    outside = 0 if spec.empty else IGNORE
-    reader = AreaReader(areas, indices, others=IGNORE, outside=outside)
+    others = 0 if rest_is_background else IGNORE
+    reader = AreaReader(areas, indices, others=others, outside=0 if spec.empty else others)
     return Annotated(view=view, areas=reader), slide.fingerprint
 
 

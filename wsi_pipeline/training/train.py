@@ -25,6 +25,7 @@ from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.files.threads import map_in_threads
+from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
@@ -47,6 +48,7 @@ Progress = Callable[[str, int, int, float, float | None], None]
 """Told what is being trained, steps done, steps in all, loss, best validation Dice so far."""
 STATE = ".training"
 """Folder in a bundle's, with what a killed training goes on from."""
+KEY = "key.json"
 EVERYBODY = "all patients"
 
 
@@ -82,13 +84,20 @@ def train(
     if data_dir is None and file is None:
         raise RecipeError("data_dir is None, and the recipe comes from no file; name the folder")
     data_dir, output = Path(data_dir or Path(str(file)).parent), Path(output)
+    bundle = output / "model.toml"
+    if bundle.exists() and not (overwrite or (output / STATE / KEY).exists()):
+        raise RecipeError(f"{output} holds a bundle that was not trained there; name another")
+    if recipe.start and output.resolve() == recipe.start.path.resolve():
+        raise RecipeError(f"{output} is the bundle to begin with, which stays; name another folder")
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
         n_classes = len(recipe.bundle.classes)
         looked = list(map_in_threads(lambda sample: survey(sample, n_classes), samples))
         surveys = dict(zip(samples, looked, strict=True))
-        _check_classes(recipe, looked)
+        if recipe.start is None:
+            # Corrections need not show all that the network knows already.
+            _check_classes(recipe, looked)
         splits = (
             []
             if folds is not None and not folds
@@ -131,12 +140,14 @@ def train(
             scores |= _held_out(recipe, split, learn, output / STATE)
         fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
+            familiar = (
+                # What it looks like to an encoder that stays is known, and of more than this.
+                load_familiar(recipe.start)
+                if recipe.start and not recipe.train.encoder_rate
+                else familiar_of(fitted.network, recipe.bundle, samples)
+            )
             trained = Trained(
-                samples=samples,
-                surveys=looked,
-                held_out=scores,
-                familiar=familiar_of(fitted.network, recipe.bundle, samples),
-                fingerprint=key,
+                samples=samples, surveys=looked, held_out=scores, familiar=familiar, fingerprint=key
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
@@ -246,13 +257,14 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
     table = bundle_table(replace(recipe.bundle, limits=""))
     # Only where there are any: trainings that were begun before recipes had weights go on.
     weights = [(s.patient, s.weight) for s in samples if s.weight != 1]
-    text = json.dumps([table, settings, data, *filter(None, [weights])], sort_keys=True)
+    start = recipe.start.digest if recipe.start else ""
+    text = json.dumps([table, settings, data, *filter(None, [weights, start])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
     """Make the folder ready for the training of a key, emptied if that is asked for."""
-    path = folder / "key.json"
+    path = folder / KEY
     if overwrite:
         for part in folder.iterdir():
             if part.is_dir():
