@@ -16,9 +16,7 @@ from wsi_pipeline.training.recipe import AugmentSpec, DataSpec, Recipe, SplitSpe
 
 CORRECTIONS = "corrections"
 """Folder beside those of the runs, with `<slide>.geojson` of what people have corrected."""
-REFIT = TrainSpec(
-    steps=120, learning_rate=5e-4, average=0.95, encoder_rate=0.0, checkpoint_every=40
-)
+REFIT = TrainSpec(steps=60, learning_rate=2e-4, average=0.9, encoder_rate=0.0, checkpoint_every=20)
 """Minutes on a CPU: the decoder alone learns, slowly enough to keep what it knows."""
 NOTES = """\
 Refitted to areas that were corrected by hand in runs of `{name}`, whose own card tells what it was
