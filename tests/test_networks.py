@@ -22,6 +22,7 @@ from wsi_pipeline.networks.highres_unet import Up as HighResUp
 from wsi_pipeline.networks.lightmuseg import CHANNELS, FRFM, MSFFM, LightMuSeg
 from wsi_pipeline.networks.mm3d_unet import IRB, MM3DUNet
 from wsi_pipeline.networks.nmtnet import LRE, MFCR, NMTNet, _masked_mean
+from wsi_pipeline.networks.nnunet import NNUNet
 from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
 from wsi_pipeline.networks.weights import load_state, read_state
 
@@ -50,7 +51,8 @@ def make_bundle(path: Path, *, network: str = "lightmuseg", **changes: object) -
 def patches(network: SegmentationNetwork, count: int, *, times: int = 1) -> Tensor:
     """Return random patches of the smallest size, or of some times that."""
     generator = torch.Generator().manual_seed(1)
-    side = times * network.size_multiple
+    # Instance norms want more than one pixel, at the bottom, too.
+    side = max(times, 1 + isinstance(network, NNUNet)) * network.size_multiple
     return torch.randn(count, network.channels, *[side] * network.ndim, generator=generator)
 
 
@@ -100,6 +102,7 @@ COUNTS: list[tuple[str, dict[str, Any], int]] = [
     ("mm3d_unet", {"plan": "B"}, 6_993_380),
     ("mm3d_unet", {"plan": "B", "bottleneck": True}, 7_054_308),
     ("unet3d", {}, 19_073_730),
+    ("nnunet", {}, 5_688_194),
     # published exactly
     ("swish_unet", {}, 4_197_986),
     ("swish_unet", {"beta": "scalar"}, 4_198_000),

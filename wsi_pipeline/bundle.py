@@ -60,6 +60,7 @@ PREPARATION: Mapping[str, tuple[Modality, ...]] = {
     "pad": ("image",),
     "interpolation": ("image", "volume"),
     "time_points": ("volume",),
+    "convention": ("slide", "image", "volume"),
 }
 """The keys of `[input]` that say how pixels are prepared, and of what."""
 
@@ -93,6 +94,7 @@ class InputSpec(Record, frozen=True, kw_only=True):
         pad: "square" = an image's shorter side is padded to the longer before `fit`.
         interpolation: where pixels are not taken as they are.
         time_points: which of a volume with several, from 0, are its channels; None = one alone.
+        convention: "nnunet" = prepared, tiled and blended, by logits, as nnU-Net does.
     """
 
     mpp: Mpp | None = None
@@ -116,6 +118,7 @@ class InputSpec(Record, frozen=True, kw_only=True):
     pad: Literal["square"] | None = None
     interpolation: Interpolation = "linear"
     time_points: tuple[Index, ...] | None = None
+    convention: Literal["nnunet"] | None = None
 
 
 class OutputSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
@@ -373,7 +376,7 @@ def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) ->
         raise ValueError(
             f"input.{others[0]} is not for {modality}s, whose resolution is input.{own}"
         )
-    if own not in given:
+    if own not in given and (modality != "image" or not spec.convention):
         raise ValueError(f"lacks input.{own}, the resolution of {modality}s")
     if others := [k for k, kinds in PREPARATION.items() if k in given and modality not in kinds]:
         raise ValueError(f"input.{others[0]} is not for {modality}s")

@@ -27,7 +27,9 @@ class Region:
     height: int
 
 
-def axis_origins(length: int, patch_size: int, stride: int) -> npt.NDArray[np.int64]:
+def axis_origins(
+    length: int, patch_size: int, stride: int, *, even: bool = False
+) -> npt.NDArray[np.int64]:
     """Place patches along one axis so that every pixel is covered; return their origins.
 
     The last patch is moved back to end at the edge. An axis shorter than a patch gets one patch
@@ -37,14 +39,23 @@ def axis_origins(length: int, patch_size: int, stride: int) -> npt.NDArray[np.in
         length: pixels along the axis, at least 1.
         patch_size: pixels of a patch.
         stride: pixels between origins, 1 to `patch_size`.
+        even: all are equally far apart, at most by `stride`, and a patch that is longer than the
+            axis has it in its middle, as nnU-Net lays them.
 
     Example:
         >>> axis_origins(1000, 512, 384)
         array([  0, 384, 488])
+        >>> axis_origins(1000, 512, 384, even=True)
+        array([  0, 244, 488])
         >>> axis_origins(300, 512, 384)
         array([0])
     """
     last = max(length - patch_size, 0)
+    if even:
+        if length < patch_size:
+            return np.array([-((patch_size - length) // 2)], np.int64)
+        count = -(-last // stride)
+        return np.round(last / max(count, 1) * np.arange(count + 1)).astype(np.int64)
     return np.append(np.arange(0, last, stride, dtype=np.int64), np.int64(last))
 
 
@@ -57,12 +68,14 @@ class PatchGrid:
         patch_size: pixels of a patch.
         stride: pixels between neighbouring origins.
         origins: (n, d) int64, each patch's first corner in grid pixels, ascending.
+        even: see `axis_origins`.
     """
 
     shape: Shape
     patch_size: Shape
     stride: Shape
     origins: npt.NDArray[np.int64]
+    even: bool = False
 
     def __post_init__(self) -> None:
         """Refuse rows that do not ascend, which `touching` counts on."""
@@ -70,7 +83,7 @@ class PatchGrid:
             raise ValueError("the patches are not in row-major order")
 
     @classmethod
-    def cover(cls, shape: Shape, patch_size: Shape, overlap: Shape) -> Self:
+    def cover(cls, shape: Shape, patch_size: Shape, overlap: Shape, *, even: bool = False) -> Self:
         """Lay patches over the whole source, ragged edges covered; return the grid.
 
         Raises:
@@ -83,9 +96,9 @@ class PatchGrid:
                 f"overlap {overlap} px must be at least 0 and below the patch size {patch_size} px"
             )
         stride = tuple(p - o for p, o in zip(patch_size, overlap, strict=True))
-        axes = [axis_origins(*a) for a in zip(shape, patch_size, stride, strict=True)]
+        axes = [axis_origins(*a, even=even) for a in zip(shape, patch_size, stride, strict=True)]
         origins = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(shape))
-        return cls(shape=shape, patch_size=patch_size, stride=stride, origins=origins)
+        return cls(shape=shape, patch_size=patch_size, stride=stride, origins=origins, even=even)
 
     def __len__(self) -> int:
         return len(self.origins)

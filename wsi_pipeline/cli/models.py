@@ -178,12 +178,13 @@ def import_(
 ) -> None:
     """Make a bundle of CHECKPOINT.
 
-    It is a .pth, .pt, .safetensors or .onnx file; no code in it is run. Say what it is: --like a
-    bundle, but for what --classes, --mpp and --patch-size say; or --network with --classes and
-    --mpp. Tensors that lack, are too many or have another shape are named, and nothing is written.
-    ONNX files of `models export` say it themselves, others need --classes and --mpp. Without all
-    that, a file is torchvision's MobileNetV2 or ResNet18, and becomes one that training can start
-    from; and a folder is a patch classifier of WSInfer, a program, which is run.
+    It is a .pth, .pt, .safetensors or .onnx file, or nnunet:FOLDER, a result folder of nnU-Net v2
+    (for slides with --mpp); no code in it is run. Say what it is: --like a bundle, but for what
+    --classes, --mpp and --patch-size say; or --network with --classes and --mpp. Tensors that
+    lack, are too many or have another shape are named, and nothing is written. ONNX files of
+    `models export` say it themselves, others need --classes and --mpp. Without all that, a file
+    is torchvision's MobileNetV2 or ResNet18, and becomes one that training can start from; and a
+    folder is a patch classifier of WSInfer, a program, which is run.
     """
     from wsi_pipeline.networks.checkpoints import (
         import_encoder,
@@ -193,6 +194,14 @@ def import_(
         make_template,
     )
 
+    if str(checkpoint).startswith("nnunet:"):
+        from wsi_pipeline.networks.nnunet_folder import import_nnunet, parse_location
+
+        folder, own = parse_location(str(checkpoint))
+        made = import_nnunet(folder, output, mpp=mpp or own, overwrite=overwrite)
+        click.echo(f"{made.name}: for {made.modality}s", err=True)
+        click.echo(str(output))
+        return
     if like and network:
         raise click.UsageError("--like and --network exclude each other")
     is_onnx = checkpoint.suffix.lower() == ".onnx" or network == "onnx"

@@ -18,7 +18,7 @@ SIGMA = 1 / 8
 
 
 def axis_windows(
-    blend: Blend, *, length: int, patch_size: int, stride: int
+    blend: Blend, *, length: int, patch_size: int, stride: int, even: bool = False
 ) -> dict[int, torch.Tensor]:
     """Weigh the pixels of the patches along one axis; return a window for each origin.
 
@@ -29,15 +29,17 @@ def axis_windows(
         length: grid pixels along the axis.
         patch_size: pixels of a patch.
         stride: pixels between origins.
+        even: see `axis_origins`; the Gaussian's middle is nnU-Net's pixel then.
 
     Returns:
         Origin → float32 (patch_size,), each with a value above 0.
     """
-    origins = [int(o) for o in axis_origins(length, patch_size, stride)]
+    origins = [int(o) for o in axis_origins(length, patch_size, stride, even=even)]
     if blend == "constant":
         return dict.fromkeys(origins, torch.ones(patch_size))
     if blend == "gaussian":
-        position = torch.arange(patch_size, dtype=torch.float64) - (patch_size - 1) / 2
+        middle = patch_size // 2 if even else (patch_size - 1) / 2
+        position = torch.arange(patch_size, dtype=torch.float64) - middle
         window = torch.exp(-0.5 * (position / (patch_size * SIGMA)) ** 2).float()
         return dict.fromkeys(origins, window)
     borders = [(a + patch_size + b + 1) // 2 for a, b in itertools.pairwise(origins)]
@@ -61,7 +63,9 @@ class Windows:
         self.exclusive = blend == "crop" or grid.stride == grid.patch_size
         kind: Blend = "crop" if self.exclusive else blend
         axes = zip(grid.shape, grid.patch_size, grid.stride, strict=True)
-        self._axes = [axis_windows(kind, length=n, patch_size=p, stride=s) for n, p, s in axes]
+        self._axes = [
+            axis_windows(kind, length=n, patch_size=p, stride=s, even=grid.even) for n, p, s in axes
+        ]
         self._device = device
         self._weights: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -167,6 +171,7 @@ def iter_blended_rows(
     patch_rows: int,
     channels: int,
     device: torch.device,
+    nothing: float = 1.0,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Blend predictions over a box of the grid; yield its probabilities from the top down.
 
@@ -178,12 +183,13 @@ def iter_blended_rows(
         start: first grid pixel of the box.
         stop: one past the last.
         patch_rows: Rows of a patch along the first axis.
+        nothing: Of channel 0 where no patch lies, for logits more than for probabilities.
 
     Yields:
         First grid row, and (C, rows, *rest) in [0, 1]: overwritten once the next is asked for.
         Where no patch lies, channel 0 of several is 1 (background) and a single channel is 0.
     """
-    band = _Band(start, stop, windows, patch_rows, channels, device)
+    band = _Band(start, stop, windows, patch_rows, channels, device, nothing)
     for origin, prediction in predictions:
         yield from band.finish(origin[0])
         band.add(origin, prediction)
@@ -201,8 +207,10 @@ class _Band:
         rows: int,
         channels: int,
         device: torch.device,
+        nothing: float,
     ) -> None:
         self._low, self._high, self._windows = list(start), stop, windows
+        self._nothing = nothing
         rest = [b - a for a, b in zip(start[1:], stop[1:], strict=True)]
         rows = min(rows, stop[0] - start[0])
         self._sum = torch.empty((channels, rows, *rest), device=device)
@@ -237,7 +245,7 @@ class _Band:
                 bare = weight == 0
                 done /= weight.masked_fill_(bare, 1)
                 if len(done) > 1:
-                    done[0].masked_fill_(bare, 1)
+                    done[0].masked_fill_(bare, self._nothing)
             yield self._low[0], done
             kept = self._sum.shape[1] - count
             for plane in (*self._sum, self._weight):
@@ -251,7 +259,7 @@ class _Band:
         self._sum[:, first:] = 0
         self._weight[first:] = 0
         if self._windows.exclusive and len(self._sum) > 1:
-            self._sum[0, first:] = 1
+            self._sum[0, first:] = self._nothing
 
 
 def iter_sampled_rows(
@@ -262,6 +270,8 @@ def iter_sampled_rows(
     stop: Shape,
     ratio: Sequence[float],
     shape: Shape,
+    offset: Sequence[float] = (),
+    nearest: int | None = None,
     rows: int = 512,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Interpolate probabilities linearly at the mask's pixels; yield them strip by strip.
@@ -276,11 +286,13 @@ def iter_sampled_rows(
         stop: one past the last.
         ratio: grid pixels per mask pixel along each axis.
         shape: Grid pixels along each axis of the whole grid.
+        offset: of the first mask pixel's edge along each axis, grid pixels; none = 0.
+        nearest: Axis along which the nearest grid pixel counts; None = none.
 
     Yields:
         First row of the strip relative to `start`, and (C, rows, *rest).
     """
-    if all(r == 1.0 for r in ratio):
+    if all(r == 1.0 for r in ratio) and not any(offset):
         axes = zip(start[1:], stop[1:], corner, strict=True)
         rest = tuple(slice(a - first, b - first) for a, b, first in axes)
         for first, band in bands:
@@ -289,9 +301,14 @@ def iter_sampled_rows(
                 yield first + begin - start[0], band[(slice(None), slice(begin, end), *rest)]
         return
     places = [
-        sample_positions(a, b, ratio=r, length=n)
-        for a, b, r, n in zip(start, stop, ratio, shape, strict=True)
+        sample_positions(a, b, ratio=r, length=n, offset=o)
+        for a, b, r, n, o in zip(
+            start, stop, ratio, shape, offset or [0.0] * len(ratio), strict=True
+        )
     ]
+    if nearest is not None:
+        floor, fraction = places[nearest]
+        places[nearest] = floor + (fraction >= 0.5), np.zeros_like(fraction)
     below = places[0][0] + (places[0][1] > 0)
     done, last, placed = 0, None, list[tuple[torch.Tensor, ...]]()
     for first, band in bands:

@@ -162,6 +162,7 @@ class Predictor:
 
     Attributes:
         queue: of the patches of all who predict here.
+        gives_logits: whether it gives logits in place of probabilities, to be blended as such.
 
     Args:
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
@@ -192,6 +193,7 @@ class Predictor:
         self.bundle = bundle
         spec = bundle.input
         self._turns = turns(tta or bundle.tta, spec.patch_size, spec.spacing_mm or ())
+        self.gives_logits = bool(spec.convention) and bundle.activation == "softmax"
         self._is_ours = isinstance(built.module, SegmentationNetwork)
         self._module = (
             for_inference(built.module, device=self.device, dtype=self.dtype)
@@ -247,6 +249,10 @@ class Predictor:
         where = torch.cuda.get_device_name(self.device) if is_gpu else where
         runtime = getattr(self._module, "runtime", f"torch {torch.__version__}")
         return f"{number} on {where}, {self.queue.batch} patches a pass, {runtime}"
+
+    def activated(self, blended: torch.Tensor) -> torch.Tensor:
+        """Return the probabilities (K, *part) of what was blended."""
+        return blended.softmax(0) if self.gives_logits else blended
 
     def upload(self, pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> torch.Tensor:
         """Bring the pixels of a region to the device; return them there.
@@ -368,7 +374,10 @@ class Predictor:
         logits = self._checked(answer["mask"], expected)
         if self.bundle.temperature != 1:
             logits = logits / self.bundle.temperature
-        mask = logits.sigmoid() if self.bundle.activation == "sigmoid" else logits.softmax(1)
+        mask = logits
+        if not self.gives_logits:
+            is_alone = self.bundle.activation == "sigmoid"
+            mask = logits.sigmoid() if is_alone else logits.softmax(1)
         nothing = mask.new_empty(len(mask), 0)
         features = self._seen.__dict__.pop("features", nothing)
         if not self.bundle.labels:

@@ -12,6 +12,7 @@ from wsi_pipeline.networks.highres_unet import HighResUNet
 from wsi_pipeline.networks.lightmuseg import LightMuSeg
 from wsi_pipeline.networks.mm3d_unet import MM3DUNet
 from wsi_pipeline.networks.nmtnet import NMTNet
+from wsi_pipeline.networks.nnunet import NNUNet
 from wsi_pipeline.networks.unet import SwishUNet, UNet, UNet3D
 from wsi_pipeline.networks.weights import load_state, read_state
 
@@ -23,6 +24,7 @@ NETWORKS: dict[str, type[SegmentationNetwork]] = {
     "swish_unet": SwishUNet,
     "unet": UNet,
     "unet3d": UNet3D,
+    "nnunet": NNUNet,
 }
 """Every network of the package: what `network` in a model.toml, or a recipe, may name."""
 
@@ -81,9 +83,11 @@ def create(bundle: Bundle) -> SegmentationNetwork:
             f"{bundle.path}: network_options has {module.channels} channels, "
             f"input has {bundle.input.channels}"
         )
-    if len(patch_size) != module.ndim or any(side % module.size_multiple for side in patch_size):
+    if len(patch_size) != module.ndim or any(
+        side % n for side, n in zip(patch_size, module.multiples, strict=True)
+    ):
         raise BundleError(
             f"{bundle.path}: patch_size {list(patch_size)} px; "
-            f"{bundle.network} takes {module.ndim} multiples of {module.size_multiple}"
+            f"{bundle.network} takes {module.ndim} multiples of {module.told_multiples}"
         )
     return module

@@ -43,16 +43,29 @@ class SegmentationNetwork(nn.Module):
             ValueError: other axes, channels, or a side that is no multiple of `size_multiple`.
         """
         # PyTorch would fail somewhere inside, where the first skip does not fit.
-        name, multiple = type(self).__name__, self.size_multiple
+        name = type(self).__name__
         if x.ndim != self.ndim + 2 or x.shape[1] != self.channels:
             axes = "N, C, D, H, W" if self.ndim == 3 else "N, C, H, W"
             raise ValueError(
                 f"patches of shape {tuple(x.shape)}: "
                 f"{name} takes ({axes}) with {self.channels} channels"
             )
-        if any(side % multiple for side in x.shape[2:]):
+        if any(side % n for side, n in zip(x.shape[2:], self.multiples, strict=True)):
             size = " × ".join(str(side) for side in x.shape[2:])
-            raise ValueError(f"a patch of {size} px: {name} takes multiples of {multiple}")
+            raise ValueError(
+                f"a patch of {size} px: {name} takes multiples of {self.told_multiples}"
+            )
+
+    @property
+    def multiples(self) -> tuple[int, ...]:
+        """Return what the sides of a patch are multiples of, axis by axis."""
+        return (self.size_multiple,) * self.ndim
+
+    @property
+    def told_multiples(self) -> str:
+        """Return the multiples as people read them: one number where they are the same."""
+        alike = len({*self.multiples}) == 1
+        return " × ".join(map(str, self.multiples[:1] if alike else self.multiples))
 
 
 def conv_norm(

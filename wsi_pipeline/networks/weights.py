@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load
@@ -29,7 +30,7 @@ def read_state(
     Raises:
         BundleError: no weight file, one that holds more than tensors or several sets of them.
     """
-    states = _states(_read(path, data))
+    states = _states(read_checkpoint(path, data))
     if key is None:
         if len(states) > 1:
             raise BundleError(
@@ -93,8 +94,17 @@ def kept_state(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _read(path: Path, data: bytes | None) -> object:
-    """Return what a weight file holds."""
+def read_checkpoint(
+    path: Path, data: bytes | None = None, *, allowed: Sequence[Any] = ()
+) -> object:
+    """Read a `.safetensors` file or a PyTorch checkpoint; return what it holds.
+
+    Args:
+        allowed: what it may hold besides, as `torch.serialization.safe_globals` takes it.
+
+    Raises:
+        BundleError: no weight file, or one that holds more than tensors, numbers and texts.
+    """
     try:
         data = path.read_bytes() if data is None else data
         # behind the length of a safetensors header
@@ -108,7 +118,8 @@ def _read(path: Path, data: bytes | None) -> object:
                 f"cannot read weights from {path}: neither safetensors nor a PyTorch checkpoint; "
                 "a short text may stand for a file that Git LFS has not fetched"
             )
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except BundleError:
         raise
     except OSError as error:

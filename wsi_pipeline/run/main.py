@@ -11,13 +11,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from wsi_pipeline.bundle import Bundle, load_bundle
+from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import BundleError, UsageError, WsiPipelineError, raised_as
 from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.files.locks import GOES_ON, make_folder
 from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
 from wsi_pipeline.files.remote import choose_work
 from wsi_pipeline.inference.predictor import choose_device, count_gpus, tell_choice
+from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -131,7 +132,8 @@ def segment(
 
     Args:
         inputs: files, folders (searched recursively), patterns, or .txt files with a path a line.
-        model: folder of a bundle, its name, its model.toml, or its URL. Of several each has its
+        model: folder of a bundle, its name, its model.toml, or its URL; or `nnunet:FOLDER`,
+            a result folder of nnU-Net v2, for slides with `@MPP` behind. Of several each has its
             runs in a folder of its name in `output`, and what is stored is decoded once for all.
         output: folder of the results, or its URL.
         work: folder here for slides in hand, where the output is a URL.
@@ -215,7 +217,7 @@ def plan_batch(
     with raised_as(UsageError, WsiPipelineError):
         schedule, device = _with_gpus(schedule, settings.predict)
         settings = replace(settings, predict=replace(settings.predict, device=device))
-    bundles = [load_bundle(one) for one in ([model] if isinstance(model, str | Path) else model)]
+    bundles = [load_model(one) for one in ([model] if isinstance(model, str | Path) else model)]
     bundle = _check_several(bundles)
     find, suffixes = FINDERS[bundle.modality]
     with raised_as(UsageError, WsiPipelineError):

@@ -47,6 +47,9 @@ class Plan:
         cell: side, in grid pixels, of what probabilities are kept of; 0 = they are not kept.
         look: what cells are held against to judge their quality; None = they are not judged.
         unpadded: grid pixels along each axis that lie on the source; none = all.
+        crop: first source pixel of the grid, and one past the last; all else of the mask, whose
+            pixels are the source's, is background. None = the grid covers the source.
+        nearest: axis along which the mask takes the nearest grid pixel; None = it interpolates.
     """
 
     pixels: PixelSource
@@ -68,11 +71,20 @@ class Plan:
     cell: int = 0
     look: Look | None = None
     unpadded: Shape = ()
+    crop: tuple[Shape, Shape] | None = None
+    nearest: int | None = None
 
     @property
     def ratio(self) -> tuple[float, ...]:
         """Return grid pixels per mask pixel along each axis."""
         return tuple(m / g for m, g in zip(self.mask_downsample, self.downsample, strict=True))
+
+    @property
+    def offset(self) -> tuple[float, ...]:
+        """Return where the mask begins along each axis, in grid pixels."""
+        if self.crop is None:
+            return (0.0,) * len(self.downsample)
+        return tuple(-a / step for a, step in zip(self.crop[0], self.downsample, strict=True))
 
     def seen(self, block: Block) -> Block:
         """Return where a block's mask lies to the grid, which may be mirrored."""
@@ -85,9 +97,11 @@ class Plan:
     def box(self, block: Block) -> tuple[Shape, Shape]:
         """Return the grid pixels [start, stop) whose probabilities a block needs."""
         low, high, block = [], [], self.seen(block)
-        axes = zip(block.start, block.stop, self.ratio, self.grid.shape, strict=True)
-        for start, stop, ratio, length in axes:
-            floor, fraction = sample_positions(start, stop, ratio=ratio, length=length)
+        axes = zip(block.start, block.stop, self.ratio, self.grid.shape, self.offset, strict=True)
+        for start, stop, ratio, length, offset in axes:
+            floor, fraction = sample_positions(
+                start, stop, ratio=ratio, length=length, offset=offset
+            )
             low.append(int(floor[0]))
             high.append(int(floor[-1]) + (2 if fraction[-1] else 1))
         if self.cell:
@@ -109,11 +123,15 @@ class Plan:
         """
         seen, ends = self.seen(block), list[Shape]()
         for corner in (seen.start, seen.stop):
-            axes = zip(corner, self.mask_shape, self.ratio, self.cells_shape, strict=True)
+            axes = zip(
+                corner, self.mask_shape, self.ratio, self.offset, self.cells_shape, strict=True
+            )
             ends.append(
                 tuple(
-                    count if at == length else min(count, math.ceil(at * r / self.cell - 0.5))
-                    for at, length, r, count in axes
+                    count
+                    if at == length
+                    else min(count, max(0, math.ceil((at * r + o) / self.cell - 0.5)))
+                    for at, length, r, o, count in axes
                 )
             )
         return ends[0], ends[1]

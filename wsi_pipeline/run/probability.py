@@ -172,7 +172,9 @@ def _create(
     group = zarr.open_group(folder, mode="w-", zarr_format=2 if ngff == "0.4" else 3)
     ratio, shapes = [r / plan.cell for r in plan.ratio], level_shapes(plan.cells_shape)
     told: dict[str, Any] = {"probabilities": [c.name for c in classes], "ratio": ratio}
-    offset = [0.0] * len(ratio)
+    offset = [o / plan.cell for o in plan.offset]
+    if plan.crop is not None:
+        told["offset"] = offset
     if plan.is_mirrored:
         # Cells begin at what is the last pixel here.
         offset[-1] = plan.cells_shape[-1] - plan.mask_shape[-1] * ratio[-1]

@@ -100,6 +100,7 @@ class ScanRun(SourceRun):
                 prepared.shape,
                 spec.patch_size,
                 spec.overlap if overlap is None else (overlap,) * axes,
+                even=bool(spec.convention),
             )
         side, unit = size or BLOCK_SIDE[axes], CHUNK[axes]
         block_shape: Shape = (side,) * axes
@@ -124,6 +125,8 @@ class ScanRun(SourceRun):
             mask_downsample=(1.0,) * axes,
             block_shape=block_shape,
             is_mirrored=prepared.is_mirrored,
+            crop=prepared.crop,
+            nearest=prepared.thick_back,
             predict=self.settings.predict,
             threads=threads,
             outlines=bool(POLYGONS & set(self.settings.export.outputs)),

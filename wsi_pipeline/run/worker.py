@@ -49,6 +49,8 @@ LEAST_KEPT, MOST_KEPT = 256 * 2**20, 768 * 2**20
 """Bytes of predictions of patches that straddle blocks, which each worker may keep in any case, and
 at the most where memory is there: 0.5 GB serve five classes of a slide 100,000 px wide.
 """
+NO_PATCH = 100.0
+"""Logit of the background where no patch lies."""
 STAGES = ("read", "predict", "write", "polygons")
 """Whose seconds the ledger holds for each block."""
 
@@ -147,6 +149,11 @@ class BlockWorker:
                 probability = np.ascontiguousarray(probability[..., ::-1])
         if plan.look:
             leave_out(mask, cells, plan.look.cell, plan.predict.skip)
+        if plan.crop is not None:
+            outside = np.ones(mask.shape, bool)
+            ends = zip(*plan.crop, block.start, strict=True)
+            outside[tuple(slice(max(a - o, 0), max(b - o, 0)) for a, b, o in ends)] = False
+            mask[outside] = 0
         bad = self._mark_unreadable(mask, probability, block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, plan.mask_downsample
@@ -264,9 +271,10 @@ class BlockWorker:
         plan, seen = self._plan, self._plan.seen(block)
         start, stop = plan.box(block)
         # Cells may reach beyond the block's own pixels.
-        is_own = (start, stop) == (seen.start, seen.stop)
+        is_own = (start, stop) == (seen.start, seen.stop) and not plan.crop
         if self._windows.exclusive and is_own and all(r == 1.0 for r in plan.ratio):
             for first, part in iter_owned(predictions, start, stop, windows=self._windows):
+                part = self._predictor.activated(part)
                 if means:
                     means.add(first, part)
                 yield tuple(a - low for a, low in zip(first, start, strict=True)), part
@@ -279,9 +287,10 @@ class BlockWorker:
             patch_rows=plan.grid.patch_size[0],
             channels=self._predictor.channels,
             device=self._predictor.device,
+            nothing=NO_PATCH if self._predictor.gives_logits else 1.0,
         )
         if means:
-            bands = _added(bands, start[1:], means)
+            bands = _added(bands, start[1:], means, self._predictor)
         rows = iter_sampled_rows(
             bands,
             start[1:],
@@ -289,9 +298,11 @@ class BlockWorker:
             stop=seen.stop,
             ratio=plan.ratio,
             shape=plan.grid.shape,
+            offset=plan.offset,
+            nearest=plan.nearest,
         )
         for row, sampled in rows:
-            yield (row, *(0 for _ in start[1:])), sampled
+            yield (row, *(0 for _ in start[1:])), self._predictor.activated(sampled)
 
     def _in_roi(self, planes: npt.NDArray[np.uint8], block: Block) -> npt.NDArray[np.uint8]:
         """Return a block's planes, 0 where no pixel of the ROI depends on them."""
@@ -354,11 +365,11 @@ class BlockWorker:
 
 
 def _added(
-    bands: Iterator[tuple[int, torch.Tensor]], left: Shape, means: Means
+    bands: Iterator[tuple[int, torch.Tensor]], left: Shape, means: Means, predictor: Predictor
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield bands of probabilities that are added to means on their way."""
     for row, band in bands:
-        means.add((row, *left), band)
+        means.add((row, *left), predictor.activated(band))
         yield row, band
 
 

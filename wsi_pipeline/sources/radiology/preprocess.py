@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +46,10 @@ class Preparation:
         source_shape: Pixels along each axis, as the file has them.
         padded_shape: The same, padded.
         step: Source pixels per grid pixel along each axis.
-        black: Value that becomes 0.
-        white: Value that becomes 1.
+        black: Value that becomes 0, or that of each channel.
+        white: Value that becomes 1, likewise.
         is_clipped: Whether values beyond those become 0 and 1.
-        outside: Value of what lies beyond the source.
+        outside: Value of what lies beyond the source, likewise.
         interpolation: Kernel where the step is not 1.
     """
 
@@ -59,11 +59,17 @@ class Preparation:
     padded_shape: Shape
     step: tuple[float, ...]
     is_mirrored: bool
-    black: float
-    white: float
+    black: float | tuple[float, ...]
+    white: float | tuple[float, ...]
     is_clipped: bool
-    outside: float
+    outside: float | tuple[float, ...]
     interpolation: Interpolation
+    thick_back: ClassVar[int | None] = None
+
+    @property
+    def crop(self) -> tuple[Shape, Shape] | None:
+        """Return the part of the source that the grid covers; None = all."""
+        return None
 
     def read(self, scan: Scan, start: Shape, shape: Shape) -> Pixels:
         """Read a box of the grid, which may reach beyond; return (*shape, channels), full scale 1.
@@ -80,29 +86,43 @@ class Preparation:
         if all(a < b for a, b in zip(low, high, strict=True)):
             inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
             (first, stop, weights), *rest = (
-                axis_weights(a, b, step=step, length=n, interpolation=self.interpolation)
-                for a, b, step, n in zip(low, high, self.step, self.padded_shape, strict=True)
+                self.weigh(axis, a, b) for axis, (a, b) in enumerate(zip(low, high, strict=True))
             )
             out = pixels[inside]
             rows = out if weights is None else np.empty((stop - first, *out.shape[1:]), np.float32)
             across = math.prod(b - a for a, b, _ in rest)
             for top, bottom in _spans(first, stop, max(1, SLAB_PX // across)):
                 begin, end = (top, *(a for a, _, _ in rest)), (bottom, *(b for _, b, _ in rest))
-                slab = self._source(scan, begin, end)
+                slab = self.source(scan, begin, end)
                 for axis, (_, _, own) in enumerate(rest, start=1):
                     slab = _mixed(slab, axis, own)
                 rows[top - first : bottom - first] = slab
             if weights is not None:
                 out[...] = _mixed(rows, 0, weights)
-        pixels -= np.float32(self.black)
-        pixels *= np.float32(1 / (self.white - self.black))
+            self.cut(out)
+        black, white = np.asarray(self.black), np.asarray(self.white)
+        pixels -= black.astype(np.float32)
+        pixels *= (1 / (white - black)).astype(np.float32)
         if self.is_clipped:
             np.clip(pixels, 0, 1, out=pixels)
         if pixels.shape[-1] == self.channels:
             return pixels
         return np.repeat(pixels, self.channels, axis=-1)
 
-    def _source(self, scan: Scan, start: Shape, stop: Shape) -> Pixels:
+    def weigh(self, axis: int, start: int, stop: int) -> tuple[int, int, Weights | None]:
+        """Weigh source pixels for the grid pixels along an axis; return as `axis_weights`."""
+        return axis_weights(
+            start,
+            stop,
+            step=self.step[axis],
+            length=self.padded_shape[axis],
+            interpolation=self.interpolation,
+        )
+
+    def cut(self, pixels: Pixels) -> None:
+        """Cut off values that resampling has made."""
+
+    def source(self, scan: Scan, start: Shape, stop: Shape) -> Pixels:
         """Return the source's values in a box of the mirrored and padded frame."""
         ends = [min(b, n) for b, n in zip(stop, self.source_shape, strict=True)]
         beyond = [(0, b - max(a, e)) for a, b, e in zip(start, stop, ends, strict=True)]
@@ -117,6 +137,8 @@ class Preparation:
         pixels = _with_channels(scan.read(tuple(begins), shape), self.channels)
         if self.is_mirrored:
             pixels = pixels[..., ::-1, :]
+        if not np.any(beyond):
+            return pixels
         return np.pad(pixels, [*beyond, (0, 0)], constant_values=self.outside)
 
 
@@ -153,6 +175,10 @@ def prepare(scan: Scan, spec: InputSpec) -> Preparation:
         raise SourceError(
             f"{scan.path} has {scan.channels} channels, the network wants {spec.channels}"
         )
+    if spec.convention:
+        from wsi_pipeline.sources.radiology.nnunet import prepare_crop
+
+        return prepare_crop(scan, spec)
     padded = (max(scan.shape),) * 2 if spec.pad else scan.shape
     if spec.spacing_mm is None:
         shape = spec.fit or padded
@@ -212,7 +238,7 @@ def _measure(scan: Scan, channels: int) -> _Body:
     from skimage.filters import threshold_triangle
 
     every = max(1, math.prod(scan.shape) // SAMPLE_PX)
-    sample = np.concatenate([slab.ravel()[::every] for slab in _iter_slabs(scan, channels)])
+    sample = np.concatenate([slab.ravel()[::every] for slab in iter_slabs(scan, channels)])
     find: Any = threshold_triangle
     threshold = float(find(sample)) if np.ptp(sample) > 0 else -math.inf
     darkest, least, largest = math.inf, math.inf, -math.inf
@@ -220,7 +246,7 @@ def _measure(scan: Scan, channels: int) -> _Body:
     count, total, squares = 0, 0.0, 0.0
     # Squares of what is far from 0 would lose digits.
     about = float(sample.mean())
-    for slab in _iter_slabs(scan, channels):
+    for slab in iter_slabs(scan, channels):
         darkest = min(darkest, float(slab.min()))
         columns += slab.sum(axis=(*range(slab.ndim - 2), -1), dtype=np.float64)
         body = slab[slab > threshold].astype(np.float64)
@@ -241,7 +267,7 @@ def _measure(scan: Scan, channels: int) -> _Body:
     )
 
 
-def _iter_slabs(scan: Scan, channels: int) -> Iterator[Pixels]:
+def iter_slabs(scan: Scan, channels: int) -> Iterator[Pixels]:
     """Yield all values, some rows or slices at a time."""
     first, *rest = scan.shape
     for start, stop in _spans(0, first, max(1, SLAB_PX // math.prod(rest))):
