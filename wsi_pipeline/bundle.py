@@ -355,11 +355,10 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
     # by way of JSON, which has lists for tuples, as what is read back
     table: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(found))
     # Usual values are left out: a key that is new here must not change the digests of old bundles.
-    usual = InputSpec()
     table["input"] = {
         key: value
         for key, value in table["input"].items()
-        if value is not None and (key not in PREPARATION or value != getattr(usual, key))
+        if value is not None and (key not in PREPARATION or value != getattr(InputSpec(), key))
     }
     return {"network_options": {}} | table
 
@@ -373,10 +372,8 @@ def _check_input(spec: InputSpec, modality: Modality, given: Collection[str]) ->
     own, axes, count = RESOLUTION[modality], AXES[modality], spec.channels
     # Told by keys, not by values: one may be given that is the usual one.
     if others := [key for key in RESOLUTION.values() if key != own and key in given]:
-        raise ValueError(
-            f"input.{others[0]} is not for {modality}s, whose resolution is input.{own}"
-        )
-    if own not in given and (modality != "image" or not spec.convention):
+        raise ValueError(f"input.{others[0]} is not for {modality}s, which have input.{own}")
+    if own not in given and not (spec.convention and own == "fit"):
         raise ValueError(f"lacks input.{own}, the resolution of {modality}s")
     if others := [k for k, kinds in PREPARATION.items() if k in given and modality not in kinds]:
         raise ValueError(f"input.{others[0]} is not for {modality}s")

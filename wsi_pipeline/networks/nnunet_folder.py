@@ -19,13 +19,13 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wsi_pipeline.bundle import Bundle, bundle_toml, load_bundle, parse_bundle
+from wsi_pipeline.bundle import AXES, Bundle, Modality, bundle_toml, load_bundle, parse_bundle
+from wsi_pipeline.colors import COLORS
 from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.files.paths import cache_dir
 from wsi_pipeline.networks import build
 from wsi_pipeline.networks.bundle_writer import CARD, MODEL_TOML, WEIGHTS, written_folder
-from wsi_pipeline.networks.checkpoints import COLORS
 from wsi_pipeline.networks.weights import read_checkpoint
 
 PREFIX = "nnunet:"
@@ -193,11 +193,12 @@ class _Reading:
         pictures = dataset["file_ending"].lower() in PICTURES
         if mpp is not None and (not self.is_flat or len(self.channels) != 3):
             self.refuse("µm per pixel for what is no 2-D network of RGB: slides take no other")
-        self.modality = "slide" if mpp else "image" if self.is_flat and pictures else "volume"
+        self.is_picture = self.is_flat and pictures and not mpp
+        self.modality: Modality = "slide" if mpp else "image" if self.is_picture else "volume"
         back = plans.get("transpose_backward", [0, 1, 2])
         if sorted(back) != [0, 1, 2]:
             self.refuse(f"transpose_backward {back}")
-        self.ndim = 3 if self.modality == "volume" else 2
+        self.ndim = AXES[self.modality]
         # Which axis of the network each axis of the file is.
         self.order = back if self.ndim == 3 else [axis - 1 for axis in back[1:]]
         if sorted(self.order) != [*range(self.ndim)]:
@@ -266,7 +267,7 @@ class _Reading:
         spacing = self.config["spacing"]
         if self.mpp is not None:
             return {"mpp": self.mpp}
-        if self.modality == "image":
+        if self.is_picture:
             if any(side != 1 for side in spacing):
                 self.refuse(f"pictures whose pixels are {spacing}")
             return {}
