@@ -68,6 +68,9 @@ def place(tmp_path_factory, slide_path):
         overlap=64,
         select=wsi_pipeline.SelectOptions(),
     )
+    for name in ("outs/spatial", "xenium"):
+        (folder / name).mkdir(parents=True)
+    (folder / "he_imagealignment.csv").touch()
     for name in ("annotations.geojson", "roi.geojson"):
         shutil.copyfile(folder / "out" / "slide" / "annotations.geojson", folder / name)
     return folder

@@ -11,6 +11,7 @@ from .errors import WsiPipelineError as WsiPipelineError
 from .evaluation.diff import Difference as Difference
 from .evaluation.diff import diff as diff
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.spots import measure_spots as measure_spots
 from .evaluation.within import Measured as Measured
 from .evaluation.within import measure as measure
 from .export import Layer as Layer

@@ -16,10 +16,12 @@ from shapely import Polygon
 
 from wsi_pipeline.annotations import REGION_CLASS, is_ignored, rasterise, read_polygons
 from wsi_pipeline.errors import AnnotationError, EvaluationError, StoreError, raised_as
-from wsi_pipeline.evaluation.inputs import PART, finished_run, open_run_mask, place
+from wsi_pipeline.evaluation.inputs import PART, SlideFrame, finished_run, open_run_mask, place
+from wsi_pipeline.evaluation.masks import MaskFile
 from wsi_pipeline.geometry import iter_blocks
 from wsi_pipeline.options import Frame, Rule
 from wsi_pipeline.patch_grid import open_patch_grid
+from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.run.thresholds import RuledMask
 from wsi_pipeline.sources.slide import frame_offset
@@ -66,7 +68,7 @@ def measure(run: str | Path, within: str | Path, *, frame: Frame = "qupath") -> 
     """
     run, within = Path(run), Path(within)
     with ExitStack() as closing:
-        told, (mask, slide) = finished_run(run), open_run_mask(run, closing)
+        told, mask, slide = open_shown(run, closing)
         if slide.mpp is None:
             raise EvaluationError(f"{run} does not tell how large its pixels are, to count mm²")
         names, shapes = _read_annotations(within, frame_offset(slide.bounds, frame))
@@ -79,10 +81,6 @@ def measure(run: str | Path, within: str | Path, *, frame: Frame = "qupath") -> 
                 f"{within}: no annotation lies on the slide of {size} px; expected level-0 pixels "
                 "of this slide"
             )
-        if told.rule:
-            # What polygons and areas of the folder are made of.
-            with raised_as(EvaluationError, StoreError):
-                mask = replace(mask, pixels=RuledMask(run, told, Rule(**told.rule)))
         fy, fx = place(mask, slide, "openslide").downsample
         classes, grid = [told.background, *told.colors], RunStore(folder=run).grid_path
         stored = open_patch_grid(grid) if grid.is_dir() else None
@@ -128,6 +126,19 @@ def measure(run: str | Path, within: str | Path, *, frame: Frame = "qupath") -> 
             percent = round(100 * n / whole, 4) if whole else None
             found.append(Measured(name, of, round(n * mm2, 9), percent))
     return found
+
+
+def open_shown(run: Path, closing: ExitStack) -> tuple[Run, MaskFile, SlideFrame]:
+    """Open the mask of which polygons and areas of a run are made; return both, and its slide.
+
+    Raises:
+        EvaluationError: there is none that is finished.
+    """
+    told, (mask, slide) = finished_run(run), open_run_mask(run, closing)
+    if told.rule:
+        with raised_as(EvaluationError, StoreError):
+            mask = replace(mask, pixels=RuledMask(run, told, Rule(**told.rule)))
+    return told, mask, slide
 
 
 def _read_annotations(
