@@ -68,10 +68,10 @@ def place(tmp_path_factory, slide_path):
         overlap=64,
         select=wsi_pipeline.SelectOptions(),
     )
-    for name in ("outs/spatial", "xenium"):
+    for name in ("outs/spatial", "xenium", "out/corrections"):
         (folder / name).mkdir(parents=True)
     (folder / "he_imagealignment.csv").touch()
-    for name in ("annotations.geojson", "roi.geojson"):
+    for name in ("annotations.geojson", "roi.geojson", "out/corrections/slide.geojson"):
         shutil.copyfile(folder / "out" / "slide" / "annotations.geojson", folder / name)
     return folder
 
