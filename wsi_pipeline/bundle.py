@@ -1,4 +1,7 @@
-"""Model bundles: a folder with `model.toml`, a card and weights. Reading one needs no torch."""
+"""Model bundles: a folder with `model.toml`, a card and weights. Reading one needs no torch.
+
+Long because a record, what it may hold and how it is written are one thing.
+"""
 
 from __future__ import annotations
 
@@ -177,6 +180,7 @@ class Bundle:
         tta: "none", "mirror" or "d4": how patches are shown where nobody says.
         origin: Where it was fetched from: `url`, with the commit of a repository, and `sha256` of
             what was there otherwise; empty where a person has put it in its place.
+        members: Of an ensemble.
     """
 
     path: Path
@@ -197,6 +201,7 @@ class Bundle:
     limits: str = ""
     tta: Tta = "none"
     origin: Mapping[str, str] = field(default_factory=dict)
+    members: tuple[Bundle, ...] = ()
 
     @property
     def mpp(self) -> float:
@@ -212,6 +217,8 @@ class Bundle:
     @cached_property
     def weights_sha256(self) -> str:
         """Return the hex digest of the weights file, or "" where there is none."""
+        if self.members:
+            return hashlib.sha256("".join(m.digest for m in self.members).encode()).hexdigest()
         return sha256_of(self.weights_path) if self.weights_path else ""
 
     def read_weights(self) -> bytes:
@@ -257,8 +264,7 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     Raises:
         BundleError: no such bundle, or one that lacks something or contradicts itself.
     """
-    is_url = "://" in str(location)
-    path = fetched_model(str(location)) if is_url else find_model(str(location))
+    path = (fetched_model if "://" in str(location) else find_model)(str(location))
     try:
         table = read_toml(path)
     except ValueError as error:
@@ -286,6 +292,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         if is_patchwise and found.network not in FOREIGN:
             raise ValueError(f"lacks output.classes: {found.network} gives a mask")
         classes = _classes(_by_patch(found.output) if is_patchwise else found.output)
+        members = converted(found.network_options.get("members", []), list[str])
         if (found.features or found.int8) and found.network in FOREIGN:
             raise ValueError("features and int8 are of a network of the package, not of a program")
         origin = origin_of(path.parent)
@@ -307,7 +314,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         weights_origin=weights_origin,
         features_path=features_path or None,
         int8_path=int8_path or None,
-        network_options=found.network_options,
+        network_options={k: v for k, v in found.network_options.items() if k != "members"},
         input=found.input,
         activation=found.output.activation,
         classes=classes,
@@ -317,6 +324,7 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         limits=paragraph(found.limits),
         tta=found.tta,
         origin=origin,
+        members=tuple(load_bundle(path.parent / member) for member in members),
     )
 
 

@@ -24,6 +24,7 @@ Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
+Combine = Literal["mean", "vote"]
 Queue = Literal["slurm"]
 ProgramFormat = Literal["onnx", "torch-export"]
 

@@ -34,6 +34,7 @@ from wsi_pipeline.errors import UsageError
 from wsi_pipeline.options import (
     OUTPUTS,
     Blend,
+    Combine,
     ExportOptions,
     Flaw,
     Ngff,
@@ -121,6 +122,9 @@ def read_memory(text: str) -> int:
 )
 @options_of(PREDICT, device=(DEVICE, "auto, cpu, cuda, cuda:N or mps."))
 @heading("Model", rare=True)
+@click.option(
+    "--combine", type=click.Choice(get_args(Combine)), help="Several models as one: their ensemble."
+)
 @options_of(
     PREDICT,
     overlap=(click.IntRange(min=0), "px between patches  [default: the bundle's]"),
@@ -219,6 +223,7 @@ def command(
     /,
     inputs: tuple[str, ...],
     models: tuple[str, ...],
+    combine: Combine | None,
     output: Path,
     work: Path | None,
     mpp_table: Path | None,
@@ -257,6 +262,7 @@ def command(
         batch = plan_batch(
             inputs,
             model=models,
+            combine=combine,
             output=output,
             work=work,
             mpp_table=mpp_table,

@@ -69,7 +69,7 @@ class PatchQueue:
         too_large: str,
         is_fixed: bool,
     ) -> None:
-        self._run, self._too_large, self._is_fixed = run, too_large, is_fixed
+        self._run, self._too_large, self.is_fixed = run, too_large, is_fixed
         self.batch, self._passes = batch, passes
         self._pool = ThreadPoolExecutor(passes, "predict", initializer=use_one_core)
         self._lock = threading.RLock()
@@ -181,7 +181,7 @@ class PatchQueue:
             for row in range(len(taken)):
                 rows.append(tuple(p[row].clone() if batch > 1 else p[row] for p in parts))
         except torch.OutOfMemoryError:
-            if batch > 1 and not self._is_fixed:
+            if batch > 1 and not self.is_fixed:
                 torch.cuda.empty_cache()
                 with self._lock:
                     # a pass beside this one may have halved it already

@@ -144,6 +144,9 @@ def number_format(predict: PredictOptions, bundle: Bundle) -> Precision:
     Raises:
         BundleError: no such device.
     """
+    if bundle.members:
+        found = {number_format(predict, member) for member in bundle.members}
+        return found.pop() if len(found) == 1 else "fp32"
     return _name(choose_dtype(predict.precision, choose_device(predict.device), bundle))
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+from torch import nn
+
 from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.ensemble import check_members
 from wsi_pipeline.networks.foreign import Network, load_foreign
 from wsi_pipeline.networks.highres_unet import HighResUNet
 from wsi_pipeline.networks.lightmuseg import LightMuSeg
@@ -37,6 +40,10 @@ def build(bundle: Bundle) -> Network:
     Raises:
         BundleError: no such network, no weights, or weights that do not fit it.
     """
+    if bundle.members:
+        check_members(bundle)
+        modules = [build(member).module for member in bundle.members]
+        return Network(module=nn.ModuleList(modules), batch_size=None)
     if bundle.network in FOREIGN:
         return load_foreign(bundle)
     module = create(bundle)

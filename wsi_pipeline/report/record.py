@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 NOT_OF_ALL = (
     "rule", "area_px", "volume_ml", "lesions", "labels", "quality_mm2", "unlike_percent",
-    "certificate",
+    "disagreement_percent", "certificate",
 )  # fmt: skip
 """Fields that are left out where they are empty."""
 GREY = (128, 128, 128)
@@ -141,6 +141,8 @@ class Run:
         quality_mm2: of each class, what of it is out of focus, under a pen and so on.
         unlike_percent: of the patches, those unlike the tissue that the model was trained for; None
             where the model says nothing of it.
+        disagreement_percent: of an ensemble, by how much its members differ, of all pixels that it
+            looked at the mean; None where there is one model.
         certificate: of the mask; older versions gave none.
     """
 
@@ -171,6 +173,7 @@ class Run:
     labels: dict[str, Finite] = field(default_factory=dict)
     quality_mm2: dict[str, dict[str, Finite]] = field(default_factory=dict)
     unlike_percent: Finite | None = None
+    disagreement_percent: Finite | None = None
     certificate: Certificate | None = None
 
     def __post_init__(self) -> None:

@@ -61,6 +61,8 @@ def more_columns(run: Run) -> dict[str, str | float]:
         found |= {f"{name}_{quality}_mm2": round(n, 6) for quality, n in areas.items()}
     if run.unlike_percent is not None:
         found["unlike_percent"] = round(run.unlike_percent, 2)
+    if run.disagreement_percent is not None:
+        found["disagreement_percent"] = round(run.disagreement_percent, 4)
     if run.unit == "mm²":
         found |= {f"largest_mm2_{name}": round(area, 6) for name, area in run.largest.items()}
     spacing = run.slide.get("spacing_mm") or ()

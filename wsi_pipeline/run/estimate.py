@@ -17,7 +17,8 @@ from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import Shape
-from wsi_pipeline.inference.predictor import Predictor, choose_device, choose_dtype
+from wsi_pipeline.inference.ensemble import open_predictor
+from wsi_pipeline.inference.predictor import choose_device, choose_dtype
 from wsi_pipeline.networks import SegmentationNetwork, build
 from wsi_pipeline.networks.cost import peak_memory
 from wsi_pipeline.options import POLYGONS, PredictOptions, Settings
@@ -178,12 +179,17 @@ def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
 
 def most_model_bytes(bundle: Bundle) -> ModelBytes:
     """Return, at once, what the model certainly does not exceed."""
-    weights = bundle.weights_path.stat().st_size if bundle.weights_path else 0
+    paths = [one.weights_path for one in bundle.members or (bundle,) if one.weights_path]
+    weights = sum(path.stat().st_size for path in paths)
     return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * MOST_PLANES)
 
 
 def model_bytes(bundle: Bundle) -> ModelBytes:
     """Return what the model takes; it is built for that and run on shapes, in a second or two."""
+    if bundle.members:
+        each = list(map(model_bytes, bundle.members))
+        most = max(one.activations for one in each)
+        return ModelBytes(weights=sum(one.weights for one in each), activations=most)
     module = build(bundle).module
     weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     size = (bundle.input.channels, *bundle.input.patch_size)
@@ -204,7 +210,7 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
     Raises:
         BundleError: the model does not run.
     """
-    predictor = Predictor(
+    predictor = open_predictor(
         bundle,
         device=predict.device,
         precision=predict.precision,

@@ -18,8 +18,10 @@ from wsi_pipeline.files.locks import GOES_ON, make_folder
 from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
 from wsi_pipeline.files.remote import choose_work
 from wsi_pipeline.inference.predictor import choose_device, count_gpus, tell_choice
+from wsi_pipeline.networks.ensemble import combined, write_ensemble
 from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import (
+    Combine,
     ExportOptions,
     PredictOptions,
     ScheduleOptions,
@@ -115,6 +117,7 @@ def segment(
     inputs: Inputs,
     *,
     model: str | Path | Sequence[str | Path],
+    combine: Combine | None = None,
     output: str | Path,
     work: str | Path | None = None,
     mpp_table: str | Path | None = None,
@@ -135,6 +138,8 @@ def segment(
         model: folder of a bundle, its name, its model.toml, or its URL; or `nnunet:FOLDER`,
             a result folder of nnU-Net v2, for slides with `@MPP` behind. Of several each has its
             runs in a folder of its name in `output`, and what is stored is decoded once for all.
+        combine: of several, make one run of them all: the mean of their probabilities, or the
+            shares of their votes.
         output: folder of the results, or its URL.
         work: folder here for slides in hand, where the output is a URL.
         mpp_table: CSV with the columns slide and mpp.
@@ -154,6 +159,7 @@ def segment(
     batch = plan_batch(
         inputs,
         model=model,
+        combine=combine,
         output=output,
         work=work,
         mpp_table=mpp_table,
@@ -195,6 +201,7 @@ def plan_batch(
     inputs: Inputs,
     *,
     model: str | Path | Sequence[str | Path],
+    combine: Combine | None = None,
     output: str | Path,
     work: str | Path | None = None,
     mpp_table: str | Path | None = None,
@@ -218,6 +225,9 @@ def plan_batch(
         schedule, device = _with_gpus(schedule, settings.predict)
         settings = replace(settings, predict=replace(settings.predict, device=device))
     bundles = [load_model(one) for one in ([model] if isinstance(model, str | Path) else model)]
+    with raised_as(UsageError, WsiPipelineError):
+        folder = choose_work(home, Path(work) if work else None)
+        bundles = [combined(bundles, combine, folder)] if combine else bundles
     bundle = _check_several(bundles)
     find, suffixes = FINDERS[bundle.modality]
     with raised_as(UsageError, WsiPipelineError):
@@ -226,7 +236,6 @@ def plan_batch(
         for one in bundles:
             check_settings(settings, one)
         table = read_mpp_table(mpp_table) if mpp_table else None
-        folder = choose_work(home, Path(work) if work else None)
     slides = plan_jobs(find(inputs, output=folder), folder, table, target=target)
     if not slides:
         raise UsageError(why_none(inputs, f"{bundle.modality}s", suffixes))
@@ -316,6 +325,9 @@ def run_batch(
         WsiPipelineError: the output cannot be written, the cluster is lost, or memory is short.
     """
     make_folder(batch.output)
+    for bundle in batch.bundles:
+        if bundle.members and not bundle.path.is_dir():
+            write_ensemble(bundle)
     for folder, home in batch.folders.items():
         make_folder(folder)
         note_jobs(folder, [job for job in batch.every if job.folder.parent == folder], target=home)

@@ -25,6 +25,7 @@ from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Region, Shape
 from wsi_pipeline.inference.blend import Windows
+from wsi_pipeline.inference.ensemble import open_predictor
 from wsi_pipeline.inference.predictor import Predictor, number_format
 from wsi_pipeline.report.record import PREVIEW_FILE
 from wsi_pipeline.run.batch import Progress
@@ -149,7 +150,7 @@ def preview_batch(
     with (
         bounded_memory(max_ram, too_large or told.append, "lower --batch-size or raise the limit"),
         closing(
-            Predictor(
+            open_predictor(
                 bundle,
                 device=predict.device,
                 precision=predict.precision,
@@ -271,9 +272,9 @@ class Cells:
             answers = predictor.predict(region, origins)
             for (patch, _, bad), answer in zip(some, answers, strict=True):
                 mm2, is_bad = self._cell(patch, bad)
-                found = (answer.argmax(0) if len(answer) > 1 else answer[0] > 0.5).cpu().numpy()
-                found = np.where(is_bad, lost, found)
-                areas.append(np.bincount(found.ravel(), mm2.ravel(), minlength=lost + 1))
+                found = answer[:lost].argmax(0) if len(answer) > 1 else answer[0] > 0.5
+                classes = np.where(is_bad, lost, found.cpu().numpy())
+                areas.append(np.bincount(classes.ravel(), mm2.ravel(), minlength=lost + 1))
             if progress:
                 progress(len(areas), len(patches))
         return np.array(areas).reshape(-1, lost + 1)

@@ -39,7 +39,7 @@ from wsi_pipeline.run.plan import Plan
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
-NAME = FILES["probability"]
+NAME, DISAGREEMENT = FILES["probability"], "disagreement"
 STRIP = 1 << 20
 """Mask pixels that are sampled at a time: whole rows, or planes of a volume."""
 UNITS = {"micrometer": 1.0, "millimeter": 1000.0}
@@ -135,6 +135,7 @@ def write_probability(
     pixel: Sequence[float],
     unit: str | None,
     ngff: Ngff,
+    is_ensemble: bool = False,
 ) -> None:
     """Put together what blocks have kept, unless that was done before; return nothing.
 
@@ -145,14 +146,19 @@ def write_probability(
         classes: all but the background.
         pixel: size of a mask pixel along each axis.
         unit: of that, one of `UNITS`; None = it is not known.
+        is_ensemble: in a group beneath, where members disagree.
     """
     target = plan.store.folder / NAME
     if not _is_whole(plan):
         with writing(target), written_beside(target) as folder:
-            array = _create(folder, plan, classes, pixel, unit, ngff)
-            _assemble(array, plan, blocks)
-            for level in range(1, len(level_shapes(plan.cells_shape))):
-                _reduce(folder, level)
+            parts = [(folder, classes, 0)]
+            if is_ensemble:
+                parts.append((folder / DISAGREEMENT, [ClassInfo(name=DISAGREEMENT)], len(classes)))
+            for group, named, first in parts:
+                array = _create(group, plan, named, pixel, unit, ngff)
+                _assemble(array, plan, blocks, first)
+                for level in range(1, len(level_shapes(plan.cells_shape))):
+                    _reduce(group, level)
         with written_beside(_digest_path(plan)) as partial:
             partial.write_text(_digest(target), "utf-8")
     for path in plan.store.path.glob("probability-*"):
@@ -201,8 +207,8 @@ def _create(
     return levels[0]
 
 
-def _assemble(array: Array, plan: Plan, blocks: Sequence[Block]) -> None:
-    """Write level 0, whole files of it in threads."""
+def _assemble(array: Array, plan: Plan, blocks: Sequence[Block], first: int) -> None:
+    """Write level 0 of channels from `first` on, whole files of it in threads."""
     unit = array.shards or array.chunks
     touching: dict[Shape, list[tuple[Block, Shape, Shape]]] = {}
     for block in blocks:
@@ -223,7 +229,7 @@ def _assemble(array: Array, plan: Plan, blocks: Sequence[Block]) -> None:
                 box_slices([a - b for a, b in zip(low, corner, strict=True)], size)
                 for corner in (start, part.start[1:])
             )
-            pixels[0][there] = _kept_plane(plan, block, part.start[0])[here]
+            pixels[0][there] = _kept_plane(plan, block, first + part.start[0])[here]
         ome_zarr.write_block(array, part, pixels)
 
     for _ in map_in_threads(assemble, iter_blocks(array.shape, unit)):

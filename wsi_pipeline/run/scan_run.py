@@ -157,7 +157,8 @@ class ScanRun(SourceRun):
         """See `SourceRun`."""
         metadata, unit, planes = 2, CHUNK[len(plan.mask_shape)], 0
         if plan.cell:
-            planes = (len(self.bundle.classes) - 1) * ome_zarr.count_files(plan.cells_shape, "0.4")
+            planes = len(self.bundle.classes) - 1 + 3 * bool(self.bundle.members)
+            planes *= ome_zarr.count_files(plan.cells_shape, "0.4")
         return math.prod(-(-n // unit) for n in plan.mask_shape) + metadata + planes // 2
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> ScanResult:
@@ -188,6 +189,7 @@ class ScanRun(SourceRun):
                 pixel=spacing or (1.0,) * len(scan.shape),
                 unit="millimeter" if spacing else None,
                 ngff="0.4",
+                is_ensemble=bool(self.bundle.members),
             ),
         )
         self.result.lesions  # noqa: B018  # counted here, to be timed by itself

@@ -220,7 +220,8 @@ class SlideRun(SourceRun):
         """See `SourceRun`."""
         ngff, planes = self.settings.export.ngff, 0
         if plan.cell:
-            planes = (len(self.bundle.classes) - 1) * ome_zarr.count_files(plan.cells_shape, ngff)
+            planes = len(self.bundle.classes) - 1 + 3 * bool(self.bundle.members)
+            planes *= ome_zarr.count_files(plan.cells_shape, ngff)
         # One for each reduced level, and two of what is made of the mask.
         more = 1 + len(level_shapes(plan.mask_shape))
         more *= "dicom" in self.settings.export.outputs
@@ -291,6 +292,7 @@ class SlideRun(SourceRun):
                 pixel=mask_mpp,
                 unit="micrometer",
                 ngff=options.ngff,
+                is_ensemble=bool(self.bundle.members),
             ),
         )
         return self.result

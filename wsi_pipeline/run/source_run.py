@@ -196,6 +196,7 @@ class SourceRun(ABC):
             background=result.classes[0].name,
             regions=written.regions,
             unlike_percent=unlike,
+            disagreement_percent=self._disagreement(ledger),
             certificate=self._certificate(ledger, result),
             largest=written.largest,
             warnings=[
@@ -217,6 +218,12 @@ class SourceRun(ABC):
             for name in ("unlike", "like")
         )
         return 100 * unlike / (unlike + like) if unlike + like else None
+
+    def _disagreement(self, ledger: Ledger) -> float | None:
+        """Return by how many percent an ensemble disagrees where it looked, None = it is none."""
+        told = [arrays["disputed"] for arrays in ledger.values() if "disputed" in arrays]
+        disputed, seen = np.sum(told, axis=0) if told else (0, 0)
+        return float(100 * disputed / seen) if seen else None
 
     def _judged(self) -> npt.NDArray[np.bool_]:
         """Return (n,) which patches are compared with the training tissue."""

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from wsi_pipeline.annotations import rasterise, read_region
-from wsi_pipeline.bundle import Bundle, load_bundle
+from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError, SourceError, raised_as
 from wsi_pipeline.export.ome_zarr import open_mask, write_block
 from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_components
@@ -32,11 +32,11 @@ from wsi_pipeline.inference.blend import (
     iter_owned,
     iter_sampled_rows,
 )
+from wsi_pipeline.inference.ensemble import kept_predictor
 from wsi_pipeline.inference.patch_cache import Claim, PatchCache
 from wsi_pipeline.inference.patch_queue import use_one_core
 from wsi_pipeline.inference.predictor import Predictor, choose_device
 from wsi_pipeline.inference.unlike import load_familiar
-from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import choose, keep_planes
 from wsi_pipeline.run.quality import crossed, judge, judged_box, leave_out
@@ -89,7 +89,7 @@ class BlockWorker:
             map_large_arrays()
         self._plan = plan
         self._stamp = _stamp(plan.pixels.path)
-        self._classes = len(bundle.classes)
+        self._classes, self._is_ensemble = len(bundle.classes), bool(bundle.members)
         self._thresholds = plan.predict.rule.of([c.name for c in bundle.classes[1:]])
         self._familiar = load_familiar(bundle)
         device = choose_device(plan.predict.device)
@@ -111,7 +111,7 @@ class BlockWorker:
         # The first blocks are read while the network is built.
         building = ThreadPoolExecutor(1, "network", use_one_core)
         self._built = building.submit(
-            _kept_predictor, bundle, plan.predict, threads or plan.threads, keep, beside
+            kept_predictor, bundle, plan.predict, threads or plan.threads, keep, beside
         )
         building.shutdown(wait=False)
 
@@ -138,10 +138,11 @@ class BlockWorker:
         plan, clock, means = self._plan, Clock(), None
         labels, features = list[torch.Tensor](), list[torch.Tensor]()
         if plan.cell:
-            means = Means(
-                *plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=self._classes - 1
-            )
-        mask, probability, patches, cells = self._predict(block, clock, labels, features, means)
+            count = self._classes - 1 + self._is_ensemble
+            means = Means(*plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=count)
+        apart = np.zeros(block.shape if self._is_ensemble else 0, np.float32)
+        asked = self._predict(block, clock, labels, features, means, apart)
+        mask, probability, patches, cells = asked
         if plan.is_mirrored:
             # Predicted as the model wants to see it, written as the image lies.
             mask = np.ascontiguousarray(mask[..., ::-1])
@@ -154,11 +155,13 @@ class BlockWorker:
             ends = zip(*plan.crop, block.start, strict=True)
             outside[tuple(slice(max(a - o, 0), max(b - o, 0)) for a, b, o in ends)] = False
             mask[outside] = 0
-        bad = self._mark_unreadable(mask, probability, block)
+        bad, seen = self._mark_unreadable(mask, probability, block), self._seen(block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, plan.mask_downsample
             # By the mask's own pixels: patches reach beyond the ROI.
-            mask *= rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
+            inside = rasterise(self._roi, mask.shape, origin=(y * fy, x * fx), downsample=(fy, fx))
+            mask *= inside
+            seen &= inside
         with writing(plan.store.mask_path):
             write_block(self._mask, block, mask)
             chunks = settle(self._mask, block)
@@ -180,6 +183,8 @@ class BlockWorker:
         if plan.look:
             found = crossed(mask, cells, plan.look.cell, self._classes + 1)
             arrays |= {"quality": cells, "crossed": found}
+        if self._is_ensemble:
+            arrays["disputed"] = np.array([apart[seen].sum(), np.count_nonzero(seen)])
         if labels:
             arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
         if self._familiar and features:
@@ -215,6 +220,7 @@ class BlockWorker:
         labels: list[torch.Tensor],
         features: list[torch.Tensor],
         means: Means | None,
+        disputed: npt.NDArray[np.float32],
     ) -> tuple[
         npt.NDArray[np.uint8],
         npt.NDArray[np.uint16] | None,
@@ -235,7 +241,10 @@ class BlockWorker:
             with queue.in_hand():
                 fresh = predictor.predict(region, origins, labels=labels, features=features)
                 placed = self._placed(wanted, claim, fresh)
-                mask, probability = self._classify(self._pieces(placed, block, means), block)
+                pieces = self._pieces(placed, block, means)
+                if self._is_ensemble:
+                    pieces = _set_apart(pieces, disputed)
+                mask, probability = self._classify(pieces, block)
                 clock.lap("predict")
                 clock.seconds["predict"] += queue.seconds
         return mask, probability, claim.mine, cells
@@ -335,6 +344,16 @@ class BlockWorker:
                 probability[part] = fixed
         return mask, probability
 
+    def _seen(self, block: Block) -> npt.NDArray[np.bool_]:
+        """Return which mask pixels of a block patches cover, as the model wants to see it."""
+        plan, box = self._plan, self._plan.seen(block)
+        covered, scale = np.zeros(block.shape, bool), 1 / np.array(plan.ratio)
+        for origin in plan.grid.origins[plan.patches(block)] if self._is_ensemble else ():
+            ends = np.rint(np.stack([origin, origin + plan.grid.patch_size]) * scale)
+            low, high = np.maximum(ends.astype(np.int64) - box.start, 0)
+            covered[tuple(map(slice, low, high))] = True
+        return covered
+
     def _mark_unreadable(
         self, mask: npt.NDArray[np.uint8], probability: npt.NDArray[np.uint16] | None, block: Block
     ) -> list[Region]:
@@ -371,6 +390,15 @@ def _added(
     for row, band in bands:
         means.add((row, *left), predictor.activated(band))
         yield row, band
+
+
+def _set_apart(
+    pieces: Iterator[tuple[Shape, torch.Tensor]], disputed: npt.NDArray[np.float32]
+) -> Iterator[tuple[Shape, torch.Tensor]]:
+    """Yield pieces without their last channel, which is how far an ensemble disagrees."""
+    for first, planes in pieces:
+        disputed[box_slices(first, planes.shape[1:])] = planes[-1].cpu().numpy()
+        yield first, planes[:-1]
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -420,29 +448,3 @@ def _fetch(values: torch.Tensor) -> npt.NDArray[Any]:
     held.copy_(values, non_blocking=True)
     torch.cuda.current_stream(values.device).synchronize()
     return held.numpy()
-
-
-def _kept_predictor(
-    bundle: Bundle,
-    options: PredictOptions,
-    threads: int,
-    keep: WorkerCache,
-    beside: Collection[str],
-) -> Predictor:
-    """Return the predictor that a worker made for the last slide, or a new one."""
-    key = repr((bundle.digest, bundle, bundle.weights_sha256, options.device, options.precision,
-                options.batch_size, threads, options.tta))  # fmt: skip
-    predictor = keep.get(key)
-    if not isinstance(predictor, Predictor):
-        # A model that is used no more gives its memory back first.
-        for old in [old for old in keep if not any(model in old for model in beside)]:
-            keep.pop(old).close()
-        predictor = keep[key] = Predictor(
-            bundle,
-            device=options.device,
-            precision=options.precision,
-            batch_size=options.batch_size,
-            threads=threads,
-            tta=options.tta,
-        )
-    return predictor
