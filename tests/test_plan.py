@@ -26,7 +26,7 @@ def plan_of(shape, *, patch, overlap, block, ratio=1.0, share=1.0, cell=0, is_mi
         tuple(max(1, round(n * ratio)) for n in shape), (patch,) * axes, (overlap,) * axes
     )
     return Plan(
-        pixels=SlidePixels(path=Path("none"), mpp=None, series=None, grid_mpp=1.0),
+        pixels=SlidePixels(path=Path("none"), mpp=None, series=None, icc="ignore", grid_mpp=1.0),
         fingerprint="",
         bundle_path=Path("none"),
         model="",

@@ -50,8 +50,8 @@ def test_every_pixel_is_the_files_and_each_tile_is_decoded_once(
     slide_path: Path, slide_pixels: npt.NDArray[np.uint8], decoded: Counter[tuple[int, int, int]]
 ) -> None:
     with (
-        open_shared(slide_path, mpp=None, series=None) as one,
-        open_shared(slide_path, mpp=None, series=None) as other,
+        open_shared(slide_path, mpp=None, series=None, icc="ignore") as one,
+        open_shared(slide_path, mpp=None, series=None, icc="ignore") as other,
         ThreadPoolExecutor(4) as pool,
     ):
         assert one.pixels is other.pixels
@@ -76,7 +76,7 @@ def test_no_more_is_kept_than_may_be(
 ) -> None:
     tile = 3 * 256**2
     monkeypatch.setattr(shared, "KEPT_BYTES", 4 * tile)
-    with open_shared(slide_path, mpp=None, series=None) as slide:
+    with open_shared(slide_path, mpp=None, series=None, icc="ignore") as slide:
         decoded.clear()
         for row in (0, 0, 256, 0):
             pixels = slide.pixels.read_level(0, 0, row, 1024, 256)
@@ -86,18 +86,21 @@ def test_no_more_is_kept_than_may_be(
 
 
 def test_it_is_closed_with_the_last_who_reads_it(slide_path: Path) -> None:
-    one, other = (open_shared(slide_path, mpp=None, series=None) for _ in range(2))
+    one, other = (open_shared(slide_path, mpp=None, series=None, icc="ignore") for _ in range(2))
     one.close()
     assert other.pixels.read_level(0, 0, 0, 5, 5).shape == (5, 5, 3)
     other.close()
-    with open_shared(slide_path, mpp=None, series=None) as third:
+    with open_shared(slide_path, mpp=None, series=None, icc="ignore") as third:
         assert third.pixels is not one.pixels
 
 
 def test_a_bad_tile_costs_no_other(make_big_slide: Callable[..., Path], tmp_path: Path) -> None:
     path = make_big_slide(tmp_path / "slide.tif", (1500, 1100), 0.5, levels=(1,))
     destroy(path, [2])
-    with open_source(path) as slide, open_shared(path, mpp=None, series=None) as again:
+    with (
+        open_source(path) as slide,
+        open_shared(path, mpp=None, series=None, icc="ignore") as again,
+    ):
         for view in (slide.at(0.5), again.at(0.5)):
             bad = []
             pixels = view.read((0, 0), view.shape, bad=bad)

@@ -22,6 +22,7 @@ Output = Literal[
 Flaw = Literal["out-of-focus", "pen", "fold", "bubble", "blood"]
 Tta = Literal["none", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
+Icc = Literal["ignore", "apply"]
 Ngff = Literal["0.4", "0.5"]
 TiffKind = Literal["ome", "asap"]
 Combine = Literal["mean", "vote"]
@@ -60,6 +61,7 @@ LIMITED: Mapping[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("select", "series"): ("--series", PLANAR),
     ("select", "mpp"): ("--mpp", SLIDES),
     ("select", "tissue"): ("--tissue", SLIDES),
+    ("select", "icc"): ("--icc", SLIDES),
     ("select", "roi"): ("--roi", SLIDES),
     ("select", "frame"): ("--for", SLIDES),
     ("select", "any_resolution"): ("--any-resolution", SLIDES),
@@ -111,6 +113,7 @@ class SelectOptions:
         mpp: the slide's µm per pixel at level 0 where the file does not say; else None.
         series: which image of a file with several, from 0; None = the largest of RGB, or the frame
             that the file names.
+        icc: "apply" brings the slide's colours to sRGB by its ICC profile.
         time_point: which volume of a file or series with several, from 0; None = there is one.
         tissue: "auto", "none", or the path of a mask image or GeoJSON of tissue.
         roi: GeoJSON polygons to which the mask is limited.
@@ -120,6 +123,7 @@ class SelectOptions:
 
     mpp: float | None = None
     series: int | None = None
+    icc: Icc = "ignore"
     time_point: int | None = None
     tissue: Literal["auto", "none"] | Path = "auto"
     roi: Path | None = None

@@ -164,12 +164,26 @@ def _slide_facts(path: Path, mpp: float | None, series: int | None) -> Facts:
             "contradictions": [r.source for r in contradictions(readings, slide.mpp) if has_mpp],
             "doubts": slide.doubts,
             "not_brightfield": _not_brightfield(slide),
+            "icc_profile": _icc_profile(slide),
             "bounds": asdict(slide.bounds) if slide.bounds else None,
             "vendor": slide.properties.get("openslide.vendor"),
             "compression": slide.properties.get("tiff.Compression"),
             "backend": slide.backend,
             "fingerprint": slide.fingerprint,
         }
+
+
+def _icc_profile(slide: Slide) -> Facts | None:
+    """Return what a slide's ICC profile says, None where there is none."""
+    from wsi_pipeline.sources.icc import Profile, profile_of
+
+    if not (data := profile_of(slide.pixels)):
+        return None
+    try:
+        profile = Profile(data)
+    except ValueError as error:
+        return {"name": None, "is_srgb": False, "why_not": str(error)}
+    return {"name": profile.name, "is_srgb": profile.is_srgb, "why_not": None}
 
 
 def _not_brightfield(slide: Slide) -> str | None:
@@ -227,6 +241,10 @@ def _slide_rows(facts: Facts) -> Rows:
             said = "{:.6g} × {:.6g}".format(*reading["mpp"])
             rows.append(("but", f"{reading['source']}: {said}, not believed: {reading['doubt']}"))
     rows += [("but", text) for text in (*facts["doubts"], facts["not_brightfield"]) if text]
+    if profile := facts["icc_profile"]:
+        known = "sRGB" if profile["is_srgb"] else "not sRGB; --icc apply brings it there"
+        said = f"{profile['name']} ({known})"
+        rows.append(("ICC profile", profile["why_not"] or said))
     if facts["bounds"]:
         rows.append(("bounds", "{width} × {height} px at x {x}, y {y}".format(**facts["bounds"])))
     return rows

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar, Unpack, get_args
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
-from wsi_pipeline.options import DEVICES, Frame, SelectOptions, TiffKind
+from wsi_pipeline.options import DEVICES, Frame, Icc, SelectOptions, TiffKind
 
 F = TypeVar("F", bound=Callable[..., object])
 Param = click.Parameter | None
@@ -323,6 +323,7 @@ def select_options(mpp_flag: str = "--mpp") -> Callable[[F], F]:
             help="CSV with the columns slide and mpp: the same for each slide that it names.",
         ),
         series_option,
+        options_of(SELECT, icc=(Icc, "apply brings colours to sRGB by the slides' ICC profiles.")),
         heading("What to segment"),
         once("--tissue", type=TISSUE, default=SELECT.tissue, help="Where to look; auto finds it."),
         once("--roi", type=FILE, help="GeoJSON polygons to which the result is limited."),

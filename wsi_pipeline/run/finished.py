@@ -72,7 +72,9 @@ def open_slide_of(folder: Path, run: Run, path: Path | None = None) -> Slide:
     if not is_remote(path) and not path.exists():
         raise SourceError(f"the slide was not found at {path.absolute()}")
     select = run.settings["select"]
-    slide = open_source(path, mpp=select["mpp"], series=select["series"])
+    # Runs of earlier versions do not say what they took for granted.
+    icc = select.get("icc", "ignore")
+    slide = open_source(path, mpp=select["mpp"], series=select["series"], icc=icc)
     if slide.fingerprint != run.slide["fingerprint"]:
         slide.close()
         raise SourceError(f"{path} is not the slide that was segmented: its content differs")

@@ -75,7 +75,7 @@ class SlideRun(SourceRun):
 
     def _open(self, path: Path) -> Slide:
         select = self.settings.select
-        slide = open_source(path, mpp=select.mpp, series=select.series)
+        slide = open_source(path, mpp=select.mpp, series=select.series, icc=select.icc)
         reason = why_too_coarse(slide.mpp, self.bundle.mpp)
         if reason and not select.any_resolution:
             slide.close()
@@ -94,6 +94,9 @@ class SlideRun(SourceRun):
         # Slides that are taken either way have one mask, and files are told by their content.
         for name in ("any_resolution", *files):
             del where[name]
+        # Older runs, which have none in their key, go on.
+        if select.icc == "ignore":
+            del where["icc"]
         return {
             "slide": self.source.fingerprint,
             "mpp": self.source.mpp,
@@ -156,6 +159,7 @@ class SlideRun(SourceRun):
                 path=slide.path.absolute(),
                 mpp=select.mpp,
                 series=select.series,
+                icc=select.icc,
                 grid_mpp=stored.info.grid_mpp,
             ),
             fingerprint=slide.fingerprint,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from wsi_pipeline.errors import StoreError
@@ -21,6 +23,7 @@ from wsi_pipeline.patch_grid import (
     write_patch_grid,
 )
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.icc import SrgbBackend
 from wsi_pipeline.tissue.select import plan_grid
 
 Progress = Callable[[int, int], None]
@@ -54,7 +57,7 @@ def tile(
     """
     target = Path(target)
     _check_grid_goes(target, path)
-    with open_source(path, mpp=select.mpp, series=select.series) as slide:
+    with open_source(path, mpp=select.mpp, series=select.series, icc=select.icc) as slide:
         stored = plan_grid(
             slide,
             mpp=mpp,
@@ -62,6 +65,10 @@ def tile(
             overlap=(overlap, overlap),
             select=select,
         )
+        if isinstance(slide.pixels, SrgbBackend):
+            # Other pixels than the slide's, which a run tells apart by this alone.
+            own = hashlib.sha256(f"{slide.fingerprint} in sRGB".encode()).hexdigest()
+            stored = replace(stored, info=replace(stored.info, fingerprint=own))
         view = slide.at(mpp, tolerance=MPP_TOLERANCE)
         grid = stored.grid
         every = iter_blocks(grid.shape, (PIXEL_CHUNK, PIXEL_CHUNK))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from wsi_pipeline.errors import MissingMppError, SourceError, StoreError, raised_as
 from wsi_pipeline.files.paths import as_path, is_remote
+from wsi_pipeline.options import Icc
 from wsi_pipeline.patch_grid import is_patch_grid
 from wsi_pipeline.sources.base import Backend, sampled_digest, turned_doubts
 from wsi_pipeline.sources.brightfield import why_not_brightfield
+from wsi_pipeline.sources.icc import in_srgb
 from wsi_pipeline.sources.mpp import best_mpp, doubts, read_mpp
 from wsi_pipeline.sources.open import open_slide_file
 from wsi_pipeline.sources.patch_grid_reader import StoredBackend
@@ -21,27 +23,34 @@ from wsi_pipeline.sources.view import SlideView
 __all__ = ["Slide", "SlideView", "open_source", "why_not_brightfield"]
 
 
-def open_source(path: str | Path, *, mpp: float | None = None, series: int | None = None) -> Slide:
+def open_source(
+    path: str | Path, *, mpp: float | None = None, series: int | None = None, icc: Icc = "ignore"
+) -> Slide:
     """Open a slide, or a patch grid written by `tile`; return it.
 
     Args:
         path: The slide's file, the folder of a patch grid, OME-Zarr or DICOM slide, or a URL.
         mpp: µm per level-0 pixel along both axes, in place of what the file says.
         series: Which image of a file with several, from 0; None = the largest of RGB.
+        icc: "apply" brings all pixels to sRGB by the file's ICC profile.
 
     Raises:
-        SourceError: the file cannot be opened.
+        SourceError: the file cannot be opened, or the profile to be applied not be used.
         MissingMppError: it does not say how large a pixel is, and `mpp` is not given.
     """
     if mpp is not None and not 0 < mpp < math.inf:
         raise ValueError(f"mpp is {mpp}; expected µm per pixel above 0")
+    if icc not in get_args(Icc):
+        raise ValueError(f"icc is {icc!r}; expected one of {', '.join(get_args(Icc))}")
     path = as_path(path)
     is_grid = not is_remote(path) and is_patch_grid(path)
     with raised_as(SourceError, StoreError):
-        pixels = StoredBackend(path) if is_grid else open_slide_file(path, series)
+        pixels: Backend = StoredBackend(path) if is_grid else open_slide_file(path, series)
     # A stored grid goes by the fingerprint of the slide whose pixels it holds.
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
     try:
+        if icc == "apply":
+            pixels = in_srgb(pixels, path)
         scale, mpp_source = _scale(path, pixels, mpp)
         fingerprint = _fingerprint(path) if stored is None else stored.fingerprint
     except BaseException:

@@ -90,14 +90,35 @@ class Sparse(Protocol):
     """A backend of which some stored tiles may never have been written.
 
     Attributes:
-        blank: Value of every sample that `read_level` returns for such a tile.
+        blank: Value of every sample, or of each of the three, that `read_level` returns for such
+            a tile.
     """
 
-    blank: int
+    blank: int | Pixels
 
     def holds(self, level: int, column: int, row: int) -> bool:
         """Return whether a stored tile was written."""
         ...
+
+
+class WrappedBackend:
+    """What a backend that gives the pixels of another one in its own way has of that one."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self.name, self.size, self.doubts = backend.name, backend.size, backend.doubts
+        self.level_sizes, self.level_tiles = backend.level_sizes, backend.level_tiles
+        self.level_downsamples, self.properties = backend.level_downsamples, backend.properties
+        self.blank: int | Pixels = backend.blank if isinstance(backend, Sparse) else WHITE
+
+    def holds(self, level: int, column: int, row: int) -> bool:
+        """Return whether a stored tile was written."""
+        sparse = self._backend
+        return not isinstance(sparse, Sparse) or sparse.holds(level, column, row)
+
+    def close(self) -> None:
+        """Give the file back."""
+        self._backend.close()
 
 
 @contextmanager

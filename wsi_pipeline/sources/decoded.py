@@ -121,6 +121,7 @@ class PictureBackend:
             ):
                 self.size = image.size
                 mode, dpi = image.mode, image.info.get("dpi")
+                self._profile = bytes(image.info.get("icc_profile") or b"")
                 file.seek(PNG_BITS)
                 deep = driver == "PNG" and file.read(1) == b"\x10"
                 # In a PNG it may stand after the pixels, all of which would be decoded for it.
@@ -154,6 +155,10 @@ class PictureBackend:
         """Read a rectangle of the picture; return uint8 (height, width, 3)."""
         with reading(self._path, level, x, y, width, height):
             return self._spool.read(x, y, width, height)
+
+    def icc_profile(self) -> bytes:
+        """Return the ICC profile of the picture, b"" where there is none."""
+        return self._profile
 
     def close(self) -> None:
         """Give the picture back."""

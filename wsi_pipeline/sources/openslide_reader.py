@@ -96,6 +96,12 @@ class OpenSlideBackend:
             return True
         return pixel.getpixel((0, 0))[3] > 0  # type: ignore[index]
 
+    def icc_profile(self) -> bytes:
+        """Return the ICC profile of the slide, b"" where there is none."""
+        # Beside the slide there is nothing that would be decoded for it.
+        outside = self._slide.read_region((-1, -1), 0, (1, 1))
+        return bytes(outside.info.get("icc_profile") or b"")
+
     def close(self) -> None:
         """Give the file back."""
         self._slide.close()

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.geometry import Region, Shape
-from wsi_pipeline.options import MPP_TOLERANCE
+from wsi_pipeline.options import MPP_TOLERANCE, Icc
 from wsi_pipeline.sources import Slide, open_source
 from wsi_pipeline.sources.shared import open_shared
 
@@ -68,12 +68,14 @@ class SlidePixels:
         path: Absolute path, or a URL.
         mpp: µm per level-0 pixel where the file does not say.
         series: Which image of a file with several.
+        icc: Whether its ICC profile is applied.
         grid_mpp: µm per grid pixel.
     """
 
     path: Path
     mpp: float | None
     series: int | None
+    icc: Icc
     grid_mpp: float
 
     def open(self, *, shared: bool = False) -> GridPixels:
@@ -86,7 +88,7 @@ class SlidePixels:
             SourceError: it cannot be read.
         """
         opener = open_shared if shared else open_source
-        slide = opener(self.path, mpp=self.mpp, series=self.series)
+        slide = opener(self.path, mpp=self.mpp, series=self.series, icc=self.icc)
         view = slide.at(self.grid_mpp, tolerance=MPP_TOLERANCE)
 
         def read(start: Shape, shape: Shape, bad: list[Region]) -> Pixels:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from wsi_pipeline.options import Icc
 from wsi_pipeline.sources import Slide, open_source
-from wsi_pipeline.sources.base import WHITE, Backend, Pixels, Sparse, part_of, tiles_touching
+from wsi_pipeline.sources.base import Backend, Pixels, WrappedBackend, part_of, tiles_touching
 
 KEPT_BYTES = 1 << 29
 """Of decoded tiles of a slide: those of the blocks that are in hand."""
@@ -25,26 +26,17 @@ Place = tuple[int, int, int]
 """Level, x and y of a tile."""
 
 
-class KeptTiles:
+class KeptTiles(WrappedBackend):
     """A backend that keeps the tiles decoded last, those that were asked for longest ago go first.
 
     A tile that one thread is decoding is waited for by all others. Errors are not kept.
     """
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self.name, self.size, self.doubts = backend.name, backend.size, backend.doubts
-        self.level_sizes, self.level_tiles = backend.level_sizes, backend.level_tiles
-        self.level_downsamples, self.properties = backend.level_downsamples, backend.properties
-        self.blank = backend.blank if isinstance(backend, Sparse) else WHITE
+        super().__init__(backend)
         self.users = 0
         self._tiles: OrderedDict[Place, Future[Pixels]] = OrderedDict()
         self._bytes, self._lock = 0, threading.Lock()
-
-    def holds(self, level: int, column: int, row: int) -> bool:
-        """Return whether a stored tile was written."""
-        sparse = self._backend
-        return not isinstance(sparse, Sparse) or sparse.holds(level, column, row)
 
     def read_level(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
         """See `Backend`."""
@@ -84,7 +76,7 @@ class KeptTiles:
             if not self.users:
                 for key in [key for key, slide in _slides.items() if slide.pixels is self]:
                     del _slides[key]
-                self._backend.close()
+                super().close()
 
     def _decode(self, run: list[Place]) -> None:
         """Decode tiles that lie side by side, at one go, and keep them."""
@@ -102,20 +94,20 @@ class KeptTiles:
                     self._bytes -= self._tiles.pop(oldest).result().nbytes
 
 
-_slides: dict[tuple[Path, float | None, int | None], Slide] = {}
+_slides: dict[tuple[Path, float | None, int | None, Icc], Slide] = {}
 _opening = threading.Lock()
 
 
-def open_shared(path: Path, *, mpp: float | None, series: int | None) -> Slide:
+def open_shared(path: Path, *, mpp: float | None, series: int | None, icc: Icc) -> Slide:
     """Open a slide, or take it from those that are open in this process; return it, to be closed.
 
     Raises:
         SourceError: it cannot be read.
     """
     with _opening:
-        key = path, mpp, series
+        key = path, mpp, series, icc
         if key not in _slides:
-            slide = open_source(path, mpp=mpp, series=series)
+            slide = open_source(path, mpp=mpp, series=series, icc=icc)
             _slides[key] = replace(slide, pixels=KeptTiles(slide.pixels))
         slide = _slides[key]
         assert isinstance(slide.pixels, KeptTiles)

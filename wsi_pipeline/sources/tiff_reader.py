@@ -146,6 +146,10 @@ class TiffBackend:
         at, counts = page.dataoffsets, page.databytecounts
         return index >= min(len(at), len(counts)) or bool(at[index] and counts[index])
 
+    def icc_profile(self) -> bytes:
+        """Return the ICC profile of level 0, b"" where there is none."""
+        return bytes(self._pages[0].tags.valueof("InterColorProfile") or b"")
+
     def busy_regions(self) -> Iterator[tuple[int, int, int, int]]:
         """Yield x, y, width and height of a few level-0 tiles, those that took most bytes first."""
         page = self._pages[0]

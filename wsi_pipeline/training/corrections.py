@@ -64,6 +64,7 @@ def corrected_recipe(folder: Path, name: str) -> tuple[Recipe, Path]:
             background="others",
             frame=run.frame["for"],
             mpp=run.settings["select"]["mpp"],
+            icc=run.settings["select"].get("icc", "ignore"),
         )
         for home, (run, file) in files.items()
     )

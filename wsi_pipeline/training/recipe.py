@@ -27,7 +27,7 @@ from wsi_pipeline.files.schema import (
     converted,
     read_toml,
 )
-from wsi_pipeline.options import Frame
+from wsi_pipeline.options import Frame, Icc
 
 Loss = Literal["ce+dice", "ce", "dice"]
 Optimizer = Literal["adamw", "adam"]
@@ -214,6 +214,7 @@ class DataSpec(Record, frozen=True, kw_only=True):
         empty: Whether the images show no class at all, in place of `masks` and `annotations`.
         frame: Origin of annotations on slides with bounds.
         mpp: µm per pixel of pictures and masks; of a slide, in place of what its file says.
+        icc: "apply" brings slides to sRGB by their ICC profiles.
         ignore: Mask values that are neither learnt nor judged.
         label: Label of the whole patch, one of the bundle's; None with labels = whether there is a
             pixel of any class in it.
@@ -239,6 +240,7 @@ class DataSpec(Record, frozen=True, kw_only=True):
     empty: bool = False
     frame: Frame = "qupath"
     mpp: Mpp | None = None
+    icc: Icc = "ignore"
     ignore: tuple[MaskValue, ...] = ()
     label: str | None = None
 
@@ -263,6 +265,8 @@ class DataSpec(Record, frozen=True, kw_only=True):
             raise ValueError(
                 f"{where}: lacks 'masks' or 'annotations', or has both, or 'empty' besides"
             )
+        if self.icc != "ignore" and self.masks is not None:
+            raise ValueError(f"{where}: 'icc' is for slides, with 'annotations' or 'empty'")
         if self.empty == bool(self.classes):
             raise ValueError(f"{where}: lacks 'classes', or has them and 'empty'")
         # mask values, or names of annotations, that are none or mean two things

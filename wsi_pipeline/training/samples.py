@@ -386,7 +386,7 @@ def _annotated(
     path: Path, annotations: Path, spec: DataSpec, recipe: Recipe, closing: ExitStack
 ) -> tuple[Annotated, str]:
     """Return a slide or patch grid with its annotations, and its digest."""
-    slide = closing.enter_context(open_source(path, mpp=spec.mpp))
+    slide = closing.enter_context(open_source(path, mpp=spec.mpp, icc=spec.icc))
     rest_is_background = spec.background == "others"
     named = () if rest_is_background else map(str, spec.background)
     indices, of_class = dict.fromkeys(named, 0), _indices(recipe)
@@ -413,7 +413,8 @@ def _annotated(
     view = slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE)
     others = 0 if rest_is_background else IGNORE
     reader = AreaReader(areas, indices, others=others, outside=0 if spec.empty else others)
-    return Annotated(view=view, areas=reader), slide.fingerprint
+    colours = "" if spec.icc == "ignore" else f" {spec.icc}"
+    return Annotated(view=view, areas=reader), slide.fingerprint + colours
 
 
 def _indices(recipe: Recipe) -> dict[str, int]:
