@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+from contextlib import closing
 
 import nibabel
 import numpy as np
 import pytest
 import torch
 import zarr
+from click.testing import CliRunner
 from PIL import Image
 from scipy.ndimage import binary_fill_holes, gaussian_filter, map_coordinates
 from skimage.transform import resize
@@ -16,8 +18,14 @@ from torch.nn import functional as F
 
 from wsi_pipeline import segment
 from wsi_pipeline.bundle import load_bundle
+from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
+from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.networks.nnunet_folder import load_model
+from wsi_pipeline.options import Rule
+from wsi_pipeline.run.again import export_again
+from wsi_pipeline.run.thresholds import copy_ruled
+from wsi_pipeline.training.validate import chances
 
 RESAMPLING = {
     f"resampling_fn_{what}": "resample_data_or_seg_to_shape" for what in ("data", "probabilities")
@@ -255,6 +263,13 @@ DEEP = {
 }  # fmt: skip
 
 
+USUAL = {
+    "channel_names": "RGB", "scheme": "ZScoreNormalization", "ending": ".png", "mirror": (0, 1),
+    "spacing": [1.0, 1.0],
+}  # fmt: skip
+SLOW = pytest.mark.slow
+
+
 def coarse(shape, seed, channels):
     """Return smooth noise from 0 to 255, uint8 (*shape, channels)."""
     small = np.random.default_rng(seed).random((*(n // 6 + 2 for n in shape), channels))
@@ -317,8 +332,10 @@ def resampled(image, shape, axis, order):
 @pytest.mark.parametrize(
     ("own", "wanted", "scheme", "transpose"),
     [
-        ((2.0, 1.0, 1.1), (2.3, 0.9, 1.0), "ZScoreNormalization", (0, 1, 2)),
-        ((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2)),
+        pytest.param(
+            (2.0, 1.0, 1.1), (2.3, 0.9, 1.0), "ZScoreNormalization", (0, 1, 2), marks=SLOW
+        ),
+        pytest.param((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2), marks=SLOW),
         ((1.0, 1.1, 2.0), (2.3, 0.9, 1.0), "NoNormalization", (2, 0, 1)),
     ],
 )
@@ -359,10 +376,73 @@ def test_a_volume_gets_nnunets_labels(tmp_path, own, wanted, scheme, transpose):
     assert (mask == expected).mean() > 0.999
 
 
-USUAL = {
-    "channel_names": "RGB", "scheme": "ZScoreNormalization", "ending": ".png", "mirror": (0, 1),
-    "spacing": [1.0, 1.0],
-}  # fmt: skip
+@pytest.mark.parametrize("kind", ["image", "volume"])
+def test_other_thresholds_leave_alone_what_was_cropped(tmp_path, kind):
+    flat = kind == "image"
+    pixels = coarse((101, 77) if flat else (7, 61, 45), 1, 3 if flat else 1)
+    own = np.ones(pixels.shape[:-1], bool)
+    for axis, (before, after) in enumerate([(7, 4), (0, 5)] if flat else [(2, 1), (6, 0), (5, 3)]):
+        np.moveaxis(own, axis, 0)[:before] = False
+        np.moveaxis(own, axis, 0)[own.shape[axis] - after :] = False
+    pixels[~own] = 0
+    if flat:
+        path, given, plan = tmp_path / "a.png", USUAL, PLAIN
+        Image.fromarray(pixels).save(path)
+    else:
+        # By nearest planes along z.
+        path, plan = tmp_path / "a.nii.gz", DEEP
+        given = {"channel_names": ["any"], "scheme": "ZScoreNormalization", "ending": ".nii.gz",
+                 "mirror": None, "spacing": [2.0, 1.1, 0.9]}  # fmt: skip
+        nibabel.save(nibabel.Nifti1Image(pixels[..., 0].T, np.diag([1.0, 1, 4, 1])), path)
+    folder_of(tmp_path / "results", plan, folds=1, **given)
+    for name, rule in {"usual": {}, "ruled": {"thresholds": {"class 1": 0.05}}}.items():
+        (run,) = segment(path, model=f"nnunet:{tmp_path / 'results'}", output=tmp_path / name,
+                         precision="fp32", device="cpu", tta="none", **rule)  # fmt: skip
+        assert run.status == "done", run.reason
+    new = copy_ruled(tmp_path / "usual" / "a", tmp_path / "new", Rule(thresholds={"class 1": 0.05}))
+    export_again(new, {})
+    found, expected = map(seen, (new, tmp_path / "ruled" / "a"))
+    assert not found[~own].any()
+    assert (found == 1).mean() > 0.3
+    # Of 8 bits some are near enough a threshold, and of logits other pixels are interpolated.
+    assert (found == expected).mean() > (0.99 if flat else 0.95)
+
+
+def seen(folder):
+    if (folder / "mask.png").is_file():
+        return np.asarray(Image.open(folder / "mask.png"))
+    return np.asarray(nibabel.load(folder / "mask.nii.gz").dataobj).T
+
+
+def test_validation_sees_probabilities(tmp_path):
+    folder_of(tmp_path / "results", PLAIN, folds=1, **USUAL | {"mirror": None})
+    bundle = load_model(f"nnunet:{tmp_path / 'results'}")
+    image = torch.from_numpy(coarse((70, 61), 5, 3)).movedim(-1, 0)
+    with closing(Predictor(bundle, device="cpu", precision="fp32")) as predictor:
+        found = chances(predictor, image)
+    assert torch.allclose(found.sum(0), torch.ones(70, 61), atol=1e-5)
+    assert found.min() >= 0
+
+
+def test_plans_of_older_versions_mean_the_same(tmp_path):
+    for name in ("new", "old"):
+        folder_of(tmp_path / name, PLAIN, folds=1, old=name == "old", **USUAL)
+    new, old = (load_model(f"nnunet:{tmp_path / name}") for name in ("new", "old"))
+    assert (new.network_options, new.input) == (old.network_options, old.input)
+
+
+def test_commands_take_a_folder_as_segment_does(tmp_path):
+    folder_of(tmp_path / "results", PLAIN, folds=1, **USUAL)
+    Image.fromarray(coarse((70, 61), 5, 3)).save(tmp_path / "a.png")
+    folder = f"nnunet:{tmp_path / 'results'}"
+    for line, told in (
+        (["models", "show", folder], "nnunet (channels = 3"),
+        (["models", "check", folder], "answers as its model.toml says"),
+        (["info", str(tmp_path / "a.png"), "--model", folder], "own takes it"),
+    ):
+        done = CliRunner().invoke(group, line)
+        assert done.exit_code == 0, done.output
+        assert told in done.output
 
 
 class Payload:
@@ -390,6 +470,7 @@ def test_nothing_of_a_checkpoint_is_run(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
+ODD = {"network_class_name": "a.b.PlainConvUNet", "arch_kwargs": {"nonlin": "torch.nn.ReLU"}}
 KIND = {"network_class_name": "a.b.Primus", "arch_kwargs": {}, "_kw_requires_import": []}
 
 
@@ -406,6 +487,7 @@ KIND = {"network_class_name": "a.b.Primus", "arch_kwargs": {}, "_kw_requires_imp
         ({"dataset": {"labels": {"background": 0, "whole": [1, 2], "core": 2}}}, "regions"),
         ({"dataset": {"labels": {"background": 0, "a": 2}}}, "which are not 0, 1, 2"),
         ({"config": {"spacing": [0.5, 1.0]}}, "pictures whose pixels are"),
+        ({"config": {"architecture": ODD}}, "PlainConvUNet with nonlin torch.nn.ReLU"),
         ({"configurations": {}}, "plans.json, dataset.json or checkpoint: 'own'"),
         ({"configurations": {"own": {"inherits_from": "b"}, "b": {"inherits_from": "own"}}},
          "inherit from each other"),

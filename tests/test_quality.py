@@ -1,6 +1,7 @@
 """Quality of slides: flaws put on real tissue, real tissue as it is, and what runs make of it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,27 @@ def test_quality_is_that_of_any_blocks_and_is_added_to_a_run(blurry_slide, model
     (folder / "quality.ome.zarr").rename(tmp_path / "old")
     assert export_again(folder, {}).quality_mm2 == run.quality_mm2
     assert np.array_equal(quality_of(tmp_path / "blocks")[1], blocks)
+
+
+def test_what_blends_logits_is_judged_the_same(blurry_slide, model, tmp_path):
+    """Of a model that sees single pixels all patches say the same: blending changes nothing."""
+    other = Path(shutil.copytree(model, tmp_path / "model"))
+    told = (other / "model.toml").read_text("utf-8")
+    told = told.replace("[input]", '[input]\nconvention = "nnunet"')
+    (other / "model.toml").write_text(told, "utf-8")
+    kept = {"skip": ("out-of-focus",), "outputs": (*OUTPUTS, "quality")}
+    run, mask = segment(blurry_slide, model, tmp_path / "plain", **kept)
+    made, found = segment(blurry_slide, other, tmp_path / "out", **kept)
+    assert made.certificate["model"] != run.certificate["model"]
+    assert (found == mask).mean() > 0.9999
+    levels = [
+        np.asarray(zarr.open(tmp_path / name / "a" / "probability.ome.zarr", mode="r")["0"])
+        for name in ("plain", "out")
+    ]
+    assert abs(levels[0].astype(int) - levels[1]).max() <= 1
+    assert np.array_equal(*(quality_of(tmp_path / name)[1] for name in ("plain", "out")))
+    for name, areas in run.quality_mm2.items():
+        assert made.quality_mm2[name] == pytest.approx(areas, rel=1e-3, abs=1e-5)
 
 
 def test_skipped_qualities_are_background(blurry_slide, model, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -172,8 +172,22 @@ def iter_blocks(shape: Shape, block_size: Shape) -> Iterator[Block]:
         yield Block(index=index, start=start, stop=stop)
 
 
+def clear_outside(values: npt.NDArray[Any], start: Shape, box: tuple[Shape, Shape]) -> None:
+    """Make 0 what lies outside a box of the last axes of an array; return nothing.
+
+    Args:
+        values: (..., *shape).
+        start: where it begins.
+        box: first pixel, and one past the last.
+    """
+    for axis, (first, low, high) in enumerate(zip(start, *box, strict=True), -len(start)):
+        along = np.moveaxis(values, axis, 0)
+        along[: max(low - first, 0)] = 0
+        along[max(high - first, 0) :] = 0
+
+
 def sample_positions(
-    start: int, stop: int, *, ratio: float, length: int, offset: float = 0.0
+    start: int, stop: int, *, ratio: float, length: int, offset: float = 0.0, nearest: bool = False
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Place mask pixels on the grid along one axis, centre on centre; return floor and fraction.
 
@@ -183,6 +197,7 @@ def sample_positions(
         ratio: grid pixels per mask pixel.
         length: grid pixels along the axis; positions beyond the outermost centres are held there.
         offset: of the first mask pixel's edge, grid pixels.
+        nearest: whether positions are those of the nearest grid pixels.
 
     Example:
         >>> floor, fraction = sample_positions(0, 4, ratio=0.5, length=2)
@@ -190,6 +205,6 @@ def sample_positions(
         ([0, 0, 0, 1], [0.0, 0.25, 0.75, 0.0])
     """
     position = (np.arange(start, stop) + 0.5) * ratio - 0.5 + offset
-    position = np.clip(position, 0, length - 1)
+    position = np.clip(np.floor(position + 0.5) if nearest else position, 0, length - 1)
     floor = np.floor(position).astype(np.int64)
     return floor, (position - floor).astype(np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import FILE, MPP, Command, once, output_option
+from wsi_pipeline.cli.options import FILE, MPP, Command, once, output_option, read_model
 
 KINDS = {
     "slide": (
@@ -56,7 +56,6 @@ def command(
     its truth; else a picture that scikit-image brings, in colours of H&E, or, of ultrasound and
     mammography, a phantom made on the spot.
     """
-    from wsi_pipeline.bundle import load_bundle
     from wsi_pipeline.cli.segment import command as segment
     from wsi_pipeline.errors import BundleError
     from wsi_pipeline.evaluation.evaluate import evaluate
@@ -70,7 +69,7 @@ def command(
             "the demonstration model is a package of its own: pip install wsi-pipeline-models, run "
             "this from a checkout, or name a bundle with --model"
         )
-    bundle = load_bundle(model or shipped)
+    bundle = read_model(model or shipped)
     if not bundle.weights_path:
         raise BundleError(
             f"no weights are shipped for {kind} yet: train some (workflows/train), or name a "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from wsi_pipeline.cli.options import MPP, Command, once, series_option
+from wsi_pipeline.cli.options import MPP, Command, once, read_model, series_option
 from wsi_pipeline.errors import MissingMppError, SourceError, without_secrets
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def command(
 
     Of a planar image or a volume: size, spacing and how it lies. PATH may be a URL.
     """
-    from wsi_pipeline.bundle import load_bundle
-
-    bundle = load_bundle(model, fetch=False) if model else None
+    bundle = read_model(model, fetch=False) if model else None
     facts = describe(path, mpp, series, bundle)
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
 

@@ -12,7 +12,15 @@ from typing import Any, get_args
 import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
-from wsi_pipeline.cli.options import MPP, SELECT, TISSUE, Command, Parsed, inputs_argument
+from wsi_pipeline.cli.options import (
+    MPP,
+    SELECT,
+    TISSUE,
+    Command,
+    Parsed,
+    inputs_argument,
+    read_model,
+)
 from wsi_pipeline.errors import BundleError, without_secrets
 from wsi_pipeline.files.models import bundles_in, keep_model, model_places, named_models
 from wsi_pipeline.options import ProgramFormat
@@ -105,7 +113,7 @@ def add(location: str, overwrite: bool) -> None:
 
     From then on it is found by its name, that of its model.toml, whatever the current folder.
     """
-    bundle = load_bundle(location)
+    bundle = read_model(location)
     keep_model(bundle.path, bundle.name, overwrite=overwrite)
     click.echo(bundle.name)
 
@@ -120,7 +128,7 @@ def show(location: str, as_json: bool) -> None:
     multiply-accumulates (MACs: of convolutions and linear layers) are counted, for the network as
     stored and as folded for prediction. Memory is what one patch takes in fp32.
     """
-    facts = describe(load_bundle(location, fetch=False))
+    facts = describe(read_model(location, fetch=False))
     click.echo(json.dumps(facts, indent=2, ensure_ascii=False) if as_json else _as_text(facts))
 
 
@@ -137,7 +145,7 @@ def check(location: str, patch_size: tuple[int, ...] | None) -> None:
     from wsi_pipeline.inference.unlike import load_familiar
     from wsi_pipeline.networks.check import try_bundle
 
-    bundle = load_bundle(location)
+    bundle = read_model(location)
     load_familiar(bundle)
     trial = try_bundle(bundle, patch_size=patch_size)
     rows = [("weights", "the bundle's" if trial.has_weights else "none; random ones tried")]
@@ -223,7 +231,7 @@ def import_(
     if like or network:
         template = make_template(
             folder=output,
-            like=load_bundle(like, fetch=False) if like else None,
+            like=read_model(like, fetch=False) if like else None,
             network=network,
             classes=None if classes is None else classes.split(","),
             mpp=mpp,
@@ -263,7 +271,7 @@ def init(location: str, output: Path, seed: int, overwrite: bool) -> None:
     """
     from wsi_pipeline.networks.checkpoints import init_model
 
-    init_model(load_bundle(location, fetch=False), output, seed=seed, overwrite=overwrite)
+    init_model(read_model(location, fetch=False), output, seed=seed, overwrite=overwrite)
     click.echo(f"{RANDOM_WEIGHTS}: what this model marks means nothing", err=True)
     click.echo(str(output))
 
@@ -300,7 +308,7 @@ def export(
     # it tells each time that torchvision is not here, which nothing here needs
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     write = export_onnx if form == "onnx" else export_torch
-    difference = write(load_bundle(location), output, batch_size=batch_size, overwrite=overwrite)
+    difference = write(read_model(location), output, batch_size=batch_size, overwrite=overwrite)
     click.echo(f"agrees with the network to {difference:.1e} of the largest logit", err=True)
     click.echo(str(output))
 
@@ -397,6 +405,8 @@ def _as_text(facts: Facts) -> str:
         else f"brought to {_by(spec['fit'])} px"
         if "fit" in spec
         else f"{_by(spec['spacing_mm'])} mm"
+        if "spacing_mm" in spec
+        else "pixels as they are"
     )
     size = f"{spec['channels']} × {_by(spec['patch_size'])} px"
     costs = [("cost", "a program: not counted")]

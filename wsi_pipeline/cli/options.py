@@ -7,12 +7,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, get_args
 
 import click
 
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.options import DEVICES, Frame, Icc, SelectOptions, TiffKind
+
+if TYPE_CHECKING:
+    from wsi_pipeline.bundle import Bundle
 
 F = TypeVar("F", bound=Callable[..., object])
 Param = click.Parameter | None
@@ -258,6 +261,18 @@ rule_options = together(
         help="By how much the likeliest class must lead, else background.",
     ),
 )
+
+
+def read_model(location: str, *, fetch: bool = True) -> Bundle:
+    """Read what `--model` names, see `load_model`, in a command that is quick; return it."""
+    from wsi_pipeline.bundle import load_bundle
+
+    if not location.startswith("nnunet:"):
+        return load_bundle(location, fetch=fetch)
+    # It loads torch.
+    from wsi_pipeline.networks.nnunet_folder import load_model
+
+    return load_model(location)
 
 
 def frame_option(help: str, default: Frame | None = SELECT.frame) -> Callable[[F], F]:

@@ -301,14 +301,11 @@ def iter_sampled_rows(
                 yield first + begin - start[0], band[(slice(None), slice(begin, end), *rest)]
         return
     places = [
-        sample_positions(a, b, ratio=r, length=n, offset=o)
-        for a, b, r, n, o in zip(
-            start, stop, ratio, shape, offset or [0.0] * len(ratio), strict=True
+        sample_positions(a, b, ratio=r, length=n, offset=o, nearest=axis == nearest)
+        for axis, (a, b, r, n, o) in enumerate(
+            zip(start, stop, ratio, shape, offset or [0.0] * len(ratio), strict=True)
         )
     ]
-    if nearest is not None:
-        floor, fraction = places[nearest]
-        places[nearest] = floor + (fraction >= 0.5), np.zeros_like(fraction)
     below = places[0][0] + (places[0][1] > 0)
     done, last, placed = 0, None, list[tuple[torch.Tensor, ...]]()
     for first, band in bands:

@@ -9,9 +9,10 @@ they hold twice and for the heads of deep supervision.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,11 @@ Sides: TypeAlias = tuple[int, ...]
 Stage = tuple[int, Sides, Sides, int]
 """Channels, kernel, stride and how many convolutions or blocks."""
 Conv: TypeAlias = "partial[nn.Sequential]"
+LAYERS: dict[int, tuple[type[nn.Module], ...]] = {
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.AvgPool2d, nn.InstanceNorm2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.AvgPool3d, nn.InstanceNorm3d, nn.BatchNorm3d),
+}
+"""Convolution, its reverse, mean, norm of instances and of batches by the axes of a patch."""
 
 
 class NNUNet(SegmentationNetwork):
@@ -37,8 +43,6 @@ class NNUNet(SegmentationNetwork):
         decoder: convolutions of each stage of the decoder, from the bottom up.
         residual: whether the encoder is `ResidualEncoderUNet`'s.
         batch_norm: whether norms are of batches, not of instances.
-        slope: of the leaky ReLU below 0.
-        nonlin_first: whether it comes before the norm.
         mirror: axes along which patches are shown mirrored, too, by all their combinations.
         zscore: whether each patch is brought to mean 0 and deviation 1, channel by channel.
     """
@@ -58,11 +62,7 @@ class NNUNet(SegmentationNetwork):
         blocks: Sequence[int] = (2,) * 5,
         decoder: Sequence[int] = (2,) * 4,
         residual: bool = False,
-        bias: bool = True,
         batch_norm: bool = False,
-        eps: float = 1e-5,
-        slope: float = 0.01,
-        nonlin_first: bool = False,
         mirror: Sequence[int] = (),
         zscore: bool = False,
     ) -> None:
@@ -77,17 +77,14 @@ class NNUNet(SegmentationNetwork):
         self.size_multiple = math.lcm(*self.sizes)
         self.zscore = zscore
         self.turns = [a for k in range(len(mirror) + 1) for a in combinations(mirror, k)]
-        conv = partial(
-            _conv, bias=bias, batch_norm=batch_norm, eps=eps, slope=slope, first=nonlin_first
-        )
+        conv: Conv = partial(_conv, batch_norm=batch_norm)
         kernel, step = (
             [tuple(flat[i : i + ndim]) for i in range(0, len(flat), ndim)]
             for flat in (kernels, strides)
         )
         stages = list(zip(features, kernel, step, blocks, strict=True))
         self.nets = nn.ModuleList(
-            _UNet(conv, channels, classes, stages, decoder, slope, bias=bias, residual=residual)
-            for _ in range(folds)
+            _UNet(conv, channels, classes, stages, decoder, residual=residual) for _ in range(folds)
         )
 
     @property
@@ -103,67 +100,38 @@ class NNUNet(SegmentationNetwork):
             x = x - x.mean(axes, keepdim=True)
             x = x / x.std(axes, correction=0, keepdim=True).clamp(min=1e-8)
         total = torch.zeros((), device=x.device)
-        for net in self.nets:
-            for turn in self.turns:
-                axes = tuple(axis + 2 for axis in turn)
-                total = total + (net(x.flip(axes)).flip(axes) if axes else net(x))
+        for net, turn in product(self.nets, self.turns):
+            axes = tuple(axis + 2 for axis in turn)
+            total = total + (net(x.flip(axes)).flip(axes) if axes else net(x))
         return total / (len(self.nets) * len(self.turns))
 
 
-def _nonlin(slope: float) -> nn.Module:
-    return nn.LeakyReLU(slope, inplace=True) if slope else nn.ReLU(inplace=True)
-
-
 def _conv(
-    inputs: int,
-    outputs: int,
-    kernel: Sides,
-    stride: int | Sides = 1,
-    *,
-    bias: bool,
-    batch_norm: bool,
-    eps: float,
-    slope: float,
-    first: bool,
-    nonlin: bool = True,
-) -> nn.Sequential:
+    inputs: int, outputs: int, kernel: Sides, stride: int | Sides = 1, *,
+    batch_norm: bool, bias: bool = True, nonlin: bool = True,
+) -> nn.Sequential:  # fmt: skip
     """Return a convolution, its norm and, unless it is left out, its activation."""
-    at = len(kernel) - 2
-    norms = (
-        (nn.BatchNorm2d, nn.BatchNorm3d) if batch_norm else (nn.InstanceNorm2d, nn.InstanceNorm3d)
-    )
-    conv: type[nn.Module] = (nn.Conv2d, nn.Conv3d)[at]
+    conv, _, _, *norms = LAYERS[len(kernel)]
     padding = tuple((side - 1) // 2 for side in kernel)
-    norm = norms[at](outputs, eps=eps, affine=True)
-    parts = {"conv": conv(inputs, outputs, kernel, stride, padding, bias=bias), "norm": norm}
+    layers = OrderedDict[str, nn.Module](
+        conv=conv(inputs, outputs, kernel, stride, padding, bias=bias),
+        norm=norms[batch_norm](outputs, affine=True),
+    )
     if nonlin:
-        parts["nonlin"] = _nonlin(slope)
-        if first:
-            parts["norm"] = parts.pop("norm")
-    return _named(**parts)
-
-
-def _named(**parts: nn.Module) -> nn.Sequential:
-    sequence = nn.Sequential()
-    for name, part in parts.items():
-        sequence.add_module(name, part)
-    return sequence
+        layers["nonlin"] = nn.LeakyReLU(inplace=True)
+    return nn.Sequential(layers)
 
 
 class _Residual(nn.Module):
     """Two convolutions beside a skip that is pooled and projected where it must be (ResNet-D)."""
 
-    def __init__(
-        self, conv: Conv, inputs: int, outputs: int,
-        kernel: Sides, stride: Sides, slope: float,
-    ) -> None:  # fmt: skip
+    def __init__(self, conv: Conv, inputs: int, outputs: int, kernel: Sides, stride: Sides) -> None:
         super().__init__()
         self.conv1 = conv(inputs, outputs, kernel, stride)
         self.conv2 = conv(outputs, outputs, kernel, nonlin=False)
-        self.nonlin2, self.skip = _nonlin(slope), nn.Sequential()
+        self.nonlin2, self.skip = nn.LeakyReLU(inplace=True), nn.Sequential()
         if max(stride) > 1:
-            pool: type[nn.Module] = (nn.AvgPool2d, nn.AvgPool3d)[len(stride) - 2]
-            self.skip.append(pool(stride, stride))
+            self.skip.append(LAYERS[len(stride)][2](stride, stride))
         if inputs != outputs:
             self.skip.append(conv(inputs, outputs, (1,) * len(kernel), bias=False, nonlin=False))
 
@@ -178,35 +146,35 @@ class _UNet(nn.Module):
 
     def __init__(
         self, conv: Conv, channels: int, classes: int, stages: Sequence[Stage],
-        decoder: Sequence[int], slope: float, *, bias: bool, residual: bool,
+        decoder: Sequence[int], *, residual: bool,
     ) -> None:  # fmt: skip
         super().__init__()
-        first, one = stages[0][0], (1,) * len(stages[0][1])
-        at, inputs, down = len(one) - 2, channels, nn.Sequential()
+        first, kernel, _, _ = stages[0]
+        one, inputs, down = (1,) * len(kernel), channels, nn.Sequential()
+        head, grow, *_ = LAYERS[len(kernel)]
 
         def convs(inputs: int, width: int, kernel: Sides, step: Sides, count: int) -> nn.Sequential:
             rest = (conv(width, width, kernel) for _ in range(count - 1))
-            return _named(convs=nn.Sequential(conv(inputs, width, kernel, step), *rest))
+            every = nn.Sequential(conv(inputs, width, kernel, step), *rest)
+            return nn.Sequential(OrderedDict(convs=every))
 
         self.encoder = nn.ModuleDict()
         if residual:
-            self.encoder["stem"] = convs(channels, first, stages[0][1], one, 1)
+            self.encoder["stem"] = convs(channels, first, kernel, one, 1)
             inputs = first
         for width, kernel, step, count in stages:
             if residual:
-                rest = (_Residual(conv, width, width, kernel, one, slope) for _ in range(count - 1))
-                top = _Residual(conv, inputs, width, kernel, step, slope)
-                down.append(_named(blocks=nn.Sequential(top, *rest)))
+                rest = (_Residual(conv, width, width, kernel, one) for _ in range(count - 1))
+                every = nn.Sequential(_Residual(conv, inputs, width, kernel, step), *rest)
+                down.append(nn.Sequential(OrderedDict(blocks=every)))
             else:
                 down.append(nn.Sequential(convs(inputs, width, kernel, step, count)))
             inputs = width
         self.encoder["stages"] = down
-        grow: type[nn.Module] = (nn.ConvTranspose2d, nn.ConvTranspose3d)[at]
-        head: type[nn.Module] = (nn.Conv2d, nn.Conv3d)[at]
         ups, ways = nn.ModuleList(), nn.ModuleList()
         for (below, above), count in zip(pairwise(reversed(stages)), decoder, strict=True):
             width, kernel, _, _ = above
-            ups.append(grow(below[0], width, below[2], below[2], bias=bias))
+            ups.append(grow(below[0], width, below[2], below[2]))
             ways.append(convs(2 * width, width, kernel, one, count))
         # The last head alone predicts; the others were there to train.
         heads = nn.ModuleList([head(first, classes, 1)])
@@ -218,9 +186,7 @@ class _UNet(nn.Module):
             x = self.encoder["stem"](x)
         skips: list[Tensor] = [x := stage(x) for stage in self.encoder["stages"].children()]
         skips.pop()
-        ups, ways, heads = (
-            list(self.decoder[name].children()) for name in ("transpconvs", "stages", "seg_layers")
-        )
+        ups, ways, heads = (list(part.children()) for part in self.decoder.values())
         for up, stage in zip(ups, ways, strict=True):
             x = stage(torch.cat([up(x), skips.pop()], 1))
         out: Tensor = heads[0](x)

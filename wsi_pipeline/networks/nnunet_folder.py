@@ -38,13 +38,19 @@ TRAINERS = re.compile(
 """nnU-Net's own that leave prediction as it is; others may build any network."""
 ARCHITECTURES = {"PlainConvUNet": "n_conv_per_stage", "ResidualEncoderUNet": "n_blocks_per_stage"}
 """What is built here, and what each calls its layers a stage."""
-KNOWN = {
-    "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_conv_per_stage",
-    "n_blocks_per_stage", "n_conv_per_stage_decoder", "conv_bias", "norm_op", "norm_op_kwargs",
-    "dropout_op", "dropout_op_kwargs", "nonlin", "nonlin_kwargs", "nonlin_first",
-    "deep_supervision",
+READ = {
+    "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder",
+    "norm_op", *ARCHITECTURES.values(),
 }  # fmt: skip
-"""Arguments of architectures that are read, or play no part in prediction."""
+TRAINING = {"conv_op", "dropout_op", "dropout_op_kwargs", "deep_supervision"}
+"""Arguments of architectures that play no part in prediction."""
+USUAL = {
+    "conv_bias": True,
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+"""What all plans of nnU-Net say of them."""
 SCALARS: list[Any] = [
     (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
     (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
@@ -54,10 +60,15 @@ SCALARS: list[Any] = [
 ]
 """What the numbers of numpy are made of that nnU-Net saves beside its tensors."""
 PICTURES = (".png", ".bmp", ".tif", ".jpg", ".jpeg")
-RESAMPLING = {
-    "resampling_fn_data": "resample_data_or_seg_to_shape",
-    "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+SLIDES = {"ZScoreNormalization": 1.0, "RGBTo01Normalization": 1.0, "NoNormalization": 1 / 255}
+"""What is done to slides, and by what their values are divided then."""
+SCALES: dict[str, Any] = {
+    "ZScoreNormalization": "zscore",
+    "RescaleTo01Normalization": "minmax",
+    "RGBTo01Normalization": [0.0, 255.0],
+    "NoNormalization": "range",
 }
+"""How images and volumes are scaled."""
 
 
 def load_model(location: str | Path) -> Bundle:
@@ -74,7 +85,7 @@ def load_model(location: str | Path) -> Bundle:
     folder, mpp = parse_location(str(location))
     # Large files are known by their size and time.
     files = [(p.name, s.st_size, s.st_mtime_ns) for p in _files(folder) for s in [p.stat()]]
-    key = hashlib.sha256(repr((str(folder.resolve()), files, mpp, 1)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((str(folder.resolve()), files, mpp, 2)).encode()).hexdigest()[:32]
     kept = cache_dir() / "nnunet" / key
     if (kept / MODEL_TOML).is_file():
         return load_bundle(kept)
@@ -174,13 +185,8 @@ class _Reading:
         folds: int,
         mpp: float | None,
     ) -> None:
-        self.folder, self.plans, self.dataset, self.folds, self.mpp = (
-            folder,
-            plans,
-            dataset,
-            folds,
-            mpp,
-        )
+        self.folder, self.plans, self.dataset = folder, plans, dataset
+        self.folds, self.mpp = folds, mpp
         self.mirror = first.get("inference_allowed_mirroring_axes") or ()
         self.trainer, self.name = str(first["trainer_name"]), first["init_args"]["configuration"]
         if not TRAINERS.fullmatch(self.trainer):
@@ -271,13 +277,12 @@ class _Reading:
             if any(side != 1 for side in spacing):
                 self.refuse(f"pictures whose pixels are {spacing}")
             return {}
-        for key, usual in RESAMPLING.items():
-            order = 3 if key.endswith("data") else 1
-            given = dict(self.config.get(f"{key}_kwargs", {}))
-            if self.config.get(key, usual) != usual or (
-                given.get("order", order), given.get("order_z", 0), given.get("force_separate_z")
-            ) != (order, 0, None):  # fmt: skip
-                self.refuse(f"{key} {self.config.get(key)} with {given}")
+        for what, order in (("data", 3), ("probabilities", 1)):
+            usual = {"is_seg": False, "order": order, "order_z": 0, "force_separate_z": None}
+            key = f"resampling_fn_{what}"
+            name, given = self.config[key], self.config[f"{key}_kwargs"]
+            if (name, usual | given) != ("resample_data_or_seg_to_shape", usual):
+                self.refuse(f"{key} {name} with {given}")
         return {
             "spacing_mm": self.turned([float(s) for s in spacing], alone=1.0),
             **({"time_points": [*range(len(self.channels))]} if len(self.channels) > 1 else {}),
@@ -293,13 +298,10 @@ class _Reading:
         if scheme == "ZScoreNormalization" and any(self.config["use_mask_for_norm"]):
             self.refuse("use_mask_for_norm, a normalisation within what is not 0")
         if self.mpp is not None:
-            if scheme == "ZScoreNormalization":
-                options["zscore"] = True
-            elif scheme == "NoNormalization":
-                plain["std"] = [1 / 255] * count
-            elif scheme != "RGBTo01Normalization":
+            if scheme not in SLIDES:
                 self.refuse(f"{scheme} for slides")
-            return plain
+            options["zscore"] = scheme == "ZScoreNormalization"
+            return plain | {"std": [SLIDES[scheme]] * count}
         if scheme == "CTNormalization":
             key = "foreground_intensity_properties_"
             found = self.plans.get(f"{key}per_channel") or self.plans[f"{key}by_modality"]
@@ -312,15 +314,9 @@ class _Reading:
             width = high - low
             told = {"mean": [(mean - low) / width], "std": [max(std, 1e-8) / width]}
             return {"scale": [low, high], **told}
-        scales = {
-            "ZScoreNormalization": "zscore",
-            "RescaleTo01Normalization": "minmax",
-            "RGBTo01Normalization": [0.0, 255.0],
-            "NoNormalization": "range",
-        }
-        if scheme not in scales:
+        if scheme not in SCALES:
             self.refuse(f"normalisation {scheme}")
-        return {"scale": scales[scheme], **plain}
+        return {"scale": SCALES[scheme], **plain}
 
     def options(self) -> dict[str, Any]:
         """Return the network's options."""
@@ -330,80 +326,59 @@ class _Reading:
         given = found["arch_kwargs"]
         if kind not in ARCHITECTURES:
             self.refuse(f"architecture {kind}")
-        if unknown := sorted({*given} - KNOWN):
-            self.refuse(f"{kind} with {unknown[0]}")
-        norm = "BatchNorm" if "BN" in self.trainer else str(given["norm_op"]).rpartition(".")[2]
-        act = str(given["nonlin"]).rpartition(".")[2]
-        if not norm.startswith(("InstanceNorm", "BatchNorm")) or act not in ("LeakyReLU", "ReLU"):
-            self.refuse(f"{kind} with {norm} and {act}")
-        norm_kwargs, act_kwargs = (
-            given.get("norm_op_kwargs") or {},
-            given.get("nonlin_kwargs") or {},
-        )
-        stages, flat = given["n_stages"], len(config["patch_size"])
-
-        def each(value: Any, count: int) -> list[Any]:
-            return list(value) if isinstance(value, (list, tuple)) else [value] * count
+        for key, value in given.items():
+            if key not in READ | TRAINING and (key not in USUAL or value != USUAL[key]):
+                self.refuse(f"{kind} with {key} {value}")
+        if lacking := {*USUAL} - {*given}:
+            self.refuse(f"{kind} without {min(lacking)}")
+        norm = str(given["norm_op"]).rpartition(".")[2]
+        if not norm.startswith(("InstanceNorm", "BatchNorm")):
+            self.refuse(f"{kind} with {norm}")
 
         def sides(key: str) -> list[int]:
-            every = (self.turned(each(side, flat), alone=1) for side in each(given[key], stages))
-            return [side for stage in every for side in stage]
+            return [side for stage in given[key] for side in self.turned(stage, alone=1)]
 
         return {
             "channels": len(self.channels),
             "ndim": self.ndim,
             "folds": self.folds,
-            "features": each(given["features_per_stage"], stages),
+            "features": given["features_per_stage"],
             "kernels": sides("kernel_sizes"),
             "strides": sides("strides"),
-            "blocks": each(given[ARCHITECTURES[kind]], stages),
-            "decoder": each(given["n_conv_per_stage_decoder"], stages - 1),
+            "blocks": given[ARCHITECTURES[kind]],
+            "decoder": given["n_conv_per_stage_decoder"],
             "residual": kind == "ResidualEncoderUNet",
-            "bias": bool(given.get("conv_bias", False)),
-            "batch_norm": norm.startswith("BatchNorm"),
-            "eps": float(norm_kwargs.get("eps", 1e-5)),
-            "slope": float(act_kwargs.get("negative_slope", 0.01)) if act != "ReLU" else 0.0,
-            "nonlin_first": bool(given.get("nonlin_first", False)),
+            "batch_norm": "BN" in self.trainer or norm.startswith("BatchNorm"),
         }
 
     def _old_architecture(self) -> dict[str, Any]:
         """Return the architecture of plans from before 2.4, which do not write it out."""
         old, kind = self.config, self.config["UNet_class_name"]
-        stages = len(old["n_conv_per_stage_encoder"])
-        widths = [
-            min(old["UNet_base_num_features"] * 2**i, old["unet_max_num_features"])
-            for i in range(stages)
-        ]
-        return {
-            "network_class_name": kind,
-            "arch_kwargs": {
-                "n_stages": stages,
-                "features_per_stage": widths,
-                "kernel_sizes": old["conv_kernel_sizes"],
-                "strides": old["pool_op_kernel_sizes"],
-                ARCHITECTURES.get(kind, "n_conv_per_stage"): old["n_conv_per_stage_encoder"],
-                "n_conv_per_stage_decoder": old["n_conv_per_stage_decoder"],
-                "conv_bias": True,
-                "norm_op": "InstanceNorm",
-                "nonlin": "LeakyReLU",
-            },
+        blocks, width = old["n_conv_per_stage_encoder"], old["UNet_base_num_features"]
+        most = old["unet_max_num_features"]
+        given = USUAL | {
+            "features_per_stage": [min(width * 2**i, most) for i in range(len(blocks))],
+            "kernel_sizes": old["conv_kernel_sizes"],
+            "strides": old["pool_op_kernel_sizes"],
+            ARCHITECTURES.get(kind, "n_conv_per_stage"): blocks,
+            "n_conv_per_stage_decoder": old["n_conv_per_stage_decoder"],
+            "norm_op": "InstanceNorm",
         }
+        return {"network_class_name": kind, "arch_kwargs": given}
 
     def state(self, folds: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return the tensors of all folds by the names that the network has for them."""
         state = {}
         for number, weights in enumerate(folds):
-            names = [name.removeprefix("module.").removeprefix("_orig_mod.") for name in weights]
-            heads = [n for n in names if n.startswith("decoder.seg_layers.")]
-            last = max(int(n.split(".")[2]) for n in heads)
-            for name, tensor in zip(names, weights.values(), strict=True):
-                if ".all_modules." in name or name.startswith("decoder.encoder."):
-                    # The same tensors once more.
+            heads = [name.split(".") for name in weights if ".seg_layers." in name]
+            last = f"seg_layers.{max(int(parts[-2]) for parts in heads)}."
+            for name, tensor in weights.items():
+                # Some are there twice; of the heads the last alone predicts.
+                if ".all_modules." in name or "decoder.encoder." in name:
                     continue
-                if name.startswith("decoder.seg_layers."):
-                    if int(name.split(".")[2]) != last:
-                        continue
-                    name = name.replace(f".{last}.", ".0.", 1)
+                if ".seg_layers." in name and last not in name:
+                    continue
+                name = name.removeprefix("module.").replace(last, "seg_layers.0.")
                 if tensor.ndim > 3:
                     lying = tensor[:, :, None] if tensor.ndim - 2 < self.ndim else tensor
                     tensor = lying.permute(0, 1, *(axis + 2 for axis in self.order))

@@ -32,7 +32,14 @@ from wsi_pipeline.files.atomic import remove, written_beside
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.ngff import MASK, first_scale, ome_of
 from wsi_pipeline.files.threads import map_in_threads
-from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks, sample_positions
+from wsi_pipeline.geometry import (
+    Block,
+    Shape,
+    box_slices,
+    clear_outside,
+    iter_blocks,
+    sample_positions,
+)
 from wsi_pipeline.options import ExportOptions, Ngff
 from wsi_pipeline.report.record import FILES
 from wsi_pipeline.run.plan import Plan
@@ -180,7 +187,7 @@ def _create(
     told: dict[str, Any] = {"probabilities": [c.name for c in classes], "ratio": ratio}
     offset = [o / plan.cell for o in plan.offset]
     if plan.crop is not None:
-        told["offset"] = offset
+        told |= {"offset": offset, "crop": plan.crop, "nearest": plan.nearest}
     if plan.is_mirrored:
         # Cells begin at what is the last pixel here.
         offset[-1] = plan.cells_shape[-1] - plan.mask_shape[-1] * ratio[-1]
@@ -310,11 +317,15 @@ class Probability(Layer):
         classes: names of the channels: all classes but the background.
         ratio: pixels of level 0 per mask pixel along each axis.
         offset: where the mask begins in them.
+        crop: first mask pixel that they are of, and one past the last; None = they are of all.
+        nearest: axis along which the mask takes the nearest; None = it interpolates.
     """
 
     classes: list[str]
     ratio: tuple[float, ...]
     offset: tuple[float, ...]
+    crop: tuple[Shape, Shape] | None = None
+    nearest: int | None = None
 
     def iter_rows(self, start: Shape, stop: Shape) -> Iterator[tuple[int, Floats]]:
         """Interpolate at mask pixels as `segment` does; yield row and (c, rows, x), from the top.
@@ -323,7 +334,10 @@ class Probability(Layer):
         [0, 1].
         """
         axes = zip(start, stop, self.ratio, self.offset, self.levels[0].shape[1:], strict=True)
-        places = [sample_positions(a, b, ratio=r, length=n, offset=o) for a, b, r, o, n in axes]
+        places = [
+            sample_positions(a, b, ratio=r, length=n, offset=o, nearest=axis == self.nearest)
+            for axis, (a, b, r, o, n) in enumerate(axes)
+        ]
         spans = [slice(int(p[0]), int((p + (f > 0))[-1]) + 1) for p, f in places]
         planes = np.asarray(self.levels[0][(slice(None), *spans)])
         (y, fy), *others = ((p - span.start, f) for (p, f), span in zip(places, spans, strict=True))
@@ -335,6 +349,8 @@ class Probability(Layer):
             lines = _between(lines, 1, own - top, share)
             for axis, (floor, fraction) in enumerate(others, start=2):
                 lines = _between(lines, axis, floor, fraction)
+            if self.crop is not None:
+                clear_outside(lines, (start[0] + row, *start[1:]), self.crop)
             yield row, lines
 
     def read(self, start: Shape, stop: Shape) -> Floats:
@@ -380,7 +396,7 @@ def open_probability(folder: Path) -> Probability:
         raise StoreError(f"{folder} has no {NAME}; segment again, with probability as an output")
     try:
         attributes: dict[str, Any] = zarr.open_group(path, mode="r").attrs.asdict()
-        told = attributes[MASK]
+        told, crop = attributes[MASK], attributes[MASK].get("crop")
         classes, ratio = list(map(str, told["probabilities"])), tuple(map(float, told["ratio"]))
         first = trusted(zarr.open_array(path / "0", mode="r"))
         count, *shape = first.shape
@@ -394,6 +410,8 @@ def open_probability(folder: Path) -> Probability:
             classes=classes,
             ratio=ratio,
             offset=tuple(map(float, told.get("offset", [0.0] * len(ratio)))),
+            crop=(tuple(crop[0]), tuple(crop[1])) if crop else None,
+            nearest=told.get("nearest"),
             mpp=tuple(float(n) * unit for n in first_scale(attributes)[1:]) if unit else None,
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError, IndexError) as error:

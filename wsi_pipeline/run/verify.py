@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 import zarr
 
-from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
 from wsi_pipeline.export import MaskLike, ome_zarr
 from wsi_pipeline.files.arrays import chunk_files
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks
+from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import Precision, PredictOptions, SelectOptions, Settings
 from wsi_pipeline.report.record import FILES, RUN_FILE, Certificate, Run, load_run
 from wsi_pipeline.run.again import held_blocks
@@ -263,7 +263,7 @@ def _plan_again(
             # nothing is to be traced
             export=replace(options_of(run), outputs=()),
         )
-    bundle = load_bundle(model or certificate["bundle"])
+    bundle = load_model(model or certificate["bundle"])
     if bundle.digest != certificate["model"]:
         raise BundleError(f"{bundle.path} is not the model of this run: its content differs")
     path = Path(slide) if slide else source_path(folder, run.slide["path"])

@@ -24,7 +24,7 @@ from wsi_pipeline.export.polygons.components import PROBABILITY_ONE, find_compon
 from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import is_remote
-from wsi_pipeline.geometry import Block, Region, Shape, box_slices
+from wsi_pipeline.geometry import Block, Region, Shape, box_slices, clear_outside
 from wsi_pipeline.inference.blend import (
     Means,
     Windows,
@@ -151,10 +151,7 @@ class BlockWorker:
         if plan.look:
             leave_out(mask, cells, plan.look.cell, plan.predict.skip)
         if plan.crop is not None:
-            outside = np.ones(mask.shape, bool)
-            ends = zip(*plan.crop, block.start, strict=True)
-            outside[tuple(slice(max(a - o, 0), max(b - o, 0)) for a, b, o in ends)] = False
-            mask[outside] = 0
+            clear_outside(mask, block.start, plan.crop)
         bad, seen = self._mark_unreadable(mask, probability, block), self._seen(block)
         if self._roi is not None:
             (y, x), (fy, fx) = block.start, plan.mask_downsample

@@ -289,4 +289,5 @@ def chances(
         device=predictor.device,
     )
     # each band is overwritten by the next
-    return torch.cat([band.to("cpu", copy=True) for _, band in bands], dim=1)
+    done = [predictor.activated(band).to("cpu", copy=True) for _, band in bands]
+    return torch.cat(done, dim=1)

@@ -22,8 +22,6 @@ from wsi_pipeline.sources.radiology.preprocess import Pixels, Preparation, Scan,
 
 THICK = 3
 """How many times as long as the shortest side of a pixel a side is whose axis stands apart."""
-EDGE = 12
-"""Pixels by which scipy continues a border before it fits a spline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,17 +159,12 @@ def spline_weights(length: int, count: int, *, nearest: bool = False) -> csr_arr
     They are what `skimage.transform.resize(order=3, mode="edge")` does along an axis, but that
     shares below 1e-7 are left out.
     """
-    places = (np.arange(count) + 0.5) * (length / count) - 0.5
-    if nearest:
-        index = np.clip(np.floor(places + 0.5).astype(int), 0, length - 1)
-        return csr_array((np.ones(count, np.float32), (np.arange(count), index)), (count, length))
-    each = np.pad(np.eye(length), ((EDGE, EDGE), (0, 0)), "edge")
-    fitted = ndimage.spline_filter1d(each, 3, axis=0, mode="mirror")
-    first = np.floor(places).astype(int)
-    weights = np.zeros((count, length))
-    for tap in range(-1, 3):
-        x = np.abs(places - first - tap)
-        basis = np.where(x < 1, 2 / 3 - x**2 + x**3 / 2, np.clip(2 - x, 0, None) ** 3 / 6)
-        weights += basis[:, None] * fitted[np.clip(first + tap + EDGE, 0, len(fitted) - 1)]
+    weights = ndimage.zoom(
+        np.eye(length),
+        (count / length, 1),
+        order=0 if nearest else 3,
+        mode="nearest",
+        grid_mode=True,
+    )
     weights[np.abs(weights) < 1e-7] = 0
     return csr_array((weights / weights.sum(1, keepdims=True)).astype(np.float32))
