@@ -25,6 +25,7 @@ from wsi_pipeline.errors import SourceError
 from wsi_pipeline.geometry import Region
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.sources import open_source
+from wsi_pipeline.sources.shared import open_shared
 from wsi_pipeline.training.recipe import load_recipe
 from wsi_pipeline.training.samples import load_samples
 
@@ -135,6 +136,20 @@ def test_threads_share_a_profile(wide_path, slide_pixels):
             return np.array_equal(found, expected[y : y + height, x : x + width])
 
         assert all(pool.map(is_right, corners))
+
+
+def test_a_slide_that_is_shared_is_one_for_each_choice(wide_path, slide_pixels):
+    options = {"mpp": None, "series": None}
+    with (
+        open_shared(wide_path, icc="apply", **options) as slide,
+        open_shared(wide_path, icc="apply", **options) as same,
+        open_shared(wide_path, icc="ignore", **options) as stored,
+    ):
+        assert same.pixels is slide.pixels
+        box = Region(x=101, y=203, width=777, height=555)
+        part = slide_pixels[203:758, 101:878]
+        assert np.array_equal(slide.read(box, 0.25), by_imagecms(part))
+        assert np.array_equal(stored.read(box, 0.25), part)
 
 
 @pytest.mark.parametrize(
