@@ -22,7 +22,7 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.networks.nnunet_folder import load_model
-from wsi_pipeline.options import Rule
+from wsi_pipeline.options import Rule, turns
 from wsi_pipeline.run.again import export_again
 from wsi_pipeline.run.thresholds import copy_ruled
 from wsi_pipeline.training.validate import chances
@@ -276,12 +276,13 @@ def coarse(shape, seed, channels):
     return (resize(small, (*shape, channels), order=1) * 255).astype(np.uint8)
 
 
-@pytest.mark.parametrize("mirror", [(0, 1), (1,), None])
+@pytest.mark.parametrize(
+    ("mirror", "scheme"),
+    [((0, 1), "ZScoreNormalization"), (None, "RescaleTo01Normalization"),
+     (None, "RGBTo01Normalization")],
+)  # fmt: skip
 @pytest.mark.parametrize("shape", [(101, 77), (40, 29)])
-def test_a_picture_gets_nnunets_labels(tmp_path, shape, mirror):
-    scheme = {(0, 1): "ZScoreNormalization", (1,): "RescaleTo01Normalization"}.get(
-        mirror, "RGBTo01Normalization"
-    )
+def test_a_picture_gets_nnunets_labels(tmp_path, shape, mirror, scheme):
     states = folder_of(tmp_path / "results", PLAIN, channel_names="RGB", scheme=scheme,
                        ending=".png", mirror=mirror, spacing=[1.0, 1.0])  # fmt: skip
     pixels = coarse(shape, 1, 3)
@@ -374,6 +375,18 @@ def test_a_volume_gets_nnunets_labels(tmp_path, own, wanted, scheme, transpose):
     mask = mask.transpose(2, 1, 0).transpose(transpose)
     assert (np.bincount(mask.ravel(), minlength=3) > 50).all()
     assert (mask == expected).mean() > 0.999
+
+
+def test_mirroring_is_left_to_tta(tmp_path):
+    volumes = {"channel_names": ["any"], "ending": ".nii.gz", "spacing": [2.0, 1.0, 1.0]}
+    folder_of(tmp_path / "flat", PLAIN, folds=1, **USUAL | volumes)
+    bundle = load_model(f"nnunet:{tmp_path / 'flat'}")
+    assert (bundle.modality, bundle.input.patch_size) == ("volume", (1, 48, 32))
+    # The slice has no other side.
+    assert turns(bundle.tta, bundle.input.patch_size) == turns("mirror", (48, 32))
+    folder_of(tmp_path / "one", PLAIN, folds=1, **USUAL | {"mirror": (1,)})
+    with pytest.raises(BundleError, match=r"mirroring along \[1\] alone"):
+        load_model(f"nnunet:{tmp_path / 'one'}")
 
 
 @pytest.mark.parametrize("kind", ["image", "volume"])

@@ -98,7 +98,8 @@ def turns(tta: str, patch_size: Sequence[int], spacing: Sequence[float] = ()) ->
             f'tta "d4" turns patches by a right angle, and along y and x they have {odd[0]}; '
             'expected the same, or tta "mirror"'
         )
-    axes = range(-len(patch_size), 0)
+    # Of a patch that is a slice deep the depth has no other side.
+    axes = [axis for axis in range(-len(patch_size), 0) if patch_size[axis] > 1]
     sets = [f for n in range(len(axes) + 1) for f in combinations(axes, n)]
     if tta == "none":
         return [(False, ())]

@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
-from itertools import combinations, pairwise, product
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -43,7 +43,6 @@ class NNUNet(SegmentationNetwork):
         decoder: convolutions of each stage of the decoder, from the bottom up.
         residual: whether the encoder is `ResidualEncoderUNet`'s.
         batch_norm: whether norms are of batches, not of instances.
-        mirror: axes along which patches are shown mirrored, too, by all their combinations.
         zscore: whether each patch is brought to mean 0 and deviation 1, channel by channel.
     """
 
@@ -63,7 +62,6 @@ class NNUNet(SegmentationNetwork):
         decoder: Sequence[int] = (2,) * 4,
         residual: bool = False,
         batch_norm: bool = False,
-        mirror: Sequence[int] = (),
         zscore: bool = False,
     ) -> None:
         super().__init__(channels=channels, classes=classes)
@@ -76,7 +74,6 @@ class NNUNet(SegmentationNetwork):
         self.sizes = tuple(math.prod(strides[axis::ndim]) for axis in range(ndim))
         self.size_multiple = math.lcm(*self.sizes)
         self.zscore = zscore
-        self.turns = [a for k in range(len(mirror) + 1) for a in combinations(mirror, k)]
         conv: Conv = partial(_conv, batch_norm=batch_norm)
         kernel, step = (
             [tuple(flat[i : i + ndim]) for i in range(0, len(flat), ndim)]
@@ -100,10 +97,9 @@ class NNUNet(SegmentationNetwork):
             x = x - x.mean(axes, keepdim=True)
             x = x / x.std(axes, correction=0, keepdim=True).clamp(min=1e-8)
         total = torch.zeros((), device=x.device)
-        for net, turn in product(self.nets, self.turns):
-            axes = tuple(axis + 2 for axis in turn)
-            total = total + (net(x.flip(axes)).flip(axes) if axes else net(x))
-        return total / (len(self.nets) * len(self.turns))
+        for net in self.nets:
+            total = total + net(x)
+        return total / len(self.nets)
 
 
 def _conv(

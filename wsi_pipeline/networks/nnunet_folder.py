@@ -85,7 +85,7 @@ def load_model(location: str | Path) -> Bundle:
     folder, mpp = parse_location(str(location))
     # Large files are known by their size and time.
     files = [(p.name, s.st_size, s.st_mtime_ns) for p in _files(folder) for s in [p.stat()]]
-    key = hashlib.sha256(repr((str(folder.resolve()), files, mpp, 2)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((str(folder.resolve()), files, mpp, 3)).encode()).hexdigest()[:32]
     kept = cache_dir() / "nnunet" / key
     if (kept / MODEL_TOML).is_file():
         return load_bundle(kept)
@@ -238,18 +238,15 @@ class _Reading:
         if [int(labels[name]) for name in names] != [*range(len(names))]:
             self.refuse(f"labels {labels}, which are not 0, 1, 2 and so on")
         colors = cycle(COLORS)
-        own = {
-            self.order.index(a + self.ndim - len(self.config["patch_size"])) for a in self.mirror
-        }
+        if self.mirror and len(self.mirror) < len(self.config["patch_size"]):
+            self.refuse(f"mirroring along {[*self.mirror]} alone")
         options = self.options() | {"classes": len(names)}
-        if own and len(own) < self.ndim:
-            options["mirror"] = sorted(own)
         title = f"{self.plans.get('dataset_name') or self.folder.resolve().parent.name} {self.name}"
         return {
             "name": title,
             "modality": self.modality,
             "network": "nnunet",
-            "tta": "mirror" if len(own) == self.ndim else "none",
+            "tta": "mirror" if self.mirror else "none",
             "network_options": options,
             "input": {
                 "channels": len(self.channels),
