@@ -267,7 +267,6 @@ USUAL = {
     "channel_names": "RGB", "scheme": "ZScoreNormalization", "ending": ".png", "mirror": (0, 1),
     "spacing": [1.0, 1.0],
 }  # fmt: skip
-SLOW = pytest.mark.slow
 
 
 def coarse(shape, seed, channels):
@@ -333,10 +332,8 @@ def resampled(image, shape, axis, order):
 @pytest.mark.parametrize(
     ("own", "wanted", "scheme", "transpose"),
     [
-        pytest.param(
-            (2.0, 1.0, 1.1), (2.3, 0.9, 1.0), "ZScoreNormalization", (0, 1, 2), marks=SLOW
-        ),
-        pytest.param((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2), marks=SLOW),
+        ((2.0, 1.0, 1.1), (2.3, 0.9, 1.0), "ZScoreNormalization", (0, 1, 2)),
+        ((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2)),
         ((1.0, 1.1, 2.0), (2.3, 0.9, 1.0), "NoNormalization", (2, 0, 1)),
     ],
 )
