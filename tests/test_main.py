@@ -16,8 +16,10 @@ import numpy.typing as npt
 import pytest
 import zarr
 from bundles import Busy, pointwise_bundle, small_unet_bundle
+from click.testing import CliRunner
 
 from wsi_pipeline import UsageError, WsiPipelineError, load_run, segment
+from wsi_pipeline.cli import group
 from wsi_pipeline.run.jobs import Job
 from wsi_pipeline.run.preview import preview
 from wsi_pipeline.run.status import read_status
@@ -216,6 +218,12 @@ def test_several_models_in_one_pass_give_what_each_gives_alone(
     assert status.done == [f"test-{name}/a" for name in ("coarse", "fine", "unet")]
     assert len(status.failed) == 3
     assert verify(output / "test-fine" / "a", share=1).different == ()
+    # masks by another threshold lie as the runs do
+    line = ["export", str(output), "--threshold", "Tumor=0.9", "--output", str(tmp_path / "high")]
+    assert CliRunner().invoke(group, line).exit_code == 0
+    assert sorted((tmp_path / "high").glob("*/a/run.json")) == [
+        tmp_path / "high" / f"test-{name}" / "a" / "run.json" for name in ("coarse", "fine", "unet")
+    ]
 
 
 def test_several_models_go_on_where_each_has_stopped(tmp_path: Path, slides: Path) -> None:

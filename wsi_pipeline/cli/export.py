@@ -88,24 +88,25 @@ def command(
     if corrections and (output is None or len(folders) > 1):
         raise click.UsageError("--corrections is of one run, and needs --output for the new one")
     changes = {name: value for name, value in options.items() if value is not None}
-    runs: list[Path] = []
+    # with where it lies in the folder that was named: one of several models has a folder there
+    runs = dict[Path, Path]()
     for folder in folders:
         if (folder / RUN_FILE).is_file():
-            runs.append(folder)
+            runs[folder] = Path()
             continue
         for path, run in find_runs(folder).items():
             if run.status == "done" or any((path / FILES[o]).exists() for o in MASKS):
-                runs.append(path)
+                runs[path] = path.relative_to(folder).parent
             else:
                 # it never had a mask, of which `segment` has told
                 click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
         raise click.UsageError(f"no finished run in {', '.join(map(str, folders))}")
     is_whole, written = True, dict[Path, Run]()
-    for folder in runs:
+    for folder, within in runs.items():
         try:
             if output:
-                folder = copy_ruled(folder, output, rule, corrections)
+                folder = copy_ruled(folder, output / within, rule, corrections)
             run = export_again(folder, changes, rule if as_mask or (rule and not output) else None)
         except WsiPipelineError as error:
             click.echo(f"failed: {folder}: {error}", err=True)
