@@ -26,6 +26,7 @@ from wsi_pipeline.run.status import read_status
 from wsi_pipeline.run.verify import verify
 from wsi_pipeline.sources import Slide, open_source, shared
 from wsi_pipeline.sources.base import tiles_touching
+from wsi_pipeline.viewer.server import serve
 
 MPP = 0.5
 
@@ -218,6 +219,10 @@ def test_several_models_in_one_pass_give_what_each_gives_alone(
     assert status.done == [f"test-{name}/a" for name in ("coarse", "fine", "unet")]
     assert len(status.failed) == 3
     assert verify(output / "test-fine" / "a", share=1).different == ()
+    with serve(output) as viewer:
+        assert [run["folder"] for run in viewer.list_runs() if run["status"] == "done"] == [
+            f"test-{name}/a" for name in ("coarse", "fine", "unet")
+        ]
     # masks by another threshold lie as the runs do
     line = ["export", str(output), "--threshold", "Tumor=0.9", "--output", str(tmp_path / "high")]
     assert CliRunner().invoke(group, line).exit_code == 0

@@ -263,7 +263,7 @@ def serve(
     elif slide is not None or (against and not against.is_dir()):
         what = "a file to compare with" if slide is None else "a slide"
         raise StoreError(f"{what} can be named for one run only, and {folder} is none")
-    elif not any(folder.glob(f"*/{RUN_FILE}")):
+    elif not run_files(folder):
         raise StoreError(f"no finished run in {folder}; expected an output folder of `segment`")
     try:
         return Viewer(folder, host=host, port=port, slide=slide, against=against)
