@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import openslide
+from PIL import Image
 
 from wsi_pipeline.files.formats import has_preamble, slide_header
 from wsi_pipeline.files.paths import quiet
@@ -99,7 +100,7 @@ class OpenSlideBackend:
     def icc_profile(self) -> bytes:
         """Return the ICC profile of the slide, b"" where there is none."""
         # Beside the slide there is nothing that would be decoded for it.
-        outside = self._slide.read_region((-1, -1), 0, (1, 1))
+        outside = self._image(0, -1, -1, 1, 1)
         return bytes(outside.info.get("icc_profile") or b"")
 
     def close(self) -> None:
@@ -107,18 +108,20 @@ class OpenSlideBackend:
         self._slide.close()
 
     def _read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
-        slide = self._slide
+        return as_rgb(np.asarray(self._image(level, x, y, width, height)), "straight")
+
+    def _image(self, level: int, x: int, y: int, width: int, height: int) -> Image.Image:
         own = self._own_downsamples[level]
         location = (round(x * own), round(y * own))
         try:
-            image = slide.read_region(location, level, (width, height))
+            return self._slide.read_region(location, level, (width, height))
         except openslide.OpenSlideError:
             # After an error a handle fails for ever, perhaps through another thread's reading.
             with reading(self._path, level, x, y, width, height):
                 fresh = openslide.OpenSlide(self._path)
                 image = fresh.read_region(location, level, (width, height))
             self._slide = fresh
-        return as_rgb(np.asarray(image), "straight")
+            return image
 
 
 def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, float]]:
