@@ -336,9 +336,9 @@ def test_memory_of_the_pyramid_does_not_grow_with_the_mask(
     build_pyramid(path, CLASSES)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # A thread with a shard, and its chunks encoded; of two it depends on whether they meet. Masks
-    # have 67 and 268 MB.
-    assert peak < 45e6
+    # A thread with a shard of 17 MB: it, what is made of it, and that again encoded, of which 38 to
+    # 47 MB were seen, as zarr's own thread is ahead or not. Masks have 67 and 268 MB.
+    assert peak < 3 * 4096**2
 
 
 def test_an_existing_mask_is_not_overwritten(tmp_path: Path) -> None:
