@@ -70,7 +70,9 @@ class Disagreement:
         height, width = shares.shape[:2]
         below, fill = np.full((height, width, 3), 255, np.float32), 1.0
         if slide is not None:
-            small = Image.fromarray(slide).resize((width, height), Image.Resampling.BOX)
+            # In grey, so that no stain makes another colour of what lies over it.
+            grey = Image.fromarray(slide).convert("L").convert("RGB")
+            small = grey.resize((width, height), Image.Resampling.BOX)
             below, fill = np.asarray(small, np.float32), FILL
         covered = fill * (1 - shares[..., :1])
         mixed = fill * (shares[..., 1:] @ COLORS[1:]) + (1 - covered) * below
