@@ -56,7 +56,8 @@ void segment(String program, String model, String output, List<String> options) 
         command += ['--roi', region.path]
     }
     println "${name}: segmenting ${regions ? regions.size() + ' annotations' : 'the whole image'}"
-    long began = System.currentTimeMillis()
+    File file = new File(new File(output, stem(slide.name)), 'run.json')
+    String before = file.isFile() ? file.getText('UTF-8') : ''
     int told = 0
     def done = call(command) { String line ->
         def counted = line =~ /(\d+)%\|.*?\| (\d+)\/(\d+)/
@@ -67,10 +68,9 @@ void segment(String program, String model, String output, List<String> options) 
             println "${name}: ${told} % (${counted.group(2)} of ${counted.group(3)} patches)"
         }
     }
-    File file = new File(new File(output, stem(slide.name)), 'run.json')
     // Unreadable parts make an exit code of 1, too; what an earlier call has left is not to be taken.
-    boolean isNew = done.code == 0 || file.lastModified() >= began - 2000
-    Map run = file.isFile() && isNew ? readJson(file.getText('UTF-8')) : [status: 'missing']
+    String now = file.isFile() ? file.getText('UTF-8') : ''
+    Map run = now && (done.code == 0 || now != before) ? readJson(now) : [status: 'missing']
     if (run.status != 'done') {
         println "${name}: nothing imported"
         return
