@@ -46,7 +46,7 @@ def singles(
     return np.array(found)
 
 
-@pytest.mark.parametrize("combine", ["mean", "vote"])
+@pytest.mark.parametrize("combine", ["mean", pytest.param("vote", marks=pytest.mark.slow)])
 def test_it_is_the_mean_or_the_vote_of_single_runs(
     tmp_path: Path,
     slide_path: Path,
@@ -89,6 +89,7 @@ def test_it_is_the_mean_or_the_vote_of_single_runs(
     assert (folder / "annotations.geojson").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_a_bundle_on_the_disk(
     tmp_path: Path, slide_path: Path, members: list[Path]
 ) -> None:

@@ -333,8 +333,14 @@ def resampled(image, shape, axis, order):
     ("own", "wanted", "scheme", "transpose"),
     [
         ((2.0, 1.0, 1.1), (2.3, 0.9, 1.0), "ZScoreNormalization", (0, 1, 2)),
-        ((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2)),
-        ((1.0, 1.1, 2.0), (2.3, 0.9, 1.0), "NoNormalization", (2, 0, 1)),
+        pytest.param(
+            *((5.0, 1.0, 1.1), (3.4, 0.9, 1.0), "CTNormalization", (0, 1, 2)),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *((1.0, 1.1, 2.0), (2.3, 0.9, 1.0), "NoNormalization", (2, 0, 1)),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_volume_gets_nnunets_labels(tmp_path, own, wanted, scheme, transpose):
