@@ -75,10 +75,11 @@ def command(
             f"no weights are shipped for {kind} yet: train some (workflows/train), or name a "
             "bundle that has them with --model"
         )
-    data = Path(os.environ.get("WSI_PIPELINE_TEST_DATA") or "nowhere")
+    data = os.environ.get("WSI_PIPELINE_TEST_DATA")
     truth, said = None, "your own"
-    if slide is None and (found := sorted(data.glob(f"{stem.format('images')}.*"))):
-        slide, truth = found[0], data / f"{stem.format('masks')}.png"
+    found = sorted(Path(data).glob(f"{stem.format('images')}.*")) if data else []
+    if slide is None and found and data:
+        slide, truth = found[0], Path(data) / f"{stem.format('masks')}.png"
         said = origin + SEEN * (model is None)
         mpp = MPP_OF_REGION if kind == "slide" else None
     elif slide is None and kind == "slide":
