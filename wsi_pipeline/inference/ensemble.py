@@ -64,9 +64,20 @@ class Ensemble(Predictor):
         return torch.cat([mean, torch.stack(pairs).mean(0)], 1), nothing, nothing
 
 
-def open_predictor(bundle: Bundle, **options: Any) -> Predictor:
-    """Return the predictor of a bundle; arguments are those of `Predictor`."""
-    return Ensemble(bundle, **options) if bundle.members else Predictor(bundle, **options)
+def open_predictor(bundle: Bundle, predict: PredictOptions, *, threads: int) -> Predictor:
+    """Return the predictor of a bundle as a run's options have it, to be closed.
+
+    Raises:
+        BundleError: see `Predictor`.
+    """
+    return (Ensemble if bundle.members else Predictor)(
+        bundle,
+        device=predict.device,
+        precision=predict.precision,
+        batch_size=predict.batch_size,
+        threads=threads,
+        tta=predict.tta,
+    )
 
 
 def kept_predictor(
@@ -84,12 +95,5 @@ def kept_predictor(
         # A model that is used no more gives its memory back first.
         for old in [old for old in keep if not any(model in old for model in beside)]:
             keep.pop(old).close()
-        predictor = keep[key] = open_predictor(
-            bundle,
-            device=options.device,
-            precision=options.precision,
-            batch_size=options.batch_size,
-            threads=threads,
-            tta=options.tta,
-        )
+        predictor = keep[key] = open_predictor(bundle, options, threads=threads)
     return predictor

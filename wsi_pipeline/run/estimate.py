@@ -210,14 +210,7 @@ def patches_per_second(bundle: Bundle, predict: PredictOptions, *, threads: int)
     Raises:
         BundleError: the model does not run.
     """
-    predictor = open_predictor(
-        bundle,
-        device=predict.device,
-        precision=predict.precision,
-        batch_size=predict.batch_size,
-        threads=threads,
-        tta=predict.tta,
-    )
+    predictor = open_predictor(bundle, predict, threads=threads)
     shape = (*bundle.input.patch_size, bundle.input.channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     count = predictor.patches_at_once

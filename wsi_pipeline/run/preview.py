@@ -140,6 +140,7 @@ def preview_batch(
     if batch.threads is None:
         raise UsageError("--preview works on this machine; leave --scheduler and --cluster out")
     found, told, max_ram = list[Preview](), list[str](), batch.schedule.max_ram
+    passes = passes_at_once(bundle, batch.schedule.threads or cpu_count())
 
     def step(job: Job, done: int, of: int) -> None:
         if told:
@@ -149,16 +150,7 @@ def preview_batch(
 
     with (
         bounded_memory(max_ram, too_large or told.append, "lower --batch-size or raise the limit"),
-        closing(
-            open_predictor(
-                bundle,
-                device=predict.device,
-                precision=predict.precision,
-                batch_size=predict.batch_size,
-                threads=passes_at_once(bundle, cpu_count()),
-                tta=predict.tta,
-            )
-        ) as predictor,
+        closing(open_predictor(bundle, predict, threads=passes)) as predictor,
     ):
         for job in batch.jobs:
             try:
