@@ -27,6 +27,8 @@ class Job:
         outputs: what we write; peers write what they write.
         overlap: px between patches.
         mpp: µm per px of the slide.
+        precision: number format of ours.
+        old: the processor is told to be one with AVX2 and nothing newer.
     """
 
     who: Literal["ours", "unsynced", "before", "tiatoolbox", "fast", "floor", "stages"]
@@ -36,6 +38,8 @@ class Job:
     outputs: tuple[str, ...] = ("zarr",)
     overlap: int = 0
     mpp: float = 0.5
+    precision: Literal["auto", "fp32", "int8"] = "auto"
+    old: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +109,18 @@ def _against(
 
 
 def _since(jobs: Mapping[str, Job], text: str, high: float | None = None) -> Comparison:
-    """Compare each job with the same by another checkout, which has " before" to its label."""
+    """Compare each job with the same by another checkout, which has " before" to its label.
+
+    That knows no int8, and takes the best that it has.
+    """
     both: dict[str, Job] = {}
     figures: list[Figure] = []
     for label, job in jobs.items():
         old = f"{label} before"
-        both |= {label: job, old: replace(job, who="before")}
+        # Torch finds bf16 even where oneDNN is told to have no arithmetic for it.
+        plain = "fp32" if job.old else "auto"
+        same = plain if job.precision == "int8" else job.precision
+        both |= {label: job, old: replace(job, who="before", precision=same)}
         figures += [
             Figure(text=f"{label}: time ÷ before", of=ratio("seconds", label, old), high=high),
             Figure(text=f"{label}: processor time ÷ before", of=ratio("cpu_seconds", label, old)),
@@ -127,6 +137,13 @@ _LINEAR = Figure(
     text="time per tissue megapixel, large slide ÷ small",
     of=ratio("seconds_per_tissue_megapixel", "large", "small"),
     high=1.1,
+)
+_SINCE = (
+    "The bundle of another checkout, end to end with tissue detection and all outputs, against "
+    "the program of that checkout"
+)
+_BEFORE = Job(
+    who="ours", size=MIDDLE, network="before", tissue="auto", outputs=EVERYTHING, overlap=64
 )
 _RATES = {
     f"{classes}, {mpp} µm/px, overlap {overlap}": Job(
@@ -207,20 +224,19 @@ COMPARISONS: Mapping[str, Comparison] = {
         jobs={label: _shipped(job) for label, job in _TO_THE_FLOOR.items()},
         figures=_FLOOR_FIGURES,
     ),
-    "since": _since(
+    "since": _since({"ours": _BEFORE}, _SINCE, high=0.8),
+    "since-avx2": _since(
+        {"ours": replace(_BEFORE, precision="fp32", old=True)},
+        f"{_SINCE}: fp32 on a processor with AVX2 and nothing newer",
+        high=0.6,
+    ),
+    "since-int8": _since(
         {
-            "ours": Job(
-                who="ours",
-                size=MIDDLE,
-                network="before",
-                tissue="auto",
-                outputs=EVERYTHING,
-                overlap=64,
-            )
+            "ours": replace(_BEFORE, precision="int8"),
+            "ours, AVX2": replace(_BEFORE, precision="int8", old=True),
         },
-        "The bundle of another checkout, end to end with tissue detection and all outputs, "
-        "against the program of that checkout",
-        high=0.8,
+        f"{_SINCE}: int8, which that has not",
+        high=0.55,
     ),
     "rates": _since(
         _RATES, "LightMuSeg, all outputs: megapixels a second of every stage, against before"

@@ -39,6 +39,7 @@ from tables import job_key, write_results
 import wsi_pipeline
 from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.report.record import load_run
+from wsi_pipeline.run.quantise import quantise_model
 
 HERE = Path(__file__).parent
 SAMPLED = 8
@@ -86,17 +87,25 @@ class Bench:
             Image.fromarray(cells.repeat(3, axis=2)).save(mask)
         return path, mask
 
-    def bundle(self, network: str) -> Bundle:
-        """Return the bundle of a network, written unless it is there; "before" has its own."""
+    def bundle(self, network: str, int8: Path | None = None) -> Bundle:
+        """Return the bundle of a network, written unless it is there; "before" has its own.
+
+        A slide is what its ranges for int8 are found on.
+        """
         if network == "before" and self.before is not None:
-            return load_bundle(self.before / TRAINED.parent.relative_to(HERE.parent))
+            path = self.before / TRAINED.parent.relative_to(HERE.parent)
+            if int8 is not None:
+                path, plain = self.work / f"bundles-{self._digest}" / "before-int8", path
+                if not path.is_dir():
+                    quantise_model([int8], model=plain, output=path)
+            return load_bundle(path)
         folder = self.work / f"bundles-{self._digest}" / network
         return write_bundle(folder, network, self._tissue)
 
     def perform(self, name: str, label: str, job: Job) -> Record:
         """Run one job in a fresh process; return what it took."""
         slide, mask = self.slide(job.size, job.mpp)
-        bundle = self.bundle(job.network)
+        bundle = self.bundle(job.network, slide if job.precision == "int8" else None)
         output = self.work / "out" / name / label
         if job.who == "stages":
             output = output.with_name("ours")  # it does again what that has done
@@ -127,10 +136,11 @@ class Bench:
                 )
                 # Before what is installed comes PYTHONPATH, and by -P not the current folder.
                 code = self.before if job.who == "before" else HERE.parent
-                python = ["env", f"PYTHONPATH={code}", sys.executable, "-P"]
+                isa = ["ONEDNN_MAX_CPU_ISA=AVX2", "ATEN_CPU_CAPABILITY=avx2"] if job.old else []
+                python = ["env", f"PYTHONPATH={code}", *isa, sys.executable, "-P"]
                 segment = [*python, *ours, "-q", "segment", str(slide)]
                 outputs = ["--output", str(output), "--outputs", ",".join(job.outputs)]
-                return [*segment, *model, *options, *outputs]
+                return [*segment, *model, *options, "--precision", job.precision, *outputs]
             case "floor":
                 return [sys.executable, str(HERE / "floor.py"), str(slide), *model, *options]
             case "stages":

@@ -2060,6 +2060,34 @@ def test_the_command_measures_by_patient_and_writes_a_bundle(folder: Path) -> No
     assert (folder / "bundle/model.safetensors").read_bytes() != before
 
 
+def test_who_is_kept_apart_is_in_no_training(folder: Path) -> None:
+    run_train(folder, "--folds", "B")
+    state = folder / "bundle/.training"
+    (fold,) = state.glob("without_B-*/last.pt")
+    learnt = torch.load(fold, weights_only=True)
+    everybody = load_file(folder / "bundle/model.safetensors")
+    with (folder / "recipe.toml").open("a", encoding="utf-8") as file:
+        file.write('\n[split]\ntest = ["B"]\n')
+    said = run_train(folder, "--folds", "A", code=1)
+    assert "split.test names who is held out; leave --folds away, or split.test" in said
+    # what the fold had learnt is the bundle now, and is not learnt again
+    line = run_train(folder)
+    assert line.startswith("B\tTumor\tDice ")
+    assert torch.load(fold, weights_only=True).keys() == learnt.keys()
+    assert fold.stat().st_mtime_ns < (folder / "bundle/model.toml").stat().st_mtime_ns
+    weights = load_file(folder / "bundle/model.safetensors")
+    assert any(not torch.equal(weights[name], everybody[name]) for name in weights)
+    card = (folder / "bundle/README.md").read_text("utf-8")
+    assert "kept apart for good: the weights here have seen none of them" in card
+    assert "| A | 2 |" in card
+    assert "| B | 1 |" not in card
+    # from nothing it comes to the same
+    run_command("train", folder / "recipe.toml", "--output", folder / "again")
+    assert not list((folder / "again/.training").glob("all*"))
+    for name, tensor in load_file(folder / "again/model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
 def test_what_was_held_out_by_other_folds_is_not_taken_over(folder: Path) -> None:
     text = (folder / "recipe.toml").read_text("utf-8")
     marks = [text.replace('patient = "B"', f'patient = "B"\nfold = "{n}"') for n in (1, 2)]

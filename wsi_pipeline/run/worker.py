@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,30 @@ NO_PATCH = 100.0
 """Logit of the background where no patch lies."""
 STAGES = ("read", "predict", "write", "polygons")
 """Whose seconds the ledger holds for each block."""
+
+
+class Prediction(NamedTuple):
+    """What the network says of a block, before anything is written.
+
+    Attributes:
+        mask: class at each mask pixel.
+        probability: of that class, in 1/65535; None where no outlines are wanted.
+        patches: indices of those that were predicted for it.
+        cells: what is wrong with each, an index in `QUALITIES`.
+        labels: (L,) of each of the patches, where the network classifies.
+        features: (C,) of each of them.
+        means: of the probabilities, where they are kept.
+        apart: how far an ensemble disagrees at each mask pixel.
+    """
+
+    mask: npt.NDArray[np.uint8]
+    probability: npt.NDArray[np.uint16] | None
+    patches: npt.NDArray[np.int64]
+    cells: npt.NDArray[np.uint8]
+    labels: list[torch.Tensor]
+    features: list[torch.Tensor]
+    means: Means | None
+    apart: npt.NDArray[np.float32]
 
 
 class BlockWorker:
@@ -135,21 +159,16 @@ class BlockWorker:
 
     def _do(self, block: Block) -> int:
         """Do one block; return new patches."""
-        plan, clock, means = self._plan, Clock(), None
-        labels, features = list[torch.Tensor](), list[torch.Tensor]()
-        if plan.cell:
-            count = self._classes - 1 + self._is_ensemble
-            means = Means(*plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=count)
-        apart = np.zeros(block.shape if self._is_ensemble else 0, np.float32)
-        asked = self._predict(block, clock, labels, features, means, apart)
-        mask, probability, patches, cells = asked
+        plan, clock = self._plan, Clock()
+        said = self._predict(block, clock)
+        mask, probability = said.mask, said.probability
         if plan.is_mirrored:
             # Predicted as the model wants to see it, written as the image lies.
             mask = np.ascontiguousarray(mask[..., ::-1])
             if probability is not None:
                 probability = np.ascontiguousarray(probability[..., ::-1])
         if plan.look:
-            leave_out(mask, cells, plan.look.cell, plan.predict.skip)
+            leave_out(mask, said.cells, plan.look.cell, plan.predict.skip)
         if plan.crop is not None:
             clear_outside(mask, block.start, plan.crop)
         bad, seen = self._mark_unreadable(mask, probability, block), self._seen(block)
@@ -162,8 +181,8 @@ class BlockWorker:
         with writing(plan.store.mask_path):
             write_block(self._mask, block, mask)
             chunks = settle(self._mask, block)
-        if means is not None:
-            planes = self._in_roi(means.as_bytes(), block)
+        if said.means is not None:
+            planes = self._in_roi(said.means.as_bytes(), block)
             keep_planes(plan, block, planes[..., ::-1] if plan.is_mirrored else planes)
         clock.lap("write")
         # Before the ledger knows of the block: no mask is to be made of two files.
@@ -171,29 +190,30 @@ class BlockWorker:
         counts = torch.bincount(torch.from_numpy(mask).flatten(), minlength=self._classes + 1)
         arrays: dict[str, npt.NDArray[Any]] = {
             "chunks": chunks,
-            "predicted": np.array(len(patches)),
+            "predicted": np.array(len(said.patches)),
             "bad": np.array([astuple(region) for region in bad], np.int64).reshape(-1, 4),
             "counts": counts.numpy(),
             "sha256": np.array(hash_block(mask)),
             "computed": np.array(self._predictor.how),
         }
         if plan.look:
-            found = crossed(mask, cells, plan.look.cell, self._classes + 1)
-            arrays |= {"quality": cells, "crossed": found}
+            found = crossed(mask, said.cells, plan.look.cell, self._classes + 1)
+            arrays |= {"quality": said.cells, "crossed": found}
         if self._is_ensemble:
-            arrays["disputed"] = np.array([apart[seen].sum(), np.count_nonzero(seen)])
-        if labels:
-            arrays |= {"labelled": patches, "labels": torch.stack(labels).cpu().numpy()}
-        if self._familiar and features:
-            far = self._familiar.distances(torch.stack(features).cpu().numpy())
-            arrays |= {"unlike": patches[far > 1], "like": patches[far <= 1]}
+            arrays["disputed"] = np.array([said.apart[seen].sum(), np.count_nonzero(seen)])
+        if said.labels:
+            labels = torch.stack(said.labels).cpu().numpy()
+            arrays |= {"labelled": said.patches, "labels": labels}
+        if self._familiar and said.features:
+            far = self._familiar.distances(torch.stack(said.features).cpu().numpy())
+            arrays |= {"unlike": said.patches[far > 1], "like": said.patches[far <= 1]}
         if probability is not None:
             pieces = find_components(mask, probability, (block.start[0], block.start[1]))
             arrays |= pieces.as_arrays()
             clock.lap("polygons")
         arrays |= {f"seconds_{stage}": np.array(s) for stage, s in clock.seconds.items()}
         plan.store.finish_block(block, arrays)
-        return len(patches)
+        return len(said.patches)
 
     def _check_source(self) -> None:
         """Refuse a source that was replaced before the last pixels were read.
@@ -210,41 +230,34 @@ class BlockWorker:
                 now.close()
             self._stamp = stamp
 
-    def _predict(
-        self,
-        block: Block,
-        clock: Clock,
-        labels: list[torch.Tensor],
-        features: list[torch.Tensor],
-        means: Means | None,
-        disputed: npt.NDArray[np.float32],
-    ) -> tuple[
-        npt.NDArray[np.uint8],
-        npt.NDArray[np.uint16] | None,
-        npt.NDArray[np.int64],
-        npt.NDArray[np.uint8],
-    ]:
-        """Return class and probability of a block's mask pixels, its patches and cells."""
-        wanted = self._plan.patches(block)
+    def _predict(self, block: Block, clock: Clock) -> Prediction:
+        """Read a block and ask the network; return what it says, as the model wants to see it."""
+        plan, means = self._plan, None
+        if plan.cell:
+            count = self._classes - 1 + self._is_ensemble
+            means = Means(*plan.cells(block), cell=plan.cell, shape=plan.grid.shape, classes=count)
+        labels, features = list[torch.Tensor](), list[torch.Tensor]()
+        apart = np.zeros(block.shape if self._is_ensemble else 0, np.float32)
+        wanted = plan.patches(block)
         with self._cache.claim(block, wanted) as claim:
             pixels, corner = self._read(claim.mine, block)
-            cells = judge(self._plan, block, pixels, corner)
+            cells = judge(plan, block, pixels, corner)
             clock.lap("read")
             predictor = self._predictor
             clock.skip()
             region = predictor.upload(pixels)
             clock.lap("read")
-            origins, queue = self._plan.grid.origins[claim.mine] - corner, predictor.queue
+            origins, queue = plan.grid.origins[claim.mine] - corner, predictor.queue
             with queue.in_hand():
                 fresh = predictor.predict(region, origins, labels=labels, features=features)
                 placed = self._placed(wanted, claim, fresh)
                 pieces = self._pieces(placed, block, means)
                 if self._is_ensemble:
-                    pieces = _set_apart(pieces, disputed)
+                    pieces = _set_apart(pieces, apart)
                 mask, probability = self._classify(pieces, block)
                 clock.lap("predict")
                 clock.seconds["predict"] += queue.seconds
-        return mask, probability, claim.mine, cells
+        return Prediction(mask, probability, claim.mine, cells, labels, features, means, apart)
 
     def _placed(
         self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]

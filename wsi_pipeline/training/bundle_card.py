@@ -230,10 +230,14 @@ def _score_table(recipe: Recipe, trained: Trained) -> str:
     held_out = trained.held_out
     in_groups = recipe.split.folds or any(s.fold for s in trained.samples)
     how = "Groups of patients left out together" if in_groups else "Leave one patient out"
+    by_whom = (
+        f"{how}: for each row a network was trained by the same recipe without that patient. The "
+        "weights here are trained on all patients, so no patient of the table is new to them."
+    )
+    if recipe.split.test:
+        by_whom = "Patients who were kept apart for good: the weights here have seen none of them."
     lines = [
-        f"{how}: for each row a network was trained by the same recipe without that patient. "
-        "Overlapping patches, pixels of a patient pooled. The weights here are trained on all "
-        "patients, so no patient of the table is new to them.\n",
+        f"{by_whom} Overlapping patches, pixels of a patient pooled.\n",
         "| held-out patient | class | Dice | IoU | share of class | called so "
         "| Dice of “everywhere” |",
         "|---|---|---:|---:|---:|---:|---:|",

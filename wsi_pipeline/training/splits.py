@@ -45,7 +45,7 @@ def plan_splits(
     """Hold out each patient, or each group of patients, in turn; return the splits.
 
     Where samples have a fold of their own, these are the groups, and samples without one are never
-    held out.
+    held out. Of a spec with a `test` there is one split.
 
     Args:
         wanted: Names of the splits to return; None = all.
@@ -69,9 +69,14 @@ def plan_splits(
         groups = {str(i + 1): set(dealt[i :: spec.folds]) for i in range(spec.folds)}
     else:
         groups = {patient: {patient} for patient in patients}
-    if unknown := set(wanted or ()) - groups.keys():
+    if spec.test and wanted is not None:
+        raise RecipeError("split.test names who is held out; leave --folds away, or split.test")
+    if unknown := {*(wanted or ()), *spec.test} - groups.keys():
         what = "patient" if all(group == {name} for name, group in groups.items()) else "fold"
         raise RecipeError(f"no {what} {sorted(unknown)} to hold out; there are {list(groups)}")
+    if spec.test:
+        together = set[str]().union(*(groups[name] for name in spec.test))
+        return [Split.of(", ".join(spec.test), samples, together)]
     return [
         Split.of(name, samples, group)
         for name, group in groups.items()

@@ -72,7 +72,7 @@ def train(
         data_dir: Folder that the recipe's paths start from; None = the folder of its file.
         output: Folder of the bundle.
         folds: Splits to measure by, each in its own training: patients, or the numbers of groups;
-            None = all, empty = none.
+            None = all, empty = none. A recipe whose split has a `test` takes no other.
         device: "auto", "cpu" or "cuda".
 
     Raises:
@@ -100,7 +100,7 @@ def train(
             _check_classes(recipe, looked)
         splits = (
             []
-            if folds is not None and not folds
+            if folds is not None and not folds and not recipe.split.test
             else plan_splits(samples, recipe.split, seed=recipe.train.seed, wanted=folds)
         )
         key = _key(recipe, samples, looked)
@@ -138,7 +138,12 @@ def train(
         scores: dict[str, PatientScore] = {}
         for split in splits:
             scores |= _held_out(recipe, split, learn, output / STATE)
-        fitted = learn(EVERYBODY, samples)
+        if recipe.split.test:
+            (apart,) = splits
+            # trained already, to be measured
+            samples, fitted = list(apart.train), learn(_without(apart), apart.train, apart.test)
+        else:
+            fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
             familiar = (
                 # What it looks like to an encoder that stays is known, and of more than this.
@@ -147,7 +152,9 @@ def train(
                 else familiar_of(fitted.network, recipe.bundle, samples)
             )
             trained = Trained(
-                samples=samples, surveys=looked, held_out=scores, familiar=familiar, fingerprint=key
+                samples=samples,
+                surveys=[surveys[sample] for sample in samples],
+                held_out=scores, familiar=familiar, fingerprint=key
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
@@ -250,6 +257,8 @@ def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
 def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:
     """Return a digest of all that the weights depend on."""
     settings = [structs.asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
+    # Who is kept apart is in the name of the state's folder.
+    del settings[-1]["test"]
     data = [
         (s.patient, s.fold, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)
