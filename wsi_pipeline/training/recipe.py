@@ -127,8 +127,8 @@ class SplitSpec(Record, frozen=True, kw_only=True):
 
     Attributes:
         folds: Groups of patients, each held out once; 0 = every patient for himself.
-        test: Patients, or names of groups, that are kept apart for good: the bundle is trained once,
-            without them, and measured by them.
+        test: Patients, or names of groups, that are kept apart for good: the bundle is trained
+            once, without them, and measured by them.
         validation: Share of the patients learnt from, but one at least, that are left out of the
             learning to choose the best weights by and to stop early; 0 = none.
         watch: Whether the held-out patients are judged every `validate_every` steps too, for the

@@ -154,7 +154,9 @@ def train(
             trained = Trained(
                 samples=samples,
                 surveys=[surveys[sample] for sample in samples],
-                held_out=scores, familiar=familiar, fingerprint=key
+                held_out=scores,
+                familiar=familiar,
+                fingerprint=key,
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
