@@ -92,11 +92,21 @@ def _against(
     peer: Literal["tiatoolbox", "fast"], job: Job, *, times: float, text: str
 ) -> Comparison:
     name = {"tiatoolbox": "TIAToolbox", "fast": "FAST"}[peer]
+    jobs: dict[str, Job] = {"ours": job, peer: replace(job, who=peer)}
+    figures: tuple[Figure, ...] = ()
+    if peer == "tiatoolbox" and job.network != "null":
+        # It computes in fp32, whatever the processor has.
+        jobs = {"fp32": replace(job, precision="fp32"), **jobs}
+        in_fp32 = Figure(
+            text=f"{name}'s time ÷ ours in fp32, as it computes", of=ratio("seconds", peer, "fp32")
+        )
+        figures = (in_fp32,)
     return Comparison(
         text=text,
-        jobs={"ours": job, peer: replace(job, who=peer)},
+        jobs=jobs,
         figures=(
             Figure(text=f"{name}'s time ÷ ours", of=ratio("seconds", peer, "ours"), low=times),
+            *figures,
             Figure(
                 text=f"the same without start-up: {name}'s job ÷ ours",
                 of=ratio("job_seconds", peer, "ours"),

@@ -118,7 +118,8 @@ class Bench:
         if job.who in ("ours", "unsynced", "before"):
             record |= _own_facts(output / slide.stem)
         if job.who in self.pythons:
-            ours = _mask_of(self.work / "out" / name / "ours" / slide.stem)
+            same = "fp32" if "fp32" in COMPARISONS[name].jobs else "ours"
+            ours = _mask_of(self.work / "out" / name / same / slide.stem)
             record["agreement"] = _agreement(ours, record["mask"])
         record.pop("mask", None)  # a path on this machine
         return record
