@@ -23,6 +23,7 @@ from scans import scan_bundle
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.geometry import Block
+from wsi_pipeline.inference.classes import best_class
 from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.predictor import (
     Predictor,
@@ -33,7 +34,6 @@ from wsi_pipeline.inference.predictor import (
 )
 from wsi_pipeline.networks import build
 from wsi_pipeline.options import turns
-from wsi_pipeline.run.worker import best_class
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
 REGION = torch.from_numpy(PIXELS)

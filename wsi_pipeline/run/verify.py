@@ -23,6 +23,7 @@ from wsi_pipeline.export import MaskLike, ome_zarr
 from wsi_pipeline.files.arrays import chunk_files
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks
+from wsi_pipeline.inference.classes import every_class
 from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import Precision, PredictOptions, SelectOptions, Settings
 from wsi_pipeline.report.record import FILES, RUN_FILE, Certificate, Run, load_run
@@ -33,7 +34,7 @@ from wsi_pipeline.run.finished import MASK_FILES, of_this_version, open_mask_of,
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.segment import open_source_run
 from wsi_pipeline.run.store import RunStore, hash_block, open_run_store, root_of
-from wsi_pipeline.run.worker import BlockWorker, every_class
+from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.memory import cpu_count
 
 ROUNDING = {"fp32": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-8}
