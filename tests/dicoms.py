@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.uid import (
     CTImageStorage,
     EnhancedCTImageStorage,
     ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
     VLWholeSlideMicroscopyImageStorage,
     generate_uid,
 )
 
+UIDS = ("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID")
 PATIENT = {
     "PatientName": "Doe^Jane^Secret",
     "PatientID": "ID-4711-SECRET",
@@ -103,6 +110,94 @@ def write_slide(path: Path, pixels: np.ndarray, mpp: tuple[float, float]) -> Pat
         ContentTime="101112",
         SharedFunctionalGroupsSequence=[shared],
     )
+
+
+def write_pyramid(
+    folder: Path,
+    levels: Sequence[np.ndarray],
+    mpp: tuple[float, float],
+    *,
+    kind: str = "jpeg",
+    tile: tuple[int, int] = (176, 240),
+    parts: int = 1,
+    left_out: Sequence[tuple[int, int, int]] = (),
+    **attributes: Any,
+) -> list[Path]:
+    """Write (y, x, 3) levels as instances of a series, in a folder that is made; return the paths.
+
+    Args:
+        mpp: of level 0, (y, x).
+        kind: "jpeg", "rgb jpeg", "jpeg 2000" or "raw".
+        tile: (height, width) of a frame, even.
+        parts: in which each level is cut, a concatenation.
+        left_out: level, row and column of frames that are not there: then it is TILED_SPARSE.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    encode, syntax, colours = {
+        "jpeg": (
+            lambda tile: imagecodecs.jpeg_encode(tile, level=90, subsampling="422"),
+            JPEGBaseline8Bit,
+            "YBR_FULL_422",
+        ),
+        "rgb jpeg": (
+            lambda tile: imagecodecs.jpeg_encode(tile, level=90, outcolorspace="RGB"),
+            JPEGBaseline8Bit,
+            "RGB",
+        ),
+        "jpeg 2000": (
+            lambda tile: imagecodecs.jpeg2k_encode(tile, codecformat="j2k", mct=True),
+            JPEG2000Lossless,
+            "YBR_RCT",
+        ),
+        "raw": (np.ndarray.tobytes, ExplicitVRLittleEndian, "RGB"),
+    }[kind]
+    paths, (high, wide) = [], tile
+    for level, pixels in enumerate(levels):
+        first = write_slide(folder / f"{level}.dcm", pixels, mpp)
+        height, width = pixels.shape[:2]
+        whole = np.pad(pixels, [(0, -height % high), (0, -width % wide), (0, 0)], "edge")
+        places = [
+            (y, x)
+            for y in range(0, height, high)
+            for x in range(0, width, wide)
+            if (level, y // high, x // wide) not in left_out
+        ]
+        frames = [
+            encode(np.ascontiguousarray(whole[y : y + high, x : x + wide])) for y, x in places
+        ]
+        count = min(parts, len(frames))
+        bounds = np.linspace(0, len(frames), count + 1).astype(int).tolist()
+        for part, (start, stop) in enumerate(pairwise(bounds)):
+            found = dcmread(first)
+            found.file_meta.TransferSyntaxUID, found.PhotometricInterpretation = syntax, colours
+            common = {} if level or part else {n: found[n].value for n in UIDS}
+            attributes = {**common, **attributes}
+            sizes = zip(mpp, levels[0].shape[:2], pixels.shape[:2], strict=True)
+            spacing = [n / 1000 * round(f / own) for n, f, own in sizes]
+            measures = found.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+            measures.PixelSpacing = [round(n, 12) for n in spacing]
+            found.NumberOfFrames, found.Rows, found.Columns = stop - start, high, wide
+            found.SOPInstanceUID = found.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+            if count > 1:
+                found.ConcatenationUID = generate_uid(entropy_srcs=[str(first), str(level)])
+                found.ConcatenationFrameOffsetNumber = start
+                found.InConcatenationNumber, found.InConcatenationTotalNumber = part + 1, count
+            if left_out:
+                found.DimensionOrganizationType = "TILED_SPARSE"
+                found.PerFrameFunctionalGroupsSequence = []
+                for y, x in places[start:stop]:
+                    place, group = Dataset(), Dataset()
+                    place.ColumnPositionInTotalImagePixelMatrix = x + 1
+                    place.RowPositionInTotalImagePixelMatrix = y + 1
+                    group.PlanePositionSlideSequence = [place]
+                    found.PerFrameFunctionalGroupsSequence.append(group)
+            for name, value in attributes.items():
+                setattr(found, name, value)
+            data = frames[start:stop]
+            found.PixelData = b"".join(data) if kind == "raw" else encapsulate(data)
+            paths.append(save(folder / f"{level}-{part}.dcm", found))
+        first.unlink()
+    return paths
 
 
 def write_series(

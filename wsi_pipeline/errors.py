@@ -33,6 +33,10 @@ class SourceError(WsiPipelineError, OSError):
     """A slide, image or stored grid that cannot be opened or read."""
 
 
+class UnreachableError(WsiPipelineError, ConnectionError):
+    """A server of slides that does not answer, or lets nobody in: no damage to a slide."""
+
+
 class MissingMppError(SourceError):
     """A slide that does not say how many micrometres a pixel has."""
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.errors import without_secrets as without_secrets
+from wsi_pipeline.files.dicomweb import DicomWeb, read_address
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +46,19 @@ Inputs = str | Path | Iterable[str | Path]
 def as_path(text: str | Path, **options: Any) -> Path:
     """Return the path that a text names; a URL gives one of fsspec's, with the same methods.
 
-    The options are those of fsspec's client. `file://` gives the path of a file here.
+    The options are those of fsspec's client. `file://` gives the path of a file here, an address
+    of DICOMweb one that has little but a name.
 
     Raises:
         SourceError: a URL that cannot be used here.
     """
     if not isinstance(text, str) or "://" not in text:
         return Path(text) if isinstance(text, str) else text
+    # What is behind URLs is a path in all but its type.
+    path: Any
+    if text.startswith("dicomweb"):
+        path = read_address(text)
+        return path  # type: ignore[no-any-return]
     try:
         from upath import UPath
 
@@ -62,11 +69,7 @@ def as_path(text: str | Path, **options: Any) -> Path:
         raise SourceError(
             f'{without_secrets(f"{text}: {error}")}; URLs need pip install "wsi-pipeline[remote]"'
         ) from error
-    if path.protocol in ("file", "local"):
-        return Path(path.path)
-    # A path in all but its type.
-    remote: Any = path
-    return remote  # type: ignore[no-any-return]
+    return Path(path.path) if path.protocol in ("file", "local") else path
 
 
 def as_inputs(inputs: Inputs) -> list[str | Path]:
@@ -255,7 +258,7 @@ def is_remote(path: Path) -> bool:
 
 def name_of(path: Path) -> str:
     """Return the last part of a path, without what a URL may carry behind it."""
-    if not is_remote(path):
+    if not is_remote(path) or isinstance(path, DicomWeb):
         return path.name
     return urlsplit(str(path)).path.rstrip("/").rpartition("/")[2]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from wsi_pipeline.errors import SourceError
+from wsi_pipeline.files.dicomweb import DicomWeb, find_series
 from wsi_pipeline.files.formats import dicom_slides, has_preamble
 from wsi_pipeline.files.ngff import is_damaged_zarr, is_ome_zarr, is_zarr_url
 from wsi_pipeline.files.paths import (
@@ -142,7 +143,10 @@ def _may_be_dicom(path: Path) -> bool:
 
 
 def _iter_remote(path: Path) -> Iterator[Path]:
-    """Yield the slide behind a URL, or those right in the folder that it names."""
+    """Yield the slide behind a URL, or those right in the folder or server that it names."""
+    if isinstance(path, DicomWeb):
+        yield from find_series(path)
+        return
     if not str(path).endswith("/") or is_zarr_url(path):
         yield path
         return

@@ -36,6 +36,7 @@ def open_source(
 
     Raises:
         SourceError: the file cannot be opened, or the profile to be applied not be used.
+        UnreachableError: its server does not answer, or lets nobody in.
         MissingMppError: it does not say how large a pixel is, and `mpp` is not given.
     """
     if mpp is not None and not 0 < mpp < math.inf:
@@ -48,11 +49,12 @@ def open_source(
         pixels: Backend = StoredBackend(path) if is_grid else open_slide_file(path, series)
     # A stored grid goes by the fingerprint of the slide whose pixels it holds.
     stored = pixels.info if isinstance(pixels, StoredBackend) else None
+    told: str = stored.fingerprint if stored else getattr(pixels, "fingerprint", "")
     try:
         if icc == "apply":
             pixels = in_srgb(pixels, path)
         scale, mpp_source = _scale(path, pixels, mpp)
-        fingerprint = _fingerprint(path) if stored is None else stored.fingerprint
+        fingerprint = told or _fingerprint(path)
     except BaseException:
         pixels.close()
         raise

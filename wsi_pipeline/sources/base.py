@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from wsi_pipeline.errors import SourceError
+from wsi_pipeline.errors import SourceError, UnreachableError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -127,10 +127,13 @@ def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> 
 
     Raises:
         SourceError: anything was raised: codecs do as they like on damaged files.
+        UnreachableError: by the body.
     """
     try:
         yield
     except Exception as error:
+        if isinstance(error, UnreachableError):
+            raise
         raise SourceError(
             f"{path}: level {level} cannot be read at x {x}, y {y}, {width} × {height} px: "
             f"{one_line(error)}"

@@ -38,7 +38,7 @@ UM = {
 A line is a twelfth of an inch, as in OME's schema.
 """
 
-MEASURED = {"OME-XML": "ome", "OME-Zarr": "ome-zarr", "ImageJ": "imagej"}
+MEASURED = {"OME-XML": "ome", "OME-Zarr": "ome-zarr", "ImageJ": "imagej", "DICOMweb": "dicomweb"}
 """Sources that give a size and its unit, and how their properties begin."""
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import openslide
 
-from wsi_pipeline.errors import SourceError, without_secrets
+from wsi_pipeline.errors import SourceError, WsiPipelineError, without_secrets
+from wsi_pipeline.files.dicomweb import DicomWeb
 from wsi_pipeline.files.formats import HEAD, dicom_slides, has_preamble, kind_by_head
 from wsi_pipeline.files.ngff import is_ome_zarr, is_zarr_url
 from wsi_pipeline.files.paths import check_opens, is_remote
 from wsi_pipeline.sources.base import Backend, one_line
 from wsi_pipeline.sources.decoded import PictureBackend
+from wsi_pipeline.sources.dicomweb_reader import DicomWebBackend
 from wsi_pipeline.sources.jpeg import dicom_colour_doubts
 from wsi_pipeline.sources.ngff_reader import OmeZarrBackend
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
@@ -48,11 +50,12 @@ def open_slide_file(path: Path, series: int | None) -> Backend:
 
     Raises:
         SourceError: no library opens the file; the message says what was found.
+        UnreachableError: its server does not answer.
     """
     try:
         return _open(path, series)
-    except SourceError as error:
-        if str(error).startswith(without_secrets(str(path))):
+    except WsiPipelineError as error:
+        if not isinstance(error, SourceError) or str(error).startswith(without_secrets(str(path))):
             raise
         raise SourceError(f"{path}: {error}") from error
     except Exception as error:
@@ -78,6 +81,10 @@ def _open(path: Path, series: int | None) -> Backend:
                     "OME-Zarr, or a patch grid written by `tile`"
                 )
             return _open(slides[0], series)
+    elif isinstance(path, DicomWeb):
+        if series is not None:
+            raise SourceError(NO_SERIES)
+        return DicomWebBackend(path)
     elif is_zarr_url(path):
         return OmeZarrBackend(path, series)
     try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import openslide
@@ -24,6 +26,9 @@ from wsi_pipeline.sources.base import (
     stated_downsamples,
     tiles_touching,
 )
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 
 class OpenSlideBackend:
@@ -124,33 +129,32 @@ class OpenSlideBackend:
             return image
 
 
-def _spacings(path: Path, series: str) -> dict[tuple[int, int], tuple[float, float]]:
+def _spacings(path: Path, series: str) -> dict[tuple[int, int], Downsample]:
     """Return (x, y) mm per pixel of the levels of a DICOM slide, by their (width, height).
 
     Its files, those beside `path`, are those of one SeriesInstanceUID.
     """
-    from pydicom import Dataset
-
-    found: dict[tuple[int, int], tuple[float, float]] = {}
+    found: dict[tuple[int, int], Downsample] = {}
     for file in filter(has_preamble, path.parent.iterdir()):
-        try:
+        # pydicom raises anything on damaged files.
+        with suppress(Exception), quiet():
             header = slide_header(file)
-            with quiet():
-                if header is None or header.SeriesInstanceUID != series:
-                    continue
-                if "VOLUME" not in header.ImageType:
-                    continue
-                size = (int(header.TotalPixelMatrixColumns), int(header.TotalPixelMatrixRows))
-                shared = header.get("SharedFunctionalGroupsSequence") or [Dataset()]
-                measures = shared[0].get("PixelMeasuresSequence") or [Dataset()]
-                if measures[0].get("PixelSpacing"):
-                    y, x = map(float, measures[0].PixelSpacing)
-                else:
-                    x = float(header.ImagedVolumeWidth) / size[0]
-                    y = float(header.ImagedVolumeHeight) / size[1]
-        except Exception:
-            # pydicom raises anything on damaged files.
-            continue
-        if 0 < x < math.inf and 0 < y < math.inf:
-            found[size] = (x, y)
+            if header is None or header.SeriesInstanceUID != series:
+                continue
+            if "VOLUME" in header.ImageType and (spacing := spacing_of(header)):
+                found[header.TotalPixelMatrixColumns, header.TotalPixelMatrixRows] = spacing
     return found
+
+
+def spacing_of(header: Dataset) -> Downsample | None:
+    """Return (x, y) mm per pixel of a level, None where its header says nothing of use."""
+    shared = (header.get("SharedFunctionalGroupsSequence") or [{}])[0]
+    try:
+        if spacing := (shared.get("PixelMeasuresSequence") or [{}])[0].get("PixelSpacing"):
+            y, x = map(float, spacing)
+        else:
+            x = float(header.ImagedVolumeWidth) / header.TotalPixelMatrixColumns
+            y = float(header.ImagedVolumeHeight) / header.TotalPixelMatrixRows
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (x, y) if 0 < x < math.inf and 0 < y < math.inf else None

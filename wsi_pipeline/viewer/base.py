@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wsi_pipeline.annotations import color_of
-from wsi_pipeline.errors import SourceError, StoreError
+from wsi_pipeline.errors import SourceError, StoreError, UnreachableError
 from wsi_pipeline.report.record import GREY, RUN_FILE, Run
 
 
@@ -100,11 +100,11 @@ def told_in(problems: list[str], path: Path | None = None) -> Iterator[None]:
     """Add what cannot be opened in the body to `problems`; raise it where a person named `path`.
 
     Raises:
-        SourceError: what lies at `path` cannot be shown.
+        SourceError: what lies at `path` cannot be shown; UnreachableError alike.
     """
     try:
         yield
-    except SourceError as error:
+    except (SourceError, UnreachableError) as error:
         if path is not None:
             raise
         problems.append(f"{error}. `view --slide PATH` takes it from where it is now")

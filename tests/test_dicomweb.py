@@ -1,0 +1,466 @@
+"""Slides on DICOMweb servers: on Orthanc, and on one of our own that answers in other words."""
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import dicomwebs
+import numpy as np
+import openslide
+import pytest
+import zarr
+from bundles import pointwise_bundle
+from click.testing import CliRunner
+from dicoms import write_pyramid
+from PIL import ImageCms
+from pydicom import Dataset, dcmread
+from pydicom.uid import generate_uid
+
+from wsi_pipeline.cli import group
+from wsi_pipeline.errors import SourceError, UnreachableError, WsiPipelineError
+from wsi_pipeline.files.paths import as_path
+from wsi_pipeline.run.jobs import find_slides
+from wsi_pipeline.sources import open_source
+
+MPP = (0.25, 0.3)
+
+
+class Served:
+    """A server with what it was asked for."""
+
+    def __init__(self, listener, folder, port):
+        self.address, self.listener, self.folder, self.port = (
+            listener.address,
+            listener,
+            folder,
+            port,
+        )
+
+    @property
+    def log(self):
+        return self.listener.log
+
+    def add(self, *paths):
+        """Send files as any other program would; return the address of their series."""
+        for path in paths:
+            if self.port:
+                there = http.client.HTTPConnection("127.0.0.1", self.port)
+                there.request("POST", "/instances", path.read_bytes())
+                assert there.getresponse().status == 200
+                there.close()
+            else:
+                shutil.copy(path, self.folder / f"{dcmread(path).SOPInstanceUID}.dcm")
+        own = dcmread(paths[0], stop_before_pixels=True)
+        return f"{self.address}/studies/{own.StudyInstanceUID}/series/{own.SeriesInstanceUID}"
+
+
+@pytest.fixture(scope="module", params=["orthanc", "own"])
+def server(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    with contextlib.ExitStack() as closing:
+        if request.param == "orthanc":
+            if not dicomwebs.ORTHANC or not dicomwebs.PLUGIN:
+                pytest.skip("no Orthanc with its DICOMweb plugin (orthanc, orthanc-dicomweb)")
+            port = closing.enter_context(dicomwebs.orthanc(folder))
+        else:
+            port = closing.enter_context(dicomwebs.own(folder))
+        listener = closing.enter_context(dicomwebs.listening(port))
+        yield Served(listener, folder, port if request.param == "orthanc" else None)
+
+
+@pytest.fixture
+def served(server):
+    server.log.clear()
+    server.listener.fault = None
+    return server
+
+
+@pytest.fixture(scope="module")
+def levels(slide_pixels):
+    """Return three levels of odd sizes."""
+    found = [slide_pixels]
+    for _ in range(2):
+        height, width = (n // 4 for n in found[-1].shape[:2])
+        cut = found[-1][: 4 * height, : 4 * width].reshape(height, 4, width, 4, 3)
+        found.append(cut.mean((1, 3)).round().astype(np.uint8))
+    return found
+
+
+@pytest.fixture(scope="module")
+def pyramid(tmp_path_factory, levels):
+    """Return the files of a slide of three levels, JPEG, in their folder."""
+    return write_pyramid(tmp_path_factory.mktemp("pyramid") / "slide", levels, MPP)
+
+
+def call(*args):
+    return CliRunner().invoke(group, list(map(str, args)))
+
+
+def segment(slide, model, output, *more):
+    options = ("--model", model, "--output", output, "--tissue", "none", "--device", "cpu")
+    return call("segment", slide, *options, "--precision", "fp32", "--block-size", "1024", *more)
+
+
+def mask_of(folder):
+    return zarr.open_array(folder / "mask.ome.zarr" / "0", mode="r")[:]
+
+
+def uid_of(address):
+    return address.rpartition("/")[2]
+
+
+def is_equal(address, path, mpp=None):
+    """Compare all levels with OpenSlide's of the same file, which the package's reader is not."""
+    with open_source(address, mpp=mpp) as found, openslide.OpenSlide(path) as expected:
+        assert found.backend == "dicomweb"
+        assert found.size == expected.dimensions
+        assert found.pixels.level_sizes == expected.level_dimensions
+        x, y = (float(expected.properties[f"openslide.mpp-{axis}"]) for axis in "xy")
+        assert mpp or found.mpp == pytest.approx((x, y), rel=1e-9)
+        for level, size in enumerate(expected.level_dimensions):
+            image = np.asarray(expected.read_region((0, 0), level, size))
+            pixels = np.where(image[..., 3:] > 0, image[..., :3], 255)
+            assert np.array_equal(found.pixels.read_level(level, 0, 0, *size), pixels)
+    return True
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dicom/multiframe_camelyon_challenge_image.dcm",
+        "dicom_highdicom/sm_image.dcm",
+        "dicom_highdicom/sm_image_numbers.dcm",
+        "dicom_panimg/full_with_bot.dcm",
+        "dicom_panimg/sparse_no_bot.dcm",
+    ],
+)
+def test_real_slides_are_those_of_openslide(served, data_dir, tmp_path, name):
+    # By itself: OpenSlide takes all of a series that lie in a folder.
+    path = Path(shutil.copy(data_dir / "wsi" / name, tmp_path))
+    # Some say what is not believed.
+    assert is_equal(served.add(path), path, 100 if "panimg" in name else None)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "rgb jpeg", "jpeg 2000", "raw"])
+def test_levels_of_odd_sizes_and_pixels_that_are_not_square(served, tmp_path, levels, kind):
+    paths = write_pyramid(tmp_path / "slide", levels, MPP, kind=kind)
+    address = served.add(*paths)
+    assert is_equal(address, paths[0])
+    with open_source(address) as found, open_source(paths[0]) as local:
+        assert found.level_downsamples == local.level_downsamples
+        assert found.mpp == local.mpp == (MPP[1], MPP[0])
+        assert found.fingerprint != local.fingerprint
+        assert len(found.level_sizes) == 3
+
+
+def test_only_frames_are_read_and_those_of_the_region_alone(served, pyramid):
+    address = served.add(*pyramid)
+    whole = sum(path.stat().st_size for path in pyramid)
+    with open_source(address) as slide:
+        served.log.clear()
+        pixels = slide.pixels.read_level(0, 500, 400, 300, 200)
+        # Frames of 240 × 176 px: columns 2 and 3, rows 2 and 3; a second time they are there.
+        assert np.array_equal(slide.pixels.read_level(0, 500, 400, 300, 200), pixels)
+        assert pixels.shape == (200, 300, 3)
+    asked = [re.search(r"/instances/[\d.]+/frames/(\d+)$", path) for _, path, *_ in served.log]
+    assert sorted(int(found[1]) for found in asked) == [2 * 9 + 3, 2 * 9 + 4, 3 * 9 + 3, 3 * 9 + 4]
+    assert sum(size for *_, size in served.log) < 0.1 * whole
+
+
+@pytest.mark.slow
+def test_masks_are_those_of_the_files(served, pyramid, tmp_path):
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    address = served.add(*pyramid)
+    served.log.clear()
+    done = segment(address, model, tmp_path / "web")
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "web" / uid_of(address)
+    assert segment(pyramid[0], model, tmp_path / "out").exit_code == 0
+    assert np.array_equal(mask_of(folder), mask_of(tmp_path / "out" / pyramid[0].stem))
+    kinds = Counter(re.sub(r"[\d.]{4,}|(?<=/)\d+", "N", path) for _, path, *_ in served.log)
+    assert kinds.keys() == {
+        f"{dicomwebs.ROOT}/studies/N/series/N/{what}"
+        for what in ("metadata", "instances/N/frames/N")
+    }
+    # Once for the thumbnail of so small a slide, and once for the blocks that want it.
+    asked = Counter(path for _, path, *_ in served.log)
+    assert len(asked) <= 1 + 81 + 9 + 1
+    assert max(asked.values()) <= 4
+    run = json.loads((folder / "run.json").read_text("utf-8"))
+    assert run["slide"]["path"] == address
+    assert run["slide"]["mpp_source"] == "DICOMweb"
+    served.log.clear()
+    assert segment(address, model, tmp_path / "web").exit_code == 0
+    assert {path.rpartition("/")[2] for _, path, *_ in served.log} <= {"metadata"}
+
+
+@pytest.mark.slow
+def test_a_part_of_the_slide_takes_a_part_of_the_bytes(served, levels, tmp_path):
+    large = [np.tile(level, (4, 4, 1)) for level in levels]
+    paths = write_pyramid(tmp_path / "slide", large, MPP, tile=(256, 256))
+    whole = sum(path.stat().st_size for path in paths)
+    ring = [[[2600, 3100], [3100, 3100], [3100, 3400], [2600, 3400], [2600, 3100]]]
+    feature = {"type": "Feature", "geometry": {"type": "Polygon", "coordinates": ring}}
+    (tmp_path / "roi.geojson").write_text(json.dumps({**feature, "properties": {}}))
+    model = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=64, overlap=0)
+    address = served.add(*paths)
+    served.log.clear()
+    done = segment(address, model, tmp_path / "web", "--roi", tmp_path / "roi.geojson")
+    assert done.exit_code == 0, done.output
+    read = sum(size for *_, size in served.log)
+    print(f"{read:,} of {whole:,} bytes, {read / whole:.3f}")
+    assert read < 0.2 * whole
+    own = dcmread(paths[0], stop_before_pixels=True).SOPInstanceUID
+    found = {int(path.rpartition("/")[2]) for _, path, *_ in served.log if f"{own}/f" in path}
+    # Of 744 those of the ROI, a few around it, and a few where levels are compared.
+    assert found >= {1 + row * 31 + column for row in (12, 13) for column in (10, 11, 12)}
+    assert len(found) < 50
+    assert not [path for _, path, *_ in served.log if re.search(r"/instances/[\d.]+$", path)]
+
+
+def test_a_study_and_a_server_are_folders_of_slides(
+    served, pyramid, data_dir, tmp_path, slide_pixels
+):
+    address = served.add(*pyramid)
+    other = served.add(
+        *write_pyramid(tmp_path / "b", [slide_pixels[:300]], MPP, PatientID="OTHER-ONE")
+    )
+    annotations = served.add(data_dir / "wsi" / "dicom_highdicom" / "sm_annotations.dcm")
+    study = address.partition("/series/")[0]
+    assert list(map(str, find_slides(study, output=tmp_path))) == [address]
+    every = set(map(str, find_slides(served.address, output=tmp_path)))
+    assert {address, other} <= every
+    assert annotations not in every
+    found = find_slides(f"{served.address}/?PatientID=OTHER-ONE", output=tmp_path)
+    assert list(map(str, found)) == [other]
+    (tmp_path / "list.txt").write_text(f"{address}\n{other}\n{study}\n")
+    with open_source(study) as slide, open_source(address) as own:
+        assert slide.fingerprint == own.fingerprint
+    with pytest.raises(SourceError, match=r"0 series of slides; name one$"):
+        open_source(f"{served.address}?PatientID=NOBODY")
+    with pytest.raises(
+        SourceError, match=f"series of slides; name one of .*{re.escape(served.address)}/"
+    ):
+        open_source(served.address)
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    done = segment(f"{served.address}?PatientID=NOBODY", model, tmp_path / "none")
+    assert done.exit_code == 2
+    assert "no slides found" in done.output
+    assert "NOBODY" not in done.output
+
+
+def test_info_tells_of_it(served, pyramid):
+    address = served.add(*pyramid)
+    found = json.loads(call("info", address, "--json").output)
+    assert found["path"] == address
+    assert found["size"] == [1931, 1487]
+    assert found["backend"] == "dicomweb"
+    assert len(found["levels"]) == 3
+    refused = call("info", address, "--series", "1")
+    assert refused.exit_code == 1
+    assert "has no series" in refused.output
+
+
+def test_frames_that_were_left_out_are_computed_and_concatenations_are_one(
+    served, levels, tmp_path
+):
+    left_out = [(0, 0, 0), (1, 1, 1), (1, 0, 0)]
+    paths = write_pyramid(tmp_path / "a", levels, MPP, kind="raw", left_out=left_out)
+    address = served.add(*paths)
+    with open_source(address) as found, open_source(paths[0]) as local:
+        assert not found.pixels.holds(0, 0, 0)
+        assert found.pixels.holds(0, 1, 0)
+        assert np.array_equal(found.thumbnail(300)[0], local.thumbnail(300)[0])
+        for mpp in (0.3, 1.2):
+            view, expected = found.at(mpp, tolerance=0.2), local.at(mpp, tolerance=0.2)
+            assert np.array_equal(view.read((0, 0), view.shape), expected.read((0, 0), view.shape))
+    for more in ({}, {"left_out": left_out}):
+        paths = write_pyramid(tmp_path / "b", levels, MPP, kind="raw", parts=3, **more)
+        with open_source(served.add(*paths)) as slide:
+            pixels = slide.pixels.read_level(0, 0, 0, *slide.size)
+            expected = levels[0].copy()
+            if more:
+                expected[:176, :240] = 255
+            assert np.array_equal(pixels, expected)
+
+
+def test_a_profile_is_read_when_it_is_wanted(served, pyramid, tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    header = dcmread(pyramid[0])
+    header.OpticalPathSequence = [Dataset()]
+    header.OpticalPathSequence[0].ICCProfile = profile + bytes(len(profile) % 2)
+    header.SeriesInstanceUID, header.SOPInstanceUID = generate_uid(), generate_uid()
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
+    header.save_as(tmp_path / "a.dcm")
+    address = served.add(tmp_path / "a.dcm")
+    with open_source(address) as slide, openslide.OpenSlide(tmp_path / "a.dcm") as local:
+        found = slide.pixels.icc_profile()
+        assert found[: len(profile)] == local.color_profile.tobytes()[: len(profile)] == profile
+    with open_source(address, icc="apply") as slide:
+        assert "is sRGB already" in "; ".join(slide.doubts)
+
+
+@pytest.mark.parametrize("style", dicomwebs.STYLES)
+def test_servers_answer_in_several_ways(tmp_path, pyramid, style):
+    with dicomwebs.own(tmp_path / "server", style) as port, dicomwebs.listening(port) as listener:
+        served = Served(listener, tmp_path / "server", None)
+        address = served.add(*pyramid)
+        assert is_equal(address, pyramid[0])
+        # What is not served is not asked for again and again.
+        assert Counter(status for *_, status, _ in listener.log)[406] <= 2 * 16
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_for_a_while_costs_no_block(served, pyramid, tmp_path):
+    model = pointwise_bundle(tmp_path / "model", mpp=0.25, patch_size=64, overlap=0)
+    address, asked = served.add(*pyramid), []
+
+    def hang_up(request):
+        asked.append(request.path)
+        if "/frames/" in request.path and len(asked) > 150:
+            request.close_connection = True
+            return True
+        return False
+
+    served.listener.fault = hang_up
+    failed = segment(address, model, tmp_path / "out")
+    assert failed.exit_code == 1
+    assert "cannot be reached" in failed.output
+    assert "the same command goes on" in failed.output
+    folder = tmp_path / "out" / uid_of(address)
+    assert json.loads((folder / "run.json").read_text("utf-8"))["status"] == "failed"
+    done = len(list((folder / ".store" / "blocks").iterdir()))
+    assert done
+    served.listener.fault = None
+    assert segment(address, model, tmp_path / "out").exit_code == 0
+    assert segment(pyramid[0], model, tmp_path / "local").exit_code == 0
+    assert np.array_equal(mask_of(folder), mask_of(tmp_path / "local" / pyramid[0].stem))
+
+
+def test_a_hiccup_is_not_even_noticed(served, pyramid):
+    address, count = served.add(*pyramid), Counter()
+
+    def hiccup(request):
+        count[request.path] += 1
+        if count[request.path] == 1:
+            request.close_connection = True
+            return True
+        if count[request.path] == 2:
+            request.answer(503)
+            return True
+        return False
+
+    served.listener.fault = hiccup
+    with open_source(address) as slide:
+        slide.pixels.read_level(2, 0, 0, *slide.pixels.level_sizes[2])
+
+
+def test_a_frame_that_is_not_there_is_damage_to_the_frame_alone(served, pyramid, tmp_path):
+    address = served.add(*pyramid)
+    # Of level 2, which has one frame for each column and row.
+    lost = re.compile(r"/frames/1$")
+
+    def fault(request):
+        if lost.search(request.path):
+            request.answer(404)
+            return True
+        return False
+
+    served.listener.fault = fault
+    with open_source(address) as slide:
+        with pytest.raises(SourceError, match="level 0 cannot be read at x 0, y 0, "):
+            slide.pixels.read_level(0, 0, 0, 10, 10)
+        slide.pixels.read_level(0, 240, 0, 10, 10)
+
+
+@pytest.mark.slow
+def test_who_asks_is_told_by_token_or_netrc_and_kept_nowhere(
+    served, pyramid, tmp_path, monkeypatch
+):
+    address, wanted = served.add(*pyramid), {}
+
+    def gate(request):
+        if request.headers.get("Authorization") in wanted:
+            return False
+        request.answer(401)
+        return True
+
+    served.listener.fault = gate
+    with pytest.raises(UnreachableError, match=r"401.*set WSI_PIPELINE_DICOMWEB_TOKEN.*netrc"):
+        open_source(address)
+    monkeypatch.setenv("WSI_PIPELINE_DICOMWEB_TOKEN", "s3cret\n")
+    wanted["Bearer s3cret"] = True
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    assert segment(address, model, tmp_path / "out").exit_code == 0
+    monkeypatch.delenv("WSI_PIPELINE_DICOMWEB_TOKEN")
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password s3cret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wanted["Basic bWU6czNjcmV0"] = True
+    open_source(address).close()
+    done = segment(address, model, tmp_path / "named")
+    assert done.exit_code == 0, done.output
+    wanted.clear()
+    refused = segment(address, model, tmp_path / "refused")
+    assert refused.exit_code == 1
+    assert "401" in refused.output
+    with pytest.raises(WsiPipelineError, match="say who asks") as told:
+        open_source(address.replace("://", "://me:s3cret@"))
+    assert "s3cret" not in str(told.value)
+    texts = [refused.output.encode(), done.output.encode()]
+    texts += [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "netrc"]
+    assert not [text for text in texts if b"s3cret" in text]
+
+
+def test_what_cannot_be_is_told_in_a_sentence(served, data_dir, pyramid, tmp_path, monkeypatch):
+    address = served.add(*pyramid)
+    label = served.add(data_dir / "wsi" / "dicom" / "test_wsi.dcm")
+    with pytest.raises(SourceError, match="without whole-slide images"):
+        open_source(label)
+    grey = served.add(data_dir / "wsi" / "dicom_highdicom" / "sm_image_grayscale.dcm")
+    with pytest.raises(SourceError, match="1 × 16 bits, MONOCHROME2; expected 8-bit RGB"):
+        open_source(grey)
+    with pytest.raises(SourceError, match=r"the server says 404.*whether the address is right"):
+        open_source(address + ".1")
+    served.listener.fault = lambda request: request.answer(200, b"<html>") or True
+    with pytest.raises(SourceError, match="gives no JSON of DICOM"):
+        open_source(address)
+    nobody = f"dicomweb+http://127.0.0.1:{dicomwebs.free_port()}/dicom-web/studies/1.2?PatientID=7"
+    with pytest.raises(UnreachableError, match=r"cannot be reached: .*refused") as told:
+        open_source(nobody)
+    assert "PatientID" not in str(told.value)
+    for wrong in ("dicomweb:///a", "dicomweb+ftp://a", f"{address}/instances/1.2"):
+        with pytest.raises(WsiPipelineError, match="no address of DICOMweb; expected dicomweb://"):
+            open_source(wrong)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "url"),
+    [
+        ("dicomweb://h/a/b/", "dicomweb://h/a/b", "https://h/a/b"),
+        ("dicomweb+https://h:1/a/studies", "dicomweb://h:1/a", "https://h:1/a"),
+        ("dicomweb+http://h/series?a=1", "dicomweb+http://h?a=1", "http://h"),
+        ("dicomweb://h/x/studies/1.2/series", "dicomweb://h/x/studies/1.2", "https://h/x"),
+        ("dicomweb://h/studies/1/series/2/?a", "dicomweb://h/studies/1/series/2?a", "https://h"),
+    ],
+)
+def test_addresses(text, shown, url):
+    found = as_path(text)
+    assert str(found) == shown
+    assert found.url == url
+
+
+def test_a_server_is_no_folder(served, pyramid, tmp_path):
+    model = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    for args in (
+        ("segment", pyramid[0], "--model", model, "--output", served.address),
+        ("status", served.address),
+    ):
+        found = call(*args)
+        assert found.exit_code in (1, 2)
+        assert "DICOMweb" in found.output
+        assert found.exception is None or isinstance(found.exception, SystemExit)
