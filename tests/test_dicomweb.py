@@ -5,10 +5,13 @@ import http.client
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import dicomwebs
+import highdicom
 import numpy as np
 import openslide
 import pytest
@@ -464,3 +467,154 @@ def test_a_server_is_no_folder(served, pyramid, tmp_path):
         assert found.exit_code in (1, 2)
         assert "DICOMweb" in found.output
         assert found.exception is None or isinstance(found.exception, SystemExit)
+
+
+# --- sent there ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sent(server, pyramid, tmp_path_factory):
+    """Return the run of a slide, of which all DICOM was sent to where the slide came from."""
+    server.listener.fault = None
+    folder = tmp_path_factory.mktemp("sent")
+    address = server.add(*pyramid)
+    model = pointwise_bundle(folder / "model", mpp=0.5)
+    outputs = ("--outputs", "zarr,geojson,probability,dicom")
+    done = segment(address, model, folder / "out", *outputs)
+    assert done.exit_code == 0, done.output
+    done = call("export", folder / "out", "--store", server.address)
+    assert done.exit_code == 0, done.output
+    assert "stored: 4 files of DICOM, 0 were there" in done.output
+    return folder / "out" / uid_of(address)
+
+
+def fetched(server, path):
+    """Return what a server gives for a file's instance, as another program would get it."""
+    own = dcmread(path, stop_before_pixels=True)
+    if server.port is None:
+        (found,) = [
+            p
+            for p in server.folder.glob("*.dcm")
+            if dcmread(p, specific_tags=["SOPInstanceUID"]).SOPInstanceUID == own.SOPInstanceUID
+        ]
+        return found.read_bytes()
+    there = http.client.HTTPConnection("127.0.0.1", server.port)
+    where = f"/studies/{own.StudyInstanceUID}/series/{own.SeriesInstanceUID}/instances"
+    accept = {"Accept": 'multipart/related; type="application/dicom"; transfer-syntax=*'}
+    there.request("GET", f"{dicomwebs.ROOT}{where}/{own.SOPInstanceUID}", headers=accept)
+    with contextlib.closing(there), there.getresponse() as answer:
+        mark = answer.headers["Content-Type"].partition("boundary=")[2].partition(";")[0].strip('"')
+        body = (b"\r\n" + answer.read()).split(f"\r\n--{mark}".encode())[1]
+    return body.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.slow
+def test_what_was_sent_comes_back_bit_by_bit(server, sent, tmp_path):
+    run = sent
+    names = {"mask.dcm", "mask-1.dcm", "probability.dcm", "annotations.dcm"}
+    assert {path.name for path in run.glob("*.dcm")} == names
+    for name in names:
+        (tmp_path / name).write_bytes(fetched(server, run / name))
+    for name, array in (("mask", "mask.ome.zarr/0"), ("mask-1", "mask.ome.zarr/1")):
+        found = highdicom.seg.segread(tmp_path / f"{name}.dcm")
+        pixels = found.get_total_pixel_matrix(combine_segments=True)
+        assert np.array_equal(pixels, zarr.open_array(run / array, mode="r")[:])
+    found = highdicom.seg.segread(tmp_path / "probability.dcm")
+    planes = found.get_total_pixel_matrix(rescale_fractional=False)
+    stored = zarr.open_array(run / "probability.ome.zarr" / "0", mode="r")[:]
+    assert np.array_equal(np.moveaxis(planes, -1, 0), stored)
+    groups, own = (
+        highdicom.ann.annread(folder / "annotations.dcm").get_annotation_groups()
+        for folder in (tmp_path, run)
+    )
+    assert len(groups) == len(own) > 1
+    for group_there, group_here in zip(groups, own, strict=True):
+        here, there = (g.get_graphic_data("2D") for g in (group_here, group_there))
+        assert all(np.array_equal(a, b) for a, b in zip(here, there, strict=True))
+        assert group_here.label == group_there.label
+
+
+@pytest.mark.slow
+def test_files_of_a_slide_there_are_those_of_its_files_here(server, sent, pyramid, tmp_path):
+    run = sent
+    model = run.parents[1] / "model"
+    outputs = ("--outputs", "zarr,geojson,probability,dicom")
+    done = segment(pyramid[0], model, tmp_path / "local", *outputs)
+    assert done.exit_code == 0, done.output
+    local = tmp_path / "local" / pyramid[0].stem
+    source = dcmread(pyramid[0], stop_before_pixels=True)
+    # Which run it was is told in identifiers alone.
+    of_run = {"SOPInstanceUID", "SeriesInstanceUID", "PyramidUID", "AnnotationGroupUID"}
+    of_run |= {"DimensionOrganizationUID", "MediaStorageSOPInstanceUID"}
+    for path in run.glob("*.dcm"):
+        ours, theirs = dcmread(path), dcmread(local / path.name)
+        for header in (ours, theirs):
+            (series,) = header.ReferencedSeriesSequence
+            assert series.SeriesInstanceUID == source.SeriesInstanceUID
+            (instance,) = series.ReferencedInstanceSequence
+            assert instance.ReferencedSOPInstanceUID == source.SOPInstanceUID
+            header.ReferencedSeriesSequence = []
+            header.walk(lambda item, e: item.__delitem__(e.tag) if e.keyword in of_run else None)
+        assert ours == theirs
+
+
+@pytest.mark.slow
+def test_it_is_sent_once_and_what_is_not_stored_is_named(server, sent, tmp_path, pyramid):
+    run = sent
+    server.listener.fault = None
+    server.log.clear()
+    again = call("export", run, "--store", f"{server.address}/")
+    assert again.exit_code == 0, again.output
+    assert "stored: 0 files of DICOM, 4 were there" in again.output
+    assert {method for method, *_ in server.log} == {"GET"}
+    with (
+        dicomwebs.own(tmp_path / "b", refuses=lambda own: own.Modality == "ANN") as port,
+        dicomwebs.listening(port) as other,
+    ):
+        failed = call("export", run, "--store", other.address)
+        assert failed.exit_code == 1
+        uid = dcmread(run / "annotations.dcm", specific_tags=["SOPInstanceUID"]).SOPInstanceUID
+        assert f"annotations.dcm (instance {uid}) is not stored at" in failed.output
+        assert "reason A700" in failed.output
+
+        def hang_up(request):
+            request.close_connection = True
+            return request.command == "POST"
+
+        other.fault = hang_up
+        failed = call("export", run, "--store", other.address)
+        assert failed.exit_code == 1
+        assert "the same command goes on" in failed.output
+    without = tmp_path / "none"
+    segment(pyramid[2], run.parents[1] / "model", without, "--any-resolution", "--outputs", "zarr")
+    failed = call("export", without, "--store", server.address)
+    assert failed.exit_code == 1
+    assert "no DICOM to send: --outputs dicom writes it" in failed.output
+    wrong = call("export", run, "--store", "https://server/dicom-web")
+    assert wrong.exit_code == 2
+    assert "no address of DICOMweb; expected dicomweb://" in wrong.output
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from wsi_pipeline.files.dicomweb import Client, read_address
+client = Client(read_address(sys.argv[1]))
+small = client.send(Path(sys.argv[2]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert client.send(Path(sys.argv[3]))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_does_not_grow_with_a_file_that_is_sent(server, tmp_path):
+    server.listener.fault = None
+    paths = []
+    for side in (100, 6000):
+        pixels = np.zeros((side, side, 3), np.uint8)
+        paths += write_pyramid(tmp_path / str(side), [pixels], MPP, kind="raw")
+    size = paths[1].stat().st_size
+    assert size > 100 << 20
+    command = [sys.executable, "-c", MEASURE, server.address, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < size / 5

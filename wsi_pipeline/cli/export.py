@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +16,7 @@ from wsi_pipeline.cli.options import (
     options_of,
     rule_options,
     some_of,
+    wrong_usage,
 )
 from wsi_pipeline.options import Output, Rule
 
@@ -55,6 +57,9 @@ from wsi_pipeline.options import Output, Rule
     type=click.Path(path_type=Path),
     help="New folder for a QuPath project of the slides, with their polygons.",
 )
+@click.option(
+    "--store", metavar="URL", help="Send their DICOM to a server, as dicomweb://HOST/dicom-web."
+)
 @frame_option("Whose origin polygons and TIFF have on slides with bounds.", default=None)
 @click.pass_context
 def command(
@@ -67,6 +72,7 @@ def command(
     output: Path | None,
     corrections: Path | None,
     qupath_project: Path | None,
+    store: str | None,
     **options: object,
 ) -> None:
     """Write what is made of finished masks again, with other settings.
@@ -76,7 +82,8 @@ def command(
     slides, but for DICOM those that OpenSlide reads; overlays, NIfTI and DICOM segmentations need
     the image or volume where it was.
     """
-    from wsi_pipeline.errors import WsiPipelineError
+    from wsi_pipeline.errors import StoreError, WsiPipelineError
+    from wsi_pipeline.files.dicomweb import Client, read_address
     from wsi_pipeline.report.record import FILES, MASKS, RUN_FILE, Run, find_runs
     from wsi_pipeline.run.again import export_again
     from wsi_pipeline.run.overview import Overview
@@ -87,6 +94,8 @@ def command(
         raise click.UsageError("--as-mask excludes --threshold, --min-margin and --output")
     if corrections and (output is None or len(folders) > 1):
         raise click.UsageError("--corrections is of one run, and needs --output for the new one")
+    with wrong_usage():
+        server = Client(read_address(store)) if store else None
     changes = {name: value for name, value in options.items() if value is not None}
     # with where it lies in the folder that was named: one of several models has a folder there
     runs = dict[Path, Path]()
@@ -102,12 +111,17 @@ def command(
                 click.echo(f"left out: {path} has no mask: {run.reason}", err=True)
     if not runs:
         raise click.UsageError(f"no finished run in {', '.join(map(str, folders))}")
-    is_whole, written = True, dict[Path, Run]()
+    is_whole, written, sent = True, dict[Path, Run](), Counter[bool]()
     for folder, within in runs.items():
         try:
             if output:
                 folder = copy_ruled(folder, output / within, rule, corrections)
             run = export_again(folder, changes, rule if as_mask or (rule and not output) else None)
+            if server:
+                files = sorted(name for name in run.files if name.endswith(".dcm"))
+                sent.update(server.send(folder / name) for name in files)
+                if not files:
+                    raise StoreError("no DICOM to send: --outputs dicom writes it")
         except WsiPipelineError as error:
             click.echo(f"failed: {folder}: {error}", err=True)
             is_whole = False
@@ -123,6 +137,8 @@ def command(
             regions = [f"{name} {n} regions" for name, n in run.regions.items()]
             found = ", ".join(lesions or regions)
             click.echo(f"done: {folder} ({found})", err=True)
+    if server and not ctx.obj["quiet"]:
+        click.echo(f"stored: {sent[True]} files of DICOM, {sent[False]} were there", err=True)
     # Summary and report tell of all runs in a folder, of those that were left alone, too.
     if output and output.is_dir():
         Overview(output).write()

@@ -1,4 +1,4 @@
-"""DICOMweb (PS3.18): series are found by QIDO, frames read by WADO."""
+"""DICOMweb (PS3.18): series are found by QIDO, frames read by WADO, files sent by STOW."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import netrc
 import os
 import re
 from base64 import b64encode
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.message import Message
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
@@ -148,6 +151,45 @@ class Client:
                 self._accepts = (accept, *(a for a in self._accepts if a != accept))
                 return parts[0]
         raise SourceError(f"{url} is not given as it is stored ({answer.status})")
+
+    def send(self, path: Path) -> bool:
+        """Store a file of DICOM, piece by piece; return whether it was not there already.
+
+        Raises:
+            StoreError: the server has not stored it.
+        """
+        from pydicom import Dataset
+        from pydicom.filereader import read_file_meta_info
+
+        uid = str(read_file_meta_info(path).MediaStorageSOPInstanceUID)
+        if self.json(f"/instances?SOPInstanceUID={uid}"):
+            return False
+        head = f"--{uid}\r\nContent-Type: application/dicom\r\n\r\n".encode()
+        tail = f"\r\n--{uid}--\r\n".encode()
+
+        def pieces() -> Iterator[bytes]:
+            yield head
+            with path.open("rb") as file:
+                yield from iter(partial(file.read, 1 << 20), b"")
+            yield tail
+
+        headers = {
+            "Accept": "application/dicom+json",
+            "Content-Type": f'multipart/related; type="application/dicom"; boundary={uid}',
+            "Content-Length": str(len(head) + path.stat().st_size + len(tail)),
+        }
+        url, told = f"{self._url}/studies", Dataset()
+        answer = self._ask("POST", url, headers, let=(400, 409), body=pieces(), retries=False)
+        # What servers say may be anything.
+        with suppress(Exception):
+            told = Dataset.from_json(json.loads(answer.data))
+        kept = told.get("ReferencedSOPSequence", [])
+        if uid in [item.get("ReferencedSOPInstanceUID") for item in kept]:
+            return True
+        failed = told.get("FailedSOPSequence", [])
+        codes = [f"reason {item.get('FailureReason') or 0:04X}" for item in failed]
+        why = ", ".join(codes) or f"the server says {answer.status}"
+        raise StoreError(f"{path.name} (instance {uid}) is not stored at {url}: {why}")
 
     def _ask(
         self, method: str, url: str, headers: dict[str, str], let: tuple[int, ...] = (), **body: Any

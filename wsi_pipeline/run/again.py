@@ -28,6 +28,7 @@ from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run,
 from wsi_pipeline.run.facts import options_of
 from wsi_pipeline.run.finished import (
     MASK_FILES,
+    headers_of,
     of_this_version,
     open_mask_of,
     open_scan_of,
@@ -186,11 +187,9 @@ def _slide(
     def open_result(closing: ExitStack) -> Result:
         headers = []
         # The slide may be DICOM, to which DICOM refers.
-        if "dicom" in due and run.slide["backend"] == "openslide":
-            from wsi_pipeline.export.dicom_slide import level_headers
-
+        if "dicom" in due and run.slide["backend"] in ("openslide", "dicomweb"):
             with open_slide_of(store.folder, run) as slide:
-                headers = level_headers(slide.path, slide.size)
+                headers = headers_of(slide)
         held = held_blocks(store, run, every)
         if lost := store.damaged(held, mask):
             reason = (

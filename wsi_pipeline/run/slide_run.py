@@ -26,6 +26,7 @@ from wsi_pipeline.options import MPP_TOLERANCE, POLYGONS, Settings, as_plain
 from wsi_pipeline.patch_grid import StoredGrid, close_patch_grid, open_patch_grid, write_patch_grid
 from wsi_pipeline.report.record import UNREADABLE, bounds_facts
 from wsi_pipeline.run.facts import model_facts
+from wsi_pipeline.run.finished import headers_of
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
 from wsi_pipeline.run.quality import cell_side, quality_areas
@@ -257,11 +258,7 @@ class SlideRun(SourceRun):
         clock.lap("pyramid")
         slide, (y, x) = self.source, self.plan.mask_downsample
         mask_mpp = (y * slide.mpp[1], x * slide.mpp[0])
-        is_here, headers = store.mask_path.is_dir(), []
-        if "dicom" in options.outputs and slide.backend == "openslide":
-            from wsi_pipeline.export.dicom_slide import level_headers
-
-            headers = level_headers(slide.path, slide.size)
+        is_here = store.mask_path.is_dir()
         mask_path = store.mask_path if is_here else store.finished_mask_path
         self.result = SlideResult(
             facts={
@@ -285,7 +282,7 @@ class SlideRun(SourceRun):
             mask_path=mask_path,
             downsample=(y, x),
             folder=store.folder,
-            headers=headers,
+            headers=headers_of(slide) if "dicom" in options.outputs else [],
             options=options,
             stored=self.stored,
             write_probability=partial(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +109,7 @@ class WrappedBackend:
         self.name, self.size, self.doubts = backend.name, backend.size, backend.doubts
         self.level_sizes, self.level_tiles = backend.level_sizes, backend.level_tiles
         self.level_downsamples, self.properties = backend.level_downsamples, backend.properties
+        self.headers: Sequence[Any] = getattr(backend, "headers", ())
         self.blank: int | Pixels = backend.blank if isinstance(backend, Sparse) else WHITE
 
     def holds(self, level: int, column: int, row: int) -> bool:
