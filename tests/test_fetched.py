@@ -27,6 +27,7 @@ from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.files import fetched
+from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.networks import build
 from wsi_pipeline.networks.check import random_patches, run
 from wsi_pipeline.networks.program import export_onnx
@@ -283,6 +284,13 @@ def test_no_program_is_run_that_comes_with_a_bundle(
             load_bundle(f"{url}/{name}")
     result = CliRunner().invoke(group, ["models", "add", f"{url}/code.zip"])
     assert result.exit_code == 1
+    # Nor one that its model.toml has fetched.
+    folder = tmp_path / "served" / "code"
+    entry = f'{{ url = "{url}/code/program.pt", sha256 = "{sha256_of(folder / "program.pt")}" }}'
+    text = (folder / "model.toml").read_text("utf-8").replace('"program.pt"', entry)
+    (folder / "model.toml").write_text(text, "utf-8")
+    with pytest.raises(BundleError, match=r"the file that it names, from .* is a program"):
+        load_bundle(f"{url}/code/")
     assert not (cache.parent / "models").exists()
 
 

@@ -27,7 +27,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 import zarr
-from bundles import pointwise_bundle
+from bundles import pointwise_bundle, small_unet_bundle
 from click.testing import CliRunner, Result
 from pydicom import DataElement, Dataset
 from pydicom.dataset import FileMetaDataset
@@ -407,13 +407,14 @@ def test_secrets_of_a_models_url_are_not_shown(
     tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch, name: str, command: str
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    made = pointwise_bundle(tmp_path / "made", mpp=0.25)
+    made = small_unet_bundle(tmp_path / "made")
     text = (made / "model.toml").read_text("utf-8")
-    program = (made / "program.pt").read_bytes()
-    (tmp_path / "served" / "program.pt").write_bytes(program)
-    weights = f"http://me:open-sesame@{served}/program.pt?sig=signed-secret"
-    entry = f'{{ url = "{weights}", sha256 = "{hashlib.sha256(program).hexdigest()}" }}'
-    (tmp_path / "served" / "model.toml").write_text(text.replace('"program.pt"', entry), "utf-8")
+    numbers = (made / "model.safetensors").read_bytes()
+    (tmp_path / "served" / "model.safetensors").write_bytes(numbers)
+    weights = f"http://me:open-sesame@{served}/model.safetensors?sig=signed-secret"
+    entry = f'{{ url = "{weights}", sha256 = "{hashlib.sha256(numbers).hexdigest()}" }}'
+    text = text.replace('"model.safetensors"', entry)
+    (tmp_path / "served" / "model.toml").write_text(text, "utf-8")
     url = f"http://me:open-sesame@{served}/{name}?X-Amz-Signature=signed-secret"
     slide = str(tmp_path / "served" / "a.tif")
     line = {

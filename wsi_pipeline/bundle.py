@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta, structs
@@ -43,8 +43,11 @@ Modality = Literal["slide", "image", "volume"]
 Activation = Literal["sigmoid", "softmax"]
 Scale = Literal["range", "minmax", "zscore"]
 Interpolation = Literal["linear", "cubic"]
-FOREIGN = ("exported", "torchscript", "onnx")
+Program = Literal["exported", "torchscript", "onnx"]
+FOREIGN: tuple[str, ...] = get_args(Program)
 """Networks that come as a program in the bundle's folder."""
+DECODER = "decoder"
+"""The network of the package that works behind a program of others."""
 AXES: Mapping[Modality, int] = {"slide": 2, "image": 2, "volume": 3}
 """Of a patch."""
 RANDOM_WEIGHTS = "RANDOM WEIGHTS"
@@ -140,6 +143,16 @@ class RemoteFile(Record, frozen=True, kw_only=True):
     sha256: Annotated[str, Meta(pattern="^[0-9a-fA-F]{64}$", description="64 hex digits")]
 
 
+class EncoderSpec(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """The program that a decoder works behind, see `Bundle`."""
+
+    network: Program
+    weights: Annotated[
+        str | RemoteFile, Meta(description="a file's name, or { url = …, sha256 = … }")
+    ]
+    network_options: dict[str, Any] = msgspec.field(default_factory=dict)
+
+
 class ModelToml(Record, frozen=True, kw_only=True, omit_defaults=True):
     """What a `model.toml` holds, see `Bundle`."""
 
@@ -154,6 +167,7 @@ class ModelToml(Record, frozen=True, kw_only=True, omit_defaults=True):
     int8: Annotated[str | None, Meta(description="a file's name")] = None
     tta: Tta = "none"
     network_options: dict[str, Any] = msgspec.field(default_factory=dict)
+    encoder: EncoderSpec | None = None
     input: InputSpec
     output: OutputSpec
 
@@ -181,6 +195,8 @@ class Bundle:
         origin: Where it was fetched from: `url`, with the commit of a repository, and `sha256` of
             what was there otherwise; empty where a person has put it in its place.
         members: Of an ensemble.
+        encoder: Of a decoder, the frozen program that it works behind; `network`, `weights_…` and
+            `network_options` are the program's, all else is the bundle's own.
     """
 
     path: Path
@@ -202,6 +218,7 @@ class Bundle:
     tta: Tta = "none"
     origin: Mapping[str, str] = field(default_factory=dict)
     members: tuple[Bundle, ...] = ()
+    encoder: Bundle | None = None
 
     @property
     def mpp(self) -> float:
@@ -219,7 +236,8 @@ class Bundle:
         """Return the hex digest of the weights file, or "" where there is none."""
         if self.members:
             return hashlib.sha256("".join(m.digest for m in self.members).encode()).hexdigest()
-        return sha256_of(self.weights_path) if self.weights_path else ""
+        with raised_as(BundleError, OSError, "cannot read weights"):
+            return sha256_of(self.weights_path) if self.weights_path else ""
 
     def read_weights(self) -> bytes:
         """Return what the weights file holds, the very bytes that `weights_sha256` is of.
@@ -249,6 +267,7 @@ class Bundle:
         # Words that are added to the limits must not have finished slides done anew.
         table = bundle_table(replace(self, limits=""))
         files = [sha256_of(path) for path in (self.features_path, self.int8_path) if path]
+        files += [self.encoder.weights_sha256] if self.encoder else []
         text = json.dumps([table, self.weights_sha256, *files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -274,12 +293,15 @@ def load_bundle(location: str | Path, *, fetch: bool = True) -> Bundle:
     return parse_bundle(table, path, fetch=fetch)
 
 
-def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) -> Bundle:
+def parse_bundle(
+    table: Mapping[str, Any], path: Path, *, fetch: bool = True, is_recipe: bool = False
+) -> Bundle:
     """Check the content of a `model.toml`; return the bundle.
 
     Args:
         path: The file, in the bundle's folder.
         fetch: See `load_bundle`.
+        is_recipe: Its encoder may lie anywhere from there, and be missing until it is read.
 
     Raises:
         BundleError: something is missing, unknown or contradicts something else.
@@ -293,19 +315,23 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
             raise ValueError(f"lacks output.classes: {found.network} gives a mask")
         classes = _classes(_by_patch(found.output) if is_patchwise else found.output)
         members = converted(found.network_options.get("members", []), list[str])
-        if (found.features or found.int8) and found.network in FOREIGN:
+        if (found.network == DECODER) != (found.encoder is not None):
+            raise ValueError(f'network = "{DECODER}" and [encoder] come together')
+        is_program = found.network in FOREIGN
+        if (found.features and is_program) or (found.int8 and (is_program or found.encoder)):
             raise ValueError("features and int8 are of a network of the package, not of a program")
         origin = origin_of(path.parent)
-        is_code = found.network in FOREIGN and found.network != "onnx"
-        if origin and is_code and isinstance(found.weights, str):
-            raise ValueError(
-                f"{found.weights}, from {origin.get('url')}, is a program, and none is run that "
-                "was fetched; download it and name its folder, if you trust who made it"
-            )
+        for part in (found, found.encoder):
+            if origin and part and part.network in FOREIGN and part.network != "onnx":
+                name = part.weights if isinstance(part.weights, str) else "the file that it names"
+                raise ValueError(
+                    f"{name}, from {origin.get('url')}, is a program, and none is run that "
+                    "was fetched; download it and name its folder, if you trust who made it"
+                )
     weights_path, weights_origin = _weights(found.weights, path.parent, fetch=fetch)
     features_path = found.features and _in_folder(found.features, "features", path.parent)
     int8_path = found.int8 and _in_folder(found.int8, "int8 ranges", path.parent)
-    return Bundle(
+    bundle = Bundle(
         path=path.parent,
         name=found.name,
         modality=found.modality,
@@ -326,10 +352,27 @@ def parse_bundle(table: Mapping[str, Any], path: Path, *, fetch: bool = True) ->
         origin=origin,
         members=tuple(load_bundle(path.parent / member) for member in members),
     )
+    if (spec := found.encoder) is None:
+        return bundle
+    file, fetched = _weights(spec.weights, path.parent, fetch=fetch, is_recipe=is_recipe)
+    encoder = replace(
+        bundle,
+        name=f"the encoder of {bundle.name}",
+        network=spec.network,
+        weights_path=file,
+        weights_origin=fetched,
+        network_options=spec.network_options,
+    )
+    return replace(bundle, encoder=encoder)
 
 
 def bundle_toml(
-    bundle: Bundle, *, weights: str | None, features: str | None = None, int8: str | None = None
+    bundle: Bundle,
+    *,
+    weights: str | None,
+    features: str | None = None,
+    int8: str | None = None,
+    encoder: str | None = None,
 ) -> str:
     """Return the `model.toml` of a bundle.
 
@@ -337,9 +380,14 @@ def bundle_toml(
         weights: Name of the file with its weights, in its folder; None = it has none.
         features: Name of the file that says what training patches look like, likewise.
         int8: Name of the file of ranges for 8-bit integers, likewise.
+        encoder: Name of the program that it works behind, likewise; None = it is fetched.
     """
     files = {"weights": weights, "features": features, "int8": int8}
-    return toml_of(bundle_table(bundle) | {key: name for key, name in files.items() if name})
+    table = bundle_table(bundle) | {key: name for key, name in files.items() if name}
+    if own := bundle.encoder:
+        place = encoder or (own.weights_origin and structs.asdict(own.weights_origin))
+        table["encoder"]["weights"] = place
+    return toml_of(table)
 
 
 def bundle_table(bundle: Bundle) -> dict[str, Any]:
@@ -368,6 +416,9 @@ def bundle_table(bundle: Bundle) -> dict[str, Any]:
         for key, value in table["input"].items()
         if value is not None and (key not in PREPARATION or value != getattr(InputSpec(), key))
     }
+    if own := bundle.encoder:
+        options = {"network_options": dict(own.network_options)} if own.network_options else {}
+        table["encoder"] = {"network": own.network, **options}
     return {"network_options": {}} | table
 
 
@@ -437,7 +488,7 @@ def _classes(output: OutputSpec) -> tuple[ClassInfo, ...]:
 
 
 def _weights(
-    entry: str | RemoteFile | None, folder: Path, *, fetch: bool
+    entry: str | RemoteFile | None, folder: Path, *, fetch: bool, is_recipe: bool = False
 ) -> tuple[Path | None, RemoteFile | None]:
     """Return the weights' file, where it is there, and where it is fetched from."""
     if entry is None:
@@ -447,7 +498,7 @@ def _weights(
         return download(entry.url, entry.sha256) if is_here else None, entry
     if "://" in entry:
         raise BundleError(f"weights {entry!r} is a URL; expected {{ url = …, sha256 = … }}")
-    return _in_folder(entry, "weights", folder), None
+    return folder / entry if is_recipe else _in_folder(entry, "weights", folder), None
 
 
 def _in_folder(name: str, what: str, folder: Path) -> Path:

@@ -359,7 +359,8 @@ def describe(bundle: Bundle) -> Facts:
         "path": str(bundle.path),
         **bundle_table(bundle),
         "weights": _weights(bundle),
-        "cost": None if bundle.network in FOREIGN else _cost(bundle),
+        **({"encoder": {"network": e.network, **_weights(e)}} if (e := bundle.encoder) else {}),
+        "cost": None if bundle.network in FOREIGN or bundle.encoder else _cost(bundle),
     }
 
 
@@ -398,6 +399,7 @@ def _cost(bundle: Bundle) -> dict[str, dict[str, int]]:
 def _as_text(facts: Facts) -> str:
     """Return the facts as lines for people."""
     spec, output, weights, cost = (facts[part] for part in ("input", "output", "weights", "cost"))
+    encoder = facts.get("encoder")
     options = ", ".join(f"{key} = {value}" for key, value in facts["network_options"].items())
     resolution = (
         f"{spec['mpp']:g} µm/px"
@@ -431,6 +433,7 @@ def _as_text(facts: Facts) -> str:
         *costs,
         ("weights", f"{place}, {_weights_size(weights)}" if place else NO_WEIGHTS),
         ("sha256", weights["sha256"]),
+        ("encoder", encoder and f"{encoder['network']}, {encoder['url'] or encoder['path']}"),
     ]
     return "\n".join([facts["path"], *(f"  {name:<12}{value}" for name, value in rows if value)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import click
@@ -87,7 +88,9 @@ def command(
 
     def show(name: str, done: int, total: int, loss: float, best: float | None) -> None:
         bars(name, done, total)
-        bars.tell(name, f"loss={loss:.3f}" + ("" if best is None else f", Dice={best:.3f}"))
+        # Features have no loss.
+        if not math.isnan(loss):
+            bars.tell(name, f"loss={loss:.3f}" + ("" if best is None else f", Dice={best:.3f}"))
 
     if runs:
         recipe, data_dir = corrected_recipe(runs, output.name)

@@ -118,8 +118,10 @@ def gather(get: Callable[[str, Path], object], folder: Path) -> None:
     get(MODEL_TOML, folder / MODEL_TOML)
     with raised_as(BundleError, ValueError, MODEL_TOML):
         table = read_toml(folder / MODEL_TOML)
-    for what in ("weights", "features", "int8"):
-        name = table.get(what)
+    encoder = table.get("encoder")
+    named = {what: table.get(what) for what in ("weights", "features", "int8")}
+    named["encoder"] = encoder.get("weights") if isinstance(encoder, dict) else None
+    for what, name in named.items():
         if isinstance(name, str):
             path = inside(folder, name, what)
             path.parent.mkdir(parents=True, exist_ok=True)

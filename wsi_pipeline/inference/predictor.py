@@ -103,16 +103,17 @@ def choose_dtype(
 ) -> torch.dtype:
     """Return the number format to compute in; "auto" is bf16 where the hardware has it.
 
-    Of a program it is fp32, in which such are made, unless the `precision` of its options is what
-    the hardware has. With "int8" it is that of all that is no convolution.
+    Of a program, or behind one, it is fp32, in which such are made, unless the `precision` of its
+    options is what the hardware has. With "int8" it is that of all that is no convolution.
 
     Raises:
         BundleError: int8 is asked for on a GPU, or anything of an ONNX file, which has its own.
     """
-    if bundle is not None and bundle.network == "onnx":
+    program = bundle and (bundle.encoder or bundle)
+    if program is not None and program.network == "onnx":
         if precision not in ("auto", "fp32"):
             raise BundleError(
-                f"--precision {precision}: {bundle.name} is an ONNX file, which computes in the "
+                f"--precision {precision}: {program.name} is an ONNX file, which computes in the "
                 "numbers that it was made with; leave it out"
             )
         return torch.float32
@@ -120,8 +121,8 @@ def choose_dtype(
         if device.type != "cpu":
             raise BundleError(f"--precision int8 is for CPUs, not for {device}; leave it out")
         return torch.float32
-    if precision == "auto" and bundle is not None and bundle.network in FOREIGN:
-        best, allowed = choose_dtype("auto", device), bundle.network_options.get("precision")
+    if precision == "auto" and program is not None and program.network in FOREIGN:
+        best, allowed = choose_dtype("auto", device), program.network_options.get("precision")
         return best if allowed == _name(best) else torch.float32
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if precision == "bf16" and device.type == "cpu" and not has_bf16:

@@ -6,9 +6,10 @@ import inspect
 
 from torch import nn
 
-from wsi_pipeline.bundle import FOREIGN, Bundle
+from wsi_pipeline.bundle import DECODER, FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.decoder import Decoder, FrozenEncoder
 from wsi_pipeline.networks.ensemble import check_members
 from wsi_pipeline.networks.foreign import Network, load_foreign
 from wsi_pipeline.networks.highres_unet import HighResUNet
@@ -54,7 +55,11 @@ def build(bundle: Bundle) -> Network:
         )
     state = read_state(bundle.weights_path, data=bundle.read_weights())
     load_state(module, state, path=bundle.weights_path, unused=module.unused)
-    return Network(module=module.eval(), batch_size=None)
+    batch_size = None
+    if bundle.encoder and isinstance(module, Decoder):
+        module.encoder = FrozenEncoder(bundle.encoder, module)
+        batch_size = module.encoder.batch_size
+    return Network(module=module.eval(), batch_size=batch_size)
 
 
 def create(bundle: Bundle) -> SegmentationNetwork:
@@ -63,12 +68,13 @@ def create(bundle: Bundle) -> SegmentationNetwork:
     Raises:
         BundleError: no such network, or options or a patch size that it does not take.
     """
-    if bundle.network not in NETWORKS:
+    known_networks: dict[str, type[SegmentationNetwork]] = {**NETWORKS, DECODER: Decoder}
+    if bundle.network not in known_networks:
         raise BundleError(
             f"{bundle.path}: no network {bundle.network!r}; "
-            f"there are {', '.join([*NETWORKS, *FOREIGN])}"
+            f"there are {', '.join([*known_networks, *FOREIGN])}"
         )
-    network, patch_size = NETWORKS[bundle.network], bundle.input.patch_size
+    network, patch_size = known_networks[bundle.network], bundle.input.patch_size
     try:
         known = inspect.signature(network).parameters
         for name, value in bundle.network_options.items():

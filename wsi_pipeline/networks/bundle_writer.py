@@ -18,6 +18,8 @@ from wsi_pipeline.files.models import MODEL_TOML as MODEL_TOML
 WEIGHTS = "model.safetensors"
 PROGRAM, SCRIPT, ONNX = "program.pt2", "program.pt", "model.onnx"
 ENCODER = "encoder.safetensors"
+ENCODERS = {"torchscript": "encoder.pt", "exported": "encoder.pt2", "onnx": "encoder.onnx"}
+"""The frozen program that a decoder works behind, by its kind."""
 FEATURES, INT8 = "features.safetensors", "int8.safetensors"
 OLD_CARD = re.compile(r"README\.old(-\d+)?\.md")
 
@@ -73,5 +75,6 @@ def _check_free(folder: Path, *, overwrite: bool) -> None:
     found = {name for name in found if not OLD_CARD.fullmatch(name)}
     # --overwrite is for bundles: a folder with anything else in it was not meant.
     own = {MODEL_TOML, CARD, WEIGHTS, PROGRAM, SCRIPT, ONNX, ENCODER, FEATURES, INT8}
+    own.update(ENCODERS.values())
     if others := sorted(found - own):
         raise BundleError(f"{folder} holds {others[0]}, which no bundle has; name another folder")

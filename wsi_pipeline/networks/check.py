@@ -46,7 +46,7 @@ def try_bundle(bundle: Bundle, *, patch_size: Sequence[int] | None = None) -> Tr
     if patch_size is not None:
         bundle = with_patch_size(bundle, patch_size)
     has_weights = bundle.weights_path is not None
-    if has_weights or bundle.network in FOREIGN:
+    if has_weights or bundle.network in FOREIGN or bundle.encoder:
         network = build(bundle)
     else:
         # The same weights each time, and the caller's own random numbers as they were.

@@ -199,7 +199,7 @@ def init_model(template: Bundle, folder: Path, *, seed: int = 0, overwrite: bool
     Raises:
         BundleError: a foreign program, whose weights are its own, or a folder that is taken.
     """
-    if template.network in FOREIGN:
+    if template.network in FOREIGN or template.encoder:
         raise BundleError(f"{template.path} is a program: its weights are in it")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -282,7 +282,7 @@ def make_template(
     Raises:
         BundleError: the description lacks something or contradicts itself.
     """
-    if like is not None and like.network in FOREIGN:
+    if like is not None and (like.network in FOREIGN or like.encoder):
         raise BundleError(f"{like.path} is a program, which takes no checkpoint")
     if like is None and (network is None or classes is None or mpp is None):
         raise BundleError("a model is described by --like, or by --network, --classes and --mpp")

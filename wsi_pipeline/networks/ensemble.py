@@ -46,6 +46,7 @@ def combined(members: Sequence[Bundle], combine: Combine, output: Path) -> Bundl
         limits=" ".join(limits),
         origin={},
         members=tuple(members),
+        encoder=None,
     )
     check_members(bundle)
     return bundle

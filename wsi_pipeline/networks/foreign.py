@@ -35,8 +35,11 @@ class Network:
     batch_size: int | None
 
 
-def load_foreign(bundle: Bundle) -> Network:
+def load_foreign(bundle: Bundle, *, is_encoder: bool = False) -> Network:
     """Load the program of a bundle; return it on the CPU.
+
+    Args:
+        is_encoder: it gives features in place of logits.
 
     Raises:
         BundleError: no program, not one of the kind that the bundle says, or an ONNX file that
@@ -62,7 +65,7 @@ def load_foreign(bundle: Bundle) -> Network:
             module = PatchClassifier(module, bundle, size)
         elif size:
             raise BundleError("network_options.resize is for classifiers of whole patches")
-        if bundle.network == "onnx":
+        if bundle.network == "onnx" and not is_encoder:
             # How many classes it gives, and whether it takes such patches, no other way tells.
             answer = run(module, random_patches(bundle, batch_size or 1))
             check_shapes(answer, bundle, batch_size or 1)

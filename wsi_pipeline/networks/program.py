@@ -130,8 +130,8 @@ class _Tuple(nn.Module):
 
 def _network(bundle: Bundle) -> SegmentationNetwork:
     network = build(bundle).module
-    if not isinstance(network, SegmentationNetwork):
-        raise BundleError(f"{bundle.path} is a program already")
+    if not isinstance(network, SegmentationNetwork) or bundle.encoder:
+        raise BundleError(f"{bundle.path} is a program already, or works behind one")
     return network
 
 

@@ -81,6 +81,7 @@ class ModelFacts(TypedDict, total=False):
 
     name: str
     weights_sha256: str
+    encoder_sha256: str
     input: dict[str, Any]
     limits: str
     origin: dict[str, str]

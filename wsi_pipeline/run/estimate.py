@@ -179,8 +179,8 @@ def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
 
 def most_model_bytes(bundle: Bundle) -> ModelBytes:
     """Return, at once, what the model certainly does not exceed."""
-    paths = [one.weights_path for one in bundle.members or (bundle,) if one.weights_path]
-    weights = sum(path.stat().st_size for path in paths)
+    parts = [part for one in bundle.members or (bundle,) for part in (one, one.encoder) if part]
+    weights = sum(part.weights_path.stat().st_size for part in parts if part.weights_path)
     return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * MOST_PLANES)
 
 
@@ -193,10 +193,11 @@ def model_bytes(bundle: Bundle) -> ModelBytes:
     module = build(bundle).module
     weights = sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
     size = (bundle.input.channels, *bundle.input.patch_size)
-    if isinstance(module, SegmentationNetwork):
+    if isinstance(module, SegmentationNetwork) and not bundle.encoder:
         return ModelBytes(weights=weights, activations=peak_memory(module, size) - weights)
     # Of an ONNX file torch sees none; it is kept beside what its runtime makes of it.
-    weights = weights or 2 * len(bundle.read_weights())
+    if bundle.encoder or not weights:
+        weights += 2 * len((bundle.encoder or bundle).read_weights())
     return ModelBytes(weights=weights, activations=_plane_bytes(bundle) * PROGRAM_PLANES)
 
 

@@ -20,6 +20,8 @@ def model_facts(bundle: Bundle) -> ModelFacts:
         "weights_sha256": bundle.weights_sha256,
         "input": bundle_table(bundle)["input"],
     }
+    if bundle.encoder:
+        facts["encoder_sha256"] = bundle.encoder.weights_sha256
     if bundle.limits:
         facts["limits"] = bundle.limits
     if bundle.origin:

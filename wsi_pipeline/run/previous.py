@@ -50,7 +50,8 @@ def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
         facts = model_facts(bundle)
         if run.slide.get("fingerprint") != fingerprint:
             raise another(job.home, "slide")
-        if any(run.model.get(k, facts[k]) != facts[k] for k in ("name", "weights_sha256", "input")):
+        own = ("name", "weights_sha256", "encoder_sha256", "input")
+        if any(run.model.get(k, facts.get(k)) != facts.get(k) for k in own):
             raise another(job.home, f"model, {run.model.get('name')}")
     check_same(job.folder, fingerprint=fingerprint, model=model_key(bundle))
 

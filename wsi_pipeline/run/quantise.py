@@ -72,8 +72,8 @@ def quantise_model(
         raise UsageError(f"{len(found)} patches of tissue; expected two or more to find ranges by")
     bundle, learning, judging = batch.bundle, found[::2], found[1::2]
     network = build(bundle).module
-    if not isinstance(network, SegmentationNetwork):
-        raise BundleError(f"{bundle.name} is a program, which stays as it is")
+    if not isinstance(network, SegmentationNetwork) or bundle.encoder:
+        raise BundleError(f"{bundle.name} is a program, or works behind one, which stays as it is")
     # ranges are noted by one thread
     with closing(Predictor(bundle, device="cpu", precision="fp32", threads=1)) as predictor:
         with watched(predictor.form) as ranges:

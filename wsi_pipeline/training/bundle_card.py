@@ -27,7 +27,7 @@ from wsi_pipeline.files.atomic import make_folders, sync, written_beside
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.inference.unlike import Familiar
 from wsi_pipeline.networks import create
-from wsi_pipeline.networks.bundle_writer import FEATURES, WEIGHTS
+from wsi_pipeline.networks.bundle_writer import ENCODERS, FEATURES, WEIGHTS
 from wsi_pipeline.networks.cost import count_macs, count_parameters
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.training.calibrate import (
@@ -37,6 +37,7 @@ from wsi_pipeline.training.calibrate import (
     left_out_temperatures,
 )
 from wsi_pipeline.training.crops import Survey
+from wsi_pipeline.training.features import CROPS
 from wsi_pipeline.training.recipe import TRAITS, Recipe
 from wsi_pipeline.training.samples import Sample
 from wsi_pipeline.training.validate import PatientScore, accuracy, scores_of
@@ -73,13 +74,20 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
     bundle = replace(recipe.bundle, temperature=temperature)
     # half precision: half the size, and masks stay the same to a few pixels in a million
     state = {name: tensor.half() for name, tensor in kept_state(network).items()}
+    own = bundle.encoder
+    # One that is fetched still is; any other goes along.
+    program = ENCODERS[own.network] if own and not own.weights_origin else None
     files = {
         WEIGHTS: save(state),
+        **({program: own.read_weights()} if own and program else {}),
         **({FEATURES: trained.familiar.to_bytes()} if trained.familiar else {}),
         "README.md": model_card(recipe, trained).encode(),
         # last, and away until then: killed on the way, this is no bundle of old and new parts
         "model.toml": bundle_toml(
-            bundle, weights=WEIGHTS, features=FEATURES if trained.familiar else None
+            bundle,
+            weights=WEIGHTS,
+            features=FEATURES if trained.familiar else None,
+            encoder=program,
         ).encode(),
     }
     (folder / "model.toml").unlink(missing_ok=True)
@@ -167,6 +175,13 @@ def _training(recipe: Recipe) -> str:
     if recipe.start:
         kept = "" if spec.encoder_rate else ", whose encoder stays as it is"
         start = f"from `{recipe.start.name}` ({recipe.start.weights_sha256[:16]}){kept}"
+    if own := recipe.bundle.encoder:
+        name = own.weights_origin.url if own.weights_origin else own.weights_path
+        start += (
+            f", behind the frozen encoder `{Path(str(name)).name}` ({own.network}, sha256 "
+            f"`{own.weights_sha256[:16]}`), which saw {spec.crops or CROPS} crops of each patient "
+            "once and has learnt nothing here"
+        )
     low, high = spec.crop
     sides = f"{low} px" if low == high else f"{low} to {high} px"
     batch = f"{spec.batch_size * spec.accumulate} crops of {sides}"
@@ -188,6 +203,11 @@ def _cost(recipe: Recipe) -> str:
     size = (recipe.bundle.input.channels, *recipe.bundle.input.patch_size)
     with torch.device("meta"):
         network = create(recipe.bundle)
+    if recipe.bundle.encoder:
+        return (
+            f"{count_parameters(network):,} parameters behind the encoder, which is not counted. "
+            "`wsi-pipeline models check` times a patch."
+        )
     return (
         f"{count_parameters(network):,} parameters; {count_macs(network, size) / 1e9:.3f} GMAC a "
         f"patch of {' × '.join(map(str, size))}. `wsi-pipeline models check` times a patch."

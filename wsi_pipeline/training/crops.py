@@ -111,12 +111,12 @@ class Sampler:
         shares = np.array([self._weights[p] for p in having])
         # where all weigh the same, as many random numbers as ever
         is_even = bool((shares == shares[0]).all())
-        k = _pick(len(having), generator) if is_even else _weighted(shares, generator)
+        k = _pick(len(having), generator) if is_even else weighted(shares, generator)
         own = self._owners[having[k]]
-        i = own[_weighted(amounts[own], generator)]
+        i = own[weighted(amounts[own], generator)]
         counts = self._surveys[i].counts[:, classes]
-        block = _weighted(counts.sum(1), generator)
-        index = classes[_weighted(counts[block], generator)]
+        block = weighted(counts.sum(1), generator)
+        index = classes[weighted(counts[block], generator)]
         places = self._surveys[i].places[block][index]
         place = places[_pick(len(places), generator)]
         return self._samples[i], tuple(int(p) for p in place)
@@ -126,7 +126,8 @@ def _pick(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
 
 
-def _weighted(amounts: npt.NDArray[np.generic], generator: Generator) -> int:
+def weighted(amounts: npt.NDArray[np.generic], generator: Generator) -> int:
+    """Draw an index, each as often as its amount says; return it."""
     weights = torch.from_numpy(amounts.astype(np.float64))
     return int(torch.multinomial(weights, 1, generator=generator))
 

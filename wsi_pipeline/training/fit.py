@@ -23,6 +23,7 @@ from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.base import SegmentationNetwork
+from wsi_pipeline.networks.decoder import Decoder
 from wsi_pipeline.networks.encoders import load_imagenet
 from wsi_pipeline.networks.weights import load_state, read_state
 from wsi_pipeline.training.augment import augment
@@ -35,6 +36,8 @@ from wsi_pipeline.training.validate import accuracy, mean_dice, measure
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+    from wsi_pipeline.training.features import Features
 
 LOG_EVERY = 20
 """Steps between two rows of the history."""
@@ -117,6 +120,7 @@ def fit(
     fabric: Fabric | None = None,
     data_dir: Path | None = None,
     folder: Path | None = None,
+    features: Features | None = None,
     crop_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
@@ -132,13 +136,16 @@ def fit(
         fabric: From `open_fabric`; None = the CPU.
         data_dir: Where `train.encoder` lies, where the recipe names one.
         folder: For checkpoints; what lies there is gone on from. None = without.
+        features: Of a decoder, what its encoder gives of crops.
         crop_threads: How many threads make crops; None = one beside a CPU's network, which needs
             the cores, and all beside a GPU, which is through with a batch before a core makes one.
     """
     spec = recipe.train
     fabric = fabric or open_fabric(recipe, device="cpu")
     torch.manual_seed(spec.seed)
-    network = _new_network(recipe, data_dir or Path())
+    network = new_network(recipe, data_dir or Path())
+    if features and isinstance(network, Decoder):
+        network.encoder = features.encoder
     if network.ndim == 2:
         # 15 % faster steps than the default on CPUs with AVX2
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -166,7 +173,9 @@ def fit(
 
     def batches(step: int) -> list[Batch]:
         return [
-            _batch(recipe, sampler, size_multiple, (step, fabric.global_rank, part))
+            features.batch(training_set.samples, (step, fabric.global_rank, part))
+            if features
+            else crop_batch(recipe, sampler, size_multiple, (step, fabric.global_rank, part))
             for part in range(spec.accumulate)
         ]
 
@@ -228,7 +237,7 @@ def learn(
     optimizer.zero_grad()
     for i, (images, truths, labels) in enumerate(parts):
         # what dropout draws follows from the step
-        torch.manual_seed(_seed(spec.seed, step, fabric.global_rank, i))
+        torch.manual_seed(seed_of(spec.seed, step, fabric.global_rank, i))
         images = images.to(fabric.device)
         if images.ndim == 4:
             images = images.to(memory_format=torch.channels_last)
@@ -259,11 +268,11 @@ def learn(
     return total
 
 
-def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:
-    """Return the crops of a step, of a process and of a part of it."""
+def crop_batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:
+    """Return crops and their truths; of a training those of a step, a process, a part of it."""
     spec, variation, wanted = recipe.train, recipe.augment, recipe.bundle.input
     # A generator for each batch: threads that make the next ones must not take turns by chance.
-    generator = Generator().manual_seed(_seed(spec.seed, *where))
+    generator = Generator().manual_seed(seed_of(spec.seed, *where))
     low, high = (side // multiple for side in spec.crop)
     size = multiple * int(torch.randint(low, high + 1, (), generator=generator))
     crops, labels = [], []
@@ -285,12 +294,12 @@ def _batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ..
     return (images - mean) / std, truths, torch.tensor(labels) if recipe.bundle.labels else None
 
 
-def _seed(*parts: int) -> int:
+def seed_of(*parts: int) -> int:
     """Return a seed that follows from whole numbers and is another for every others."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _new_network(recipe: Recipe, data_dir: Path) -> SegmentationNetwork:
+def new_network(recipe: Recipe, data_dir: Path) -> SegmentationNetwork:
     """Return the recipe's network with the weights that it begins with.
 
     Raises:
@@ -301,6 +310,11 @@ def _new_network(recipe: Recipe, data_dir: Path) -> SegmentationNetwork:
     if any(side % multiple for side in spec.crop):
         raise RecipeError(
             f"train.crop {list(spec.crop)}: {recipe.bundle.network} takes multiples of {multiple}"
+        )
+    if recipe.bundle.encoder and spec.crop[0] != spec.crop[1]:
+        raise RecipeError(
+            f"train.crop {list(spec.crop)}: crops of a frozen encoder have one size; write "
+            f"[{spec.crop[1]}, {spec.crop[1]}]"
         )
     if recipe.bundle.labels and "labels" not in inspect.signature(type(network)).parameters:
         raise RecipeError(

@@ -85,6 +85,8 @@ class TrainSpec(Record, frozen=True, kw_only=True):
         average: Decay of the moving average of the weights, which is what is kept.
         encoder: File with ImageNet weights, relative to the data folder, or its URL; None = from
             scratch.
+        crops: How many of each patient a decoder's frozen encoder is shown, filled up to whole
+            batches, and all that is learnt from; None = 256.
         encoder_rate: Learning rate of the encoder, as a share of that of the rest; 0 = it stays as
             it is, its norms as well.
         precision: Number format of the forward pass; weights and their updates stay fp32.
@@ -109,6 +111,7 @@ class TrainSpec(Record, frozen=True, kw_only=True):
     weight_decay: Amount = 0.02
     average: Below = 0.99
     encoder: str | None = None
+    crops: Count | None = None
     encoder_rate: Amount = 1.0
     precision: TrainPrecision = "fp32"
     validate_every: Count = 200
@@ -361,9 +364,11 @@ def load_recipe(path: str | Path) -> Recipe:
         found = converted(table, RecipeToml)
         limits = found.limits.strip()
         # What limits the bundle says of itself go before those of its recipe.
-        bundle = parse_bundle({"limits": limits, **found.bundle}, path)
+        bundle = parse_bundle({"limits": limits, **found.bundle}, path, is_recipe=True)
         for index, entry in enumerate(found.data):
             _check_data(f"data[{index}]: {entry.images!r}", entry, bundle)
+        if found.train.crops and not bundle.encoder:
+            raise ValueError("train.crops is for a decoder behind a frozen encoder")
         if found.split.folds and any(e.fold or "fold" in e.columns for e in found.data):
             raise ValueError(
                 "split.folds deals patients into groups, which the data have of their own"

@@ -29,6 +29,7 @@ from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
+from wsi_pipeline.training.features import Features
 from wsi_pipeline.training.fit import Fitted, TrainingSet, fit, open_fabric
 from wsi_pipeline.training.recipe import Recipe, load_recipe
 from wsi_pipeline.training.samples import Sample, load_samples
@@ -113,6 +114,12 @@ def train(
             _open_state(output / STATE, key, overwrite=overwrite)
         # The other processes wait until the folder is claimed, and empty where it is to be.
         fabric.barrier()
+        features = None
+        if recipe.bundle.encoder:
+            features = Features(recipe, output / STATE / "features")
+            if fabric.is_global_zero:
+                features.compute(surveys, fabric.device, progress or (lambda *_: None))
+            fabric.barrier()
 
         def learn(name: str, own: Sequence[Sample], held_out: Sequence[Sample] = ()) -> Fitted:
             learning, validation = leave_out_validation(
@@ -128,6 +135,7 @@ def train(
                 fabric=fabric,
                 data_dir=data_dir,
                 folder=folder,
+                features=features,
                 progress=partial(progress, name) if progress else None,
             )
             if fabric.is_global_zero:
@@ -261,6 +269,9 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
     settings = [structs.asdict(part) for part in (recipe.train, recipe.augment, recipe.split)]
     # Who is kept apart is in the name of the state's folder.
     del settings[-1]["test"]
+    if recipe.train.crops is None:
+        # Of trainings from before there were any it is as it was.
+        del settings[0]["crops"]
     data = [
         (s.patient, s.fold, s.name, s.label, s.digest, found.digest)
         for s, found in zip(samples, surveys, strict=True)
@@ -269,7 +280,9 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
     # Only where there are any: trainings that were begun before recipes had weights go on.
     weights = [(s.patient, s.weight) for s in samples if s.weight != 1]
     start = recipe.start.digest if recipe.start else ""
-    text = json.dumps([table, settings, data, *filter(None, [weights, start])], sort_keys=True)
+    encoder = recipe.bundle.encoder.weights_sha256 if recipe.bundle.encoder else ""
+    also = filter(None, [weights, start, encoder])
+    text = json.dumps([table, settings, data, *also], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
