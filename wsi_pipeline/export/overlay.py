@@ -23,7 +23,10 @@ FILL = 0.3
 TISSUE_COLOR = (70, 70, 90)
 TEXT_COLOR, WHITE = (40, 40, 40), (255, 255, 255)
 BRIGHT = 150
-"""Grey of a class's colour from which on its outline is rimmed dark, on all sides, else white."""
+"""Grey of a class's colour from which on its outline is rimmed black, else white.
+
+Around that is a line of the other of both: one of them stands out from tissue of any colour.
+"""
 FONT_SIZE, MARGIN = 15, 10
 """Of the legend: height of its letters, and what is around and between its entries, in px."""
 PREVIEW, PREVIEW_SIDE = "preview", 640
@@ -62,9 +65,7 @@ def write_overlay(
         um: µm per pixel along the rows, for a scale bar; None = no bar.
     """
     axis = int(thumbnail.shape[1] < 1.5 * thumbnail.shape[0])
-    between = [(0, MARGIN * (axis == 0)), (0, MARGIN * (axis == 1)), (0, 0)]
-    drawn = np.pad(_draw(thumbnail, mask, classes, tissue), between, constant_values=255)
-    picture = np.concatenate([drawn, thumbnail], axis=axis)
+    picture = _pair(axis, thumbnail, mask, classes, tissue)
     if captions is None:
         pixels = mask.ravel() if tissue is None else mask[tissue]
         shares = 100 * np.bincount(pixels, minlength=len(classes)) / max(pixels.size, 1)
@@ -77,10 +78,15 @@ def write_overlay(
     if tissue is not None:
         entries.append((TISSUE_COLOR, "edge of the tissue"))
     below = legend(entries, picture.shape[1], um=um)
-    small = Image.fromarray(picture)
-    small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), reducing_gap=2)
-    strip = legend(told, small.width, um=um and um * picture.shape[1] / small.width)
-    preview = Image.fromarray(np.vstack([np.asarray(small), strip]))
+    # drawn anew: outlines that are made smaller with the picture stand out from nothing
+    least = min(1, (PREVIEW_SIDE - MARGIN) / max(1, max(picture.shape) - MARGIN))
+    height, width = (max(1, round(n * least)) for n in mask.shape)
+    small = Image.fromarray(thumbnail).resize((width, height), reducing_gap=2)
+    at = np.ix_(np.arange(height) * len(mask) // height, np.arange(width) * mask.shape[1] // width)
+    of = None if tissue is None else tissue[at]
+    pair = _pair(axis, np.asarray(small), mask[at], classes, of)
+    strip = legend(told, pair.shape[1], um=um and um * mask.shape[1] / width)
+    preview = Image.fromarray(np.vstack([pair, strip]))
     info = PngInfo()
     info.add_text(PREVIEW, base64.b64encode(_small_jpeg(preview, PREVIEW_SIDE)).decode())
     with written_beside(path) as beside:
@@ -111,6 +117,19 @@ def _small_jpeg(picture: Image.Image, side: int) -> bytes:
     return buffer.getvalue()
 
 
+def _pair(
+    axis: int,
+    thumbnail: Picture,
+    mask: npt.NDArray[np.uint8],
+    classes: Sequence[ClassInfo],
+    tissue: BoolMask | None,
+) -> Picture:
+    """Return the thumbnail as it is drawn on and, along that axis, as it is."""
+    between = [(0, MARGIN * (axis == 0)), (0, MARGIN * (axis == 1)), (0, 0)]
+    drawn = np.pad(_draw(thumbnail, mask, classes, tissue), between, constant_values=255)
+    return np.concatenate([drawn, thumbnail], axis=axis)
+
+
 def _draw(
     thumbnail: Picture,
     mask: npt.NDArray[np.uint8],
@@ -118,7 +137,7 @@ def _draw(
     tissue: BoolMask | None,
 ) -> Picture:
     """Return the thumbnail with fills, outlines and the line around the tissue."""
-    # px of an outline, and of the rim around it that tells it from tissue of its own colour
+    # px of an outline, and of each of both rims around it
     width = max(2, round(max(mask.shape) / 800))
     rim = max(1, width // 2)
     colors = np.array([c.color or (0, 0, 0) for c in classes], dtype=np.float32)
@@ -127,12 +146,15 @@ def _draw(
     mixed = (1 - FILL) * thumbnail[inside] + FILL * colors[mask[inside]]
     picture[inside] = np.round(mixed).astype(np.uint8)
     if tissue is not None:
-        picture[tissue & _outline(tissue, 1)] = TISSUE_COLOR
-    nearby = ndimage.maximum_filter(mask, 2 * rim + 1)
-    dark = colors @ np.array([0.299, 0.587, 0.114], np.float32) > BRIGHT
-    outside = ~inside & (nearby > 0)
-    picture[outside] = np.where(dark, 0, 255).astype(np.uint8)[nearby[outside], None]
+        edge = tissue & _outline(tissue, 1)
+        picture[ndimage.maximum_filter(edge, 3)] = WHITE
+        picture[edge] = TISSUE_COLOR
+    bright = colors @ np.array([0.299, 0.587, 0.114], np.float32) > BRIGHT
     edge = inside & _outline(mask, width)
+    lines = np.where(edge, mask, 0)
+    for wide, light in ((2 * rim, bright), (rim, ~bright)):
+        nearby = ndimage.maximum_filter(lines, 2 * wide + 1)
+        picture[nearby > 0] = np.where(light, 255, 0).astype(np.uint8)[nearby[nearby > 0], None]
     picture[edge] = colors[mask[edge]].astype(np.uint8)
     return picture
 

@@ -6,6 +6,7 @@ const MARGIN = 0.5; // of the view on all sides, fetched with it
 const CROWDED = 300; // polygons in view from which on lines are thin, or they hide the rest
 const WAIT = 120; // ms without a move before they are fetched anew
 const REST = 400; // ms without a change before those of a cut are fetched exactly
+const RINGS = [0, 1, 2];
 
 export class Outlines {
   constructor(canvas, url, { changed, came }) {
@@ -24,20 +25,20 @@ export class Outlines {
     );
     for (const { x, y, width, height } of marks) {
       around(x, y);
-      stroke(context, "#ff00ff", 1.5 / scale, [6 / scale, 4 / scale], (c) => c.strokeRect(0, 0, width, height));
+      for (const [color, line, dash] of [["#000", 6, []], ["#fff", 4, []], ["#ff00ff", 2, [6 / scale, 4 / scale]]]) {
+        stroke(context, color, line / scale, dash, (c) => c.strokeRect(0, 0, width, height));
+      }
     }
     if (!held) return !this.waiting;
     around(held.x, held.y); // paths count from there: far from the origin a float is too coarse
     const seen = [...this.paths].filter(([value]) => !hidden.has(value));
-    const width = (held.shapes.length > CROWDED ? 1 : 2) / scale;
-    for (const [value, path] of seen) stroke(context, rimOf(colors[value]), 2 * width, [], (c) => c.stroke(path));
-    for (const [value, path] of seen) stroke(context, colors[value], width, [], (c) => c.stroke(path));
+    const width = held.shapes.length > CROWDED ? 1 : 2;
+    for (const ring of RINGS) for (const [value, path] of seen) outline(context, ring, colors[value], width, scale, path);
     const chosen = held.shapes.find((shape) => shape.id === selected);
     if (chosen) {
       const path = new Path2D();
       trace(path, chosen, held);
-      stroke(context, rimOf(colors[chosen.class]), 8 / scale, [], (c) => c.stroke(path));
-      stroke(context, colors[chosen.class], 4 / scale, [], (c) => c.stroke(path));
+      for (const ring of RINGS) outline(context, ring, colors[chosen.class], 4, scale, path);
     }
     return !this.waiting;
   }
@@ -99,10 +100,13 @@ function trace(path, { lines }, { x, y }) {
   }
 }
 
-// White, or black around a bright colour: a line must stand out from tissue of its own colour.
-function rimOf(color) {
-  const [r, g, b] = color.match(/\d+/g).map(Number);
-  return 0.299 * r + 0.587 * g + 0.114 * b > 150 ? "#000" : "#fff";
+// A line with a rim, white or, of a bright colour, black, and a line of the other of both around that: one of
+// them stands out from tissue of any colour. Each is a pixel of the screen on either side; less melts together.
+// ring: 0 the outermost, 2 the line itself.
+function outline(context, ring, color, width, scale, path) {
+  const [r, g, b] = color.match(/\d+/g).map(Number), isBright = 0.299 * r + 0.587 * g + 0.114 * b > 150;
+  const rims = isBright ? ["#fff", "#000"] : ["#000", "#fff"];
+  stroke(context, [...rims, color][ring], (width + 4 - 2 * ring) / scale, [], (c) => c.stroke(path));
 }
 
 function stroke(context, color, width, dash, draw) {

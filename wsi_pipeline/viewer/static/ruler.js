@@ -30,7 +30,7 @@ export class Overview {
     const context = fit(canvas, { width, height }, ratio), { x, y, w, h } = view.box();
     context.drawImage(this.picture, 0, 0, canvas.width, canvas.height);
     context.scale(ratio, ratio);
-    for (const [color, line] of [["#fff", 4], ["#0b5cad", 2]]) {
+    for (const [color, line] of [["#111", 6], ["#fff", 4], ["#0b5cad", 2]]) {
       Object.assign(context, { strokeStyle: color, lineWidth: line });
       context.strokeRect(x * scale, y * scale, Math.max(w * scale, 3), Math.max(h * scale, 3));
     }
