@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ import torch
 import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
+from contrast import LEAST, least_contrast
 from PIL import Image
 from runs import segment_job
 from scans import Soft as SoftScan
@@ -43,6 +45,8 @@ from tornado.websocket import websocket_connect
 from wsi_pipeline import open_run
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
+from wsi_pipeline.colors import COLORS as COLORS_UNNAMED
+from wsi_pipeline.colors import QUPATH_COLORS
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export.overlay import read_preview
 from wsi_pipeline.options import (
@@ -738,7 +742,8 @@ def test_the_page_cuts_anew_while_a_slider_moves(soft, tmp_path):
             picture = await page.picture()
             red.append((picture[..., 0] - picture[..., 1:].max(axis=2) > 40)[:, :800].sum())
             told = await page.ask("document.querySelector('#cut').textContent")
-            assert f"--threshold 'Tumor={share:.2f}' --threshold 'Stroma=1.00'" in told
+            line = ("export", str(soft), "--threshold", f"Tumor={share:.2f}")
+            assert f"{shlex.join(line)} --threshold Stroma=1.00" in told
         assert red[0] > 1.5 * red[1] > 0
         await page.ask("document.querySelector('#cut button').click()")
         await page.until(f"{amounts} == '{before}'")
@@ -1137,6 +1142,47 @@ def test_the_page_leads_by_keys_through_runs_and_regions(output, tmp_path):
 
     with serve(out) as viewer:
         browse(f"{viewer.url}#run={PLAIN}&x=700&y=610&d=1", tmp_path / "browser", visit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step", [150, 25]
+)  # px from polygon to polygon: 24, and too many for thick lines
+def test_outlines_stand_out_from_tissue(tmp_path, cmu_path, step):
+    slide = Path(shutil.copyfile(cmu_path, tmp_path / "slide.svs"))
+    model = load_bundle(pointwise_bundle(tmp_path / "model", mpp=0.5))
+    (job,) = plan_jobs([slide], tmp_path / "out")
+    settings = Settings(select=EVERYWHERE, predict=PredictOptions(mask_mpp=4), export=EXACT)
+    with open_cluster(ScheduleOptions()) as client:
+        assert segment_job(job, model, client=client, settings=settings).status == "done"
+    colors = [*QUPATH_COLORS.items(), *((f"{color}", color) for color in COLORS_UNNAMED)]
+    places = itertools.product(range(700, 1500, step), range(900, 1500, step))
+    features = [
+        {
+            "type": "Feature",
+            "geometry": shapely.geometry.mapping(shapely.Point(x, y).buffer(0.37 * step)),
+            "properties": {"classification": {"name": name, "color": color}},
+        }
+        for (x, y), (name, color) in zip(places, itertools.cycle(colors), strict=False)
+    ]
+    told = json.dumps({"type": "FeatureCollection", "features": features})
+    (job.folder / "annotations.geojson").write_text(told, "utf-8")
+    least = {}
+
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        for mask in (False, True):
+            shown = []
+            for _ in "ab":
+                await page.until(still)
+                shown.append((await page.picture())[60:740, :800])
+                await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[2].click()")
+            least[mask] = least_contrast(*shown, reach=6, near=2)
+            await page.ask("document.querySelectorAll('#sliders [type=checkbox]')[1].click()")
+
+    with serve(tmp_path / "out") as viewer:
+        browse(f"{viewer.url}#run=slide&x=1100&y=1200&d=1", tmp_path / "browser", visit)
+    assert min(least.values()) >= LEAST, least
 
 
 def looks_right(shown, corner, pixels, *, opacity):

@@ -81,7 +81,8 @@ void segment(String program, String model, String output, List<String> options) 
 /** Returns the file that an image is read from; null = it is not one of this machine. */
 File fileOf(server) {
     URI uri = server.getURIs().find { it.scheme == 'file' }
-    return uri == null ? null : new File(uri.path)
+    // on Windows a share of another machine: file://server/share/slide.svs
+    return uri == null ? null : new File(uri.authority ? "//${uri.authority}${uri.path}" : uri.path)
 }
 
 /** Returns the options that `info` needs as well to read the slide as `segment` does. */

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import logging
 import sys
 import traceback
@@ -120,6 +121,9 @@ def group(ctx: click.Context, verbose: int, quiet: bool, json_log: bool) -> None
 def main() -> None:
     """Run the command line."""
     sys.excepthook = _tell
+    # A name may hold what the encoding of a console or a pipe lacks, on Windows most letters.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Libraries warn whoever programs with them; PYTHONWARNINGS shows what they say.
     if not sys.warnoptions:
         warnings.simplefilter("ignore")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -93,9 +96,9 @@ def command(
         said = "a phantom drawn by computer, with the ellipse in it as truth: no patient"
     click.echo(f"segmenting {slide}: {said}", err=True)
     (job,) = plan_jobs([slide], output)
-    line = [str(slide), "--model", model or shipped, "--output", str(output)]
+    given = [str(slide), "--model", model or shipped, "--output", str(output)]
     try:
-        given = [*line, "--mpp", str(mpp)] if mpp else line
+        given += ["--mpp", str(mpp)] if mpp else []
         ctx.invoke(segment, **segment.make_context("segment", given).params)
         if truth:
             figures = evaluate(
@@ -105,10 +108,15 @@ def command(
                 click.echo(f"{row['class']} against the truth: Dice {row['dice']:.3f}", err=True)
     finally:
         # After a failure as well: what there is may show why.
-        shown = sorted(path for path in job.folder.glob("*") if path.name[0] != ".")
-        for path in [*shown, output / "summary.csv", output / "report.html"]:
+        there = sorted(path for path in job.folder.glob("*") if path.name[0] != ".")
+        for path in [*there, output / "summary.csv", output / "report.html"]:
             click.echo(str(path))
-    click.echo(f"look at it: wsi-pipeline view {shlex.quote(str(output))}", err=True)
+    # after `make demo` the program lies in .venv, where no shell looks
+    here = shutil.which("wsi-pipeline", path=str(Path(sys.executable).parent))
+    program = "wsi-pipeline" if shutil.which("wsi-pipeline") else here or "wsi-pipeline"
+    line = [program, "view", str(output)]
+    shown = subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
+    click.echo(f"look at it: {shown}", err=True)
 
 
 def _stain(path: Path) -> Path:

@@ -98,7 +98,9 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
             anchor=f"run-{number}",
             picture=_picture(folder, side) if folder in shown else "",
             links={
-                name: quote_from_bytes(os.fsencode(os.path.relpath(folder / name, output_dir)))
+                name: quote_from_bytes(
+                    os.fsencode((folder / name).relative_to(output_dir).as_posix())
+                )
                 for name in dict.fromkeys((*LINKED_FILES, *run.files))
                 # of a run behind a URL not every file has a copy in the folder
                 if name in run.files or (folder / name).exists()

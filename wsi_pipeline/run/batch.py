@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -204,6 +204,9 @@ class BatchRunner:
             )
             try:
                 for group in groups:
+                    # without a time Ctrl-C would not be heard on Windows
+                    while not runs[0].done():
+                        wait([runs[0]], 0.5)
                     for job, end in zip(group, runs.popleft().result(), strict=True):
                         yield job, self._ended(job, end)
             except BaseException:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 from wsi_pipeline.errors import SourceError
 from wsi_pipeline.files.dicomweb import DicomWeb, find_series
@@ -246,15 +247,14 @@ def plan_jobs(
     """
     paths, output = [as_path(slide) for slide in slides], as_path(output)
     for naming in (_stem, _file_name, _long_name):
-        # Some file systems take names for one that differ in capitals alone.
-        names = Counter(naming(path).casefold() for path in paths)
-        folders = {p: naming(p) for p in paths if names[naming(p).casefold()] == 1}
+        names = Counter(_folded(naming(path)) for path in paths)
+        folders = {p: naming(p) for p in paths if names[_folded(naming(p))] == 1}
         if naming is _stem:
             chosen = folders
         else:
-            taken = {name.casefold() for name in chosen.values()}
+            taken = set(map(_folded, chosen.values()))
             chosen |= {
-                p: n for p, n in folders.items() if p not in chosen and n.casefold() not in taken
+                p: n for p, n in folders.items() if p not in chosen and _folded(n) not in taken
             }
     table = mpp_table or {}
     mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in paths}
@@ -266,6 +266,11 @@ def plan_jobs(
         Job(path=p, folder=output / name, mpp=mpps[p], target=target / name if target else None)
         for p, name in ((p, chosen.get(p, _long_name(p))) for p in paths)
     ]
+
+
+def _folded(name: str) -> str:
+    """Return the same for names that some file systems take for one: by capitals, or accents."""
+    return normalize("NFC", name).casefold()
 
 
 def _stem(path: Path) -> str:

@@ -54,7 +54,9 @@ def corrected_recipe(folder: Path, name: str) -> tuple[Recipe, Path]:
     if start.digest != digest:
         raise RecipeError(f"{start.path} is not the model of these runs: its content differs")
     slides = {h: source_path(h, run.slide["path"]).absolute() for h, (run, _) in files.items()}
-    root = Path(next(iter(slides.values())).anchor)
+    root, *others = {Path(slide.anchor) for slide in slides.values()}
+    if others:
+        raise RecipeError(f"the slides lie on the drives {root} and {others[0]}; expected one")
     data = tuple(
         DataSpec(
             patient=home.name,

@@ -92,8 +92,9 @@ class Viewer:
         self.root = f"/{secrets.token_urlsafe(16)}/"
         self.pages: dict[str, Answer] = {}
         for file in (resources.files("wsi_pipeline.viewer") / "static").iterdir():
-            name = file.name.replace("index.html", "")
-            self.pages[name] = TYPES[Path(file.name).suffix], file.read_bytes()
+            # Macs leave files of their own in folders that are looked at
+            if kind := TYPES.get(Path(file.name).suffix):
+                self.pages[file.name.replace("index.html", "")] = kind, file.read_bytes()
         is_any = host in ("0.0.0.0", "::")
         name = socket.gethostname() if is_any else host
         self.hosts = {"localhost", LOOPBACK, "::1", name.lower()} | ({"*"} if is_any else set())
@@ -164,7 +165,8 @@ class Viewer:
                 facts["picture"] = "overlay.png" if (folder / "overlay.png").is_file() else ""
             except StoreError as error:
                 facts = {"name": folder.name, "status": "", "reason": str(error)}
-            found.append({"id": name, "folder": unquote(name, errors="surrogateescape"), **facts})
+            named = {"folder": unquote(name, errors="surrogateescape"), "path": str(folder)}
+            found.append({"id": name, **named, **facts})
         return found
 
     def _find(self) -> dict[str, Path]:

@@ -259,8 +259,10 @@ function cut() {
     mine.mask = tiles("mask", { smooth: false });
   }
   document.body.classList.toggle("cutting", some); // what is told of regions is of the file's
-  const quoted = names.map((name, i) => thresholds[i] && `--threshold '${name.replaceAll("'", "'\\''")}=${thresholds[i]}'`).filter(Boolean);
-  element("cut").querySelector("code").textContent = some ? `wsi-pipeline export ${run().folder} ${quoted.join(" ")}` : "";
+  // the shell of Windows knows no single quotes, and most names need none
+  const quote = (text) => (/^[\w./:=-]+$/.test(text) ? text : text.includes("\\") ? `"${text}"` : `'${text.replaceAll("'", "'\\''")}'`);
+  const quoted = names.map((name, i) => thresholds[i] && `--threshold ${quote(`${name}=${thresholds[i]}`)}`).filter(Boolean);
+  element("cut").querySelector("code").textContent = some ? `wsi-pipeline export ${quote(run().path)} ${quoted.join(" ")}` : "";
   clearTimeout(cutting);
   if (some) tellAreas("").then(() => { if (shown === mine) cutting = setTimeout(() => tellAreas("&exact=1"), 400); });
   else facts.classes.forEach((of, value) => tellAmount(value, of.amount == null ? "" : `${number(of.amount)} ${facts.unit}`));
@@ -285,7 +287,7 @@ function tellAmount(value, text) {
 }
 
 function run() {
-  return runs.find(({ id }) => id === shown.run) ?? { folder: "RUN" };
+  return runs.find(({ id }) => id === shown.run) ?? { path: "RUN" };
 }
 
 function toggleRuler() {
