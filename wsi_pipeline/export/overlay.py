@@ -83,8 +83,8 @@ def write_overlay(
     height, width = (max(1, round(n * least)) for n in mask.shape)
     small = Image.fromarray(thumbnail).resize((width, height), reducing_gap=2)
     at = np.ix_(np.arange(height) * len(mask) // height, np.arange(width) * mask.shape[1] // width)
-    of = None if tissue is None else tissue[at]
-    pair = _pair(axis, np.asarray(small), mask[at], classes, of)
+    where = None if tissue is None else tissue[at]
+    pair = _pair(axis, np.asarray(small), mask[at], classes, where)
     strip = legend(told, pair.shape[1], um=um and um * mask.shape[1] / width)
     preview = Image.fromarray(np.vstack([pair, strip]))
     info = PngInfo()
