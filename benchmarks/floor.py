@@ -43,6 +43,7 @@ RESIDENT = 64
 TRIAL_SECONDS = 1.0
 """How long each form of the network is tried."""
 CORES = len(os.sched_getaffinity(0))
+CPU_BATCHES = (1, 4)
 GPU_BATCHES = (8, 16, 32, 64)
 
 
@@ -117,7 +118,7 @@ def forward_seconds(
     rates: dict[str, tuple[float, Callable[[int], None]]] = {}
     for name, (module, dtype) in _forms(bundle, where, with_compile).items():
         inputs = _normalised(bundle, patches, where, dtype)
-        for batch in (1,) if where.type == "cpu" else GPU_BATCHES:
+        for batch in CPU_BATCHES if where.type == "cpu" else GPU_BATCHES:
             indices = torch.arange(RESIDENT).split(batch)
             predict = partial(_predict, module, [inputs[i % len(inputs)] for i in indices])
             predict(2 * CORES * batch)  # the first chooses kernels

@@ -314,6 +314,22 @@ def test_apples_gpu_is_taken_where_it_is():
         choose_device("mps:0")
 
 
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this processor computes no bf16"
+)
+@pytest.mark.parametrize("side", [96, 128, 256])
+def test_light_networks_have_several_patches_a_pass_with_the_same_bits(tmp_path, side):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=side))
+    region = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (300, 290, 3), np.uint8))
+    origins = np.array([(0, 0), (7, 3), (31, 30), (44, 34), (2, 19), (40, 1), (11, 11)])
+    several = Predictor(bundle, device="cpu", precision="bf16")
+    alone = Predictor(bundle, device="cpu", precision="bf16", batch_size=1)
+    assert several.queue.batch == {96: 8, 128: 8, 256: 4}[side]
+    found = [list(p.predict(region, origins)) for p in (several, alone)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert Predictor(bundle, device="cpu", precision="fp32").queue.batch == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_a_gpu_agrees_with_the_cpu(tmp_path):

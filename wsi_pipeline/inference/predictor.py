@@ -23,7 +23,7 @@ from wsi_pipeline.bundle import FOREIGN, Bundle
 from wsi_pipeline.errors import BundleError, DeviceError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
-from wsi_pipeline.networks import Network, SegmentationNetwork, build
+from wsi_pipeline.networks import Network, SegmentationNetwork, build, patches_per_pass
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise
 from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
@@ -352,8 +352,8 @@ class Predictor:
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
         lower = self.dtype is not torch.float32 and not self._is_ours
-        # or cuDNN rounds the factors of fp32's products
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        # Or cuDNN rounds the factors of fp32's products; passes are alike, so it may try its ways.
+        exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
         try:
             with (
                 exact if self.device.type == "cuda" else nullcontext(),
@@ -410,9 +410,11 @@ class Predictor:
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""
+        if self.device.type == "cpu":
+            return patches_per_pass(self.bundle, self.dtype)
         if self.device.type != "cuda":
-            # Passes on CPUs go side by side; of others the memory is not known.
-            return 1 if self.device.type == "cpu" else PROBE
+            # its memory is not known
+            return PROBE
         spec = self.bundle.input
         patches = torch.zeros((PROBE, *spec.patch_size, spec.channels), dtype=torch.uint8)
         before = torch.cuda.memory_allocated(self.device)

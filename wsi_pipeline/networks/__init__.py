@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 
+import torch
 from torch import nn
 
 from wsi_pipeline.bundle import DECODER, FOREIGN, Bundle
@@ -32,7 +34,10 @@ NETWORKS: dict[str, type[SegmentationNetwork]] = {
 }
 """Every network of the package: what `network` in a model.toml, or a recipe, may name."""
 
-__all__ = ["NETWORKS", "Network", "SegmentationNetwork", "build", "create"]
+MOST_PER_PASS = 8
+"""Patches of a pass on a core: the last passes of a slide are filled up with nothing."""
+
+__all__ = ["NETWORKS", "Network", "SegmentationNetwork", "build", "create", "patches_per_pass"]
 
 
 def build(bundle: Bundle) -> Network:
@@ -60,6 +65,19 @@ def build(bundle: Bundle) -> Network:
         module.encoder = FrozenEncoder(bundle.encoder, module)
         batch_size = module.encoder.batch_size
     return Network(module=module.eval(), batch_size=batch_size)
+
+
+def patches_per_pass(bundle: Bundle, dtype: torch.dtype) -> int:
+    """Return how many patches make the best pass on one core of a CPU.
+
+    It is 1 but in bf16, in which a patch gets the same bits in any company; fp32 is rounded
+    differently in another batch, and by a patch's place in it.
+    """
+    network = NETWORKS.get(bundle.network, SegmentationNetwork)
+    # What is brought to a size is a patch or two, and a pass would mostly be empty.
+    if dtype is not torch.bfloat16 or bundle.input.fit:
+        return 1
+    return min(max(1, network.pass_pixels // math.prod(bundle.input.patch_size)), MOST_PER_PASS)
 
 
 def create(bundle: Bundle) -> SegmentationNetwork:

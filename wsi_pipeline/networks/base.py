@@ -19,6 +19,10 @@ class SegmentationNetwork(nn.Module):
     """Axes of a patch: 2 for images and slides, 3 for volumes."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Prefixes of tensors that prediction never calls; weight files may lack or have them."""
+    pass_pixels: ClassVar[int] = 0
+    """Pixels of a pass on one core of a CPU, in several patches if they are small; 0 = one patch.
+    What a pass costs in any case counts where a network is light, and the caches where it is not.
+    """
     size_multiple: int
     """Every side of a patch is a multiple of this; ask the instance, it may depend on options."""
     looks_at: str

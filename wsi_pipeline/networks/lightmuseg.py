@@ -144,6 +144,7 @@ class LightMuSeg(SegmentationNetwork):
             24,450 parameters more, and 41 for every class.
     """
 
+    pass_pixels = 512 * 512
     size_multiple = 32
     looks_at = "encoder.13"
     unused: ClassVar[tuple[str, ...]] = ("encoder.18.", "sideout")

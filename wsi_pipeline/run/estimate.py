@@ -19,7 +19,7 @@ from wsi_pipeline.files.paths import name_of
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.inference.ensemble import open_predictor
 from wsi_pipeline.inference.predictor import choose_device, choose_dtype
-from wsi_pipeline.networks import SegmentationNetwork, build
+from wsi_pipeline.networks import SegmentationNetwork, build, patches_per_pass
 from wsi_pipeline.networks.cost import peak_memory
 from wsi_pipeline.options import POLYGONS, PredictOptions, Settings
 from wsi_pipeline.report.record import files_of
@@ -266,8 +266,9 @@ def _peak_memory(
     total += _tissue_px(plan) / PX_PER_VERTEX * VERTEX_BYTES
     kept = plan.straddling * (1 if bundle.activation == "sigmoid" else channels) * 4
     if device.type == "cpu":
-        batch, each = predict.batch_size or 1, model.activations
-        if choose_dtype(predict.precision, device, bundle) is not torch.float32:
+        dtype, each = choose_dtype(predict.precision, device, bundle), model.activations
+        batch = predict.batch_size or patches_per_pass(bundle, dtype)
+        if dtype is not torch.float32:
             # They are counted in fp32; the other formats take half.
             each /= 2
         # Finished predictions of each block wait for their turn beside those that are made.
