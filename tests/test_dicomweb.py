@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import pickle
 import re
 import shutil
 import subprocess
@@ -291,6 +292,42 @@ def test_frames_that_were_left_out_are_computed_and_concatenations_are_one(
             assert np.array_equal(pixels, expected)
 
 
+def test_where_frames_lie_is_not_guessed(served, levels, tmp_path):
+    (path,) = write_pyramid(tmp_path / "a", levels[1:2], MPP, kind="raw", left_out=[(1, 0, 0)])
+    header = dcmread(path)
+    del header.PerFrameFunctionalGroupsSequence
+    header.save_as(path)
+    with pytest.raises(SourceError, match=r"9 frames of 482 × 371 px, 0 expected, in 1 of 1"):
+        open_source(served.add(path))
+    # Two thirds of a level, and two levels where there can be one.
+    parts = write_pyramid(tmp_path / "b", levels[1:2], MPP, kind="raw", parts=3)
+    with pytest.raises(SourceError, match="6 frames of 482 × 371 px, 9 expected, in 2 of 3 inst"):
+        open_source(served.add(*parts[1:]))
+    sparse = {"kind": "raw", "parts": 3, "left_out": [(0, 0, 0)]}
+    with pytest.raises(SourceError, match="in 2 of 3 instances: parts are missing"):
+        open_source(served.add(*write_pyramid(tmp_path / "c", levels[1:2], MPP, **sparse)[1:]))
+    copies = [dcmread(write_pyramid(tmp_path / "d", levels[1:2], MPP, kind="raw")[0])] * 2
+    for number, copy in enumerate(copies):
+        copy.SOPInstanceUID = copy.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        copy.save_as(tmp_path / f"{number}.dcm")
+    with pytest.raises(SourceError, match=r"18 frames .* 9 expected.*there are focal planes"):
+        open_source(served.add(tmp_path / "0.dcm", tmp_path / "1.dcm"))
+
+
+def test_a_proxy_is_asked_where_there_is_one(tmp_path, pyramid, monkeypatch):
+    with dicomwebs.own(tmp_path / "server") as port, dicomwebs.listening(port) as proxy:
+        address = Served(proxy, tmp_path / "server", None).add(*pyramid)
+        there = address.replace(proxy.address, "dicomweb+http://pacs.invalid/dicom-web")
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.server_port}")
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with open_source(there) as slide:
+            assert slide.size == (1931, 1487)
+        assert all(path.startswith("http://pacs.invalid/") for _, path, *_ in proxy.log)
+        proxy.log.clear()
+        open_source(address).close()
+        assert all(path.startswith(dicomwebs.ROOT) for _, path, *_ in proxy.log)
+
+
 def test_a_profile_is_read_when_it_is_wanted(served, pyramid, tmp_path):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     header = dcmread(pyramid[0])
@@ -454,6 +491,7 @@ def test_what_cannot_be_is_told_in_a_sentence(served, data_dir, pyramid, tmp_pat
 def test_addresses(text, shown, url):
     found = as_path(text)
     assert str(found) == shown
+    assert pickle.loads(pickle.dumps(found)) == found == as_path(shown)
     assert found.url == url
 
 
@@ -563,7 +601,11 @@ def test_it_is_sent_once_and_what_is_not_stored_is_named(server, sent, tmp_path,
     run = sent
     server.listener.fault = None
     server.log.clear()
+    # Made again, it has the same identifier.
+    made = (run / "mask-1.dcm").read_bytes()
+    (run / "mask-1.dcm").unlink()
     again = call("export", run, "--store", f"{server.address}/")
+    assert (run / "mask-1.dcm").read_bytes() == made
     assert again.exit_code == 0, again.output
     assert "stored: 0 files of DICOM, 4 were there" in again.output
     assert {method for method, *_ in server.log} == {"GET"}

@@ -59,22 +59,17 @@ class DicomWeb:
         """Return what a file of it would be called: the dots of identifiers begin no suffix."""
         return f"{self.where.rpartition('/')[2]}.dcm"
 
-    @property
-    def parent(self) -> DicomWeb:
-        """Return the address of the study."""
-        return replace(self, where=self.where.partition("/series/")[0])
-
     def absolute(self) -> DicomWeb:
-        """Return itself."""
+        """Return itself, which is its own parent, too."""
         return self
+
+    parent = property(absolute)
 
     def __getattr__(self, name: str) -> NoReturn:
         """Refuse to be a folder or file."""
         if name.startswith("_"):
             raise AttributeError(name)
-        raise StoreError(
-            f"{self}: a DICOMweb server holds neither folders nor files; name a folder"
-        )
+        raise StoreError(f"{self}: a DICOMweb server holds no folders and files; name a folder")
 
     __truediv__ = __getattr__
 

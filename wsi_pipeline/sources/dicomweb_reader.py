@@ -63,16 +63,18 @@ class _Level:
         self._firsts = [0, *accumulate(counts)][:-1]
         self._across, down = (-(-n // side) for n, side in zip(size, self.tile, strict=True))
         groups = [group for _, frames in parts for group in frames]
-        is_full = first.get("DimensionOrganizationType") == "TILED_FULL" or not groups
+        order = first.get("DimensionOrganizationType") or (groups and "TILED_SPARSE")
         self._places: dict[tuple[int, int], int] = {}
-        for number, group in enumerate(() if is_full else groups):
+        for number, group in enumerate(groups if order == "TILED_SPARSE" else ()):
             spot = group[PLACE]["Value"][0]
             x, y = (int(spot[tag]["Value"][0]) - 1 for tag in POSITION)
             self._places[x // self.tile[0], y // self.tile[1]] = number
-        if sum(counts) != (len(self._places) or self._across * down):
+        wanted = len(self._places) if order == "TILED_SPARSE" else self._across * down
+        count = first.get("InConcatenationTotalNumber") or len(parts)
+        if (sum(counts), count) != (wanted, len(parts)):
             raise SourceError(
-                f"{sum(counts)} frames in {len(parts)} instances of {size[0]} × {size[1]} px: "
-                "neither one for each tile nor all of different places; focal planes are not read"
+                f"{sum(counts)} frames of {size[0]} × {size[1]} px, {wanted} expected, in "
+                f"{len(parts)} of {count} instances: parts are missing, or there are focal planes"
             )
 
     def frame(self, column: int, row: int) -> tuple[str, str] | None:
@@ -109,12 +111,7 @@ class _Level:
 
 
 class DicomWebBackend:
-    """A series of whole-slide images on a server.
-
-    Attributes:
-        headers: What the instances of level 0 say of themselves.
-        fingerprint: Digest of the identifiers of all.
-    """
+    """A series on a server; `headers` are of its level 0, `fingerprint` is of all identifiers."""
 
     name = "dicomweb"
     blank = WHITE
@@ -133,7 +130,7 @@ class DicomWebBackend:
         self.level_tiles: Sizes = tuple(level.tile for level in self._levels)
         spacings = [spacing_of(level.headers[0]) for level in self._levels]
         full = spacings[0]
-        stated = [own and full and (own[0] / full[0], own[1] / full[1]) for own in spacings]
+        stated = [one and full and (one[0] / full[0], one[1] / full[1]) for one in spacings]
         self.level_downsamples = stated_downsamples(
             self.size, self.level_sizes, self.level_tiles, stated
         )
@@ -195,7 +192,7 @@ def _levels(entries: Sequence[dict[str, Any]]) -> list[_Level]:
         # Of what is left out of metadata the URI is kept.
         header = Dataset.from_json(entry, lambda tag, vr, uri: uri.encode())
         is_slide = header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage
-        if is_slide and "VOLUME" in header.ImageType:
+        if is_slide and "VOLUME" in (header.get("ImageType") or ()):
             size = header.TotalPixelMatrixColumns, header.TotalPixelMatrixRows
             found.setdefault(size, []).append((header, frames))
     if not found:
