@@ -9,12 +9,18 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 import zarr
 from bundles import lightmuseg_bundle, pointwise_bundle
+from PIL import Image
+from scans import Soft, scan_bundle
 
 from wsi_pipeline import UsageError, segment
 from wsi_pipeline.bundle import load_bundle
-from wsi_pipeline.errors import WsiPipelineError
+from wsi_pipeline.errors import BundleError, WsiPipelineError
+from wsi_pipeline.inference.ensemble import open_predictor
+from wsi_pipeline.networks.ensemble import combined, write_ensemble
+from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.run.again import export_again
 from wsi_pipeline.run.probability import open_probability
 from wsi_pipeline.run.verify import verify
@@ -120,3 +126,87 @@ def test_members_that_do_not_fit_are_refused(
     with pytest.raises(UsageError, match="two members or more"):
         segment(slide_path, model=members[0], combine="vote", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+class Otherwise(torch.nn.Module):
+    """`Soft`, the other way round."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = 1 - x[:, :1]
+        return torch.cat([0.45 - first, 0.1 - (first - 0.5).abs(), first - 0.55], dim=1) * 5
+
+
+def test_each_member_prepares_an_image_by_its_own_figures(tmp_path: Path) -> None:
+    """Pixels of images are numbers already: one member's preparation must not be the next one's."""
+    values = np.random.default_rng(0).integers(0, 256, (60, 70)).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    models = []
+    for number, program in enumerate((Soft, Otherwise, Soft)):
+        folder = scan_bundle(
+            tmp_path / f"m{number}",
+            modality="image",
+            resolution="fit = [60, 70]",
+            patch_size=(32, 32),
+            program=program,
+        )
+        text = (folder / "model.toml").read_text("utf-8")
+        own = text.replace("mean = [0.0]", f"mean = [{number / 10}]").replace(
+            "std = [1.0]", f"std = [{1 - number / 5}]"
+        )
+        (folder / "model.toml").write_text(own, "utf-8")
+        models.append(folder)
+    options = {"precision": "fp32", "device": "cpu"}
+    each = []
+    for model in models:
+        segment(tmp_path / "a.png", model=model, output=tmp_path / f"o{model.name}", **options)
+        each.append(open_probability(tmp_path / f"o{model.name}" / "a").levels[0][:] * ONE)
+    segment(tmp_path / "a.png", model=models, combine="mean", output=tmp_path / "o", **options)
+    found = open_probability(tmp_path / "o" / "a").levels[0][:] * ONE
+    assert np.abs(found - np.mean(each, axis=0)).max() <= 1.1 * ONE
+    assert np.std(each, axis=0).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('combine = "mean"', 'combine = "median"', "combine is 'median'; expected mean or vote"),
+        ('combine = "mean"', "", "combine is None; expected mean or vote"),
+        ("mpp = 1.0", "mpp = 0.5", r"test-m0 and mean of .*: input\.mpp is 1\.0 and 0\.5"),
+        ('network = "ensemble"', 'network = "unet"', "members come together"),
+        ("members = [", "others = [", "members come together"),
+    ],
+)
+def test_an_ensemble_whose_file_was_changed_is_refused(
+    tmp_path: Path, slide_path: Path, members: list[Path], old: str, new: str, reason: str
+) -> None:
+    bundle = combined([load_bundle(m) for m in members[:2]], "mean", tmp_path)
+    write_ensemble(bundle)
+    text = (bundle.path / "model.toml").read_text("utf-8")
+    assert old in text
+    (bundle.path / "model.toml").write_text(text.replace(old, new), "utf-8")
+    with pytest.raises(WsiPipelineError, match=reason):
+        open_predictor(load_bundle(bundle.path), PredictOptions(device="cpu"), threads=1)
+
+
+def test_ensembles_of_ensembles_are_refused(tmp_path: Path, members: list[Path]) -> None:
+    inner = combined([load_bundle(m) for m in members[:2]], "mean", tmp_path)
+    with pytest.raises(BundleError, match=r"mean of .* is an ensemble itself; name its members"):
+        combined([inner, load_bundle(members[2])], "mean", tmp_path)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_members_that_scale_images_otherwise_are_refused(tmp_path: Path, first: int) -> None:
+    models = [
+        load_bundle(
+            scan_bundle(
+                tmp_path / f"m{number}",
+                modality="image",
+                resolution="fit = [60, 70]",
+                patch_size=(32, 32),
+                keys=keys,
+            )
+        )
+        for number, keys in enumerate(('scale = "minmax"', ""))
+    ]
+    with pytest.raises(BundleError, match=r"input\.scale is "):
+        combined([models[first], models[1 - first]], "mean", tmp_path)

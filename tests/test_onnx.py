@@ -240,3 +240,23 @@ def test_a_slide_gets_the_mask_of_the_same_as_torchscript(tmp_path: Path, slide_
     assert computed.count("onnxruntime") == 1
     assert len(np.unique(masks[0])) == 3
     np.testing.assert_array_equal(*masks)
+
+
+@pytest.mark.slow
+def test_the_shipped_model_marks_a_slide_alike_as_onnx(tmp_path: Path, cmu_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "models" / "lightmuseg-bcss-demo"
+    export_onnx(load_bundle(shipped), tmp_path / "network.onnx")
+    arguments = ["models", "import", str(tmp_path / "network.onnx"), "-o", str(tmp_path / "theirs")]
+    assert CliRunner().invoke(group, arguments).exit_code == 0
+    masks = []
+    for model in (shipped, tmp_path / "theirs"):
+        output = tmp_path / f"out-{model.name}"
+        arguments = ["segment", str(cmu_path), "--model", str(model), "-o", str(output)]
+        arguments += ["--device", "cpu", "--precision", "fp32", "--outputs", "zarr"]
+        result = CliRunner().invoke(group, arguments)
+        assert result.exit_code == 0, result.output
+        (mask,) = output.glob("*/mask.ome.zarr")
+        masks.append(zarr.open_group(mask, mode="r")["0"][:])
+    assert masks[0].any()
+    # Sums are rounded differently: a pixel on the border of two classes may fall on either side.
+    assert (masks[0] != masks[1]).mean() < 1e-5

@@ -23,7 +23,7 @@ from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.inference.unlike import FALSE_ALARMS, SHRINKAGE, Familiar, load_familiar
-from wsi_pipeline.networks import build
+from wsi_pipeline.networks import NETWORKS, build
 
 PATIENTS = [
     np.random.default_rng(i).normal(0.2 * i, [1, 2, 3], (200 + 30 * i, 3)).astype(np.float32)
@@ -218,3 +218,16 @@ def test_a_run_tells_what_share_of_its_patches_is_unlike(tmp_path: Path, slide: 
     assert plain.unlike_percent is None
     assert "unlike" not in (tmp_path / "plain-out" / "summary.csv").read_text("utf-8")
     assert "unlike" not in (tmp_path / "plain-out" / "two" / "run.json").read_text("utf-8")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_passes_the_stage_that_tells_what_a_patch_looks_like(name: str) -> None:
+    network = NETWORKS[name]().eval()
+    seen: list[tuple[int, ...]] = []
+    stage = network.get_submodule(network.looks_at)
+    stage.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape))
+    with torch.inference_mode():
+        network(torch.rand(1, network.channels, *(max(32, n) for n in network.multiples)))
+    ((count, channels, *_),) = seen
+    assert count == 1
+    assert channels >= 64

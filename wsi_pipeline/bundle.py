@@ -315,6 +315,8 @@ def parse_bundle(
             raise ValueError(f"lacks output.classes: {found.network} gives a mask")
         classes = _classes(_by_patch(found.output) if is_patchwise else found.output)
         members = converted(found.network_options.get("members", []), list[str])
+        if bool(members) != (found.network == "ensemble"):
+            raise ValueError('network = "ensemble" and network_options.members come together')
         if (found.network == DECODER) != (found.encoder is not None):
             raise ValueError(f'network = "{DECODER}" and [encoder] come together')
         is_program = found.network in FOREIGN

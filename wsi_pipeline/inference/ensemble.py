@@ -12,6 +12,7 @@ from torch.nn.functional import one_hot
 from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
 from wsi_pipeline.inference.predictor import Predictor
+from wsi_pipeline.networks.ensemble import check_members
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.schedule.worker_state import WorkerCache
 
@@ -26,6 +27,7 @@ class Ensemble(Predictor):
     """
 
     def __init__(self, bundle: Bundle, **options: Any) -> None:
+        check_members(bundle)
         self._members = [Predictor(member, **options) for member in bundle.members]
         first = self._members[0]
         self.bundle, self.device, self.dtype = bundle, first.device, first.dtype
@@ -88,8 +90,8 @@ def kept_predictor(
     beside: Collection[str],
 ) -> Predictor:
     """Return the predictor that a worker made for the last slide, or a new one."""
-    key = repr((bundle.digest, bundle, bundle.weights_sha256, options.device, options.precision,
-                options.batch_size, threads, options.tta))  # fmt: skip
+    key = repr((bundle.digest, bundle, options.device, options.precision, options.batch_size,
+                threads, options.tta))  # fmt: skip
     predictor = keep.get(key)
     if not isinstance(predictor, Predictor):
         # A model that is used no more gives its memory back first.

@@ -330,7 +330,8 @@ class Predictor:
         mean of those of each turn. Batches know of one pass.
         """
         scale = self._scale[patches.dtype]
-        values = patches.flatten(-2).float().mul_(scale).add_(self._shift)
+        # A copy, whatever they are: the other members of an ensemble see them, too.
+        values = patches.flatten(-2).to(torch.float32, copy=True).mul_(scale).add_(self._shift)
         values = values.view(patches.shape)
         total: Answer = ()
         for is_turned, axes in self._turns:

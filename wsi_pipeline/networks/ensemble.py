@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, bundle_table, bundle_toml
 from wsi_pipeline.errors import BundleError
@@ -60,13 +61,20 @@ def check_members(bundle: Bundle) -> None:
     """
     if len(bundle.members) < 2:
         raise BundleError(f"{bundle.name}: an ensemble has two members or more")
-    first, *others = map(_seen, bundle.members)
-    for member, other in zip(bundle.members[1:], others, strict=True):
-        for key, found in other.items():
-            if found != first[key]:
+    if (combine := bundle.network_options.get("combine")) not in get_args(Combine):
+        raise BundleError(f"{bundle.name}: combine is {combine!r}; expected mean or vote")
+    if nested := [member.name for member in bundle.members if member.members]:
+        raise BundleError(f"{bundle.name}: {nested[0]} is an ensemble itself; name its members")
+    first, wanted = bundle.members[0], _seen(bundle.members[0])
+    # By its own file it sees what they see, unless one of them has been changed since.
+    for other in (*bundle.members[1:], bundle):
+        own = _seen(other)
+        for key in sorted(own.keys() | wanted.keys()):
+            if own.get(key) != wanted.get(key):
                 raise BundleError(
-                    f"{bundle.members[0].name} and {member.name} cannot be one ensemble: {key} is "
-                    f"{first[key]} and {found}; leave --combine out, and each has its own runs"
+                    f"{first.name} and {other.name} cannot be one ensemble: {key} is "
+                    f"{wanted.get(key)} and {own.get(key)}; leave --combine out, and each has its "
+                    "own runs"
                 )
     if bundle.input.convention:
         raise BundleError(

@@ -46,8 +46,6 @@ class NNUNet(SegmentationNetwork):
         zscore: whether each patch is brought to mean 0 and deviation 1, channel by channel.
     """
 
-    looks_at = "nets.0.encoder.stages"
-
     def __init__(
         self,
         *,
@@ -73,6 +71,7 @@ class NNUNet(SegmentationNetwork):
         self.ndim = ndim  # type: ignore[misc]
         self.sizes = tuple(math.prod(strides[axis::ndim]) for axis in range(ndim))
         self.size_multiple = math.lcm(*self.sizes)
+        self.looks_at = f"nets.0.encoder.stages.{min(n - 1, 4)}"
         self.zscore = zscore
         conv: Conv = partial(_conv, batch_norm=batch_norm)
         kernel, step = (
