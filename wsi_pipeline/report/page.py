@@ -158,6 +158,7 @@ def write_report(output_dir: Path, runs: Mapping[Path, Run]) -> None:
         failed=[card for card in cards if card.run.status == "failed"],
         cards=[card for folder, card in zip(runs, cards, strict=True) if folder in shown],
         common=common,
+        side=side,
     )
     # file names that are no UTF-8 come with lone surrogates, which no encoding takes as they are
     write_whole(output_dir / "report.html", page.encode("utf-8", "backslashreplace"))
