@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import logging
+import os
 import re
 import shutil
 import struct
@@ -20,7 +22,7 @@ from bundles import pointwise_bundle, write_toml
 from click.testing import CliRunner
 from PIL import Image
 
-from wsi_pipeline.cli import COMMANDS, group
+from wsi_pipeline.cli import COMMANDS, BesideBars, group
 from wsi_pipeline.cli.progress import Bars, new_bar
 
 ROOT = Path(__file__).parents[1]
@@ -688,3 +690,29 @@ def test_decoders_do_not_write_to_stderr(tmp_path):
         lines = done.stderr.splitlines()
         assert len(lines) == code, done.stderr
         assert all(line.startswith(("Error: cannot", "Error: v.nii")) for line in lines)
+
+
+def test_warnings_and_bars_have_lines_of_their_own(capfd):
+    handler = BesideBars(sys.stderr)
+    record = logging.LogRecord("wsi_pipeline", logging.WARNING, "", 0, "faded", (), None)
+    with new_bar("slide", total=9, initial=0, unit="patches", quiet=False) as bar:
+        bar.refresh()
+        handler.emit(record)
+    assert "faded" in re.split(r"[\r\n]", capfd.readouterr().err)
+
+
+def test_a_misspelt_command_is_told_which_is_meant():
+    assert "Did you mean segment?" in invoke("segmnt", "slides").output
+    assert "Did you mean" not in invoke("xyzzy").output
+
+
+def test_a_console_of_few_letters_gets_escapes(tmp_path, slide_path):
+    bundle = pointwise_bundle(tmp_path / "model", mpp=0.5)
+    line = ["segment", slide_path, "--dry-run", "--model", bundle, "--output", tmp_path / "out"]
+    command = [sys.executable, "-m", "wsi_pipeline", *map(str, line)]
+    told = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}
+    )
+    assert told.returncode == 0, told.stderr
+    assert b"\\u2192 " in told.stdout
+    assert "1931 × 1487 px mask".encode("cp1252") in told.stdout

@@ -367,3 +367,13 @@ def test_public_functions_take_texts_as_well_as_paths(tmp_path, slide_path):
     (found,) = compare_all([pairing], CompareOptions(roi=str(roi)))
     assert found.confusion.matrix.sum() == 500 * 600
     assert read_status(str(tmp_path / "out")).done == [job.folder.name]
+
+
+def test_pictures_in_a_folder_are_told(tmp_path, caplog):
+    for name in ("a.svs", "b.jpg", "c.PNG", "vms/d.jpg", "vms/d.vms"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_slides(tmp_path, output=tmp_path / "out")
+    assert {path.name for path in found} == {"a.svs", "d.vms"}
+    (told,) = caplog.messages
+    assert "b.jpg, c.PNG, since" in told

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import importlib
 import io
 import logging
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from importlib.metadata import version
 from types import TracebackType
+from typing import TextIO
 
 import click
 
@@ -55,6 +58,17 @@ class AsJson(OneLine):
         return as_json(super().format(record), record.levelname, record.name)
 
 
+class BesideBars(logging.StreamHandler[TextIO]):
+    """Writes to a stream without ending up in the line of a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record on a line of its own, and the bar again below."""
+        # there is none before it is imported
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        with tqdm.external_write_mode(self.stream) if tqdm else nullcontext():
+            super().emit(record)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported only when called, so that --help is quick."""
 
@@ -69,6 +83,17 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"wsi_pipeline.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command by its name; tell which one is meant if it is misspelt."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if close := difflib.get_close_matches(args[0], COMMANDS, 1):
+                error.message = f"{error.message} Did you mean {close[0]}?"  # type: ignore[misc]
+            raise
 
     def invoke(self, ctx: click.Context) -> object:
         """Run a command; a package error ends with its message and exit code 1."""
@@ -106,7 +131,7 @@ def group(ctx: click.Context, verbose: int, quiet: bool, json_log: bool) -> None
     """
     ctx.obj = {"quiet": quiet}
     level = logging.WARNING - 10 * min(verbose, 2)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = BesideBars(sys.stderr)
     handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
     if json_log:
         handler.setFormatter(AsJson("%(message)s"))

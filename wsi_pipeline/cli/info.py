@@ -77,7 +77,7 @@ def _why_not(facts: Facts, bundle: Bundle) -> str | None:
     from wsi_pipeline.tissue.select import why_too_coarse
 
     if facts["mpp"] is None:
-        return _mpp(facts)
+        return f"its µm per pixel are {_mpp(facts)}"
     if reason := why_too_coarse(facts["mpp"], bundle.mpp):
         return f"{reason} (--any-resolution takes it all the same)"
     return (facts["not_brightfield"] or None) if bundle.input.channels == 3 else None
@@ -204,7 +204,10 @@ def _as_text(facts: Facts) -> str:
     if model := facts.get("model"):
         name, reason = model["name"], model["why_not"]
         rows.append(
-            ("model", f"{name} takes it" if reason is None else f"{name} does not: {reason}")
+            (
+                "model",
+                f"{name} takes it" if reason is None else f"{name} does not take it: {reason}",
+            )
         )
     return "\n".join([facts["path"], *(f"  {name:<13}{value}" for name, value in rows)])
 

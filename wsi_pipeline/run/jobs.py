@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections import Counter
@@ -30,6 +31,8 @@ from wsi_pipeline.files.paths import (
 )
 from wsi_pipeline.options import SelectOptions
 from wsi_pipeline.patch_grid import is_patch_grid
+
+logger = logging.getLogger(__name__)
 
 SLIDE_SUFFIXES = frozenset(
     [".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".dcm",
@@ -120,6 +123,13 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
         yield folder
         return
     dicom = set(dicom_slides(filter(_may_be_dicom, entries)))
+    pictures = [path.name for path in entries if path.suffix.lower() in (".jpg", ".jpeg", ".png")]
+    # VMS slides are made of pictures.
+    if pictures and not any(path.suffix.lower() in (".vms", ".vmu") for path in entries):
+        logger.warning(
+            "%s: pictures are left out, %s, since slides have some beside them; name those that are slides",
+            folder, ", ".join(pictures[:3]) + ", …" * (len(pictures) > 3),
+        )  # fmt: skip
     for path in entries:
         suffix = path.suffix.lower()
         if path.absolute() == output:
