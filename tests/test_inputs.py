@@ -376,4 +376,4 @@ def test_pictures_in_a_folder_are_told(tmp_path, caplog):
     found = find_slides(tmp_path, output=tmp_path / "out")
     assert {path.name for path in found} == {"a.svs", "d.vms"}
     (told,) = caplog.messages
-    assert "b.jpg, c.PNG, since" in told
+    assert "b.jpg, c.PNG, as" in told

@@ -127,7 +127,8 @@ def _iter_folder(folder: Path, output: Path, seen: set[str]) -> Iterator[Path]:
     # VMS slides are made of pictures.
     if pictures and not any(path.suffix.lower() in (".vms", ".vmu") for path in entries):
         logger.warning(
-            "%s: pictures are left out, %s, since slides have some beside them; name those that are slides",
+            "%s: pictures are left out, %s, as slides have some beside them; name those that are "
+            "slides",
             folder, ", ".join(pictures[:3]) + ", …" * (len(pictures) > 3),
         )  # fmt: skip
     for path in entries:
