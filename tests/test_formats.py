@@ -31,7 +31,7 @@ from pydicom.pixels import iter_pixels
 from skimage.data import immunohistochemistry
 
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import MissingMppError, SourceError
+from wsi_pipeline.errors import MissingMppError, SourceError, UnreachableError
 from wsi_pipeline.geometry import Region
 from wsi_pipeline.run.jobs import find_slides, plan_jobs
 from wsi_pipeline.sources import Slide, open_source
@@ -1251,6 +1251,30 @@ def test_a_remote_slide_is_read_as_from_disk(
         np.testing.assert_array_equal(level_0(remote), level_0(local))
         found = remote.at(0.6).read((-5, 30), (100, 120))
         np.testing.assert_array_equal(found, local.at(0.6).read((-5, 30), (100, 120)))
+
+
+def test_a_server_that_is_gone_makes_no_tissue_unreadable(bucket: str, tmp_path: Path) -> None:
+    from moto.server import ThreadedMotoServer
+
+    path = write_svs("jpeg")(tmp_path)
+    destroyed = path.with_name("destroyed.svs")
+    with tifffile.TiffFile(path) as file:
+        first, count = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
+    data = path.read_bytes()
+    destroyed.write_bytes(data[:first] + bytes(count) + data[first + count :])
+    for file in (path, destroyed):
+        upload(file)
+    # one more, of the same buckets, which can be stopped
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    url = "http://{}:{}/slides/".format(*server.get_host_and_port())
+    with open_source(f"{url}{path.name}") as slide, open_source(f"{url}destroyed.svs") as damaged:
+        bad: list[Region] = []
+        damaged.at(0.5).read((0, 0), (200, 200), bad=bad)
+        assert bad
+        server.stop()
+        with pytest.raises(UnreachableError, match=r"cannot be reached any more: .* goes on"):
+            slide.at(0.5).read((0, 0), (200, 200), bad=[])
 
 
 def test_the_real_slide_is_the_same_from_s3(bucket: str, cmu_path: Path) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import SourceError, UnreachableError
+from wsi_pipeline.files.paths import is_remote
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -128,17 +129,31 @@ def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> 
 
     Raises:
         SourceError: anything was raised: codecs do as they like on damaged files.
-        UnreachableError: by the body.
+        UnreachableError: by the body, or the server of a file does not give it any more.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, UnreachableError):
             raise
+        if is_remote(path) and not _is_served(path):
+            raise UnreachableError(
+                f"{path} cannot be reached any more: {one_line(error)}; what is done is kept, and "
+                "the same command goes on"
+            ) from error
         raise SourceError(
             f"{path}: level {level} cannot be read at x {x}, y {y}, {width} × {height} px: "
             f"{one_line(error)}"
         ) from error
+
+
+def _is_served(path: Any) -> bool:
+    """Return whether the server of a file, or of a zarr, still gives its first byte."""
+    for name in ("", "/zarr.json", "/.zattrs"):
+        # Clients of remote stores raise what they like.
+        with suppress(Exception):
+            return bool(path.fs.cat_file(f"{path.path}{name}", start=0, end=1))
+    return False
 
 
 def tiles_touching(
