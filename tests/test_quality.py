@@ -52,8 +52,8 @@ def cells_of(pixels, mpp, look_of_it):
     return assess(np.asarray(small), look_of_it)
 
 
-def blurred(pixels, sigma_um):
-    planes = [ndimage.gaussian_filter(p.astype(np.float32), sigma_um / MPP) for p in pixels.T]
+def blurred(pixels, sigma_um, mpp=MPP):
+    planes = [ndimage.gaussian_filter(p.astype(np.float32), sigma_um / mpp) for p in pixels.T]
     return np.round(np.stack(planes).T).astype(np.uint8)
 
 
@@ -101,6 +101,76 @@ def test_folded_tissue(tissue, tmp_path):
     folded = np.where(where[..., None], np.round(double), pixels).astype(np.uint8)
     found = cells_of(saved(folded, tmp_path), MPP, own)
     assert area(found, "fold") == pytest.approx(where.sum() * MPP**2, rel=0.1)
+
+
+REGIONS = {
+    "1019": ("bcss/images/1019.jpg", 0.249),
+    "a0ye": ("bcss_a0ye/images/TCGA-A2-A0YE.png", 1),
+    "CMU-1": ("wsi/svs/CMU-1-Small-Region.svs", 0.499),
+}
+"""Other tissue, of other stains and scanners; `a0ye` has 1.09 µm per pixel, which a run leaves."""
+
+
+@pytest.fixture(scope="module", params=REGIONS)
+def region(request, data_dir):
+    """Return a region's name, pixels, µm per pixel, what of it is tissue, how its slide looks."""
+    name, mpp = REGIONS[request.param]
+    with open_source(data_dir / name, mpp=mpp) as slide:
+        view = slide.at(max(mpp, 0.5))
+        pixels, mpp = view.read((0, 0), view.shape), max(mpp, 0.5)
+    own = look(pixels, mpp)
+    density = np.log10((np.array(own.glass) + 1) / (pixels + 1.0)).clip(0)
+    is_tissue = ndimage.uniform_filter(density.mean(axis=2), CELL / mpp) > 0.05
+    return request.param, pixels, mpp, is_tissue, own, density
+
+
+def found_in(region, flawed, where, name, tmp_path):
+    """Return the area that is called so over that of the tissue where it is so."""
+    _, _, mpp, is_tissue, own, _ = region
+    pixels = np.round(flawed).clip(0, 255).astype(np.uint8)
+    found = cells_of(saved(pixels, tmp_path), mpp, own)
+    return area(found, name) / ((where & is_tissue).sum() * mpp**2)
+
+
+@pytest.mark.parametrize("sigma_um", [2, 3, 5, 10])
+def test_other_tissue_that_is_blurred(region, tmp_path, sigma_um):
+    pixels, mpp, where = *region[1:3], ellipse(region[1].shape)
+    blurry = np.where(where[..., None], blurred(pixels, sigma_um, mpp), pixels)
+    share = found_in(region, blurry, where, "out-of-focus", tmp_path)
+    assert share == pytest.approx(1, rel=0.1)
+
+
+@pytest.mark.parametrize("ink", INKS)
+@pytest.mark.parametrize("strength", [0.5, 1])
+def test_other_tissue_under_a_pen(region, tmp_path, ink, strength):
+    name, pixels, mpp = region[:3]
+    y, x = (axis * mpp for axis in np.ogrid[: pixels.shape[0], : pixels.shape[1]])
+    where = abs(x - x.max() / 2 - 80 * np.sin(y / 100)) < 100
+    edge = ndimage.gaussian_filter(where.astype(np.float32), 3 / mpp)[..., None]
+    inked = pixels * 10 ** (-strength * edge * np.array(INKS[ink]))
+    everywhere = (name, pixels, mpp, np.ones(where.shape, bool), *region[4:])
+    share = found_in(everywhere, inked, where, "pen", tmp_path)
+    # Where the slide's own tissue has the hue of faint ink, less of that is found.
+    least = 0.9 if strength == 1 else 0.55
+    assert least < share < 1.1
+
+
+def test_other_tissue_that_is_folded(region, tmp_path):
+    name, pixels, mpp, *_, density = region
+    y, x = (axis * mpp for axis in np.ogrid[: pixels.shape[0], : pixels.shape[1]])
+    where = abs(x - x.max() / 2 - 60 * np.sin(y / 100)) < 80
+    edge = ndimage.gaussian_filter(where.astype(np.float32), 2 / mpp)[..., None]
+    share = found_in(region, pixels * 10 ** (-edge * density), where, "fold", tmp_path)
+    # Of this one's tissue half is denser than two layers of the rest.
+    assert 0.3 < share < 0.6 if name == "CMU-1" else share == pytest.approx(1, rel=0.1)
+
+
+def test_blood_is_no_fold_however_dense(region, tmp_path):
+    (_, pixels, mpp), own = region[:3], region[4]
+    where = ellipse(pixels.shape)
+    pool = np.array(own.glass) * 10 ** -np.array([0.03, 0.45, 0.4])
+    found = cells_of(np.where(where[..., None], pool, pixels).astype(np.uint8), mpp, own)
+    assert area(found, "blood") == pytest.approx(where.sum() * mpp**2, rel=0.1)
 
 
 def test_a_bubble_is_what_a_closed_grey_rim_surrounds(tissue, tmp_path):
@@ -199,6 +269,14 @@ def test_a_run_tells_the_quality_of_each_class(blurry_slide, model, tmp_path):
     name, told = next((n, q) for n, q in run.quality_mm2.items() if n != "Background")
     assert float(row[f"{name}_out-of-focus_mm2"]) == pytest.approx(told["out-of-focus"], abs=1e-6)
     assert "of which" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_models_that_see_too_little_call_nothing_out_of_focus(blurry_slide, tmp_path):
+    coarse = pointwise_bundle(tmp_path / "model", mpp=2)
+    segment(blurry_slide, coarse, tmp_path / "out", ("zarr", "quality"), mask_mpp=2)
+    cells = quality_of(tmp_path / "out")[1]
+    assert cells.size > 1000
+    assert not (cells == NAMES.index("out-of-focus")).any()
 
 
 def test_quality_is_that_of_any_blocks_and_is_added_to_a_run(blurry_slide, model, tmp_path):

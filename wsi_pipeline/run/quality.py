@@ -78,6 +78,9 @@ def judge(plan: Plan, block: Block, pixels: npt.NDArray[Any], corner: Indices) -
     rows, columns = ((last - first) * CELL).tolist()
     picture = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX, box=box)
     judged = assess(np.asarray(picture), plan.look)
+    if (size / CELL * np.minimum(plan.downsample, 1) < 0.95).any():
+        # Pixels that are spread over several have no fine details, and tell nothing of focus.
+        judged[judged == 1] = 0
     there = [
         slice(max(a, 0), max(a + n, 0)) for a, n in zip(start - first, found.shape, strict=True)
     ]

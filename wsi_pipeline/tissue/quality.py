@@ -33,10 +33,14 @@ BLURRED = -0.8
 In focus it is -0.7 or more whatever the stain, blurred by a Gaussian of 2 px -0.85 or less.
 """
 FOLDED, FOLDED_DENSE = 1.4, 1.05
-"""Densities of the slide's median tissue, and of its densest twentieth, that two layers exceed."""
+"""Densities of the median tissue of a hue, and of its densest twentieth, that two layers exceed."""
+HUES, MANY = 16, 500
+"""Into how many hues, by red over green, tissue is parted, and least pixels of a thumbnail each."""
+ALIEN = 0.05
+"""How far from the hues of a slide's tissue lies what is none, however many layers."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Look:
     """How a slide looks: what its cells are held against.
 
@@ -44,7 +48,8 @@ class Look:
         cell: mask pixels along a side of a cell.
         glass: red, green and blue of empty glass.
         green: median optical density of its tissue in green light.
-        folded: mean optical density above which tissue lies double.
+        reds: (2, hues) red over green density, ascending, and mean density of double tissue.
+        hues: (2, 2) least and most of red and blue over green that its tissue has.
         cool: density in red light over that in green above which it is ink.
         crimson: that in blue light likewise, where there is hardly any in red.
     """
@@ -52,7 +57,8 @@ class Look:
     cell: int
     glass: tuple[float, ...]
     green: float
-    folded: float
+    reds: npt.NDArray[np.float64]
+    hues: npt.NDArray[np.float64]
     cool: float
     crimson: float
 
@@ -65,14 +71,20 @@ def look_of(thumbnail: npt.NDArray[np.uint8], tissue: Mask, cell: int) -> Look:
     glass = glass_colour(thumbnail)
     stained = thumbnail[tissue] if tissue.any() else thumbnail.reshape(-1, 3)
     density = np.log10((glass + 1) / (stained.astype(np.float32) + 1)).clip(0)
-    middle, dense = np.percentile(density.mean(axis=1), (50, 95))
     hues = density[:, ::2] / np.maximum(density[:, 1:2], 0.05)
     red, blue = np.percentile(hues, 99, axis=0)
+    solid = hues[density[:, 1] >= np.median(density[:, 1])]
+    # One layer of stroma is paler than one of tumour: each hue has densities of its own.
+    reds, order = [], np.argsort(hues[:, 0], kind="stable")
+    for part in np.array_split(order, min(max(len(order) // MANY, 1), HUES)):
+        middle, dense = np.percentile(density[part].mean(axis=1), (50, 95))
+        reds.append((np.median(hues[part, 0]), max(FOLDED * middle, FOLDED_DENSE * dense)))
     return Look(
         cell=cell,
         glass=tuple(glass.tolist()),
         green=float(np.median(density[:, 1])),
-        folded=float(max(FOLDED * middle, FOLDED_DENSE * dense)),
+        reds=np.transpose(reds),
+        hues=np.percentile(solid, (1, 99), axis=0),
         cool=float(min(red + 0.25, 1)),
         crimson=float(min(blue + 0.1, 0.6)),
     )
@@ -97,7 +109,8 @@ def assess(pixels: npt.NDArray[np.uint8], look: Look) -> npt.NDArray[np.uint8]:
     below_two = _means(twos * twos, 4)
     fine = (_means(grey * grey, 8) - below_two).clip(0)
     coarse = (below_two - eights * eights).clip(0)
-    ratio = np.log10((fine + np.float32(1e-9)) / (coarse + np.float32(1e-9)))
+    # Of no details at all JPEG leaves some 3e-6.
+    ratio = np.log10((fine + np.float32(1e-9)) / (coarse + np.float32(3e-6)))
     density = (red + green + blue) / 3
     # A median keeps straight borders where they are.
     blurred = ndimage.median_filter(ratio, 7, mode="nearest") < BLURRED
@@ -105,13 +118,18 @@ def assess(pixels: npt.NDArray[np.uint8], look: Look) -> npt.NDArray[np.uint8]:
     # Stains take most of the green light, and little of some other.
     least = np.minimum(np.minimum(red, green), blue)
     ink = (red > look.cool * green) & (red > 0.08)
-    ink |= least > max(0.5, 0.9 * look.folded)
+    hues = np.stack([red, blue], axis=-1) / np.maximum(green, 0.05)[..., None]
+    double = np.interp(hues[..., 0], *look.reds)
+    ink |= least > np.maximum(0.5, 0.9 * double)
     is_red = (red < 0.35 * green) & (green > max(0.5, 1.6 * look.green))
     ink |= is_red & (blue > look.crimson * green)
-    folded = ndimage.median_filter(density, 5, mode="nearest") > look.folded
+    folded = ndimage.median_filter(density / double, 3, mode="nearest") > 1
     blood = (red < 0.115 * green) & (blue > 0.55 * green) & (green > 0.35)
+    # Two layers have the hue of one: what is as dense and has another is ink.
+    alien = ((hues < look.hues[0] - ALIEN) | (hues > look.hues[1] + ALIEN)).any(axis=-1)
+    ink |= folded & alien & ~blood
     # Ink takes focus and colour from what is below it: the last counts.
-    order = {"out-of-focus": blurred, "blood": blood, "fold": folded}
+    order = {"out-of-focus": blurred, "fold": folded, "blood": blood}
     order |= {"bubble": _bubbles(planes), "pen": ink}
     found, names = np.zeros(density.shape, np.uint8), [quality.name for quality in QUALITIES]
     for name, where in order.items():
@@ -135,4 +153,5 @@ def _bubbles(planes: list[Plane]) -> Mask:
     labels, count = ndimage.label(inside)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)
     sizes[0] = 0
-    return _means((sizes > 20_000 / 16)[labels].astype(np.float32), CELL // 4) > 0.5
+    found = ndimage.binary_dilation((sizes > 20_000 / 16)[labels], iterations=3)
+    return _means(found.astype(np.float32), CELL // 4) > 0.5
