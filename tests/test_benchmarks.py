@@ -277,6 +277,7 @@ classes = { Lesion = [255] }
 """
 
 
+@pytest.mark.slow
 def test_left_out_images_are_judged_anew_by_networks_that_have_not_seen_them(tmp_path):
     (tmp_path / "masks").mkdir()
     for i, name in enumerate(("P1_a", "P1_b", "P2_a")):

@@ -46,13 +46,14 @@ def fuzz(cases: list[Case], folder: Path) -> list[Outcome]:
     return outcomes
 
 
-def test_a_hundred_damaged_slides_and_some_of_all_else(
-    slides: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize(("count", "each"), [(48, 1), pytest.param(100, 4, marks=pytest.mark.slow)])
+def test_damaged_slides_and_some_of_all_else(
+    slides: dict[str, Path], tmp_path: Path, count: int, each: int
 ) -> None:
     found = [Case(kind=k, original=slides[k], seed=seed) for k, seed in FOUND if k in slides]
     real = {kind: path for kind, path in slides.items() if kind not in OTHERS}
     rest = {kind: path for kind, path in slides.items() if kind in OTHERS}
-    cases = [*found, *choose_cases(real, 100), *choose_cases(rest, 4 * len(rest))]
+    cases = [*found, *choose_cases(real, count), *choose_cases(rest, each * len(rest))]
     outcomes = fuzz(cases, tmp_path)
     ended = Counter(outcome.ended for outcome in outcomes)
     # damage that is always fatal, or never, would show nothing
