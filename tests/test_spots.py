@@ -132,6 +132,30 @@ def test_the_command_writes_a_row_for_each_spot(place, tmp_path):
     assert CliRunner().invoke(group, line[:2]).exit_code == 2
 
 
+@pytest.mark.parametrize("name", ["tissue_positions.csv", "cells.csv"])
+def test_spots_are_rows_of_an_anndata(place, tmp_path, name):
+    anndata = pytest.importorskip("anndata")
+    spots, run = tmp_path / "spatial", place / "out" / "s"
+    if name == "cells.csv":
+        spots.mkdir()
+        cells = {"cell_id": ["a-1", "b-1"], "x_centroid": [90, 1e4], "y_centroid": [250, 9]}
+        pd.DataFrame({**cells, "cell_area": 80}).to_csv(spots / name)
+    else:
+        visium(spots, name, 40)
+    line = ["measure", str(run), "--spots", str(spots), "--output", str(tmp_path / "s.h5ad")]
+    out = CliRunner().invoke(group, line)
+    assert out.exit_code == 0, out.output
+    found, table = anndata.read_h5ad(tmp_path / "s.h5ad"), measure_spots(run, spots)
+    assert found.obs_names.tolist() == table.index.tolist()
+    assert found.var_names.tolist() == ["Background", "Tumor", "Stroma"]
+    assert np.array_equal(found.X, table.filter(like="share_"), equal_nan=True)
+    assert np.array_equal(found.obsm["spatial"], table[["x", "y"]])
+    assert found.obs["pixels"].tolist() == table["pixels"].tolist()
+    assert CliRunner().invoke(group, line).exit_code == 2
+    within = [*line[:2], "--within", __file__, "--output", str(tmp_path / "w.h5ad")]
+    assert "only --spots" in CliRunner().invoke(group, within).output
+
+
 def test_what_is_no_such_folder_is_said(place, tmp_path):
     run = place / "out" / "s"
     with pytest.raises(AnnotationError, match=r"neither tissue_positions\.csv"):

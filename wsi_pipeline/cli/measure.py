@@ -25,7 +25,7 @@ from wsi_pipeline.options import Frame
     "--output",
     "-o",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="CSV file to write  [default: stdout]",
+    help="CSV file to write, of spots .h5ad, too  [default: stdout]",
 )
 @frame_option("Whose origin the GeoJSON has on slides with bounds.")
 def command(
@@ -42,17 +42,23 @@ def command(
     annotation, tissue among them. What lies in areas of a class such as Ignore* is cut out. Of
     spots: spot, x, y, pixels, and the share of each class, 0 to 1.
     """
-    from wsi_pipeline.evaluation.spots import measure_spots
+    from wsi_pipeline.evaluation.spots import measure_spots, write_spots
     from wsi_pipeline.evaluation.within import measure
     from wsi_pipeline.files.remote import write_whole
     from wsi_pipeline.files.tables import as_csv
 
     if (within is None) == (spots is None):
         raise click.UsageError("name one of --within and --spots")
+    is_anndata = output and output.suffix.lower() == ".h5ad"
+    if within and is_anndata:
+        raise click.UsageError("only --spots are written as .h5ad; name a CSV file")
     if output and output.exists():
         raise click.UsageError(f"{output} is there already; name another file, or remove it")
     if spots:
         of_spots = measure_spots(run, spots, alignment=alignment)
+        if output and is_anndata:
+            write_spots(output, of_spots)
+            return
         rows = of_spots.astype(object).where(of_spots.notna(), None).itertuples()
         table = as_csv([("spot", *of_spots.columns), *rows])
     elif within:

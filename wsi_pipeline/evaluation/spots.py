@@ -12,6 +12,7 @@ import numpy.typing as npt
 from wsi_pipeline.errors import AnnotationError, EvaluationError, raised_as
 from wsi_pipeline.evaluation.inputs import PART, place
 from wsi_pipeline.evaluation.within import open_shown
+from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.records import read_json
 
 if TYPE_CHECKING:
@@ -107,6 +108,24 @@ def measure_spots(
     columns = {"x": found.xy[:, 0], "y": found.xy[:, 1], "pixels": pixels}
     columns |= {f"share_{name}": share for name, share in zip(classes, shares.T, strict=True)}
     return pd.DataFrame(columns, index=pd.Index(found.names, name="spot"))
+
+
+def write_spots(path: Path, spots: pd.DataFrame) -> None:
+    """Write what `measure_spots` returned as AnnData, which squidpy opens; return nothing.
+
+    `X` holds the shares, a row for each spot and a column for each class by its name; `obs` the
+    pixels, and `obsm["spatial"]` the centres, (x, y) in level-0 pixels.
+
+    Raises:
+        EvaluationError: anndata is not installed.
+    """
+    with raised_as(EvaluationError, ImportError, "pip install 'wsi-pipeline[anndata]'"):
+        from anndata import AnnData
+    shares = spots.filter(regex="^share_").rename(columns=lambda name: name[len("share_") :])
+    xy = spots[["x", "y"]].to_numpy()
+    found = AnnData(shares, obs=spots[["pixels"]], obsm={"spatial": xy})
+    with written_beside(path) as beside:
+        found.write_h5ad(beside)
 
 
 def read_spots(
