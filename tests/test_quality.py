@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+import shapely
 import zarr
 from bundles import pointwise_bundle
 from click.testing import CliRunner
@@ -13,7 +15,9 @@ from PIL import Image
 from scipy import ndimage
 
 import wsi_pipeline
+from wsi_pipeline import open_run
 from wsi_pipeline.cli import group
+from wsi_pipeline.errors import StoreError
 from wsi_pipeline.run.again import export_again
 from wsi_pipeline.sources import open_source
 from wsi_pipeline.tissue.detect import find_tissue
@@ -269,6 +273,63 @@ def test_a_run_tells_the_quality_of_each_class(blurry_slide, model, tmp_path):
     name, told = next((n, q) for n, q in run.quality_mm2.items() if n != "Background")
     assert float(row[f"{name}_out-of-focus_mm2"]) == pytest.approx(told["out-of-focus"], abs=1e-6)
     assert "of which" in (tmp_path / "out" / "report.html").read_text()
+
+
+def regions_of(folder):
+    return pd.read_csv(folder / "a" / "regions.csv", index_col="id")
+
+
+SHARES = [f"share_{name}" for name in NAMES[1:]]
+
+
+def test_regions_tell_which_part_of_them_is_bad(blurry_slide, model, tmp_path):
+    exact = {"simplify_um": 0, "min_area_um2": 0}
+    outputs, out = (*OUTPUTS, "quality"), tmp_path / "out"
+    run, mask = segment(blurry_slide, model, out, outputs, **exact)
+    every, table = pixels_of(quality_of(out)[1], mask.shape), regions_of(out)
+    assert list(table)[-5:] == SHARES
+    text = (out / "a" / "annotations.geojson").read_text("utf-8")
+    features = {f["id"]: f for f in json.loads(text)["features"]}
+    share = table["share_out-of-focus"]
+    chosen = [*table["area_um2"].nlargest(5).index, *share[(share > 0) & (share < 1)].index[:20]]
+    assert len(chosen) > 10
+    for name in chosen:
+        polygon = shapely.geometry.shape(features[name]["geometry"])
+        x0, y0, x1, y1 = map(int, polygon.bounds)
+        y, x = np.mgrid[y0:y1, x0:x1]
+        inside = shapely.contains_xy(polygon, x + 0.5, y + 0.5)
+        wanted = np.bincount(every[y0:y1, x0:x1][inside], minlength=len(NAMES))[1:] / inside.sum()
+        assert table.loc[name, SHARES].to_numpy(float) == pytest.approx(wanted, abs=5e-5)
+        measured = features[name]["properties"]["measurements"]
+        assert measured["Share out-of-focus"] == share[name]
+    # All of a class lies in its regions.
+    told = sum(run.quality_mm2[c].get("out-of-focus", 0) for c in run.area_mm2)
+    assert (share * table["area_um2"]).sum() * 1e-6 == pytest.approx(told, rel=1e-3)
+    # Of any blocks, made again, by other thresholds here and elsewhere.
+    segment(blurry_slide, model, tmp_path / "whole", outputs, block_size=4096, **exact)
+    assert regions_of(tmp_path / "whole")[SHARES].equals(table[SHARES])
+    export_again(tmp_path / "whole" / "a", {"min_area_um2": 100})
+    kept = regions_of(tmp_path / "whole")
+    assert kept[SHARES].equals(table.loc[kept.index, SHARES])
+    rule = ["--threshold", f"{next(iter(run.area_mm2))}=0.3"]
+    line = ["export", str(tmp_path / "whole" / "a"), *rule]
+    assert CliRunner().invoke(group, [*line, "--output", str(tmp_path / "new")]).exit_code == 0
+    assert CliRunner().invoke(group, line).exit_code == 0
+    ruled = regions_of(tmp_path / "new")
+    assert not ruled.index.equals(kept.index)
+    assert ruled[SHARES].equals(regions_of(tmp_path / "whole")[SHARES])
+    segment(blurry_slide, model, tmp_path / "plain", **exact)
+    assert regions_of(tmp_path / "plain").equals(table.drop(columns=SHARES))
+
+
+def test_an_opened_run_has_the_quality(blurry_slide, model, tmp_path):
+    segment(blurry_slide, model, tmp_path / "out", ("zarr", "quality"))
+    with open_run(tmp_path / "out" / "a") as run:
+        assert np.array_equal(run.quality, quality_of(tmp_path / "out")[1])
+        assert run.quality.mpp == pytest.approx((16, 16))
+    shutil.rmtree(tmp_path / "out" / "a" / "quality.ome.zarr")
+    with pytest.raises(StoreError, match=r"no quality\.ome\.zarr"):
+        _ = open_run(tmp_path / "out" / "a").quality
 
 
 def test_models_that_see_too_little_call_nothing_out_of_focus(blurry_slide, tmp_path):

@@ -47,6 +47,7 @@ class FeatureOptions:
         unit: unit of areas; "px^2" where nobody knows how large a pixel is, and `mpp` is 1,000.
         is_compared: whether distances to regions of other classes, and borders shared with them,
             are measured.
+        flaws: what the shares of flaws in regions are of, in their order.
     """
 
     classes: tuple[ClassInfo, ...]
@@ -59,6 +60,7 @@ class FeatureOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
     unit: Literal["mm^2", "px^2"] = "mm^2"
     is_compared: bool = True
+    flaws: Sequence[str] = ()
 
     @property
     def others(self) -> Sequence[int]:
@@ -97,7 +99,7 @@ class FeatureOptions:
         for info in (self.classes[index] for index in self.others):
             found[f"distance_{um}_{info.name}"] = f"Distance to {info.name} {unit}"
             found[f"border_share_{info.name}"] = f"Border shared with {info.name}"
-        return found
+        return found | {f"share_{flaw}": f"Share {flaw}" for flaw in self.flaws}
 
     @property
     def told(self) -> dict[str, Any]:
@@ -254,7 +256,7 @@ def _measure(
         own = regions.value[region] == other
         found.append(neighbours.distance[region, other].round(3))
         found.append(np.where(own, np.nan, neighbours.shared[region, other].round(4)))
-    return found
+    return [*found, *(regions.flaws[region, i].round(4) for i in range(len(options.flaws)))]
 
 
 def _place(

@@ -19,7 +19,7 @@ from wsi_pipeline.annotations.document import properties_of
 from wsi_pipeline.annotations.read import class_name_of, iter_polygons
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import SourceError, StoreError
-from wsi_pipeline.export import Layer
+from wsi_pipeline.export import Layer, ome_zarr
 from wsi_pipeline.files.paths import as_path, is_remote
 from wsi_pipeline.report.record import FILES, REGIONS_FILE, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
@@ -91,6 +91,12 @@ class FinishedRun:
     def probability(self) -> Probability:
         """Return the probability of each class but the background, (c, y, x), in 1/255."""
         return open_probability(self._file(FILES["probability"]).parent)
+
+    @cached_property
+    def quality(self) -> Layer:
+        """Return what is wrong with each cell of a slide, (y, x); its file names the values."""
+        levels, mpp = ome_zarr.open_finished(self._file(FILES["quality"]))
+        return Layer(levels=levels, mpp=mpp)
 
     def polygons(self) -> geopandas.GeoDataFrame | list[geojson.Feature]:
         """Return the polygons in level-0 pixels of the whole slide, whatever frame the file has.

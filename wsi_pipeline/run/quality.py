@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from PIL import Image
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.export import ome_zarr
+from wsi_pipeline.export.polygons.components import Labels, label
+from wsi_pipeline.export.polygons.trace import Outlines
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.geometry import Block, Shape, iter_blocks
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 Cells = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
+FLAWS = [quality.name for quality in QUALITIES[1:]]
 AROUND = 4
 """Cells beside a block that its own are compared with."""
 
@@ -102,7 +106,7 @@ def leave_out(mask: Cells, cells: Cells, side: int, skip: Collection[str]) -> No
         mask[spread(is_out.view(np.uint8), side, mask.shape) > 0] = 0
 
 
-def crossed(mask: Cells, cells: Cells, side: int, classes: int) -> Indices:
+def crossed(mask: Cells | Labels, cells: Cells, side: int, classes: int) -> Indices:
     """Return how many pixels there are of each class and quality, (classes, qualities).
 
     Those in good cells are not counted.
@@ -159,18 +163,18 @@ def write_quality(result: SlideResult) -> None:
 
 
 class Judged:
-    """The cells that a finished run has written, by the blocks of its mask.
+    """The cells that a run has written, by the blocks of its mask.
 
     Args:
-        folder: of the run.
+        folder: of the run; `mask` is its OME-Zarr, where that is not in it yet.
 
     Raises:
         StoreError: they are lost or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mask: Path | None = None) -> None:
         (cells, *_), (size, _) = ome_zarr.open_finished(folder / FILES["quality"])
-        self.side = round(size / ome_zarr.open_finished(folder / FILES["zarr"])[1][0])
+        self.side = round(size / ome_zarr.open_finished(mask or folder / FILES["zarr"])[1][0])
         self._cells = np.asarray(cells[:])
 
     def of(self, block: Block) -> Cells:
@@ -178,6 +182,20 @@ class Judged:
         ends = zip(block.start, block.stop, strict=True)
         y, x = (slice(a // self.side, -(-b // self.side)) for a, b in ends)
         return self._cells[y, x]
+
+
+def with_flaws(result: SlideResult, outlines: Outlines) -> Outlines:
+    """Return outlines whose regions tell which share of them is in each bad quality."""
+    judged = Judged(result.folder, result.mask_path)
+    regions, found = outlines.regions, np.zeros((len(outlines.regions) + 1, len(QUALITIES)), int)
+    for block in result.blocks:
+        cells = judged.of(block)
+        if block.index in regions.numbers and cells.any():
+            labels, n = label(np.asarray(result.mask[block.slices]))
+            counts = crossed(labels, cells, judged.side, n + 1)
+            np.add.at(found, regions.numbers[block.index], counts)
+    regions = replace(regions, flaws=found[1:, 1:] / regions.pixels[:, None])
+    return replace(outlines, regions=regions)
 
 
 def cell_side(mask_mpp: float) -> int:

@@ -34,7 +34,7 @@ from wsi_pipeline.patch_grid import StoredGrid
 from wsi_pipeline.report.record import ASAP_FILE, FILES, REGIONS_FILE, ModelFacts, SourceFacts
 from wsi_pipeline.run.facts import lesion_facts, made_by, stamp_of
 from wsi_pipeline.run.probability import Probability, open_probability
-from wsi_pipeline.run.quality import write_quality
+from wsi_pipeline.run.quality import FLAWS, with_flaws, write_quality
 from wsi_pipeline.run.written import WrittenFiles
 
 if TYPE_CHECKING:
@@ -116,8 +116,10 @@ class Result(ABC):
         if (put_together := self.write_probability) is not None:
             # A folder, which takes its place by itself.
             writers["probability"] = lambda path: put_together()
-        # DICOM is made of probabilities, too.
-        for output, write in sorted(writers.items(), key=lambda item: item[0] == "dicom"):
+        # DICOM is made of probabilities, too, and regions tell the quality of their pixels.
+        for output, write in sorted(
+            writers.items(), key=lambda w: (w[0] == "dicom") - (w[0] == "quality")
+        ):
             if output not in wanted:
                 continue
             path = folder / FILES[output]
@@ -216,7 +218,12 @@ class SlideResult(Result):
             min_area_um2=self.options.min_area_um2,
             namespace=self._namespace,
             metadata=self._made_by(),
+            flaws=FLAWS if "quality" in self.options.outputs else (),
         )
+
+    @cached_property
+    def _outlines(self) -> Outlines:
+        return with_flaws(self, super()._outlines) if self.features.flaws else super()._outlines
 
     def _writers(self) -> Writers:
         return {

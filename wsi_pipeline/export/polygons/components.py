@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 import cc3d
@@ -128,6 +128,7 @@ class Regions:
         first: (n, 2) first pixel in row-major order, (y, x) in mask pixels.
         numbers: (labels + 1,) for each block by its row and column: number of the region, from 1,
             that a label belongs to; 0 = background, or too small.
+        flaws: (n, flaws) share of its pixels that have each; none where nobody looked.
     """
 
     value: Mask
@@ -136,6 +137,7 @@ class Regions:
     least: npt.NDArray[np.float64] | None
     first: Labels
     numbers: Mapping[Index, Labels]
+    flaws: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
 
     def __len__(self) -> int:
         return len(self.value)
