@@ -42,7 +42,7 @@ from scans import blobs, scan_bundle
 from shapely.geometry import shape
 from tornado.websocket import websocket_connect
 
-from wsi_pipeline import open_run
+from wsi_pipeline import open_run, segment
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.colors import COLORS as COLORS_UNNAMED
@@ -751,6 +751,63 @@ def test_the_page_cuts_anew_while_a_slider_moves(soft, tmp_path):
 
     with serve(soft) as viewer:
         browse(viewer.url, tmp_path / "browser", visit)
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory, slide_path):
+    """Return the folder of a run whose slide is out of focus on its left, and folded below."""
+    place = tmp_path_factory.mktemp("judged")
+    segment(
+        slide_path, model=pointwise_bundle(place / "model", mpp=0.5), output=place / "out",
+        tissue="none", device="cpu", outputs=("zarr", "quality"),
+    )  # fmt: skip
+    folder = place / "out" / "synthetic slide"
+    cells = zarr.open_array(folder / "quality.ome.zarr" / "0", mode="r+")
+    drawn = np.zeros(cells.shape, np.uint8)
+    drawn[:, :10], drawn[15:, 12:] = 1, 3
+    cells[:] = drawn
+    return folder
+
+
+def test_the_quality_of_a_slide_is_a_layer(judged, viewer):
+    run, cells = quote(judged.name), np.asarray(open_run(judged).quality)
+    with serve(judged) as server:
+        facts = get_json(server, f"runs/{run}")
+        assert facts["quality"] == [{"size": list(cells.shape[::-1]), "downsample": [64, 64]}]
+        colors = {q["name"]: q["color"] for q in facts["flaws"]}
+        tile = get(server, f"runs/{run}/quality/0/0/0")[2]
+        shown = np.asarray(Image.open(io.BytesIO(tile)).convert("RGBA"))
+        assert shown.shape[:2] == cells.shape
+        assert (shown[cells == 1] == [*colors["out-of-focus"], 255]).all()
+        assert (shown[cells == 3] == [*colors["fold"], 255]).all()
+        assert (shown[cells == 0][:, 3] == 0).all()
+        for path, status in (("0/1/0", 404), ("9/0/0", 404), ("0/0", 400), ("x/0/0", 400)):
+            assert sentence(server, f"runs/{run}/quality/{path}")[0] == status, path
+    assert get_json(viewer, f"runs/{PLAIN}")["quality"] == []
+    assert sentence(viewer, f"runs/{PLAIN}/quality/0/0/0")[0] == 404
+
+
+@pytest.mark.slow
+def test_the_page_switches_the_quality_on_and_off(judged, tmp_path):
+    async def visit(page):
+        still = "document.body.dataset.state == 'still'"
+        box = "document.querySelector('[aria-label=\"show Quality\"]')"
+        mask = "document.querySelector('[aria-label=\"show Mask\"]').click()"
+        yellow = []
+        await page.until(still)
+        await page.ask(mask)
+        assert await page.ask(f"!{box}.closest('label').hidden")
+        assert "out-of-focus" in await page.ask("document.querySelector('#flaws').innerText")
+        opacity = "document.querySelector('[aria-label=\"opacity of Quality\"]')"
+        await page.ask(f"{opacity}.value = 1; {opacity}.dispatchEvent(new Event('input'))")
+        for _ in range(2):
+            picture = (await page.picture())[:, :800].astype(int)
+            yellow.append((picture[..., 0] - picture[..., 2] > 200).sum())
+            await page.ask(f"{box}.focus(); {box}.click()")
+        assert yellow[0] > 10_000 > 100 > yellow[1]
+
+    with serve(judged) as server:
+        browse(server.url, tmp_path / "browser", visit)
 
 
 def move_slide(folder, path):

@@ -63,6 +63,8 @@ def answer_of(shown: Shown, parts: list[str], query: Query) -> Answer:
             return "image/jpeg", shown.slide_tile(*whole_numbers(place, 3))
         case ["mask", *place]:
             return "image/png", shown.mask_tile(*whole_numbers(place, 3), hidden=_hidden(query))
+        case ["quality", *place]:
+            return "image/png", shown.quality_tile(*whole_numbers(place, 3))
         case ["probability", channel, *place]:
             which, level, column, row = whole_numbers([channel, *place], 4)
             return "image/png", shown.cut_tile(level, column, row, what=which, hidden=frozenset())

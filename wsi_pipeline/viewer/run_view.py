@@ -18,13 +18,15 @@ from PIL import Image
 
 from wsi_pipeline.errors import SourceError, StoreError
 from wsi_pipeline.export import MaskLike
+from wsi_pipeline.export.ome_zarr import open_finished
 from wsi_pipeline.geometry import Region, box_slices
 from wsi_pipeline.patch_grid import open_patch_grid
-from wsi_pipeline.report.record import GREY, RUN_FILE, Run, load_run
+from wsi_pipeline.report.record import FILES, GREY, RUN_FILE, Run, load_run
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
 from wsi_pipeline.run.store import RunStore
 from wsi_pipeline.sources import Slide, SlideView
 from wsi_pipeline.sources.radiology.image import Image as PlanarImage
+from wsi_pipeline.tissue.quality import QUALITIES
 from wsi_pipeline.viewer.base import ShownRun, told_in
 from wsi_pipeline.viewer.cut import COLORS, PALETTE, Cut, Thresholds, open_cut
 from wsi_pipeline.viewer.polygons import Polygons, load_polygons
@@ -76,6 +78,8 @@ class ShownPicture(ShownRun):
         thumbnail_downsample: (y, x) level-0 pixels per pixel of it.
         mask: levels, the whole one first.
         mask_downsample: (y, x) level-0 pixels per pixel of the first.
+        quality: levels likewise, where the slide was judged.
+        quality_downsample: (y, x) level-0 pixels per pixel of the first.
     """
 
     slide: Slide | None = None
@@ -84,6 +88,8 @@ class ShownPicture(ShownRun):
     thumbnail_downsample: tuple[float, float] = (1.0, 1.0)
     mask: Sequence[MaskLike] = ()
     mask_downsample: tuple[float, float] = (1.0, 1.0)
+    quality: Sequence[MaskLike] = ()
+    quality_downsample: tuple[float, float] = (1.0, 1.0)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def facts(self) -> dict[str, Any]:
@@ -96,10 +102,9 @@ class ShownPicture(ShownRun):
             "thumbnail": None
             if self.thumbnail is None
             else _level(self.thumbnail.shape, self.thumbnail_downsample),
-            "mask": [
-                _level(level.shape, [d * 2**n for d in self.mask_downsample])
-                for n, level in enumerate(self.mask)
-            ],
+            "mask": _levels(self.mask, self.mask_downsample),
+            "quality": _levels(self.quality, self.quality_downsample),
+            "flaws": [{"name": q.name, "color": q.color} for q in QUALITIES[1:]],
             "polygons": (self.folder / POLYGONS).is_file(),
             "probability": self.cut and self._probability_facts(self.cut),
         }
@@ -158,6 +163,18 @@ class ShownPicture(ShownRun):
         except Exception as error:
             # codecs raise anything
             raise StoreError(f"the mask is damaged here ({error}); segment again") from error
+
+    def quality_tile(self, level: int, column: int, row: int) -> bytes:
+        """Return a tile of what is wrong with the slide as a PNG, in colour, the rest clear.
+
+        Raises:
+            SourceError: there is no such tile.
+        """
+        if not 0 <= level < len(self.quality):
+            raise SourceError(f"the quality has {len(self.quality)} levels, not {level}")
+        cells = np.asarray(self.quality[level][:])
+        pixels = cells[box_slices(*place_of((cells.shape[0], cells.shape[1]), column, row))]
+        return indexed_png(pixels, [q.color or (0, 0, 0) for q in QUALITIES], frozenset([0]))
 
     @cached_property
     def cut(self) -> Cut | None:
@@ -259,6 +276,11 @@ def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
                 levels, mpp = open_levels_of(folder, run)
                 downsample = np.asarray(mpp) / run.slide["mpp"][::-1]
                 found |= {"mask": levels, "mask_downsample": tuple(downsample.tolist())}
+            if (cells := folder / FILES["quality"]).is_dir():
+                with told_in(problems):
+                    levels, mpp = open_finished(cells)
+                    downsample = np.asarray(mpp) / run.slide["mpp"][::-1]
+                    found |= {"quality": levels, "quality_downsample": tuple(downsample.tolist())}
             # a run may have lost its working folder
             with suppress(StoreError):
                 stored = open_patch_grid(store.grid_path)
@@ -302,6 +324,10 @@ def _views(slide: Slide) -> tuple[SlideView, ...]:
             break
         views.append(view)
     return tuple(views)
+
+
+def _levels(levels: Sequence[MaskLike], downsample: Sequence[float]) -> list[dict[str, Any]]:
+    return [_level(of.shape, [d * 2**n for d in downsample]) for n, of in enumerate(levels)]
 
 
 def _level(shape: tuple[int, ...], downsample: Sequence[float]) -> dict[str, Any]:

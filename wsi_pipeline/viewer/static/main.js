@@ -9,7 +9,7 @@ import { View } from "./view.js";
 import { Volume } from "./volume.js";
 
 const element = (id) => document.getElementById(id);
-const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1], ["probability", "Probability", 0], ["other", "Other", 0], ["differences", "Differences", 0.7]];
+const LAYERS = [["slide", "Slide", 1], ["mask", "Mask", 0.4], ["lines", "Polygons", 1], ["probability", "Probability", 0], ["other", "Other", 0], ["differences", "Differences", 0.7], ["quality", "Quality", 0.5]];
 const AGAINST = ["other", "differences"];
 const canvases = Object.fromEntries(LAYERS.map(([id]) => [id, element(id)]));
 const view = new View(element("stage"), redraw, clicked);
@@ -93,6 +93,7 @@ async function open({ run, x, y, d, at }) {
   overview.show(whole || null, facts.size);
   offerOthers();
   if (facts.probability) offerProbability();
+  if (facts.quality.length) offerQuality();
   if (facts.polygons) {
     mine.regions = listOf(polygonRows(mine.url, hidden));
     mine.lines = new Outlines(canvases.lines, mine.url, { changed: redraw, came: polygonsCame });
@@ -115,7 +116,7 @@ function close() {
   element("said").replaceChildren();
   ["name", "facts", "notice", "zoom"].forEach((id) => { element(id).textContent = ""; });
   tellWhere();
-  ["bar", "layers", "found", "window", "regions", "compare", "kinds", "scale", "cut"].forEach((id) => { element(id).hidden = true; });
+  ["bar", "layers", "found", "window", "regions", "compare", "kinds", "flaws", "scale", "cut"].forEach((id) => { element(id).hidden = true; });
 }
 
 // layer: "slide", "mask", of which classes may be hidden, or one of AGAINST, which lie as the mask does.
@@ -136,7 +137,7 @@ function redraw() {
     if (!shown?.slide) return;
     const ratio = window.devicePixelRatio || 1, { facts } = shown;
     const colors = facts.classes.map(({ color }) => `rgb(${color.join()})`);
-    const came = ["slide", "mask", "probability", ...AGAINST].filter((id) => shown[id]).map((id) => shown[id].draw(view, ratio));
+    const came = ["slide", "mask", "probability", "quality", ...AGAINST].filter((id) => shown[id]).map((id) => shown[id].draw(view, ratio));
     if (shown.lines) came.push(shown.lines.draw(view, ratio, colors, hidden, shown.selected, facts.bad_regions));
     document.body.dataset.state = came.every(Boolean) ? "still" : "loading";
     overview.draw(ratio);
@@ -221,13 +222,23 @@ function compare() {
   if (is) AGAINST.forEach((layer) => { shown[layer] = tiles(layer, { smooth: false }); });
   LAYERS.forEach(([id], i) => { if (AGAINST.includes(id)) element("sliders").children[i].hidden = !is; });
   element("kinds").hidden = !is;
-  element("kinds").replaceChildren(...shown.facts.kinds.map(({ name, color }) => {
+  tellColours("kinds", shown.facts.kinds);
+  redraw();
+}
+
+function tellColours(id, kinds) {
+  element(id).replaceChildren(...kinds.map(({ name, color }) => {
     const swatch = make("i"), item = make("li");
     swatch.style.background = `rgb(${color.join()})`;
     item.append(swatch, ` ${name}`);
     return item;
   }));
-  redraw();
+}
+
+function offerQuality() {
+  shown.quality = tiles("quality", { smooth: false });
+  element("sliders").lastElementChild.hidden = element("flaws").hidden = false;
+  tellColours("flaws", shown.facts.flaws);
 }
 
 function offerProbability() {
