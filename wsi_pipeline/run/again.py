@@ -25,10 +25,9 @@ from wsi_pipeline.options import (
 )
 from wsi_pipeline.patch_grid import open_patch_grid
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, files_of, load_run, write_run_json
-from wsi_pipeline.run.facts import options_of
+from wsi_pipeline.run.facts import headers_of, options_of
 from wsi_pipeline.run.finished import (
     MASK_FILES,
-    headers_of,
     of_this_version,
     open_mask_of,
     open_scan_of,

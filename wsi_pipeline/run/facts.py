@@ -11,6 +11,7 @@ from wsi_pipeline.export.lesions import Lesions
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions
 from wsi_pipeline.report.record import ModelFacts, Run
+from wsi_pipeline.sources import Slide
 
 
 def model_facts(bundle: Bundle) -> ModelFacts:
@@ -82,3 +83,13 @@ def lesion_facts(found: Lesions, size: str) -> dict[str, Any]:
             for lesion in found.largest
         ],
     }
+
+
+def headers_of(slide: Slide) -> list[Any]:
+    """Return what the instances of level 0 of a DICOM slide say, none of another slide."""
+    if slide.backend == "openslide":
+        # It brings what writes DICOM.
+        from wsi_pipeline.export.dicom_slide import level_headers
+
+        return level_headers(slide.path, slide.size)
+    return list(getattr(slide.pixels, "headers", ()))

@@ -81,16 +81,6 @@ def open_slide_of(folder: Path, run: Run, path: Path | None = None) -> Slide:
     return slide
 
 
-def headers_of(slide: Slide) -> list[Any]:
-    """Return what the instances of level 0 of a DICOM slide say, none of another slide."""
-    if slide.backend == "openslide":
-        # It brings what writes DICOM.
-        from wsi_pipeline.export.dicom_slide import level_headers
-
-        return level_headers(slide.path, slide.size)
-    return list(getattr(slide.pixels, "headers", ()))
-
-
 def open_scan_of(folder: Path, run: Run, path: Path | None = None) -> Scan:
     """Open the image or volume of a run again; return it.
 

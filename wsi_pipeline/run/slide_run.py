@@ -25,8 +25,7 @@ from wsi_pipeline.geometry import PatchGrid, Region
 from wsi_pipeline.options import MPP_TOLERANCE, POLYGONS, Settings, as_plain
 from wsi_pipeline.patch_grid import StoredGrid, close_patch_grid, open_patch_grid, write_patch_grid
 from wsi_pipeline.report.record import UNREADABLE, bounds_facts
-from wsi_pipeline.run.facts import model_facts
-from wsi_pipeline.run.finished import headers_of
+from wsi_pipeline.run.facts import headers_of, model_facts
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
 from wsi_pipeline.run.quality import cell_side, quality_areas

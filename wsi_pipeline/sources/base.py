@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wsi_pipeline.errors import SourceError, UnreachableError
+from wsi_pipeline.files.dicomweb import DicomWeb
 from wsi_pipeline.files.paths import is_remote
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> 
     except Exception as error:
         if isinstance(error, UnreachableError):
             raise
-        if is_remote(path) and not _is_served(path):
+        # the client of DICOMweb tells by itself
+        is_file = is_remote(path) and not isinstance(path, DicomWeb)
+        if is_file and not _is_served(path):
             raise UnreachableError(
                 f"{path} cannot be reached any more: {one_line(error)}; what is done is kept, and "
                 "the same command goes on"

@@ -16,7 +16,6 @@ from wsi_pipeline.files.ngff import is_ome_zarr, is_zarr_url
 from wsi_pipeline.files.paths import check_opens, is_remote
 from wsi_pipeline.sources.base import Backend, one_line
 from wsi_pipeline.sources.decoded import PictureBackend
-from wsi_pipeline.sources.dicomweb_reader import DicomWebBackend
 from wsi_pipeline.sources.jpeg import dicom_colour_doubts
 from wsi_pipeline.sources.ngff_reader import OmeZarrBackend
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
@@ -84,6 +83,9 @@ def _open(path: Path, series: int | None) -> Backend:
     elif isinstance(path, DicomWeb):
         if series is not None:
             raise SourceError(NO_SERIES)
+        # pydicom takes a quarter of a second to load
+        from wsi_pipeline.sources.dicomweb_reader import DicomWebBackend
+
         return DicomWebBackend(path)
     elif is_zarr_url(path):
         return OmeZarrBackend(path, series)
