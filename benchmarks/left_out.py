@@ -5,8 +5,8 @@ python benchmarks/left_out.py workflows/train/cdd-cesm.toml trained --data DATA 
 Takes a recipe and the folder that `train` wrote: every fold that is through is judged anew by its
 own weights, on the images it has not seen. Writes Markdown: Dice image by image and pooled, and of
 the lesions (4-connected pieces of the truth) the share found at one false finding an image. A
-finding is a piece of what is likelier than a threshold, and it is right where it shares a tenth of
-the union with a lesion.
+finding is a piece of what is likelier than not, of so many pixels at least that there is one false
+one an image; it is right where it shares a tenth of the union with a lesion.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from wsi_pipeline.training.state import LAST
 from wsi_pipeline.training.train import STATE, fold_folder
 from wsi_pipeline.training.validate import chances, open_predictor
 
-THRESHOLDS = np.linspace(0.05, 0.95, 19)
+AREAS = np.unique(np.logspace(0, 4, 33).astype(int))
 LEAST_OVERLAP = 0.1
 """Intersection over union from which a finding is right."""
 
@@ -78,15 +78,19 @@ def left_out(recipe: Recipe, folder: Path, data_dir: Path) -> Iterator[tuple[nn.
 
 
 def found_at(
-    chance: npt.NDArray[np.float32], truth: npt.NDArray[np.uint8], threshold: float
+    chance: npt.NDArray[np.float32], truth: npt.NDArray[np.uint8], area: int
 ) -> tuple[int, int, int]:
-    """Return how many lesions there are, how many of them are found, and the false findings."""
+    """Return how many lesions there are, how many of them are found, and the false findings.
+
+    Findings of fewer than `area` px do not count.
+    """
     lesions, n_lesions = ndimage.label((truth > 0) & (truth != IGNORE))
-    findings, n_findings = ndimage.label((chance > threshold) & (truth != IGNORE))
+    findings, n_findings = ndimage.label((chance > 0.5) & (truth != IGNORE))
     shared = np.zeros((n_lesions + 1, n_findings + 1), np.int64)
     np.add.at(shared, (lesions.ravel(), findings.ravel()), 1)
     union = shared.sum(1)[:, None] + shared.sum(0)[None] - shared
     right = (shared / np.maximum(union, 1))[1:, 1:] >= LEAST_OVERLAP
+    right = right[:, shared.sum(0)[1:] >= area]
     return n_lesions, int(right.any(1).sum()), int((~right.any(0)).sum())
 
 
@@ -121,7 +125,7 @@ def main() -> None:
         sums += parts
         if true.any():
             dices.append(parts[0] / parts[1])
-        counts.append([found_at(chance, truth, t) for t in THRESHOLDS])
+        counts.append([found_at(chance, truth, area) for area in AREAS])
     if not counts:
         parser.error(f"no fold of {given.folder} is through, or no image is named so")
     lesions, hits, false = np.moveaxis(np.array(counts).sum(0), -1, 0)
@@ -133,7 +137,7 @@ def main() -> None:
         best = allowed[hits[allowed].argmax()]
         print(
             f"- {hits[best]} of {lesions[best]} lesions found, {hits[best] / lesions[best]:.3f}, "
-            f"at {each[best]:.2f} false findings an image (above {THRESHOLDS[best]:.2f})"
+            f"at {each[best]:.2f} false findings an image (of {AREAS[best]} px and more)"
         )
 
 

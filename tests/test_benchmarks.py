@@ -319,9 +319,9 @@ def test_a_lesion_is_found_where_a_tenth_of_the_union_is_shared(module):
     truth[0:10, 0:10] = 1
     truth[20:30, 0:10] = 1
     truth[:, 30:] = 255
-    chance[0:10, 5:15] = 0.9  # 50 of 150
-    chance[29:31, 9:30] = 0.8  # 1 of 141
+    chance[0:10, 5:15] = 0.9  # 100 px, 50 of 150
+    chance[29:31, 9:30] = 0.8  # 42 px, 1 of 141
     chance[0:10, 32:40] = 0.9  # where nothing is known
-    assert found_at(chance, truth, 0.5) == (2, 1, 1)
-    assert found_at(chance, truth, 0.85) == (2, 1, 0)
-    assert found_at(chance, truth, 0.95) == (2, 0, 0)
+    assert found_at(chance, truth, 1) == (2, 1, 1)
+    assert found_at(chance, truth, 43) == (2, 1, 0)
+    assert found_at(chance, truth, 101) == (2, 0, 0)

@@ -29,6 +29,7 @@ from wsi_pipeline.training.recipe import load_recipe
 MODELS = Path(__file__).parents[1] / "models"
 BUNDLES = sorted(path.parent for path in MODELS.glob("*/model.toml"))
 RECIPES = {
+    "highres-unet-mammography": "cdd-cesm.toml",
     "lightmuseg-bcss-demo": "bcss-tumor.toml",
     "nmtnet-ultrasound": "busi-groups-nmtnet.toml",
 }

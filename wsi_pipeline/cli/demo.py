@@ -26,8 +26,8 @@ KINDS = {
     ),
     "mammography": (
         "highres-unet-mammography",
-        "mammo/cdd_cesm/{}/P102_R_DM_CC",
-        "a mammogram, and its finding, of CDD-CESM (CC BY 4.0)",
+        "mammo/cdd_cesm/{}/P116_R_DM_CC",
+        "a mammogram of a patient who was kept apart, and its finding, of CDD-CESM (CC BY 4.0)",
     ),
 }
 """Model; images and masks in the folder of test data; where these are from."""
@@ -75,8 +75,8 @@ def command(
     bundle = read_model(model or shipped)
     if not bundle.weights_path:
         raise BundleError(
-            f"no weights are shipped for {kind} yet: train some (workflows/train), or name a "
-            "bundle that has them with --model"
+            f"{bundle.name} has no weights: train some (workflows/train), or name a bundle that "
+            "has them with --model"
         )
     data = os.environ.get("WSI_PIPELINE_TEST_DATA")
     truth, said = None, "your own"
