@@ -134,12 +134,10 @@ def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> 
     """
     try:
         yield
+    except UnreachableError:
+        raise
     except Exception as error:
-        if isinstance(error, UnreachableError):
-            raise
-        # the client of DICOMweb tells by itself
-        is_file = is_remote(path) and not isinstance(path, DicomWeb)
-        if is_file and not _is_served(path):
+        if not _is_served(path):
             raise UnreachableError(
                 f"{path} cannot be reached any more: {one_line(error)}; what is done is kept, and "
                 "the same command goes on"
@@ -151,7 +149,12 @@ def reading(path: Path, level: int, x: int, y: int, width: int, height: int) -> 
 
 
 def _is_served(path: Any) -> bool:
-    """Return whether the server of a file, or of a zarr, still gives its first byte."""
+    """Return whether the server of a file, or of a zarr, still gives its first byte.
+
+    What lies here is served, and the client of DICOMweb tells by itself where it is not.
+    """
+    if not is_remote(path) or isinstance(path, DicomWeb):
+        return True
     for name in ("", "/zarr.json", "/.zattrs"):
         # Clients of remote stores raise what they like.
         with suppress(Exception):
@@ -277,6 +280,12 @@ def fits_size(
     beyond = [own - full / f for full, own, f in zip(size, level_size, downsample, strict=True)]
     slack = [max(1.0, own / 100) for own in level_size]
     return all(-s <= b <= max(s, tile - 1) for b, s in zip(beyond, slack, strict=True))
+
+
+def relative_to_first(spacings: Sequence[Downsample | None]) -> list[Downsample | None]:
+    """Return the downsample of each level by the (x, y) spacings that a file states, if it does."""
+    first = spacings[0]
+    return [own and first and (own[0] / first[0], own[1] / first[1]) for own in spacings]
 
 
 def stated_downsamples(

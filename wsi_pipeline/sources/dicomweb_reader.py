@@ -30,6 +30,7 @@ from wsi_pipeline.sources.base import (
     check_size,
     part_of,
     reading,
+    relative_to_first,
     stated_downsamples,
     tiles_touching,
 )
@@ -129,10 +130,8 @@ class DicomWebBackend:
         self.size = self.level_sizes[0]
         self.level_tiles: Sizes = tuple(level.tile for level in self._levels)
         spacings = [spacing_of(level.headers[0]) for level in self._levels]
-        full = spacings[0]
-        stated = [one and full and (one[0] / full[0], one[1] / full[1]) for one in spacings]
         self.level_downsamples = stated_downsamples(
-            self.size, self.level_sizes, self.level_tiles, stated
+            self.size, self.level_sizes, self.level_tiles, relative_to_first(spacings)
         )
         uids = sorted(header.SOPInstanceUID for each in self._levels for header in each.headers)
         self.fingerprint = hashlib.sha256("\n".join(uids).encode()).hexdigest()
@@ -141,7 +140,7 @@ class DicomWebBackend:
         light = (self._optics.get("IlluminationTypeCodeSequence") or [Dataset()])[0]
         self.properties: Mapping[str, str] = {
             "openslide.vendor": "dicom",
-            **measured("DICOMweb", full or (), ("mm", "mm")),
+            **measured("DICOMweb", spacings[0] or (), ("mm", "mm")),
             **{n: light.get("CodeValue", "") for n in FLUORESCENCE if n.startswith("dicom.")},
         }
         largest = 3 * max(map(math.prod, self.level_tiles))

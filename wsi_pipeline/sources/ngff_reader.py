@@ -28,6 +28,7 @@ from wsi_pipeline.sources.base import (
     check_size,
     one_line,
     reading,
+    relative_to_first,
     stated_downsamples,
 )
 from wsi_pipeline.sources.brightfield import are_rgb
@@ -73,12 +74,8 @@ class OmeZarrBackend:
         self.size = self.level_sizes[0]
         self.level_tiles: Sizes = tuple((each.chunks[x], each.chunks[y]) for each in self._levels)
         scales = [_scale(dataset, x, y) for dataset in multiscale["datasets"]]
-        first = scales[0]
         self.level_downsamples = stated_downsamples(
-            self.size,
-            self.level_sizes,
-            self.level_tiles,
-            [scale and first and (scale[0] / first[0], scale[1] / first[1]) for scale in scales],
+            self.size, self.level_sizes, self.level_tiles, relative_to_first(scales)
         )
         samples = self._levels[0].shape[self._axes.index("c")] if "c" in self._axes else 1
         fill = np.full((1, 1, samples), self._levels[0].fill_value or 0, np.uint8)

@@ -23,6 +23,7 @@ from wsi_pipeline.sources.base import (
     check_size,
     part_of,
     reading,
+    relative_to_first,
     stated_downsamples,
     tiles_touching,
 )
@@ -63,11 +64,7 @@ class OpenSlideBackend:
         spacings: dict[tuple[int, int], Downsample] = {}
         if self._is_dicom and len(self.level_sizes) > 1:
             spacings = _spacings(path, self.properties.get("dicom.SeriesInstanceUID", ""))
-        first = spacings.get(self.size)
-        stated = [
-            own and first and (own[0] / first[0], own[1] / first[1])
-            for own in map(spacings.get, self.level_sizes)
-        ]
+        stated = relative_to_first([spacings.get(size) for size in self.level_sizes])
         self.level_downsamples = stated_downsamples(
             self.size, self.level_sizes, self.level_tiles, stated
         )

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -272,15 +272,15 @@ def _open_slide_run(folder: Path, run: Run, path: Path | None) -> ShownPicture:
             with told_in(problems, path):
                 slide = closing.enter_context(open_slide_of(folder, run, path))
                 found |= {"slide": slide, "views": _views(slide)}
-            with told_in(problems):
-                levels, mpp = open_levels_of(folder, run)
-                downsample = np.asarray(mpp) / run.slide["mpp"][::-1]
-                found |= {"mask": levels, "mask_downsample": tuple(downsample.tolist())}
+            layers: dict[str, Callable[[], tuple[Sequence[MaskLike], Any]]]
+            layers = {"mask": partial(open_levels_of, folder, run)}
             if (cells := folder / FILES["quality"]).is_dir():
+                layers["quality"] = partial(open_finished, cells)
+            for layer, open_layer in layers.items():
                 with told_in(problems):
-                    levels, mpp = open_finished(cells)
+                    levels, mpp = open_layer()
                     downsample = np.asarray(mpp) / run.slide["mpp"][::-1]
-                    found |= {"quality": levels, "quality_downsample": tuple(downsample.tolist())}
+                    found |= {layer: levels, f"{layer}_downsample": tuple(downsample.tolist())}
             # a run may have lost its working folder
             with suppress(StoreError):
                 stored = open_patch_grid(store.grid_path)
