@@ -73,6 +73,8 @@ def patches_per_pass(bundle: Bundle, dtype: torch.dtype) -> int:
     It is 1 but in bf16, in which a patch gets the same bits in any company; fp32 is rounded
     differently in another batch, and by a patch's place in it.
     """
+    if bundle.members:
+        return min(patches_per_pass(member, dtype) for member in bundle.members)
     network = NETWORKS.get(bundle.network, SegmentationNetwork)
     # What is brought to a size is a patch or two, and a pass would mostly be empty.
     if dtype is not torch.bfloat16 or bundle.input.fit:
