@@ -2212,6 +2212,8 @@ def test_the_shipped_recipes_train_networks_that_there_are(path: Path) -> None:
         ("bcss-demo", "bcss-demo-unet"),
         ("bcss-compare", "bcss-compare-unet"),
         ("busi-swish-unet", "busi-unet"),
+        ("cdd-cesm-sizes", "cdd-cesm-sizes-plain"),
+        ("cdd-cesm-sizes", "cdd-cesm-sizes-dense"),
         ("inbreast", "inbreast-dense"),
         ("dce-mri", "dce-mri-unet3d"),
     ],
