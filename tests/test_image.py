@@ -103,6 +103,19 @@ def test_alpha_is_left_out_and_said_where_it_hides(tmp_path):
         assert ("transparency" in " ".join(open_image(path).doubts)) == (alpha == 100)
 
 
+@pytest.mark.parametrize("kind", ["L", "RGB", "P"])
+def test_a_value_that_is_transparent_is_said_where_it_hides(tmp_path, kind):
+    picture = Image.fromarray(RGB8 if kind == "RGB" else GREY8)
+    picture = picture.quantize(7) if kind == "P" else picture
+    there = picture.getpixel((0, 0))
+    hiding = bytes([255, *[80] * 6]) if kind == "P" else there
+    for name, value in {"hides": hiding, "none": b"\xff" * 7}.items():
+        seen = {"transparency": value} if name == "hides" or kind == "P" else {}
+        picture.save(tmp_path / f"{name}.png", **seen)
+        said = " ".join(open_image(tmp_path / f"{name}.png").doubts)
+        assert ("transparency" in said) == (name == "hides")
+
+
 def test_white_is_zero_is_turned(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", GREY16, photometric="miniswhite")
     assert (read_all(tmp_path / "a.tif") == 65535.0 - GREY16).all()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -15,6 +17,7 @@ from wsi_pipeline.bundle import Bundle, bundle_toml, load_bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import build, create
 from wsi_pipeline.networks.check import random_patches, run, with_patch_size
+from wsi_pipeline.networks.checkpoints import init_model
 from wsi_pipeline.networks.program import export_onnx, export_torch
 from wsi_pipeline.networks.weights import kept_state
 
@@ -122,6 +125,15 @@ def test_a_program_that_differs_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"differs from the network by .*; not written"):
         export_torch(load_bundle(folder), tmp_path / "program")
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_full_disk_ends_in_a_sentence(tmp_path: Path, least_room: Any) -> None:
+    bundle = load_bundle(small_unet_bundle(tmp_path / "bundle"))
+    writers: tuple[Callable[[Bundle, Path], object], ...] = (export_torch, export_onnx, init_model)
+    for write in writers:
+        with least_room(4000), pytest.raises(BundleError, match=r"cannot write .*out"):
+            write(bundle, tmp_path / "out")
+        assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:

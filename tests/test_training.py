@@ -13,7 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from torch import Tensor
 from wsi_pipeline import train
 from wsi_pipeline.bundle import bundle_toml, load_bundle
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.errors import RecipeError, StoreError
 from wsi_pipeline.evaluation.confusion import Confusion
 from wsi_pipeline.files.atomic import sha256_of
 from wsi_pipeline.inference.unlike import load_familiar
@@ -58,7 +58,7 @@ from wsi_pipeline.training.calibrate import (
     fit_temperature,
     left_out_temperatures,
 )
-from wsi_pipeline.training.cases import draw_cases
+from wsi_pipeline.training.cases import draw_cases, gather_cases
 from wsi_pipeline.training.crops import Sampler, random_crop, survey
 from wsi_pipeline.training.fit import TrainingSet, fit, learn, open_fabric
 from wsi_pipeline.training.losses import network_loss, segmentation_loss, soft_dice_loss
@@ -85,6 +85,7 @@ from wsi_pipeline.training.validate import (
 )
 
 ROOT = Path(__file__).parents[1]
+Room = Callable[[int], AbstractContextManager[None]]
 RECIPE = """
 notes = "Two made-up patients."
 limits = "Discs only."
@@ -493,7 +494,8 @@ def tabled(folder: Path, recipe: Recipe, rows: str, **values: Any) -> Recipe:
 
 
 def test_a_table_tells_patients_labels_and_folds(folder: Path, recipe: Recipe) -> None:
-    rows = "y.png,Q,normal,2\nx.png,P,malignant,1\nunknown.png,R,benign,3\n"
+    # blanks are nobody's, and neither are rows of nothing
+    rows = "y.png , Q,normal ,2\nx.png,P ,malignant,1 \n,,,,\nunknown.png,R,benign,3,,\n"
     found = load(tabled(folder, recipe, rows), folder)
     told = [(s.name, s.patient, s.label, s.fold) for s in found]
     assert told == [("x.png", "P", 1, "1"), ("y.png", "Q", UNLABELLED, "2")]
@@ -511,6 +513,8 @@ def test_a_table_tells_patients_labels_and_folds(folder: Path, recipe: Recipe) -
         ("x.png,P,benign,1\nx.png,P,benign,1\n", "'file' names an image twice"),
         ("x.png,P,odd,1\ny.png,P,benign,1\n", r"x\.png 'odd'; .* \['Benign', 'Malignant'\]"),
         ("x.png,,benign,1\ny.png,P,benign,1\n", r"no patient of x\.png"),
+        ("x.png,P\ny.png,P,benign,1\n", r"calls x\.png ''"),
+        ("x.png,P, Jr.,benign,1\ny.png,P,benign,1\n", r"row of 'x\.png' has more cells"),
     ],
 )
 def test_a_table_that_does_not_tell_is_refused(
@@ -522,9 +526,11 @@ def test_a_table_that_does_not_tell_is_refused(
 
 def test_a_table_that_is_none_is_refused(folder: Path, recipe: Recipe) -> None:
     made = tabled(folder, recipe, "x.png,P,benign,1\ny.png,P,benign,1\n")
+    (folder / "A/nothing.csv").write_bytes(b"")
     for values, message in (
         ({"table": "A/x.png"}, r"cannot read the table .*x\.png"),
         ({"table": "none.csv"}, r"cannot read the table .*none\.csv"),
+        ({"table": "A/nothing.csv"}, r"nothing\.csv has no column .*; there are \[\]"),
         ({"columns": {"patient": "whom"}}, r"no column \['whom'\]; there are \['file', 'who'"),
         ({"columns": {"patient": "who", "image": "name"}}, r"no column \['name'\]"),
     ):
@@ -2058,6 +2064,59 @@ def test_the_command_measures_by_patient_and_writes_a_bundle(folder: Path) -> No
     assert "holds a training by another recipe, or on other data" in said
     run_train(folder, "--folds", "none", "--overwrite")
     assert (folder / "bundle/model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.toml", "README.md", "model.safetensors", "history.csv", "curves.png", "cases/mine.png"],
+)
+def test_what_a_person_made_is_not_trained_over(folder: Path, name: str) -> None:
+    path = folder / "bundle" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine", "utf-8")
+    said = run_train(folder, "--folds", "none", code=1)
+    assert f"holds {name.split('/')[0]}, which was not trained there" in said
+    assert path.read_text("utf-8") == "mine"
+
+
+def test_what_a_person_adds_to_a_bundle_stays_when_it_is_trained_again(folder: Path) -> None:
+    run_train(folder, "--folds", "B")
+    names = {p.relative_to(folder) for p in (folder / "bundle").rglob("*")}
+    run_train(folder, "--folds", "B")
+    # of the same card there is one
+    assert {p.relative_to(folder) for p in (folder / "bundle").rglob("*")} == names
+    (folder / "bundle/README.md").write_text("Mine.", "utf-8")
+    (folder / "bundle/cases/mine.png").write_text("mine", "utf-8")
+    run_train(folder, "--folds", "A,B")
+    written = [(folder / "bundle" / name).read_bytes() for name in ("README.md", "model.toml")]
+    run_train(folder, "--folds", "A,B")
+    # the same command again, after a kill or not, comes to the same bundle
+    for name, data in zip(("README.md", "model.toml"), written, strict=True):
+        assert (folder / "bundle" / name).read_bytes() == data, name
+    assert written[0].startswith(b"# made-up\n")
+    assert [p.read_text("utf-8") for p in folder.glob("bundle/README.old*")] == ["Mine."]
+    assert (folder / "bundle/cases/mine.png").read_text("utf-8") == "mine"
+    found = [p.name.split()[0] for p in sorted(folder.glob("bundle/cases/* *.png"))]
+    assert found == ["best", "median", "worst"]
+
+
+def test_a_full_disk_ends_in_a_sentence(folder: Path, recipe: Recipe, least_room: Room) -> None:
+    with least_room(10_000), pytest.raises(StoreError, match=r"cannot write to .*last\.pt"):
+        train(recipe, folder, folder / "bundle", folds=(), device="cpu")
+    samples = load(recipe, folder)
+    network = fit(recipe, training_set(samples)).network
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys)
+    with least_room(10_000), pytest.raises(StoreError, match=r"cannot write to .*other"):
+        write_bundle(network, recipe, trained, folder / "other")
+    judged = measure(network, recipe.bundle, samples)
+    with least_room(1000), pytest.raises(StoreError, match=r"cannot write to .*cases"):
+        draw_cases(network, recipe.bundle, samples, judged, folder / "cases")
+    draw_cases(network, recipe.bundle, samples, judged, folder / "cases")
+    with least_room(1000), pytest.raises(StoreError, match=r"cannot write to .*gathered"):
+        gather_cases([folder / "cases"], folder / "gathered")
+    # with room again it goes on
+    train(recipe, folder, folder / "bundle", folds=(), device="cpu")
+    build(load_bundle(folder / "bundle"))
 
 
 def test_who_is_kept_apart_is_in_no_training(folder: Path) -> None:

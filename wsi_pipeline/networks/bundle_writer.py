@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from wsi_pipeline.errors import BundleError, StoreError
 from wsi_pipeline.files.atomic import written_beside
 from wsi_pipeline.files.locks import claimed
@@ -43,25 +45,24 @@ def written_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
             with written_beside(folder) as partial:
                 partial.mkdir()
                 yield partial
-                _keep_cards(folder, partial)
+                for path in folder.glob("README.old*.md"):
+                    shutil.copy2(path, partial)
+                card = partial / CARD
+                keep_card(folder / CARD, partial, card.read_bytes() if card.is_file() else b"")
     except StoreError as error:
         raise BundleError(str(error)) from error
-    except OSError as error:
-        raise BundleError(f"cannot write {folder}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BundleError(f"cannot write {folder}: {why}") from error
 
 
-def _keep_cards(folder: Path, new: Path) -> None:
-    """Copy the cards of a bundle that is to go into the folder that will take its place."""
-    cards = [path for path in folder.glob("*") if OLD_CARD.fullmatch(path.name)]
-    for path in cards:
-        shutil.copy2(path, new)
-    card = folder / CARD
-    if not card.is_file() or any(
-        card.read_bytes() == path.read_bytes() for path in (*cards, new / CARD) if path.is_file()
-    ):
+def keep_card(card: Path, folder: Path, new: bytes) -> None:
+    """Copy a card that is to go under a free name, unless the new one, or an old, says the same."""
+    known = [path.read_bytes() for path in folder.glob("README.old*.md")]
+    if not card.is_file() or card.read_bytes() in (new, *known):
         return
     names = itertools.chain(["README.old.md"], (f"README.old-{n}.md" for n in itertools.count(2)))
-    shutil.copy2(card, new / next(name for name in names if not (new / name).exists()))
+    shutil.copy2(card, folder / next(name for name in names if not (folder / name).exists()))
 
 
 def _check_free(folder: Path, *, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -107,7 +108,9 @@ def export_torch(
                 (random_patches(bundle, batch_size or 2),),
                 dynamic_shapes=None if batch_size else ({0: torch.export.Dim("batch")},),
             )
-            torch.export.save(program, partial / PROGRAM)
+            # Into memory first: of a full disk torch's own writer says nothing that helps.
+            torch.export.save(program, buffer := io.BytesIO())
+            (partial / PROGRAM).write_bytes(buffer.getvalue())
             loaded = torch.export.load(partial / PROGRAM).module()
         (partial / MODEL_TOML).write_text(bundle_toml(exported, weights=PROGRAM), "utf-8")
         (partial / CARD).write_text(f"{told}{note}`{bundle.weights_sha256}`.\n", "utf-8")

@@ -25,9 +25,11 @@ from wsi_pipeline.evaluation.confusion import (
 )
 from wsi_pipeline.files.atomic import make_folders, sync, written_beside
 from wsi_pipeline.files.locks import writing
+from wsi_pipeline.files.models import CARD, MODEL_TOML
+from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.inference.unlike import Familiar
 from wsi_pipeline.networks import create
-from wsi_pipeline.networks.bundle_writer import ENCODERS, FEATURES, WEIGHTS
+from wsi_pipeline.networks.bundle_writer import ENCODERS, FEATURES, WEIGHTS, keep_card
 from wsi_pipeline.networks.cost import count_macs, count_parameters
 from wsi_pipeline.networks.weights import kept_state
 from wsi_pipeline.training.calibrate import (
@@ -45,6 +47,7 @@ from wsi_pipeline.training.validate import PatientScore, accuracy, scores_of
 MANY = 60
 """Patients above which the card does not list them."""
 HISTORY, CURVES = "history.csv", "curves.png"
+WRITTEN = (MODEL_TOML, CARD, WEIGHTS, FEATURES, *ENCODERS.values(), HISTORY, CURVES)
 LOOKS = {"validation_dice": "validation patients", "held_out_dice": "held-out patients"}
 """Columns of the history that hold a Dice, and whose."""
 
@@ -67,7 +70,7 @@ class Trained:
 
 
 def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: Path) -> None:
-    """Write `model.toml`, weights and model card of a trained network; return nothing."""
+    """Write `model.toml`, weights and card of a trained network, an old card aside; return None."""
     make_folders(folder)
     found = list(trained.held_out.values())
     temperature = round(recipe.bundle.temperature * fit_temperature(found), 3)
@@ -81,20 +84,21 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
         WEIGHTS: save(state),
         **({program: own.read_weights()} if own and program else {}),
         **({FEATURES: trained.familiar.to_bytes()} if trained.familiar else {}),
-        "README.md": model_card(recipe, trained).encode(),
+        CARD: model_card(recipe, trained).encode(),
         # last, and away until then: killed on the way, this is no bundle of old and new parts
-        "model.toml": bundle_toml(
+        MODEL_TOML: bundle_toml(
             bundle,
             weights=WEIGHTS,
             features=FEATURES if trained.familiar else None,
             encoder=program,
         ).encode(),
     }
-    (folder / "model.toml").unlink(missing_ok=True)
-    sync(folder)
+    with writing(folder):
+        (folder / MODEL_TOML).unlink(missing_ok=True)
+        sync(folder)
+        keep_card(folder / CARD, folder, files[CARD])
     for name, data in files.items():
-        with written_beside(folder / name) as partial:
-            partial.write_bytes(data)
+        write_whole(folder / name, data)
 
 
 def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -104,8 +108,7 @@ def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     table = csv.DictWriter(buffer, columns, restval="")
     table.writeheader()
     table.writerows(history)
-    with writing(folder), written_beside(folder / HISTORY) as partial:
-        partial.write_text(buffer.getvalue(), "utf-8")
+    write_whole(folder / HISTORY, buffer.getvalue().encode())
     if not find_spec("matplotlib"):
         return
     # of the train extra; no window is wanted

@@ -15,6 +15,7 @@ from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.evaluation.confusion import IGNORE, Confusion, class_figures
 from wsi_pipeline.evaluation.disagreement import Disagreement
 from wsi_pipeline.files.atomic import written_beside
+from wsi_pipeline.files.locks import writing
 from wsi_pipeline.training.samples import Sample
 from wsi_pipeline.training.validate import PatientScore, chances, decided, open_predictor
 
@@ -67,18 +68,20 @@ def draw_cases(
             right = np.asarray(Image.fromarray(picture.drawn()).resize((width, height)))
             both = Image.fromarray(np.hstack([shown.movedim(0, -1).numpy(), right]))
             name = sample.name.replace("/", " ")
-            with written_beside(folder / f"{dice:.3f} {name}.png") as partial:
+            with writing(folder), written_beside(folder / f"{dice:.3f} {name}.png") as partial:
                 both.save(partial, "PNG")
 
 
 def gather_cases(folders: Sequence[Path], output: Path) -> None:
     """Copy the best, median and worst of the pictures of several folds; return nothing."""
     found = sorted((p for folder in folders for p in folder.glob("*.png")), key=lambda p: p.name)
-    if output.is_dir():
-        shutil.rmtree(output)
+    # Its own alone: what else lies there is somebody's.
+    for path in output.glob("* [01].??? *.png"):
+        path.unlink()
     for k, name in zip(_three(len(found)), ("worst", "median", "best"), strict=False):
-        output.mkdir(exist_ok=True)
-        shutil.copyfile(found[k], output / f"{name} {found[k].name}")
+        with writing(output):
+            output.mkdir(exist_ok=True)
+            shutil.copyfile(found[k], output / f"{name} {found[k].name}")
 
 
 def _three(count: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from wsi_pipeline.bundle import InputSpec
@@ -28,8 +27,6 @@ from wsi_pipeline.sources.radiology.preprocess import open_scan, prepare
 
 Read = tuple[Tensor, Tensor]
 """(C, *shape), uint8 or float32 of full scale 1, and (*shape) uint8 class index."""
-UNREADABLE = (OSError, UnidentifiedImageError, Pictures.DecompressionBombError)
-"""What Pillow raises on a damaged picture."""
 ADVICE = (
     'the recipe must name them in `classes`, `ignore` or `background` (a list, or "others"), or, '
     "of masks that went through JPEG, give a `threshold`"
@@ -62,7 +59,7 @@ def read_picture(
     try:
         with warnings.catch_warnings(action="ignore"):
             image = _pixels(path, channels)
-    except UNREADABLE as error:
+    except (OSError, Pictures.DecompressionBombError) as error:
         raise RecipeError(f"cannot read {path}: {error}") from error
     truth = _planar_truth(mask_path, meaning, image.shape[1:])
     height, width = (max(1, round(n * factor)) for n in truth.shape)

@@ -269,14 +269,18 @@ def _rows(spec: DataSpec, data_dir: Path) -> Rows:
     path = data_dir / spec.table
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
+            # Blanks around a cell are nobody's: "P1 " would be another patient than "P1".
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file, strict=True)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RecipeError(f"cannot read the table {path}: {error}") from error
-    key = spec.columns.get("image", "file")
-    there = reader.fieldnames or []
+        raise RecipeError(f"cannot read the table {path}: {error}; expected CSV, UTF-8") from error
+    key, (there, *rest) = spec.columns.get("image", "file"), lines or [[]]
     if missing := {key, *spec.columns.values()} - {*there}:
-        raise RecipeError(f"{path} has no column {sorted(missing)}; there are {list(there)}")
+        raise RecipeError(f"{path} has no column {sorted(missing)}; there are {there}")
+    if long := [line[0] for line in rest if any(line[len(there) :])]:
+        raise RecipeError(
+            f"{path}: the row of {long[0]!r} has more cells than columns; quote what has a comma"
+        )
+    rows = [dict(itertools.zip_longest(there, line, fillvalue="")) for line in rest if any(line)]
     named = {row[key]: row for row in rows}
     if len(named) < len(rows):
         raise RecipeError(f"{path}: column {key!r} names an image twice")

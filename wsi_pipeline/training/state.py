@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import pickle
@@ -14,8 +15,7 @@ import torch
 from torch import Tensor
 
 from wsi_pipeline.errors import RecipeError
-from wsi_pipeline.files.atomic import written_beside
-from wsi_pipeline.files.locks import writing
+from wsi_pipeline.files.remote import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ class TrainerState:
 
     def _write(self, name: str, held: Mapping[str, Any]) -> None:
         if self.folder and self.is_writer:
-            path = self.folder / name
-            with writing(path), written_beside(path) as partial:
-                torch.save(held, partial)
+            # Into memory first: of a full disk torch's own writer says nothing that helps.
+            torch.save(held, buffer := io.BytesIO())
+            write_whole(self.folder / name, buffer.getvalue())
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from wsi_pipeline.files.remote import write_whole
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.inference.unlike import load_familiar
-from wsi_pipeline.training.bundle_card import Trained, write_bundle, write_history
+from wsi_pipeline.training.bundle_card import WRITTEN, Trained, write_bundle, write_history
 from wsi_pipeline.training.cases import CASES, draw_cases, gather_cases
 from wsi_pipeline.training.crops import Survey, survey
 from wsi_pipeline.training.features import Features
@@ -50,7 +50,6 @@ Progress = Callable[[str, int, int, float, float | None], None]
 STATE = ".training"
 """Folder in a bundle's, with what a killed training goes on from."""
 KEY = "key.json"
-EVERYBODY = "all patients"
 
 
 def train(
@@ -85,20 +84,24 @@ def train(
     if data_dir is None and file is None:
         raise RecipeError("data_dir is None, and the recipe comes from no file; name the folder")
     data_dir, output = Path(data_dir or Path(str(file)).parent), Path(output)
-    bundle = output / "model.toml"
-    if bundle.exists() and not (overwrite or (output / STATE / KEY).exists()):
-        raise RecipeError(f"{output} holds a bundle that was not trained there; name another")
+    there = (name for name in (*WRITTEN, CASES) if (output / name).exists())
+    if (found := next(there, None)) and not (overwrite or (output / STATE / KEY).exists()):
+        raise RecipeError(f"{output} holds {found}, which was not trained there; name another")
     if recipe.start and output.resolve() == recipe.start.path.resolve():
         raise RecipeError(f"{output} is the bundle to begin with, which stays; name another folder")
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
-        n_classes = len(recipe.bundle.classes)
-        looked = list(map_in_threads(lambda sample: survey(sample, n_classes), samples))
+        looked = list(map_in_threads(lambda s: survey(s, len(recipe.bundle.classes)), samples))
         surveys = dict(zip(samples, looked, strict=True))
-        if recipe.start is None:
-            # Corrections need not show all that the network knows already.
-            _check_classes(recipe, looked)
+        totals = zip(recipe.bundle.classes, np.sum([s.totals for s in looked], 0), strict=True)
+        empty = [info.name for info, total in totals if total == 0]
+        # Corrections need not show all that the network knows already.
+        if empty and recipe.start is None:
+            raise RecipeError(
+                f"no pixel of any image is {', '.join(empty)}; look at the recipe's classes, or "
+                "leave the class out of the bundle"
+            )
         splits = (
             []
             if folds is not None and not folds and not recipe.split.test
@@ -151,7 +154,7 @@ def train(
             # trained already, to be measured
             samples, fitted = list(apart.train), learn(_without(apart), apart.train, apart.test)
         else:
-            fitted = learn(EVERYBODY, samples)
+            fitted = learn("all patients", samples)
         if fabric.is_global_zero:
             familiar = (
                 # What it looks like to an encoder that stays is known, and of more than this.
@@ -168,8 +171,7 @@ def train(
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
-            states = [output / STATE / fold_folder(split) for split in splits]
-            gather_cases([state / CASES for state in states], output / CASES)
+            gather_cases([output / STATE / fold_folder(s) / CASES for s in splits], output / CASES)
     return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in scores.items()}
 
 
@@ -209,7 +211,8 @@ def _held_out(
         for patient, found in scores.items()
     }
     write_whole(path, json.dumps(held).encode())
-    return scores
+    # As kept, which is rounded: a training that goes on has the same temperature and card.
+    return load_held_out(path)
 
 
 def fold_folder(split: Split) -> str:
@@ -251,17 +254,6 @@ def load_held_out(path: Path) -> dict[str, PatientScore]:
             distances=np.array(held.get("distances", ()), float),
         )
     return scores
-
-
-def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
-    """Refuse a class of which there is nothing to learn."""
-    totals = np.sum([found.totals for found in surveys], axis=0)
-    names = [info.name for info in recipe.bundle.classes]
-    if empty := [name for name, total in zip(names, totals, strict=True) if total == 0]:
-        raise RecipeError(
-            f"no pixel of any image is {', '.join(empty)}; look at the recipe's classes, or leave "
-            "the class out of the bundle"
-        )
 
 
 def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:

@@ -232,16 +232,17 @@ def _pixels(dataset: Any, about: Mapping[str, str]) -> tuple[npt.NDArray[Any], f
     if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
         raise SourceError("holds values that are no numbers (NaN or infinite)")
     bits = int(about.get("NBITS", 8 * pixels.itemsize))
+    # By a band, or by a value that is transparent.
+    hidden = bool((dataset.dataset_mask() < 255).any())
     colors = dataset.colorinterp
     if colors[0] == ColorInterp.palette and "MINISWHITE" not in about:
         table = dataset.colormap(1)
         palette = np.array([table.get(i, (0, 0, 0, 0)) for i in range(max(table) + 1)], np.uint8)
+        hidden |= bool((palette[pixels[..., 0], 3] < 255).any())
         pixels, bits = palette[pixels[..., 0], :3], 8
         if (palette[:, :1] == palette[:, :3]).all():
             pixels = pixels[..., :1]
-    hidden = False
     if colors[-1] == ColorInterp.alpha:
-        hidden = bool((pixels[..., -1] != 2**bits - 1).any())
         pixels = pixels[..., :-1]
     if pixels.shape[2] not in (1, 3):
         raise SourceError(f"{pixels.shape[2]} bands; expected grey or RGB")
