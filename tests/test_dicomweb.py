@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import dicomwebs
 import highdicom
@@ -25,7 +26,9 @@ from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
 
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import SourceError, UnreachableError, WsiPipelineError
+from wsi_pipeline.errors import SourceError, StoreError, UnreachableError, WsiPipelineError
+from wsi_pipeline.files import dicomweb
+from wsi_pipeline.files.dicomweb import Client
 from wsi_pipeline.files.paths import as_path
 from wsi_pipeline.run.jobs import find_slides
 from wsi_pipeline.sources import open_source
@@ -392,6 +395,11 @@ def test_a_hiccup_is_not_even_noticed(served, pyramid):
         if count[request.path] == 2:
             request.answer(503)
             return True
+        if count[request.path] == 3:
+            # It breaks off.
+            request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf")
+            request.close_connection = True
+            return True
         return False
 
     served.listener.fault = hiccup
@@ -473,7 +481,16 @@ def test_what_cannot_be_is_told_in_a_sentence(served, data_dir, pyramid, tmp_pat
     with pytest.raises(UnreachableError, match=r"cannot be reached: .*refused") as told:
         open_source(nobody)
     assert "PatientID" not in str(told.value)
-    for wrong in ("dicomweb:///a", "dicomweb+ftp://a", f"{address}/instances/1.2"):
+    with pytest.raises(UnreachableError, match="cannot be reached: Failed to parse"):
+        find_slides("dicomweb://h:99999/a", output=tmp_path)
+    assert as_path("dicomweb://[::1]:8042/a").url == "https://[::1]:8042/a"
+    for wrong in (
+        "dicomweb://[::1/a",
+        "dicomweb://h:port/a",
+        "dicomweb:///a",
+        "dicomweb+ftp://a",
+        f"{address}/instances/1.2",
+    ):
         with pytest.raises(WsiPipelineError, match="no address of DICOMweb; expected dicomweb://"):
             open_source(wrong)
 
@@ -493,6 +510,106 @@ def test_addresses(text, shown, url):
     assert str(found) == shown
     assert pickle.loads(pickle.dumps(found)) == found == as_path(shown)
     assert found.url == url
+
+
+def as_json(request, *entries):
+    request.answer(200, json.dumps(entries).encode(), "application/dicom+json")
+    return True
+
+
+def listed(series, study="1.1", modality="SM"):
+    values = {"0020000D": study, "0020000E": series, "00080060": modality}
+    return {tag: {"vr": "UI", "Value": [value]} for tag, value in values.items()}
+
+
+def test_series_of_other_kinds_hide_no_slides(served, tmp_path):
+    """A server that neither leaves out what is no slide nor gives more than asked for."""
+    every = [listed(f"1.2.{n}", modality="CT") for n in range(300)]
+    every += [listed("1.3.1"), listed("1.3.2")]
+
+    def fault(request):
+        query = dict(parse_qsl(urlsplit(request.path).query))
+        start = int(query["offset"])
+        return as_json(request, *every[start : start + int(query["limit"])])
+
+    served.listener.fault = fault
+    found = find_slides(served.address, output=tmp_path)
+    assert [uid_of(str(address)) for address in found] == ["1.3.1", "1.3.2"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"0020000E": "1.2"}, "no JSON of DICOM"),
+        ({"0020000E": {"vr": "UI", "Value": 7}}, "no JSON of DICOM"),
+        (listed("a/../../b"), r"no series of DICOM, '/studies/1.1/series/a/../../b'"),
+        (listed(7, study=None), "no series of DICOM, '/series/7'"),
+        (b"[" * 200_000, "no JSON of DICOM"),
+    ],
+)
+def test_strange_answers_are_told_in_a_sentence(served, tmp_path, entry, told):
+    served.listener.fault = lambda request: (
+        request.answer(200, entry) or True if isinstance(entry, bytes) else as_json(request, entry)
+    )
+    with pytest.raises(SourceError, match=told):
+        find_slides(served.address, output=tmp_path)
+
+
+def test_more_than_was_asked_for_is_not_kept(served, pyramid, monkeypatch):
+    address, sent = served.add(*pyramid), []
+
+    def fault(request):
+        if "/frames/" not in request.path:
+            return False
+        request.send_response(200)
+        request.send_header("Content-Length", str(1 << 40))
+        request.end_headers()
+        with contextlib.suppress(OSError):
+            while len(sent) < 1000:
+                request.wfile.write(bytes(1 << 20))
+                sent.append(1)
+        request.close_connection = True
+        return True
+
+    served.listener.fault = fault
+    with open_source(address) as slide:
+        # Twice a frame of 240 × 176 px, and 64 KiB.
+        with pytest.raises(SourceError, match="more than 311 KiB came; is the address right"):
+            slide.pixels.read_level(2, 0, 0, 10, 10)
+        assert len(sent) < 100
+    served.listener.fault = None
+    monkeypatch.setattr(dicomweb, "MOST_JSON", 1000)
+    with pytest.raises(SourceError, match=r"more than 0 KiB came.*metadata"):
+        open_source(address)
+
+
+@pytest.mark.parametrize("token", ["a\nb", "a b", "schlüssel"])
+def test_a_token_that_no_header_takes_is_not_shown(served, tmp_path, monkeypatch, token):
+    monkeypatch.setenv("WSI_PIPELINE_DICOMWEB_TOKEN", token)
+    with pytest.raises(WsiPipelineError, match="DICOMWEB_TOKEN has spaces, or letters") as told:
+        find_slides(served.address, output=tmp_path)
+    assert token not in str(told.value)
+
+
+def test_what_says_who_asks_and_how_may_be_damaged(served, tmp_path, monkeypatch):
+    (tmp_path / "netrc").write_bytes(b"machine 127.0.0.1 login \xff\xfe password x\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    served.listener.fault = as_json
+    assert find_slides(served.address, output=tmp_path) == []
+    monkeypatch.setenv("http_proxy", "127.0.0.1:3128")
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(WsiPipelineError, match="http_proxy: Proxy URL had no scheme"):
+        find_slides(served.address, output=tmp_path)
+
+
+def test_frames_between_tiles_are_refused(served, levels, tmp_path):
+    (path,) = write_pyramid(tmp_path / "a", levels[1:2], MPP, kind="raw", left_out=[(0, 0, 0)])
+    header = dcmread(path)
+    place = header.PerFrameFunctionalGroupsSequence[1].PlanePositionSlideSequence[0]
+    place.ColumnPositionInTotalImagePixelMatrix += 7
+    header.save_as(path)
+    with pytest.raises(SourceError, match=r"a frame at x \d+, y \d+, between tiles of \(240, 176"):
+        open_source(served.add(path))
 
 
 def test_a_server_is_no_folder(served, pyramid, tmp_path):
@@ -635,6 +752,29 @@ def test_it_is_sent_once_and_what_is_not_stored_is_named(server, sent, tmp_path,
     wrong = call("export", run, "--store", "https://server/dicom-web")
     assert wrong.exit_code == 2
     assert "no address of DICOMweb; expected dicomweb://" in wrong.output
+
+
+def test_what_a_server_tells_of_others_keeps_no_file_back(pyramid, tmp_path):
+    """Neither instances that were not asked for nor answers of nonsense."""
+    refused = {"00081198": {"vr": "SQ", "Value": [{"00081197": {"vr": "US", "Value": ["x"]}}]}}
+    with dicomwebs.own(tmp_path / "server") as port, dicomwebs.listening(port) as listener:
+        other = {"00080018": {"vr": "UI", "Value": ["1.2.3"]}}
+        listener.fault = lambda request: request.command == "GET" and as_json(request, other)
+        assert Client(as_path(listener.address)).send(pyramid[0])
+        assert len(list((tmp_path / "server").iterdir())) == 1
+        own = {"00080018": {"vr": "UI", "Value": [dcmread(pyramid[0]).SOPInstanceUID]}}
+        listener.fault = lambda request: request.command == "GET" and as_json(request, other, own)
+        assert not Client(as_path(listener.address)).send(pyramid[0])
+        listener.fault = lambda request: (
+            as_json(request, other)
+            if request.command == "GET"
+            else (request.answer(409, json.dumps(refused).encode()) or True)
+        )
+        (tmp_path / "a.dcm").write_bytes(b"no DICOM")
+        with pytest.raises(StoreError, match=r"a\.dcm is no DICOM; remove it, and export again"):
+            Client(as_path(listener.address)).send(tmp_path / "a.dcm")
+        with pytest.raises(StoreError, match=r"is not stored at .*: the server says 409"):
+            Client(as_path(listener.address)).send(pyramid[1])
 
 
 MEASURE = """

@@ -92,6 +92,14 @@ def test_slides_of_one_name_get_folders_of_their_own(tmp_path):
     assert [job.folder for job in backwards] == [job.folder for job in jobs[::-1]]
 
 
+def test_no_name_of_a_slide_leads_out_of_the_output(tmp_path):
+    slides = [tmp_path / "...svs", tmp_path / "..dcm", tmp_path / "....ome.tif"]
+    slides.append("dicomweb://h/studies/1/series/..")
+    for slide in slides:
+        (job,) = plan_jobs([slide], tmp_path / "out")
+        assert job.folder.resolve().parent == tmp_path / "out"
+
+
 def test_ome_zarr_slides_are_found_and_masks_are_not(tmp_path):
     for name, attributes in {
         "a.ome.zarr": {"multiscales": []},

@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 from email.message import Message
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
-from wsi_pipeline.errors import SourceError, StoreError, UnreachableError, UsageError
+import msgspec
 
-if TYPE_CHECKING:
-    from urllib3 import BaseHTTPResponse
+from wsi_pipeline.errors import SourceError, StoreError, UnreachableError, UsageError, raised_as
 
 ADDRESS = re.compile(
-    r"dicomweb(\+https?)?://([^\s/?#@]+(?:/(?!(?:studies|series)(?:[/?]|$))[^\s/?#]+)*)"
+    r"dicomweb(\+https?)?://((?:\[[\da-f:]+\]|[^\s/?#@:[\]]+)(?::\d+)?(?:/(?!(?:studies|series)(?:[/?]|$))[^\s/?#]+)*)"
     r"(/studies/[\d.]+(?:/series/[\d.]+)?)?(?:/studies|/series)?/?(\?[^\s#]*)?"
 )
 TOKEN = "WSI_PIPELINE_DICOMWEB_TOKEN"
@@ -38,6 +37,10 @@ AS_STORED: tuple[str, ...] = (
 """What servers are asked for, one after the other until one is served."""
 PAGE, AT_ONCE, PATIENCE = 200, 16, 60
 """Series in an answer, requests that are under way at a time, and seconds to wait for each."""
+MOST_JSON, MOST_SERIES, TRIES = 1 << 29, 100_000, 4
+"""Bytes of metadata, series that a server finds, and how often an answer may break off."""
+Attribute = dict[str, list[Any] | str | None]
+"""What DICOM's JSON says of a tag."""
 BUSY = (429, 502, 503, 504)
 """Statuses of servers that have something else to do."""
 
@@ -95,6 +98,7 @@ class Client:
     Raises:
         SourceError: by all methods, where the server does not have what is asked for.
         UnreachableError: where it does not answer, or lets nobody in.
+        UsageError: on creation, of a token or proxy that cannot be used.
     """
 
     def __init__(self, address: DicomWeb) -> None:
@@ -107,8 +111,10 @@ class Client:
         self._url, parts = address.url, urlsplit(address.url)
         self._host, self._accepts, headers = parts.hostname or "", AS_STORED, dict[str, str]()
         if token := os.environ.get(TOKEN, "").strip():
+            if not re.fullmatch(r"[!-~]+", token):
+                raise UsageError(f"{TOKEN} has spaces, or letters that no token has; set it anew")
             headers["Authorization"] = f"Bearer {token}"
-        with suppress(OSError, netrc.NetrcParseError):
+        with suppress(OSError, UnicodeDecodeError, netrc.NetrcParseError):
             user = netrc.netrc(os.environ.get("NETRC")).authenticators(self._host)
             if user and not token:
                 told = b64encode(f"{user[0]}:{user[2]}".encode())
@@ -121,31 +127,34 @@ class Client:
             "retries": Retry(4, backoff_factor=0.5, status_forcelist=BUSY, raise_on_status=False),
         }
         proxy = None if proxy_bypass(self._host) else getproxies().get(parts.scheme)
-        self._pool = ProxyManager(proxy, **options) if proxy else PoolManager(**options)
+        with raised_as(UsageError, ValueError, f"{parts.scheme}_proxy"):
+            self._pool = ProxyManager(proxy, **options) if proxy else PoolManager(**options)
 
-    def json(self, where: str) -> list[dict[str, Any]]:
+    def json(self, where: str) -> list[dict[str, Attribute]]:
         """Return the datasets that lie behind the root, in DICOM's JSON."""
-        answer = self._ask("GET", f"{self._url}{where}", {"Accept": "application/dicom+json"})
+        accept = {"Accept": "application/dicom+json"}
+        *_, data = self._ask("GET", f"{self._url}{where}", MOST_JSON, headers=accept)
         try:
-            return [dict(each) for each in json.loads(answer.data or b"[]")]
-        except (TypeError, ValueError):
+            return msgspec.convert(json.loads(data or b"[]"), list[dict[str, Attribute]])
+        except (ValueError, RecursionError, msgspec.ValidationError):
             raise SourceError(
                 f"{self._url} gives no JSON of DICOM; is the root right, as …/dicom-web is?"
             ) from None
 
-    def data(self, where: str, uri: str) -> bytes:
-        """Return bulk data as they are stored, by their URI: `frames/1` is one from an instance."""
+    def data(self, where: str, uri: str, most: int) -> bytes:
+        """Return bulk data as stored, `most` bytes or less, by URI: `frames/1` of an instance."""
         url = urljoin(f"{self._url}{where}/", uri)
         # Nobody else is told who asks.
         if urlsplit(url)[:2] != urlsplit(self._url)[:2]:
             raise SourceError(f"{self._url} refers to {url}, another server, which is not asked")
         for accept in self._accepts:
-            answer = self._ask("GET", url, {"Accept": accept}, let=(400, 406, 415))
-            if answer.status == 200 and (parts := parts_of(answer)):
+            asked = {"Accept": accept}
+            status, kind, data = self._ask("GET", url, most, (400, 406, 415), headers=asked)
+            if status == 200 and (parts := parts_of(kind, data)):
                 # What is next can be had in the same way.
                 self._accepts = (accept, *(a for a in self._accepts if a != accept))
                 return parts[0]
-        raise SourceError(f"{url} is not given as it is stored ({answer.status})")
+        raise SourceError(f"it is not given as it is stored ({status}): {url}")
 
     def send(self, path: Path) -> bool:
         """Store a file of DICOM, piece by piece; return whether it was not there already.
@@ -156,8 +165,11 @@ class Client:
         from pydicom import Dataset
         from pydicom.filereader import read_file_meta_info
 
-        uid = str(read_file_meta_info(path).MediaStorageSOPInstanceUID)
-        if self.json(f"/instances?SOPInstanceUID={uid}"):
+        with raised_as(StoreError, Exception, f"{path} is no DICOM; remove it, and export again"):
+            uid = str(read_file_meta_info(path).MediaStorageSOPInstanceUID)
+        there = self.json(f"/instances?SOPInstanceUID={uid}")
+        # Some servers tell of others, too.
+        if any(uid in (each.get("00080018", {}).get("Value") or ()) for each in there):
             return False
         head = f"--{uid}\r\nContent-Type: application/dicom\r\n\r\n".encode()
         tail = f"\r\n--{uid}--\r\n".encode()
@@ -173,35 +185,50 @@ class Client:
             "Content-Type": f'multipart/related; type="application/dicom"; boundary={uid}',
             "Content-Length": str(len(head) + path.stat().st_size + len(tail)),
         }
-        url, told = f"{self._url}/studies", Dataset()
-        answer = self._ask("POST", url, headers, let=(400, 409), body=pieces(), retries=False)
+        url, codes = f"{self._url}/studies", list[str]()
+        status, _, data = self._ask(
+            "POST", url, MOST_JSON, (400, 409), headers=headers, body=pieces(), retries=False
+        )
         # What servers say may be anything.
         with suppress(Exception):
-            told = Dataset.from_json(json.loads(answer.data))
-        kept = told.get("ReferencedSOPSequence", [])
-        if uid in [item.get("ReferencedSOPInstanceUID") for item in kept]:
-            return True
-        failed = told.get("FailedSOPSequence", [])
-        codes = [f"reason {item.get('FailureReason') or 0:04X}" for item in failed]
-        why = ", ".join(codes) or f"the server says {answer.status}"
+            told = Dataset.from_json(json.loads(data))
+            kept = told.get("ReferencedSOPSequence", [])
+            if uid in [item.get("ReferencedSOPInstanceUID") for item in kept]:
+                return True
+            failed = told.get("FailedSOPSequence", [])
+            codes += [f"reason {item.get('FailureReason') or 0:04X}" for item in failed]
+        why = ", ".join(codes) or f"the server says {status}"
         raise StoreError(f"{path.name} (instance {uid}) is not stored at {url}: {why}")
 
     def _ask(
-        self, method: str, url: str, headers: dict[str, str], let: tuple[int, ...] = (), **body: Any
-    ) -> BaseHTTPResponse:
-        """Return an answer, read, that is no error, or one whose status may be."""
-        from urllib3.exceptions import HTTPError
+        self, method: str, url: str, most: int, let: tuple[int, ...] = (), **asked: Any
+    ) -> tuple[int, str, bytes]:
+        """Return status, type and body of an answer that is no error, or whose status may be."""
+        from urllib3.exceptions import HTTPError, MaxRetryError
 
         goes_on = "; what is done is kept, and the same command goes on"
-        try:
-            answer = self._pool.request(method, url, headers=self._known | headers, **body)
-        except (HTTPError, OSError) as error:
-            # What stands around the reason tells the query.
-            reason = " ".join(str(getattr(error, "reason", None) or error).split())
-            raise UnreachableError(f"{self._url} cannot be reached: {reason}{goes_on}") from None
+        asked["headers"] = self._known | asked["headers"]
+        for left in reversed(range(TRIES if method == "GET" else 1)):
+            data = bytearray()
+            try:
+                with self._pool.request(method, url, preload_content=False, **asked) as answer:
+                    while len(data) <= most and (piece := answer.read(1 << 18)):
+                        data += piece
+                break
+            except (HTTPError, OSError) as error:
+                # What broke off is asked for again, what does not answer was several times.
+                if left and not isinstance(error, MaxRetryError):
+                    continue
+                # What stands around the reason tells the query.
+                reason = " ".join(str(getattr(error, "reason", None) or error).split())
+                told = f"{self._url} cannot be reached: {reason}{goes_on}"
+                raise UnreachableError(told) from None
+        bare = url.partition("?")[0]
+        if len(data) > most:
+            raise SourceError(f"more than {most >> 10:,} KiB came; is the address right? {bare}")
         if (status := answer.status) < 400 or status in let:
-            return answer
-        said = f"{url.partition('?')[0]}: the server says {status} {answer.reason or ''}".rstrip()
+            return status, answer.headers.get("Content-Type", ""), bytes(data)
+        said = f"the server says {status} {answer.reason or ''} to {bare}"
         if status in (401, 403, 407):
             said += f"; set {TOKEN}, or name user and password for {self._host} in ~/.netrc"
         if status in (401, 403, 407, *BUSY):
@@ -209,14 +236,13 @@ class Client:
         raise SourceError(f"{said}; look whether the address is right")
 
 
-def parts_of(answer: BaseHTTPResponse) -> list[bytes]:
+def parts_of(kind: str, data: bytes) -> list[bytes]:
     """Return the parts of an answer in several, or its one body."""
     message = Message()
-    message["Content-Type"] = answer.headers.get("Content-Type", "")
+    message["Content-Type"] = kind
     if message.get_content_maintype() != "multipart":
-        return [answer.data] if answer.data else []
-    boundary = f"\r\n--{message.get_boundary('')}".encode()
-    _, *pieces = (b"\r\n" + answer.data).split(boundary)
+        return [data] if data else []
+    _, *pieces = (b"\r\n" + data).split(f"\r\n--{message.get_boundary('')}".encode())
     return [p.partition(b"\r\n\r\n")[2] for p in pieces if not p.startswith(b"--")]
 
 
@@ -228,15 +254,18 @@ def find_series(address: DicomWeb) -> list[DicomWeb]:
     """
     if "/series/" in address.where:
         return [address]
-    client, found, page = Client(address), dict[DicomWeb, None](), -1
-    while len(found) != page:
-        page = len(found)
-        query = f"{address.query or '?'}&Modality=SM&limit={PAGE}&offset={page}"
+    client, found, asked = Client(address), dict[str, bool](), -1
+    while asked < len(found):
+        # Of series of others, too, which some servers do not leave out.
+        asked = len(found)
+        query = f"{address.query or '?'}&Modality=SM&limit={PAGE}&offset={asked}"
         for entry in client.json(f"{address.where}/series{query.replace('?&', '?')}"):
             tags = ("0020000D", "0020000E", "00080060")
             study, series, kind = ((entry.get(t, {}).get("Value") or [""])[0] for t in tags)
-            # Some servers do not say again what was asked for, some find more.
-            if series and kind in ("SM", ""):
-                where = f"/studies/{study}" if study else address.where
-                found[replace(address, where=f"{where}/series/{series}", query="")] = None
-    return list(found)
+            # Some servers do not say again what was asked for.
+            where = f"{f'/studies/{study}' if study else address.where}/series/{series}"
+            if not ADDRESS.fullmatch(f"dicomweb://h{where}") or len(found) > MOST_SERIES:
+                told = f"no series of DICOM, {where!r}, or more than {MOST_SERIES:,}; name a study"
+                raise SourceError(f"{address.url} lists {told}")
+            found[where] = kind in ("SM", "")
+    return [replace(address, where=name, query="") for name, is_slide in found.items() if is_slide]

@@ -257,16 +257,12 @@ def plan_jobs(
         SourceError: a table that names none of the slides.
     """
     paths, output = [as_path(slide) for slide in slides], as_path(output)
+    chosen = dict[Path, str]()
     for naming in (_stem, _file_name, _long_name):
         names = Counter(_folded(naming(path)) for path in paths)
-        folders = {p: naming(p) for p in paths if names[_folded(naming(p))] == 1}
-        if naming is _stem:
-            chosen = folders
-        else:
-            taken = set(map(_folded, chosen.values()))
-            chosen |= {
-                p: n for p, n in folders.items() if p not in chosen and _folded(n) not in taken
-            }
+        alone = {p: n for p in paths if names[_folded(n := naming(p))] == 1}
+        taken = set(map(_folded, chosen.values()))
+        chosen |= {p: n for p, n in alone.items() if p not in chosen and _folded(n) not in taken}
     table = mpp_table or {}
     mpps = {p: table.get(_file_name(p), table.get(_stem(p))) for p in paths}
     if table and paths and not any(mpps.values()):
@@ -289,7 +285,8 @@ def _stem(path: Path) -> str:
     # These may stand before .zip, .zarr and .gz.
     for suffix in (".zarr", ".ome", ".nii"):
         stem = stem.removesuffix(suffix)
-    return stem
+    # "...svs" would be the folder above.
+    return stem if stem.strip(".") else _file_name(path)
 
 
 def _file_name(path: Path) -> str:

@@ -8,7 +8,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -19,7 +19,7 @@ from pydicom import Dataset
 from pydicom.uid import VLWholeSlideMicroscopyImageStorage
 
 from wsi_pipeline.errors import SourceError
-from wsi_pipeline.files.dicomweb import AT_ONCE, Client, DicomWeb, find_series
+from wsi_pipeline.files.dicomweb import AT_ONCE, Attribute, Client, DicomWeb, find_series
 from wsi_pipeline.files.paths import quiet
 from wsi_pipeline.sources.base import (
     MAX_PIECE,
@@ -69,6 +69,8 @@ class _Level:
         for number, group in enumerate(groups if order == "TILED_SPARSE" else ()):
             spot = group[PLACE]["Value"][0]
             x, y = (int(spot[tag]["Value"][0]) - 1 for tag in POSITION)
+            if x % self.tile[0] or y % self.tile[1]:
+                raise SourceError(f"a frame at x {x}, y {y}, between tiles of {self.tile} px")
             self._places[x // self.tile[0], y // self.tile[1]] = number
         wanted = len(self._places) if order == "TILED_SPARSE" else self._across * down
         count = first.get("InConcatenationTotalNumber") or len(parts)
@@ -144,7 +146,9 @@ class DicomWebBackend:
             **{n: light.get("CodeValue", "") for n in FLUORESCENCE if n.startswith("dicom.")},
         }
         largest = 3 * max(map(math.prod, self.level_tiles))
-        self._data = lru_cache(max(KEPT // largest, 2 * AT_ONCE))(self._client.data)
+        # However badly noise is compressed, and with what stands around it.
+        data = partial(self._client.data, most=2 * largest + (1 << 16))
+        self._data = lru_cache(max(KEPT // largest, 2 * AT_ONCE))(data)
         self._threads = ThreadPoolExecutor(AT_ONCE, "dicomweb")
         self.doubts: tuple[str, ...] = ()
 
@@ -173,7 +177,8 @@ class DicomWebBackend:
         # Metadata hold the profile, which begins with its length, or its URI.
         if not found or found.startswith(b"\0"):
             return found
-        return self._client.data(self._instance(self.headers[0].SOPInstanceUID), found.decode())
+        uid = self.headers[0].SOPInstanceUID
+        return self._client.data(self._instance(uid), found.decode(), KEPT)
 
     def close(self) -> None:
         """Give threads back; connections close by themselves."""
@@ -183,11 +188,11 @@ class DicomWebBackend:
         return f"{self._path.where}/instances/{uid}"
 
 
-def _levels(entries: Sequence[dict[str, Any]]) -> list[_Level]:
+def _levels(entries: Sequence[dict[str, Attribute]]) -> list[_Level]:
     """Return the levels that the metadata of a series tell of, the largest first."""
     found: dict[tuple[int, int], list[tuple[Any, list[Any]]]] = {}
     for entry in entries:
-        frames = entry.pop(PER_FRAME, {}).get("Value") or []
+        frames: Any = entry.pop(PER_FRAME, {}).get("Value") or []
         # Of what is left out of metadata the URI is kept.
         header = Dataset.from_json(entry, lambda tag, vr, uri: uri.encode())
         is_slide = header.get("SOPClassUID") == VLWholeSlideMicroscopyImageStorage
