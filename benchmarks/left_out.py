@@ -15,13 +15,14 @@ import argparse
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy import ndimage
-from torch import Tensor, nn
+from torch import nn
 
 from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.networks import create
@@ -35,23 +36,6 @@ from wsi_pipeline.training.validate import chances, open_predictor
 AREAS = np.unique(np.logspace(0, 4, 33).astype(int))
 LEAST_OVERLAP = 0.1
 """Intersection over union from which a finding is right."""
-
-
-class Mirrored(nn.Module):
-    """Average a network's logits over the four mirrorings of a patch.
-
-    Args:
-        network: that answers with a mask.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, (N, K, *patch)."""
-        axes: list[list[int]] = [[], [-1], [-2], [-2, -1]]
-        return torch.stack([self.network(x.flip(a)).flip(a) for a in axes]).mean(0)
 
 
 def left_out(recipe: Recipe, folder: Path, data_dir: Path) -> Iterator[tuple[nn.Module, Sample]]:
@@ -103,7 +87,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="that it was trained into")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", default="", help="images whose name this expression finds")
-    parser.add_argument("--mirrored", action="store_true", help="mirror patches, and average")
+    parser.add_argument("--mirrored", action="store_true", help="as with --tta mirror")
     parser.add_argument("--threads", type=int)
     given = parser.parse_args()
     if given.threads:
@@ -116,8 +100,8 @@ def main() -> None:
         if not re.search(given.only, sample.name):
             continue
         image, known = sample.read_all()
-        shown = Mirrored(network) if given.mirrored else network
-        with closing(open_predictor(shown, recipe.bundle)) as predictor:
+        bundle = replace(recipe.bundle, tta="mirror") if given.mirrored else recipe.bundle
+        with closing(open_predictor(network, bundle)) as predictor:
             certain = chances(predictor, image, outside=sample.outside)
         chance, truth = certain[-1].numpy(), known.numpy()
         found, true = (chance > 0.5) & (truth != IGNORE), (truth > 0) & (truth != IGNORE)

@@ -28,6 +28,13 @@ class NoNumbers(Pointwise):
         return torch.log(-x[:, :1].abs() - 1).repeat(1, 3, 1, 1)
 
 
+class Several(Pointwise):
+    """A program that gives its logits beside others."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+
 class Picky(Pointwise):
     """A program for a size that no bundle here has."""
 
@@ -48,6 +55,12 @@ def test_a_program_answers_and_has_no_inference_form(tmp_path: Path) -> None:
     trial = try_bundle(load_bundle(pointwise_bundle(tmp_path, mpp=0.5)), patch_size=(40, 24))
     assert trial.shapes["mask"] == (1, 3, 40, 24)
     assert (trial.difference, trial.seconds_folded) == (None, None)
+
+
+def test_an_answer_in_several_is_told(tmp_path: Path) -> None:
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, program=Several))
+    with pytest.raises(BundleError, match=r"answers with mask .*'tuple'.* make it mask \(1, 3, "):
+        try_bundle(bundle)
 
 
 def test_a_program_of_a_fixed_batch_gets_one(tmp_path: Path) -> None:

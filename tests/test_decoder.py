@@ -257,6 +257,46 @@ def test_tokens_of_another_number_are_refused_with_what_was_expected(tmp_path: P
         run(build(bundle).module, random_patches(bundle, 2))
 
 
+class Listed(Maps):
+    """An encoder whose features are the first of a list."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+        return [torch.tanh(self.embed(x)), x]
+
+
+class Nested(Maps):
+    """An encoder whose features are deeper down."""
+
+    def forward(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:  # type: ignore[override]
+        return (self.embed(x), x), x
+
+
+def test_features_come_first_in_lists_too_and_no_deeper(tmp_path: Path) -> None:
+    folder = decoder_bundle(tmp_path / "model", Maps())
+    bundle = load_bundle(folder)
+    patches = random_patches(bundle, 2)
+    expected = run(build(bundle).module, patches)["mask"]
+    torch.jit.script(Listed()).save(folder / "encoder.pt")
+    assert torch.equal(run(build(load_bundle(folder)).module, patches)["mask"], expected)
+    torch.jit.script(Nested()).save(folder / "encoder.pt")
+    result = CliRunner().invoke(group, ["models", "check", str(folder)])
+    assert result.exit_code == 1
+    assert "failed on a batch (1, 3, 64, 64): expected Tensor" in result.output
+
+
+def test_an_encoder_on_the_hub_is_named_by_its_https_address(tmp_path: Path) -> None:
+    folder = decoder_bundle(tmp_path / "model", Maps())
+    text = (folder / "model.toml").read_text("utf-8")
+    place = f'{{ url = "hf://owner/name/encoder.onnx", sha256 = "{"0" * 64}" }}'
+    for weights, told in (
+        ('"hf://owner/name/encoder.onnx"', "is a URL; expected { url = …, sha256 = … }"),
+        (place, "of the Hub https://huggingface.co/…/resolve/…"),
+    ):
+        (folder / "model.toml").write_text(text.replace('"encoder.pt"', weights), "utf-8")
+        with pytest.raises(BundleError, match=re.escape(told)):
+            load_bundle(folder)
+
+
 def test_the_encoder_is_part_of_what_a_bundle_is(tmp_path: Path) -> None:
     folder = decoder_bundle(tmp_path / "model", Maps())
     bundle = load_bundle(folder)

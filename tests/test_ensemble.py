@@ -95,6 +95,22 @@ def test_it_is_the_mean_or_the_vote_of_single_runs(
     assert (folder / "annotations.geojson").read_bytes() == before
 
 
+def test_members_may_be_moved_between_runs(tmp_path: Path, slide_path: Path) -> None:
+    for place in ("here", "there"):
+        for name in ("a", "b"):
+            pointwise_bundle(tmp_path / name, mpp=1.0, patch_size=64, overlap=0)
+        models = [tmp_path / place / name for name in ("a", "b")]
+        (tmp_path / place).mkdir()
+        for model in models:
+            (tmp_path / model.name).rename(model)
+        if place == "there":
+            (tmp_path / "here").rename(tmp_path / "gone")
+        options = {**OPTIONS, "combine": "mean", "outputs": ("zarr",), "overwrite": True}
+        (run,) = segment(slide_path, model=models, output=tmp_path / "out", **options)
+        assert (run.status, run.reason) == ("done", "")
+    assert len(list((tmp_path / "out" / ".models").iterdir())) == 1
+
+
 @pytest.mark.slow
 def test_an_ensemble_is_a_bundle_on_the_disk(
     tmp_path: Path, slide_path: Path, members: list[Path]

@@ -241,6 +241,41 @@ def test_an_answer_of_the_wrong_shape_is_refused(tmp_path):
         list(predictor.predict(REGION, ORIGINS))
 
 
+class Several(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x]
+
+
+class Otherwise(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"out": x}
+
+
+class NoNumber(torch.nn.Module):
+    """One pixel of the last patch but one is none."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x - x[:, :1, :1, :1] + (x.mean() != 0.5).float())
+
+
+@pytest.mark.parametrize(
+    ("program", "told"),
+    [
+        (Several, r"answers with mask .*'list'.* make it mask \(1, 3, 64, 64\)"),
+        (Otherwise, r"answers with ; .* make it mask \(1, 3, 64, 64\)"),
+        (NoNumber, "values that are no numbers; try `models check`"),
+    ],
+)
+def test_an_answer_that_is_no_mask_is_told(tmp_path, program, told):
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=64, program=program))
+    grey = torch.full((64, 64, 3), 0.5)
+    with (
+        closing(Predictor(bundle, device="cpu")) as predictor,
+        pytest.raises(BundleError, match=told),
+    ):
+        list(predictor.predict(grey, np.zeros((1, 2), np.int64)))
+
+
 def test_a_program_that_fails_is_named(tmp_path):
     folder = pointwise_bundle(tmp_path, mpp=0.5, patch_size=128)
     text = (folder / "model.toml").read_text()

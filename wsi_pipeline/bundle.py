@@ -178,7 +178,8 @@ class Bundle:
 
     Attributes:
         path: The folder of `model.toml`.
-        network: A name in `wsi_pipeline.networks.NETWORKS`, or one of FOREIGN, which are programs.
+        network: A name in `wsi_pipeline.networks.NETWORKS`, DECODER, which works behind `encoder`,
+            or one of FOREIGN, which are programs.
         weights_path: The file with weights, or the foreign program; None where there are none.
         weights_origin: Where weights are fetched from; None where they lie in the folder.
         features_path: The file that says what training patches look like to the network, or None.

@@ -53,7 +53,8 @@ def fetch_file(url: str, target: Path, *, most: int = MOST_WEIGHTS, unless: str 
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https", "file"):
-        raise BundleError(f"{url} is not fetched; expected a URL of https://, http:// or file://")
+        known = "https:// (of the Hub https://huggingface.co/…/resolve/…), http:// or file://"
+        raise BundleError(f"{url} is not fetched; expected a URL of {known}")
     try:
         make_folders(target.parent)
         with written_beside(target) as partial:

@@ -24,6 +24,7 @@ from wsi_pipeline.errors import BundleError, DeviceError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
 from wsi_pipeline.networks import Network, SegmentationNetwork, build, patches_per_pass
+from wsi_pipeline.networks.check import FAILS, check_shapes
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise
 from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
@@ -210,8 +211,7 @@ class Predictor:
         # of the pass that a thread is in
         self._seen = threading.local()
         if isinstance(built.module, SegmentationNetwork):
-            stage = self._module.get_submodule(built.module.looks_at)
-            stage.register_forward_hook(self._see)
+            self._module.get_submodule(built.module.looks_at).register_forward_hook(self._see)
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
         # does not depend on the number of threads then. Passes share nothing but the weights.
@@ -361,9 +361,9 @@ class Predictor:
                 torch.autocast(self.device.type, dtype=self.dtype, enabled=lower),
             ):
                 output = self._module(inputs)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, BundleError):
             raise
-        except RuntimeError as error:
+        except FAILS as error:
             if any(sign in str(error) for sign in SHORT_OF_MEMORY):
                 raise torch.OutOfMemoryError(str(error)) from error
             # what CUDA has given up on fails in this process for good
@@ -372,42 +372,32 @@ class Predictor:
                 raise DeviceError(f"{self.device} failed: {first}") from error
             raise BundleError(
                 f"{self.bundle.name} failed on a batch {tuple(inputs.shape)}: "
-                f"{str(error).strip().splitlines()[-1]}"
+                f"{(str(error).strip() or repr(error)).splitlines()[-1]}"
             ) from error
-        answer = output if isinstance(output, dict) else {"mask": output}
-        expected = (len(inputs), self.channels, *self.bundle.input.patch_size)
-        logits = self._checked(answer["mask"], expected)
+        given = output if isinstance(output, dict) else {"mask": output}
+        wanted = ("mask", "label")[: 1 + bool(self.bundle.labels)]
+        answer = {name: given[name] for name in wanted if name in given}
+        check_shapes(answer, self.bundle, len(inputs))
+        # classes apart: fast from here on
+        logits = answer["mask"].float().contiguous()
         if self.bundle.temperature != 1:
             logits = logits / self.bundle.temperature
         mask = logits
         if not self.gives_logits:
             is_alone = self.bundle.activation == "sigmoid"
             mask = logits.sigmoid() if is_alone else logits.softmax(1)
+        # For a GPU one would have to wait.
+        if mask.device.type == "cpu" and bool(mask.sum().isnan()):
+            told = "answers with values that are no numbers; try `models check`, --precision fp32"
+            raise BundleError(f"{self.bundle.name} {told}")
         nothing = mask.new_empty(len(mask), 0)
         features = self._seen.__dict__.pop("features", nothing)
-        if not self.bundle.labels:
-            return mask, nothing, features
-        if "label" not in answer:
-            raise BundleError(
-                f"{self.bundle.name} answered without label; its model.toml has "
-                f"{len(self.bundle.labels)} labels"
-            )
-        shape = (len(inputs), len(self.bundle.labels))
-        return mask, self._checked(answer["label"], shape).softmax(1), features
+        labels = answer["label"].float().softmax(1) if self.bundle.labels else nothing
+        return mask, labels, features
 
     def _see(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
         """Keep what the patches of a pass look like: the means over their places."""
-        axes = tuple(range(2, output.ndim))
-        self._seen.features = output.mean(axes, dtype=torch.float32)
-
-    def _checked(self, logits: torch.Tensor, expected: tuple[int, ...]) -> torch.Tensor:
-        if tuple(logits.shape) != expected:
-            raise BundleError(
-                f"{self.bundle.name} answered with shape {tuple(logits.shape)}; its model.toml "
-                f"makes it {expected}"
-            )
-        # classes apart: fast from here on
-        return logits.float().contiguous()
+        self._seen.features = output.mean(tuple(range(2, output.ndim)), dtype=torch.float32)
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""

@@ -15,6 +15,8 @@ from wsi_pipeline.errors import BundleError
 from wsi_pipeline.networks import Network, SegmentationNetwork, build, create
 from wsi_pipeline.networks.fold import for_inference
 
+FAILS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
+"""What programs raise that do not take patches, exported ones the last."""
 TOLERANCE = 1e-4
 """Largest difference between two forms of a network, as a share of its largest logit."""
 
@@ -126,7 +128,7 @@ def check_shapes(answer: Mapping[str, Tensor], bundle: Bundle, count: int) -> No
     expected = {"mask": (count, channels, *bundle.input.patch_size)}
     if bundle.labels:
         expected["label"] = (count, len(bundle.labels))
-    found = {name: tuple(logits.shape) for name, logits in answer.items()}
+    found = {n: tuple(getattr(part, "shape", [type(part)])) for n, part in answer.items()}
     if found != expected:
         told, wanted = (", ".join(f"{n} {s}" for n, s in d.items()) for d in (found, expected))
         raise BundleError(
@@ -154,8 +156,7 @@ def _timed(module: nn.Module, patches: Tensor, bundle: Bundle) -> tuple[float, d
     begun = time.perf_counter()
     try:
         answer = run(module, patches)
-    # exported programs fail with the last
-    except (RuntimeError, ValueError, AssertionError) as error:
+    except FAILS as error:
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         raise BundleError(
             f"{bundle.name} failed on a batch {tuple(patches.shape)}: {reason}"

@@ -135,7 +135,7 @@ class FrozenEncoder:
                 answer = self.program(filled)
             if isinstance(answer, Mapping):
                 answer = tuple(answer.values())
-            given.append((answer[0] if isinstance(answer, tuple) else answer)[: len(part)])
+            given.append((answer[0] if isinstance(answer, tuple | list) else answer)[: len(part)])
         found = torch.cat(given).float()
         rows, columns = (side // self._stride for side in patches.shape[2:])
         expected = (len(patches), self._features, rows, columns)

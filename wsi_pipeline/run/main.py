@@ -18,7 +18,7 @@ from wsi_pipeline.files.locks import GOES_ON, make_folder
 from wsi_pipeline.files.paths import Inputs, as_path, is_remote, without_secrets
 from wsi_pipeline.files.remote import choose_work
 from wsi_pipeline.inference.predictor import choose_device, count_gpus, tell_choice
-from wsi_pipeline.networks.ensemble import combined, write_ensemble
+from wsi_pipeline.networks.ensemble import FOLDER, combined, write_ensemble
 from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import (
     Combine,
@@ -326,7 +326,8 @@ def run_batch(
     """
     make_folder(batch.output)
     for bundle in batch.bundles:
-        if bundle.members and not bundle.path.is_dir():
+        # Its members may have been moved since. What people have written stays.
+        if bundle.path.parent == (batch.output / FOLDER).absolute():
             write_ensemble(bundle)
     for folder, home in batch.folders.items():
         make_folder(folder)

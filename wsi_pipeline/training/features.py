@@ -12,7 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Generator
 
+from wsi_pipeline.errors import BundleError, raised_as
 from wsi_pipeline.files.remote import write_whole
+from wsi_pipeline.networks.check import FAILS
 from wsi_pipeline.networks.decoder import Decoder, FrozenEncoder, packed
 from wsi_pipeline.training.crops import Sampler, Survey, weighted
 from wsi_pipeline.training.fit import Batch, crop_batch, new_network, seed_of
@@ -74,7 +76,8 @@ class Features:
                 if not (path := self._path(patient, part)).is_file():
                     multiple, where = self._decoder.size_multiple, (int(path.parent.name, 16), part)
                     images, truths, _ = crop_batch(self._recipe, sampler, multiple, where)
-                    features = self.encoder.encode(images.to(device))
+                    with raised_as(BundleError, FAILS, "the encoder"):
+                        features = self.encoder.encode(images.to(device))
                     path.parent.mkdir(exist_ok=True)
                     write_whole(path, packed(features, truths=truths))
                 told()

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -148,11 +148,11 @@ def train(
         # Folds before the training on all: temperature and card of the bundle come from them.
         scores: dict[str, PatientScore] = {}
         for split in splits:
-            scores |= _held_out(recipe, split, learn, output / STATE)
+            learnt = cache(partial(learn, _without(split), split.train, split.test))
+            scores |= _held_out(recipe, split, learnt, output / STATE)
         if recipe.split.test:
-            (apart,) = splits
             # trained already, to be measured
-            samples, fitted = list(apart.train), learn(_without(apart), apart.train, apart.test)
+            samples, fitted = list(splits[0].train), learnt()
         else:
             fitted = learn("all patients", samples)
         if fabric.is_global_zero:
@@ -176,14 +176,14 @@ def train(
 
 
 def _held_out(
-    recipe: Recipe, split: Split, learn: Callable[..., Fitted], folder: Path
+    recipe: Recipe, split: Split, learnt: Callable[[], Fitted], folder: Path
 ) -> dict[str, PatientScore]:
     """Return the scores of a split's patients, from an earlier call where it got that far."""
     path = folder / fold_folder(split) / "held_out.json"
     # not measured yet, or in a way that cannot be read
     with suppress(OSError, ValueError):
         return load_held_out(path)
-    fitted = learn(_without(split), split.train, split.test)
+    fitted = learnt()
     scores = measure(fitted.network, recipe.bundle, split.test)
     if familiar := familiar_of(fitted.network, recipe.bundle, split.train):
         scores = {
