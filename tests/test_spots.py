@@ -172,3 +172,7 @@ def test_what_is_no_such_folder_is_said(place, tmp_path):
         measure_spots(run, tmp_path / "far")
     with pytest.raises(EvaluationError):
         measure_spots(tmp_path, tmp_path / "far")
+    with pytest.raises(AnnotationError, match="far is of Space Ranger; an alignment is for Xenium"):
+        measure_spots(run, tmp_path / "far", alignment=__file__)
+    line = ["measure", str(run), "--within", __file__, "--alignment", __file__]
+    assert "--alignment is for --spots of Xenium" in CliRunner().invoke(group, line).output

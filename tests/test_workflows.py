@@ -380,6 +380,31 @@ def load_features(path):
 
 
 @pytest.mark.slow
+def test_two_slides_of_one_name_share_no_folder(
+    in_groovy, on_image, slide_path, slide_pixels, make_slide, tmp_path
+):
+    step, output = on_image
+    other = tmp_path / "elsewhere" / slide_path.name
+    other.parent.mkdir()
+    make_slide(other, slide_pixels[::-1], 0.25, levels=(1, 4))
+    second = {**step, "uri": other.as_uri(), "fresh": True}
+    _, beside, again, _ = in_groovy([{**step, "fresh": True}, second, second, step])
+    assert "0 earlier ones removed" in beside["said"]
+    assert len(beside["names"]) > 1
+    assert again["names"] == beside["names"]
+    (home,) = output.glob("elsewhere-*/synthetic slide")
+    runs = [load_run(folder).slide["path"] for folder in (output / "synthetic slide", home)]
+    assert runs == [str(slide_path), str(other)]
+    script = WORKFLOWS / "qupath" / "send_corrections.groovy"
+    send = {"script": str(script), "args": [str(output)], "drawn_as": "Region*"}
+    send["draw"] = [[100, 100], [900, 100], [900, 800], [100, 800], [100, 100]]
+    _, sent = in_groovy([second, {**second, **send}])
+    assert "areas sent to" in sent["said"]
+    assert (home.parent / "corrections" / "synthetic slide.geojson").is_file()
+    assert not (output / "corrections").exists()
+
+
+@pytest.mark.slow
 def test_progress_of_the_run_is_told(in_groovy, on_image):
     (answer,) = in_groovy([{**on_image[0], "fresh": True}])
     assert re.search(r"unused: 100 % \(\d+ of \d+ patches\)", answer["said"])
@@ -473,6 +498,15 @@ def test_a_project_of_runs_has_its_slides_and_their_polygons(slide_path, tmp_pat
     again = subprocess.run([*export, folder], capture_output=True, text=True)
     assert again.returncode == 1
     assert "name a new one" in again.stderr
+    # Of nothing there is no project, and no traceback.
+    (home / "run.json").rename(tmp_path / "kept.json")
+    (home / "run.json").write_text("{}")
+    none = tmp_path / "none"
+    failed = subprocess.run([*export, none], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "Traceback" not in failed.stderr
+    assert not none.exists()
+    (tmp_path / "kept.json").replace(home / "run.json")
     whole = tmp_path / "whole"
     subprocess.run([*export, whole, "--for", "openslide"], check=True)
     (image,) = json.loads((whole / "project.qpproj").read_text("utf-8"))["images"]

@@ -35,6 +35,9 @@ void segment(String program, String model, String output, List<String> options) 
         println "${name}: " + (output ? 'is no file of this machine' : 'set OUTPUT: there is no project')
         return
     }
+    // Slides of one file name, as those of DICOM often have, do not share a folder.
+    if (isOfAnother(new File(output, stem(slide.name)), slide))
+        output = new File(output, "${slide.parentFile.name}-${Integer.toHexString(slide.path.hashCode())}").path
     def asked = call([program, 'info', '--json', slide.path, *readingOf(options)]) { null }
     if (asked.code != 0) {
         println "${name}: ${asked.last}"
@@ -83,6 +86,13 @@ File fileOf(server) {
     URI uri = server.getURIs().find { it.scheme == 'file' }
     // on Windows a share of another machine: file://server/share/slide.svs
     return uri == null ? null : new File(uri.authority ? "//${uri.authority}${uri.path}" : uri.path)
+}
+
+/** Returns whether a folder holds the run of another slide, which is still where it was. */
+boolean isOfAnother(File folder, File slide) {
+    File file = new File(folder, 'run.json')
+    String told = file.isFile() ? readJson(file.getText('UTF-8')).slide?.path : null
+    return told && new File(told).exists() && new File(told).canonicalFile != slide.canonicalFile
 }
 
 /** Returns the options that `info` needs as well to read the slide as `segment` does. */

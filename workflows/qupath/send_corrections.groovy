@@ -21,7 +21,9 @@ println "${getCurrentImageName()}: ${send(new File(OUTPUT))}"
 String send(File output) {
     def server = getCurrentServer()
     String path = server.getURIs().find { it.scheme == 'file' }?.path
-    List<File> folders = (output.listFiles() ?: []).findAll { isRunOf(readRun(it), path) }
+    // Of slides of one file name the second has its run, and its corrections, one folder further down.
+    List<File> folders = (output.listFiles() ?: []).collectMany { [it, *(it.listFiles() ?: [])] }
+            .findAll { isRunOf(readRun(it), path) }
     if (folders.size() != 1)
         return "${folders.size()} runs of this image in ${output}; expected one"
     Map run = readRun(folders[0])
@@ -35,7 +37,7 @@ String send(File output) {
     int nameless = areas.count { it.getPathClass() == null }
     if (nameless)
         return "nothing is sent: ${nameless} areas have no class; give them one, Ignore* where none fits"
-    File file = new File(output, "corrections/${folders[0].name}.geojson")
+    File file = new File(folders[0].parentFile, "corrections/${folders[0].name}.geojson")
     file.parentFile.mkdirs()
     exportObjectsToGeoJson(areas, file.path, 'FEATURE_COLLECTION')
     return "${areas.size()} areas sent to ${file}"

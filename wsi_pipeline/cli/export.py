@@ -146,7 +146,8 @@ def command(
     for parent in dict.fromkeys(parent for folder in runs for parent in folder.parents[:2]):
         if not output and (parent / "summary.csv").is_file():
             Overview(parent).write()
-    if qupath_project:
+    # Of why there is nothing to write people have been told.
+    if qupath_project and written:
         from wsi_pipeline.run.qupath import write_qupath_project
 
         write_qupath_project(qupath_project, written)

@@ -49,6 +49,8 @@ def command(
 
     if (within is None) == (spots is None):
         raise click.UsageError("name one of --within and --spots")
+    if within and alignment:
+        raise click.UsageError("--alignment is for --spots of Xenium")
     is_anndata = output and output.suffix.lower() == ".h5ad"
     if within and is_anndata:
         raise click.UsageError("only --spots are written as .h5ad; name a CSV file")

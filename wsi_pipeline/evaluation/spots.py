@@ -122,8 +122,7 @@ def write_spots(path: Path, spots: pd.DataFrame) -> None:
     with raised_as(EvaluationError, ImportError, "pip install 'wsi-pipeline[anndata]'"):
         from anndata import AnnData
     shares = spots.filter(regex="^share_").rename(columns=lambda name: name[len("share_") :])
-    xy = spots[["x", "y"]].to_numpy()
-    found = AnnData(shares, obs=spots[["pixels"]], obsm={"spatial": xy})
+    found = AnnData(shares, obs=spots[["pixels"]], obsm={"spatial": spots[["x", "y"]].to_numpy()})
     with written_beside(path) as beside:
         found.write_h5ad(beside)
 
@@ -148,6 +147,8 @@ def read_spots(
         expected = f"{POSITIONS[1]} of Space Ranger nor {CELLS[0]} of Xenium"
         raise AnnotationError(f"{folder} holds neither {expected}")
     if (name := there[0]) in POSITIONS:
+        if alignment is not None:
+            raise AnnotationError(f"{folder} is of Space Ranger; an alignment is for Xenium")
         told = read_json(folder / "scalefactors_json.json")
         if name == POSITIONS[2]:
             # Before Space Ranger 2.0 there was no head.

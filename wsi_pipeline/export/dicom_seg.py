@@ -126,8 +126,7 @@ def codes_of(found: ClassInfo) -> tuple[Code, Code]:
     if known := KNOWN.get(found.name.lower()):
         return MORPHOLOGY, known
     name = as_text(found.name)
-    own = Code(name.upper().replace(" ", "_")[:16], SCHEME, name)
-    return TISSUE, own
+    return TISSUE, Code(name.upper().replace(" ", "_")[:16], SCHEME, name)
 
 
 def _source(path: Path) -> Dataset:

@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 
 from wsi_pipeline.errors import StoreError
@@ -16,18 +17,6 @@ from wsi_pipeline.report.record import Run
 from wsi_pipeline.run.finished import open_slide_of
 
 SERVERS = "qupath.lib.images.servers"
-SCRIPT = """\
-// Run > Run for project: imports the polygons that came with this project.
-// What it imported before is replaced; what was unlocked since, or drawn, stays.
-import static qupath.lib.scripting.QP.*
-
-def folder = buildFilePath(PROJECT_BASE_DIR, 'data', getProjectEntry().getID())
-def earlier = getAllObjects(false).findAll {
-    it.isLocked() && it.getName() && it.getMetadata()['software']?.startsWith('wsi_pipeline')
-}
-importObjectsFromFile(folder + '/annotations.geojson')
-removeObjects(earlier, true)
-"""
 
 
 def write_qupath_project(folder: Path, runs: Mapping[Path, Run]) -> None:
@@ -92,4 +81,5 @@ def write_qupath_project(folder: Path, runs: Mapping[Path, Run]) -> None:
         }
         (partial / "project.qpproj").write_text(json.dumps(project, indent=2), "utf-8")
         (partial / "scripts").mkdir()
-        (partial / "scripts" / "import_annotations.groovy").write_text(SCRIPT, "utf-8")
+        script = (resources.files("wsi_pipeline.run") / "import_annotations.groovy").read_bytes()
+        (partial / "scripts" / "import_annotations.groovy").write_bytes(script)

@@ -232,8 +232,7 @@ class SlideRun(SourceRun):
         # Those of probabilities and of SpatialData have no labels, which are half of a mask's; that
         # has some for each column of its table besides.
         pixels = ome_zarr.count_files(plan.mask_shape, ngff)
-        is_linked = "spatialdata" in self.settings.export.outputs
-        planes += is_linked * (pixels + 200)
+        planes += ("spatialdata" in self.settings.export.outputs) * (pixels + 200)
         return pixels + planes // 2 + more
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:
