@@ -403,6 +403,7 @@ def test_what_is_no_image_is_refused_in_one_sentence(tmp_path, name, says):
         open_image(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+    assert "previous exception" not in str(caught.value)
 
 
 def test_malformed_files_are_refused_or_read(data_dir):

@@ -937,6 +937,16 @@ def test_annotations_that_do_not_fit_are_refused(tmp_path: Path, slide_path: Pat
         load(dataclasses.replace(recipe, data=(data,)), tmp_path)
 
 
+def test_areas_that_the_recipe_does_not_name_are_said(
+    tmp_path: Path, slide_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "slide.tif").symlink_to(slide_path)
+    recipe = slide_recipe(tmp_path, "slide.tif")
+    with ExitStack() as closing:
+        load_samples(recipe, tmp_path, closing)
+    assert "has areas of ['Necrosis'], which the recipe does not name" in caplog.text
+
+
 # -- pictures and volumes ---------------------------------------------------------------------
 
 

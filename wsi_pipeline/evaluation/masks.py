@@ -19,6 +19,7 @@ from wsi_pipeline.errors import EvaluationError
 from wsi_pipeline.evaluation.meaning import LabelMap, named
 from wsi_pipeline.files.arrays import trusted
 from wsi_pipeline.files.ngff import LABEL, MASK, first_scale, ome_of
+from wsi_pipeline.sources.base import one_line
 from wsi_pipeline.sources.decoded import GDAL, open_raster
 from wsi_pipeline.sources.mpp import ome_mpp
 
@@ -62,7 +63,8 @@ class MaskFile:
         # GDAL, zarr and their codecs raise anything
         except Exception as error:
             raise EvaluationError(
-                f"{self.path}: its pixels cannot be read, damaged or cut off ({error}); get it anew"
+                f"{self.path}: its pixels cannot be read, damaged or cut off ({one_line(error)}); "
+                "get it anew"
             ) from error
 
 

@@ -191,8 +191,9 @@ def part_of(
 
 
 def one_line(error: BaseException) -> str:
-    """Return what a library says, on one line and not too long."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return what a library says, or what it says lies behind, on one line and not too long."""
+    behind = error.__cause__ if "previous exception" in str(error) else None
+    text = " ".join(str(behind or error).split()) or type(error).__name__
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 

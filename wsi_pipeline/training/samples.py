@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import logging
 import re
 import threading
 from collections import Counter, OrderedDict
@@ -33,6 +34,8 @@ from wsi_pipeline.training.pictures import Meaning, Read, read_picture, read_sca
 from wsi_pipeline.training.recipe import TRAITS, DataSpec, Recipe
 
 __all__ = ["IGNORE", "UNLABELLED", "Sample", "load_samples"]
+
+logger = logging.getLogger(__name__)
 
 UNLABELLED = -100
 """Index of the label of an image of which nothing is to be said; losses of torch leave it out."""
@@ -254,12 +257,8 @@ def _images(spec: DataSpec, data_dir: Path, recipe: Recipe) -> list[Path]:
     return images
 
 
-Rows = Mapping[str, Mapping[str, str]]
-"""The rows of a table, by the names of the images, or their paths from the data folder."""
-
-
-def _rows(spec: DataSpec, data_dir: Path) -> Rows:
-    """Return what the table of some images says of each; nothing where there is none.
+def _rows(spec: DataSpec, data_dir: Path) -> Mapping[str, Mapping[str, str]]:
+    """Return what the table of some images says of each, by its name or path; {} without one.
 
     Raises:
         RecipeError: it cannot be read, lacks a column, or names an image twice.
@@ -288,7 +287,7 @@ def _rows(spec: DataSpec, data_dir: Path) -> Rows:
 
 
 def _told(
-    image: Path, within: str, spec: DataSpec, rows: Rows, recipe: Recipe
+    image: Path, within: str, spec: DataSpec, rows: Mapping[str, Mapping[str, str]], recipe: Recipe
 ) -> tuple[str, int | None, str | None]:
     """Return the patient, label and fold that a recipe, or its table, tells of an image.
 
@@ -414,6 +413,8 @@ def _annotated(
             f"{annotations} has areas of {list(areas.names)}, "
             f"the recipe looks for {sorted(indices)}"
         )
+    if unnamed := sorted({*areas.names} - {*indices}):
+        logger.warning("%s has areas of %s, which the recipe does not name", annotations, unnamed)
     view = slide.at(recipe.bundle.mpp, tolerance=MPP_TOLERANCE)
     others = 0 if rest_is_background else IGNORE
     reader = AreaReader(areas, indices, others=others, outside=0 if spec.empty else others)

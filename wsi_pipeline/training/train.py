@@ -148,7 +148,7 @@ def train(
         # Folds before the training on all: temperature and card of the bundle come from them.
         scores: dict[str, PatientScore] = {}
         for split in splits:
-            learnt = cache(partial(learn, _without(split), split.train, split.test))
+            learnt = cache(partial(learn, f"without {split.name}", split.train, split.test))
             scores |= _held_out(recipe, split, learnt, output / STATE)
         if recipe.split.test:
             # trained already, to be measured
@@ -217,11 +217,7 @@ def _held_out(
 
 def fold_folder(split: Split) -> str:
     """Return the name of a split's folder in `STATE`."""
-    return _folder_name(_without(split))
-
-
-def _without(split: Split) -> str:
-    return f"without {split.name}"
+    return _folder_name(f"without {split.name}")
 
 
 class _HeldOut(TypedDict):
