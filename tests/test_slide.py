@@ -23,11 +23,12 @@ from hypothesis import strategies as st
 from ome_types.model import UnitsLength
 from PIL import Image
 from skimage.data import immunohistochemistry
+from skimage.feature import match_template
 
 from wsi_pipeline.errors import MissingMppError, SourceError
 from wsi_pipeline.geometry import PatchGrid, Region
 from wsi_pipeline.patch_grid import GridInfo, StoredGrid, write_patch_grid
-from wsi_pipeline.sources import Slide, open_source
+from wsi_pipeline.sources import Slide, levels, open_source
 from wsi_pipeline.sources.base import snap_downsample
 from wsi_pipeline.sources.mpp import best_mpp, contradictions, doubts, ome_mpp, read_mpp, um_per
 from wsi_pipeline.sources.openslide_reader import OpenSlideBackend
@@ -1099,6 +1100,13 @@ def test_to_open_a_slide_needs_little_of_scipy(slide_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def test_a_part_is_found_again_as_by_scikit_image() -> None:
+    picture = np.random.default_rng(0).random((90, 77)) * 255
+    for part in (picture[20:70, 11:60], picture[3:30, 40:77] * 0.5 + 9):
+        found = levels._match(picture, part)  # type: ignore[arg-type]
+        np.testing.assert_allclose(found, match_template(picture, part), atol=1e-12)
 
 
 def test_a_grid_without_pixels_is_no_source(grid_path: Path) -> None:
