@@ -112,7 +112,8 @@ class PatchGrid:
         # Rows of patches are found by bisection, so that a slide of many blocks is planned at once.
         rows = self.origins[:, 0]
         first = int(np.searchsorted(rows, start[0] - self.patch_size[0], side="right"))
-        origins = self.origins[first : int(np.searchsorted(rows, stop[0])), 1:]
+        last = int(np.searchsorted(rows, stop[0]))
+        origins = self.origins[first:last, 1:]
         low, high = np.array(start[1:]) - self.patch_size[1:], np.array(stop[1:])
         return first + np.flatnonzero(np.all((origins > low) & (origins < high), axis=1))
 

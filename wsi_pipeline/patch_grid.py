@@ -96,7 +96,8 @@ def write_patch_grid(path: Path, stored: StoredGrid, *, with_pixels: bool) -> St
         stored: What to write; its `pixels` are ignored.
     """
     group = zarr.open_group(path, mode="w")
-    group.attrs.update({"format": FORMAT, "version": VERSION, **asdict(stored.info)})
+    info = asdict(stored.info)
+    group.attrs.update({"format": FORMAT, "version": VERSION, **info})
     group.create_array("patches", data=stored.patches)
     for name in ("tissue", "thumbnail"):
         array = group.create_array(name, data=getattr(stored, name))

@@ -122,7 +122,8 @@ def write_spots(path: Path, spots: pd.DataFrame) -> None:
     with raised_as(EvaluationError, ImportError, "pip install 'wsi-pipeline[anndata]'"):
         from anndata import AnnData
     shares = spots.filter(regex="^share_").rename(columns=lambda name: name[len("share_") :])
-    found = AnnData(shares, obs=spots[["pixels"]], obsm={"spatial": spots[["x", "y"]].to_numpy()})
+    xy = spots[["x", "y"]].to_numpy()
+    found = AnnData(shares, obs=spots[["pixels"]], obsm={"spatial": xy})
     with written_beside(path) as beside:
         found.write_h5ad(beside)
 

@@ -126,7 +126,8 @@ def codes_of(found: ClassInfo) -> tuple[Code, Code]:
     if known := KNOWN.get(found.name.lower()):
         return MORPHOLOGY, known
     name = as_text(found.name)
-    return TISSUE, Code(name.upper().replace(" ", "_")[:16], SCHEME, name)
+    own = Code(name.upper().replace(" ", "_")[:16], SCHEME, name)
+    return TISSUE, own
 
 
 def _source(path: Path) -> Dataset:

@@ -140,7 +140,8 @@ class _Pieces:
             for row in own:
                 corner = self.start[row].copy()
                 corner[0] -= begin
-                box = box_slices(corner, self.stop[row] - self.start[row])
+                extent = self.stop[row] - self.start[row]
+                box = box_slices(corner, extent)
                 ends = _row_ends(labels[box] == row - first + 1) + self.start[row]
                 points[int(self.lesion[row])].append(_outermost(ends))
         return {lesion: _longest(np.concatenate(own), spacing_mm) for lesion, own in points.items()}

@@ -278,4 +278,5 @@ def quiet() -> Iterator[None]:
 
 def cache_dir() -> Path:
     """Return the folder of this program in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wsi_pipeline"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "wsi_pipeline"

@@ -211,7 +211,8 @@ class Predictor:
         # of the pass that a thread is in
         self._seen = threading.local()
         if isinstance(built.module, SegmentationNetwork):
-            self._module.get_submodule(built.module.looks_at).register_forward_hook(self._see)
+            stage = self._module.get_submodule(built.module.looks_at)
+            stage.register_forward_hook(self._see)
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
         # does not depend on the number of threads then. Passes share nothing but the weights.
@@ -397,7 +398,8 @@ class Predictor:
 
     def _see(self, _module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
         """Keep what the patches of a pass look like: the means over their places."""
-        self._seen.features = output.mean(tuple(range(2, output.ndim)), dtype=torch.float32)
+        axes = tuple(range(2, output.ndim))
+        self._seen.features = output.mean(axes, dtype=torch.float32)
 
     def _fitting_batch(self) -> int:
         """Return how many patches, a power of two, fit into half of the GPU's free memory."""

@@ -59,7 +59,8 @@ def load_foreign(bundle: Bundle, *, is_encoder: bool = False) -> Network:
         size = options.get("resize")
         if size and not (isinstance(size, list) and all(type(n) is int and n > 0 for n in size)):
             raise BundleError(f"network_options.resize is {size!r}; expected [height, width]")
-        module, batch_size = _load(data, with_patch_size(bundle, size) if size else bundle)
+        seen = with_patch_size(bundle, size) if size else bundle
+        module, batch_size = _load(data, seen)
         if bundle.is_patchwise:
             module = PatchClassifier(module, bundle, size)
         elif size:

@@ -317,7 +317,8 @@ class _Reading:
 
     def options(self) -> dict[str, Any]:
         """Return the network's options."""
-        found = self.config.get("architecture") or self._old_architecture()
+        config = self.config
+        found = config.get("architecture") or self._old_architecture()
         kind = found["network_class_name"].rpartition(".")[2]
         given = found["arch_kwargs"]
         if kind not in ARCHITECTURES:

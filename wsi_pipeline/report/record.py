@@ -209,7 +209,8 @@ class Run:
 def write_run_json(path: Path, run: Run) -> None:
     """Write a run as strict JSON; the file appears when it is complete."""
     facts = {k: v for k, v in asdict(run).items() if v not in ({}, None) or k not in NOT_OF_ALL}
-    write_text(path, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
 def load_run(path: str | Path) -> Run:

@@ -179,7 +179,8 @@ def open_mask_of(folder: Path, run: Run, closing: ExitStack, scan: Scan | None =
     path, store = folder / MASK_FILES[run.kind], RunStore(folder=folder)
     try:
         if path.is_file():
-            return (_open_png if run.kind == "image" else _open_nifti)(path, run, closing, scan)
+            opener = _open_png if run.kind == "image" else _open_nifti
+            return opener(path, run, closing, scan)
         if store.key().get("key") == run.settings["key"]:
             return trusted(zarr.open_array(store.mask_path / "0", mode="r"))
     except (SourceError, OSError, SyntaxError, ValueError) as error:

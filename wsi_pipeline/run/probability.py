@@ -162,7 +162,8 @@ def write_probability(
             if is_ensemble:
                 parts.append((folder / DISAGREEMENT, [ClassInfo(name=DISAGREEMENT)], len(classes)))
             for group, named, first in parts:
-                _assemble(_create(group, plan, named, pixel, unit, ngff), plan, blocks, first)
+                array = _create(group, plan, named, pixel, unit, ngff)
+                _assemble(array, plan, blocks, first)
                 for level in range(1, len(level_shapes(plan.cells_shape))):
                     _reduce(group, level)
         with written_beside(_digest_path(plan)) as partial:

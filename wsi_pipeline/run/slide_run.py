@@ -232,7 +232,8 @@ class SlideRun(SourceRun):
         # Those of probabilities and of SpatialData have no labels, which are half of a mask's; that
         # has some for each column of its table besides.
         pixels = ome_zarr.count_files(plan.mask_shape, ngff)
-        planes += ("spatialdata" in self.settings.export.outputs) * (pixels + 200)
+        is_linked = "spatialdata" in self.settings.export.outputs
+        planes += is_linked * (pixels + 200)
         return pixels + planes // 2 + more
 
     def _finish(self, ledger: Ledger, files: WrittenFiles, clock: Clock) -> SlideResult:

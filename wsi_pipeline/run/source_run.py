@@ -173,7 +173,8 @@ class SourceRun(ABC):
         plan, settings, clock = self.plan, self.settings, Clock()
         ledger = {block.index: plan.store.load_block(block) for block in self.blocks}
         result = self._finish(ledger, files, clock)
-        failures, written = result.write(settings.export.outputs, plan.store.folder, files, clock)
+        wanted = settings.export.outputs
+        failures, written = result.write(wanted, plan.store.folder, files, clock)
         own, unlike = self._facts(ledger), self._unlike(ledger)
         seconds = {s: sum(float(a.get(f"seconds_{s}", 0)) for a in ledger.values()) for s in STAGES}
         run = Run(

@@ -265,7 +265,8 @@ def run_key(parts: Mapping[str, Any]) -> str:
         True
     """
     # Among the options are paths.
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def another(folder: Path, what: str) -> StoreError:

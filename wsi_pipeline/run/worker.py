@@ -251,7 +251,8 @@ class BlockWorker:
             origins, queue = plan.grid.origins[claim.mine] - corner, predictor.queue
             with queue.in_hand():
                 fresh = predictor.predict(region, origins, labels=labels, features=features)
-                pieces = self._pieces(self._placed(wanted, claim, fresh), block, means)
+                placed = self._placed(wanted, claim, fresh)
+                pieces = self._pieces(placed, block, means)
                 if self._is_ensemble:
                     pieces = _set_apart(pieces, apart)
                 mask, probability = self._classify(pieces, block)

@@ -323,6 +323,7 @@ def _match(picture: Grey, part: Grey) -> npt.NDArray[np.float64]:
         uniform_filter(values, (height, width))[height // 2 :, width // 2 :][fits]
         for values in (whole, whole * whole)
     )
+    # Where the picture is flat, nothing is found.
     variance = np.maximum(square - mean * mean, FLAT / 100) * part.size
     found: npt.NDArray[np.float64] = products / np.sqrt(variance * (sought * sought).sum())
     return found

@@ -102,7 +102,8 @@ class OpenSlideBackend:
     def icc_profile(self) -> bytes:
         """Return the ICC profile of the slide, b"" where there is none."""
         # Beside the slide there is nothing that would be decoded for it.
-        return bytes(self._image(0, -1, -1, 1, 1).info.get("icc_profile") or b"")
+        outside = self._image(0, -1, -1, 1, 1)
+        return bytes(outside.info.get("icc_profile") or b"")
 
     def close(self) -> None:
         """Give the file back."""

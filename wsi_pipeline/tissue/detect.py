@@ -213,7 +213,8 @@ def _outward(
 ) -> tuple[Edges, Edges]:
     """Return the first and one past the last whole pixel that each interval touches."""
     first = np.clip(np.floor(starts), 0, length - 1).astype(np.int64)
-    return first, np.clip(np.ceil(stops), first + 1, length).astype(np.int64)
+    last = np.clip(np.ceil(stops), first + 1, length).astype(np.int64)
+    return first, last
 
 
 def box_sums(plane: Mask | npt.NDArray[np.float64], boxes: Boxes) -> npt.NDArray[np.float64]:

@@ -257,8 +257,12 @@ def _images(spec: DataSpec, data_dir: Path, recipe: Recipe) -> list[Path]:
     return images
 
 
-def _rows(spec: DataSpec, data_dir: Path) -> Mapping[str, Mapping[str, str]]:
-    """Return what the table of some images says of each, by its name or path; {} without one.
+Rows = Mapping[str, Mapping[str, str]]
+"""The rows of a table, by the names of the images, or their paths from the data folder."""
+
+
+def _rows(spec: DataSpec, data_dir: Path) -> Rows:
+    """Return what the table of some images says of each; nothing where there is none.
 
     Raises:
         RecipeError: it cannot be read, lacks a column, or names an image twice.
@@ -287,7 +291,7 @@ def _rows(spec: DataSpec, data_dir: Path) -> Mapping[str, Mapping[str, str]]:
 
 
 def _told(
-    image: Path, within: str, spec: DataSpec, rows: Mapping[str, Mapping[str, str]], recipe: Recipe
+    image: Path, within: str, spec: DataSpec, rows: Rows, recipe: Recipe
 ) -> tuple[str, int | None, str | None]:
     """Return the patient, label and fold that a recipe, or its table, tells of an image.
 

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -50,6 +50,7 @@ Progress = Callable[[str, int, int, float, float | None], None]
 STATE = ".training"
 """Folder in a bundle's, with what a killed training goes on from."""
 KEY = "key.json"
+EVERYBODY = "all patients"
 
 
 def train(
@@ -92,16 +93,12 @@ def train(
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
-        looked = list(map_in_threads(lambda s: survey(s, len(recipe.bundle.classes)), samples))
+        n_classes = len(recipe.bundle.classes)
+        looked = list(map_in_threads(lambda sample: survey(sample, n_classes), samples))
         surveys = dict(zip(samples, looked, strict=True))
-        totals = zip(recipe.bundle.classes, np.sum([s.totals for s in looked], 0), strict=True)
-        empty = [info.name for info, total in totals if total == 0]
-        # Corrections need not show all that the network knows already.
-        if empty and recipe.start is None:
-            raise RecipeError(
-                f"no pixel of any image is {', '.join(empty)}; look at the recipe's classes, or "
-                "leave the class out of the bundle"
-            )
+        if recipe.start is None:
+            # Corrections need not show all that the network knows already.
+            _check_classes(recipe, looked)
         splits = (
             []
             if folds is not None and not folds and not recipe.split.test
@@ -145,16 +142,20 @@ def train(
                 write_history(folder, fitted.history)
             return fitted
 
+        # The fold kept apart is asked for twice: to be judged, and as the bundle.
+        @lru_cache(maxsize=1)
+        def learn_without(split: Split) -> Fitted:
+            return learn(_without(split), split.train, split.test)
+
         # Folds before the training on all: temperature and card of the bundle come from them.
         scores: dict[str, PatientScore] = {}
         for split in splits:
-            learnt = cache(partial(learn, f"without {split.name}", split.train, split.test))
-            scores |= _held_out(recipe, split, learnt, output / STATE)
+            scores |= _held_out(recipe, split, learn_without, output / STATE)
         if recipe.split.test:
-            # trained already, to be measured
-            samples, fitted = list(splits[0].train), learnt()
+            (apart,) = splits
+            samples, fitted = list(apart.train), learn_without(apart)
         else:
-            fitted = learn("all patients", samples)
+            fitted = learn(EVERYBODY, samples)
         if fabric.is_global_zero:
             familiar = (
                 # What it looks like to an encoder that stays is known, and of more than this.
@@ -171,19 +172,20 @@ def train(
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
-            gather_cases([output / STATE / fold_folder(s) / CASES for s in splits], output / CASES)
+            states = [output / STATE / fold_folder(split) for split in splits]
+            gather_cases([state / CASES for state in states], output / CASES)
     return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in scores.items()}
 
 
 def _held_out(
-    recipe: Recipe, split: Split, learnt: Callable[[], Fitted], folder: Path
+    recipe: Recipe, split: Split, learn_without: Callable[[Split], Fitted], folder: Path
 ) -> dict[str, PatientScore]:
     """Return the scores of a split's patients, from an earlier call where it got that far."""
     path = folder / fold_folder(split) / "held_out.json"
     # not measured yet, or in a way that cannot be read
     with suppress(OSError, ValueError):
         return load_held_out(path)
-    fitted = learnt()
+    fitted = learn_without(split)
     scores = measure(fitted.network, recipe.bundle, split.test)
     if familiar := familiar_of(fitted.network, recipe.bundle, split.train):
         scores = {
@@ -217,7 +219,11 @@ def _held_out(
 
 def fold_folder(split: Split) -> str:
     """Return the name of a split's folder in `STATE`."""
-    return _folder_name(f"without {split.name}")
+    return _folder_name(_without(split))
+
+
+def _without(split: Split) -> str:
+    return f"without {split.name}"
 
 
 class _HeldOut(TypedDict):
@@ -250,6 +256,17 @@ def load_held_out(path: Path) -> dict[str, PatientScore]:
             distances=np.array(held.get("distances", ()), float),
         )
     return scores
+
+
+def _check_classes(recipe: Recipe, surveys: Sequence[Survey]) -> None:
+    """Refuse a class of which there is nothing to learn."""
+    totals = np.sum([found.totals for found in surveys], axis=0)
+    names = [info.name for info in recipe.bundle.classes]
+    if empty := [name for name, total in zip(names, totals, strict=True) if total == 0]:
+        raise RecipeError(
+            f"no pixel of any image is {', '.join(empty)}; look at the recipe's classes, or leave "
+            "the class out of the bundle"
+        )
 
 
 def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -> str:

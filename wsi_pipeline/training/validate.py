@@ -222,7 +222,8 @@ def decided(certain: Tensor) -> Tensor:
         >>> decided(torch.tensor([[0.2, 0.7]])).tolist()
         [0, 1]
     """
-    return (certain[0] > 0.5 if len(certain) == 1 else certain.argmax(0)).to(torch.uint8)
+    found = certain[0] > 0.5 if len(certain) == 1 else certain.argmax(0)
+    return found.to(torch.uint8)
 
 
 def open_predictor(network: nn.Module, bundle: Bundle) -> Predictor:

@@ -205,7 +205,8 @@ class ShownPicture(ShownRun):
         start, shape = place_of((height, width), column, row)
         if isinstance(what, int):
             return indexed_png(cut.plane(what, level, start, shape), PALETTE, frozenset([0]))
-        pixels = cut.mask(level, start, (start[0] + shape[0], start[1] + shape[1]), what)
+        stop = (start[0] + shape[0], start[1] + shape[1])
+        pixels = cut.mask(level, start, stop, what)
         return indexed_png(pixels, list(self.classes.values()), hidden | {0})
 
     def polygons(self) -> Polygons:

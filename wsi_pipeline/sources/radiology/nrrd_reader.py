@@ -75,7 +75,8 @@ def open_nrrd(path: Path, time_points: Sequence[int] | None) -> Volume:
     if len(spatial) != 3 or (others and not is_last):
         axes = " × ".join(map(str, sizes))
         raise SourceError(f"{axes} values on axes of {', '.join(kinds)}; expected three of space")
-    chosen, doubts = choose_times(time_points, sizes[-1] if others else 1, "the fourth axis")
+    count = sizes[-1] if others else 1
+    chosen, doubts = choose_times(time_points, count, "the fourth axis")
     if header.get("line skip") or header.get("byte skip"):
         raise SourceError("a NRRD that skips lines or bytes; save it without")
     affine, more_doubts = _affine(header, spatial)
@@ -108,7 +109,8 @@ def _affine(header: Mapping[str, Any], spatial: Sequence[int]) -> tuple[Affine, 
     else:
         raise SourceError("does not say how large its voxels are; save it with space directions")
     affine[:3, 3] = header.get("space origin", (0, 0, 0))
-    units = list(map(str, header.get("space units") or filter(None, header.get("units", ()))))
+    said = header.get("space units") or filter(None, header.get("units", ()))
+    units = list(map(str, said))
     if unknown := set(units) - UNITS.keys():
         raise SourceError(f"lengths in {', '.join(sorted(unknown))}; expected mm, cm, m or um")
     if units:
