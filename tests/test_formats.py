@@ -1119,6 +1119,15 @@ def test_what_is_no_level_is_left_out_and_said(
             assert "not used" in said
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_level_with_an_empty_middle_is_used(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (240, 248, 3), np.uint8)
+    pixels[24:-24, 24:-24] = 200
+    with open_source(write_levels("TIFF", tmp_path, [pixels, box_means(pixels, 4)])) as slide:
+        assert slide.at(2.0).level == 1
+        assert slide.doubts == ()
+
+
 @pytest.mark.parametrize(
     ("kind", "kernel"),
     [

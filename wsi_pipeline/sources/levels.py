@@ -238,12 +238,10 @@ class Levels:
         spread = np.sqrt(np.maximum(uniform_filter(square, 3) - around * around, 0))
         if (abs(stored - around) > NOISE + 3 * spread).mean() > STRAY:
             return False
-        if stored.std() < FLAT or mean.std() < FLAT:
-            return None
         reach = max(4, edge // 8)
-        if edge < 4 * reach:
-            return None
         inner = stored[reach:-reach, reach:-reach]
+        if edge < 4 * reach or min(inner.std(), mean.std()) < FLAT:
+            return None
         found = _match(mean, inner)
         here = found[reach - 1 : reach + 2, reach - 1 : reach + 2].max()
         # It is near 1 but for nearest neighbours of noise, and the less sure for it.
