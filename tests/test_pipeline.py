@@ -36,6 +36,7 @@ from wsi_pipeline import segment
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
 from wsi_pipeline.errors import BundleError, SourceError, StoreError
+from wsi_pipeline.inference import ensemble
 from wsi_pipeline.options import (
     ExportOptions,
     PredictOptions,
@@ -47,6 +48,7 @@ from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.batch import segment_jobs
 from wsi_pipeline.run.jobs import plan_jobs
 from wsi_pipeline.run.tile import tile
+from wsi_pipeline.run.worker import BlockWorker
 from wsi_pipeline.schedule.cluster import open_cluster
 from wsi_pipeline.sources import open_source
 
@@ -129,6 +131,32 @@ def test_all_slides_and_files_are_told_of(tmp_path, slide_path):
         patches = told[job][: -len(files)]
         assert patches[0][0] == 0
         assert patches[-1] == (6, 6)  # of 483 × 372 px
+
+
+def test_the_network_is_built_once_while_the_first_slide_is_planned(
+    tmp_path, slide_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    bundle = load_bundle(pointwise_bundle(tmp_path / "model", mpp=1.0).relative_to(tmp_path))
+    Path("b.tif").symlink_to(slide_path)
+    steps = []
+
+    def spy(of, name):
+        real = getattr(of, name)
+
+        def called(*args, **options):
+            steps.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(of, name, called)
+
+    spy(ensemble, "open_predictor")
+    spy(BlockWorker, "__init__")
+    with open_cluster(ScheduleOptions()) as client:
+        jobs = plan_jobs([slide_path, Path("b.tif")], tmp_path / "out")
+        runs = segment_jobs(jobs, bundle, client=client, settings=Settings(select=EVERYWHERE))
+        assert [run.status for _, run in runs] == ["done", "done"]
+    assert steps == ["open_predictor", "__init__", "__init__"]
 
 
 def test_on_a_lossless_slide_every_pixel_is_right(tmp_path, slide_path, slide_pixels):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from itertools import combinations
 from typing import Any
@@ -15,6 +16,8 @@ from wsi_pipeline.inference.predictor import Predictor
 from wsi_pipeline.networks.ensemble import check_members
 from wsi_pipeline.options import PredictOptions
 from wsi_pipeline.schedule.worker_state import WorkerCache
+
+_making = threading.Lock()
 
 
 class Ensemble(Predictor):
@@ -92,10 +95,11 @@ def kept_predictor(
     """Return the predictor that a worker made for the last slide, or a new one."""
     key = repr((bundle.digest, bundle, options.device, options.precision, options.batch_size,
                 threads, options.tta))  # fmt: skip
-    predictor = keep.get(key)
-    if not isinstance(predictor, Predictor):
-        # A model that is used no more gives its memory back first.
-        for old in [old for old in keep if not any(model in old for model in beside)]:
-            keep.pop(old).close()
-        predictor = keep[key] = open_predictor(bundle, options, threads=threads)
-    return predictor
+    with _making:
+        predictor = keep.get(key)
+        if not isinstance(predictor, Predictor):
+            # A model that is used no more gives its memory back first.
+            for old in [old for old in keep if not any(model in old for model in beside)]:
+                keep.pop(old).close()
+            predictor = keep[key] = open_predictor(bundle, options, threads=threads)
+        return predictor

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from wsi_pipeline.bundle import Bundle
+from wsi_pipeline.bundle import Bundle, load_bundle
 from wsi_pipeline.errors import BundleError, ClusterError, WsiPipelineError
 from wsi_pipeline.files.locks import make_folder
 from wsi_pipeline.files.paths import is_remote
+from wsi_pipeline.inference.ensemble import kept_predictor
+from wsi_pipeline.inference.patch_queue import use_one_core
 from wsi_pipeline.inference.predictor import number_format
 from wsi_pipeline.options import Precision, PredictOptions, Settings
 from wsi_pipeline.report.record import Run
@@ -172,7 +174,7 @@ class BatchRunner:
         told, tell = progress or (lambda job, done, total: None), stage or (lambda job, text: None)
         with ExitStack() as claims:
             with self._preparing:
-                found = [caught(self._prepare, job, taken) for job in jobs]
+                found = [caught(self._prepare, job, taken, number) for job in jobs]
             begun = [one for one in found if isinstance(one, PreparedRun)]
             for one in begun:
                 claims.push(one.claim)
@@ -215,17 +217,35 @@ class BatchRunner:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _prepare(self, job: Job, taken: list[int]) -> Run | PreparedRun:
-        model = self._models[job.model]
+    def _prepare(self, job: Job, taken: list[int], number: int) -> Run | PreparedRun:
+        model, beside = self._models[job.model], self._beside(job)
+        threads = model.threads or cpu_count()
+
+        def begin(predict: PredictOptions) -> None:
+            def make(keep: WorkerCache) -> None:
+                # as `BlockWorker` does, which is to find it
+                use_one_core()
+                bundle = load_bundle(model.bundle.path.absolute())
+                kept_predictor(bundle, predict, threads, keep, beside)
+
+            # The first source needs the network soon; those behind it find one in use.
+            if isinstance(self._client, Threads) and not number:
+                self._client.begin(make)
+
         return prepare(
             job,
             model.bundle,
             settings=model.settings,
             precision=model.precision,
-            threads=model.threads or cpu_count(),
+            threads=threads,
             overwrite=self._overwrite,
             check=lambda plan: model.check(plan, taken),
+            begin=begin,
         )
+
+    def _beside(self, job: Job) -> list[str]:
+        """Return the digests of the other models."""
+        return [m.bundle.digest for number, m in enumerate(self._models) if number != job.model]
 
     def _do_blocks(
         self,
@@ -242,7 +262,7 @@ class BatchRunner:
         done = len(plan.grid) - int(np.count_nonzero(plan.uses(pending)))
         progress(job, done, len(plan.grid))
         alone, model = isinstance(self._client, Threads), self._models[job.model]
-        beside = [other.bundle.digest for other in self._models if other is not model]
+        beside = self._beside(job)
         try:
             for fresh in run_blocks(
                 self._client,

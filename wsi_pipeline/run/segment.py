@@ -27,7 +27,7 @@ from wsi_pipeline.files.remote import reaching, upload
 from wsi_pipeline.inference.predictor import DTYPES, choose_device, choose_dtype
 from wsi_pipeline.networks import build
 from wsi_pipeline.networks.quantise import load_ranges
-from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Precision, Settings, turns
+from wsi_pipeline.options import ON_REQUEST, OUTPUTS, Precision, PredictOptions, Settings, turns
 from wsi_pipeline.report.record import OUTPUT_FILES, RUN_FILE, Run, load_run, write_run_json
 from wsi_pipeline.run.facts import model_facts, versions
 from wsi_pipeline.run.jobs import Job
@@ -164,11 +164,13 @@ def prepare(
     threads: int,
     overwrite: bool,
     check: Callable[[Plan], int | None],
+    begin: Callable[[PredictOptions], None],
 ) -> Run | PreparedRun:
     """Open a source and its run's folder, plan it; return it, or its run if that is done.
 
     Args:
         precision: in which number format to compute, where an unfinished run has none.
+        begin: told how to predict, before the source is looked at closely.
 
     Raises:
         WsiPipelineError: the source, the model or the folder cannot be used.
@@ -207,6 +209,7 @@ def prepare(
         store = open_run_store(
             folder, fingerprint=fingerprint, model=model, key=key, overwrite=overwrite
         )
+        begin(run.settings.predict)
         run.prepare(store, threads, check)
         seconds = time.perf_counter() - start
         return PreparedRun(job=job, run=run, claim=claim.pop_all(), seconds=seconds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import cycle, islice
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.schedule.memory import trim_memory, used_memory
-from wsi_pipeline.schedule.worker_state import TRIM_EVERY, Opener, Result, WorkerState
+from wsi_pipeline.schedule.worker_state import TRIM_EVERY, Opener, Result, WorkerCache, WorkerState
 
 NEAR = 0.85
 """From this share of the memory limit on, less is in hand at a time."""
@@ -41,6 +41,12 @@ class Threads:
         self._pool.shutdown(cancel_futures=True)
         for state in self._states:
             state.clear()
+
+    def begin(self, make: Callable[[WorkerCache], object]) -> None:
+        """Have each worker make what it will keep, beside what comes before its first blocks."""
+        for state in self._states:
+            # What goes wrong is raised when a block needs it.
+            self._pool.submit(make, state.keep)
 
     def run_blocks(
         self, blocks: Iterable[Block], opener: Opener[Result], max_ram: int | None
