@@ -78,6 +78,8 @@ def shown(pixels, tta):
     axes = range(pixels.ndim - 1)
     for exchanged in (False, True)[: 1 + (tta == "d4")]:
         for flags in itertools.product((False, True), repeat=len(axes)):
+            if tta == "flip" and any(flags[:-1]):
+                continue
             flips = [axis for axis, is_flipped in zip(axes, flags, strict=True) if is_flipped]
             y, x = axes[-2:]
             seen = np.flip(np.swapaxes(pixels, y, x) if exchanged else pixels, flips)
@@ -118,8 +120,9 @@ class Lopsided(torch.nn.Module):
 @pytest.mark.parametrize(
     ("kind", "tta", "passes"),
     [
-        ("network", "mirror", 4), ("network", "d4", 8), ("sigmoid", "d4", 8),
-        ("wide", "mirror", 4), ("volume", "mirror", 8), ("volume", "d4", 16),
+        ("network", "flip", 2), ("network", "mirror", 4), ("network", "d4", 8),
+        ("sigmoid", "d4", 8), ("wide", "mirror", 4),
+        ("volume", "flip", 2), ("volume", "mirror", 8), ("volume", "d4", 16),
     ],
 )  # fmt: skip
 def test_augmented_probabilities_are_the_mean_over_single_runs(tmp_path, kind, tta, passes):

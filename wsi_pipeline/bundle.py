@@ -192,7 +192,7 @@ class Bundle:
         temperature: Number that the mask's logits are divided by, so that probabilities are as
             often right as they say.
         limits: What its results must not be trusted with: a paragraph that goes with them.
-        tta: "none", "mirror" or "d4": how patches are shown where nobody says.
+        tta: "none", "flip", "mirror" or "d4": how patches are shown where nobody says.
         origin: Where it was fetched from: `url`, with the commit of a repository, and `sha256` of
             what was there otherwise; empty where a person has put it in its place.
         members: Of an ensemble.

@@ -20,7 +20,7 @@ Output = Literal[
     "overlay", "probability", "quality",
 ]  # fmt: skip
 Flaw = Literal["out-of-focus", "pen", "fold", "bubble", "blood"]
-Tta = Literal["none", "mirror", "d4"]
+Tta = Literal["none", "flip", "mirror", "d4"]
 Frame = Literal["qupath", "openslide"]
 Icc = Literal["ignore", "apply"]
 Ngff = Literal["0.4", "0.5"]
@@ -82,7 +82,7 @@ def turns(tta: str, patch_size: Sequence[int], spacing: Sequence[float] = ()) ->
     """Return the ways in which test-time augmentation shows a patch, as it is first.
 
     Args:
-        tta: "none"; "mirror" reverses each set of axes; "d4" exchanges y and x, too.
+        tta: "none"; "flip" reverses x; "mirror" each set of axes; "d4" exchanges y and x, too.
         spacing: of the pixels along each axis, where they may differ.
 
     Raises:
@@ -101,8 +101,8 @@ def turns(tta: str, patch_size: Sequence[int], spacing: Sequence[float] = ()) ->
     # Of a patch that is a slice deep the depth has no other side.
     axes = [axis for axis in range(-len(patch_size), 0) if patch_size[axis] > 1]
     sets = [f for n in range(len(axes) + 1) for f in combinations(axes, n)]
-    if tta == "none":
-        return [(False, ())]
+    if tta in ("none", "flip"):
+        return [(False, ()), (False, (-1,))][: 1 + (tta == "flip")]
     return [(exchanged, f) for exchanged in (False, True)[: 1 + (tta == "d4")] for f in sets]
 
 

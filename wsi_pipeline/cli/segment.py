@@ -131,7 +131,8 @@ def read_memory(text: str) -> int:
     blend=(Blend, "How overlapping predictions combine."),
     tta=(
         Tta,
-        "Predict each patch mirrored, or turned by right angles, too, and take the mean  "
+        "Predict each patch mirrored (flip: left to right alone), or turned by right angles, too, "
+        "and take the mean  "
         "[default: the bundle's]",
     ),
 )
