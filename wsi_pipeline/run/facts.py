@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wsi_pipeline.bundle import RANDOM_WEIGHTS, Bundle, bundle_table
-from wsi_pipeline.export.lesions import Lesions
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.options import ExportOptions
 from wsi_pipeline.report.record import ModelFacts, Run
 from wsi_pipeline.sources import Slide
+
+if TYPE_CHECKING:
+    from wsi_pipeline.export.lesions import Lesions
 
 
 def model_facts(bundle: Bundle) -> ModelFacts:

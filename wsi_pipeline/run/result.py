@@ -21,7 +21,6 @@ from wsi_pipeline.export import MaskLike, ome_tiff, ome_zarr, overlay
 from wsi_pipeline.export.features import FeatureOptions
 from wsi_pipeline.export.geojson import Written, write_geojson
 from wsi_pipeline.export.geoparquet import write_geoparquet
-from wsi_pipeline.export.lesions import Lesions, count_lesions
 from wsi_pipeline.export.png import write_mask_png
 from wsi_pipeline.export.polygons.components import BlockComponents
 from wsi_pipeline.export.polygons.trace import Outlines, find_outlines, trace_mask
@@ -38,9 +37,10 @@ from wsi_pipeline.run.quality import FLAWS, with_flaws, write_quality
 from wsi_pipeline.run.written import WrittenFiles
 
 if TYPE_CHECKING:
-    # What reads and writes DICOM and NIfTI is loaded for images and volumes alone.
+    # What is for images and volumes is loaded for them alone.
     from pydicom import Dataset
 
+    from wsi_pipeline.export.lesions import Lesions
     from wsi_pipeline.sources.radiology.image import Image
     from wsi_pipeline.sources.radiology.preprocess import Scan
     from wsi_pipeline.sources.radiology.volume import Volume
@@ -154,9 +154,6 @@ class Result(ABC):
             min_pixels=features.min_pixels,
         )
 
-    def _made_by(self) -> dict[str, str]:
-        return made_by(self.model, self.key)
-
     @property
     def _notes(self) -> list[str]:
         """Return what stands below a picture."""
@@ -217,7 +214,7 @@ class SlideResult(Result):
             simplify_um=self.options.simplify_um,
             min_area_um2=self.options.min_area_um2,
             namespace=self._namespace,
-            metadata=self._made_by(),
+            metadata=made_by(self.model, self.key),
             flaws=FLAWS if "quality" in self.options.outputs else (),
         )
 
@@ -316,6 +313,8 @@ class ScanResult(Result):
     @cached_property
     def lesions(self) -> list[Lesions]:
         """Return the lesions of each class but the background."""
+        from wsi_pipeline.export.lesions import count_lesions
+
         return count_lesions(self.mask, self.classes, self._spacing_mm)
 
     @property
@@ -351,7 +350,7 @@ class ScanResult(Result):
             simplify_um=0,
             min_area_um2=0,
             namespace=self._namespace,
-            metadata=self._made_by(),
+            metadata=made_by(self.model, self.key),
             unit="mm^2" if self._spacing_mm else "px^2",
         )
 

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from PIL import Image
 from scipy import ndimage
 from skimage.filters import threshold_otsu
-from skimage.morphology import disk
 
 from wsi_pipeline.annotations import rasterise, read_region
 from wsi_pipeline.errors import AnnotationError
@@ -89,7 +88,10 @@ def find_tissue(thumbnail: npt.NDArray[np.uint8], mpp: float) -> Mask:
     # gaps are closed, edges gain nothing
     if reach := round(CLOSE_UM / mpp):
         padded = np.pad(tissue, reach, mode="edge")
-        closed = ndimage.binary_closing(padded, disk(reach))  # type: ignore[no-untyped-call]
+        steps = np.arange(-reach, reach + 1)
+        # skimage.morphology has one, too, but loads scipy.spatial.
+        disk = steps**2 + steps[:, None] ** 2 <= reach**2
+        closed = ndimage.binary_closing(padded, disk)
         tissue = np.asarray(closed[reach:-reach, reach:-reach])
     # Holes first: a piece counts with what it surrounds.
     tissue = ~_large_pieces(~tissue, MAX_HOLE_UM2 / mpp**2)
