@@ -6,6 +6,7 @@ import logging
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -68,62 +69,33 @@ def run_blocks(
 
     state, name = state_name(client), f"work_{uuid.uuid4().hex}"
     waiting = iter(blocks)
-    # By the keys of futures.
-    tries: dict[Any, tuple[Block, int]] = {}
     with reaching(client):
         # a task and no scattered data: it is done again when the worker that has it dies
         opening = client.submit(lambda thing: thing, opener, pure=False, priority=priority)
 
-    def submit(batch: list[Block], number: int = 0, **options: Any) -> list[Any]:
+    def submit(batch: list[Block], tries: int = 0, **where: Any) -> list[Any]:
         if not batch:
             return []
         with reaching(client):
-            futures = client.map(
-                run_block,
-                [state] * len(batch),
-                [name] * len(batch),
+            return client.map(
+                partial(run_block, state, name, tries),
                 [opening] * len(batch),
                 batch,
                 pure=False,
                 priority=priority,
                 resources=dict(resources or {}) or None,
-                **options,
+                **where,
             )
-        tries.update({f.key: (block, number) for f, block in zip(futures, batch, strict=True)})
-        return futures
-
-    def again(future: Any, failure: Failure) -> list[Any]:
-        block, number = tries[future.key]
-        # the worker's fault, and of each next block
-        if isinstance(failure.error, ClusterError):
-            with reaching(client):
-                is_alone = not {*client.nthreads()} - {failure.worker}
-            if isinstance(failure.error, DeviceError) and is_alone:
-                raise failure.error
-            logger.warning("%s; it is sent away", failure.error)
-            with reaching(client):
-                client.retire_workers([failure.worker])
-            return submit([block], number)
-        if number == RETRIES:
-            raise failure.error
-        logger.warning(
-            "block %s failed on worker %s: %s; it is tried again",
-            block.name, failure.worker, first_line(failure.error),
-        )  # fmt: skip
-        with reaching(client):
-            others = [worker for worker in client.nthreads() if worker != failure.worker]
-        where = {"workers": others, "allow_other_workers": True} if others else {}
-        return submit([block], number + 1, **where)
 
     most, counted = _most_in_flight(client), time.monotonic()
     futures = as_completed(submit(list(islice(waiting, most))), loop=client.loop)
     try:
         for batch in futures.batches():
             found = _results(client, batch)
-            for future, result in zip(batch, found, strict=True):
-                if isinstance(result, Failure):
-                    futures.update(again(future, result))
-                del tries[future.key]
+            for failure in found:
+                if isinstance(failure, Failure):
+                    tries, where = _next_try(client, failure)
+                    futures.update(submit([failure.block], tries, **where))
             if time.monotonic() > counted + LOOK_EVERY:
                 most, counted = _most_in_flight(client), time.monotonic()
             room = most - futures.count()
@@ -139,6 +111,28 @@ def run_blocks(
 def _most_in_flight(client: Client) -> int:
     with reaching(client):
         return int(max(2 * sum(client.nthreads().values()), LEAST_IN_FLIGHT))
+
+
+def _next_try(client: Client, failure: Failure) -> tuple[int, dict[str, Any]]:
+    """Return how often a block will have been tried, and where it goes; raise what fails again."""
+    is_of_worker = isinstance(failure.error, ClusterError)
+    if failure.tries == RETRIES and not is_of_worker:
+        raise failure.error
+    with reaching(client):
+        others = [worker for worker in client.nthreads() if worker != failure.worker]
+    if is_of_worker:
+        if isinstance(failure.error, DeviceError) and not others:
+            raise failure.error
+        # Each next block would fail there, too.
+        logger.warning("%s; it is sent away", failure.error)
+        with reaching(client):
+            client.retire_workers([failure.worker])
+        return failure.tries, {}
+    logger.warning(
+        "block %s failed on worker %s: %s; it is tried again",
+        failure.block.name, failure.worker, first_line(failure.error),
+    )  # fmt: skip
+    return failure.tries + 1, {"workers": others, "allow_other_workers": True} if others else {}
 
 
 def _results(client: Client, futures: list[Any]) -> list[Any]:

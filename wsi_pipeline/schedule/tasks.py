@@ -48,20 +48,22 @@ class HasState(WorkerPlugin):
 
 @dataclass(frozen=True)
 class Failure:
-    """How a block failed, and on which worker."""
+    """How a block failed, and on which worker, after how many tries before."""
 
     error: Exception
     worker: str
+    block: Block
+    tries: int
 
 
-def run_block(state: str, name: str, opener: Opener[Any], block: Block) -> Any:
+def run_block(state: str, name: str, tries: int, opener: Opener[Any], block: Block) -> Any:
     """Do a block on the worker that this is called on; return its result or how it failed."""
     # an error goes home as a value, since dask would print its traceback on the way
     worker = get_worker()
     try:
         return getattr(worker, state).work(name, opener)(block)
     except Exception as error:
-        return Failure(error, worker.address)
+        return Failure(error, worker.address, block, tries)
     finally:
         if sum(block.index) % TRIM_EVERY == 0:
             trim_memory()
