@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -228,7 +228,7 @@ def write_masks(
         found = origin.begin(LABEL_MAP, "SEG", target, MASK, level + 1)
         found.SegmentationType, found.SegmentsOverlap = "LABELMAP", "NO"
         found.PyramidUID, found.PixelPaddingValue = origin.uid("pyramid"), 0
-        found.SegmentSequence = _segments(origin, range(len(origin.classes)))
+        found.SegmentSequence = [_segment(origin, n) for n in range(len(origin.classes))]
         found.SharedFunctionalGroupsSequence = origin.shared([f * 2**level for f in downsample])
         _write_image(target, found, shape, encoded_tiles(levels, window, level, _jpeg_ls))
 
@@ -247,7 +247,7 @@ def write_probability(
     found.SegmentationType, found.SegmentationFractionalType = "FRACTIONAL", "PROBABILITY"
     found.MaximumFractionalValue, found.SegmentsOverlap = 255, "UNDEFINED"
     # What could not be read has no probabilities of its own.
-    found.SegmentSequence = _segments(origin, range(1, count + 1))
+    found.SegmentSequence = [_segment(origin, n) for n in range(1, count + 1)]
     found.SharedFunctionalGroupsSequence = origin.shared(downsample)
     window, planes = (0, 0, height, width), (_Plane(probability, i) for i in range(count))
     frames = (tile for p in planes for tile in encoded_tiles([p], window, 0, _jpeg_ls))
@@ -266,8 +266,6 @@ def write_annotations(
         outlines: made with the options' `tolerance` and `min_pixels`.
         options: in pixels of the image that is referred to.
     """
-    regions, count = outlines.regions, np.zeros(len(options.classes), np.int64)
-    chance = np.full(len(regions), np.nan) if regions.probability is None else regions.probability
     # There must be a group, if one of nothing.
     told: dict[tuple[int, bool], list[npt.NDArray[np.float64]]] = {(1, False): [np.zeros((3, 0))]}
     digest = hashlib.sha256()
@@ -277,43 +275,22 @@ def write_annotations(
             for number in range(1, len(options.classes))
             for kind in (False, True)
         }
-        for shapes, region, _, area in map_polygons(
-            outlines, lambda part, shapes: sound_shapes(regions, options, part, shapes, [])
-        ):
-            if not len(shapes):
-                continue
-            _, xy, (first, shells) = shapely.to_ragged_array(shapes)
-            owner = np.repeat(np.arange(len(shapes)), np.diff(shells))
-            is_hole = np.diff(owner, prepend=-1) == 0
-            # The first vertex is there again as the last.
-            sizes, value = np.diff(first).astype(np.int64) - 1, regions.value[region]
-            for number in np.unique(value).tolist():
-                own = value == number
-                nth = count[number] + np.cumsum(own)
-                count[number] = nth[-1]
-                for kind in (False, True):
-                    rings = np.flatnonzero((is_hole == kind) & own[owner])
-                    of = owner[rings]
-                    more = [nth[of]] if kind else [area[of] * 1e6, chance[region[of]]]
-                    rows = np.stack([sizes[rings], *more]).astype(np.float64)
-                    vertices = xy[ranges(first[rings].astype(np.int64), sizes[rings])].astype("<f8")
-                    told.setdefault((number, kind), []).append(rows)
-                    waiting[number, kind].write(vertices.tobytes())
-                    digest.update(rows.tobytes() + vertices.tobytes())
+        for number, kind, rows, vertices in _iter_rings(outlines, options):
+            told.setdefault((number, kind), []).append(rows)
+            waiting[number, kind].write(vertices)
+            digest.update(rows.tobytes() + vertices)
         content = digest.hexdigest()
         found = origin.begin(BULK_ANNOTATIONS, "ANN", path, ANNOTATIONS, 1, content)
         found.ContentLabel, found.AnnotationCoordinateType = "ANNOTATIONS", "2D"
         found.PixelOriginInterpretation, found.AnnotationGroupSequence = "VOLUME", []
-        for (number, kind), parts in sorted(told.items()):
-            sizes, *values = np.concatenate(parts, axis=1)
-            if not len(sizes) and count.any():
-                continue
+        filled = [kind for kind, rows in sorted(told.items()) if any(r.size for r in rows)]
+        for nth, (number, kind) in enumerate(filled or [(1, False)], 1):
+            sizes, *values = np.concatenate(told[number, kind], axis=1)
             info, starts = origin.classes[number], 1 + 2 * (np.cumsum(sizes) - sizes)
-            label = f"holes in {info.name}" if kind else info.name
             group = _item(
-                AnnotationGroupNumber=len(found.AnnotationGroupSequence) + 1,
+                AnnotationGroupNumber=nth,
                 AnnotationGroupUID=origin.uid("group", number, kind, content),
-                AnnotationGroupLabel=as_text(label),
+                AnnotationGroupLabel=as_text(f"holes in {info.name}" if kind else info.name),
                 AnnotationGroupGenerationType="AUTOMATIC", GraphicType="POLYGON",
                 AnnotationGroupAlgorithmIdentificationSequence=origin.algorithm,
                 AnnotationPropertyCategoryCodeSequence=_coded(codes_of(info)[0]),
@@ -341,6 +318,35 @@ def write_annotations(
             _write_elements(stream, found)
 
 
+def _iter_rings(
+    outlines: Outlines, options: FeatureOptions
+) -> Iterator[tuple[int, bool, npt.NDArray[np.float64], bytes]]:
+    """Yield rings of a class, or its holes: which, (1 + measures, n) sizes and measures, and xy."""
+    regions, count = outlines.regions, np.zeros(len(options.classes), np.int64)
+    chance = np.full(len(regions), np.nan) if regions.probability is None else regions.probability
+    for shapes, region, _, area in map_polygons(
+        outlines, lambda part, shapes: sound_shapes(regions, options, part, shapes, [])
+    ):
+        if not len(shapes):
+            continue
+        _, xy, (first, shells) = shapely.to_ragged_array(shapes)
+        owner = np.repeat(np.arange(len(shapes)), np.diff(shells))
+        is_hole = np.diff(owner, prepend=-1) == 0
+        # The first vertex is there again as the last.
+        sizes, value = np.diff(first).astype(np.int64) - 1, regions.value[region]
+        for number in np.unique(value).tolist():
+            own = value == number
+            nth = count[number] + np.cumsum(own)
+            count[number] = nth[-1]
+            for kind in (False, True):
+                rings = np.flatnonzero((is_hole == kind) & own[owner])
+                of = owner[rings]
+                more = [nth[of]] if kind else [area[of] * 1e6, chance[region[of]]]
+                rows = np.stack([sizes[rings], *more]).astype(np.float64)
+                vertices = xy[ranges(first[rings].astype(np.int64), sizes[rings])].astype("<f8")
+                yield number, kind, rows, vertices.tobytes()
+
+
 def _write_elements(out: DicomIO, found: Dataset) -> None:
     """Write a dataset element by element: pydicom holds a whole sequence in memory."""
     for element in found:
@@ -366,23 +372,18 @@ class _Plane:
         return self._array[(self._channel, *key)]
 
 
-def _segments(origin: Origin, numbers: Iterable[int]) -> list[Dataset]:
-    """Return what is said of the classes by these numbers."""
-    found = []
-    for number in numbers:
-        info = origin.classes[number]
-        category, kind = codes_of(info) if number else (BACKGROUND, BACKGROUND)
-        segment = _item(
-            SegmentNumber=number, SegmentLabel=as_text(info.name),
-            SegmentAlgorithmType="AUTOMATIC",
-            SegmentAlgorithmName=as_text(origin.model["name"]),
-            SegmentationAlgorithmIdentificationSequence=origin.algorithm,
-            SegmentedPropertyCategoryCodeSequence=_coded(category),
-            SegmentedPropertyTypeCodeSequence=_coded(kind),
-            RecommendedDisplayCIELabValue=_as_lab(info),
-        )  # fmt: skip
-        found.append(segment)
-    return found
+def _segment(origin: Origin, number: int) -> Dataset:
+    """Return what is said of a class by its number."""
+    info = origin.classes[number]
+    category, kind = codes_of(info) if number else (BACKGROUND, BACKGROUND)
+    return _item(
+        SegmentNumber=number, SegmentLabel=as_text(info.name), SegmentAlgorithmType="AUTOMATIC",
+        SegmentAlgorithmName=as_text(origin.model["name"]),
+        SegmentationAlgorithmIdentificationSequence=origin.algorithm,
+        SegmentedPropertyCategoryCodeSequence=_coded(category),
+        SegmentedPropertyTypeCodeSequence=_coded(kind),
+        RecommendedDisplayCIELabValue=_as_lab(info),
+    )  # fmt: skip
 
 
 def _write_image(
