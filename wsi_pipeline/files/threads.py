@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -21,7 +21,7 @@ _GDAL = threading.Lock()
 
 def map_in_threads(
     function: Callable[[T], R], items: Iterable[T], *, threads: int | None = None
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
     """Do something with each item in threads; yield the results in order, few of them held.
 
     There are as many threads as cores, but `MOST_THREADS` at the most, where nothing is said.

@@ -6,12 +6,11 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from collections.abc import Generator as Steps
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from torch import Generator, Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from wsi_pipeline.bundle import Bundle
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.networks import create
@@ -180,10 +180,7 @@ def fit(
         ]
 
     threads = crop_threads or (1 if fabric.device.type == "cpu" else None)
-    steps = cast(
-        "Steps[list[Batch]]",
-        map_in_threads(batches, range(state.step, spec.steps), threads=threads),
-    )
+    steps = map_in_threads(batches, range(state.step, spec.steps), threads=threads)
     # the next crops are made while the network learns from these
     with closing(steps):
         for parts in steps:
@@ -199,21 +196,12 @@ def fit(
             average.update_parameters(network)
             state.step += 1
             is_last = state.step == spec.steps
-            is_look = bool(validation or watched) and (
-                is_last or state.step % spec.validate_every == 0
-            )
+            is_look = is_last or state.step % spec.validate_every == 0
+            is_look = is_look and bool(validation or watched)
             if is_last or is_look or state.step % LOG_EVERY == 0:
                 state.log(rate)
-            if is_look and watched:
-                dice = mean_dice(measure(averaged, recipe.bundle, watched), recipe.bundle)
-                if not math.isnan(dice):
-                    state.history[-1]["held_out_dice"] = dice
-            if is_look and validation:
-                scores = measure(averaged, recipe.bundle, validation)
-                if recipe.bundle.labels:
-                    state.history[-1]["validation_accuracy"] = accuracy(scores)
-                dice = float(fabric.broadcast(mean_dice(scores, recipe.bundle)))
-                state.compare(dice, averaged.state_dict())
+            if is_look:
+                look(averaged, recipe.bundle, state, validation, watched, fabric)
             if is_last or state.step % spec.checkpoint_every == 0:
                 state.save()
             if progress:
@@ -266,6 +254,27 @@ def learn(
         )
     optimizer.step()
     return total
+
+
+def look(
+    network: nn.Module,
+    bundle: Bundle,
+    state: TrainerState,
+    validation: Sequence[Sample],
+    watched: Sequence[Sample],
+    fabric: Fabric,
+) -> None:
+    """Note how a network does on other patients than it learns from; keep it if it is the best."""
+    if watched:
+        dice = mean_dice(measure(network, bundle, watched), bundle)
+        if not math.isnan(dice):
+            state.history[-1]["held_out_dice"] = dice
+    if validation:
+        scores = measure(network, bundle, validation)
+        if bundle.labels:
+            state.history[-1]["validation_accuracy"] = accuracy(scores)
+        dice = float(fabric.broadcast(mean_dice(scores, bundle)))
+        state.compare(dice, network.state_dict())
 
 
 def crop_batch(recipe: Recipe, sampler: Sampler, multiple: int, where: tuple[int, ...]) -> Batch:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from msgspec import structs
@@ -42,6 +42,9 @@ from wsi_pipeline.training.validate import (
     measure,
     scores_of,
 )
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +88,7 @@ def train(
     if data_dir is None and file is None:
         raise RecipeError("data_dir is None, and the recipe comes from no file; name the folder")
     data_dir, output = Path(data_dir or Path(str(file)).parent), Path(output)
-    there = (name for name in (*WRITTEN, CASES) if (output / name).exists())
-    if (found := next(there, None)) and not (overwrite or (output / STATE / KEY).exists()):
-        raise RecipeError(f"{output} holds {found}, which was not trained there; name another")
-    if recipe.start and output.resolve() == recipe.start.path.resolve():
-        raise RecipeError(f"{output} is the bundle to begin with, which stays; name another folder")
+    _check_output(recipe, output, overwrite=overwrite)
     fabric = open_fabric(recipe, device=device, devices=devices)
     with ExitStack() as closing:
         samples = load_samples(recipe, data_dir, closing)
@@ -104,58 +103,28 @@ def train(
             if folds is not None and not folds and not recipe.split.test
             else plan_splits(samples, recipe.split, seed=recipe.train.seed, wanted=folds)
         )
-        key = _key(recipe, samples, looked)
+        key, state = _key(recipe, samples, looked), output / STATE
         if fabric.is_global_zero:
-            closing.enter_context(claim_folder(output / STATE))
-            for folder in (output, *(output / STATE).glob("**")):
-                # of processes that were killed
-                for path in folder.glob(".*.partial"):
-                    remove(path)
-            _open_state(output / STATE, key, overwrite=overwrite)
+            closing.enter_context(claim_folder(state))
+            _open_state(state, key, overwrite=overwrite)
         # The other processes wait until the folder is claimed, and empty where it is to be.
         fabric.barrier()
-        features = None
-        if recipe.bundle.encoder:
-            features = Features(recipe, output / STATE / "features")
-            if fabric.is_global_zero:
-                features.compute(surveys, fabric.device, progress or (lambda *_: None))
-            fabric.barrier()
-
-        def learn(name: str, own: Sequence[Sample], held_out: Sequence[Sample] = ()) -> Fitted:
-            learning, validation = leave_out_validation(
-                own, recipe.split.validation, seed=recipe.train.seed
-            )
-            folder = output / STATE / _folder_name(name)
-            folder.mkdir(parents=True, exist_ok=True)
-            fitted = fit(
-                recipe,
-                TrainingSet(samples=learning, surveys=[surveys[s] for s in learning]),
-                validation=validation,
-                watched=held_out if recipe.split.watch else (),
-                fabric=fabric,
-                data_dir=data_dir,
-                folder=folder,
-                features=features,
-                progress=partial(progress, name) if progress else None,
-            )
-            if fabric.is_global_zero:
-                write_history(folder, fitted.history)
-            return fitted
-
+        features = Features(recipe, state / "features") if recipe.bundle.encoder else None
+        if features and fabric.is_global_zero:
+            features.compute(surveys, fabric.device, progress or (lambda *_: None))
+        fabric.barrier()
+        training = _Training(recipe, surveys, fabric, data_dir, state, features, progress)
         # The fold kept apart is asked for twice: to be judged, and as the bundle.
-        @lru_cache(maxsize=1)
-        def learn_without(split: Split) -> Fitted:
-            return learn(_without(split), split.train, split.test)
-
+        learn_without = lru_cache(maxsize=1)(training.learn_without)
         # Folds before the training on all: temperature and card of the bundle come from them.
         scores: dict[str, PatientScore] = {}
         for split in splits:
-            scores |= _held_out(recipe, split, learn_without, output / STATE)
+            scores |= _held_out(recipe, split, learn_without, state)
         if recipe.split.test:
             (apart,) = splits
             samples, fitted = list(apart.train), learn_without(apart)
         else:
-            fitted = learn(EVERYBODY, samples)
+            fitted = training.learn(EVERYBODY, samples)
         if fabric.is_global_zero:
             familiar = (
                 # What it looks like to an encoder that stays is known, and of more than this.
@@ -172,9 +141,54 @@ def train(
             )
             write_bundle(fitted.network, recipe, trained, output)
             write_history(output, fitted.history)
-            states = [output / STATE / fold_folder(split) for split in splits]
-            gather_cases([state / CASES for state in states], output / CASES)
+            gather_cases([state / fold_folder(s) / CASES for s in splits], output / CASES)
     return {patient: scores_of(found.pixels, recipe.bundle) for patient, found in scores.items()}
+
+
+def _check_output(recipe: Recipe, output: Path, *, overwrite: bool) -> None:
+    """Refuse a folder in which something else lies."""
+    there = (name for name in (*WRITTEN, CASES) if (output / name).exists())
+    if (found := next(there, None)) and not (overwrite or (output / STATE / KEY).exists()):
+        raise RecipeError(f"{output} holds {found}, which was not trained there; name another")
+    if recipe.start and output.resolve() == recipe.start.path.resolve():
+        raise RecipeError(f"{output} is the bundle to begin with, which stays; name another folder")
+
+
+class _Training(NamedTuple):
+    """What the trainings of a recipe have in common: of each fold, and of all patients."""
+
+    recipe: Recipe
+    surveys: Mapping[Sample, Survey]
+    fabric: Fabric
+    data_dir: Path
+    state: Path
+    features: Features | None
+    progress: Progress | None
+
+    def learn(self, name: str, own: Sequence[Sample], held_out: Sequence[Sample] = ()) -> Fitted:
+        """Train by some images, from where an earlier call got to; return the network."""
+        train, split = self.recipe.train, self.recipe.split
+        learning, validation = leave_out_validation(own, split.validation, seed=train.seed)
+        folder = self.state / _folder_name(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        fitted = fit(
+            self.recipe,
+            TrainingSet(samples=learning, surveys=[self.surveys[s] for s in learning]),
+            validation=validation,
+            watched=held_out if split.watch else (),
+            fabric=self.fabric,
+            data_dir=self.data_dir,
+            folder=folder,
+            features=self.features,
+            progress=partial(self.progress, name) if self.progress else None,
+        )
+        if self.fabric.is_global_zero:
+            write_history(folder, fitted.history)
+        return fitted
+
+    def learn_without(self, split: Split) -> Fitted:
+        """Train without the patients that a split holds out; return the network."""
+        return self.learn(f"without {split.name}", split.train, split.test)
 
 
 def _held_out(
@@ -219,11 +233,7 @@ def _held_out(
 
 def fold_folder(split: Split) -> str:
     """Return the name of a split's folder in `STATE`."""
-    return _folder_name(_without(split))
-
-
-def _without(split: Split) -> str:
-    return f"without {split.name}"
+    return _folder_name(f"without {split.name}")
 
 
 class _HeldOut(TypedDict):
@@ -294,6 +304,10 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
 def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
     """Make the folder ready for the training of a key, emptied if that is asked for."""
     path = folder / KEY
+    for parent in (folder.parent, *folder.glob("**")):
+        # of processes that were killed
+        for partial_file in parent.glob(".*.partial"):
+            remove(partial_file)
     if overwrite:
         for part in folder.iterdir():
             if part.is_dir():
