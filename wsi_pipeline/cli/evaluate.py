@@ -72,7 +72,6 @@ def read_renaming(text: str) -> tuple[str, str]:
     return old.strip(), new.strip()
 
 
-SIZE = Parsed("WIDTHxHEIGHT", read_size)
 MEANING = Parsed("CLASS=VALUE[,VALUE…]", read_meaning)
 
 

@@ -9,6 +9,8 @@ from typing import get_args
 import click
 
 from wsi_pipeline.cli.options import (
+    FILE,
+    FOLDER,
     OUTLINES,
     Command,
     OutputChoice,
@@ -22,13 +24,7 @@ from wsi_pipeline.options import Output, Rule
 
 
 @click.command(cls=Command, epilog="wsi-pipeline export out/ --simplify 2 --min-area 500")
-@click.argument(
-    "folders",
-    metavar="RUN_DIR...",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-)
+@click.argument("folders", metavar="RUN_DIR...", nargs=-1, required=True, type=FOLDER)
 @options_of(
     None,
     outputs=(
@@ -49,7 +45,7 @@ from wsi_pipeline.options import Output, Rule
 )
 @click.option(
     "--corrections",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="GeoJSON of what was corrected in areas of Region*, for a new run with --output.",
 )
 @click.option(

@@ -6,17 +6,15 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import FILE, Command, frame_option
+from wsi_pipeline.cli.options import FILE, FOLDER, Command, frame_option
 from wsi_pipeline.options import Frame
 
 
 @click.command(cls=Command, epilog="wsi-pipeline measure out/slide --within annotations.geojson")
-@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("run", type=FOLDER)
 @click.option("--within", type=FILE, help="GeoJSON of the areas, such as QuPath's annotations.")
 @click.option(
-    "--spots",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of Space Ranger's tissue_positions or Xenium's cells.",
+    "--spots", type=FOLDER, help="Folder of Space Ranger's tissue_positions or Xenium's cells."
 )
 @click.option(
     "--alignment", type=FILE, help="Xenium Explorer's CSV of how the slide lies on the cells."

@@ -13,6 +13,7 @@ import click
 
 from wsi_pipeline.bundle import FOREIGN, RANDOM_WEIGHTS, Bundle, bundle_table, load_bundle
 from wsi_pipeline.cli.options import (
+    FOLDER,
     MPP,
     SELECT,
     TISSUE,
@@ -64,12 +65,7 @@ command.command_class = Command
 
 
 @command.command("list", epilog="wsi-pipeline models list")
-@click.argument(
-    "folders",
-    metavar="[FOLDER]...",
-    nargs=-1,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-)
+@click.argument("folders", metavar="[FOLDER]...", nargs=-1, type=FOLDER)
 @click.pass_context
 def list_(ctx: click.Context, folders: tuple[Path, ...]) -> None:
     """List bundles.

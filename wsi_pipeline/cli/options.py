@@ -212,6 +212,7 @@ def some_of(choices: Sequence[str]) -> Parsed:
 DEVICE = Parsed("DEVICE", read_device)
 TISSUE = Parsed("auto|none|FILE", read_tissue)
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import DEVICE, Command, Figure, options_of
+from wsi_pipeline.cli.options import DEVICE, FOLDER, Command, Figure, options_of
 from wsi_pipeline.options import Precision
 
 
 @click.command(cls=Command, epilog="wsi-pipeline verify out/slide --share 0.1")
-@click.argument(
-    "folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
 @click.option(
     "--share", type=Figure(min=0, max=1), default=0.01, help="Of the blocks, to compute again."
 )

@@ -8,13 +8,11 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import Command
+from wsi_pipeline.cli.options import FOLDER, Command
 
 
 @click.command(cls=Command, epilog="wsi-pipeline view out/")
-@click.argument(
-    "folder", metavar="RUN_DIR", type=click.Path(exists=True, file_okay=False, path_type=Path)
-)
+@click.argument("folder", metavar="RUN_DIR", type=FOLDER)
 @click.option(
     "--slide",
     type=click.Path(exists=True, path_type=Path),
