@@ -220,6 +220,9 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, make: Callable[..., n
         load_imagenet(encoder, tmp_path / "b.pth")
     with pytest.raises(BundleError, match=first):
         load_imagenet(make(4), write(tmp_path / "c.pth", state))
+    broken = {**state, first: torch.full_like(state[first], float("inf"))}
+    with pytest.raises(BundleError, match=r"d\.pth: .* holds values that are not finite"):
+        load_imagenet(make(), write(tmp_path / "d.pth", broken))
 
 
 def test_weights_of_the_other_encoder_are_refused(tmp_path: Path) -> None:

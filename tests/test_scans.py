@@ -172,6 +172,38 @@ def test_of_a_mammogram_in_monochrome1_every_pixel_is_right(tmp_path):
     assert sum(made.regions.values()) == len(document["features"])
 
 
+def test_images_whose_bits_are_not_used_or_whose_pixels_are_no_squares_are_told(tmp_path):
+    pixels = blobs((70, 41)).astype(float)
+    pixels = np.rint(pixels * (4095 / pixels.max())).astype(np.uint16)
+    Pictures.fromarray(pixels).save(tmp_path / "a.png")
+    Pictures.fromarray(pixels * 16).save(tmp_path / "b.png")
+    write_mammogram(tmp_path / "c.dcm", 4095 - pixels)
+    header = pydicom.dcmread(tmp_path / "c.dcm")
+    header.ImagerPixelSpacing = [0.2, 0.1]
+    header.save_as(tmp_path / "c.dcm")
+    told = {}
+    for scale, name in (
+        ("range", "a.png"),
+        ("range", "b.png"),
+        ("range", "c.dcm"),
+        ("minmax", "a.png"),
+    ):
+        bundle = scan_bundle(
+            tmp_path / scale,
+            modality="image",
+            resolution="fit = [64, 64]",
+            patch_size=(64, 64),
+            keys=f'scale = "{scale}"',
+        )
+        _, made = run(tmp_path / name, bundle, tmp_path / f"{scale} {name}")
+        told[scale, name] = made.warnings
+    # 12 bits as 16 are black to who takes 65535 for white
+    dark = "its brightest value is 4095, its file's white 65535: it is seen dark"
+    assert told["range", "a.png"] == [dark]
+    assert told["range", "b.png"] == told["minmax", "a.png"] == []
+    assert told["range", "c.dcm"][1:] == ["its pixels of 0.1 × 0.2 mm are seen as squares"]
+
+
 # --- blocks, patches and spacing
 
 

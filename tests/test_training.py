@@ -477,6 +477,13 @@ def test_a_mask_of_another_size_is_refused(folder: Path, recipe: Recipe) -> None
         load(recipe, folder)
 
 
+@pytest.mark.parametrize("images", ["/somewhere/*.png", ""])
+def test_a_pattern_that_is_none_is_refused(folder: Path, recipe: Recipe, images: str) -> None:
+    odd = dataclasses.replace(recipe, data=(structs.replace(recipe.data[0], images=images),))
+    with pytest.raises(RecipeError, match=r"images = '.*', expected a path or glob from the data"):
+        load(odd, folder)
+
+
 @pytest.mark.parametrize("missing", ["B/one.png", "B/one_mask.png", "A/masks/y.png"])
 def test_a_missing_file_is_named(folder: Path, recipe: Recipe, missing: str) -> None:
     (folder / missing).unlink()
@@ -528,11 +535,16 @@ def test_a_table_that_does_not_tell_is_refused(
 def test_a_table_that_is_none_is_refused(folder: Path, recipe: Recipe) -> None:
     made = tabled(folder, recipe, "x.png,P,benign,1\ny.png,P,benign,1\n")
     (folder / "A/nothing.csv").write_bytes(b"")
+    (folder / "A/twice.csv").write_text("file,who,who,kind,part\nx.png,P,Q,benign,1\n", "utf-8")
     for values, message in (
         ({"table": "A/x.png"}, r"cannot read the table .*x\.png"),
         ({"table": "none.csv"}, r"cannot read the table .*none\.csv"),
         ({"table": "A/nothing.csv"}, r"nothing\.csv has no column .*; there are \[\]"),
-        ({"columns": {"patient": "whom"}}, r"no column \['whom'\]; there are \['file', 'who'"),
+        ({"table": "A/twice.csv"}, r"no column \['who'\], or several; there"),
+        (
+            {"columns": {"patient": "whom"}},
+            r"no column \['whom'\], or several; there are \['file', 'who'",
+        ),
         ({"columns": {"patient": "who", "image": "name"}}, r"no column \['name'\]"),
     ):
         (data,) = made.data
@@ -602,6 +614,9 @@ def test_a_mask_of_two_images_of_one_name_is_refused(tmp_path: Path) -> None:
         RecipeError, match=r"a\.png has no '\^\(P\[0-9\]\)', which finds the patient"
     ):
         load(in_folders(tmp_path, patients="^(P[0-9])"), tmp_path)
+    # the group is there, and finds nothing: all would be of one patient
+    with pytest.raises(RecipeError, match=r"a\.png has no '\(Q\)\?P\[0-9\]/'"):
+        load(in_folders(tmp_path, patients="(Q)?P[0-9]/"), tmp_path)
 
 
 def test_a_table_tells_images_of_one_name_apart_by_their_paths(tmp_path: Path) -> None:
@@ -1620,6 +1635,9 @@ def test_held_out_pixels_give_a_temperature_at_which_certainty_holds(recipe: Rec
     assert calibration_error(patients, [1.0, 1.0]) > 0.08
     assert calibration_error(patients, left_out_temperatures(patients)) < 0.01
     assert fit_temperature([nothing]) == 1
+    # of background alone one is the likelier the surer one is: nothing is learnt from that
+    shown = np.array([[0, math.log(0.7), math.log(0.3)]])
+    assert fit_temperature([dataclasses.replace(nothing, pixel_chances=shown)]) == 1
 
 
 def test_what_is_familiar_is_what_patients_who_show_a_class_look_like(
@@ -1691,6 +1709,30 @@ def test_a_card_says_how_often_labels_are_right(saying: Recipe, samples: list[Sa
     assert "0.750 (0.000 to 1.000) are right" in card
     assert "the commonest label, 0.875 would be" in card
     assert "| Benign | 6 | 1 |\n| Malignant | 1 | 0 |" in card
+
+
+def test_a_card_has_no_area_under_the_curve_of_one_label(
+    saying: Recipe, samples: list[Sample]
+) -> None:
+    nothing = PatientScore.empty(saying.bundle)
+    said = {
+        "A": ([[0, 0.9, 0.1], [0, 0.8, 0.2]], [[2, 0], [0, 0]]),
+        "B": ([[0, 0.7, 0.3], [1, 0.2, 0.8]], [[1, 0], [0, 1]]),
+    }
+    judged = {
+        patient: dataclasses.replace(
+            nothing, labels=np.array(counts), label_chances=np.array(rows, float)
+        )
+        for patient, (rows, counts) in said.items()
+    }
+    surveys = training_set(samples).surveys
+    card = model_card(saying, Trained(samples=samples, surveys=surveys, held_out=judged))
+    # A drawn twice has no such area
+    assert "Area under the curve of Malignant: 1.000 (1.000 to 1.000)." in card
+    del judged["B"]
+    card = model_card(saying, Trained(samples=samples, surveys=surveys, held_out=judged))
+    assert "1.000 are right" in card
+    assert "Area under the curve" not in card
 
 
 # -- fitting and writing ----------------------------------------------------------------------
@@ -1895,6 +1937,16 @@ def test_crops_that_the_network_does_not_take_are_refused(
         fit(changed(recipe, crop=(63, 64)), training_set(samples))
 
 
+def test_a_step_that_fails_ends_in_a_sentence(recipe: Recipe, samples: list[Sample]) -> None:
+    # norms over the one place that is left of one crop
+    bundle = dataclasses.replace(
+        recipe.bundle, network="lightmuseg", network_options={"classes": 1}
+    )
+    one = dataclasses.replace(changed(recipe, crop=(32, 32), batch_size=1), bundle=bundle)
+    with pytest.raises(RecipeError, match=r"change batch_size or crop: .* more than 1 value"):
+        fit(one, training_set(samples))
+
+
 def test_labels_of_a_network_that_does_not_classify_are_refused(
     saying: Recipe, samples: list[Sample]
 ) -> None:
@@ -1953,6 +2005,25 @@ def test_training_may_start_from_imagenet(
         network.encoder.named_parameters(), encoder.parameters(), strict=True
     ):
         torch.testing.assert_close(ours, start, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_training_goes_on_from_its_own_encoder_alone(folder: Path, recipe: Recipe) -> None:
+    bundle = dataclasses.replace(
+        recipe.bundle, network="lightmuseg", network_options={"classes": 1}
+    )
+    short = dataclasses.replace(changed(recipe, steps=1, encoder="a.pth"), bundle=bundle)
+    state = {f"features.{n}": t for n, t in mobilenet_v2_features().state_dict().items()}
+    torch.save(state, folder / "a.pth")
+    out = folder / "out"
+    train(short, folder, out, folds=(), device="cpu")
+    # begun by a version that did not know of encoders, or the encoder is not there any more
+    key = json.loads((out / ".training/key.json").read_text("utf-8"))
+    (out / ".training/key.json").write_text(json.dumps({"key": key["key"]}), "utf-8")
+    train(short, folder, out, folds=(), device="cpu")
+    assert json.loads((out / ".training/key.json").read_text("utf-8")) == key
+    torch.save({n: 2 * t for n, t in state.items()}, folder / "a.pth")
+    with pytest.raises(RecipeError, match="by another recipe, or on other data"):
+        train(short, folder, out, folds=(), device="cpu")
 
 
 def test_a_network_without_encoder_cannot_start_from_imagenet(
@@ -2016,6 +2087,26 @@ def test_a_written_bundle_loads_and_predicts_the_same(
         "## Licences and notices\n\nCC0 1.0, drawn here.",
     ):
         assert words in card
+
+
+def test_what_half_precision_cannot_hold_is_kept_as_it_is(
+    folder: Path, recipe: Recipe, samples: list[Sample]
+) -> None:
+    network = create(recipe.bundle)
+    with torch.no_grad():
+        name, values = next((n, p) for n, p in network.named_parameters() if p.ndim > 1)
+        values[0] = 1e5
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys)
+    write_bundle(network, recipe, trained, folder / "bundle")
+    kept = build(load_bundle(folder / "bundle")).module.state_dict()[name]
+    torch.testing.assert_close(kept, values.detach(), rtol=0, atol=0)
+
+
+def test_a_card_names_an_encoder_without_secrets(recipe: Recipe, samples: list[Sample]) -> None:
+    url = "https://me:key@host.org/mobilenet_v2-b0353104.pth?sig=secret"
+    trained = Trained(samples=samples, surveys=training_set(samples).surveys)
+    card = model_card(changed(recipe, encoder=url), trained)
+    assert "from the encoder weights `https://host.org/mobilenet_v2-b0353104.pth`;" in card
 
 
 def test_a_bundles_toml_keeps_odd_names(folder: Path, recipe: Recipe) -> None:
@@ -2213,7 +2304,7 @@ def test_each_fold_has_the_curve_of_its_held_out_patient(folder: Path) -> None:
         ),
         ('patient = "B"', 'patient = "A"', [], "one side has no images; add patients"),
         ("Tumor = [1, 7]", "Tumor = [1, 2, 7]", ["--folds", "none"], ""),
-        ('masks = "A/masks"', 'masks = "B/one_mask.png"', [], "but one_mask.png is one file"),
+        ('masks = "A/masks"', 'masks = "B/one_mask.png"', [], "one_mask.png is no folder"),
         ("[1, 7]", "[3]", [], ""),
     ],
 )

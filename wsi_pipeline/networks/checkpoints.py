@@ -98,12 +98,9 @@ def import_model(
             "--network and --like to convert it for training"
         )
     bundle, network = _fitted(template, state, checkpoint)
-    kept = kept_state(network)
-    if odd := [name for name, tensor in kept.items() if not tensor.isfinite().all()]:
-        raise BundleError(f"{checkpoint}: {odd[0]} holds values that are not finite")
     place = folder.resolve()
     with written_folder(place, overwrite=overwrite) as partial:
-        save_file(kept, partial / WEIGHTS)
+        save_file(kept_state(network), partial / WEIGHTS)
         (partial / MODEL_TOML).write_text(bundle_toml(bundle, weights=WEIGHTS), "utf-8")
         (partial / CARD).write_text(_card(bundle, checkpoint), "utf-8")
         # Before the folder appears: what cannot be read back and built is not left behind.

@@ -82,6 +82,8 @@ def load_state(
     if any(named.values()):
         listed = "; ".join(f"{kind} {_listed(names)}" for kind, names in named.items() if names)
         raise BundleError(f"{path} does not fit the network: {listed}")
+    if odd := [name for name, tensor in kept_state(network).items() if not tensor.isfinite().all()]:
+        raise BundleError(f"{path}: {odd[0]} holds values that are not finite")
 
 
 def kept_state(network: nn.Module) -> dict[str, Tensor]:

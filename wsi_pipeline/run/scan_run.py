@@ -35,6 +35,7 @@ from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import CHUNK, RunStore, create_scan_mask
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources.pixels import ScanPixels
+from wsi_pipeline.sources.radiology.image import Image
 from wsi_pipeline.sources.radiology.preprocess import Preparation, Scan, open_scan, prepare
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,22 @@ class ScanRun(SourceRun):
 class ImageRun(ScanRun):
     """The run of a planar image."""
 
+    reopened: Image
     _result = ImageResult
+
+    def _facts(self, ledger: Ledger) -> dict[str, Any]:
+        """Tell besides where an image is not as `InputSpec` takes it to be."""
+        facts, image, spec = super()._facts(ledger), self.reopened, self.bundle.input
+        (black, white), (y, x) = image.value_range, image.spacing_mm or (1.0, 1.0)
+        brightest, is_ours = float(image.read((0, 0), image.shape).max()), not spec.convention
+        if is_ours and spec.scale == "range" and brightest - black < (white - black) / 4:
+            told = (
+                f"its brightest value is {brightest:g}, its file's white {white:g}: it is seen dark"
+            )
+            facts["warnings"].append(told)
+        if is_ours and not math.isclose(x, y, rel_tol=0.01):
+            facts["warnings"].append(f"its pixels of {x:g} × {y:g} mm are seen as squares")
+        return facts
 
 
 class VolumeRun(ScanRun):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from wsi_pipeline.bundle import bundle_toml
+from wsi_pipeline.errors import without_secrets
 from wsi_pipeline.evaluation.confusion import (
     Confusion,
     bootstrap,
@@ -76,7 +78,8 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
     temperature = round(recipe.bundle.temperature * fit_temperature(found), 3)
     bundle = replace(recipe.bundle, temperature=temperature)
     # half precision: half the size, and masks stay the same to a few pixels in a million
-    state = {name: tensor.half() for name, tensor in kept_state(network).items()}
+    kept = kept_state(network)
+    state = {n: half if (half := t.half()).isfinite().all() else t for n, t in kept.items()}
     own = bundle.encoder
     # One that is fetched still is; any other goes along.
     program = ENCODERS[own.network] if own and not own.weights_origin else None
@@ -174,16 +177,17 @@ def model_card(recipe: Recipe, trained: Trained) -> str:
 def _training(recipe: Recipe) -> str:
     spec, split = recipe.train, recipe.split
     losses = {"ce": "cross-entropy", "dice": "soft Dice", "ce+dice": "cross-entropy and soft Dice"}
-    start = f"from the encoder weights `{spec.encoder}`" if spec.encoder else "from scratch"
+    encoder = without_secrets(spec.encoder or "")
+    start = f"from the encoder weights `{encoder}`" if encoder else "from scratch"
     if recipe.start:
         kept = "" if spec.encoder_rate else ", whose encoder stays as it is"
         start = f"from `{recipe.start.name}` ({recipe.start.weights_sha256[:16]}){kept}"
     if own := recipe.bundle.encoder:
-        name = own.weights_origin.url if own.weights_origin else own.weights_path
+        name = str(own.weights_origin.url if own.weights_origin else own.weights_path)
         start += (
-            f", behind the frozen encoder `{Path(str(name)).name}` ({own.network}, sha256 "
-            f"`{own.weights_sha256[:16]}`), which saw {spec.crops or CROPS} crops of each patient "
-            "once and has learnt nothing here"
+            f", behind the frozen encoder `{Path(without_secrets(name)).name}` ({own.network}, "
+            f"sha256 `{own.weights_sha256[:16]}`), which saw {spec.crops or CROPS} crops of each "
+            "patient once and has learnt nothing here"
         )
     low, high = spec.crop
     sides = f"{low} px" if low == high else f"{low} to {high} px"
@@ -366,14 +370,15 @@ def _label_table(recipe: Recipe, held_out: Mapping[str, PatientScore]) -> str:
     commonest = whole.sum(1).max() / whole.sum()
     ranked = ""
     chances = [found.label_chances for found in held_out.values()]
-    if len(names) == 2 and any(map(len, chances)):
+    if len(names) == 2 and whole.any(1).all() and any(map(len, chances)):
         # how often a patch of the second label gets more of it than one of the first
         count = len(chances)
         rows, owner = np.concatenate(chances), np.repeat(np.arange(count), [*map(len, chances)])
         first, second = rows[:, 0] == 0, rows[:, 0] == 1
         above = np.sign(rows[second, 2][:, None] - rows[first, 2]) / 2 + 0.5
         areas = [
-            float(of_second @ above @ of_first) / max(1, of_second.sum() * of_first.sum())
+            # none of a draw that has one label alone
+            float(of_second @ above @ of_first) / (of_second.sum() * of_first.sum() or math.nan)
             for weights in [np.ones(count), *drawn_anew(np.eye(count, dtype=np.int64))]
             for of_first, of_second in [(weights[owner[first]], weights[owner[second]])]
         ]

@@ -25,7 +25,8 @@ def fit_temperature(scores: Collection[PatientScore]) -> float:
     Guo et al., On Calibration of Modern Neural Networks, 2017.
     """
     kept = [found.pixel_chances for found in scores if len(found.pixel_chances)]
-    if not kept:
+    # By one class alone they would be the likelier the surer they are.
+    if not kept or np.ptp(np.concatenate([rows[:, 0] for rows in kept])) == 0:
         return 1.0
 
     def unlikely(exponent: float) -> float:

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wsi_pipeline.bundle import Bundle
-from wsi_pipeline.errors import RecipeError
+from wsi_pipeline.errors import RecipeError, raised_as
 from wsi_pipeline.files.threads import map_in_threads
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.base import SegmentationNetwork
@@ -187,7 +187,8 @@ def fit(
             if spec.patience and state.stale >= spec.patience:
                 break
             rate = float(schedule.get_last_lr()[0])
-            loss = learn(recipe, model, optimizer, parts, state.step, fabric)
+            with raised_as(RecipeError, (RuntimeError, ValueError), "change batch_size or crop"):
+                loss = learn(recipe, model, optimizer, parts, state.step, fabric)
             state.losses.append(loss)
             with warnings.catch_warnings():
                 # where the scaler leaves out the first step, torch sees none before

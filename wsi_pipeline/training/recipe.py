@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from wsi_pipeline.bundle import Bundle, Modality, parse_bundle
-from wsi_pipeline.errors import BundleError, RecipeError
+from wsi_pipeline.errors import BundleError, RecipeError, raised_as
 from wsi_pipeline.evaluation.meaning import LARGEST_VALUE, LabelMap
 from wsi_pipeline.files.schema import (
     LARGEST,
@@ -400,12 +400,9 @@ def _read(path: Path, over: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "extends" not in table:
         return table
     name = table.pop("extends")
-    try:
+    wrong = f"{path} extends {name!r}; expected the name of a recipe in the same folder"
+    with raised_as(RecipeError, ValueError, wrong):
         base = path.with_name(str(name))
-    except ValueError as error:
-        raise RecipeError(
-            f"{path} extends {name!r}; expected the name of a recipe in the same folder"
-        ) from error
     if base in (path, *over):
         raise RecipeError(f"{path} extends {base.name}, which extends it")
     return _laid_over(_read(base, (path, *over)), table)

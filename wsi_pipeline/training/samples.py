@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from wsi_pipeline.annotations import REGION_CLASS, Annotation
-from wsi_pipeline.errors import RecipeError, WsiPipelineError
+from wsi_pipeline.errors import RecipeError, WsiPipelineError, raised_as
 from wsi_pipeline.evaluation.annotations import AreaReader, Areas, load_areas
 from wsi_pipeline.evaluation.confusion import IGNORE
 from wsi_pipeline.evaluation.inputs import AREA_SUFFIXES
@@ -246,11 +246,10 @@ def _images(spec: DataSpec, data_dir: Path, recipe: Recipe) -> list[Path]:
     """Return the images of an entry: what lies beside images, as notes and thumbnails, is none."""
     # volumes may be folders of slices, slides and patch grids folders of chunks
     are_files = spec.masks is not None and not TRAITS[recipe.bundle.modality].may_be_folder
-    images = [
-        path
-        for path in sorted(data_dir.glob(spec.images))
-        if not is_beside(path) and (path.is_file() or not are_files)
-    ]
+    wrong = f"images = {spec.images!r}, expected a path or glob from the data folder"
+    with raised_as(RecipeError, (NotImplementedError, ValueError, IndexError), wrong):
+        found = sorted(data_dir.glob(spec.images))
+    images = [p for p in found if not is_beside(p) and (p.is_file() or not are_files)]
     if not images:
         whose = "any patient" if spec.patient is None else f"patient {spec.patient}"
         raise RecipeError(f"no image of {whose} matches {data_dir / spec.images}")
@@ -277,8 +276,8 @@ def _rows(spec: DataSpec, data_dir: Path) -> Rows:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise RecipeError(f"cannot read the table {path}: {error}; expected CSV, UTF-8") from error
     key, (there, *rest) = spec.columns.get("image", "file"), lines or [[]]
-    if missing := {key, *spec.columns.values()} - {*there}:
-        raise RecipeError(f"{path} has no column {sorted(missing)}; there are {there}")
+    if odd := sorted(name for name in {key, *spec.columns.values()} if there.count(name) != 1):
+        raise RecipeError(f"{path} has no column {odd}, or several; there are {there}")
     if long := [line[0] for line in rest if any(line[len(there) :])]:
         raise RecipeError(
             f"{path}: the row of {long[0]!r} has more cells than columns; quote what has a comma"
@@ -322,12 +321,13 @@ def _told(
     if patient is None and spec.patients is not None:
         text = within if "/" in spec.patients else image.name
         match = re.search(spec.patients, text)
-        if not match:
+        patient = match and (match[1] if match.re.groups else match[0])
+        # A group may be there and find nothing.
+        if not patient:
             raise RecipeError(
                 f"{image}: {text} has no {spec.patients!r}, which finds the patient (in the path "
                 "from the data folder, if it has a slash; else in the file's name)"
             )
-        patient = match[1] if match.re.groups else match[0]
     return str(patient), label, row.get("fold", spec.fold) or None
 
 
@@ -338,17 +338,15 @@ def _truth_of(image: Path, patient: str, spec: DataSpec, data_dir: Path, *, is_o
     path = data_dir / (spec.masks or spec.annotations or "")
     if not path.is_dir():
         if not is_only:
-            raise RecipeError(f"several images match {spec.images}, but {path.name} is one file")
+            raise RecipeError(f"several images match {spec.images}, but {path} is no folder")
         return path
     if spec.annotations is None:
         told = {"stem": stem(image), "patient": patient, "folder": image.parent.name}
-        try:
+        wrong = (
+            f"mask_name {spec.mask_name!r}, expected one with {{stem}}, {{patient}} or {{folder}}"
+        )
+        with raised_as(RecipeError, (KeyError, IndexError, ValueError), wrong):
             return path / spec.mask_name.format(**told)
-        except (KeyError, IndexError, ValueError) as error:
-            raise RecipeError(
-                f"mask_name {spec.mask_name!r}: expected a file's name with {{stem}}, {{patient}} "
-                "or {folder}"
-            ) from error
     places = itertools.product(
         (path / image.parent.name, path), AREA_SUFFIXES, (stem(image), image.name)
     )

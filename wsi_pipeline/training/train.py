@@ -19,7 +19,7 @@ from msgspec import structs
 from wsi_pipeline.bundle import bundle_table
 from wsi_pipeline.errors import RecipeError
 from wsi_pipeline.evaluation.confusion import Confusion
-from wsi_pipeline.files.atomic import remove
+from wsi_pipeline.files.atomic import remove, sha256_of
 from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.records import read_json
 from wsi_pipeline.files.remote import write_whole
@@ -106,7 +106,9 @@ def train(
         key, state = _key(recipe, samples, looked), output / STATE
         if fabric.is_global_zero:
             closing.enter_context(claim_folder(state))
-            _open_state(state, key, overwrite=overwrite)
+            encoder = data_dir / (recipe.train.encoder or "")
+            digest = sha256_of(encoder) if encoder.is_file() else ""
+            _open_state(state, {"key": key, "encoder": digest}, overwrite=overwrite)
         # The other processes wait until the folder is claimed, and empty where it is to be.
         fabric.barrier()
         features = Features(recipe, state / "features") if recipe.bundle.encoder else None
@@ -301,7 +303,7 @@ def _key(recipe: Recipe, samples: Sequence[Sample], surveys: Sequence[Survey]) -
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
+def _open_state(folder: Path, key: Mapping[str, str], *, overwrite: bool) -> None:
     """Make the folder ready for the training of a key, emptied if that is asked for."""
     path = folder / KEY
     for parent in (folder.parent, *folder.glob("**")):
@@ -317,12 +319,13 @@ def _open_state(folder: Path, key: str, *, overwrite: bool) -> None:
             found = converted(read_json(path), dict[str, str])
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path} is damaged ({error}); use --overwrite") from error
-        if found and found.get("key") != key:
+        # Trainings that were begun before encoders were told apart go on.
+        if any(value and found.get(name, value) not in ("", value) for name, value in key.items()):
             raise RecipeError(
                 f"{folder.parent} holds a training by another recipe, or on other data; "
                 "choose another --output, or --overwrite"
             )
-    write_whole(path, json.dumps({"key": key}).encode())
+    write_whole(path, json.dumps(key).encode())
 
 
 def _folder_name(name: str) -> str:
