@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
@@ -16,7 +17,7 @@ from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.paths import as_path, name_of
 from wsi_pipeline.files.records import read_json
-from wsi_pipeline.files.remote import write_whole
+from wsi_pipeline.files.remote import reaching, write_whole
 from wsi_pipeline.files.schema import converted
 from wsi_pipeline.geometry import Region
 from wsi_pipeline.options import ExportOptions, Output
@@ -233,6 +234,13 @@ def load_run(path: str | Path) -> Run:
         raise StoreError(
             f"{path} is not a run of this version ({error}); remove it or use --overwrite"
         ) from error
+
+
+def run_in(folder: Path) -> Run | None:
+    """Return the run that a folder holds, here or behind a URL, None where none can be read."""
+    with suppress(StoreError), reaching(folder):
+        return load_run(folder / RUN_FILE)
+    return None
 
 
 def _kind_of(found: dict[str, Any]) -> str:

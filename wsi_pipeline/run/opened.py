@@ -25,6 +25,7 @@ from wsi_pipeline.report.record import FILES, REGIONS_FILE, RUN_FILE, Run, load_
 from wsi_pipeline.run.finished import of_this_version, open_levels_of, open_scan_of, open_slide_of
 from wsi_pipeline.run.probability import Probability, open_probability
 from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.base import Opened
 from wsi_pipeline.sources.radiology.preprocess import Scan
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class FinishedRun:
+class FinishedRun(Opened):
     """What `segment` has left of one slide, image or volume; in a `with` it is closed at the end.
 
     Each part is opened when it is asked for. One that is missing, damaged or of something else
@@ -51,12 +52,6 @@ class FinishedRun:
     folder: Path
     record: Run = field(repr=False)
     slide_path: Path | None = None
-
-    def __enter__(self) -> FinishedRun:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the slide, image or volume, if it was opened."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from wsi_pipeline.report.record import (
     Run,
     files_of,
     load_run,
+    run_in,
 )
 from wsi_pipeline.run.facts import model_facts, options_of
 from wsi_pipeline.run.jobs import Job
@@ -40,12 +42,7 @@ def refuse_others(job: Job, fingerprint: str, bundle: Bundle) -> None:
     Raises:
         StoreError: it does.
     """
-    try:
-        with reaching(job.home):
-            run = load_run(job.home / RUN_FILE)
-    except StoreError:
-        # There is nothing, or nothing that can be read.
-        run = None
+    run = run_in(job.home)
     if run is not None and (run.status == "done" or run.amounts):
         facts = model_facts(bundle)
         if run.slide.get("fingerprint") != fingerprint:
@@ -60,12 +57,8 @@ def held_key(job: Job) -> str:
     """Return the key of the run that a folder holds, begun or finished, "" where there is none."""
     if key := RunStore(folder=job.folder).key().get("key"):
         return key
-    try:
-        with reaching(job.home):
-            return str(load_run(job.home / RUN_FILE).settings.get("key", ""))
-    except StoreError:
-        # There is nothing, or nothing that can be read.
-        return ""
+    run = run_in(job.home)
+    return str(run.settings.get("key", "")) if run else ""
 
 
 def find_finished(folder: Path, key: str, bundle: Bundle, export: ExportOptions) -> Run | None:
@@ -97,15 +90,12 @@ def as_exported(home: Path, key: str, settings: Settings) -> Settings:
 
     So a line that is given again goes on with what is there, and one that names others does not.
     """
-    try:
-        with reaching(home):
-            run = load_run(home / RUN_FILE)
-        held = run.settings
-        if held["key"] == key and held["named"] == settings.as_plain()["named"]:
+    run = run_in(home)
+    # It may be none of this version.
+    with suppress(KeyError, TypeError, ValueError):
+        held = (run.settings["key"], run.settings["named"]) if run else ()
+        if run and held == (key, settings.as_plain()["named"]):
             return replace(settings, export=options_of(run))
-    except (StoreError, KeyError, TypeError, ValueError):
-        # There is no run, or none of this version.
-        pass
     return settings
 
 
@@ -113,10 +103,7 @@ def drop_what_is_old(store: RunStore, key: str, files: WrittenFiles) -> None:
     """Remove what new outputs will replace or contradict, `run.json` in any case."""
     folder = store.folder
     path = folder / RUN_FILE
-    try:
-        same = load_run(path).settings.get("key") == key
-    except StoreError:
-        same = False
+    same = (run := run_in(folder)) is not None and run.settings.get("key") == key
     # A run moves its mask before it writes anything else: once it has, the rest is its own too.
     moved = not store.mask_path.is_dir()
     # run.json first: without it nobody takes what comes next for another run's.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.paths import name_of, without_secrets
 from wsi_pipeline.geometry import PatchGrid, Shape
 from wsi_pipeline.options import POLYGONS, Settings, as_plain
-from wsi_pipeline.run.facts import model_facts
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.probability import without_planes, write_probability
+from wsi_pipeline.run.probability import without_planes
 from wsi_pipeline.run.result import (
     BLOCK_SIDE,
     ImageResult,
@@ -174,23 +172,14 @@ class ScanRun(SourceRun):
                 "backend": scan.backend,
                 "fingerprint": scan.fingerprint,
             },
-            model=model_facts(self.bundle),
-            key=self.key,
             classes=self.bundle.classes,
             mask=ome_zarr.open_mask(self.plan.store.mask_path),
-            blocks=self.blocks,
-            side=self.plan.block_shape[0],
-            ledger=ledger,
             scan=self.reopened,
-            write_probability=partial(
-                write_probability,
-                self.plan,
-                self.blocks,
-                self.bundle.classes[1:],
+            **self._common(
+                ledger,
                 pixel=spacing or (1.0,) * len(scan.shape),
                 unit="millimeter" if spacing else None,
                 ngff="0.4",
-                is_ensemble=bool(self.bundle.members),
             ),
         )
         self.result.lesions  # noqa: B018  # counted here, to be timed by itself

@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +24,9 @@ from wsi_pipeline.geometry import PatchGrid, Region
 from wsi_pipeline.options import MPP_TOLERANCE, POLYGONS, Settings, as_plain
 from wsi_pipeline.patch_grid import StoredGrid, close_patch_grid, open_patch_grid, write_patch_grid
 from wsi_pipeline.report.record import UNREADABLE, bounds_facts
-from wsi_pipeline.run.facts import headers_of, model_facts
+from wsi_pipeline.run.facts import headers_of
 from wsi_pipeline.run.plan import Plan
-from wsi_pipeline.run.probability import cell_of, without_planes, write_probability
+from wsi_pipeline.run.probability import cell_of, without_planes
 from wsi_pipeline.run.quality import cell_side, quality_areas
 from wsi_pipeline.run.source_run import SourceRun
 from wsi_pipeline.run.store import RunStore
@@ -270,13 +269,8 @@ class SlideRun(SourceRun):
                 "backend": slide.backend,
                 "fingerprint": slide.fingerprint,
             },
-            model=model_facts(self.bundle),
-            key=self.key,
             classes=classes,
             mask=ome_zarr.open_mask(mask_path),
-            blocks=self.blocks,
-            side=self.plan.block_shape[0],
-            ledger=ledger,
             judged=ledger,
             mask_path=mask_path,
             downsample=(y, x),
@@ -284,16 +278,7 @@ class SlideRun(SourceRun):
             headers=headers_of(slide) if "dicom" in options.outputs else [],
             options=options,
             stored=self.stored,
-            write_probability=partial(
-                write_probability,
-                self.plan,
-                self.blocks,
-                self.bundle.classes[1:],
-                pixel=mask_mpp,
-                unit="micrometer",
-                ngff=options.ngff,
-                is_ensemble=bool(self.bundle.members),
-            ),
+            **self._common(ledger, pixel=mask_mpp, unit="micrometer", ngff=options.ngff),
         )
         return self.result
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +25,14 @@ from wsi_pipeline.files.clock import Clock
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.options import Settings
 from wsi_pipeline.report.record import Certificate, Run
-from wsi_pipeline.run.facts import versions, warnings_of
+from wsi_pipeline.run.facts import model_facts, versions, warnings_of
 from wsi_pipeline.run.plan import Plan
+from wsi_pipeline.run.probability import write_probability
 from wsi_pipeline.run.store import RunStore, hash_block, root_of, run_key
 from wsi_pipeline.run.worker import STAGES
 from wsi_pipeline.run.written import WrittenFiles
 from wsi_pipeline.sources import Slide
+from wsi_pipeline.sources.base import Opened
 
 if TYPE_CHECKING:
     # Writers of all kinds of files, which the first block need not wait for.
@@ -42,7 +44,7 @@ UNLIKE_PERCENT = 50
 UNLIKE = "{:.0f} % of the patches are unlike the tissue that the model was trained for"
 
 
-class SourceRun(ABC):
+class SourceRun(Opened, ABC):
     """A source that is open, the model and the options: one run on its way to its files.
 
     Attributes:
@@ -105,6 +107,24 @@ class SourceRun(ABC):
             SourceError: more of the source is unreadable than the settings allow.
         """
 
+    def _common(self, ledger: Ledger, **of_pixels: Any) -> dict[str, Any]:
+        """Return the fields of `Result` that all have; `of_pixels` is for `write_probability`."""
+        return {
+            "model": model_facts(self.bundle),
+            "key": self.key,
+            "blocks": self.blocks,
+            "side": self.plan.block_shape[0],
+            "ledger": ledger,
+            "write_probability": partial(
+                write_probability,
+                self.plan,
+                self.blocks,
+                self.bundle.classes[1:],
+                is_ensemble=bool(self.bundle.members),
+                **of_pixels,
+            ),
+        }
+
     @abstractmethod
     def _facts(self, ledger: Ledger) -> dict[str, Any]:
         """Return those fields of `Run` that this modality has beside the others'."""
@@ -128,10 +148,8 @@ class SourceRun(ABC):
         whole = {"model": self.bundle.digest, "predict": predict, "version": release}
         return run_key(self._identity() | whole)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the source."""
         self.source.close()
 
     def prepare(self, store: RunStore, threads: int, check: Callable[[Plan], int | None]) -> None:

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from wsi_pipeline.errors import StoreError
 from wsi_pipeline.files.atomic import sha256_of, sync, written_beside
 from wsi_pipeline.files.paths import is_remote, name_of
 from wsi_pipeline.files.remote import reaching
-from wsi_pipeline.report.record import RUN_FILE, Run, load_run
+from wsi_pipeline.report.record import Run, run_in
 from wsi_pipeline.run.store import RunStore
 
 ANNOTATIONS = "annotations.geojson"
@@ -48,12 +47,8 @@ class WrittenFiles:
         self._warnings: dict[str, str] = {}
         self.placed: dict[str, str] = {}
         """SHA-256 of each file that was placed, by its name."""
-        try:
-            with reaching(self._folder):
-                told = load_run(self._folder / RUN_FILE).files
-        except StoreError:
-            # There is no run, or none that can be read.
-            told = None
+        run = run_in(self._folder)
+        told = run.files if run else None
         kept = store.written_path
         self._known = set((told or {}).values())
         if kept.is_file():

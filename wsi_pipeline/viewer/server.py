@@ -17,7 +17,7 @@ from contextlib import closing
 from http import HTTPStatus
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, quote_from_bytes, unquote, unquote_to_bytes
 
 from tornado.httpserver import HTTPServer
@@ -29,6 +29,7 @@ from tornado.web import Application, RequestHandler
 from wsi_pipeline.errors import SourceError, StoreError, WsiPipelineError
 from wsi_pipeline.export.overlay import PREVIEW_SIDE, read_preview
 from wsi_pipeline.report.record import RUN_FILE, run_files
+from wsi_pipeline.sources.base import Opened
 from wsi_pipeline.viewer.against import Against, against_facts, open_against
 from wsi_pipeline.viewer.answers import Answer, RequestError, answer_of, as_json, whole_numbers
 from wsi_pipeline.viewer.run_view import Shown, ShownPicture, load_shown, open_shown
@@ -65,7 +66,7 @@ HEADERS = {
 }
 
 
-class Viewer:
+class Viewer(Opened):
     """A server of finished runs in a thread of its own; close it, or use it in a `with`.
 
     Attributes:
@@ -147,12 +148,6 @@ class Viewer:
         self.pool.shutdown()
         self._open.clear()
         self._against = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def list_runs(self) -> list[dict[str, str]]:
         """Return what there is to be looked at, by now, in the order of the folders' names."""
