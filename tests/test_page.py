@@ -20,10 +20,9 @@ from runs import HOSTILE, done, failed
 
 from wsi_pipeline.bundle import ClassInfo
 from wsi_pipeline.export.overlay import write_overlay
-from wsi_pipeline.report.cohort import write_cohort
 from wsi_pipeline.report.page import MANY_RUNS, write_report
 from wsi_pipeline.report.record import Run
-from wsi_pipeline.report.summary import write_summary
+from wsi_pipeline.report.summary import write_cohort, write_summary
 
 
 class Page(HTMLParser):

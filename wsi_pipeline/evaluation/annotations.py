@@ -21,6 +21,7 @@ from wsi_pipeline.annotations import (
 )
 from wsi_pipeline.errors import AnnotationError
 from wsi_pipeline.evaluation.confusion import IGNORE, Mask
+from wsi_pipeline.evaluation.masks import Pair
 from wsi_pipeline.files.threads import quiet_gdal
 from wsi_pipeline.geometry import Shape
 from wsi_pipeline.report.record import UNREADABLE
@@ -56,9 +57,7 @@ class Areas:
         return float(x0), float(y0), float(x1), float(y1)
 
 
-def load_areas(
-    path: Path, *, offset: tuple[float, float] = (0.0, 0.0), renamed: Mapping[str, str]
-) -> Areas:
+def load_areas(path: Path, *, offset: Pair = (0.0, 0.0), renamed: Mapping[str, str]) -> Areas:
     """Read a GeoJSON file of annotations; return its areas.
 
     Args:
@@ -112,7 +111,7 @@ class AreaReader:
         self._areas = areas
         self._outside = outside
 
-    def read(self, origin: Shape, shape: Shape, downsample: tuple[float, float]) -> Mask:
+    def read(self, origin: Shape, shape: Shape, downsample: Pair) -> Mask:
         """Return the class index at the centre of each pixel, (h, w) uint8.
 
         Args:
@@ -138,23 +137,21 @@ class AreaReader:
                 mask[marked != is_judged] = IGNORE
         return mask
 
-    def touches(self, origin: Shape, shape: Shape, downsample: tuple[float, float]) -> bool:
+    def touches(self, origin: Shape, shape: Shape, downsample: Pair) -> bool:
         """Return whether anything may be known of a rectangle, given as in `read`."""
         if self._near(origin, shape, downsample).size:
             return True
         window = _window(origin, shape, downsample)
         return self._outside != IGNORE and any(map(window.intersects, self._areas.regions))
 
-    def _near(
-        self, origin: Shape, shape: Shape, downsample: tuple[float, float]
-    ) -> npt.NDArray[np.int64]:
+    def _near(self, origin: Shape, shape: Shape, downsample: Pair) -> npt.NDArray[np.int64]:
         """Return the indices of the polygons that share a point with a rectangle, ascending."""
         window = _window(origin, shape, downsample)
         # The tree has an order of its own; areas are drawn in theirs.
         return np.sort(self._tree.query(window, predicate="intersects"))
 
 
-def _window(origin: Shape, shape: Shape, downsample: tuple[float, float]) -> Polygon:
+def _window(origin: Shape, shape: Shape, downsample: Pair) -> Polygon:
     """Return a rectangle, given as in `AreaReader.read`, in level-0 pixels."""
     (y, x), (height, width), (fy, fx) = origin, shape, downsample
     return shapely.box(x * fx, y * fy, (x + width) * fx, (y + height) * fy)

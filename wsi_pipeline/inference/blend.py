@@ -15,6 +15,8 @@ from wsi_pipeline.options import Blend
 
 SIGMA = 1 / 8
 """Width of the Gaussian in patch sizes, as nnU-Net and MONAI have it."""
+Pieces = Iterator[tuple[Shape, torch.Tensor]]
+"""First pixel and values (C, *part) of one part after the other."""
 
 
 def axis_windows(
@@ -93,7 +95,7 @@ def iter_owned(
     stop: Shape,
     *,
     windows: Windows,
-) -> Iterator[tuple[Shape, torch.Tensor]]:
+) -> Pieces:
     """Cut from each prediction what is its alone within a box; yield where that begins, and it.
 
     Args:

@@ -13,10 +13,9 @@ from wsi_pipeline.errors import StoreError, WsiPipelineError
 from wsi_pipeline.files.atomic import sweep
 from wsi_pipeline.files.locks import claim_folder
 from wsi_pipeline.files.remote import fetch, write_whole
-from wsi_pipeline.report.cohort import write_cohort
 from wsi_pipeline.report.page import LINKED_FILES, write_report
 from wsi_pipeline.report.record import RUN_FILE, Run, find_runs
-from wsi_pipeline.report.summary import write_summary
+from wsi_pipeline.report.summary import write_cohort, write_summary
 
 logger = logging.getLogger(__name__)
 

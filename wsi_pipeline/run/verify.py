@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from filecmp import cmp
@@ -22,7 +22,8 @@ from wsi_pipeline.errors import BundleError, SourceError, StoreError
 from wsi_pipeline.export import MaskLike, ome_zarr
 from wsi_pipeline.files.arrays import chunk_files
 from wsi_pipeline.files.threads import map_in_threads
-from wsi_pipeline.geometry import Block, Shape, box_slices, iter_blocks
+from wsi_pipeline.geometry import Block, box_slices, iter_blocks
+from wsi_pipeline.inference.blend import Pieces
 from wsi_pipeline.inference.classes import every_class
 from wsi_pipeline.networks.nnunet_folder import load_model
 from wsi_pipeline.options import Precision, PredictOptions, SelectOptions, Settings
@@ -311,11 +312,11 @@ class Checker(BlockWorker):
         )
 
     def _classify(
-        self, pieces: Iterator[tuple[Shape, torch.Tensor]], block: Block
+        self, pieces: Pieces, block: Block
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None]:
         margin = self._margins[threading.get_ident()] = np.ones(block.shape, np.float32)
 
-        def measured() -> Iterator[tuple[Shape, torch.Tensor]]:
+        def measured() -> Pieces:
             for first, planes in pieces:
                 every = every_class(planes)
                 best, second = every.topk(2, 0).values

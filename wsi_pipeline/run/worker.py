@@ -27,6 +27,7 @@ from wsi_pipeline.files.paths import is_remote
 from wsi_pipeline.geometry import Block, Region, Shape, box_slices, clear_outside
 from wsi_pipeline.inference.blend import (
     Means,
+    Pieces,
     Windows,
     iter_blended_rows,
     iter_owned,
@@ -262,7 +263,7 @@ class BlockWorker:
 
     def _placed(
         self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]
-    ) -> Iterator[tuple[Shape, torch.Tensor]]:
+    ) -> Pieces:
         """Yield origin and prediction of each patch."""
         for patch in patches:
             yield (
@@ -284,9 +285,7 @@ class BlockWorker:
         low, high = every.min(axis=0), every.max(axis=0)
         return self._pixels.read(tuple(low.tolist()), tuple((high - low).tolist())), low
 
-    def _pieces(
-        self, predictions: Iterator[tuple[Shape, torch.Tensor]], block: Block, means: Means | None
-    ) -> Iterator[tuple[Shape, torch.Tensor]]:
+    def _pieces(self, predictions: Pieces, block: Block, means: Means | None) -> Pieces:
         """Yield the first pixel and the probabilities (C, *part) of parts of a block's mask."""
         plan, seen = self._plan, self._plan.seen(block)
         start, stop = plan.box(block)
@@ -337,7 +336,7 @@ class BlockWorker:
 
     @torch.inference_mode()
     def _classify(
-        self, pieces: Iterator[tuple[Shape, torch.Tensor]], block: Block
+        self, pieces: Pieces, block: Block
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint16] | None]:
         """Return class and probability (in 1/65535) at each mask pixel of a block."""
         mask, rule = np.zeros(block.shape, np.uint8), self._plan.predict.rule
@@ -403,9 +402,7 @@ def _added(
         yield row, band
 
 
-def _set_apart(
-    pieces: Iterator[tuple[Shape, torch.Tensor]], disputed: npt.NDArray[np.float32]
-) -> Iterator[tuple[Shape, torch.Tensor]]:
+def _set_apart(pieces: Pieces, disputed: npt.NDArray[np.float32]) -> Pieces:
     """Yield pieces without their last channel, which is how far an ensemble disagrees."""
     for first, planes in pieces:
         disputed[box_slices(first, planes.shape[1:])] = planes[-1].cpu().numpy()

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 Pixels = npt.NDArray[np.uint8]
-Sizes = tuple[tuple[int, int], ...]
+Size = tuple[int, int]
+Sizes = tuple[Size, ...]
 Downsample = tuple[float, float]
 Downsamples = tuple[Downsample, ...]
 Alpha = Literal["none", "straight", "premultiplied"]
@@ -64,7 +65,7 @@ class Backend(Protocol):
     """
 
     name: str
-    size: tuple[int, int]
+    size: Size
     level_sizes: Sizes
     level_downsamples: Downsamples
     level_tiles: Sizes
@@ -162,9 +163,7 @@ def _is_served(path: Any) -> bool:
     return False
 
 
-def tiles_touching(
-    x: int, y: int, width: int, height: int, tile: tuple[int, int]
-) -> Iterator[tuple[int, int]]:
+def tiles_touching(x: int, y: int, width: int, height: int, tile: Size) -> Iterator[Size]:
     """Yield (left, top) of the tiles of (width, height) that a rectangle touches, row by row.
 
     Example:
@@ -176,9 +175,7 @@ def tiles_touching(
             yield left, top
 
 
-def part_of(
-    pixels: Pixels, corner: tuple[int, int], place: tuple[int, int], size: tuple[int, int]
-) -> Pixels:
+def part_of(pixels: Pixels, corner: Size, place: Size, size: Size) -> Pixels:
     """Return the view of pixels that a rectangle of (width, height) covers.
 
     `corner` is the (x, y) of the first pixel, `place` that of the rectangle.
@@ -197,7 +194,7 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def check_size(size: tuple[int, int]) -> None:
+def check_size(size: Size) -> None:
     """Refuse, by a SourceError, a (width, height) without pixels, or with more than any slide."""
     if min(size) < 1:
         raise SourceError(f"{size[0]} × {size[1]} px: nothing to see")
@@ -253,7 +250,7 @@ def as_rgb(samples: Pixels, alpha: Alpha = "none") -> Pixels:
     return np.round(np.minimum(colours + WHITE * (1 - weight), WHITE)).astype(np.uint8)
 
 
-def snap_downsample(size: tuple[int, int], level_size: tuple[int, int]) -> Downsample:
+def snap_downsample(size: Size, level_size: Size) -> Downsample:
     """Return the (x, y) downsample of a level, whole where truncated sizes hide a whole number.
 
     A level of 482 columns under 1,931 was made by 4, not by 4.006: its last columns were dropped.
@@ -271,9 +268,7 @@ def snap_downsample(size: tuple[int, int], level_size: tuple[int, int]) -> Downs
     return ratios
 
 
-def fits_size(
-    size: tuple[int, int], level_size: tuple[int, int], downsample: Downsample, tile: int = 0
-) -> bool:
+def fits_size(size: Size, level_size: Size, downsample: Downsample, tile: int = 0) -> bool:
     """Return whether a level has the slide's size divided by its downsample, rounded anyhow.
 
     It may be larger by less than `tile` pixels, as where its tiles are whole.
@@ -290,9 +285,9 @@ def relative_to_first(spacings: Sequence[Downsample | None]) -> list[Downsample 
 
 
 def stated_downsamples(
-    size: tuple[int, int],
-    level_sizes: Sequence[tuple[int, int]],
-    level_tiles: Sequence[tuple[int, int]],
+    size: Size,
+    level_sizes: Sequence[Size],
+    level_tiles: Sequence[Size],
     stated: Sequence[Downsample | None],
 ) -> Downsamples:
     """Return the (x, y) downsample of each level: what the file says, else what the sizes do."""
@@ -314,10 +309,7 @@ def stated_downsamples(
 
 
 def possible_downsamples(
-    size: tuple[int, int],
-    level_size: tuple[int, int],
-    tile: tuple[int, int],
-    stated: Downsample | None = None,
+    size: Size, level_size: Size, tile: Size, stated: Downsample | None = None
 ) -> list[Downsample]:
     """Return the downsamples that a level may have, the likeliest first; none for another picture.
 
