@@ -257,10 +257,8 @@ def _iter_features(path: Path) -> Iterator[Mapping[str, Any]]:
         raise AnnotationError(
             f"{path} is damaged: {error}; write it again with `export`"
         ) from error
-    try:
+    with raised_as(AnnotationError, AnnotationError, path):
         features = parse_document(read_bytes(path)).features
-    except AnnotationError as error:
-        raise AnnotationError(f"{path}: {error}") from error
     for _, feature in iter_nested(features):
         if isinstance(feature, Mapping):
             yield feature

@@ -24,7 +24,7 @@ from wsi_pipeline.errors import BundleError, DeviceError
 from wsi_pipeline.geometry import box_slices
 from wsi_pipeline.inference.patch_queue import Answer, PatchQueue
 from wsi_pipeline.networks import Network, SegmentationNetwork, build, patches_per_pass
-from wsi_pipeline.networks.check import FAILS, check_shapes
+from wsi_pipeline.networks.check import FAILS, check_shapes, failure
 from wsi_pipeline.networks.fold import for_inference
 from wsi_pipeline.networks.quantise import load_ranges, quantise
 from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
@@ -371,10 +371,7 @@ class Predictor:
             if isinstance(error, getattr(torch, "AcceleratorError", ())):
                 first = str(error).strip().splitlines()[0]
                 raise DeviceError(f"{self.device} failed: {first}") from error
-            raise BundleError(
-                f"{self.bundle.name} failed on a batch {tuple(inputs.shape)}: "
-                f"{(str(error).strip() or repr(error)).splitlines()[-1]}"
-            ) from error
+            raise failure(self.bundle, inputs, error) from error
         given = output if isinstance(output, dict) else {"mask": output}
         wanted = ("mask", "label")[: 1 + bool(self.bundle.labels)]
         answer = {name: given[name] for name in wanted if name in given}

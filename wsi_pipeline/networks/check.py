@@ -152,13 +152,16 @@ def largest_difference(answer: Mapping[str, Tensor], other: Mapping[str, Tensor]
     return float(torch.stack(shares).max())
 
 
+def failure(bundle: Bundle, patches: Tensor, error: Exception) -> BundleError:
+    """Return what to raise of a network that does not take patches."""
+    reason = (str(error).strip() or repr(error)).splitlines()[-1]
+    return BundleError(f"{bundle.name} failed on a batch {tuple(patches.shape)}: {reason}")
+
+
 def _timed(module: nn.Module, patches: Tensor, bundle: Bundle) -> tuple[float, dict[str, Tensor]]:
     begun = time.perf_counter()
     try:
         answer = run(module, patches)
     except FAILS as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[-1]
-        raise BundleError(
-            f"{bundle.name} failed on a batch {tuple(patches.shape)}: {reason}"
-        ) from error
+        raise failure(bundle, patches, error) from error
     return time.perf_counter() - begun, answer

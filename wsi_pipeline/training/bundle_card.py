@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +27,7 @@ from wsi_pipeline.files.atomic import make_folders, sync, written_beside
 from wsi_pipeline.files.locks import writing
 from wsi_pipeline.files.models import CARD, MODEL_TOML
 from wsi_pipeline.files.remote import write_whole
+from wsi_pipeline.files.tables import as_csv
 from wsi_pipeline.inference.unlike import Familiar
 from wsi_pipeline.networks import create
 from wsi_pipeline.networks.bundle_writer import ENCODERS, FEATURES, WEIGHTS, keep_card
@@ -107,11 +106,8 @@ def write_bundle(network: nn.Module, recipe: Recipe, trained: Trained, folder: P
 def write_history(folder: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write a training's history, as in `Fitted`, as CSV; its curves where matplotlib is there."""
     columns = ("step", "loss", "learning_rate", *LOOKS, "validation_accuracy")
-    buffer = io.StringIO(newline="")
-    table = csv.DictWriter(buffer, columns, restval="")
-    table.writeheader()
-    table.writerows(history)
-    write_whole(folder / HISTORY, buffer.getvalue().encode())
+    rows = [[row.get(column) for column in columns] for row in history]
+    write_whole(folder / HISTORY, as_csv([columns, *rows]).encode())
     if not find_spec("matplotlib"):
         return
     # of the train extra; no window is wanted

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 
@@ -15,8 +14,6 @@ GROUPS = 10
 """Of patients, each judged by a temperature that fits the others."""
 BINS = 15
 """Of equal width, into which certainties are sorted."""
-
-Reals = npt.NDArray[np.float64]
 
 
 def fit_temperature(scores: Collection[PatientScore]) -> float:

@@ -18,12 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, depth_first_order
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -291,6 +289,9 @@ def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
         >>> [order[a:b].tolist() for a, b in zip(bounds, bounds[1:])], is_ring.tolist()
         ([[0, 2], [3, 1], [4]], [True, False, True])
     """
+    # They take a while to load, and no mask by itself needs them.
+    from scipy.sparse.csgraph import connected_components, depth_first_order
+
     n = len(following)
     if n == 0:
         return np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, bool)
@@ -319,7 +320,9 @@ def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
     return walk[~is_root], bounds, is_ring
 
 
-def _graph(degrees: npt.NDArray[np.generic], neighbours: Numbers) -> csr_array:
+def _graph(degrees: npt.NDArray[np.generic], neighbours: Numbers) -> Any:
+    from scipy.sparse import csr_array
+
     bounds = np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32)
     shape = (len(degrees), len(degrees))
     return csr_array((np.ones(len(neighbours)), neighbours, bounds), shape=shape)
