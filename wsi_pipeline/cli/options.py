@@ -226,8 +226,7 @@ class OutputChoice(click.ParamType):  # type: ignore[type-arg]  # generic since 
         """Return the path; one of fsspec's for a URL."""
         if "://" not in str(value):
             kind = click.Path(exists=self._exists, file_okay=False, path_type=Path)
-            folder: Path = kind.convert(value, param, ctx)
-            return folder
+            return kind.convert(value, param, ctx)
         from wsi_pipeline.files.paths import as_path, without_secrets
 
         if not self._url:

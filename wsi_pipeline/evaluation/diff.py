@@ -150,8 +150,7 @@ class Changes:
 
     def __getitem__(self, key: Any, /) -> Mask:
         before, after = self.both(key)
-        changes: Mask = self.numbers[before, after]
-        return changes
+        return self.numbers[before, after]
 
 
 def _compare(

@@ -106,8 +106,7 @@ class _Level:
         if is_jpeg:
             said = {"RGB": "RGB", "MONOCHROME2": None}.get(self._colours, "YCBCR")
             stored = jpeg_colours(data) or said
-            found: Pixels = imagecodecs.jpeg_decode(data, colorspace=stored, outcolorspace="RGB")
-            return found
+            return imagecodecs.jpeg_decode(data, colorspace=stored, outcolorspace="RGB")
         samples = imagecodecs.jpeg2k_decode(data).reshape(shape)
         is_stored = is_ycbcr and not jpeg_2000_colours(data)
         return from_ycbcr(samples) if is_stored else as_rgb(samples)

@@ -65,8 +65,7 @@ class SrgbBackend(WrappedBackend):
 def profile_of(backend: Backend) -> bytes:
     """Return the ICC profile of a backend's file, b"" where there is none."""
     # Those of formats that have none cannot be asked.
-    data: bytes = getattr(backend, "icc_profile", bytes)()
-    return data
+    return getattr(backend, "icc_profile", bytes)()
 
 
 def in_srgb(backend: Backend, path: Path) -> Backend:

@@ -138,10 +138,7 @@ def _build(outlines: Outlines, sides: _Sides, part: slice) -> Polygons:
     coordinates = xy[np.repeat(first, sizes + 1) + step].astype(np.float64)
     ends = np.concatenate([[0], np.cumsum(sizes + 1)])
     rings = np.concatenate([[0], np.cumsum(np.bincount(region, minlength=part.stop - part.start))])
-    built: Polygons = shapely.from_ragged_array(
-        shapely.GeometryType.POLYGON, coordinates, (ends, rings)
-    )
-    return built
+    return shapely.from_ragged_array(shapely.GeometryType.POLYGON, coordinates, (ends, rings))
 
 
 def _after(bounds: Ints) -> Ints:

@@ -397,8 +397,7 @@ class _Triangles:
         # where arcs meet each has a vertex
         for corner in (0, 2):
             inside &= (x != x_of[corner]) | (y != y_of[corner])
-        held: Ints = of[inside]
-        return held
+        return of[inside]
 
     def span(self, of: Ints, top: Ints, bottom: Ints) -> tuple[Ints, Ints]:
         """Return the least and the largest x of triangles between two rows, rounded outward."""
@@ -417,8 +416,7 @@ class _Triangles:
 
 def _turn(x: Numbers, y: Numbers, x_a: Numbers, y_a: Numbers, x_b: Numbers, y_b: Numbers) -> Ints:
     """Return the cross products of what leads from places to a and to b."""
-    product: Ints = (x_a - x).astype(np.int64) * (y_b - y) - (x_b - x).astype(np.int64) * (y_a - y)
-    return product
+    return (x_a - x).astype(np.int64) * (y_b - y) - (x_b - x).astype(np.int64) * (y_a - y)
 
 
 def _scatter(x: Numbers, y: Numbers) -> npt.NDArray[np.uint32]:

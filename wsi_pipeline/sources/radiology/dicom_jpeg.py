@@ -26,5 +26,4 @@ def decode_frame(source: bytes, runner: DecodeRunner) -> bytes:
     else:
         pixels = imagecodecs.jpegsof3_decode(source)
     runner.set_option("bits_allocated", 8 * pixels.itemsize)
-    decoded: bytes = pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
-    return decoded
+    return pixels.astype(pixels.dtype.newbyteorder("<"), copy=False).tobytes()
