@@ -178,7 +178,7 @@ def _open(pairing: Pairing, options: CompareOptions, closing: ExitStack) -> Open
     known = slide = None
     if pairing.slide:
         with open_source(pairing.slide) as source:
-            known = slide = SlideFrame.of(source)
+            known = slide = SlideFrame(size=source.size, mpp=source.mpp, bounds=source.bounds)
     sides: dict[int, Side] = {}
     # a side that tells the slide's bounds comes first: GeoJSON of the other may begin there
     for i in (1, 0) if (pairing.truth / RUN_FILE).is_file() else (0, 1):

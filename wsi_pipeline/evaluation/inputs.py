@@ -24,7 +24,7 @@ from wsi_pipeline.geometry import Region, Shape, iter_blocks
 from wsi_pipeline.options import Frame, Rule
 from wsi_pipeline.report.record import FILES, RUN_FILE, Run, load_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.sources.slide import Slide, frame_offset
+from wsi_pipeline.sources.slide import frame_offset
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +47,6 @@ class SlideFrame:
     size: tuple[int, int]
     mpp: Pair | None = None
     bounds: Region | None = None
-
-    @classmethod
-    def of(cls, slide: Slide) -> SlideFrame:
-        """Return a slide's frame."""
-        return cls(size=slide.size, mpp=slide.mpp, bounds=slide.bounds)
 
     @classmethod
     def of_run(cls, run: Run) -> SlideFrame:

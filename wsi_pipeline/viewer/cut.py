@@ -195,10 +195,6 @@ class Cut:
             shapes=shapes[order],
             areas=areas[order],
             values=outlines.regions.value[order].astype(np.int64),
-            classes=(),
-            names=[],
-            measured=np.zeros((0, 2)),
-            left_out=0,
             tree=shapely.STRtree(shapes[order]),
         )
         return {**found.within(box, downsample, hidden), "is_exact": level <= 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,11 @@ class Polygons:
     shapes: Shapes
     areas: npt.NDArray[np.float64]
     values: npt.NDArray[np.int64]
-    classes: tuple[str, ...]
-    names: list[str]
-    measured: npt.NDArray[np.float64]
-    left_out: int
     tree: shapely.STRtree
+    classes: tuple[str, ...] = ()
+    names: list[str] = field(default_factory=list)
+    measured: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 2)))
+    left_out: int = 0
 
     def within(
         self, box: tuple[int, int, int, int], downsample: float, hidden: Collection[int] = ()
