@@ -42,11 +42,10 @@ class ShownVolume(ShownRun):
         volume, body = self.lying, Body.of(self.lying.affine)
         every = (entry for of in self.run.lesions.values() for entry in of.get("listed", ()))
         largest = max(every, key=lambda entry: entry["pixels"], default=None)
-        middle = [n // 2 for n in reversed(volume.shape)]
-        if largest:
-            middle = [
-                (a + b - 1) // 2 for a, b in zip(largest["start"], largest["stop"], strict=True)
-            ]
+
+        def middle(of: dict[str, Any]) -> list[int]:
+            return [(a + b - 1) // 2 for a, b in zip(of["start"], of["stop"], strict=True)]
+
         return super().facts() | {
             "planes": [plane._asdict() for plane in PLANES],
             # its axes: to the right, to the front and to the top
@@ -59,15 +58,9 @@ class ShownVolume(ShownRun):
                 }
                 for axis, is_forward in zip(body.axes, body.is_forward, strict=True)
             ],
-            "start": middle,
+            "start": middle(largest) if largest else [n // 2 for n in reversed(volume.shape)],
             "lesions": [
-                {
-                    "class": 1 + n,
-                    "size": entry.get("volume_ml"),
-                    "middle": [
-                        (a + b - 1) // 2 for a, b in zip(entry["start"], entry["stop"], strict=True)
-                    ],
-                }
+                {"class": 1 + n, "size": entry.get("volume_ml"), "middle": middle(entry)}
                 for n, name in enumerate(self.run.colors)
                 if name in self.run.lesions
                 for entry in self.run.lesions[name].get("listed", ())
