@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from wsi_pipeline.cli.options import Command, output_option, overwrite_option, wrong_usage
+from wsi_pipeline.cli.options import FOLDER, Command, output_option, overwrite_option, wrong_usage
 from wsi_pipeline.cli.progress import Bars
 
 
@@ -22,7 +22,7 @@ from wsi_pipeline.cli.progress import Bars
     "--from-corrections",
     "runs",
     metavar="RUN",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=FOLDER,
     help="In place of a recipe: refit the model of this run, or of these, to what was corrected.",
 )
 @click.option(
