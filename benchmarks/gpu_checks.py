@@ -273,7 +273,7 @@ class Checks:
             patches = torch.randint(0, 256, shape, dtype=torch.uint8, device=self.device)
             found[name] = self._rate(lambda: predictor._run(patches), self.batch)  # noqa: B023
             answer = self._patches(self.batch, predictor.channels)
-            predictor._module = lambda _, answer=answer: answer  # type: ignore[assignment]
+            predictor.form = lambda _, answer=answer: answer  # type: ignore[assignment]
             rate = self._rate(lambda: predictor._run(patches), self.batch)  # noqa: B023
             found[f"{name}, without the network"] = rate
         return found

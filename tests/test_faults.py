@@ -19,11 +19,9 @@ from bundles import Busy, Pointwise, classify, pointwise_bundle
 from click.testing import CliRunner
 
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import WsiPipelineError
 from wsi_pipeline.files.atomic import this_process
 from wsi_pipeline.report.record import load_run
 from wsi_pipeline.run.store import RunStore
-from wsi_pipeline.schedule.threads import _room
 
 NOT_COMPARED = {"run.json", ".store"}
 
@@ -532,8 +530,6 @@ def test_the_memory_limit_is_checked_before_and_kept(tmp_path, place, monkeypatc
     monkeypatch.setattr("wsi_pipeline.schedule.threads.used_memory", lambda: int(7.9e9))
     assert run(place, tmp_path / "out", "--max-ram", "8GB").returncode == 0
     assert_mask(tmp_path / "out" / "slide", big_pixels)
-    with pytest.raises(WsiPipelineError, match="no block is in hand"):
-        _room(0, 2, max_ram=int(7e9))
 
 
 def test_a_process_above_its_limit_ends_with_a_sentence(tmp_path, place):

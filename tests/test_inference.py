@@ -24,6 +24,7 @@ from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.errors import BundleError
 from wsi_pipeline.geometry import Block
 from wsi_pipeline.inference.classes import best_class
+from wsi_pipeline.inference.ensemble import kept_predictor
 from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.predictor import (
     Predictor,
@@ -33,7 +34,8 @@ from wsi_pipeline.inference.predictor import (
     tell_choice,
 )
 from wsi_pipeline.networks import build
-from wsi_pipeline.options import turns
+from wsi_pipeline.options import PredictOptions, turns
+from wsi_pipeline.schedule.worker_state import WorkerCache
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
 REGION = torch.from_numpy(PIXELS)
@@ -290,6 +292,76 @@ def test_a_program_that_fails_is_named(tmp_path):
     predictor = Predictor(load_bundle(folder), device="cpu")
     with pytest.raises(BundleError, match="test-"):
         list(predictor.predict(REGION[..., :1], ORIGINS))
+
+
+class Hungry(torch.nn.Module):
+    """More memory than there is for three patches and more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.empty(2**60 * (len(x) > 2))
+        return x
+
+
+def test_a_cpu_that_has_no_memory_is_asked_for_smaller_passes(tmp_path):
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=128))
+    with closing(Predictor(bundle, device="cpu", batch_size=4, network=Hungry())) as predictor:
+        assert len(list(predictor.predict(REGION, ORIGINS))) == len(ORIGINS)
+        assert predictor.queue.batch == 2
+
+
+class Watching(torch.nn.Module):
+    """Notes whether cuDNN may round, at the beginning of a pass and at its end."""
+
+    def __init__(self, seen: list[bool], begun: threading.Event, other: threading.Event) -> None:
+        super().__init__()
+        self.seen, self.begun, self.other = seen, begun, other
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begun.set()
+        # a pass of the other model begins and ends, if it may
+        self.other.wait(0.3)
+        self.seen.append(torch.backends.cudnn.allow_tf32)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_a_model_beside_another_has_exact_products_to_the_end_of_its_pass(tmp_path):
+    bundle = load_bundle(pointwise_bundle(tmp_path, mpp=0.5, patch_size=128))
+    seen, before = list[bool](), torch.backends.cudnn.allow_tf32
+    marks = [threading.Event(), threading.Event()]
+    models = [Watching(seen, *marks), Watching(seen, threading.Event(), threading.Event())]
+    predictors = [Predictor(bundle, device="cpu", network=model) for model in models]
+    inputs = torch.zeros(1, 3, 128, 128)
+    for predictor in predictors:
+        # the flags can be set without a card
+        predictor.device = torch.device("cuda")
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(predictors[0]._answer, inputs)
+        assert marks[0].wait(10)
+        # it begins in the middle of the first one, and ends after it
+        second = pool.submit(predictors[1]._answer, inputs)
+        first.result(10)
+        second.result(10)
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_sources_that_a_worker_begins_at_once_have_one_predictor(tmp_path):
+    bundle = load_bundle(lightmuseg_bundle(tmp_path, mpp=0.5, patch_size=64))
+    keep, start = WorkerCache(), threading.Barrier(3)
+
+    def begin(precision):
+        start.wait(10)
+        options = PredictOptions(device="cpu", precision=precision)
+        return kept_predictor(bundle, options, 1, keep, ())
+
+    with ThreadPoolExecutor(3) as pool:
+        one, same, other = pool.map(begin, ["fp32", "fp32", "bf16"])
+    assert one is same is not other
+    # both formats go on, as of runs that were begun on other machines
+    for predictor in (one, other):
+        assert len(list(predictor.predict(REGION, ORIGINS[:2]))) == 2
+        predictor.close()
 
 
 def test_what_is_too_much_for_the_memory_is_predicted_in_smaller_passes(tmp_path, monkeypatch):

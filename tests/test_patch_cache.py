@@ -99,3 +99,29 @@ def test_a_prediction_is_made_once_and_let_go_after_its_last_use() -> None:
         assert [int(claim.result(patch, fresh)) for patch in second] == [1, 2]
     with cache.claim(block(0), first) as claim:
         assert claim.mine.tolist() == [0, 1]
+
+
+def test_a_block_that_was_done_and_lost_is_predicted_again() -> None:
+    """A worker that comes later does not have it among those that it waits for."""
+    for wanted, needed in (([], [3, 7]), ([np.array([0, 1])], [1, 2, 9])):
+        cache = cache_of(wanted, max_bytes=10_000)
+        pauses = iter([0.0] * 10)
+        assert do_block(cache, len(wanted) + 5, np.array(needed), pauses, None) == needed
+        assert cache._bytes == 8 * (1 in needed)
+
+
+def test_what_other_workers_have_done_does_not_fill_the_cache() -> None:
+    """Every block shares patches with the next two; another worker does every third one."""
+    blocks, made = [np.array([n, n + 1, n + 2]) for n in range(400)], list[int]()
+    # all that there is, and what the blocks of some rows need
+    for room in (10_000, 80):
+        cache = cache_of(blocks, max_bytes=8 * room)
+        made.append(0)
+        for number in (n for n in range(len(blocks)) if n % 3):
+            with cache.claim(block(number), blocks[number]) as claim:
+                made[-1] += len(claim.mine)
+                fresh = (torch.tensor([[int(patch)]]) for patch in claim.mine)
+                for patch in blocks[number]:
+                    claim.result(patch, fresh)
+        assert cache._bytes <= 8 * room
+    assert made[0] == made[1]

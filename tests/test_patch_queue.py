@@ -121,6 +121,27 @@ def test_what_cannot_be_smaller_is_said():
             assert do_block(queue, range(2)) == [0, 1]
 
 
+def test_nobody_waits_for_a_device_that_has_no_memory_to_give_back(monkeypatch):
+    def given_up():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", given_up)
+    told = []
+
+    def do():
+        try:
+            do_block(queue, range(3))
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with opened(Passes(lambda _: True), 4) as queue:
+        # a daemon, since it may wait for ever
+        thread = threading.Thread(target=do, daemon=True)
+        thread.start()
+        thread.join(10)
+    assert told == ["CUDA error: an illegal memory access was encountered"]
+
+
 def test_bytes_and_numbers_do_not_meet_in_a_pass():
     passes = Passes()
     with opened(passes, 4) as queue, queue.in_hand():

@@ -35,7 +35,7 @@ from scipy.ndimage import map_coordinates
 from wsi_pipeline import segment
 from wsi_pipeline.bundle import load_bundle
 from wsi_pipeline.cli import group
-from wsi_pipeline.errors import BundleError, SourceError, StoreError
+from wsi_pipeline.errors import BundleError, DeviceError, SourceError, StoreError
 from wsi_pipeline.inference import ensemble
 from wsi_pipeline.options import (
     ExportOptions,
@@ -807,3 +807,32 @@ def test_a_mask_is_of_one_number_format_whatever_machine_goes_on(tmp_path, slide
     # who names another format, or starts anew, gets it for the whole mask
     assert segment_on(has_bf16=True, overwrite=True) == ("bf16", ["bf16"])
     assert segment_on(has_bf16=True, precision="fp32") == ("fp32", ["fp32"])
+
+
+class Overflowing(torch.nn.Module):
+    """Logits of which some are beyond all numbers, as fp16 makes them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1 / (x - x[:, :, :1, :1]).abs().clamp(max=1)
+
+
+def test_logits_beyond_all_numbers_are_no_background(tmp_path, slide_path):
+    model = pointwise_bundle(tmp_path / "model", mpp=1.0, patch_size=64, program=Overflowing)
+    told = (model / "model.toml").read_text("utf-8")
+    told = told.replace("[input]", '[input]\nconvention = "nnunet"')
+    (model / "model.toml").write_text(told, "utf-8")
+    (made,) = segment(slide_path, model=model, output=tmp_path / "out", tissue="none", device="cpu")
+    assert made.status == "failed"
+    assert "values that are no numbers; try `models check`" in made.reason
+
+
+def test_a_gpu_that_is_lost_ends_the_run_wherever_that_is_seen(tmp_path, slide_path, monkeypatch):
+    """What a card computes is waited for where its answer is fetched, and there CUDA raises."""
+
+    def lost(*_, **__):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access\nCompile with ...")
+
+    monkeypatch.setattr("wsi_pipeline.run.worker.best_class", lost)
+    model = pointwise_bundle(tmp_path / "model", mpp=1.0)
+    with pytest.raises(DeviceError, match=r"cpu failed: .* illegal memory access$"):
+        segment(slide_path, model=model, output=tmp_path / "out", tissue="none", device="cpu")

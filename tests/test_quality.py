@@ -187,6 +187,15 @@ def test_a_bubble_is_what_a_closed_grey_rim_surrounds(tissue, tmp_path):
     assert area(found, "bubble") == pytest.approx(np.pi * 200**2, rel=0.15)
 
 
+@pytest.mark.filterwarnings("error")
+def test_on_a_slide_of_glass_alone_nothing_is_wrong():
+    glass = np.full((256, 256, 3), 244, np.uint8)
+    glass[64:128, 64:128], glass[128:192] = 240, 255
+    for tissue in (False, True):
+        look_of_it = look_of(glass[:64], np.full((64, 256), tissue), 64)
+        assert not assess(glass, look_of_it).any()
+
+
 def test_tissue_as_it_is(data_dir, cmu_path):
     """Of all real tissue at hand not one cell in a hundred is bad, ink that is there among them."""
     files = {

@@ -27,6 +27,7 @@ from wsi_pipeline.schedule.blocks import run_blocks
 from wsi_pipeline.schedule.cluster import check_shared, gpu_share, open_cluster
 from wsi_pipeline.schedule.memory import cpu_count, memory_limit_of_job
 from wsi_pipeline.schedule.pace import Pace
+from wsi_pipeline.schedule.worker_state import WorkerState
 
 BLOCKS = list(iter_blocks((50, 40), (10, 10)))
 
@@ -88,6 +89,15 @@ def test_a_few_blocks_are_taken_at_a_time():
         results.close()
 
 
+def test_above_the_memory_limit_no_block_is_begun_and_the_last_one_is_no_error():
+    with open_cluster(ScheduleOptions(blocks_in_hand=1)) as client:
+        assert list(run_blocks(client, BLOCKS[:1], Recorder, max_ram=1)) == [(0, 0)]
+        done = run_blocks(client, BLOCKS[:2], Recorder, max_ram=1)
+        assert next(done) == (0, 0)
+        with pytest.raises(WsiPipelineError, match=r"allows 0\.00 GB, and no block is in hand"):
+            next(done)
+
+
 def test_an_error_comes_home_and_the_cluster_lives_on():
     with open_cluster(ScheduleOptions()) as client:
         with pytest.raises(SourceError, match="cannot be read"):
@@ -104,6 +114,15 @@ def test_tools_that_do_not_open_are_an_error_without_a_traceback(caplog):
     with open_cluster(ScheduleOptions()) as client, pytest.raises(BundleError, match="no weights"):
         list(run_blocks(client, BLOCKS, Unopenable))
     assert caplog.records == []
+
+
+def test_a_block_that_comes_with_the_end_opens_nothing():
+    state, before = WorkerState(), Recorder.opened
+    work = state.work("one", Recorder)
+    state.close("one")
+    with pytest.raises(RuntimeError, match="end of its work"):
+        work(BLOCKS[0])
+    assert Recorder.opened == before
 
 
 def test_no_blocks_no_work():

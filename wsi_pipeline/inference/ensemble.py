@@ -95,11 +95,12 @@ def kept_predictor(
     """Return the predictor that a worker made for the last slide, or a new one."""
     key = repr((bundle.digest, bundle, options.device, options.precision, options.batch_size,
                 threads, options.tta))  # fmt: skip
+    used = (*beside, bundle.digest)
     with _making:
         predictor = keep.get(key)
         if not isinstance(predictor, Predictor):
             # A model that is used no more gives its memory back first.
-            for old in [old for old in keep if not any(model in old for model in beside)]:
+            for old in [old for old in keep if not any(model in old for model in used)]:
                 keep.pop(old).close()
             predictor = keep[key] = open_predictor(bundle, options, threads=threads)
         return predictor

@@ -37,6 +37,8 @@ class Part(NamedTuple):
         return whole
 
 
+BEHIND = 32
+"""Blocks by which one lags that another worker has done: it needs no parts here."""
 Parts = dict[Block, Future[Part]]
 """What blocks will get of one prediction."""
 
@@ -47,7 +49,7 @@ class PatchCache:
     Args:
         wanted: the patches that each block needs, blocks in the order in which they are done.
         part: tells which slices of a patch's prediction a block needs: no others are kept for it.
-        max_bytes: of finished parts to keep; beyond, those that are wanted last go first.
+        max_bytes: of finished parts to keep; beyond, those wanted last, or no more, go first.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class PatchCache:
         self._is_to_come = np.ones(len(wanted), bool)
         self._lock = threading.Lock()
         self._parts: dict[tuple[int, Block], Future[Part]] = {}
-        self._bytes = 0
+        self._bytes = self._reached = 0
 
     @contextmanager
     def claim(self, block: Block, patches: npt.NDArray[np.int64]) -> Iterator[Claim]:
@@ -81,15 +83,15 @@ class PatchCache:
         with self._lock:
             if block in self._numbers:
                 self._is_to_come[self._numbers[block]] = False
+                self._reached = max(self._reached, self._numbers[block])
             held = {p: self._parts.pop((p, block), None) for p in patches.tolist()}
             others = {p: future for p, future in held.items() if future is not None}
             self._bytes -= sum(f.result().pixels.nbytes for f in others.values() if f.done())
             made = {p: self._for_others(p) for p in held if p not in others}
-            mine = np.array(list(made), np.int64)
-            claim = Claim(mine=mine, made=made, others=others, keep=self._keep)
+        mine = np.array([*made], np.int64)
         failure: BaseException = RuntimeError("a block ended without all its predictions")
         try:
-            yield claim
+            yield Claim(mine=mine, made=made, others=others, keep=self._keep)
         except BaseException as error:
             failure = error
             raise
@@ -104,7 +106,8 @@ class PatchCache:
 
     def _for_others(self, patch: int) -> Parts:
         """Return, and enter, what blocks that are still to come will get of a prediction."""
-        owners = self._owners[slice(*self._ends[patch : patch + 2])]
+        # of a block that was done before, and is lost, nobody may want the last patches
+        owners = self._owners[slice(*self._ends.take([patch, patch + 1], mode="clip"))]
         left = [self._blocks[n] for n in owners[self._is_to_come[owners]]]
         # some of them may have their part already, of a prediction that others lost
         made = {block: Future[Part]() for block in left if (patch, block) not in self._parts}
@@ -124,7 +127,8 @@ class PatchCache:
         with self._lock:
             while self._bytes > self._max_bytes:
                 kept = (key for key, future in self._parts.items() if future.done())
-                last = max(kept, key=lambda key: self._numbers[key[1]])
+                behind = self._reached - BEHIND
+                last = max(kept, key=lambda key: ((n := self._numbers[key[1]]) < behind, n))
                 self._bytes -= self._parts.pop(last).result().pixels.nbytes
 
 

@@ -110,11 +110,6 @@ class PatchQueue:
             self._ask()
         return future
 
-    def flush(self) -> None:
-        """Send off what there is, unless a block in hand may bring more."""
-        with self._lock:
-            self._ask(to_all=not self._in_hand)
-
     def wait(self, future: Future[T]) -> T:
         """Return what comes of a patch here, or of one that another block has handed in."""
         begun = time.perf_counter()
@@ -164,6 +159,9 @@ class PatchQueue:
         try:
             if taken:
                 self._answer(taken, batch)
+        except BaseException as error:
+            for *_, future in taken:
+                future.set_exception(error)
         finally:
             with self._lock:
                 self._going -= 1

@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -32,8 +32,10 @@ from wsi_pipeline.options import DEVICES, Precision, PredictOptions, Tta, turns
 logger = logging.getLogger(__name__)
 
 SHORT_OF_MEMORY = ("unable to find an engine", "ALLOC_FAILED", "out of memory",
-                   "Failed to allocate memory")  # fmt: skip
+                   "Failed to allocate memory", "you tried to allocate")  # fmt: skip
 """In errors of libraries that have not found the memory they wanted."""
+NO_NUMBERS = "answers with values that are no numbers; try `models check`, --precision fp32"
+_cudnn_flags = threading.Lock()
 PROBE, MAX_BATCH = 4, 64
 """Patches of the pass that finds out what a patch takes of a GPU, and of any other at the most."""
 MAX_PIXELS = 2**22
@@ -57,8 +59,10 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(DEVICES, name):
         raise BundleError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise BundleError("--device mps: this machine shows no GPU of Apple's; use --device cpu")
     if name == "mps":
-        return _apple_gpu()
+        _warn("--device mps: nobody has tried this; hold a mask against that of --device cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise BundleError(f"--device {name}: this machine shows no CUDA GPU; use --device cpu")
     device = torch.device(name)
@@ -67,13 +71,6 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: this machine shows {count} GPU{'s' * (count > 1)}, numbered from 0"
         )
     return device
-
-
-def _apple_gpu() -> torch.device:
-    if not torch.backends.mps.is_available():
-        raise BundleError("--device mps: this machine shows no GPU of Apple's; use --device cpu")
-    _warn("--device mps: nobody has tried this; hold a mask against that of --device cpu")
-    return torch.device("mps")
 
 
 def tell_choice() -> None:
@@ -156,6 +153,19 @@ def _name(dtype: torch.dtype) -> Precision:
     return next(name for name, kind in DTYPES.items() if kind is dtype)
 
 
+@contextmanager
+def telling_of(device: torch.device) -> Iterator[None]:
+    """Tell lack of memory, and that CUDA has given up: it says so wherever it is waited for."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in SHORT_OF_MEMORY):
+            raise torch.OutOfMemoryError(str(error)) from error
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):
+            raise DeviceError(f"{device} failed: {str(error).splitlines()[0]}") from error
+        raise
+
+
 # once, not by every worker
 @cache
 def _warn(sentence: str) -> None:
@@ -166,6 +176,7 @@ class Predictor:
     """A network on its device, ready to predict patches; close it.
 
     Attributes:
+        form: the network as it predicts.
         queue: of the patches of all who predict here.
         gives_logits: whether it gives logits in place of probabilities, to be blended as such.
 
@@ -200,18 +211,18 @@ class Predictor:
         self._turns = turns(tta or bundle.tta, spec.patch_size, spec.spacing_mm or ())
         self.gives_logits = bool(spec.convention) and bundle.activation == "softmax"
         self._is_ours = isinstance(built.module, SegmentationNetwork)
-        self._module = (
+        self.form = (
             for_inference(built.module, device=self.device, dtype=self.dtype)
             if isinstance(built.module, SegmentationNetwork)
             else built.module.to(self.device)
         )
         self._is_int8 = precision == "int8"
         if self._is_int8:
-            quantise(self._module, load_ranges(bundle))
+            quantise(self.form, load_ranges(bundle))
         # of the pass that a thread is in
         self._seen = threading.local()
         if isinstance(built.module, SegmentationNetwork):
-            stage = self._module.get_submodule(built.module.looks_at)
+            stage = self.form.get_submodule(built.module.looks_at)
             stage.register_forward_hook(self._see)
         on_cpu = self.device.type == "cpu"
         # Several passes on one core each are as fast as one pass on several, and what a pass gives
@@ -235,11 +246,6 @@ class Predictor:
         )
 
     @property
-    def form(self) -> nn.Module:
-        """Return the network in the form that predicts."""
-        return self._module
-
-    @property
     def patches_at_once(self) -> int:
         """Return how many patches keep the device busy."""
         return self.queue.batch * self._passes
@@ -247,12 +253,11 @@ class Predictor:
     @property
     def how(self) -> str:
         """Return the number format, then all else that probabilities' last digits depend on."""
-        is_gpu = self.device.type == "cuda"
-        number = "int8" if self._is_int8 else _name(self.dtype)
+        number, kind = "int8" if self._is_int8 else _name(self.dtype), self.device.type
         unit = torch.backends.cpu.get_cpu_capability()
-        where = f"cpu ({unit})" if self.device.type == "cpu" else str(self.device)
-        where = torch.cuda.get_device_name(self.device) if is_gpu else where
-        runtime = getattr(self._module, "runtime", f"torch {torch.__version__}")
+        where = f"cpu ({unit})" if kind == "cpu" else str(self.device)
+        where = torch.cuda.get_device_name(self.device) if kind == "cuda" else where
+        runtime = getattr(self.form, "runtime", f"torch {torch.__version__}")
         return f"{number} on {where}, {self.queue.batch} patches a pass, {runtime}"
 
     def activated(self, blended: torch.Tensor) -> torch.Tensor:
@@ -265,12 +270,9 @@ class Predictor:
         Args:
             pixels: (*region, C), uint8, or float32 in units of full scale.
         """
-        region = torch.from_numpy(pixels)
-        if self.device.type == "cuda":
-            # pinned for this one: the thread's own may be another
-            with torch.cuda.device(self.device):
-                return region.pin_memory().to(self.device, non_blocking=True)
-        return region.to(self.device)
+        region, is_gpu = torch.from_numpy(pixels), self.device.type == "cuda"
+        # pinned for any: torch asks a GPU that the process has begun with
+        return (region.pin_memory() if is_gpu else region).to(self.device, non_blocking=is_gpu)
 
     def predict(
         self,
@@ -311,7 +313,6 @@ class Predictor:
                 # one pass more than runs, so that no core waits
                 if len(ahead) > queue.batch * (self._passes + 1):
                     yield taken()
-            queue.flush()
             while ahead:
                 yield taken()
         finally:
@@ -354,23 +355,21 @@ class Predictor:
         # a foreign program may count on the usual order
         inputs = inputs.to(self.dtype) if self._is_ours else inputs.contiguous()
         lower = self.dtype is not torch.float32 and not self._is_ours
+        is_gpu = self.device.type == "cuda"
         # Or cuDNN rounds the factors of fp32's products; passes are alike, so it may try its ways.
         exact = torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False)
         try:
             with (
-                exact if self.device.type == "cuda" else nullcontext(),
+                # a pass of another model that ends would set them back
+                _cudnn_flags if is_gpu else nullcontext(),
+                exact if is_gpu else nullcontext(),
                 torch.autocast(self.device.type, dtype=self.dtype, enabled=lower),
+                telling_of(self.device),
             ):
-                output = self._module(inputs)
+                output = self.form(inputs)
         except (torch.OutOfMemoryError, BundleError):
             raise
         except FAILS as error:
-            if any(sign in str(error) for sign in SHORT_OF_MEMORY):
-                raise torch.OutOfMemoryError(str(error)) from error
-            # what CUDA has given up on fails in this process for good
-            if isinstance(error, getattr(torch, "AcceleratorError", ())):
-                first = str(error).strip().splitlines()[0]
-                raise DeviceError(f"{self.device} failed: {first}") from error
             raise failure(self.bundle, inputs, error) from error
         given = output if isinstance(output, dict) else {"mask": output}
         wanted = ("mask", "label")[: 1 + bool(self.bundle.labels)]
@@ -386,8 +385,7 @@ class Predictor:
             mask = logits.sigmoid() if is_alone else logits.softmax(1)
         # For a GPU one would have to wait.
         if mask.device.type == "cpu" and bool(mask.sum().isnan()):
-            told = "answers with values that are no numbers; try `models check`, --precision fp32"
-            raise BundleError(f"{self.bundle.name} {told}")
+            raise BundleError(f"{self.bundle.name} {NO_NUMBERS}")
         nothing = mask.new_empty(len(mask), 0)
         features = self._seen.__dict__.pop("features", nothing)
         labels = answer["label"].float().softmax(1) if self.bundle.labels else nothing

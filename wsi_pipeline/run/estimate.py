@@ -169,10 +169,6 @@ def passes_that_fit(model: ModelBytes, threads: int, *, free: int) -> int:
 
     Args:
         free: bytes.
-
-    Example:
-        >>> passes_that_fit(ModelBytes(weights=0, activations=5e9), 16, free=32 * 10**9)
-        4
     """
     return max(1, min(threads, int(FREE_SHARE * free / model.activations)))
 

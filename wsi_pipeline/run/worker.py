@@ -35,9 +35,9 @@ from wsi_pipeline.inference.blend import (
 )
 from wsi_pipeline.inference.classes import best_class, every_class
 from wsi_pipeline.inference.ensemble import kept_predictor
-from wsi_pipeline.inference.patch_cache import Claim, PatchCache
+from wsi_pipeline.inference.patch_cache import PatchCache
 from wsi_pipeline.inference.patch_queue import use_one_core
-from wsi_pipeline.inference.predictor import Predictor, choose_device
+from wsi_pipeline.inference.predictor import NO_NUMBERS, Predictor, choose_device, telling_of
 from wsi_pipeline.inference.unlike import load_familiar
 from wsi_pipeline.run.plan import Plan
 from wsi_pipeline.run.probability import choose, keep_planes
@@ -118,7 +118,7 @@ class BlockWorker:
         self._classes, self._is_ensemble = len(bundle.classes), bool(bundle.members)
         self._thresholds = plan.predict.rule.of([c.name for c in bundle.classes[1:]])
         self._familiar = load_familiar(bundle)
-        device = choose_device(plan.predict.device)
+        self._device = device = choose_device(plan.predict.device)
         self._windows = Windows(plan.grid, plan.predict.blend, device)
         if device.type == "cuda":
             kept_bytes = torch.cuda.mem_get_info(device)[0] // 4
@@ -156,7 +156,8 @@ class BlockWorker:
         no_room = "a block does not fit into the memory beside the model; lower --block-size"
         # the first blocks are read while the network is built
         in_hand = self._predictor.queue.in_hand() if self._built.done() else nullcontext()
-        with in_hand, raised_as(BundleError, torch.OutOfMemoryError, no_room):
+        short = raised_as(BundleError, (torch.OutOfMemoryError, MemoryError), no_room)
+        with in_hand, short, telling_of(self._device):
             return self._do(block)
 
     def _do(self, block: Block) -> int:
@@ -252,24 +253,15 @@ class BlockWorker:
             origins, queue = plan.grid.origins[claim.mine] - corner, predictor.queue
             with queue.in_hand():
                 fresh = predictor.predict(region, origins, labels=labels, features=features)
-                placed = self._placed(wanted, claim, fresh)
-                pieces = self._pieces(placed, block, means)
+                starts = map(tuple, plan.grid.origins[wanted].tolist())
+                answers = (claim.result(patch, fresh, queue.wait) for patch in wanted)
+                pieces = self._pieces(zip(starts, answers, strict=True), block, means)
                 if self._is_ensemble:
                     pieces = _set_apart(pieces, apart)
                 mask, probability = self._classify(pieces, block)
                 clock.lap("predict")
                 clock.seconds["predict"] += queue.seconds
         return Prediction(mask, probability, claim.mine, cells, labels, features, means, apart)
-
-    def _placed(
-        self, patches: npt.NDArray[np.int64], claim: Claim, fresh: Iterator[torch.Tensor]
-    ) -> Pieces:
-        """Yield origin and prediction of each patch."""
-        for patch in patches:
-            yield (
-                tuple(self._plan.grid.origins[patch].tolist()),
-                claim.result(patch, fresh, self._predictor.queue.wait),
-            )
 
     def _read(
         self, patches: npt.NDArray[np.int64], block: Block
@@ -341,7 +333,12 @@ class BlockWorker:
         """Return class and probability (in 1/65535) at each mask pixel of a block."""
         mask, rule = np.zeros(block.shape, np.uint8), self._plan.predict.rule
         probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
+        odd = torch.tensor(False, device=self._device)
         for first, probabilities in pieces:
+            odd |= probabilities.sum().isnan()
+            # a GPU is waited for in the end
+            if self._device.type == "cpu" and odd:
+                break
             every = every_class(probabilities)
             if rule:
                 best, chosen = choose(every.cpu().numpy(), self._thresholds, rule.min_margin)
@@ -352,6 +349,8 @@ class BlockWorker:
             mask[part] = chosen
             if probability is not None:
                 probability[part] = fixed
+        if odd:
+            raise BundleError(f"{self._predictor.bundle.name} {NO_NUMBERS}")
         return mask, probability
 
     def _seen(self, block: Block) -> npt.NDArray[np.bool_]:

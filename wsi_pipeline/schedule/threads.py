@@ -71,6 +71,12 @@ class Threads:
                 room = _room(len(futures), most, max_ram)
                 futures |= {self._pool.submit(do, block) for block in islice(waiting, room)}
                 yield from found
+                # more room will not come by waiting
+                if not (room or futures) and next(waiting, None):
+                    raise WsiPipelineError(
+                        f"{used_memory() / 1e9:.2f} GB of memory are taken, --max-ram allows "
+                        f"{(max_ram or 0) / 1e9:.2f} GB, and no block is in hand; raise it"
+                    )
         finally:
             for future in futures:
                 future.cancel()
@@ -87,12 +93,5 @@ def _room(in_flight: int, most: int, max_ram: int | None) -> int:
     trim_memory()
     if (used := used_memory()) < NEAR * max_ram:
         return most - in_flight
-    if in_flight:
-        return 0
-    # One at a time may still fit, and more room will not come by waiting.
-    if used < max_ram:
-        return 1
-    raise WsiPipelineError(
-        f"{used / 1e9:.2f} GB of memory are taken, --max-ram allows {max_ram / 1e9:.2f} GB, and "
-        "no block is in hand; raise it"
-    )
+    # one at a time may still fit
+    return int(not in_flight and used < max_ram)

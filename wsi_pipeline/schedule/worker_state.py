@@ -46,12 +46,14 @@ class OpenedWork:
         self._opener = opener
         self._keep = keep
         self._work: Work[Any] | None = None
-        self._in_hand = 0
+        self._in_hand, self._is_over = 0, False
         self._changed = threading.Condition()
 
     def __call__(self, block: Block) -> Any:
         """Do one block, opening the work before the first; return its result."""
         with self._changed:
+            if self._is_over:
+                raise RuntimeError("it came with the end of its work")
             if self._work is None:
                 self._work = self._opener(self._keep)
             self._in_hand += 1
@@ -66,6 +68,7 @@ class OpenedWork:
         """Close the work once no block is in hand."""
         with self._changed:
             self._changed.wait_for(lambda: self._in_hand == 0)
+            self._is_over = True
         if self._work is not None:
             self._work.close()
 

@@ -123,7 +123,8 @@ def assess(pixels: npt.NDArray[np.uint8], look: Look) -> npt.NDArray[np.uint8]:
     ink |= least > np.maximum(0.5, 0.9 * double)
     is_red = (red < 0.35 * green) & (green > max(0.5, 1.6 * look.green))
     ink |= is_red & (blue > look.crimson * green)
-    folded = ndimage.median_filter(density / double, 3, mode="nearest") > 1
+    # of a slide that has but glass two layers are glass
+    folded = ndimage.median_filter(density / np.maximum(double, 0.05), 3, mode="nearest") > 1
     blood = (red < 0.115 * green) & (blue > 0.55 * green) & (green > 0.35)
     # Two layers have the hue of one: what is as dense and has another is ink.
     alien = ((hues < look.hues[0] - ALIEN) | (hues > look.hues[1] + ALIEN)).any(axis=-1)
