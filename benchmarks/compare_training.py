@@ -6,8 +6,9 @@ python benchmarks/compare_training.py workflows/train/bcss-compare.toml=lightmus
     workflows/train/bcss-compare-unet.toml=unet --output bcss-compare
 
 Each argument is a recipe and the folder that it was trained into. Writes Markdown (each held-out
-patient's Dice and IoU, and those of all pixels with intervals by drawing patients anew) and a PNG
-(loss, and each held-out patient's Dice over the steps where the recipe says `watch = true`).
+patient's Dice and IoU, and those of all pixels of the patients who show the class, with intervals
+by drawing them anew) and a PNG (loss, and Dice of who is held out together, over the steps, where
+the recipe says `watch = true`).
 """
 
 from __future__ import annotations
@@ -83,17 +84,22 @@ def markdown(trained: Sequence[Trained]) -> Iterator[str]:
         yield "|---|" + "---:|" * (2 * len(trained) + 1)
         rows = {p: [t.scores(p)[info.name] for t in trained] for p in patients}
         for patient, scores in rows.items():
-            cells = " | ".join(f"{s.dice:.3f} | {s.iou:.3f}" for s in scores)
-            cells = f"{cells} | {scores[0].everywhere_dice:.3f}"
-            # who does not show the class has no figures
-            yield f"| {patient} | {cells.replace('nan', '')} |"
+            cells = " | ".join(
+                f"{s.dice:.3f} | {s.iou:.3f}"
+                if s.share
+                else f"not there, called so in {s.called:.3f} |"
+                for s in scores
+            )
+            everywhere = f"{scores[0].everywhere_dice:.3f}" if scores[0].share else ""
+            yield f"| {patient} | {cells} | {everywhere} |"
         means = np.nanmean([[(s.dice, s.iou) for s in scores] for scores in rows.values()], axis=0)
         cells = " | ".join(f"**{dice:.3f}** | **{iou:.3f}**" for dice, iou in means)
-        everywhere = np.nanmean([scores[0].everywhere_dice for scores in rows.values()])
-        yield f"| **mean** | {cells} | {everywhere:.3f} |"
+        shown = [p for p, scores in rows.items() if scores[0].share]
+        mean = np.mean([rows[p][0].everywhere_dice for p in shown])
+        yield f"| **mean** | {cells} | {mean:.3f} |"
         yield ""
         for t in trained:
-            yield f"- {t.label}: {_pooled([t.held_out[p] for p in patients], t.bundle, i)}"
+            yield f"- {t.label}: {_pooled([t.held_out[p] for p in shown], t.bundle, i)}"
         yield ""
 
 
@@ -124,7 +130,7 @@ def draw(trained: Sequence[Trained], path: Path) -> None:
             rows = t.histories[fold]
             loss.plot([r["step"] for r in rows], [r["loss"] for r in rows], color=color, lw=0.8)
     for fold, axes in zip(folds, panels, strict=True):
-        axes.set(title=f"{', '.join(fold)} held out", xlabel="step", ylabel="Dice", ylim=(0, 1))
+        axes.set(title=",\n".join(fold) + " held out", xlabel="step", ylabel="Dice", ylim=(0, 1))
         for t, color in zip(trained, COLORS, strict=False):
             looks = [r for r in t.histories[fold] if "held_out_dice" in r]
             steps, dice = [r["step"] for r in looks], [r["held_out_dice"] for r in looks]
