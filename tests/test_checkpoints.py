@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -446,6 +447,17 @@ def test_torchvisions_mobilenet_becomes_a_start_for_training(tmp_path: Path) -> 
     for name, tensor in state.items():
         if "tracked" not in name:
             assert torch.equal(loaded[name.removeprefix("features.")], tensor), name
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf, 20])
+def test_an_encoder_of_no_real_numbers_is_refused(tmp_path: Path, factor: float) -> None:
+    state = {f"features.{n}": t for n, t in mobilenet_v2_features().state_dict().items()}
+    first = state["features.0.0.weight"] * factor
+    state["features.0.0.weight"] = first.to(torch.int8) if factor == 20 else first
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(BundleError, match=r"0\.0\.weight holds whole numbers, or values that are"):
+        import_encoder(tmp_path / "a.pth", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mobilenet_with_the_names_of_old_becomes_the_same_start(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def import_encoder(
         raise BundleError(
             f"{checkpoint} is neither {names}; say what it is with --network or --like"
         )
+    load_state(kind.make(), _encoder_state(state, kind), path=checkpoint)
     kept = {
         # a copy of each: safetensors takes none that share their memory
         f"{kind.prefix}{name}": tensor.clone(memory_format=torch.contiguous_format)

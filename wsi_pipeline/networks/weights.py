@@ -82,8 +82,10 @@ def load_state(
     if any(named.values()):
         listed = "; ".join(f"{kind} {_listed(names)}" for kind, names in named.items() if names)
         raise BundleError(f"{path} does not fit the network: {listed}")
-    if odd := [name for name, tensor in kept_state(network).items() if not tensor.isfinite().all()]:
-        raise BundleError(f"{path}: {odd[0]} holds values that are not finite")
+    for name, tensor in kept_state(network).items():
+        is_whole = tensor.is_floating_point() > state.get(name, tensor).is_floating_point()
+        if is_whole or not tensor.isfinite().all():
+            raise BundleError(f"{path}: {name} holds whole numbers, or values that are not finite")
 
 
 def kept_state(network: nn.Module) -> dict[str, Tensor]:
