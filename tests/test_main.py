@@ -98,6 +98,12 @@ def test_wrong_usage_is_refused_before_any_work(tmp_path: Path, slides: Path, mo
     ):
         with pytest.raises(UsageError, match=reason):
             segment(inputs, model=model, output=output, **options)
+    for name, given in {"workers": 0, "block_size": -2048, "batch_size": -1, "mpp": np.nan}.items():
+        with pytest.raises(UsageError, match=f"{name} is {given}; expected a number above 0"):
+            segment(slides, model=model, output=output, **{name: given})
+    for shard in ((1, 0), (3, 2), (0, 2)):
+        with pytest.raises(UsageError, match="expected one from 1 to the number of all"):
+            segment(slides, model=model, output=output, shard=shard)
     assert not output.exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
@@ -321,13 +322,24 @@ class Settings:
         return ""
 
 
-def chosen(kind: Callable[..., T], options: Mapping[str, object]) -> T:
+ABOVE_0 = ("mpp", "batch_size", "block_size", "mask_mpp", "probability_mpp", "workers",
+           "blocks_in_hand", "threads")  # fmt: skip
+"""Options of which 0 and less mean nothing."""
+
+
+def chosen(kind: Callable[..., T], options: Mapping[str, Any]) -> T:
     """Return a group of options with what is given of it.
 
     Args:
         kind: `SelectOptions` or another of the groups.
+
+    Raises:
+        UsageError: a number that means nothing.
     """
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    for name in names.intersection(ABOVE_0):
+        if (given := options.get(name)) is not None and not 0 < given < math.inf:
+            raise UsageError(f"{name} is {given!r}; expected a number above 0")
     return kind(**{name: value for name, value in options.items() if name in names})
 
 

@@ -240,6 +240,8 @@ def plan_batch(
     if not slides:
         raise UsageError(why_none(inputs, f"{bundle.modality}s", suffixes))
     (index, count), n = shard or (1, 1), len(bundles)
+    if not 1 <= index <= count:
+        raise UsageError(f"shard {index}/{count}: expected one from 1 to the number of all")
     every = [job.of(i, bundles[i].name) if n > 1 else job for job in slides for i in range(n)]
     return Batch(
         bundles=bundles,

@@ -334,8 +334,11 @@ class BlockWorker:
         mask, rule = np.zeros(block.shape, np.uint8), self._plan.predict.rule
         probability = np.zeros(block.shape, np.uint16) if self._plan.outlines else None
         odd = torch.tensor(False, device=self._device)
+        # A CPU has looked at each patch, but for what becomes of logits.
+        is_sure = self._device.type == "cpu" and not self._predictor.gives_logits
         for first, probabilities in pieces:
-            odd |= probabilities.sum().isnan()
+            if not is_sure:
+                odd |= probabilities.sum().isnan()
             # a GPU is waited for in the end
             if self._device.type == "cpu" and odd:
                 break
