@@ -136,6 +136,7 @@ def test_figures_are_medians_of_ratios_within_rounds_of_the_latest_code(module, 
     assert len(json.loads(numbers.read_text("utf-8"))["comparisons"]["null"]["rounds"]) == 3
 
 
+@pytest.mark.slow
 def test_a_comparison_runs_is_kept_and_is_told(work, tmp_path):
     options = ["--work", work, "--shrink", 16, "--rounds", 1, "--results", tmp_path]
     first = start("run.py", "patches", "null", *options)
@@ -214,6 +215,7 @@ def test_the_gpu_benchmark_counts_patches(work, tmp_path):
     assert facts["patches"] == 2 * SIDE // 512
 
 
+@pytest.mark.slow
 def test_trained_networks_are_compared_by_patient(tmp_path):
     workflows = BENCHMARKS.parent / "workflows/train"
     pixels = {"A": [[60, 10], [10, 20]], "B": [[50, 0], [30, 20]]}  # rows true, columns predicted

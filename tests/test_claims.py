@@ -95,6 +95,7 @@ def test_without_conditional_writes_a_second_machine_is_refused(
             claimed_url(target, tmp_path / "b").__enter__()
 
 
+@pytest.mark.slow
 def test_two_machines_do_every_slide_once(bucket, tmp_path, make_slide):
     import boto3
 

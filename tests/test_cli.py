@@ -632,6 +632,7 @@ def test_a_bar_leaves_few_states_in_a_file(monkeypatch, terminal, most):
     assert "50/50" in written.getvalue()
 
 
+@pytest.mark.slow
 def test_decoders_do_not_write_to_stderr(tmp_path):
     grey = np.random.default_rng(0).integers(0, 2, (64, 64), np.uint8)
     tifffile.imwrite(tmp_path / "mask.tif", grey)

@@ -427,6 +427,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_features_are_computed_once_for_all_folds(
     data: Path, tmp_path: Path, shown: list[int]
 ) -> None:

@@ -290,6 +290,7 @@ def settings_of(folder):
     return load_run(folder / "run.json").settings
 
 
+@pytest.mark.slow
 def test_what_is_still_valid_is_reused_and_the_rest_redone(tmp_path, place):
     output = tmp_path / "out"
     folder = output / "slide"
@@ -318,7 +319,9 @@ def test_what_is_still_valid_is_reused_and_the_rest_redone(tmp_path, place):
     assert load_run(folder / "run.json").model["name"] == "test-busy"
 
 
-@pytest.mark.parametrize("where", ["key", "drop", pytest.param("rewrite", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "where", ["key", *(pytest.param(w, marks=pytest.mark.slow) for w in ("drop", "rewrite"))]
+)
 def test_no_old_file_outlives_a_kill_in_the_middle(tmp_path, place, calm, big_pixels, where):
     """Old outputs never stand beside another run's, wherever the new run is killed."""
     output = tmp_path / "out"

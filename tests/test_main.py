@@ -181,6 +181,7 @@ def files_of(run: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_several_models_in_one_pass_give_what_each_gives_alone(
     tmp_path: Path, slides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

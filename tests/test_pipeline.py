@@ -177,7 +177,9 @@ def one_shot(slide_path, bundle_path, *, mpp, overlap):
 
 
 # that of the slide itself takes four times as long, and runs of pointwise models have it as well
-@pytest.mark.parametrize("mpp", [0.5, 0.37, pytest.param(0.25, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mpp", [0.37, *(pytest.param(m, marks=pytest.mark.slow) for m in (0.5, 0.25))]
+)
 def test_blocks_equal_one_canvas_and_know_no_block_size_or_worker(tmp_path, slide_path, mpp):
     overlap = 24
     bundle = lightmuseg_bundle(tmp_path / "model", mpp=mpp, patch_size=256, overlap=overlap)
@@ -606,6 +608,7 @@ def cli(*arguments):
     return [sys.executable, "-m", "wsi_pipeline", *map(str, arguments)]
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_loses_nothing(tmp_path, make_slide, slide_pixels):
     """R10 too: what was done keeps its modification time."""
     slide = make_slide(

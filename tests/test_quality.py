@@ -291,6 +291,7 @@ def regions_of(folder):
 SHARES = [f"share_{name}" for name in NAMES[1:]]
 
 
+@pytest.mark.slow
 def test_regions_tell_which_part_of_them_is_bad(blurry_slide, model, tmp_path):
     exact = {"simplify_um": 0, "min_area_um2": 0}
     outputs, out = (*OUTPUTS, "quality"), tmp_path / "out"
