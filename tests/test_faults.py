@@ -187,7 +187,9 @@ def blocks_of(output):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stop_is_quick_tidy_and_resumable(tmp_path, place, calm, big_pixels, number):
     output = tmp_path / "out"
     process = start(place, output, model="busy")
@@ -237,6 +239,7 @@ def test_ten_kills_at_random_lose_nothing(tmp_path, place, big_pixels):
     assert_same(output / "slide", calm / "slide", big_pixels)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_works_and_the_other_says_so(tmp_path, place, big_pixels):
     output = tmp_path / "out"
     both = [start(place, output, model="busy") for _ in range(2)]

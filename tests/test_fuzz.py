@@ -46,7 +46,7 @@ def fuzz(cases: list[Case], folder: Path) -> list[Outcome]:
     return outcomes
 
 
-@pytest.mark.parametrize(("count", "each"), [(24, 1), pytest.param(100, 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "each"), [(48, 1), pytest.param(100, 4, marks=pytest.mark.slow)])
 def test_damaged_slides_and_some_of_all_else(
     slides: dict[str, Path], tmp_path: Path, count: int, each: int
 ) -> None:

@@ -780,6 +780,7 @@ def test_a_roi_is_read_in_the_frame_we_write(tmp_path, bounded, slide_pixels):
     assert (mask_of(folder) == expected).all()
 
 
+@pytest.mark.slow
 def test_a_mask_is_of_one_number_format_whatever_machine_goes_on(tmp_path, slide_path, monkeypatch):
     lightmuseg_bundle(tmp_path / "model", mpp=1.0)
     folder = tmp_path / "out" / slide_path.stem

@@ -76,7 +76,9 @@ def random(tmp_path_factory, uneven):
     return bundle, blended_canvas(uneven, bundle, overlap=24)
 
 
-@pytest.mark.parametrize(("side", "mpp", "ngff"), [(1, None, "0.4"), (3, 1.1, "0.5")])
+@pytest.mark.parametrize(
+    ("side", "mpp", "ngff"), [pytest.param(1, None, "0.4", marks=pytest.mark.slow), (3, 1.1, "0.5")]
+)
 def test_values_are_the_blended_means_however_the_slide_is_cut(
     tmp_path, uneven, random, side, mpp, ngff
 ):

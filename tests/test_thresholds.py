@@ -132,6 +132,7 @@ def test_the_example_of_the_docs():
     assert choose(planes, (None, None), 0.2)[1][0, 0] == 0
 
 
+@pytest.mark.slow
 def test_exported_equals_a_run_made_so_but_for_eight_bits(tmp_path, place, usual, field):
     folder = copy_ruled(usual, tmp_path / "new", RULE)
     run = export_again(folder, {})
