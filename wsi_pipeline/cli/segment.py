@@ -132,8 +132,7 @@ def read_memory(text: str) -> int:
     tta=(
         Tta,
         "Predict each patch mirrored (flip: left to right alone), or turned by right angles, too, "
-        "and take the mean  "
-        "[default: the bundle's]",
+        "and take the mean  [default: the bundle's]",
     ),
 )
 @heading("What to segment")

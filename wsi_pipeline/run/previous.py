@@ -90,11 +90,10 @@ def as_exported(home: Path, key: str, settings: Settings) -> Settings:
 
     So a line that is given again goes on with what is there, and one that names others does not.
     """
-    run = run_in(home)
+    run, wanted = run_in(home), {"key": key, "named": settings.as_plain()["named"]}
     # It may be none of this version.
     with suppress(KeyError, TypeError, ValueError):
-        held = (run.settings["key"], run.settings["named"]) if run else ()
-        if run and held == (key, settings.as_plain()["named"]):
+        if run and wanted.items() <= run.settings.items():
             return replace(settings, export=options_of(run))
     return settings
 

@@ -197,8 +197,8 @@ def fit(
             average.update_parameters(network)
             state.step += 1
             is_last = state.step == spec.steps
-            is_look = is_last or state.step % spec.validate_every == 0
-            is_look = is_look and bool(validation or watched)
+            is_time = is_last or state.step % spec.validate_every == 0
+            is_look = is_time and bool(validation or watched)
             if is_last or is_look or state.step % LOG_EVERY == 0:
                 state.log(rate)
             if is_look:

@@ -18,10 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -320,7 +323,7 @@ def order_paths(following: Numbers) -> tuple[Ints, Ints, Bools]:
     return walk[~is_root], bounds, is_ring
 
 
-def _graph(degrees: npt.NDArray[np.generic], neighbours: Numbers) -> Any:
+def _graph(degrees: npt.NDArray[np.generic], neighbours: Numbers) -> csr_array:
     from scipy.sparse import csr_array
 
     bounds = np.concatenate([[0], np.cumsum(degrees)]).astype(np.int32)
